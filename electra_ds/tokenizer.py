@@ -1,0 +1,216 @@
+"""Text <-> ids: WordPiece vocab.txt files and SentencePiece models behind one face.
+
+No special token is ever added here, and text cannot make one: a literal "[MASK]" in a corpus is five characters of
+punctuation and letters. The word cache follows from BERT's pre-tokenisation: white space always splits, so the ids of
+a text are the ids of its words one after the other, and each distinct word is tokenized once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from electra_ds.config import SpecialIds
+from electra_ds.errors import UserError
+from electra_ds.files import read_json, write_bytes, write_json
+
+SPECIAL_NAMES = {  # role -> spellings looked for in a vocabulary, ours first
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+CACHE_WORDS = 1_000_000  # about 200 MB; the cache starts again when it is full
+MEAN_WORD = 24  # longer "words" on average mean a script without spaces: those texts are tokenized whole
+# Characters that str.split() takes for white space and BERT's cleaning deletes or keeps: such texts go whole, too.
+_UNLIKE_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
+
+
+class Tokenizer:
+    """The face of both kinds: `kind`, `vocab_size`, `special_ids`, `options`, `fingerprint`, and the methods below."""
+
+    kind: str
+    file_name: str
+
+    def __init__(self, content: bytes, names: Sequence[str], options: dict[str, bool | None], source: str) -> None:
+        self.content, self.names, self.options = content, list(names), options
+        self.ids = {name: i for i, name in enumerate(self.names)}
+        self.vocab_size = len(self.names)
+        found = {role: next((self.ids[n] for n in spellings if n in self.ids), None)
+                 for role, spellings in SPECIAL_NAMES.items()}
+        if missing := [SPECIAL_NAMES[role][0] for role, i in found.items() if i is None]:
+            raise UserError(f"{source}: no {', '.join(missing)} among its {self.vocab_size} entries; expected "
+                            f"[PAD] [UNK] [CLS] [SEP] [MASK]; `electra-ds train-tokenizer` makes such a vocabulary")
+        self.special_ids = SpecialIds(**found)
+        digest = hashlib.sha256(json.dumps([self.kind, options], sort_keys=True).encode())
+        digest.update(content)
+        self.fingerprint = digest.hexdigest()
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize many texts: (ids [N] uint32 one after the other, lengths [len(texts)] int64)."""
+        raise NotImplementedError
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of one text with the (start, end) characters that each token covers."""
+        raise NotImplementedError
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, no special tokens added."""
+        ids, lengths = self.encode_flat(texts)
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's spelling of each id."""
+        return [self.names[i] for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text; special tokens keep their spelling."""
+        special, parts, run = set(self.special_ids.model_dump().values()), [], []
+        for i in [int(i) for i in ids] + [None]:
+            if i is not None and i not in special:
+                run.append(i)
+                continue
+            if run:
+                parts.append(self._decode_plain(run))
+                run = []
+            if i is not None:
+                parts.append(self.names[i])
+        return " ".join(parts)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the vocabulary file and options.json, which `load_tokenizer(folder)` reads back with equal ids."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / self.file_name, self.content)
+        write_json(folder / "options.json", {
+            "kind": self.kind, "vocab_size": self.vocab_size, **self.options,
+            "special_ids": self.special_ids.model_dump(), "fingerprint": self.fingerprint,
+        })
+
+
+class WordPiece(Tokenizer):
+    """BERT's WordPiece: cleaning, optional lower-casing and accent stripping, greedy longest match in each word."""
+
+    kind, file_name = "wordpiece", "vocab.txt"
+
+    def __init__(self, content: bytes, options: dict[str, bool | None], source: str) -> None:
+        try:
+            names = [line.rstrip("\r") for line in content.decode("utf-8").removesuffix("\n").split("\n")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: not UTF-8 ({error}); expected one vocabulary entry per line") from None
+        super().__init__(content, names, options, source)
+        if len(self.ids) != len(names):
+            twice = next(name for i, name in enumerate(names) if self.ids[name] != i)
+            raise UserError(f"{source}: {twice!r} stands there twice; expected every entry once")
+        from tokenizers import Tokenizer as Fast
+        from tokenizers import models, normalizers, pre_tokenizers
+
+        unknown = names[self.special_ids.unk]
+        self._fast = Fast(models.WordPiece(self.ids, unk_token=unknown, max_input_chars_per_word=100))
+        self._fast.normalizer = normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=True,
+            lowercase=options["lowercase"], strip_accents=options["strip_accents"])
+        self._fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # splits "[MASK]"; no added tokens exist
+        self._cache: dict[str, bytes] = {}  # word -> its ids as uint32 bytes, so that a text is one join
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        words = [text.split() if not _UNLIKE_SPACES.search(text) else None for text in texts]
+        words = [w if w is not None and len(w) * MEAN_WORD > len(text) else [text]
+                 for w, text in zip(words, texts, strict=True)]
+        self._learn(set().union(*words))
+        parts = [b"".join(map(self._cache.__getitem__, w)) for w in words]
+        lengths = np.fromiter((len(part) // 4 for part in parts), np.int64, len(parts))
+        return np.frombuffer(b"".join(parts), np.uint32), lengths
+
+    def _learn(self, words: set[str]) -> None:
+        if len(self._cache) + len(words) > CACHE_WORDS:
+            self._cache.clear()
+        missing = [word for word in words if word not in self._cache]
+        for word, encoding in zip(missing, self._fast.encode_batch_fast(missing, add_special_tokens=False), strict=True):
+            self._cache[word] = np.array(encoding.ids, np.uint32).tobytes()
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return " ".join(self.names[i] for i in ids).replace(" ##", "")
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model, unigram or bpe; its own normalisation rules are inside the file."""
+
+    kind, file_name = "sentencepiece", "spm.model"
+
+    def __init__(self, content: bytes, options: dict[str, bool | None], source: str) -> None:
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"{source}: not a SentencePiece model ({error}); expected an spm .model file") from None
+        super().__init__(content, [self._model.id_to_piece(i) for i in range(self._model.vocab_size())], options, source)
+        for role, i in self.special_ids.model_dump().items():
+            if role != "unk" and not self._model.is_control(i):
+                raise UserError(f"{source}: {self.names[i]} is no control symbol, so corpus text could make its id; "
+                                f"expected control_symbols; train the model with `electra-ds train-tokenizer`")
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        parts = self._model.encode(list(texts), num_threads=1)
+        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
+        return np.fromiter((i for part in parts for i in part), np.uint32, int(lengths.sum())), lengths
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        pieces = self._model.encode(text, out_type="immutable_proto").pieces
+        return [p.id for p in pieces], [(p.begin, p.end) for p in pieces]
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+
+def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_accents: bool | None = None) -> Tokenizer:
+    """Load a vocab.txt, an spm .model file, or a folder with one of them (ours, or a Hugging Face one).
+
+    Options not given come from options.json or tokenizer_config.json beside the file; else a vocab.txt counts as
+    lower-cased when none of its entries holds an upper-case letter, and accents are stripped when it is lower-cased.
+    Raises UserError for a missing or broken vocabulary, special entries that are not there, unlike options.
+    """
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        names = [*("vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")]
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if file is None:
+            raise UserError(f"{path}: no vocabulary in this folder; expected one of {', '.join(names)}")
+    elif not path.is_file():
+        raise UserError(f"{path}: not found; expected a vocab.txt, an spm .model file or a folder with one of them")
+    content = file.read_bytes()
+    if file.suffix == ".model":
+        if lowercase is not None or strip_accents is not None:
+            raise UserError(f"{file}: a SentencePiece model holds its own normalisation; leave the case options out")
+        return SentencePiece(content, {}, str(file))
+    beside = {}
+    if (file.parent / "options.json").is_file():
+        beside = read_json(file.parent / "options.json", "the options of a tokenizer")
+    elif (file.parent / "tokenizer_config.json").is_file():
+        stored = read_json(file.parent / "tokenizer_config.json", "the options of a Hugging Face tokenizer")
+        beside = {"lowercase": stored.get("do_lower_case"), "strip_accents": stored.get("strip_accents")}
+    if lowercase is None:
+        lowercase = beside.get("lowercase")
+    if lowercase is None:
+        text = re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")
+        lowercase = text == text.lower()
+    if strip_accents is None:
+        strip_accents = beside.get("strip_accents")
+    if strip_accents is None:
+        strip_accents = lowercase
+    return WordPiece(content, {"lowercase": lowercase, "strip_accents": strip_accents}, str(file))
