@@ -1,0 +1,118 @@
+"""Attention inside the pieces of each row, on one fused qkv tensor, by the backend that suits the device.
+
+Letters: B rows, S sequence, H hidden, N heads, D = H / N.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHORTEST_PIECE = 2  # [CLS] and [SEP]; bounds how many pieces a row can hold
+
+
+class Pieces(NamedTuple):
+    """Who attends to whom, made once per micro-batch. Both None: every token of a row sees the whole row."""
+
+    apart: Tensor | None = None  # [B, 1, S, S] bool, True: query and key lie in different pieces
+    bounds: Tensor | None = None  # [B * (S // 2 + 1) + 1] int32, starts of the pieces in the flattened batch
+
+
+def pieces_of(piece_ids: Tensor, dtype: torch.dtype, dropout: float = 0.0) -> Pieces:
+    """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
+
+    dtype is the one attention will compute in. On a CPU rows of a single piece take the path without a mask;
+    on other devices nothing is read back, so that the step has no host sync.
+    """
+    if not piece_ids.is_cuda:
+        if bool((piece_ids == 1).all()):
+            return Pieces()
+    elif _has_varlen(piece_ids.device, dtype) and not dropout:
+        return Pieces(bounds=_bounds(piece_ids))
+    return Pieces(apart=(piece_ids[:, None, :, None] != piece_ids[:, None, None, :]))
+
+
+def attention(qkv: Tensor, num_heads: int, pieces: Pieces = Pieces(), dropout: float = 0.0, backend: str = "auto") -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V per head, inside pieces (Vaswani et al. 2017, 3.2).
+
+    qkv:     [B, S, 3H] any float dtype, the outputs for query, key and value side by side
+    dropout: on the probabilities; 0 outside training
+    backend: "bmm" (plain products, one autograd function: the fast one on CPUs), "sdpa", "varlen", or "auto"
+    Returns [B, S, H] in qkv's dtype.
+    """
+    if backend == "auto":
+        backend = "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
+    if backend == "bmm":
+        return _BmmAttention.apply(qkv, num_heads, pieces.apart, dropout)
+    batch, length, width = qkv.shape
+    heads = qkv.view(batch, length, 3, num_heads, width // 3 // num_heads)
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = heads.flatten(0, 1).unbind(1)  # [B*S, N, D] each
+        return varlen_attn(q, k, v, pieces.bounds, pieces.bounds, length, length).reshape(batch, length, -1)
+    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, S, D] each
+    mask = None if pieces.apart is None else ~pieces.apart
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return out.transpose(1, 2).reshape(batch, length, -1)
+
+
+def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Flash attention over packed pieces: half precision on Ampere or later, in a torch that has it."""
+    if dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _bounds(piece_ids: Tensor) -> Tensor:
+    """Starts of the pieces in the flattened batch, filled up with its length to a size that B and S alone decide."""
+    batch, length = piece_ids.shape
+    starts = torch.ones_like(piece_ids, dtype=torch.bool)
+    starts[:, 1:] = piece_ids[:, 1:] != piece_ids[:, :-1]
+    most = batch * (length // SHORTEST_PIECE + 1) + 1
+    return torch.nonzero_static(starts.view(-1), size=most, fill_value=batch * length).view(-1).to(torch.int32)
+
+
+class _BmmAttention(torch.autograd.Function):
+    """Batched products on contiguous heads; the probabilities stay in the compute dtype (speed.md, 2)."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, num_heads: int, apart: Tensor | None, dropout: float) -> Tensor:
+        batch, length, width = qkv.shape
+        size = width // 3 // num_heads
+        heads = qkv.view(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = heads.view(3, batch * num_heads, length, size)
+        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(size))  # [B*N, S, S]
+        if apart is not None:
+            scores.view(batch, num_heads, length, length).masked_fill_(apart, -math.inf)
+        probs = torch.softmax(scores, -1)
+        kept = None
+        if dropout:
+            kept = torch.empty_like(probs).bernoulli_(1 - dropout).div_(1 - dropout)
+        out = torch.bmm(probs if kept is None else probs * kept, v)  # [B*N, S, D]
+        ctx.save_for_backward(heads, probs, kept)
+        return out.view(batch, num_heads, length, size).transpose(1, 2).reshape(batch, length, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        heads, probs, kept = ctx.saved_tensors
+        _, batch, num_heads, length, size = heads.shape
+        q, k, v = heads.view(3, batch * num_heads, length, size)
+        grad = grad.view(batch, length, num_heads, size).transpose(1, 2).reshape(batch * num_heads, length, size)
+        grads = torch.empty_like(heads)
+        dq, dk, dv = grads.view(3, batch * num_heads, length, size)
+        torch.bmm((probs if kept is None else probs * kept).transpose(1, 2), grad, out=dv)
+        dprobs = torch.bmm(grad, v.transpose(1, 2))
+        if kept is not None:
+            dprobs.mul_(kept)
+        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+        scale = 1 / math.sqrt(size)
+        torch.baddbmm(q.new_empty(1), dscores, k, beta=0, alpha=scale, out=dq)
+        torch.baddbmm(q.new_empty(1), dscores.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
+        return grads.permute(1, 3, 0, 2, 4).reshape(batch, length, -1), None, None, None

@@ -1,0 +1,94 @@
+"""The generator's vocabulary: linear, cross-entropy and sampling at the chosen places.
+
+Letters: M chosen places of a micro-batch, V vocabulary, P = V padded in memory, E embedding.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64  # the word table is padded to a multiple of it; sampling looks for the chunk first, then inside it
+
+
+class HeadResult(NamedTuple):
+    """nll [] fp32: sum over the places of weight x negative log likelihood; sampled, best [M] int64 ids."""
+
+    nll: Tensor
+    sampled: Tensor
+    best: Tensor | None  # the most likely tokens, when asked for
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """Draw one token per place from softmax(logits / temperature) by inverting its distribution function.
+
+    logits:   [..., P] any float dtype; the draw is made in fp32
+    uniforms: [...] in [0, 1), the row's own numbers, so that the draw is the same at any world size
+    Returns [...] token ids. No gradient passes.
+    """
+    scaled = logits.detach().float() / temperature
+    weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
+    return sample_weights(weights.flatten(0, -2), uniforms.flatten()).view(uniforms.shape)
+
+
+def sample_weights(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the running sum of weights [M, P] fp32 passes uniforms [M] x their total. [M] int64.
+
+    Two levels: the sums of chunks of 64, then the 64 weights inside one. A token of weight 0 is never drawn.
+    """
+    if weights.shape[-1] % CHUNK:
+        weights = F.pad(weights, (0, -weights.shape[-1] % CHUNK))
+    chunks = weights.view(len(weights), -1, CHUNK)
+    sums = chunks.sum(-1).cumsum(-1)  # [M, P/64]
+    aim = uniforms.float()[:, None] * sums[:, -1:]
+    chunk = _first_above(sums, aim)
+    before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp(min=0)), 0.0)
+    inside = chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1).cumsum(-1)  # [M, 64]
+    return (chunk * CHUNK + _first_above(inside, aim - before)).squeeze(1)
+
+
+def _first_above(running: Tensor, aim: Tensor) -> Tensor:
+    """Index of the first running sum above aim [M, 1]; where rounding leaves none, of the last rise."""
+    found = (running <= aim).sum(-1, keepdim=True)
+    last_rise = (running < running[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum(found, last_rise)
+
+
+def vocab_head(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    *,
+    targets: Tensor,
+    weights: Tensor,
+    uniforms: Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    with_best: bool = False,
+) -> HeadResult:
+    """Loss and samples at the chosen places.
+
+    x:       [..., E] in the compute dtype; table [P, E] and bias [P] in that dtype or fp32
+    targets: [...] ids; weights [...] 1 or 0; uniforms [...] in [0, 1)
+    Logits of the rows beyond vocab_size count for nothing. Gradients reach x, table and bias.
+    """
+    shape = targets.shape
+    x, targets, weights, uniforms = x.flatten(0, -2), targets.flatten(), weights.flatten(), uniforms.flatten()
+    nll, sampled, best = plain_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best)
+    return HeadResult(nll, sampled.view(shape), best.view(shape) if with_best else None)
+
+
+def plain_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best) -> HeadResult:
+    """vocab_head on flat arguments, all logits at once."""
+    logits = mask_padding(F.linear(x, table.to(x.dtype), bias.to(x.dtype)), vocab_size)  # [M, P]
+    nll = (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+    return HeadResult(nll, sample_tokens(logits, uniforms, temperature), logits.argmax(-1) if with_best else None)
+
+
+def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
+    """Logits [..., P] with the padded tokens at -inf."""
+    if logits.shape[-1] == vocab_size:
+        return logits
+    return torch.where(torch.arange(logits.shape[-1], device=logits.device) < vocab_size, logits, -math.inf)
