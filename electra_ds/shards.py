@@ -1,0 +1,368 @@
+"""How do packed rows lie on disk? Format version 1: tar shards, block index, manifest, random access, checks.
+
+Every byte around the rows (tar header, npy header) follows from the manifest and the index, so a reader compares
+headers with what the writer would have written and parses none of them: nothing in a shard can be executed, and a
+link, a device, a foreign name or an object array is simply a difference. Letters: n rows, S sequence, P pieces.
+"""
+
+import hashlib
+import mmap
+import tarfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from electra_ds.config import SpecialIds
+from electra_ds.errors import UserError
+from electra_ds.files import read_json, write_bytes, write_json
+
+FORMAT, VERSION = "electra_ds shards", 1
+PIECE_FIELDS = (
+    "row",
+    "start",
+    "length",
+    "unit",
+    "document",
+    "token",
+)  # row counts from the block's (writer: shard's) start
+INDEX_MAGIC = b"EDSIDX1\0"
+INDEX_DTYPE = np.dtype(
+    [("shard", "<u4"), ("rows", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("crc32", "<u4"), ("zero", "<u4")]
+)
+TAR_BLOCK = 512  # bytes: every tar header and payload starts on a multiple of it, so the rows are 64-byte aligned
+NPY_HEADER = 128  # bytes
+OPEN_SHARDS = 256  # mapped at a time; each map holds a file descriptor
+
+
+# ---------------------------------------------------------------------------------------------------- manifest
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenizerInfo(_Part):
+    """The tokenizer that made the ids; its files lie in DATA/tokenizer."""
+
+    kind: Literal["wordpiece", "sentencepiece"]
+    sha256: str  # the tokenizer's fingerprint
+    vocab_size: int
+    special_ids: SpecialIds
+
+
+class SourcePlan(_Part):
+    """How the input was cut: unit u is the documents that start in bytes [start, end) of files[file]."""
+
+    sha256: str
+    files: tuple[str, ...]  # relative to the input root
+    units: tuple[tuple[int, int, int], ...]  # (file, start, end)
+
+
+class ShardInfo(_Part):
+    """One tar file of a split."""
+
+    file: str  # relative to DATA
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class SplitInfo(_Part):
+    """One split, its counts over all shards."""
+
+    documents: int
+    pieces: int
+    tokens: int  # of text: without [CLS], [SEP] and padding
+    pad: int
+    rows: int
+    index_sha256: str
+    shards: tuple[ShardInfo, ...]
+
+
+class Manifest(_Part):
+    """DATA/manifest.json: everything about a data folder; its presence means that the folder is complete."""
+
+    format: Literal["electra_ds shards"] = FORMAT
+    version: Literal[1] = VERSION
+    dataset_id: str = ""  # filled by write_manifest
+    sequence_length: int
+    dtype: Literal["uint16", "uint32"]
+    block_rows: int
+    packing: Literal["best_fit", "concat", "google"]
+    seed: int  # of the document shuffle and the packing
+    tokenizer: TokenizerInfo
+    source: SourcePlan
+    splits: dict[str, SplitInfo]
+    removed: dict[str, int] = {}  # documents or tokens by reason: duplicates, too_short, ...
+    bad_lines: dict[str, int] = {}  # unreadable input lines by class
+
+    def content_id(self) -> str:
+        """Fingerprint of the rows and of what they mean; the same for the same rows, whatever the input's names."""
+        parts = [self.format, self.version, self.sequence_length, self.dtype, self.packing]
+        parts += [self.tokenizer.sha256, self.tokenizer.vocab_size, self.tokenizer.special_ids.model_dump_json()]
+        for name in sorted(self.splits):
+            parts += [[name, shard.rows, shard.sha256] for shard in self.splits[name].shards]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def write_manifest(data_dir: str | Path, manifest: Manifest) -> Manifest:
+    """Fill in dataset_id and write DATA/manifest.json, the last file of a data folder. Returns what was written."""
+    manifest = manifest.model_copy(update={"dataset_id": manifest.content_id()})
+    write_json(Path(data_dir) / "manifest.json", manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_manifest(data_dir: str | Path) -> Manifest:
+    """Read DATA/manifest.json. UserError when it is missing, of another format or version, or malformed."""
+    path = Path(data_dir) / "manifest.json"
+    raw = read_json(path, "a data folder's manifest (`prepare` writes it last: run it again, it resumes)")
+    found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (type(raw).__name__, None)
+    if found != (FORMAT, VERSION):
+        raise UserError(
+            f"{path}: format and version are {found}, this program reads {(FORMAT, VERSION)}; prepare again"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; prepare the data again") from None
+
+
+def read_unigrams(data_dir: str | Path, vocab_size: int) -> np.ndarray:
+    """Token counts of the training rows, [V] int64, special ids 0 (DATA/unigrams.npy)."""
+    path = Path(data_dir) / "unigrams.npy"
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); expected token counts, prepare the data again") from None
+    if counts.shape != (vocab_size,) or counts.dtype != np.int64:
+        raise UserError(f"{path}: {counts.dtype}{list(counts.shape)}, expected int64[{vocab_size}]; prepare again")
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+class ShardRecord(NamedTuple):
+    """A written shard: what the manifest and the index need to know about it."""
+
+    file: str  # relative to DATA
+    shard: int
+    rows: int
+    bytes: int
+    sha256: str
+    blocks: list[tuple[int, int, int, int]]  # (payload offset, payload bytes, rows, crc32 of the payload)
+
+
+def shard_file(split: str, shard: int) -> str:
+    """A shard's path inside DATA."""
+    return f"shards/{split}-{shard:06d}.tar"
+
+
+def block_name(split: str, shard: int, block: int) -> str:
+    """The key that a block's two members share; webdataset takes it as the sample's key."""
+    return f"{split}-{shard:06d}-{block:06d}"
+
+
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest stored type: uint16 up to 65,536 tokens, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member: USTAR, regular file, no time, no owner."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(format=tarfile.USTAR_FORMAT)
+
+
+def npy_header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
+    """The 128 bytes before an array in C order: npy version 1.0, the same for every numpy version."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}"
+    return b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little") + text.ljust(NPY_HEADER - 11).encode() + b"\n"
+
+
+def _padded(size: int) -> int:
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
+
+
+def write_shard(
+    path: str | Path, split: str, shard: int, rows: np.ndarray, pieces: np.ndarray, block_rows: int = 256
+) -> ShardRecord:
+    """Write one tar of rows, whole or not at all; the same arguments give the same bytes on every machine.
+
+    path:   where the tar goes (its place in a data folder is shard_file(split, shard))
+    rows:   [n, S] uint16 or uint32 token ids, unmasked, n > 0
+    pieces: [P, 6] int32, PIECE_FIELDS, sorted by row; `row` counts from the shard's first row
+    """
+    assert rows.ndim == 2 and len(rows) and rows.dtype in (np.uint16, np.uint32) and pieces.shape[1:] == (6,)
+    rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+    pieces = np.ascontiguousarray(pieces, "<i4")
+    assert (np.diff(pieces[:, 0]) >= 0).all(), "pieces come sorted by row"
+    parts, blocks, offset = [], [], 0
+    for block, start in enumerate(range(0, len(rows), block_rows)):
+        own = rows[start : start + block_rows]
+        first, last = np.searchsorted(pieces[:, 0], (start, start + len(own)))
+        own_pieces = pieces[first:last] - np.array([start, 0, 0, 0, 0, 0], "<i4")
+        for kind, array in (("ids", own), ("pieces", own_pieces)):
+            payload = npy_header(array.dtype, array.shape) + array.tobytes()
+            parts += [tar_header(f"{block_name(split, shard, block)}.{kind}.npy", len(payload)), payload]
+            parts.append(bytes(_padded(len(payload)) - len(payload)))
+            offset += TAR_BLOCK
+            if kind == "ids":
+                blocks.append((offset, len(payload), len(own), zlib.crc32(payload)))
+            offset += _padded(len(payload))
+    data = b"".join([*parts, bytes(2 * TAR_BLOCK)])
+    write_bytes(path, data)
+    return ShardRecord(shard_file(split, shard), shard, len(rows), len(data), hashlib.sha256(data).hexdigest(), blocks)
+
+
+def index_file(split: str) -> str:
+    """The block index's path inside DATA."""
+    return f"index-{split}.bin"
+
+
+def write_index(path: str | Path, records: list[ShardRecord]) -> str:
+    """Write the block index of one split, shards in order; returns its sha256 for the manifest."""
+    entries = [(r.shard, rows, offset, size, crc, 0) for r in records for offset, size, rows, crc in r.blocks]
+    table = np.array(entries, INDEX_DTYPE)
+    data = INDEX_MAGIC + np.array([VERSION, len(table)], "<u4").tobytes() + table.tobytes()
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_index(path: str | Path, sha256: str) -> np.ndarray:
+    """Read a block index: [blocks] INDEX_DTYPE. UserError when it is missing or not the manifest's."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror}); expected the block index of a split") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path}: its sha256 is not the manifest's; copy the data again or prepare it again")
+    return np.frombuffer(data, INDEX_DTYPE, offset=len(INDEX_MAGIC) + 8)
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+class ShardReader:
+    """The rows of one split, by number, through mmap: shard order, then block order, then place in the block.
+
+    Opening compares names and sizes of the files with the manifest; a block's headers and crc32 are compared when
+    it is first touched. Damage is a UserError with shard and block. `check_files=False` leaves the first part to
+    the caller (`check_shard`).
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, *, check_files: bool = True) -> None:
+        self.data_dir, self.split, self.manifest = Path(data_dir), split, read_manifest(data_dir)
+        if split not in self.manifest.splits:
+            have = ", ".join(self.manifest.splits)
+            raise UserError(f"{data_dir}: no split {split!r}, it holds {have}; `prepare --valid-fraction` makes valid")
+        self.info = self.manifest.splits[split]
+        self.rows, self.sequence_length = self.info.rows, self.manifest.sequence_length
+        self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self.blocks = read_index(self.data_dir / index_file(split), self.info.index_sha256)
+        self.block_starts = np.concatenate([[0], np.cumsum(self.blocks["rows"], dtype=np.int64)])  # [blocks + 1]
+        self.shard_starts = np.searchsorted(self.blocks["shard"], np.arange(len(self.info.shards) + 1))  # in blocks
+        if self.block_starts[-1] != self.rows or not self.rows:
+            raise UserError(
+                f"{data_dir}: split {split} has {self.block_starts[-1]} indexed rows, manifest: {self.rows}"
+            )
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._checked = np.zeros(len(self.blocks), bool)
+        if check_files:
+            for shard in range(len(self.info.shards)):
+                self.check_shard(shard)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by number: [n] integers -> [n, S] of the stored type. Gathered block by block: many at once is faster."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not (0 <= rows.min() and rows.max() < self.rows):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} asked of {self.rows}")
+        blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
+        order = np.argsort(blocks, kind="stable")
+        out = np.empty((len(rows), self.sequence_length), self.dtype)
+        for group in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1) if len(rows) else ():
+            block = int(blocks[group[0]])
+            out[group] = self.block(block)[rows[group] - self.block_starts[block]]
+        return out
+
+    def block(self, block: int) -> np.ndarray:
+        """A view of one block's rows [n, S]; its headers and crc32 are checked when it is first touched."""
+        _, rows, offset, size, crc32, _ = self.blocks[block].item()
+        data = self._map(block)
+        if not self._checked[block]:
+            self._check_header(block, "ids", data[offset - TAR_BLOCK : offset + NPY_HEADER].tobytes(), rows)
+            if zlib.crc32(data[offset : offset + size]) != crc32:
+                raise self.damage(block, "its rows differ from their crc32")
+            self._checked[block] = True
+        return data[offset + NPY_HEADER : offset + size].view(self.dtype).reshape(rows, self.sequence_length)
+
+    def pieces(self, block: int) -> np.ndarray:
+        """Where one block's pieces come from: [P, 6] int32, PIECE_FIELDS, `row` from the block's start."""
+        _, _, offset, size, _, _ = self.blocks[block].item()
+        data, start = self._map(block), offset + _padded(size)
+        try:
+            payload = int(data[start + 124 : start + 135].tobytes(), 8)  # USTAR's size field; compared just below
+        except ValueError:
+            raise self.damage(block, "no tar header where its pieces begin") from None
+        count = max(0, payload - NPY_HEADER) // 24
+        self._check_header(block, "pieces", data[start : start + TAR_BLOCK + NPY_HEADER].tobytes(), count)
+        return data[start + TAR_BLOCK + NPY_HEADER : start + TAR_BLOCK + payload].view("<i4").reshape(count, 6)
+
+    def check_shard(self, shard: int) -> None:
+        """Compare one shard's place, size and index entries with the manifest; UserError names shard and block."""
+        info, first, last = self.info.shards[shard], *self.shard_starts[shard : shard + 2]
+        path, own = self.data_dir / info.file, self.blocks[first:last]
+        if info.file != shard_file(self.split, shard) or path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: shard {shard} of {self.split} is no regular file here; copy the data again")
+        ends = own["offset"] + own["bytes"]
+        size = path.stat().st_size
+        if size != info.bytes:
+            cut = first + int(np.searchsorted(ends, size, side="right"))
+            where = (
+                f"block {cut - first} is the first cut"
+                if cut < last
+                else f"the change is after block {last - first - 1}"
+            )
+            raise UserError(f"{path}: {size} bytes, the manifest says {info.bytes}; {where}; copy this shard again")
+        width = self.sequence_length * self.dtype.itemsize
+        if (
+            own["rows"].sum() != info.rows
+            or (own["bytes"] != NPY_HEADER + own["rows"] * width).any()
+            or (ends > size).any()
+        ):
+            raise UserError(f"{path}: index-{self.split}.bin and manifest disagree about its rows; prepare again")
+
+    def damage(self, block: int, what: str) -> UserError:
+        """The error for a damaged block, by file and block."""
+        shard = int(self.blocks["shard"][block])
+        number = block - int(self.shard_starts[shard])
+        path = self.data_dir / shard_file(self.split, shard)
+        return UserError(f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)")
+
+    def _check_header(self, block: int, kind: str, found: bytes, rows: int) -> None:
+        shard = int(self.blocks["shard"][block])
+        dtype, width = (self.dtype, self.sequence_length) if kind == "ids" else (np.dtype("<i4"), 6)
+        payload = npy_header(dtype, (rows, width))
+        name = f"{block_name(self.split, shard, block - int(self.shard_starts[shard]))}.{kind}.npy"
+        if found[:TAR_BLOCK] != tar_header(name, NPY_HEADER + rows * width * dtype.itemsize):
+            raise self.damage(block, f"its tar header is not that of {name}")
+        if found[TAR_BLOCK:] != payload:
+            raise self.damage(block, f"the npy header of {name} is not that of {dtype.name}[{rows}, {width}]")
+
+    def _map(self, block: int) -> np.ndarray:
+        """The bytes of the shard that holds `block`, [bytes] uint8."""
+        shard = int(self.blocks["shard"][block])
+        if shard not in self._maps:
+            if len(self._maps) >= OPEN_SHARDS:
+                self._maps.popitem(last=False)
+            with open(self.data_dir / shard_file(self.split, shard), "rb") as file:
+                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[shard] = np.frombuffer(view, np.uint8)
+        self._maps.move_to_end(shard)
+        return self._maps[shard]
