@@ -1,0 +1,113 @@
+"""Which row is the n-th? Pure arithmetic on (seed, epoch, position), and the random words that belong to a row.
+
+Raw Philox words and a shuffle of our own, since libraries do not promise the streams of their generators. Anything
+here that changes an answer raises ORDER_VERSION. Letters: n positions or words, B rows.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+ORDER_VERSION = 1
+EVALUATION_SEED = 0x454C_4543_5452_41  # "ELECTRA": held-out rows are masked alike for every run and every checkpoint
+# What a word is for: the low 8 bits of the counter's second word, so that no two uses share a number.
+BLOCKS, WINDOW, CHOSEN, KEEP, UNIFORMS, CORRUPTION = range(6)
+WINDOWS_KEPT = 4
+LOW32 = np.uint64(0xFFFF_FFFF)
+
+
+def philox(counter: Sequence[np.ndarray], key: int) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    counter: four uint64 arrays of 32-bit values that broadcast to one shape; key: 64 bits, low word first.
+    Returns [..., 4] uint32.
+    """
+    c0, c1, c2, c3 = counter
+    for turn in range(10):
+        k0 = np.uint64((key + turn * 0x9E3779B9) & 0xFFFF_FFFF)
+        k1 = np.uint64(((key >> 32) + turn * 0xBB67AE85) & 0xFFFF_FFFF)
+        left, right = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (right >> 32) ^ c1 ^ k0, right & LOW32, (left >> 32) ^ c3 ^ k1, left & LOW32
+    out = np.empty((*c0.shape, 4), np.uint32)
+    for i, part in enumerate((c0, c1, c2, c3)):
+        out[..., i] = part
+    return out
+
+
+def words(seed: int, epochs: np.ndarray | int, rows: np.ndarray, n: int, purpose: int) -> np.ndarray:
+    """n random words for each row, a pure function of (seed, epoch, row, purpose).
+
+    seed: 0 <= seed < 2**64; epochs: [B] or one, below 2**24; rows: [B] non-negative. Returns [B, n] uint32.
+    """
+    rows = np.asarray(rows).astype(np.uint64)
+    stream = (np.broadcast_to(epochs, rows.shape).astype(np.uint64) << 8) | np.uint64(purpose)
+    counter = [part[:, None] for part in (stream, rows & LOW32, rows >> 32)]
+    quads = np.arange(-(-n // 4), dtype=np.uint64)
+    cuts = range(0, len(quads), 8192)  # pieces that stay in the processor's cache
+    parts = [philox((quads[cut : cut + 8192], *counter), seed) for cut in cuts]  # each [B, 8192, 4]
+    return np.concatenate(parts, axis=1).reshape(len(rows), -1)[:, :n]
+
+
+def uniforms(random_words: np.ndarray) -> np.ndarray:
+    """uint32 words -> float32 in [0, 1): the upper 24 bits, so that the largest is 1 - 2**-24."""
+    return (random_words >> 8).astype(np.float32) * np.float32(2.0**-24)
+
+
+def permutation(n: int, seed: int, epoch: int, stream: int, purpose: int) -> np.ndarray:
+    """A random order of 0..n-1, [n] int64: numbers sorted by random keys that carry them in their low bits."""
+    halves = words(seed, epoch, np.array([stream]), 2 * n, purpose)[0].astype(np.uint64)
+    bits = np.uint64(max(1, n - 1).bit_length())
+    keys = ((halves[0::2] << 32 | halves[1::2]) >> bits << bits) | np.arange(n, dtype=np.uint64)
+    keys.sort()  # all keys differ, so every sorting method gives this order
+    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+
+
+class Order:
+    """The order of training: position -> (row, epoch), for any world size and any number of readers.
+
+    Per epoch the blocks are permuted; windows of `window` consecutive permuted blocks follow one another, and the
+    rows of a window are permuted among themselves. Positions run on across epochs; each row comes once per epoch.
+    """
+
+    def __init__(self, block_rows: np.ndarray, seed: int, window: int = 64) -> None:
+        """block_rows: [blocks] rows in each block, in the reader's numbering of rows."""
+        self.seed, self.window = seed, window
+        self.block_rows = np.asarray(block_rows, np.int64)
+        self.block_starts = np.cumsum(self.block_rows) - self.block_rows
+        self.total_rows = int(self.block_rows.sum())
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the windows touched, not the history."""
+        positions = np.asarray(positions, np.int64)
+        epochs, offsets = np.divmod(positions, self.total_rows)
+        rows = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = np.flatnonzero(epochs == epoch)
+            _, window_starts = self._blocks(int(epoch))
+            windows = np.searchsorted(window_starts, offsets[here], side="right") - 1
+            for window in np.unique(windows):
+                chosen = here[windows == window]
+                rows[chosen] = self._window(int(epoch), int(window))[offsets[chosen] - window_starts[window]]
+        return rows, epochs
+
+    def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of blocks, [blocks], and the first offset of each window, [windows]."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            blocks = permutation(len(self.block_rows), self.seed, epoch, 0, BLOCKS)
+            ends = np.cumsum(self.block_rows[blocks])
+            starts = np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
+            self._epoch = (epoch, blocks, starts)
+        return self._epoch[1:]
+
+    def _window(self, epoch: int, window: int) -> np.ndarray:
+        """The rows of a window in their order, [rows of the window]."""
+        if (epoch, window) not in self._windows:
+            blocks = self._blocks(epoch)[0][window * self.window : (window + 1) * self.window]
+            rows = np.concatenate([np.arange(self.block_rows[b]) + self.block_starts[b] for b in blocks])
+            self._windows[epoch, window] = rows[permutation(len(rows), self.seed, epoch, window, WINDOW)]
+            if len(self._windows) > WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        return self._windows[epoch, window]
