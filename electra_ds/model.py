@@ -167,3 +167,23 @@ def padded_rows(module: nn.Module) -> dict[str, int]:
         for prefix, part in module.named_modules()
         for name, rows in getattr(part, "true_rows", {}).items()
     }
+
+
+def true_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters by canonical name, detached views without padded rows; a shared tensor once."""
+    rows = padded_rows(module)
+    return {name: p.detach()[: rows.get(name, len(p))] for name, p in module.named_parameters()}
+
+
+@torch.no_grad()
+def load_true_state(module: nn.Module, state: dict[str, Tensor], partial: bool = False) -> None:
+    """Copy tensors of true rows into module. UserError names what is missing, unknown or of another shape."""
+    own = true_state(module)
+    missing = [] if partial else sorted(own.keys() - state.keys())
+    unknown = sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise UserError(f"weights do not fit the model: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}")
+    for name, value in state.items():
+        if own[name].shape != value.shape:
+            raise UserError(f"weights: {name} has shape {tuple(value.shape)}, the model expects {tuple(own[name].shape)}")
+        own[name].copy_(value)

@@ -1,0 +1,1 @@
+"""Foreign names: the only place that knows what others call our parameters."""
