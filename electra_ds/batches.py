@@ -1,0 +1,280 @@
+"""How do rows become this rank's batches? Order, gather, layout, exactly-k choice, prefetch: all from one position.
+
+Letters: B rows, S sequence, K chosen places per row, V vocabulary, G rows of the global batch.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from electra_ds import order
+from electra_ds.config import SpecialIds
+from electra_ds.errors import UserError
+from electra_ds.shards import Manifest, ShardReader
+from electra_ds.values import Batch
+
+READ_TOKENS = 1 << 18  # gathered at once: several rows of each block then, about 8 MB as tensors
+COLUMN_BITS = np.uint64(24)  # of a sorting key; 32 random bits lie above them
+
+
+class Recipe(NamedTuple):
+    """What turns a row into a batch row beside its ids: the data's facts, the objective's masking and the key."""
+
+    packing: str  # best_fit, concat or google
+    special_ids: SpecialIds
+    mask_prob: float
+    mask_token_prob: float  # of a chosen place to become [MASK]
+    seed: int
+
+
+def max_chosen(mask_prob: float, sequence_length: int) -> int:
+    """K, the chosen places that a row has room for: 19 (S = 128, .15), 79 (512, .15), 130 (512, .25)."""
+    return max(1, min(sequence_length, int((mask_prob + 0.005) * sequence_length)))
+
+
+def layout(ids: np.ndarray, packing: str, special: SpecialIds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What [CLS], [SEP] and [PAD] say about packed rows (text cannot make their ids).
+
+    ids: [B, S]. Returns segment_ids, piece_ids (0 = padding, else 1, 2, ...), position_ids, each [B, S] int64.
+    best_fit: a piece from each [CLS] to the next, positions restart. concat: one piece. google: one piece,
+    segment 1 after the first [SEP].
+    """
+    real = ids != special.pad
+    columns = np.arange(ids.shape[1], dtype=np.int64)
+    pieces, positions, segments = real.astype(np.int64), columns * real, np.zeros(ids.shape, np.int64)
+    if packing == "best_fit":
+        starts = ids == special.cls
+        pieces *= np.cumsum(starts, axis=1)
+        positions -= np.maximum.accumulate(columns * starts, axis=1) * real
+    elif packing == "google":
+        separators = ids == special.sep
+        segments[(np.cumsum(separators, axis=1) - separators >= 1) & real] = 1
+    return segments, pieces, positions
+
+
+def choose(ids: np.ndarray, special: SpecialIds, mask_prob: float, random_words: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Exactly k distinct places per row, k = min(candidates, max(1, min(K, round(mask_prob * real tokens)))).
+
+    ids: [B, S]; random_words: [B, S] uint32. Candidates are the real tokens but [CLS], [SEP], [MASK]; the k with the
+    smallest words are chosen. Returns chosen [B, K] int64, ascending, 0 where unused, and used [B, K] bool.
+    """
+    n = ids.shape[1]
+    slots = max_chosen(mask_prob, n)
+    barred = np.isin(ids, (special.pad, special.cls, special.sep, special.mask))
+    wanted = np.rint(mask_prob * (ids != special.pad).sum(1))  # halves to even
+    k = np.minimum((~barred).sum(1), np.clip(wanted, 1, slots))
+    keys = (random_words.astype(np.uint64) << COLUMN_BITS) | np.arange(n, dtype=np.uint64)
+    keys |= barred.astype(np.uint64) << np.uint64(63)
+    smallest = np.sort(np.partition(keys, slots - 1, axis=1)[:, :slots], axis=1)
+    used = np.arange(slots) < k[:, None]
+    columns = (smallest & np.uint64((1 << int(COLUMN_BITS)) - 1)).astype(np.int64)
+    return np.sort(np.where(used, columns, n), axis=1) * used, used
+
+
+def make_batch(ids: np.ndarray, rows: np.ndarray, epochs: np.ndarray | int, recipe: Recipe) -> Batch:
+    """Packed rows -> Batch of CPU tensors; each row's part is a pure function of (ids, seed, epoch, row number).
+
+    ids: [B, S] unsigned; rows: [B] row numbers; epochs: [B] or one.
+    """
+
+    def words(n: int, purpose: int) -> np.ndarray:
+        return order.words(recipe.seed, epochs, rows, n, purpose)
+
+    segments, pieces, positions = layout(ids, recipe.packing, recipe.special_ids)
+    chosen, used = choose(ids, recipe.special_ids, recipe.mask_prob, words(ids.shape[1], order.CHOSEN))
+    keep = order.uniforms(words(used.shape[1], order.KEEP)) >= np.float32(recipe.mask_token_prob)
+    uniforms = order.uniforms(words(used.shape[1], order.UNIFORMS))
+    arrays = (ids.astype(np.int64), segments, pieces, positions, chosen, used.astype(np.float32), keep, uniforms)
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+def recipe_for(manifest: Manifest, mask_prob: float, mask_token_prob: float, seed: int) -> Recipe:
+    """The recipe of a data folder's rows."""
+    return Recipe(manifest.packing, manifest.tokenizer.special_ids, mask_prob, mask_token_prob, seed)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+class StepBatch(NamedTuple):
+    """What one rank computes in one attempt of an optimizer step."""
+
+    position: int  # of the global batch's first row
+    micro_positions: list[int]  # of each micro-batch's first row on this rank: seeds its dropout
+    micros: list[Batch]
+    chosen_count: int  # this rank's sums over the micro-batches, for the global normalisers
+    token_count: int
+    rows: np.ndarray  # [G / world_size] row numbers, for messages
+    wait_seconds: float  # that the caller waited for the data
+
+
+class Batches:
+    """This rank's batches from a position on, endless, made ahead by one thread.
+
+    The global batch at position p is the rows at p .. p + G - 1; rank r takes the r-th contiguous slice and
+    micro-batch i the i-th slice of that. An error in the thread is raised by the next `next()`.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        *,
+        seed: int,
+        mask_prob: float,
+        mask_token_prob: float = 0.85,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: int = 0,
+        window: int = 64,
+        pin_memory: bool = False,
+    ) -> None:
+        assert global_batch_size % (world_size * micro_batch_size) == 0 and 0 <= rank < world_size
+        self.reader, self.seed, self.window, self.pin_memory = reader, seed, window, pin_memory
+        self.recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, seed)
+        self.order = order.Order(reader.blocks["rows"], seed, window)
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank_rows = global_batch_size // world_size
+        self.first = rank * self.rank_rows
+        self.steps_at_once = max(1, min(64, READ_TOKENS // (self.rank_rows * reader.sequence_length)))
+        self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(2 * self.steps_at_once)
+        self._stop, self._failure = threading.Event(), None
+        self._thread = threading.Thread(target=self._produce, args=(position,), name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        if self._failure is not None:
+            raise self._failure
+        assert not self._stop.is_set(), "these batches are closed"
+        start = time.perf_counter()
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self._failure = item
+            raise item
+        return item._replace(wait_seconds=time.perf_counter() - start)
+
+    def state(self, position: int) -> dict[str, Any]:
+        """The data's part of a checkpoint, the same on every rank; `position` is the next global batch's."""
+        dataset_id = self.reader.manifest.dataset_id
+        return _state_head(dataset_id, self.seed, self.window) | {"position": position}
+
+    def close(self) -> None:
+        """End the thread; batches made ahead are dropped."""
+        self._stop.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._thread.join()
+
+    def _produce(self, position: int) -> None:
+        try:
+            while not self._stop.is_set():
+                for step in self._read(position):
+                    self._put(step)
+                position += self.steps_at_once * self.global_batch_size
+        except Exception as error:  # noqa: BLE001 - handed to the caller of next()
+            self._put(error)
+
+    def _put(self, item: StepBatch | Exception) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def _read(self, position: int) -> Iterator[StepBatch]:
+        """The next `steps_at_once` steps, gathered and masked as one."""
+        own, micro = self.rank_rows, self.micro_batch_size
+        firsts = position + np.arange(self.steps_at_once) * self.global_batch_size
+        rows, epochs = self.order.rows((firsts[:, None] + self.first + np.arange(own)).ravel())
+        batch = make_batch(self.reader.read(rows), rows, epochs, self.recipe)
+        if self.pin_memory:
+            batch = Batch(*(tensor.pin_memory() for tensor in batch))
+        chosen, tokens = batch.chosen_weights.numpy().sum(1), (batch.piece_ids.numpy() > 0).sum(1)
+        for i, first in enumerate(firsts.tolist()):
+            here = slice(i * own, (i + 1) * own)
+            yield StepBatch(
+                position=first,
+                micro_positions=[first + self.first + start for start in range(0, own, micro)],
+                micros=[Batch(*(t[a : a + micro] for t in batch)) for a in range(here.start, here.stop, micro)],
+                chosen_count=int(chosen[here].sum()),
+                token_count=int(tokens[here].sum()),
+                rows=rows[here],
+                wait_seconds=0.0,
+            )
+
+
+def _state_head(dataset_id: str, seed: int, window: int) -> dict[str, Any]:
+    return {"kind": "shards", "version": order.ORDER_VERSION, "dataset_id": dataset_id, "seed": seed, "window": window}
+
+
+def position_from_state(state: dict[str, Any], reader: ShardReader, seed: int, window: int = 64) -> int:
+    """The position to go on from. UserError lists every difference between the state and this run's data."""
+    expected = _state_head(reader.manifest.dataset_id, seed, window)
+    differ = [
+        f"{key}: checkpoint {state.get(key)!r}, now {value!r}"
+        for key, value in expected.items()
+        if state.get(key) != value
+    ]
+    if differ:
+        raise UserError(
+            "the checkpoint belongs to other data: " + "; ".join(differ) + "; give the data it was made with"
+        )
+    return int(state["position"])
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_batches(
+    reader: ShardReader,
+    *,
+    mask_prob: float,
+    mask_token_prob: float = 0.85,
+    batch_rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    max_rows: int | None = None,
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """The split's first `max_rows` rows (all: None), each once over the ranks, with the row numbers [batch_rows] int64.
+
+    Masked with the constant evaluation key, so that every run and checkpoint sees the same. Every rank gets the
+    same number of batches; rows that fill up are padding throughout (number -1, piece_ids 0, chosen_weights 0).
+    """
+    recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, order.EVALUATION_SEED)
+    total = reader.rows if max_rows is None else min(max_rows, reader.rows)
+    for start in range(rank * batch_rows, total + rank * batch_rows, world_size * batch_rows):
+        rows = np.arange(start, start + batch_rows)
+        rows[rows >= total] = -1
+        ids = np.full((batch_rows, reader.sequence_length), recipe.special_ids.pad, reader.dtype)
+        ids[rows >= 0] = reader.read(rows[rows >= 0])
+        yield make_batch(ids, rows, 0, recipe), rows
+
+
+def fixed_corruption(
+    batch: Batch, rows: np.ndarray, unigrams: np.ndarray, special_ids: SpecialIds
+) -> tuple[Tensor, Tensor]:
+    """Unigram tokens at the batch's chosen places: a replaced-token task that is the same for every model.
+
+    rows: [B] row numbers, the key beside a constant; unigrams: [V] token counts of the training rows (special ids
+    are never drawn). Returns input_ids [B, S] int64 and is_replaced [B, S] bool (a draw of the same token is not).
+    """
+    counts = unigrams.astype(np.int64)
+    counts[[special_ids.pad, special_ids.unk, special_ids.cls, special_ids.sep, special_ids.mask]] = 0
+    ends = np.cumsum(counts)
+    random_words = order.words(order.EVALUATION_SEED, 0, rows, batch.chosen.shape[1], order.CORRUPTION)
+    draws = np.searchsorted(ends, (random_words + 0.5) * 2.0**-32 * ends[-1], side="right")  # [B, K]
+    used = batch.chosen_weights.numpy() > 0
+    ids = batch.input_ids.numpy().copy()
+    ids[np.nonzero(used)[0], batch.chosen.numpy()[used]] = draws[used]
+    corrupted = torch.from_numpy(ids)
+    return corrupted, corrupted != batch.input_ids

@@ -1,0 +1,84 @@
+"""Small data folders for the tests: packed rows of random tokens, written as `prepare` would."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from electra_ds.config import SpecialIds
+from electra_ds.shards import (
+    Manifest,
+    ShardInfo,
+    ShardRecord,
+    SourcePlan,
+    SplitInfo,
+    TokenizerInfo,
+    index_file,
+    shard_file,
+    write_index,
+    write_manifest,
+    write_shard,
+)
+
+SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+
+
+def best_fit_rows(n: int, sequence_length: int, seed: int = 0, vocab_size: int = 600) -> np.ndarray:
+    """[n, S] uint16: each row holds pieces [CLS] tokens [SEP] of random lengths, then up to 3 places of padding."""
+    random = np.random.default_rng(seed)
+    rows = random.integers(5, vocab_size, (n, sequence_length)).astype(np.uint16)
+    for row in rows:
+        end = sequence_length - int(random.integers(0, 4))
+        row[end:] = SPECIAL.pad
+        cuts = [0, *sorted(random.choice(np.arange(3, end - 2, 3), 2, replace=False)), end]
+        for start, stop in itertools.pairwise(cuts):
+            row[start], row[stop - 1] = SPECIAL.cls, SPECIAL.sep
+    return rows
+
+
+def pieces_of(rows: np.ndarray) -> np.ndarray:
+    """The pieces of best_fit rows, [P, 6] int32: piece p of the shard is document p of unit 0."""
+    row, start = np.nonzero(rows == SPECIAL.cls)
+    end = np.nonzero(rows == SPECIAL.sep)[1] + 1
+    zero = np.zeros_like(row)
+    return np.stack([row, start, end - start, zero, np.arange(len(row)), zero], axis=1).astype(np.int32)
+
+
+def write_data(
+    data_dir: Path, shards: list[np.ndarray], block_rows: int = 16, vocab_size: int = 600, split: str = "train"
+) -> Path:
+    """Write a data folder with one split of the given best_fit shards; returns it."""
+    (data_dir / "shards").mkdir()
+    records: list[ShardRecord] = []
+    for shard, rows in enumerate(shards):
+        path = data_dir / shard_file(split, shard)
+        records.append(write_shard(path, split, shard, rows, pieces_of(rows), block_rows))
+    rows = np.concatenate(shards)
+    counts = np.bincount(rows.ravel(), minlength=vocab_size)
+    counts[:5] = 0
+    np.save(data_dir / "unigrams.npy", counts.astype(np.int64))
+    info = SplitInfo(
+        documents=int((rows == SPECIAL.cls).sum()),
+        pieces=int((rows == SPECIAL.cls).sum()),
+        tokens=int(counts.sum()),
+        pad=int((rows == SPECIAL.pad).sum()),
+        rows=len(rows),
+        index_sha256=write_index(data_dir / index_file(split), records),
+        shards=tuple(ShardInfo(file=r.file, rows=r.rows, bytes=r.bytes, sha256=r.sha256) for r in records),
+    )
+    tokenizer = TokenizerInfo(kind="wordpiece", sha256="0" * 64, vocab_size=vocab_size, special_ids=SPECIAL)
+    source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=((0, 0, 1000),))
+    write_manifest(
+        data_dir,
+        Manifest(
+            sequence_length=rows.shape[1],
+            dtype=rows.dtype.name,
+            block_rows=block_rows,
+            packing="best_fit",
+            seed=0,
+            tokenizer=tokenizer,
+            source=source,
+            splits={split: info},
+        ),
+    )
+    return data_dir
