@@ -12,6 +12,8 @@ from torch import Tensor
 
 CHUNK = 64  # the word table is padded to a multiple of it; sampling looks for the chunk first, then inside it
 
+ROWS_ON_CPU, ROWS_ON_GPU = 32, 1024  # places per block: a block of logits stays in the processor's cache
+
 
 class HeadResult(NamedTuple):
     """nll [] fp32: sum over the places of weight x negative log likelihood; sampled, best [M] int64 ids."""
@@ -76,7 +78,7 @@ def vocab_head(
     """
     shape = targets.shape
     x, targets, weights, uniforms = x.flatten(0, -2), targets.flatten(), weights.flatten(), uniforms.flatten()
-    nll, sampled, best = plain_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best)
+    nll, sampled, best = fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best)
     return HeadResult(nll, sampled.view(shape), best.view(shape) if with_best else None)
 
 
@@ -85,6 +87,60 @@ def plain_head(x, table, bias, targets, weights, uniforms, vocab_size, temperatu
     logits = mask_padding(F.linear(x, table.to(x.dtype), bias.to(x.dtype)), vocab_size)  # [M, P]
     nll = (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
     return HeadResult(nll, sample_tokens(logits, uniforms, temperature), logits.argmax(-1) if with_best else None)
+
+
+def fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best) -> HeadResult:
+    """vocab_head on flat arguments, block by block; the logits of a block become their own gradient in place."""
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
+    nll, sampled, best = _FusedHead.apply(
+        x, table, bias, targets, weights.float(), uniforms, vocab_size, temperature, with_best, wants_grad
+    )
+    return HeadResult(nll, sampled, best if with_best else None)
+
+
+class _FusedHead(torch.autograd.Function):
+    """The gradient is made in forward, so nothing of the table is kept for backward (ZeRO-3 takes it away)."""
+
+    @staticmethod
+    def forward(ctx, x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, wants_grad):
+        places, padded = len(x), len(table)
+        rows = ROWS_ON_CPU if x.device.type == "cpu" else ROWS_ON_GPU
+        weight, offset = table.detach().to(x.dtype), bias.detach().to(x.dtype)
+        grad = x.new_empty(places, padded) if wants_grad else None  # d nll / d logits
+        sampled, best = torch.empty_like(targets), torch.empty_like(targets) if with_best else None
+        nll = torch.empty(places, dtype=torch.float32, device=x.device)
+        for start in range(0, places, rows):
+            part = slice(start, start + rows)
+            logits = torch.addmm(offset, x[part], weight.T)
+            logits[:, vocab_size:] = -math.inf
+            target = targets[part, None]
+            probs = logits.float()  # [rows, P]
+            top, winner = probs.max(-1, keepdim=True) if with_best else (probs.amax(-1, keepdim=True), None)
+            if with_best:
+                best[part] = winner.squeeze(1)
+            at_target = probs.gather(1, target)
+            probs.sub_(top)
+            if temperature != 1:
+                sampled[part] = sample_weights((probs / temperature).exp_(), uniforms[part])
+            probs.exp_()
+            total = probs.sum(-1, keepdim=True)
+            nll[part] = (total.log() + top - at_target).squeeze(1)
+            if temperature == 1:
+                sampled[part] = sample_weights(probs, uniforms[part])
+            if wants_grad:
+                weight_here = weights[part, None]
+                probs.mul_(weight_here / total)
+                probs.scatter_add_(1, target, -weight_here)
+                grad[part] = probs
+        ctx.mark_non_differentiable(sampled, *([best] if with_best else []))
+        if wants_grad:
+            dtable = (grad.T @ x).to(table.dtype)
+            ctx.save_for_backward(grad @ weight, dtable, grad.sum(0, dtype=torch.float32).to(bias.dtype))
+        return (nll * weights).sum(), sampled, best
+
+    @staticmethod
+    def backward(ctx, scale, *_):
+        return *(grad * scale.to(grad.dtype) for grad in ctx.saved_tensors), *[None] * 7
 
 
 def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
