@@ -9,7 +9,6 @@ import hashlib
 import mmap
 import tarfile
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -272,7 +271,8 @@ class ShardReader:
             raise UserError(
                 f"{data_dir}: split {split} has {self.block_starts[-1]} indexed rows, manifest: {self.rows}"
             )
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._maps: dict[int, np.ndarray] = {}  # shard -> [bytes] uint8
+        self._views: dict[int, np.ndarray] = {}  # block -> [n, S]
         self._checked = np.zeros(len(self.blocks), bool)
         if check_files:
             for shard in range(len(self.info.shards)):
@@ -285,22 +285,29 @@ class ShardReader:
             raise IndexError(f"rows {rows.min()}..{rows.max()} asked of {self.rows}")
         blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
         order = np.argsort(blocks, kind="stable")
-        out = np.empty((len(rows), self.sequence_length), self.dtype)
-        for group in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1) if len(rows) else ():
-            block = int(blocks[group[0]])
-            out[group] = self.block(block)[rows[group] - self.block_starts[block]]
+        blocks = blocks[order]
+        inside = rows[order] - self.block_starts[blocks]
+        found = np.empty((len(rows), self.sequence_length), self.dtype)
+        cuts = np.flatnonzero(np.diff(blocks, prepend=-1))  # where another block begins
+        for first, last, block in zip(cuts, [*cuts[1:], len(rows)], blocks[cuts].tolist(), strict=False):
+            np.take(self.block(block), inside[first:last], axis=0, out=found[first:last], mode="clip")
+        out = np.empty_like(found)
+        out[order] = found
         return out
 
     def block(self, block: int) -> np.ndarray:
         """A view of one block's rows [n, S]; its headers and crc32 are checked when it is first touched."""
-        _, rows, offset, size, crc32, _ = self.blocks[block].item()
-        data = self._map(block)
-        if not self._checked[block]:
-            self._check_header(block, "ids", data[offset - TAR_BLOCK : offset + NPY_HEADER].tobytes(), rows)
-            if zlib.crc32(data[offset : offset + size]) != crc32:
-                raise self.damage(block, "its rows differ from their crc32")
-            self._checked[block] = True
-        return data[offset + NPY_HEADER : offset + size].view(self.dtype).reshape(rows, self.sequence_length)
+        if block not in self._views:
+            _, rows, offset, size, crc32, _ = self.blocks[block].item()
+            data = self._map(block)
+            if not self._checked[block]:
+                self._check_header(block, "ids", data[offset - TAR_BLOCK : offset + NPY_HEADER].tobytes(), rows)
+                if zlib.crc32(data[offset : offset + size]) != crc32:
+                    raise self.damage(block, "its rows differ from their crc32")
+                self._checked[block] = True
+            array = data[offset + NPY_HEADER : offset + size].view(self.dtype)
+            self._views[block] = array.reshape(rows, self.sequence_length)
+        return self._views[block]
 
     def pieces(self, block: int) -> np.ndarray:
         """Where one block's pieces come from: [P, 6] int32, PIECE_FIELDS, `row` from the block's start."""
@@ -356,13 +363,12 @@ class ShardReader:
             raise self.damage(block, f"the npy header of {name} is not that of {dtype.name}[{rows}, {width}]")
 
     def _map(self, block: int) -> np.ndarray:
-        """The bytes of the shard that holds `block`, [bytes] uint8."""
+        """The bytes of the shard that holds `block`, [bytes] uint8; all maps are let go when there are too many."""
         shard = int(self.blocks["shard"][block])
         if shard not in self._maps:
             if len(self._maps) >= OPEN_SHARDS:
-                self._maps.popitem(last=False)
+                self._maps.clear()
+                self._views.clear()
             with open(self.data_dir / shard_file(self.split, shard), "rb") as file:
-                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[shard] = np.frombuffer(view, np.uint8)
-        self._maps.move_to_end(shard)
+                self._maps[shard] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         return self._maps[shard]
