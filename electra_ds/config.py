@@ -86,7 +86,9 @@ class ObjectiveConfig(Section):
 
     kind: Literal["electra"] = science("electra", "the training objective")
     mask_prob: float = science(0.15, "share of the real tokens that is chosen per row", gt=0, lt=1)
-    mask_token_prob: float = science(0.85, "share of the chosen places that becomes [MASK]; the rest keeps its token", ge=0, le=1)
+    mask_token_prob: float = science(
+        0.85, "share of the chosen places that becomes [MASK]; the rest keeps its token", ge=0, le=1
+    )
     gen_weight: float = science(1.0, "weight of mlm_loss in the total", ge=0)
     disc_weight: float = science(50.0, "weight of disc_loss in the total", ge=0)
     temperature: float = science(1.0, "of the softmax the generator's tokens are drawn from", gt=0)
@@ -111,6 +113,7 @@ class TrainConfig(Section):
     eval_rows: int = machine(2048, "held-out rows per evaluation during training", ge=1)
     max_skipped_steps: int = machine(20, "skipped steps in a row (fp16 overflow) before the run stops", ge=1)
     activation_checkpointing: bool = machine(False, "recompute each layer in backward: less memory, same numbers")
+    timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
 
     @model_validator(mode="after")
@@ -160,14 +163,16 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    engine: str | dict[str, Any] = machine("zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or the object")
+    engine: str | dict[str, Any] = machine(
+        "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or the object"
+    )
     provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         if self.data.sequence_length > self.model.max_positions:
             raise ValueError(
-                f"data.sequence_length {self.data.sequence_length} exceeds model.max_positions {self.model.max_positions}"
+                f"data.sequence_length {self.data.sequence_length} exceeds max_positions {self.model.max_positions}"
             )
         sizes = EncoderConfig.model_fields
         if self.model.sharing == "all" and any(getattr(self.model, f) != getattr(self.generator, f) for f in sizes):
@@ -204,15 +209,17 @@ class RunConfig(Section):
         """The config with what the data decides filled in. UserError when a value is there and differs."""
         if sequence_length != self.data.sequence_length:
             raise UserError(
-                f"data.sequence_length = {self.data.sequence_length}, but the data was prepared with {sequence_length}: "
-                f"prepare it with --sequence-length {self.data.sequence_length}, or --set data.sequence_length={sequence_length}"
+                f"data.sequence_length = {self.data.sequence_length}, but the data has rows of {sequence_length}: prepare "
+                f"it with --sequence-length {self.data.sequence_length}, or --set data.sequence_length={sequence_length}"
             )
         for key, mine, theirs in (
             ("model.vocab_size", self.model.vocab_size, vocab_size),
             ("data.special_ids", self.data.special_ids, special_ids),
         ):
             if mine is not None and mine != theirs:
-                raise UserError(f"{key} = {mine}, but the data has {theirs}: leave it out, or use the data of that tokenizer")
+                raise UserError(
+                    f"{key} = {mine}, but the data has {theirs}: leave it out, or use the data of that tokenizer"
+                )
         return self.model_copy(
             update={
                 "model": self.model.model_copy(update={"vocab_size": vocab_size}),
@@ -239,7 +246,9 @@ def find_config(name: str, kind: str) -> Path:
     names = sorted(path.stem for path in folder.glob("*.json"))
     if name in names:
         return folder / f"{name}.json"
-    raise UserError(f"no {kind} config named {name!r}{nearest(name, names)}; there are {', '.join(names)}, or give a path ending in .json")
+    raise UserError(
+        f"no {kind} config named {name!r}{nearest(name, names)}; there are {', '.join(names)}; or give a path (x.json)"
+    )
 
 
 def nearest(word: str, words: list[str]) -> str:
@@ -309,7 +318,9 @@ def _readable(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         kind = root.model_fields[part].annotation
-        root = next(k for k in (kind, *getattr(kind, "__args__", ())) if isinstance(k, type) and issubclass(k, BaseModel))
+        root = next(
+            k for k in (kind, *getattr(kind, "__args__", ())) if isinstance(k, type) and issubclass(k, BaseModel)
+        )
     return sorted(root.model_fields)
 
 
@@ -322,12 +333,12 @@ def _fraction_hint(root: type[BaseModel], location: list[str], found: Any) -> st
 # ------------------------------------------------------------------------------------------------------ engine files
 
 # What a DeepSpeed file may hold. DeepSpeed ignores an unknown top-level key silently, so a misspelled one stops here.
-ENGINE_KEYS = frozenset(
-    "zero_optimization bf16 fp16 torch_autocast communication_data_type prescale_gradients gradient_predivide_factor "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown memory_breakdown dump_state "
-    "comms_logger flops_profiler tensorboard csv_monitor wandb comet aio data_types disable_allgather seq_parallel_communication_data_type "
-    "graph_harvesting compile timers checkpoint sequence_parallel_size steps_per_print".split()
-)
+ENGINE_KEYS = {
+    "zero_optimization", "bf16", "fp16", "torch_autocast", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "tensorboard",
+    "csv_monitor", "wandb", "comet", "aio", "data_types", "disable_allgather", "timers", "steps_per_print",
+}  # fmt: skip
 # Numbers the run owns: the same key in both files would have two owners.
 ENGINE_OWNERS = {
     "train_batch_size": "train.global_batch_size",

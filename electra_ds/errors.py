@@ -1,8 +1,12 @@
-"""The one error a user is meant to read."""
+"""The errors a user is meant to read; both are printed without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: printed without a traceback, exit code 2.
+    """A mistake the user can mend: exit code 2.
 
     The message says where (file, key or rank), what was found, what was expected and what to try.
     """
+
+
+class RunFailure(RuntimeError):
+    """A run that cannot go on (a loss that is not finite, a full disk): exit code 1, the last checkpoint is good."""

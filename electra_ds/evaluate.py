@@ -1,0 +1,110 @@
+"""How good is a checkpoint on held-out rows? The same rows, places and random numbers for every checkpoint of a data folder."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from electra_ds import checkpoint
+from electra_ds.batches import evaluation_batches, fixed_corruption
+from electra_ds.config import RunConfig, SpecialIds, parse_run
+from electra_ds.errors import UserError
+from electra_ds.objective import BINS, ElectraObjective, auc, histogram, rates
+from electra_ds.shards import ShardReader, read_unigrams
+from electra_ds.values import Batch, Counts
+
+
+def evaluate(
+    module: nn.Module,
+    batches: Iterable[tuple[Batch, np.ndarray]],
+    unigrams: np.ndarray,
+    special_ids: SpecialIds,
+    device: torch.device,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+) -> dict[str, float]:
+    """Held-out losses and rates, against the run's own generator and against a fixed corruption.
+
+    module: an `ElectraObjective` in eval mode, under no_grad. unigrams: [V] training counts, behind the fixed
+    corruption and behind `unigram_loss`, the cross-entropy a model without context would have.
+    Losses are in nats per chosen place (mlm) and per real token (disc).
+    """
+    smoothed = np.log((unigrams + 1.0) / (unigrams.sum() + len(unigrams)))
+    log_unigram = torch.from_numpy(smoothed).to(device)
+    sums = torch.zeros(3 + 8 + 2 * BINS, dtype=torch.float64, device=device)  # mlm, disc, unigram, counts
+    fixed = torch.zeros(2, BINS, dtype=torch.float64, device=device)
+    for rows_of, rows in batches:
+        batch = Batch(*(tensor.to(device) for tensor in rows_of))
+        losses = module(batch, 1.0, 1.0, with_counts=True)
+        targets = batch.input_ids.gather(1, batch.chosen)
+        unigram = -(log_unigram[targets] * batch.chosen_weights).sum()
+        scalars = torch.stack([losses.mlm_loss.double(), losses.disc_loss.double(), unigram, *losses.counts[:8]])
+        sums += torch.cat([scalars, losses.counts.histogram.flatten()])
+        corrupted, is_replaced = fixed_corruption(rows_of, rows, unigrams, special_ids)
+        logits = module(batch._replace(input_ids=corrupted.to(device)), task="discriminate")
+        fixed += histogram(logits, is_replaced.to(device), (batch.piece_ids > 0).double())
+    return _figures(sum_over_ranks(sums.cpu()), sum_over_ranks(fixed.cpu()))
+
+
+def _figures(sums: Tensor, fixed: Tensor) -> dict[str, float]:
+    mlm, disc, unigram, chosen, tokens = sums[:5].tolist()
+    if not tokens:
+        raise UserError("the held-out split has no rows: prepare the data with a larger --valid-fraction")
+    found = rates(Counts(*sums[3:11], sums[11:].view(2, BINS)))
+    half = BINS // 2  # logits above 0 say replaced
+    hits, alarms, misses = fixed[1, half:].sum().item(), fixed[0, half:].sum().item(), fixed[1, :half].sum().item()
+    return {
+        "mlm_loss": mlm / chosen,
+        "unigram_loss": unigram / chosen,
+        "disc_loss": disc / tokens,
+        "base_rate_loss": _entropy(found["replaced_fraction"]),
+        **found,
+        "fixed_auc": auc(fixed),
+        "fixed_precision": hits / (hits + alarms) if hits + alarms else math.nan,
+        "fixed_recall": hits / (hits + misses) if hits + misses else math.nan,
+        "tokens": tokens,
+        "chosen": chosen,
+    }
+
+
+def _entropy(share: float) -> float:
+    return -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from a run folder (its latest), a ckpt folder, or the folder itself."""
+    for folder in (path, path / "ckpt"):
+        if (folder / "meta.json").exists():
+            return folder
+        if (found := checkpoint.latest(folder)) is not None:
+            return found
+    raise UserError(f"{path}: no checkpoint here; expected a run folder (OUT), OUT/ckpt or OUT/ckpt/STEP")
+
+
+def load_module(path: Path, device: torch.device | str = "cpu") -> tuple[ElectraObjective, RunConfig]:
+    """The objective of a checkpoint in fp32 and eval mode, with the config that made it."""
+    meta = checkpoint.read_meta(path)
+    config = parse_run(meta.config, f"{path}/meta.json")
+    module = ElectraObjective(config.model, config.generator, config.objective, config.data.special_ids, seed=0)
+    own = module.state_dict()
+    for name, value in checkpoint.weights(path).items():
+        if name not in own:
+            raise UserError(f"{path}: parameter {name} is not part of the model its config describes")
+        own[name][: len(value)] = value
+    return module.to(device).eval(), config
+
+
+def evaluate_checkpoint(path: Path, data: Path, max_rows: int | None, batch_rows: int = 64) -> dict[str, float]:
+    """The verb: figures of one checkpoint on the held-out split of `data`, in fp32, on CUDA where it is at hand."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module, config = load_module(find_checkpoint(path), device)
+    reader = ShardReader(data, "valid")
+    manifest = reader.manifest
+    config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
+    batches = evaluation_batches(
+        reader, mask_prob=config.objective.mask_prob, batch_rows=batch_rows, rank=0, world_size=1, max_rows=max_rows
+    )
+    with torch.no_grad():
+        return evaluate(module, batches, read_unigrams(data, config.model.vocab_size), config.data.special_ids, device)

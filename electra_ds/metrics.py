@@ -1,0 +1,128 @@
+"""What does a run say while it runs? A console line, metrics.jsonl and TensorBoard, continuous across resumes.
+
+metrics.jsonl: the first line names the schema; every other one is {"step", "split": "train" | "valid", numbers}.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from electra_ds.errors import UserError
+from electra_ds.files import write_bytes
+
+SCHEMA = {"schema": "electra_ds metrics", "version": 1}
+# Keys that depend on the machine's speed: left out where runs are compared bit for bit.
+TIMED = frozenset({"tokens_per_second", "data_wait_share", "seconds", "checkpoint_pause_seconds"})
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl without its schema line; a last line cut by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not records or records[0] != SCHEMA:
+        raise UserError(
+            f"{path}: expected the schema line {SCHEMA}, found {lines[0].strip() if lines else 'an empty file'}"
+        )
+    return records[1:]
+
+
+class Metrics:
+    """The three outputs of a run; rank 0 owns one. Use as a context manager."""
+
+    def __init__(self, out: Path, step: int, total_steps: int, total_epochs: float | None, tensorboard: bool):
+        """step: where the run continues; later records of an earlier attempt are cut away."""
+        self._cut_back(out / "metrics.jsonl", step)
+        self._file = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+        self._console = Console(soft_wrap=True)
+        self._epochs = f"/{total_epochs:.4g}" if total_epochs else ""
+        columns = (
+            "{task.description}",
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("pretrain", total=total_steps, completed=step)
+
+    def __enter__(self) -> "Metrics":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+        self._sync()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def train(self, step: int, values: dict[str, float], seconds_left: float) -> None:
+        """Log one interval of training."""
+        self._record(step, "train", values)
+        self.say(
+            f"step {step}  mlm {values['mlm_loss']:.3f}  disc {values['disc_loss']:.4f}  lr {values['lr']:.2e}  "
+            f"norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  "
+            f"epoch {values['epoch']:.2f}{self._epochs}  ETA {_duration(seconds_left)}"
+        )
+
+    def valid(self, step: int, values: dict[str, float]) -> None:
+        """Log one held-out evaluation."""
+        self._record(step, "valid", values)
+        self.say(f"step {step}  held out: {summary(values)}")
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self._bar.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """One line for people, above the progress bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def flush(self) -> None:
+        """Make what was logged durable, before a checkpoint points past it."""
+        self._sync()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _record(self, step: int, split: str, values: dict[str, float]) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(f"{split}/{key}", value, step)
+
+    def _cut_back(self, path: Path, step: int) -> None:
+        records = (
+            [record for record in read_metrics(path) if record["step"] <= step]
+            if path.exists() and path.stat().st_size
+            else []
+        )
+        write_bytes(path, "".join(json.dumps(record) + "\n" for record in (SCHEMA, *records)).encode())
+
+
+def summary(values: dict[str, float]) -> str:
+    """The held-out figures in one line."""
+    return (
+        f"mlm {values['mlm_loss']:.3f} (unigram {values['unigram_loss']:.3f})  mlm accuracy {values['mlm_accuracy']:.3f}  "
+        f"replaced {values['replaced_fraction']:.3f}  disc {values['disc_loss']:.4f} (base rate {values['base_rate_loss']:.4f})  "
+        f"AUC {values['disc_auc']:.3f}  fixed-corruption AUC {values['fixed_auc']:.3f}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,58 @@
+"""How do weights move? Parameter groups, the schedule, and Adam with or without bias correction."""
+
+import torch
+from torch import nn
+
+from electra_ds.config import OptimizerConfig
+
+# 1 - beta**step is exactly 1.0 in fp32 from here on, so torch's fused kernel applies no bias correction (tests hold it).
+NO_BIAS_CORRECTION_STEP = 2**20
+
+
+def learning_rate(config: OptimizerConfig, applied_steps: int, total_steps: int) -> float:
+    """lr = peak * (1 - t/T) * min(1, t/W): warmup multiplies the linear decay, as in the authors' code.
+
+    applied_steps: steps applied before this one, so that the very first step has rate 0.
+    """
+    warmup = min(1.0, applied_steps / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.peak_lr * max(0.0, 1 - applied_steps / total_steps) * warmup
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: decayed (matrices, embeddings included) and not (biases and LayerNorm, which are vectors)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
+    plain = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return [group for group in (decayed, plain) if group["params"]]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW whose state can start past bias correction (ELECTRA, appendix A: Adam without it).
+
+    State is made here, not lazily in torch, since ZeRO swaps the parameters after construction.
+    """
+
+    def __init__(self, groups: list[dict], config: OptimizerConfig):
+        # lr 0: some DeepSpeed stages run a dummy step inside initialize, which must move nothing.
+        super().__init__(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        self.bias_correction = config.bias_correction
+
+    def _init_group(self, group: dict, *args, **kwargs):
+        for parameter in group["params"]:
+            if parameter.grad is not None and not self.state[parameter]:
+                make_state(self, parameter, 0, self.bias_correction)
+        return super()._init_group(group, *args, **kwargs)
+
+
+def make_state(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, applied_steps: int, bias_correction: bool
+) -> None:
+    """Set fresh moments and the step count of one parameter (a flat shard under ZeRO) that has seen `applied_steps`."""
+    step = applied_steps + (0 if bias_correction else NO_BIAS_CORRECTION_STEP)
+    if isinstance(optimizer, torch.optim.AdamW):
+        step = torch.tensor(float(step), device=parameter.device)
+    optimizer.state[parameter] = {
+        "step": step,
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }

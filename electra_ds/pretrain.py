@@ -1,0 +1,386 @@
+"""The verb pretrain: resume, next batch, forward and backward, vote, step, log, evaluate, save; leave together."""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from electra_ds import checkpoint, run_folder
+from electra_ds.batches import Batches, StepBatch, evaluation_batches, position_from_state
+from electra_ds.checkpoint import Progress
+from electra_ds.config import RunConfig, differences, load_engine, parse_run
+from electra_ds.engine import Agreement, Engine, StepResult, precision_name, start
+from electra_ds.errors import RunFailure, UserError
+from electra_ds.evaluate import evaluate, find_checkpoint
+from electra_ds.metrics import Metrics
+from electra_ds.model import padded_rows
+from electra_ds.objective import BINS, ElectraObjective, rates
+from electra_ds.optim import learning_rate
+from electra_ds.ranks import Ranks
+from electra_ds.shards import ShardReader, read_unigrams
+from electra_ds.values import Counts, Losses
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an attempt ends before the schedule does, and where its weights come from."""
+
+    stop_at_step: int | None = None
+    max_minutes: float | None = None
+    extend: bool = False
+    init_from: Path | None = None
+
+
+def pretrain_safely(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Limits) -> int:
+    """`pretrain`, leaving the cause of a failure in OUT/error-rank-N.json."""
+    try:
+        return pretrain(config, data, out, ranks, limits)
+    except BaseException as error:
+        run_folder.record_error(out, ranks.rank, error)
+        raise
+
+
+def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Limits) -> int:
+    """Train until the schedule ends (exit code 0) or a stop is agreed on (85, saved). Resumes what OUT holds.
+
+    Raises UserError for mistakes of the user, on every rank.
+    """
+    began = time.monotonic()
+    reader = ShardReader(data, "train")
+    manifest = reader.manifest
+    config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
+    config = config.model_copy(update={"engine": load_engine(config.engine)})
+    total_steps = config.total_steps(reader.rows)
+    device = start(ranks, config.train.timeout_minutes)
+    engine = Engine(_objective(config), config, config.engine, ranks, device)
+    run_folder.open_folder(out, ranks.rank, engine.exchange)
+    if run_folder.is_done(out) and not limits.extend:
+        _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
+        engine.close()
+        return run_folder.DONE
+    padded = padded_rows(engine.module)
+    progress = _resume(engine, config, reader, out, padded, limits)
+    run = Run(config, engine, reader, data, out, total_steps, padded, limits, began)
+    if ranks.rank == 0:
+        (out / "done").unlink(missing_ok=True)
+        run_folder.write_config(out, config, manifest.dataset_id)
+    done = run.train(progress)
+    engine.close()
+    return run_folder.DONE if done else run_folder.stop_exit_code()
+
+
+def _objective(config: RunConfig) -> ElectraObjective:
+    # Built whole on every rank from the same seed: zero.Init would silently skip our initialisation.
+    objective = ElectraObjective(
+        config.model, config.generator, config.objective, config.data.special_ids, seed=config.train.seed
+    )
+    objective.recompute_layers(config.train.activation_checkpointing)
+    if config.train.compile:
+        objective.compile_layers()
+    return objective
+
+
+def _resume(
+    engine: Engine, config: RunConfig, reader: ShardReader, out: Path, padded: dict[str, int], limits: Limits
+) -> Progress:
+    """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
+    found = checkpoint.latest(out / "ckpt") if (out / "ckpt").exists() else None
+    if found is None:
+        if limits.init_from is not None:
+            source = find_checkpoint(limits.init_from)
+            checkpoint.load(engine, source, padded, weights_only=True)
+            _say(engine.ranks, f"weights of {source}; new schedule, position 0")
+        return Progress()
+    meta = checkpoint.read_meta(found)
+    science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), config)
+    if limits.extend:
+        science = [line for line in science if not line.startswith(("train.total_steps:", "train.epochs:"))]
+    if science:
+        raise UserError(
+            f"{found} was trained with another config: "
+            + "; ".join(science)
+            + ". Take the old values back, choose another "
+            "--out, or start from its weights with --init-from"
+        )
+    position_from_state(meta.progress.data, reader, config.train.seed)
+    checkpoint.load(engine, found, padded)
+    if limits.extend and found.name == checkpoint.FINAL:
+        checkpoint.rename_final(engine, found, meta.progress.step)
+    changed = f"; now {', '.join(machine)}" if machine else ""
+    _say(engine.ranks, f"resuming {found} at step {meta.progress.step}{changed}")
+    return meta.progress
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        print(text, flush=True)
+
+
+class Run:
+    """One attempt at a run on this rank."""
+
+    def __init__(
+        self, config: RunConfig, engine: Engine, reader: ShardReader, data: Path, out: Path, total_steps: int,
+        padded: dict[str, int], limits: Limits, began: float,
+    ):  # fmt: skip
+        self.config, self.engine, self.reader, self.out, self.total_steps = config, engine, reader, out, total_steps
+        self.padded, self.limits, self.began = padded, limits, began
+        self.held_out = ShardReader(data, "valid") if "valid" in reader.manifest.splits else None
+        self.unigrams = read_unigrams(data, config.model.vocab_size)
+        self.is_first = engine.ranks.rank == 0
+        self.metrics: Metrics | None = None
+        self.asked_to_stop = ""
+        self.saved_step = -1
+        self._looked: dict[str, float] = {}
+        self._interval_began, self._waited, self._interval_tokens, self._pause = time.perf_counter(), 0.0, 0, 0.0
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def train(self, progress: Progress) -> bool:
+        """Run from `progress` to the end of the schedule (True) or to an agreed stop (False); saved either way."""
+        engine, train = self.engine, self.config.train
+        batches = self._batches(progress)
+        self.interval = self._open_interval(progress)
+        self.saved_step = progress.step if progress.step else -1
+        self._listen()
+        with self._open_metrics(progress.step):
+            self._greet(progress)
+            batch = next(batches)
+            engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
+            while True:
+                agreed = engine.agreed()
+                if agreed.save:
+                    self._save(progress, batches)
+                if agreed.stop or progress.step >= self.total_steps:
+                    break
+                logs = (progress.step + 1) % self.config.logging.every == 0
+                losses = engine.forward_backward(batch.micros, batch.micro_positions, agreed, with_counts=logs)
+                following = next(batches)
+                engine.propose(following.chosen_count, following.token_count, **self._votes(progress.step + 1))
+                lr = learning_rate(self.config.optimizer, progress.step, self.total_steps)
+                result = engine.step(lr)
+                self._gather_interval(losses, batch)
+                progress = self._advance(progress, batches, batch, agreed, result, losses)
+                batch = following
+                if not result.applied:
+                    continue
+                if logs:
+                    self._log(progress, losses, lr, result)
+                if train.eval_every and progress.step % train.eval_every == 0:
+                    self._evaluate(progress.step)
+                if progress.step % self.config.checkpoint.every == 0 and progress.step < self.total_steps:
+                    self._save(progress, batches)
+            return self._leave(progress, batches)
+
+    def _batches(self, progress: Progress) -> Batches:
+        train = self.config.train
+        return Batches(
+            self.reader, seed=train.seed, mask_prob=self.config.objective.mask_prob, mask_token_prob=self.config.objective.mask_token_prob,
+            global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size, rank=self.engine.ranks.rank,
+            world_size=self.engine.ranks.world_size, position=progress.data.get("position", 0), pin_memory=self.engine.device.type == "cuda",
+        )  # fmt: skip
+
+    def _advance(
+        self,
+        progress: Progress,
+        batches: Batches,
+        batch: StepBatch,
+        agreed: Agreement,
+        result: StepResult,
+        losses: list[Losses],
+    ) -> Progress:
+        """Where the run stands after an attempt: rows are consumed, the step counts only if it was applied."""
+        data = batches.state(batch.position + self.config.train.global_batch_size)
+        progress = replace(progress, data=data, tokens=progress.tokens + agreed.token_count)
+        if result.applied:
+            if self.metrics:
+                self.metrics.advance(progress.step + 1)
+            return replace(progress, step=progress.step + 1, skipped_in_a_row=0)
+        self._refuse_nonfinite_loss(progress, batch, losses)
+        progress = replace(progress, skipped=progress.skipped + 1, skipped_in_a_row=progress.skipped_in_a_row + 1)
+        if progress.skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise RunFailure(
+                f"{progress.skipped_in_a_row} steps in a row after step {progress.step} had gradients that are not finite "
+                f"(train.max_skipped_steps = {self.config.train.max_skipped_steps}): lower optimizer.peak_lr, or use bf16 or fp32; "
+                f"the last good checkpoint is {self._last_checkpoint()}"
+            )
+        return progress
+
+    def _refuse_nonfinite_loss(self, progress: Progress, batch: StepBatch, losses: list[Losses]) -> None:
+        """A skipped step is rare, so a look at the losses may cost a sync. All ranks come here, and stop, together."""
+        micro = self.config.train.micro_batch_size
+        mine = [
+            f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, disc_loss {float(loss.disc_loss)} in rows "
+            f"{np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}"
+            for index, loss in enumerate(losses)
+            if not math.isfinite(float(loss.total))
+        ]
+        everyone = [line for lines in self.engine.exchange(mine) for line in lines]
+        if everyone:
+            raise RunFailure(
+                f"step {progress.step + 1} has a loss that is not finite on {'; '.join(everyone)}. The weights were not touched; "
+                f"the last good checkpoint is {self._last_checkpoint()}"
+            )
+
+    def _last_checkpoint(self) -> str:
+        found = checkpoint.latest(self.out / "ckpt") if (self.out / "ckpt").exists() else None
+        return str(found or "none yet")
+
+    # --------------------------------------------------------------------------------------------------- log and save
+
+    def _open_interval(self, progress: Progress) -> Tensor:
+        """[3] fp64 on the device: this rank's sums of mlm_loss and disc_loss, and the steps, since the last log line."""
+        saved, ranks = progress.interval, self.engine.ranks
+        if len(saved) != ranks.world_size:  # another world size: rank 0 carries the sum of all
+            saved = [[sum(part) for part in zip(*saved, strict=True)]] if saved and ranks.rank == 0 else []
+            own = saved[0] if saved else [0.0, 0.0, 0.0]
+        else:
+            own = saved[ranks.rank]
+        return torch.tensor(own, dtype=torch.float64, device=self.engine.device)
+
+    def _gather_interval(self, losses: list[Losses], batch: StepBatch) -> None:
+        for loss in losses:
+            self.interval[:2] += torch.stack([loss.mlm_loss, loss.disc_loss])
+        self.interval[2] += 1 if self.is_first else 0
+        self._waited += batch.wait_seconds
+        self._interval_tokens += batch.token_count
+
+    def _log(self, progress: Progress, losses: list[Losses], lr: float, result: StepResult) -> None:
+        """Losses averaged over the interval, rates of its last step. The only host sync of ours between steps."""
+        counts = sum(torch.cat([torch.stack(loss.counts[:8]), loss.counts.histogram.flatten()]) for loss in losses)
+        timed = torch.tensor([self._waited, float(self._interval_tokens)], dtype=torch.float64)
+        sums = self.engine.sum(torch.cat([self.interval.cpu(), timed, counts.cpu()]))
+        mlm, disc, steps, waited, tokens = sums[:5].tolist()
+        now = time.perf_counter()
+        seconds, self._interval_began = now - self._interval_began, now
+        weights, world_size = self.config.objective, self.engine.ranks.world_size
+        if self.metrics:
+            values = {
+                "loss": (weights.gen_weight * mlm + weights.disc_weight * disc) / steps,
+                "mlm_loss": mlm / steps,
+                "disc_loss": disc / steps,
+                **rates(Counts(*sums[5:13], sums[13:].view(2, BINS))),
+                "lr": lr,
+                "grad_norm": result.grad_norm,
+                "loss_scale": result.loss_scale,
+                "skipped_steps": float(progress.skipped),
+                "tokens": float(progress.tokens),
+                "epoch": progress.data["position"] / self.reader.rows,
+                "tokens_per_second": tokens / seconds,
+                "data_wait_share": waited / world_size / seconds,
+                "checkpoint_pause_seconds": self._pause,
+                "seconds": time.monotonic() - self.began,
+            }
+            self.metrics.train(progress.step, values, seconds / steps * (self.total_steps - progress.step))
+        self.interval.zero_()
+        self._waited, self._interval_tokens, self._pause = 0.0, 0, 0.0
+
+    def _evaluate(self, step: int) -> None:
+        if self.held_out is None:
+            return
+        train, objective, ranks = self.config.train, self.config.objective, self.engine.ranks
+        batches = evaluation_batches(
+            self.held_out, mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
+            batch_rows=train.micro_batch_size, rank=ranks.rank, world_size=ranks.world_size, max_rows=train.eval_rows,
+        )  # fmt: skip
+        with self.engine.evaluating() as module:
+            values = evaluate(
+                module, batches, self.unigrams, self.config.data.special_ids, self.engine.device, self.engine.sum
+            )
+        if self.metrics:
+            self.metrics.valid(step, values)
+
+    def _save(self, progress: Progress, batches: Batches, final: bool = False) -> None:
+        if progress.step == self.saved_step and not final:
+            return
+        began = time.perf_counter()
+        if self.metrics:
+            self.metrics.flush()
+        interval = [part.tolist() for part in self.engine.gather(self.interval.cpu())]
+        progress = replace(progress, data=progress.data or batches.state(0), interval=interval)
+        name = checkpoint.FINAL if final else str(progress.step)
+        folder = self.out / "ckpt"
+        checkpoint.save(self.engine, folder, name, progress, self.config.model_dump(mode="json"), self.padded)
+        if self.is_first:
+            checkpoint.prune(folder, self.config.checkpoint)
+        self.saved_step = progress.step
+        self._pause += time.perf_counter() - began
+
+    def _leave(self, progress: Progress, batches: Batches) -> bool:
+        done = progress.step >= self.total_steps
+        if done:
+            evaluated = self.config.train.eval_every and progress.step % self.config.train.eval_every == 0
+            if not evaluated:
+                self._evaluate(progress.step)
+        self._save(progress, batches, final=done)
+        batches.close()
+        if self.is_first:
+            facts = {
+                "step": progress.step,
+                "total_steps": self.total_steps,
+                "reason": "" if done else self.asked_to_stop or "agreed",
+            }
+            run_folder.finish(self.out, done, facts)
+            self.metrics.say(
+                f"{'finished' if done else 'stopped and saved'} at step {progress.step}: {self._last_checkpoint()}"
+            )
+        return done
+
+    # ---------------------------------------------------------------------------------------------------------- votes
+
+    def _listen(self) -> None:
+        def ask(number: int, _frame: object) -> None:
+            self.asked_to_stop = signal.Signals(number).name
+
+        # A flag that is voted on at the next step: a save begun on one rank's signal alone would wait for the others.
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, ask)
+
+    def _votes(self, step: int) -> dict[str, bool]:
+        """This rank's votes after `step` applied steps; one rank's wish is enough, and all follow it together."""
+        stop_at, minutes = self.limits.stop_at_step, self.limits.max_minutes
+        if stop_at is not None and step >= stop_at:
+            self.asked_to_stop = self.asked_to_stop or f"--stop-at-step {stop_at}"
+        if minutes is not None and time.monotonic() - self.began >= 60 * minutes:
+            self.asked_to_stop = self.asked_to_stop or f"--max-minutes {minutes}"
+        if self._found_file("STOP"):
+            self.asked_to_stop = self.asked_to_stop or "OUT/STOP"
+        return {"stop": bool(self.asked_to_stop), "save": self._found_file("SAVE")}
+
+    def _found_file(self, name: str) -> bool:
+        """Whether somebody touched OUT/STOP or OUT/SAVE: rank 0 looks once a second (OUT may be far away)."""
+        now = time.monotonic()
+        if not self.is_first or now - self._looked.get(name, -math.inf) < 1.0:
+            return False
+        self._looked[name] = now
+        found = (self.out / name).exists()
+        if found:
+            (self.out / name).unlink(missing_ok=True)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- greeting
+
+    def _open_metrics(self, step: int) -> contextlib.AbstractContextManager:
+        if not self.is_first:
+            return contextlib.nullcontext()
+        epochs = self.total_steps * self.config.train.global_batch_size / self.reader.rows
+        self.metrics = Metrics(self.out, step, self.total_steps, epochs, self.config.logging.tensorboard)
+        return self.metrics
+
+    def _greet(self, progress: Progress) -> None:
+        if not self.metrics:
+            return
+        train, engine = self.config.train, self.engine
+        count = sum(engine.shape(name).numel() for name in engine.parameters)
+        self.metrics.say(
+            f"{count:,} parameters, {engine.ranks.world_size} rank(s) under {engine.ranks.launcher}, ZeRO {engine.stage}, "
+            f"{precision_name(engine.deepspeed_config)}, {train.global_batch_size} rows of {self.config.data.sequence_length} tokens a step "
+            f"({engine.accumulation} x {train.micro_batch_size} a rank), {self.total_steps} steps, from step {progress.step}, pid {os.getpid()}"
+        )

@@ -1,0 +1,116 @@
+"""Who am I among the ranks? The environment of torch.distributed, derived from whichever launcher started us.
+
+DeepSpeed falls to its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are all set, and a
+launcher that sets none then trains N separate copies. So all are derived here, checked against the promise, and exported.
+"""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+from electra_ds.errors import UserError
+
+# launcher -> names of (rank, world size, local rank, ranks on this host)
+LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",)),
+    "mpirun (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size`; `launcher` is for messages."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    launcher: str
+
+
+def find_ranks(environ: MutableMapping[str, str] = os.environ, promised: int | None = None) -> Ranks:
+    """Derive this process's place from the launcher's variables and export all that torch and DeepSpeed read.
+
+    promised: the number of ranks the user asked for (--world-size), or None.
+    Raises UserError when the launcher's variables are incomplete, or when another number of ranks was promised.
+    """
+    sizes = {
+        name: int(environ[keys[1]]) for name, keys in LAUNCHERS.items() if keys[0] in environ and keys[1] in environ
+    }
+    if not sizes:
+        lone = sorted({keys[0] for keys in LAUNCHERS.values() if keys[0] in environ and keys[0] != "SLURM_PROCID"})
+        if lone:
+            raise UserError(
+                f"{lone[0]} is set but the number of ranks is not: the launcher's environment is incomplete"
+            )
+        sizes, ranks = {}, Ranks(0, 1, 0, 1, "none")
+    else:
+        launcher = next(iter(sizes))
+        ranks = _read(environ, launcher)
+    for name, size in sizes.items():
+        if size > ranks.world_size:
+            raise UserError(
+                f"{ranks.launcher} started a world of {ranks.world_size} ranks inside {name}, which promised {size}"
+            )
+    if promised is not None and promised != ranks.world_size:
+        raise UserError(
+            f"--world-size {promised} was promised, but {ranks.launcher} started {ranks.world_size} rank(s)"
+        )
+    _export(environ, ranks)
+    return ranks
+
+
+def _read(environ: MutableMapping[str, str], launcher: str) -> Ranks:
+    rank, size, local, local_sizes = LAUNCHERS[launcher]
+    world_size, found = int(environ[size]), next((environ[name] for name in local_sizes if name in environ), "1")
+    if local not in environ:
+        raise UserError(f"{launcher} set {rank} and {size} but not {local}: the launcher's environment is incomplete")
+    local_size = int(re.match(r"\d+", found)[0])  # SLURM writes 4(x2)
+    place = Ranks(int(environ[rank]), world_size, int(environ[local]), local_size, launcher)
+    if not 0 <= place.rank < world_size:
+        raise UserError(f"{launcher} set {rank}={place.rank}, outside a world of {world_size} ranks")
+    return place
+
+
+def _export(environ: MutableMapping[str, str], ranks: Ranks) -> None:
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if not (address and port):
+        address, port = _meeting_point(environ, ranks)
+    hosts = max(1, ranks.world_size // max(1, ranks.local_size))
+    values = {
+        "RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank, "MASTER_ADDR": address, "MASTER_PORT": port,
+        "LOCAL_SIZE": ranks.local_size, "CROSS_RANK": ranks.rank // max(1, ranks.local_size), "CROSS_SIZE": hosts,
+    }  # fmt: skip
+    environ.update({key: str(value) for key, value in values.items()})
+
+
+def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str, int]:
+    if ranks.world_size == 1:
+        return "127.0.0.1", free_port()
+    if ranks.launcher == "srun":
+        nodes = ["scontrol", "show", "hostnames", environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]]
+        first = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+        return first, 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+    if ranks.launcher.startswith("mpirun"):
+        from mpi4py import MPI
+
+        here = (socket.gethostname() if ranks.local_size < ranks.world_size else "127.0.0.1", free_port())
+        return MPI.COMM_WORLD.bcast(here if ranks.rank == 0 else None)
+    raise UserError(f"{ranks.launcher} set RANK and WORLD_SIZE but not MASTER_ADDR and MASTER_PORT: export both")
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

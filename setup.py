@@ -1,0 +1,50 @@
+"""Packaging: `pip install -e .` or a wheel that carries ds_configs inside the package."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# Versions are the ones that were tried; deepspeed's private names (listed in engine.py) hold for the 0.19 series.
+REQUIRES = [
+    "torch>=2.6",
+    "deepspeed>=0.19,<0.20",
+    "webdataset>=1.0",
+    "sentencepiece>=0.2",
+    "mpi4py>=4.0",
+    "tensorboard>=2.15",
+    "tokenizers>=0.20",
+    "pydantic>=2.5",
+    "typer>=0.12",
+    "rich>=13",
+    "numpy>=1.26",
+    "safetensors>=0.4.3",
+    "zstandard>=0.22",
+]
+EXTRAS = {
+    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "scikit-learn>=1.3", "transformers>=4.40"],
+    "bench": ["transformers>=4.40", "electra-pytorch"],
+    "plot": ["matplotlib>=3.8"],
+}
+
+setup(
+    name="electra_ds",
+    version="0.1.0",
+    description="Pretraining of text encoders by replaced token detection (ELECTRA), distributed on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "electra_ds", "electra_ds.ops", "electra_ds.interop", "electra_ds.ds_configs",
+        "electra_ds.ds_configs.pretrain", "electra_ds.ds_configs.engine", "data_tools",
+    ],
+    package_dir={
+        "electra_ds.ds_configs": "ds_configs",
+        "electra_ds.ds_configs.pretrain": "ds_configs/pretrain",
+        "electra_ds.ds_configs.engine": "ds_configs/engine",
+    },
+    package_data={"electra_ds.ds_configs.pretrain": ["*.json"], "electra_ds.ds_configs.engine": ["*.json"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["electra-ds = electra_ds.cli:main"]},
+)  # fmt: skip
