@@ -20,14 +20,9 @@ from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
 
 FORMAT, VERSION = "electra_ds shards", 1
-PIECE_FIELDS = (
-    "row",
-    "start",
-    "length",
-    "unit",
-    "document",
-    "token",
-)  # row counts from the block's (writer: shard's) start
+# A piece is a stretch of one document's text tokens in one row (start, length: without [CLS] and [SEP]); `row` counts
+# from the block's first row, `document` within its unit, `token` within its document.
+PIECE_FIELDS = ("row", "start", "length", "unit", "document", "token")
 INDEX_MAGIC = b"EDSIDX1\0"
 INDEX_DTYPE = np.dtype(
     [("shard", "<u4"), ("rows", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("crc32", "<u4"), ("zero", "<u4")]
@@ -54,11 +49,11 @@ class TokenizerInfo(_Part):
 
 
 class SourcePlan(_Part):
-    """How the input was cut: unit u is the documents that start in bytes [start, end) of files[file]."""
+    """How the input was cut: a unit is the documents that start in bytes [start, end) of files[file], file by file."""
 
     sha256: str
     files: tuple[str, ...]  # relative to the input root
-    units: tuple[tuple[int, int, int], ...]  # (file, start, end)
+    units: tuple[tuple[tuple[int, int, int], ...], ...]  # each ((file, start, end), ...)
 
 
 class ShardInfo(_Part):

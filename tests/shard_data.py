@@ -39,9 +39,9 @@ def best_fit_rows(n: int, sequence_length: int, seed: int = 0, vocab_size: int =
 def pieces_of(rows: np.ndarray) -> np.ndarray:
     """The pieces of best_fit rows, [P, 6] int32: piece p of the shard is document p of unit 0."""
     row, start = np.nonzero(rows == SPECIAL.cls)
-    end = np.nonzero(rows == SPECIAL.sep)[1] + 1
+    end = np.nonzero(rows == SPECIAL.sep)[1]
     zero = np.zeros_like(row)
-    return np.stack([row, start, end - start, zero, np.arange(len(row)), zero], axis=1).astype(np.int32)
+    return np.stack([row, start + 1, end - start - 1, zero, np.arange(len(row)), zero], axis=1).astype(np.int32)
 
 
 def write_data(
@@ -67,7 +67,7 @@ def write_data(
         shards=tuple(ShardInfo(file=r.file, rows=r.rows, bytes=r.bytes, sha256=r.sha256) for r in records),
     )
     tokenizer = TokenizerInfo(kind="wordpiece", sha256="0" * 64, vocab_size=vocab_size, special_ids=SPECIAL)
-    source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=((0, 0, 1000),))
+    source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=(((0, 0, 1000),),))
     write_manifest(
         data_dir,
         Manifest(
