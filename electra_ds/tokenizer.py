@@ -27,6 +27,7 @@ SPECIAL_NAMES = {  # role -> spellings looked for in a vocabulary, ours first
     "mask": ("[MASK]", "<mask>"),
 }
 CACHE_WORDS = 1_000_000  # about 200 MB; the cache starts again when it is full
+GROUP = 256  # unknown words tokenized in one call: twice as fast as one by one
 MEAN_WORD = 24  # longer "words" on average mean a script without spaces: those texts are tokenized whole
 # Characters that str.split() takes for white space and BERT's cleaning deletes or keeps: such texts go whole, too.
 _UNLIKE_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
@@ -135,8 +136,12 @@ class WordPiece(Tokenizer):
         if len(self._cache) + len(words) > CACHE_WORDS:
             self._cache.clear()
         missing = [word for word in words if word not in self._cache]
-        for word, encoding in zip(missing, self._fast.encode_batch_fast(missing, add_special_tokens=False), strict=True):
-            self._cache[word] = np.array(encoding.ids, np.uint32).tobytes()
+        groups = [missing[i:i + GROUP] for i in range(0, len(missing), GROUP)]
+        encodings = self._fast.encode_batch(groups, is_pretokenized=True, add_special_tokens=False)
+        for group, encoding in zip(groups, encodings, strict=True):
+            ids = np.array(encoding.ids, np.uint32).tobytes()
+            cuts = np.searchsorted(encoding.word_ids, np.arange(len(group) + 1)).tolist()
+            self._cache.update((word, ids[4 * a:4 * b]) for word, a, b in zip(group, cuts, cuts[1:], strict=False))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._fast.encode(text, add_special_tokens=False)
@@ -187,7 +192,7 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_acc
     path = Path(path)
     file = path
     if path.is_dir():
-        names = [*("vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")]
+        names = ["vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"]
         file = next((path / name for name in names if (path / name).is_file()), None)
         if file is None:
             raise UserError(f"{path}: no vocabulary in this folder; expected one of {', '.join(names)}")

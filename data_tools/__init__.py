@@ -1,0 +1,1 @@
+"""Raw text in, shards out; never imports torch."""

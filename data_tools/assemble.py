@@ -1,0 +1,162 @@
+"""Which documents make a shard, and what does it hold? Deduplicated, in key order, packed, rows permuted, written.
+
+Shard b of a split takes the documents whose key lies in the b-th equal part of all keys, from every unit: a shuffle of
+the whole corpus in which no shard needs another. Memory is that of one shard (and of one range of hashes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.pack import chances_needed, fill, lay_out
+from data_tools.units import DOCUMENT, unit_paths
+from electra_ds import order
+from electra_ds.config import SpecialIds
+from electra_ds.errors import UserError
+from electra_ds.files import read_json, sha256_file, write_json
+from electra_ds.shards import ShardRecord, ids_dtype, shard_file, write_shard
+
+SPLITS = ("train", "valid")
+ROWS, SEGMENTS = 32, 33  # purposes of random words, beside those of order.py
+HASHES_AT_ONCE = 8 << 20  # documents compared at a time, 32 bytes each
+KEYS = 1 << 64
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Everything that one shard follows from, beside the units, and where it goes."""
+
+    split: str
+    shard: int
+    shards: int  # of this split
+    units: int
+    units_folder: str
+    work: str  # folder of markers, duplicates.npy
+    out: str
+    plan_sha256: str  # of units and packing together
+    sequence_length: int
+    packing: str
+    valid_fraction: float
+    seed: int
+    block_rows: int
+    vocab_size: int
+    special_ids: SpecialIds
+
+
+def read_table(folder: str, unit: int) -> np.ndarray:
+    """A unit's document table, [D] DOCUMENT, mapped."""
+    table = np.load(unit_paths(folder, unit)[1], mmap_mode="r", allow_pickle=False)
+    assert table.dtype == DOCUMENT
+    return table
+
+
+def in_split(table: np.ndarray, split: str, valid_fraction: float) -> np.ndarray:
+    """[D] bool. A text's hash decides, so that equal texts never stand on both sides."""
+    valid = table["hash"][:, 0] < np.uint64(min(KEYS - 1, int(valid_fraction * KEYS)))
+    return valid if split == "valid" else ~valid
+
+
+def find_duplicates(folder: str, units: int, progress: Callable[[int], None]) -> np.ndarray:
+    """[duplicates, 2] int64 (unit, document), sorted: every document whose text stood before, in that order.
+
+    Works through equal ranges of hashes, so that memory is bounded by HASHES_AT_ONCE documents.
+    """
+    total = sum(len(read_table(folder, unit)) for unit in range(units))
+    ranges = -(-total // HASHES_AT_ONCE) or 1
+    found = []
+    for part in range(ranges):
+        low, high = np.uint64(part * KEYS // ranges), np.uint64((part + 1) * KEYS // ranges - 1)
+        own = []
+        for unit in range(units):
+            table = read_table(folder, unit)
+            table = table[(table["hash"][:, 1] >= low) & (table["hash"][:, 1] <= high)]
+            number = np.full(len(table), unit, np.uint64)
+            own.append(np.column_stack([table["hash"], number, table["document"].astype(np.uint64)]))
+        entries = np.concatenate(own)
+        entries = entries[np.lexsort(entries.T[::-1])]  # by hash, then unit, then document
+        same = (entries[1:, :2] == entries[:-1, :2]).all(axis=1)
+        found.append(entries[1:][same][:, 2:].astype(np.int64))
+        progress(int(len(entries)))
+    pairs = np.concatenate(found)
+    return pairs[np.lexsort(pairs.T[::-1])]
+
+
+def is_duplicate(duplicates: np.ndarray, unit: int, table: np.ndarray) -> np.ndarray:
+    """[D] bool: which documents of a unit are in `duplicates`."""
+    first, last = np.searchsorted(duplicates[:, 0], (unit, unit + 1))
+    return np.isin(table["document"], duplicates[first:last, 1])
+
+
+def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
+    """This shard's documents in key order: (table with a `unit` beside it [D], ids with line ends, one after the other)."""
+    low, high = np.uint64(task.shard * KEYS // task.shards), np.uint64((task.shard + 1) * KEYS // task.shards - 1)
+    duplicates = np.load(Path(task.work) / "duplicates.npy", allow_pickle=False)
+    dtype = ids_dtype(task.vocab_size)
+    tables, texts = [], []
+    for unit in range(task.units):
+        table = read_table(task.units_folder, unit)
+        table = table[(table["key"] >= low) & (table["key"] <= high)]
+        table = table[in_split(table, task.split, task.valid_fraction) & ~is_duplicate(duplicates, unit, table)]
+        ids = np.memmap(unit_paths(task.units_folder, unit)[0], dtype, "r") if len(table) else np.empty(0, dtype)
+        texts += [np.array(ids[s : s + n]) for s, n in zip(table["start"].tolist(), table["stored"].tolist(), strict=True)]
+        both = np.zeros(len(table), [("unit", "<u4"), ("own", DOCUMENT)])
+        both["unit"], both["own"] = unit, table
+        tables.append(both)
+    joined = np.concatenate(tables)
+    by_key = np.lexsort((joined["own"]["document"], joined["unit"], joined["own"]["key"]))
+    return joined[by_key], np.concatenate([texts[i] for i in by_key]) if texts else np.empty(0, dtype)
+
+
+def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
+    """Write one shard unless it is there and whole; returns its marker (record, counts, unigram file)."""
+    marker_path = Path(task.work) / f"{task.split}-{task.shard:06d}.json"
+    path = Path(task.out) / shard_file(task.split, task.shard)
+    if marker_path.exists():
+        found = read_json(marker_path, "a shard's marker")
+        if (found["plan_sha256"] == task.plan_sha256 and path.is_file() and path.stat().st_size == found["record"][3]
+                and sha256_file(path) == found["record"][4]):
+            moved(found["tokens"])
+            return found
+    table, stored = collect(task)
+    if not len(table):
+        raise UserError(f"shard {task.shard} of {task.shards} of the {task.split} split would hold no document; "
+                        f"give larger --shard-bytes or another --valid-fraction")
+    special, width = task.special_ids, task.sequence_length
+    line_ends = np.flatnonzero(stored == special.sep)
+    line_lengths = np.diff(line_ends, prepend=-1) - 1
+    document_ends = np.cumsum(table["own"]["stored"].astype(np.int64))
+    lines_before = np.searchsorted(line_ends, document_ends)
+    tokens = table["own"]["tokens"].astype(np.int64)
+    ids = stored[stored != special.sep]
+    chance = np.empty(0, np.float32)
+    if task.packing == "google":
+        needed = chances_needed(len(ids), len(table))
+        chance = order.uniforms(order.words(task.seed, SPLITS.index(task.split), np.array([task.shard]), needed, SEGMENTS)[0])
+    layout = lay_out(task.packing, line_lengths, np.diff(lines_before, prepend=0), width, chance)
+    rows = fill(layout, ids, np.cumsum(tokens) - tokens, width, (special.pad, special.cls, special.sep))
+    new_row = order.permutation(layout.rows, task.seed, SPLITS.index(task.split), task.shard, ROWS)
+    permuted = np.empty_like(rows)
+    permuted[new_row] = rows
+    row, start, length, document, token = layout.pieces.T
+    pieces = np.stack([new_row[row], start, length, table["unit"][document], table["own"]["document"][document], token], axis=1)
+    pieces = pieces[np.lexsort((start, pieces[:, 0]))].astype("<i4")
+    record = write_shard(path, task.split, task.shard, permuted, pieces, task.block_rows)
+    unigrams = np.bincount(ids, minlength=task.vocab_size).astype(np.int64)
+    unigrams[list(special.model_dump().values())] = 0
+    np.save(marker_path.with_suffix(".npy"), unigrams)
+    specials = len(layout.cls) + len(layout.sep)
+    marker = {"plan_sha256": task.plan_sha256, "record": list(record), "documents": len(table), "tokens": len(ids),
+              "pieces": len(pieces), "pad": rows.size - len(ids) - specials}
+    write_json(marker_path, marker)
+    moved(len(ids))
+    return json.loads(json.dumps(marker))
+
+
+def shard_record(marker: dict) -> ShardRecord:
+    """The record inside a marker."""
+    return ShardRecord(*marker["record"][:5], [tuple(block) for block in marker["record"][5]])
