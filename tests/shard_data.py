@@ -45,9 +45,10 @@ def pieces_of(rows: np.ndarray) -> np.ndarray:
 
 
 def write_data(
-    data_dir: Path, shards: list[np.ndarray], block_rows: int = 16, vocab_size: int = 600, split: str = "train"
+    data_dir: Path, shards: list[np.ndarray], block_rows: int = 16, vocab_size: int = 600, fingerprint: str = "0" * 64
 ) -> Path:
-    """Write a data folder with one split of the given best_fit shards; returns it."""
+    """Write a data folder with one split, train, of the given best_fit shards; returns it."""
+    split = "train"
     (data_dir / "shards").mkdir()
     records: list[ShardRecord] = []
     for shard, rows in enumerate(shards):
@@ -66,7 +67,7 @@ def write_data(
         index_sha256=write_index(data_dir / index_file(split), records),
         shards=tuple(ShardInfo(file=r.file, rows=r.rows, bytes=r.bytes, sha256=r.sha256) for r in records),
     )
-    tokenizer = TokenizerInfo(kind="wordpiece", sha256="0" * 64, vocab_size=vocab_size, special_ids=SPECIAL)
+    tokenizer = TokenizerInfo(kind="wordpiece", sha256=fingerprint, vocab_size=vocab_size, special_ids=SPECIAL)
     source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=(((0, 0, 1000),),))
     write_manifest(
         data_dir,

@@ -1,0 +1,43 @@
+"""What do packed rows say? Decoded text by piece, and where each piece comes from."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from electra_ds.errors import UserError
+from electra_ds.shards import ShardReader, SourcePlan
+from electra_ds.tokenizer import load_tokenizer
+
+
+def describe_rows(data_dir: str | Path, split: str, rows: Iterable[int], *, source: bool = False) -> Iterator[str]:
+    """Lines for people: a head line per row, then each of its pieces decoded, in order.
+
+    `source` adds where a piece comes from: the input files and byte ranges of its unit, the document's number in the
+    unit, the piece's first token in the document. UserError: no such split or row, a damaged block.
+    """
+    reader, tokenizer = ShardReader(data_dir, split), load_tokenizer(Path(data_dir) / "tokenizer")
+    pad = reader.manifest.tokenizer.special_ids.pad
+    for number in rows:
+        if not 0 <= number < reader.rows:
+            raise UserError(f"{data_dir}: row {number} asked, split {split} has rows 0 to {reader.rows - 1}")
+        block = int(np.searchsorted(reader.block_starts, number, side="right")) - 1
+        inside = number - int(reader.block_starts[block])
+        ids, pieces = reader.block(block)[inside], reader.pieces(block)
+        pieces = pieces[pieces[:, 0] == inside]
+        shard = int(reader.blocks["shard"][block])
+        place = f"shard {shard}, block {block - int(reader.shard_starts[shard])}"
+        padding = int((ids == pad).sum())
+        yield f"row {number} ({place}): {len(ids) - padding} tokens, {padding} padding, {len(pieces)} pieces"
+        for _, start, length, unit, document, token in pieces[np.argsort(pieces[:, 1])].tolist():
+            text = tokenizer.decode(ids[start : start + length].tolist())
+            yield f"  [{start}:{start + length}] {text}"
+            if source:
+                yield f"    from {_unit(reader.manifest.source, unit)}: document {document}, token {token}"
+
+
+def _unit(plan: SourcePlan, unit: int) -> str:
+    """The files and byte ranges of a unit, the first three of them by name."""
+    parts = [f"{plan.files[file]} bytes {start}-{end}" for file, start, end in plan.units[unit]]
+    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return f"unit {unit} ({', '.join(parts[:3])}{more})"
