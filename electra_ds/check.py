@@ -1,0 +1,94 @@
+"""Would this run start, and what would it need? Derived numbers, parameters and memory, before a GPU is spent."""
+
+from typing import NamedTuple
+
+from electra_ds.batches import max_chosen
+from electra_ds.config import RunConfig, load_engine
+from electra_ds.errors import UserError
+from electra_ds.objective import parameter_count
+from electra_ds.shards import Manifest
+
+PRECISIONS = ("fp32", "half (bf16, fp16)")
+
+
+class Line(NamedTuple):
+    """One value with its meaning; scope is science, machine or derived."""
+
+    key: str
+    value: str
+    scope: str
+    meaning: str
+
+
+class Report(NamedTuple):
+    """What `check` found: the config's values, derived ones, and model states in bytes per rank."""
+
+    fields: list[Line]
+    derived: list[Line]
+    memory: dict[tuple[int, str], int]  # (ZeRO stage, precision) -> bytes per rank
+
+
+def check(config: RunConfig, world_size: int, manifest: Manifest | None = None) -> Report:
+    """Refuse (UserError) what would fail later, else report. With a manifest also epochs and the vocabulary's size."""
+    load_engine(config.engine)
+    if manifest is not None:
+        special, info = manifest.tokenizer.special_ids, manifest.tokenizer
+        config = config.with_data(info.vocab_size, special, manifest.sequence_length)
+    model = config.model
+    if model.vocab_size is None:
+        model = model.model_copy(update={"vocab_size": 30522})
+    rows = manifest.splits["train"].rows if manifest is not None else None
+    parameters = parameter_count(model, config.generator)
+    return Report(
+        list(_fields(config)),
+        list(_derived(config, world_size, rows, model.vocab_size, parameters)),
+        model_state_bytes(parameters.joint, world_size),
+    )
+
+
+def _fields(section, prefix: str = ""):
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if hasattr(value, "model_fields"):
+            yield from _fields(value, f"{prefix}{name}.")
+        elif info.description:
+            yield Line(f"{prefix}{name}", str(value), info.json_schema_extra["scope"], info.description)
+
+
+def _derived(config: RunConfig, world_size: int, rows: int | None, vocab_size: int, parameters):
+    train, length = config.train, config.data.sequence_length
+    accumulation = config.accumulation(world_size)
+    slots = max_chosen(config.objective.mask_prob, length)
+    yield Line("accumulation", str(accumulation), "derived", "micro-batches per step and rank")
+    yield Line("chosen", str(slots), "derived", "places of a full row that the generator predicts")
+    yield Line("tokens_per_step", f"{train.global_batch_size * length:,}", "derived", "padding included")
+    if train.total_steps or rows:
+        steps = config.total_steps(rows)
+        if config.optimizer.warmup_steps >= steps:
+            raise UserError(
+                f"optimizer.warmup_steps = {config.optimizer.warmup_steps} never ends within {steps} steps: "
+                "choose a shorter warmup or a longer run"
+            )
+        yield Line("total_steps", f"{steps:,}", "derived", "optimizer steps")
+        yield Line("tokens", f"{steps * train.global_batch_size * length:,}", "derived", "seen in the whole run")
+        if rows:
+            yield Line("epochs", f"{steps * train.global_batch_size / rows:.3f}", "derived", f"over {rows:,} rows")
+    yield Line("vocab_size", f"{vocab_size:,}", "derived", "the data's; 30,522 is assumed without --data")
+    yield Line("discriminator", f"{parameters.discriminator:,}", "derived", "parameters of the exported encoder")
+    yield Line("trained", f"{parameters.joint:,}", "derived", "parameters of both encoders and heads")
+
+
+def model_state_bytes(parameters: int, world_size: int) -> dict[tuple[int, str], int]:
+    """Weights, gradients, fp32 master weights and two moments per rank, as DeepSpeed holds them at each stage.
+
+    Activations, buckets and the word table's padding come on top. fp32 keeps a second copy of the weights from
+    stage 1 on (the flat master shards).
+    """
+    found = {}
+    for precision, width in zip(PRECISIONS, (4, 2), strict=True):
+        moments = 8 if width == 4 else 12  # stage 0 in fp32 updates the weights in place
+        found[0, precision] = (2 * width + moments) * parameters
+        for stage, (weights, gradients) in {1: (1, 1), 2: (1, world_size), 3: (world_size, world_size)}.items():
+            per_parameter = width / weights + width / gradients + 12 / world_size
+            found[stage, precision] = round(per_parameter * parameters)
+    return found

@@ -1,0 +1,76 @@
+"""Which tokens of a text look replaced? Text and a checkpoint in, a probability per token out.
+
+Letters: B rows, S sequence.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from electra_ds.errors import UserError
+from electra_ds.evaluate import find_checkpoint, load_module
+from electra_ds.objective import ElectraObjective
+from electra_ds.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.values import Batch
+
+BATCH_ROWS = 64
+
+
+class TokenScore(NamedTuple):
+    """One token of the text. start, end: its characters; probability: of being replaced, by the discriminator."""
+
+    token: str
+    start: int
+    end: int
+    probability: float
+
+
+class Detector:
+    """A discriminator with its tokenizer and length, loaded once for many texts."""
+
+    def __init__(self, module: ElectraObjective, tokenizer: Tokenizer, sequence_length: int):
+        self.module, self.tokenizer, self.sequence_length = module, tokenizer, sequence_length
+
+    @classmethod
+    def load(cls, path: Path, tokenizer: Path | None = None) -> "Detector":
+        """From a run folder, a checkpoint folder, or any below a run folder; its tokenizer lies in OUT/tokenizer.
+
+        Raises UserError when there is no checkpoint or no tokenizer, or when they do not belong together.
+        """
+        found = find_checkpoint(path)
+        module, config = load_module(found)
+        folder = tokenizer or found.parent.parent / "tokenizer"
+        words = load_tokenizer(folder)
+        if words.vocab_size != config.model.vocab_size:
+            raise UserError(
+                f"{folder}: {words.vocab_size} entries, but {found} was trained with {config.model.vocab_size}; "
+                "give its tokenizer with --tokenizer"
+            )
+        return cls(module, words, config.data.sequence_length)
+
+    def __call__(self, text: str) -> list[TokenScore]:
+        """Score every token of `text`; a text longer than a row is read in consecutive pieces."""
+        ids, spans = self.tokenizer.encode_with_offsets(text)
+        if not ids:
+            raise UserError("the text holds no tokens; give a sentence")
+        room = self.sequence_length - 2
+        pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
+        probabilities = []
+        for start in range(0, len(pieces), BATCH_ROWS):
+            probabilities += self._score(pieces[start : start + BATCH_ROWS])
+        tokens = self.tokenizer.tokens(ids)
+        return [TokenScore(t, *span, p) for t, span, p in zip(tokens, spans, probabilities, strict=True)]
+
+    def _score(self, pieces: list[list[int]]) -> list[float]:
+        special, length = self.tokenizer.special_ids, max(map(len, pieces)) + 2
+        ids = torch.full((len(pieces), length), special.pad)  # [B, S]
+        for row, piece in zip(ids, pieces, strict=True):
+            row[: len(piece) + 2] = torch.tensor([special.cls, *piece, special.sep])
+        real = (ids != special.pad).long()
+        positions = torch.arange(length) * real
+        none = torch.zeros(len(pieces), 1, dtype=torch.long)
+        batch = Batch(ids, torch.zeros_like(ids), real, positions, none, none.float(), none.bool(), none.float())
+        with torch.no_grad():
+            found = torch.sigmoid(self.module(batch, task="discriminate"))  # [B, S]
+        return [p for row, piece in zip(found.tolist(), pieces, strict=True) for p in row[1 : len(piece) + 1]]
