@@ -103,6 +103,7 @@ def test_keep_and_uniforms_have_their_shares():
     assert abs(batch.keep.float().mean() - 0.15) < 0.01
     assert abs(batch.uniforms.mean() - 0.5) < 0.01 and batch.uniforms.dtype == torch.float32
     assert batch.uniforms.min() >= 0 and batch.uniforms.max() < 1
+    assert abs(batch.uniforms[batch.keep].mean() - 0.5) < 0.02  # the draw does not depend on the coin
     assert make_batch(ids[:50], np.arange(50), 0, RECIPE._replace(mask_token_prob=1.0)).keep.any().item() is False
 
 
@@ -117,8 +118,9 @@ def test_a_row_is_masked_the_same_in_any_company():
 
 
 def test_any_world_size_micro_size_and_restart_see_one_stream(reader):
-    whole = take(Batches(reader, **RUN), 40)  # 480 rows: 3 epochs of 131 and more
-    for world, micro, start in [(2, 3, 0), (3, 1, 5), (6, 2, 17), (1, 12, 33)]:
+    whole = take(Batches(reader, **RUN), 70)  # 840 rows, 6 epochs; more steps than are read at once
+    assert [step.position for step in whole] == list(range(0, 840, 12))
+    for world, micro, start in [(2, 3, 0), (3, 1, 5), (6, 2, 17), (1, 12, 60)]:
         run = RUN | {"micro_batch_size": micro, "world_size": world, "position": start * 12}
         ranks = [take(Batches(reader, rank=rank, **run), 6) for rank in range(world)]
         for step in range(6):

@@ -42,6 +42,7 @@ def test_rows_come_back_in_any_order(data, monkeypatch):
     wanted = np.random.default_rng(0).integers(0, 91, 300)
     found = reader.read(wanted)
     assert found.dtype == np.uint16 and np.array_equal(found, np.concatenate(ROWS)[wanted])
+    assert len(reader._maps) <= 2 and set(reader.blocks["shard"][list(reader._views)]) <= set(reader._maps)
     assert reader.read(np.array([], int)).shape == (0, 32)
     with pytest.raises(IndexError):
         reader.read(np.array([91]))
