@@ -25,10 +25,10 @@ def describe_rows(data_dir: str | Path, split: str, rows: Iterable[int], *, sour
         inside = number - int(reader.block_starts[block])
         ids, pieces = reader.block(block)[inside], reader.pieces(block)
         pieces = pieces[pieces[:, 0] == inside]
-        shard = int(reader.blocks["shard"][block])
-        place = f"shard {shard}, block {block - int(reader.shard_starts[shard])}"
+        shard, number_there = reader.place(block)
         padding = int((ids == pad).sum())
-        yield f"row {number} ({place}): {len(ids) - padding} tokens, {padding} padding, {len(pieces)} pieces"
+        counts = f"{len(ids) - padding} tokens, {padding} padding, {len(pieces)} pieces"
+        yield f"row {number} (shard {shard}, block {number_there}): {counts}"
         for _, start, length, unit, document, token in pieces[np.argsort(pieces[:, 1])].tolist():
             text = tokenizer.decode(ids[start : start + length].tolist())
             yield f"  [{start}:{start + length}] {text}"

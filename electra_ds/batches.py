@@ -181,7 +181,7 @@ class Batches:
                 for step in self._read(position):
                     self._put(step)
                 position += self.steps_at_once * self.global_batch_size
-        except Exception as error:  # noqa: BLE001 - handed to the caller of next()
+        except Exception as error:  # handed to the caller of next()
             self._put(error)
 
     def _put(self, item: StepBatch | Exception) -> None:

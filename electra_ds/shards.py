@@ -116,9 +116,7 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     raw = read_json(path, "a data folder's manifest (`prepare` writes it last: run it again, it resumes)")
     found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (type(raw).__name__, None)
     if found != (FORMAT, VERSION):
-        raise UserError(
-            f"{path}: format and version are {found}, this program reads {(FORMAT, VERSION)}; prepare again"
-        )
+        raise UserError(f"{path}: format and version {found}, this program reads {(FORMAT, VERSION)}; prepare again")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -263,9 +261,8 @@ class ShardReader:
         self.block_starts = np.concatenate([[0], np.cumsum(self.blocks["rows"], dtype=np.int64)])  # [blocks + 1]
         self.shard_starts = np.searchsorted(self.blocks["shard"], np.arange(len(self.info.shards) + 1))  # in blocks
         if self.block_starts[-1] != self.rows or not self.rows:
-            raise UserError(
-                f"{data_dir}: split {split} has {self.block_starts[-1]} indexed rows, manifest: {self.rows}"
-            )
+            indexed = self.block_starts[-1]
+            raise UserError(f"{data_dir}: split {split} has {self.rows} rows, {indexed} of them indexed; prepare again")
         self._maps: dict[int, np.ndarray] = {}  # shard -> [bytes] uint8
         self._views: dict[int, np.ndarray] = {}  # block -> [n, S]
         self._checked = np.zeros(len(self.blocks), bool)
@@ -274,9 +271,9 @@ class ShardReader:
                 self.check_shard(shard)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Rows by number: [n] integers -> [n, S] of the stored type. Gathered block by block: many at once is faster."""
+        """Rows by number: [n] integers -> [n, S] of the stored type. Gathered by block, so many at once is faster."""
         rows = np.asarray(rows, np.int64)
-        if len(rows) and not (0 <= rows.min() and rows.max() < self.rows):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()}..{rows.max()} asked of {self.rows}")
         blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
         order = np.argsort(blocks, kind="stable")
@@ -318,43 +315,37 @@ class ShardReader:
 
     def check_shard(self, shard: int) -> None:
         """Compare one shard's place, size and index entries with the manifest; UserError names shard and block."""
-        info, first, last = self.info.shards[shard], *self.shard_starts[shard : shard + 2]
-        path, own = self.data_dir / info.file, self.blocks[first:last]
+        info, own = self.info.shards[shard], self.blocks[slice(*self.shard_starts[shard : shard + 2])]
+        path = self.data_dir / info.file
         if info.file != shard_file(self.split, shard) or path.is_symlink() or not path.is_file():
             raise UserError(f"{path}: shard {shard} of {self.split} is no regular file here; copy the data again")
         ends = own["offset"] + own["bytes"]
         size = path.stat().st_size
         if size != info.bytes:
-            cut = first + int(np.searchsorted(ends, size, side="right"))
-            where = (
-                f"block {cut - first} is the first cut"
-                if cut < last
-                else f"the change is after block {last - first - 1}"
-            )
+            cut = int(np.searchsorted(ends, size, side="right"))
+            where = f"block {cut} is the first cut" if cut < len(own) else f"the change is after block {len(own) - 1}"
             raise UserError(f"{path}: {size} bytes, the manifest says {info.bytes}; {where}; copy this shard again")
-        width = self.sequence_length * self.dtype.itemsize
-        if (
-            own["rows"].sum() != info.rows
-            or (own["bytes"] != NPY_HEADER + own["rows"] * width).any()
-            or (ends > size).any()
-        ):
+        widths = NPY_HEADER + own["rows"] * (self.sequence_length * self.dtype.itemsize)
+        if own["rows"].sum() != info.rows or (own["bytes"] != widths).any() or (ends > size).any():
             raise UserError(f"{path}: index-{self.split}.bin and manifest disagree about its rows; prepare again")
+
+    def place(self, block: int) -> tuple[int, int]:
+        """(shard, block within the shard) of a block."""
+        shard = int(self.blocks["shard"][block])
+        return shard, block - int(self.shard_starts[shard])
 
     def damage(self, block: int, what: str) -> UserError:
         """The error for a damaged block, by file and block."""
-        shard = int(self.blocks["shard"][block])
-        number = block - int(self.shard_starts[shard])
+        shard, number = self.place(block)
         path = self.data_dir / shard_file(self.split, shard)
         return UserError(f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)")
 
     def _check_header(self, block: int, kind: str, found: bytes, rows: int) -> None:
-        shard = int(self.blocks["shard"][block])
         dtype, width = (self.dtype, self.sequence_length) if kind == "ids" else (np.dtype("<i4"), 6)
-        payload = npy_header(dtype, (rows, width))
-        name = f"{block_name(self.split, shard, block - int(self.shard_starts[shard]))}.{kind}.npy"
+        name = f"{block_name(self.split, *self.place(block))}.{kind}.npy"
         if found[:TAR_BLOCK] != tar_header(name, NPY_HEADER + rows * width * dtype.itemsize):
             raise self.damage(block, f"its tar header is not that of {name}")
-        if found[TAR_BLOCK:] != payload:
+        if found[TAR_BLOCK:] != npy_header(dtype, (rows, width)):
             raise self.damage(block, f"the npy header of {name} is not that of {dtype.name}[{rows}, {width}]")
 
     def _map(self, block: int) -> np.ndarray:
