@@ -31,6 +31,7 @@ from electra_ds.config import GeneratorConfig, ModelConfig, ObjectiveConfig, Spe
 from electra_ds.interop.hf import hf_config, to_hf
 from electra_ds.model import true_state
 from electra_ds.objective import ElectraObjective, mask_input
+from electra_ds.ops.linear import product
 from electra_ds.values import Batch
 
 try:
@@ -240,7 +241,7 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, list], float]:
 def gemm_rate(case: Case, size: int = 1536) -> float:
     """FLOP per CPU second of one large matrix product in the case's precision."""
     a, b = torch.randn(2, size, size, dtype=torch.bfloat16 if case.bf16 else torch.float32)
-    return max(2 * size**3 / seconds(lambda: a @ b)[0] for _ in range(3))
+    return max(2 * size**3 / seconds(lambda: product(a, b))[0] for _ in range(3))
 
 
 def step_flop(case: Case) -> float:
@@ -269,7 +270,10 @@ def report(name: str, case: Case, taken: dict[str, list], ceiling: float) -> Non
         middle = statistics.median(ratios)
         verdict = "target" if middle >= target else "floor" if middle >= floor else "BELOW"
         spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
-        print(f"| {shape} | {other} | {middle:.2f} | {spread} | {walls:.2f} | {floor} / {target} | {verdict} |", flush=True)
+        print(
+            f"| {shape} | {other} | {middle:.2f} | {spread} | {walls:.2f} | {floor} / {target} | {verdict} |",
+            flush=True,
+        )
     share = step_flop(case) / cpu / ceiling
     goal = CEILING.get(name)
     verdict = "" if not goal else "target" if share >= goal[1] else "floor" if share >= goal[0] else "BELOW"

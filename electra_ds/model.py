@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from electra_ds.config import EncoderConfig, ModelConfig
 from electra_ds.errors import UserError
 from electra_ds.ops.attention import Pieces, attention, pieces_of
+from electra_ds.ops.linear import Linear, linear
 from electra_ds.ops.vocab_head import CHUNK, HeadResult, mask_padding, vocab_head
 
 
@@ -55,12 +56,16 @@ class Layer(nn.Module):
     def __init__(self, sizes: EncoderConfig, eps: float):
         super().__init__()
         hidden = sizes.hidden_size
-        self.num_heads, self.attention_dropout, self.dropout = sizes.num_heads, sizes.attention_dropout, sizes.hidden_dropout
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = nn.Linear(hidden, hidden)
+        self.num_heads, self.attention_dropout, self.dropout = (
+            sizes.num_heads,
+            sizes.attention_dropout,
+            sizes.hidden_dropout,
+        )
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.out = Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden, eps)
-        self.ffn_in = nn.Linear(hidden, sizes.ffn_size)
-        self.ffn_out = nn.Linear(sizes.ffn_size, hidden)
+        self.ffn_in = Linear(hidden, sizes.ffn_size)
+        self.ffn_out = Linear(sizes.ffn_size, hidden)
         self.ffn_norm = nn.LayerNorm(hidden, eps)
 
     def forward(self, x: Tensor, pieces: Pieces) -> Tensor:  # [B, S, H]
@@ -78,7 +83,7 @@ class Encoder(nn.Module):
         self.recompute_layers = False  # activation checkpointing: less memory, the same numbers
         self.attention_dropout = sizes.attention_dropout
         same = sizes.hidden_size == embedding_size
-        self.project = None if same else nn.Linear(embedding_size, sizes.hidden_size)
+        self.project = None if same else Linear(embedding_size, sizes.hidden_size)
         self.layers = nn.ModuleList(Layer(sizes, eps) for _ in range(sizes.num_layers))
 
     def forward(self, x: Tensor, piece_ids: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ class GeneratorHead(nn.Module):
     def __init__(self, config: ModelConfig, hidden_size: int, embedding_size: int):
         super().__init__()
         self.vocab_size = config.vocab_size
-        self.dense = nn.Linear(hidden_size, embedding_size)
+        self.dense = Linear(hidden_size, embedding_size)
         self.norm = nn.LayerNorm(embedding_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(padded_size(config.vocab_size)))
         self.true_rows = {"bias": config.vocab_size}
@@ -111,7 +116,7 @@ class GeneratorHead(nn.Module):
         x = x.to(compute_dtype(x))
         if draw is None:
             bias = self.bias.to(x.dtype)
-            return mask_padding(F.linear(x, word.weight.to(x.dtype), bias), self.vocab_size)[..., : self.vocab_size]
+            return mask_padding(linear(x, word.weight.to(x.dtype), bias), self.vocab_size)[..., : self.vocab_size]
         return vocab_head(x, word.weight, self.bias, vocab_size=self.vocab_size, **draw)
 
 
@@ -120,8 +125,8 @@ class DiscriminatorHead(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.dense = nn.Linear(hidden_size, hidden_size)
-        self.classify = nn.Linear(hidden_size, 1)
+        self.dense = Linear(hidden_size, hidden_size)
+        self.classify = Linear(hidden_size, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.classify(F.gelu(self.dense(hidden))).squeeze(-1).float()
@@ -182,8 +187,12 @@ def load_true_state(module: nn.Module, state: dict[str, Tensor], partial: bool =
     missing = [] if partial else sorted(own.keys() - state.keys())
     unknown = sorted(state.keys() - own.keys())
     if missing or unknown:
-        raise UserError(f"weights do not fit the model: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}")
+        raise UserError(
+            f"weights do not fit the model: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}"
+        )
     for name, value in state.items():
         if own[name].shape != value.shape:
-            raise UserError(f"weights: {name} has shape {tuple(value.shape)}, the model expects {tuple(own[name].shape)}")
+            raise UserError(
+                f"weights: {name} has shape {tuple(value.shape)}, the model expects {tuple(own[name].shape)}"
+            )
         own[name].copy_(value)

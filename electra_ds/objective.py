@@ -161,6 +161,26 @@ def auc(filled: Tensor) -> float:
     return float((replaced * below).sum() / pairs) if pairs else float("nan")
 
 
+def rates(sums: Counts) -> dict[str, float]:
+    """Readable metrics of summed counts; nan where a class is empty. Positive means replaced."""
+    chosen, tokens, mlm_correct, sampled_correct, replaced, tp, fp, fn = (float(value) for value in sums[:8])
+
+    def share(part: float, whole: float) -> float:
+        return part / whole if whole else float("nan")
+
+    original = tokens - replaced
+    return {
+        "mlm_accuracy": share(mlm_correct, chosen),
+        "sampled_accuracy": share(sampled_correct, chosen),
+        "replaced_fraction": share(replaced, tokens),
+        "disc_auc": auc(sums.histogram),
+        "disc_precision": share(tp, tp + fp),
+        "disc_recall": share(tp, tp + fn),
+        "disc_accuracy": share(tokens - fp - fn, tokens),
+        "disc_accuracy_original": share(original - fp, original),
+    }
+
+
 class ParameterCount(NamedTuple):
     """True parameters, without rows that only pad the word table in memory."""
 

@@ -60,7 +60,9 @@ def from_tf(variables: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[s
         foreign = tf_names(name)
         missing = [f for f in foreign if f not in variables]
         if missing:
-            raise UserError(f"TensorFlow checkpoint: no variable {missing[0]} for {name}; are the sizes of the config right?")
+            raise UserError(
+                f"TensorFlow checkpoint: no variable {missing[0]} for {name}; are the sizes of the config right?"
+            )
         left.difference_update(foreign)
         parts = [torch.tensor(np.asarray(variables[f]), dtype=torch.float32) for f in foreign]
         state[name] = torch.cat([p.T if f.endswith("/kernel") else p for f, p in zip(foreign, parts)]).contiguous()

@@ -34,7 +34,9 @@ def pieces_of(piece_ids: Tensor, dtype: torch.dtype, dropout: float = 0.0) -> Pi
     return Pieces(apart=(piece_ids[:, None, :, None] != piece_ids[:, None, None, :]))
 
 
-def attention(qkv: Tensor, num_heads: int, pieces: Pieces = Pieces(), dropout: float = 0.0, backend: str = "auto") -> Tensor:
+def attention(
+    qkv: Tensor, num_heads: int, pieces: Pieces = Pieces(), dropout: float = 0.0, backend: str = "auto"
+) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V per head, inside pieces (Vaswani et al. 2017, 3.2).
 
     qkv:     [B, S, 3H] any float dtype, the outputs for query, key and value side by side

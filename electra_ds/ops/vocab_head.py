@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from electra_ds.ops.linear import product
+
 CHUNK = 64  # the word table is padded to a multiple of it; sampling looks for the chunk first, then inside it
 
 ROWS_ON_CPU, ROWS_ON_GPU = 32, 1024  # places per block: a block of logits stays in the processor's cache
@@ -109,9 +111,10 @@ class _FusedHead(torch.autograd.Function):
         grad = x.new_empty(places, padded) if wants_grad else None  # d nll / d logits
         sampled, best = torch.empty_like(targets), torch.empty_like(targets) if with_best else None
         nll = torch.empty(places, dtype=torch.float32, device=x.device)
+        dbias = torch.zeros(padded if wants_grad else 0, dtype=torch.float32, device=x.device)
         for start in range(0, places, rows):
             part = slice(start, start + rows)
-            logits = torch.addmm(offset, x[part], weight.T)
+            logits = product(x[part], weight, offset)
             logits[:, vocab_size:] = -math.inf
             target = targets[part, None]
             probs = logits.float()  # [rows, P]
@@ -131,11 +134,12 @@ class _FusedHead(torch.autograd.Function):
                 weight_here = weights[part, None]
                 probs.mul_(weight_here / total)
                 probs.scatter_add_(1, target, -weight_here)
+                dbias += probs.sum(0)
                 grad[part] = probs
         ctx.mark_non_differentiable(sampled, *([best] if with_best else []))
         if wants_grad:
             dtable = (grad.T @ x).to(table.dtype)
-            ctx.save_for_backward(grad @ weight, dtable, grad.sum(0, dtype=torch.float32).to(bias.dtype))
+            ctx.save_for_backward(product(grad, weight.T), dtable, dbias.to(bias.dtype))
         return (nll * weights).sum(), sampled, best
 
     @staticmethod
