@@ -230,7 +230,7 @@ def measure(case: Case, rounds: int) -> tuple[dict[str, list], float]:
             contenders[name] = makers[name](ours)
     check_losses(contenders, case)
     taken, best = {name: [] for name in contenders}, 0.0
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         batch = random_batch(case)
         for name, contender in contenders.items():
             taken[name].append(seconds(lambda c=contender, b=batch: step(c, b, case)))
@@ -265,8 +265,8 @@ def report(name: str, case: Case, taken: dict[str, list], ceiling: float) -> Non
         if other not in taken:
             print(f"| {shape} | {other} | not installed | | | {floor} / {target} | |")
             continue
-        ratios = sorted(theirs[0] / mine[0] for theirs, mine in zip(taken[other], ours))
-        walls = statistics.median(theirs[1] / mine[1] for theirs, mine in zip(taken[other], ours))
+        ratios = sorted(theirs[0] / mine[0] for theirs, mine in zip(taken[other], ours, strict=True))
+        walls = statistics.median(theirs[1] / mine[1] for theirs, mine in zip(taken[other], ours, strict=True))
         middle = statistics.median(ratios)
         verdict = "target" if middle >= target else "floor" if middle >= floor else "BELOW"
         spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"

@@ -99,7 +99,7 @@ class Encoder(nn.Module):
 
 
 class GeneratorHead(nn.Module):
-    """Hidden states at the chosen places -> logits over the vocabulary by the word table, or loss and samples at once."""
+    """Hidden states at the chosen places -> logits over the vocabulary by the word table, or loss and samples."""
 
     def __init__(self, config: ModelConfig, hidden_size: int, embedding_size: int):
         super().__init__()

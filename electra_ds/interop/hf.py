@@ -63,7 +63,7 @@ def to_hf(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     out = {}
     for name in part_names(state, part):
         foreign = hf_names(name)
-        out.update(zip(foreign, state[name].chunk(len(foreign))))
+        out.update(zip(foreign, state[name].chunk(len(foreign)), strict=True))
     if part == "generator":
         out["generator_lm_head.weight"] = out["electra.embeddings.word_embeddings.weight"]
     return out

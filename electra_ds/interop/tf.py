@@ -65,7 +65,9 @@ def from_tf(variables: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[s
             )
         left.difference_update(foreign)
         parts = [torch.tensor(np.asarray(variables[f]), dtype=torch.float32) for f in foreign]
-        state[name] = torch.cat([p.T if f.endswith("/kernel") else p for f, p in zip(foreign, parts)]).contiguous()
+        state[name] = torch.cat(
+            [p.T if f.endswith("/kernel") else p for f, p in zip(foreign, parts, strict=True)]
+        ).contiguous()
     if left:
         raise UserError(f"TensorFlow checkpoint: {len(left)} variables fit nowhere, first {sorted(left)[0]}")
     return state
