@@ -19,6 +19,9 @@ from pathlib import Path
 SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "vendor", "extern", "__pycache__"}
 MIN_WORDS, MIN_DOCUMENT = 6, 200  # words in a paragraph, characters in a document
 MIN_PLAIN = .8  # share of a paragraph's words that are letters only
+MIN_SHARE = .05  # of a source in triple quotes; others are not worth parsing
+TOPICS = "pydoc_data/topics.py"
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]*?)(?: ?<[^`>]*>)?`")  # :class:`~a.b.C` -> a.b.C
 _MARKUP = re.compile(r"``?([^`]*)``?_?|\*\*(\S[^*]*)\*\*|(?<!\w)\*(\w[^*]*)\*(?!\w)")
 _ITEM = re.compile(r"^(?:[-*+\u2022]|\d+[.)]|\(?[a-z\d]\)|:\w+[^:]*:|\*{0,2}\w+ ?(?:\([^)]*\))? ?:)\s+")  # list or argument
@@ -41,7 +44,7 @@ def source_files(roots: list[Path] | None = None) -> list[tuple[str, Path]]:
 
 def docstrings(source: str, name: str) -> list[list[str]]:
     """The documents of one module, each a list of raw docstrings; none when it does not parse."""
-    if '"""' not in source and "'''" not in source:
+    if sum(map(len, source.split('"""')[1::2])) < MIN_SHARE * len(source) and name != TOPICS:
         return []
     try:
         with warnings.catch_warnings():
@@ -49,12 +52,19 @@ def docstrings(source: str, name: str) -> list[list[str]]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return []
-    if name == "pydoc_data/topics.py":  # a dictionary: topic -> text of the language reference
+    if name == TOPICS:  # a dictionary: topic -> text of the language reference
         return [[v.value] for node in ast.walk(tree) if isinstance(node, ast.Dict) for v in node.values
                 if isinstance(v, ast.Constant) and isinstance(v.value, str)]
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return [[text for text in texts if text]]
+    return [list(_docstrings_of(tree))]
+
+
+def _docstrings_of(node: ast.AST) -> Iterator[str]:
+    """The docstrings of a module, class or function and of all inside it, in the order of the source."""
+    if isinstance(node, (ast.Module, *_DEFINITIONS)) and (text := ast.get_docstring(node, clean=False)):
+        yield text
+    for child in node.body:
+        if isinstance(child, (*_DEFINITIONS, ast.If, ast.Try, ast.With)):
+            yield from _docstrings_of(child)
 
 
 def paragraphs(docstring: str) -> Iterator[str]:
@@ -92,7 +102,8 @@ def documents(files: list[tuple[str, Path]] | None = None) -> Iterator[tuple[str
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        for texts in docstrings(source, name):
+        size = path.stat().st_size  # told once
+        for texts in docstrings(source, name) or [[]]:
             kept = []
             for paragraph in (p for text in texts for p in paragraphs(text)):
                 key = blake2b(" ".join(_WORD.findall(paragraph.lower())).encode(), digest_size=10).digest()
@@ -100,4 +111,5 @@ def documents(files: list[tuple[str, Path]] | None = None) -> Iterator[tuple[str
                     seen.add(key)
                     kept.append(paragraph)
             document = "\n".join(kept)
-            yield name, path.stat().st_size, document if len(document) >= MIN_DOCUMENT else ""
+            yield name, size, document if len(document) >= MIN_DOCUMENT else ""
+            size = 0

@@ -1,0 +1,130 @@
+"""How is a vocabulary made from text? WordPiece by Hugging Face tokenizers, unigram and bpe by SentencePiece."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from data_tools.clean import clean_lines
+from data_tools.corpus import Tally, documents
+from data_tools.plan import make_plan
+from electra_ds.errors import UserError
+from electra_ds.tokenizer import SPECIAL_NAMES, Tokenizer, load_tokenizer
+
+KINDS = ("wordpiece", "unigram", "bpe")
+SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
+ALPHABET = 1000  # WordPiece: single characters kept, the most frequent ones; a quarter of the vocabulary at most
+REPEATS = 1000  # of one word in one text handed to the trainer
+SENTENCE_BYTES = 16384  # SentencePiece leaves longer lines out: they are cut at white space before
+
+
+def train_tokenizer(
+    inputs: Sequence[str], out: str | Path, *, kind: str = "wordpiece", vocab_size: int = 8192, lowercase: bool = True,
+    strip_accents: bool | None = None, min_frequency: int = 2, max_sentences: int = 5_000_000, format: str = "auto",
+    text_field: str = "text", progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Tokenizer:
+    """Train a vocabulary on the inputs (those of `prepare`), write it into the folder `out`, return the tokenizer.
+
+    kind:          wordpiece, or unigram or bpe (SentencePiece)
+    strip_accents: None: as lowercase. SentencePiece models normalise by NFKC and keep accents
+    max_sentences: lines that SentencePiece draws from the corpus
+    The vocabulary may come out smaller than vocab_size on little text (WordPiece); its vocab_size is exact.
+    Raises UserError for unknown settings, for inputs without text, for a size that the text cannot fill (unigram).
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
+    if vocab_size < 64:
+        raise UserError(f"vocab_size = {vocab_size}; expected at least 64")
+    if strip_accents is None:
+        strip_accents = lowercase and kind == "wordpiece"
+    lines = _lines(inputs, format, text_field, progress)
+    if kind == "wordpiece":
+        content, options = _wordpiece(lines, vocab_size, lowercase, strip_accents, min_frequency), (lowercase, strip_accents)
+        name = "vocab.txt"
+    elif strip_accents:
+        raise UserError("strip_accents is for wordpiece; a SentencePiece model has no such rule, leave it out")
+    else:
+        content, options, name = _sentencepiece(lines, kind, vocab_size, lowercase, max_sentences), (None, None), "spm.model"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        tokenizer = load_tokenizer(path, lowercase=options[0], strip_accents=options[1])
+    tokenizer.save(out)
+    return tokenizer
+
+
+def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Callable) -> Iterator[str]:
+    """Cleaned lines of the whole corpus."""
+    plan = make_plan(inputs, format=format)
+    total, done, found = sum(s.size for s in plan.sources), 0, False
+
+    def moved(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("read", done, total)
+
+    for source in plan.sources:
+        for text in documents(source, 0, source.size, text_field=text_field, tally=Tally(), moved=moved):
+            for line in clean_lines(text):
+                found = True
+                yield line
+    if not found:
+        raise UserError(f"{', '.join(inputs)}: no text in it; expected documents to train a vocabulary on")
+    progress("train", 0, 1)
+
+
+def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool, min_frequency: int) -> bytes:
+    """The trainer numbers what it meets in the order of a hash table that differs from run to run, and breaks ties by
+    number. So it gets words in a fixed order, and all characters, alone and as continuation, have numbers before."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    words: Counter[str] = Counter()
+    for line in lines:
+        words.update(line.split())
+    fast = Fast(models.WordPiece(unk_token="[UNK]"))
+    fast.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in fast.normalizer.normalize_str(word).replace(" ", ""):
+            characters[character] += count
+    common = sorted(characters, key=lambda c: (-characters[c], c))[:min(ALPHABET, vocab_size // 4)]
+    alphabet = sorted(common)
+    fast.train_from_iterator(
+        (" ".join([word] * min(REPEATS, words[word] - at)) for word in sorted(words) for at in range(0, words[word], REPEATS)),
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False, limit_alphabet=len(alphabet),
+            initial_alphabet=alphabet, special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in alphabet)]))
+    vocabulary = fast.get_vocab()
+    return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode()
+
+
+def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: bool, max_sentences: int) -> bytes:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(part for line in lines for part in _parts(line)), model_writer=model, model_type=kind,
+            vocab_size=vocab_size, normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+            pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="[PAD]", unk_piece="[UNK]",
+            control_symbols=SPECIALS[2:], character_coverage=0.9995, input_sentence_size=max_sentences,
+            shuffle_input_sentence=True, max_sentence_length=SENTENCE_BYTES, num_threads=1, minloglevel=2)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"SentencePiece could not make {vocab_size} entries ({error}); try a smaller vocab_size") from None
+    return model.getvalue()
+
+
+def _parts(line: str) -> Iterator[str]:
+    """A line in parts of at most SENTENCE_BYTES bytes."""
+    while len(line) * 4 > SENTENCE_BYTES and len(line.encode()) > SENTENCE_BYTES:
+        cut = line.rfind(" ", 1, SENTENCE_BYTES // 4)
+        cut = cut if cut > 0 else SENTENCE_BYTES // 4
+        yield line[:cut]
+        line = line[cut:].strip()
+    yield line
