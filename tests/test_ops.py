@@ -17,7 +17,7 @@ PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3],
 
 
 def written_out_attention(qkv, heads, piece_ids):
-    batch, length, width = qkv.shape
+    batch, length, _ = qkv.shape
     q, k, v = (t.view(batch, length, heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     same = piece_ids[:, None, :, None] == piece_ids[:, None, None, :]
@@ -166,7 +166,8 @@ def test_fused_head_in_bf16_is_the_plain_head_to_rounding(table_dtype):
     (x, table, bias), rest = head_inputs()
     tensors = x.bfloat16(), table.to(table_dtype), bias.to(table_dtype)
     fused, plain = (
-        value_and_grads(lambda *t, f=f: f(*t, *rest, 1.0, False).nll.view(1), *tensors) for f in (fused_head, plain_head)
+        value_and_grads(lambda *t, f=f: f(*t, *rest, 1.0, False).nll.view(1), *tensors)
+        for f in (fused_head, plain_head)
     )
     assert fused[0].dtype == torch.float32
     for a, b, like in zip(fused[1:], plain[1:], tensors, strict=True):
