@@ -2,6 +2,7 @@
 
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,19 +11,33 @@ import typer
 from electra_ds.errors import RunFailure, UserError
 
 app = typer.Typer(
-    name="electra-ds", help="Pretrain text encoders by replaced token detection (ELECTRA) on DeepSpeed.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="electra-ds", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )  # fmt: skip
 
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A shipped config (tiny, small, base, large, small++) or a RUN.json.")
-]
-Data = Annotated[Path, typer.Option("--data", help="Folder that `prepare` wrote.")]
-EngineName = Annotated[
-    str | None, typer.Option("--engine", help="A shipped engine file (zero0 to zero3, ...) or a DeepSpeed JSON.")
-]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value, as JSON or text; may be repeated.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="tiny, small, base, large, small++, or a RUN.json.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder (its latest checkpoint) or a checkpoint.")]
+Data = Annotated[Path, typer.Option(help="Folder that `prepare` wrote.")]
+Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
 Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob or builtin:docs; may be repeated.")]
+Format = Annotated[str, typer.Option(help="auto (by name and content), text, wiki, jsonl.")]
+TextField = Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")]
+
+
+class Kind(str, Enum):
+    """Tokenizer kinds."""
+
+    wordpiece = "wordpiece"
+    unigram = "unigram"
+    bpe = "bpe"
+
+
+class Packing(str, Enum):
+    """How pieces of documents fill rows."""
+
+    best_fit = "best_fit"
+    concat = "concat"
+    google = "google"
 
 
 @app.callback()
@@ -31,18 +46,142 @@ def root() -> None:
 
 
 @app.command()
+def train_tokenizer(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="Folder for the vocabulary.")],
+    kind: Annotated[Kind, typer.Option(help="WordPiece, or SentencePiece unigram or bpe.")] = Kind.wordpiece,
+    vocab_size: Annotated[int, typer.Option(help="Entries, special tokens included.")] = 30522,
+    lowercase: Annotated[bool, typer.Option(help="Lower-case the text.")] = True,
+    strip_accents: Annotated[bool | None, typer.Option(help="Strip accents (default: as lower-case).")] = None,
+    format: Format = "auto",
+    text_field: TextField = "text",
+) -> None:
+    """Train a WordPiece or SentencePiece vocabulary on text."""
+    from data_tools.prepare import console_progress
+    from data_tools.train_tokenizer import train_tokenizer
+
+    with console_progress() as progress:
+        tokenizer = train_tokenizer(
+            inputs, out, kind=kind.value, vocab_size=vocab_size, lowercase=lowercase, strip_accents=strip_accents,
+            format=format, text_field=text_field, progress=progress,
+        )  # fmt: skip
+    print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} entries")
+
+
+@app.command()
+def prepare(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option(help="vocab.txt, spm.model, or a folder with one.")],
+    out: Annotated[Path, typer.Option(help="Data folder; an unfinished one is gone on with.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
+    packing: Annotated[Packing, typer.Option(help="How pieces of documents fill rows.")] = Packing.best_fit,
+    valid_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.005,
+    workers: Annotated[int, typer.Option(help="Processes; the bytes written are the same for any number.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the document shuffle.")] = 0,
+    deduplicate: Annotated[bool, typer.Option(help="Drop documents whose text was seen before.")] = True,
+    min_chars: Annotated[int, typer.Option(help="Drop shorter documents.")] = 1,
+    max_bad_fraction: Annotated[float, typer.Option(help="Fail when more of the lines cannot be read.")] = 0.001,
+    units: Annotated[Path | None, typer.Option(help="Keep tokenized units here, for other lengths.")] = None,
+    format: Format = "auto",
+    text_field: TextField = "text",
+) -> None:
+    """Turn text into packed rows in WebDataset tar shards, with a held-out split."""
+    from data_tools.prepare import console_progress, prepare
+
+    with console_progress() as progress:
+        manifest = prepare(
+            inputs, tokenizer, out, sequence_length=sequence_length, packing=packing.value,
+            valid_fraction=valid_fraction, workers=workers, seed=seed, deduplicate=deduplicate, min_chars=min_chars, max_bad_fraction=max_bad_fraction,
+            units=units, format=format, text_field=text_field, progress=progress,
+        )  # fmt: skip
+    for name, split in manifest.splits.items():
+        share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
+        print(
+            f"{out} {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows, padding {share:.2%}"
+        )
+    gone = {**manifest.removed, **manifest.bad_lines}
+    print(f"removed: {', '.join(f'{count:,} {reason}' for reason, count in gone.items()) or 'nothing'}")
+
+
+@app.command()
+def verify(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")]) -> None:
+    """Re-read a data folder against its manifest; says what is wrong, by shard and block."""
+    from data_tools.prepare import console_progress
+    from data_tools.verify import verify
+    from electra_ds.shards import read_manifest
+
+    total = sum(shard.bytes for split in read_manifest(data).splits.values() for shard in split.shards)
+    with console_progress() as progress:
+        done = [0]
+
+        def moved(count: int) -> None:
+            done[0] += count
+            progress("verify", done[0], total)
+
+        problems = verify(data, moved)
+    for problem in problems:
+        print(problem)
+    print(f"{data}: {len(problems)} problem(s)" if problems else f"{data}: {total:,} bytes as written")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")],
+    rows: Annotated[list[int] | None, typer.Argument(metavar="ROW", help="Row numbers (default: 0 1 2).")] = None,
+    split: Annotated[str, typer.Option(help="train or valid.")] = "train",
+    source: Annotated[bool, typer.Option("--source", help="Say where each piece comes from.")] = False,
+) -> None:
+    """Show rows decoded, with the boundaries of their pieces."""
+    from data_tools.inspect import describe_rows
+
+    for line in describe_rows(data, split, rows or range(3), source=source):
+        print(line)
+
+
+@app.command()
+def check(
+    run: Run,
+    engine: Engine = None,
+    world_size: Annotated[int, typer.Option(help="Ranks the run is meant for.")] = 1,
+    data: Annotated[Path | None, typer.Option(help="Prepared data, for epochs and the vocabulary.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from electra_ds.check import PRECISIONS, check
+    from electra_ds.config import load_run
+    from electra_ds.shards import read_manifest
+
+    report = check(load_run(run, sets or [], engine), world_size, read_manifest(data) if data else None)
+    console = Console()
+    for title, lines in (("config", report.fields), (f"derived, {world_size} rank(s)", report.derived)):
+        table = Table("key", "value", "scope", "meaning", title=title, title_justify="left")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    table = Table(
+        "ZeRO stage", *PRECISIONS, title="model states, GiB a rank (activations come on top)", title_justify="left"
+    )
+    for stage in range(4):
+        table.add_row(str(stage), *(f"{report.memory[stage, name] / 2**30:.3f}" for name in PRECISIONS))
+    console.print(table)
+
+
+@app.command()
 def pretrain(
-    run: RunName,
+    run: Run,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="Run folder; an unfinished run in it is resumed.")],
-    engine: EngineName = None,
+    out: Annotated[Path, typer.Option(help="Run folder; an unfinished run in it is resumed.")],
+    engine: Engine = None,
     sets: Sets = None,
     world_size: Annotated[int | None, typer.Option(help="Refuse to start with another number of ranks.")] = None,
     stop_at_step: Annotated[int | None, typer.Option(help="Save and leave with exit code 85 after this step.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Save and leave with exit code 85 after this time.")] = None,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Go on with a finished run whose total_steps was raised.")
-    ] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Go on with a finished run, total_steps raised.")] = False,
     init_from: Annotated[Path | None, typer.Option(help="Start from the weights of a run or checkpoint.")] = None,
 ) -> None:
     """Pretrain under deepspeed, torchrun, srun, mpirun, or alone. The same --out resumes."""
@@ -51,9 +190,71 @@ def pretrain(
 
     config = load_run(run, sets or [], engine)
     ranks = find_ranks(promised=world_size)
-    from electra_ds.pretrain import Limits, pretrain_safely
+    from electra_ds.pretrain import Limits, pretrain
 
-    raise typer.Exit(pretrain_safely(config, data, out, ranks, Limits(stop_at_step, max_minutes, extend, init_from)))
+    raise typer.Exit(pretrain(config, data, out, ranks, Limits(stop_at_step, max_minutes, extend, init_from)))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    max_rows: Annotated[int | None, typer.Option(help="Held-out rows to read (default: all).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Held-out losses, accuracies, AUC, precision and recall of a checkpoint."""
+    import json
+
+    from electra_ds.evaluate import evaluate_checkpoint, find_checkpoint
+
+    values = evaluate_checkpoint(model, data, max_rows)
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    print(f"{find_checkpoint(model)}, held-out rows of {data}")
+    for key, value in values.items():
+        print(f"  {key:24} {value:,.0f}" if key in ("tokens", "chosen") else f"  {key:24} {value:.4f}")
+
+
+@app.command()
+def detect(
+    model: Model,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="A text; without it, standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the text from this file.")] = None,
+    original: Annotated[str | None, typer.Option(help="The text before the change, shown beside it.")] = None,
+    threshold: Annotated[float, typer.Option(help="Mark tokens from this probability on.")] = 0.5,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer (default: the run folder's).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Probability of being replaced, for each token of a text."""
+    import json
+
+    from electra_ds.detect import Detector, table
+
+    if text is not None and file is not None:
+        raise UserError("a TEXT and --file were both given; choose one")
+    if text is None:
+        text = file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
+    detector = Detector.load(model, tokenizer)
+    found = detector(text)
+    if as_json:
+        print(json.dumps([score._asdict() for score in found], indent=1, ensure_ascii=False))
+        return
+    for line in table(found, threshold, detector(original) if original is not None else None):
+        print(line)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Run folders, drawn into one picture.")],
+    out: Annotated[Path | None, typer.Option(help="Picture (default: curves.png in the first run folder).")] = None,
+) -> None:
+    """Draw the curves of metrics.jsonl."""
+    from electra_ds.plot import plot
+
+    target = out or runs[0] / "curves.png"
+    plot(runs, target)
+    print(target)
 
 
 def main() -> None:
@@ -63,11 +264,6 @@ def main() -> None:
     except (UserError, RunFailure) as error:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"electra-ds{rank}: error: {error}", file=sys.stderr, flush=True)
-        _leave(2 if isinstance(error, UserError) else 1)
-
-
-def _leave(code: int) -> None:
-    # Threads of gloo or NCCL may wait for ranks that are gone: an ordinary exit could hang on them.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        sys.stdout.flush()
+        # Threads of gloo or NCCL may wait for ranks that are gone: an ordinary exit could hang on them.
+        os._exit(2 if isinstance(error, UserError) else 1)

@@ -209,8 +209,8 @@ class RunConfig(Section):
         """The config with what the data decides filled in. UserError when a value is there and differs."""
         if sequence_length != self.data.sequence_length:
             raise UserError(
-                f"data.sequence_length = {self.data.sequence_length}, but the data has rows of {sequence_length}: prepare "
-                f"it with --sequence-length {self.data.sequence_length}, or --set data.sequence_length={sequence_length}"
+                f"data.sequence_length = {self.data.sequence_length}, but the data has rows of {sequence_length}: "
+                f"prepare with --sequence-length {self.data.sequence_length}, or --set data.sequence_length={sequence_length}"
             )
         for key, mine, theirs in (
             ("model.vocab_size", self.model.vocab_size, vocab_size),

@@ -3,6 +3,7 @@
 Letters: B rows, S sequence.
 """
 
+import difflib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,3 +75,38 @@ class Detector:
         with torch.no_grad():
             found = torch.sigmoid(self.module(batch, task="discriminate"))  # [B, S]
         return [p for row, piece in zip(found.tolist(), pieces, strict=True) for p in row[1 : len(piece) + 1]]
+
+
+def table(found: list[TokenScore], threshold: float, original: list[TokenScore] | None = None) -> list[str]:
+    """Lines for people: a token each, suspicious ones marked; `original` puts the unchanged text's scores beside.
+
+    Tokens are aligned by their spelling, as a difference of two texts is.
+    """
+    beside = _aligned(found, original) if original is not None else [None] * len(found)
+    width = max(len(score.token) for score in found) + 2
+    head = (
+        f"{'token':{width}}replaced  {'original':{width}}replaced"
+        if original is not None
+        else f"{'token':{width}}replaced"
+    )
+    lines = [head, "-" * len(head)]
+    highest = max(score.probability for score in found)
+    for score, other in zip(found, beside, strict=True):
+        line = f"{score.token:{width}}{score.probability:8.4f}"
+        if other is not None:
+            line += f"  {other.token:{width}}{other.probability:8.4f}"
+        if score.probability >= threshold:
+            line += "  <-- replaced"
+        elif score.probability == highest:
+            line += "  <-- most suspicious"
+        lines.append(line)
+    return lines
+
+
+def _aligned(found: list[TokenScore], original: list[TokenScore]) -> list[TokenScore | None]:
+    matcher = difflib.SequenceMatcher(None, [s.token for s in original], [s.token for s in found], autojunk=False)
+    beside: list[TokenScore | None] = [None] * len(found)
+    for _, old, old_end, new, new_end in matcher.get_opcodes():
+        for offset in range(min(old_end - old, new_end - new)):
+            beside[new + offset] = original[old + offset]
+    return beside

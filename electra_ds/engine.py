@@ -1,7 +1,8 @@
 """The only door to DeepSpeed: start the ranks, run a step, agree among ranks, read and set whole weights.
 
 DeepSpeed 0.19's private names in use, held by tests/test_engine.py: ops.__compatible_ops__, _hp_mapping (presence),
-FP16_UnfusedOptimizer.fp16_groups / fp32_groups, optimizer._lazy_init_hp_params_optimizer_state.
+FP16_UnfusedOptimizer.fp16_groups / fp32_groups, optimizer._lazy_init_hp_params_optimizer_state and
+_hp_optimizer_states_linked (stages 1 and 2), optimizer.fp32_partitioned_groups_flat (stage 3).
 """
 
 import contextlib
@@ -113,7 +114,7 @@ class Engine:
     def __init__(
         self, objective: nn.Module, config: RunConfig, engine_config: dict, ranks: Ranks, device: torch.device
     ):
-        """engine_config: as `config.load_engine` gives it; `precision` is resolved here. The weights may be on any device."""
+        """engine_config: as `config.load_engine` gives it; `precision` is resolved here."""
         import deepspeed
 
         self.ranks, self.device, self.config = ranks, device, config
@@ -286,7 +287,7 @@ class Engine:
         return master.detach() if kind == "master" else self.optimizer.state[master][kind]
 
     def set_whole(self, name: str, kind: str, value: Tensor) -> None:
-        """The inverse of `whole`; for `master` the working copy follows. Every rank passes the same whole fp32 value."""
+        """The inverse of `whole`; for `master` the working copy follows. Every rank passes the same whole value."""
         parameter, value = self.parameters[name], value.to(self.device, torch.float32)
         with torch.no_grad():
             if self._sharded(parameter):
@@ -313,9 +314,10 @@ class Engine:
 
     def reset_moments(self, applied_steps: int) -> None:
         """Zero moments and the step count of a run that has applied so many steps."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                make_state(self.optimizer, parameter, applied_steps, self.config.optimizer.bias_correction)
+        in_groups = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # Stage 3 lends its flat shards to the groups only during a step.
+        for parameter in getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", in_groups):
+            make_state(self.optimizer, parameter, applied_steps, self.config.optimizer.bias_correction)
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:  # stages 1 and 2: each parameter's view into the flat moments
             self._engine.optimizer._hp_optimizer_states_linked = False
@@ -351,10 +353,14 @@ class Engine:
         return {name: masters[id(parameter)] for name, parameter in self.parameters.items()}
 
     def close(self) -> None:
-        """Leave together: without the barrier the first to go takes its peers down."""
+        """Give up the engine, together: without the barrier the first to go takes its peers down."""
         self.barrier()
         self._engine.destroy()
-        dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Dissolve the process group, after every `Engine` is closed."""
+    dist.destroy_process_group()
 
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -1,4 +1,4 @@
-"""How good is a checkpoint on held-out rows? The same rows, places and random numbers for every checkpoint of a data folder."""
+"""How good is a checkpoint? Held-out rows, the same places and random numbers for every checkpoint of a data folder."""
 
 import math
 from collections.abc import Callable, Iterable

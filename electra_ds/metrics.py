@@ -117,8 +117,9 @@ class Metrics:
 def summary(values: dict[str, float]) -> str:
     """The held-out figures in one line."""
     return (
-        f"mlm {values['mlm_loss']:.3f} (unigram {values['unigram_loss']:.3f})  mlm accuracy {values['mlm_accuracy']:.3f}  "
-        f"replaced {values['replaced_fraction']:.3f}  disc {values['disc_loss']:.4f} (base rate {values['base_rate_loss']:.4f})  "
+        f"mlm {values['mlm_loss']:.3f} (unigram {values['unigram_loss']:.3f})  accuracy {values['mlm_accuracy']:.3f}  "
+        f"replaced {values['replaced_fraction']:.3f}  "
+        f"disc {values['disc_loss']:.4f} (base rate {values['base_rate_loss']:.4f})  "
         f"AUC {values['disc_auc']:.3f}  fixed-corruption AUC {values['fixed_auc']:.3f}"
     )
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from electra_ds.config import OptimizerConfig
 
-# 1 - beta**step is exactly 1.0 in fp32 from here on, so torch's fused kernel applies no bias correction (tests hold it).
+# 1 - beta**step is exactly 1.0 in fp32 from here on, so torch's fused kernel applies no bias correction (tested).
 NO_BIAS_CORRECTION_STEP = 2**20
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from electra_ds.errors import UserError
 from electra_ds.metrics import read_metrics
 
-PANELS = (
-    ("MLM loss (nats per chosen token)", (("train", "mlm_loss"), ("valid", "mlm_loss"), ("valid", "unigram_loss"))),
-    ("discriminator loss (nats per token)", (("train", "disc_loss"), ("valid", "disc_loss"), ("valid", "base_rate_loss"))),
-    ("discriminator AUC, held out", (("valid", "disc_auc"), ("valid", "fixed_auc"))),
-    ("generator accuracy, replaced share, held out", (("valid", "mlm_accuracy"), ("valid", "replaced_fraction"))),
-)
+# title -> (split, key) of its curves
+PANELS = {
+    "MLM loss (nats per chosen token)": "train/mlm_loss valid/mlm_loss valid/unigram_loss",
+    "discriminator loss (nats per token)": "train/disc_loss valid/disc_loss valid/base_rate_loss",
+    "discriminator AUC, held out": "valid/disc_auc valid/fixed_auc",
+    "generator, held out": "valid/mlm_accuracy valid/replaced_fraction",
+}
 NAMES = {
     "disc_auc": "own generator", "fixed_auc": "fixed corruption", "unigram_loss": "unigram", "base_rate_loss": "base rate",
     "mlm_accuracy": "MLM accuracy", "replaced_fraction": "replaced share",
@@ -31,16 +32,19 @@ def plot(runs: list[Path], out: Path) -> None:
         if not (run / "metrics.jsonl").exists():
             raise UserError(f"{run}: no metrics.jsonl here; expected a run folder")
         records = read_metrics(run / "metrics.jsonl")
-        tokens = {record["step"]: record["tokens"] for record in records if record["split"] == "train"}
-        for axis, (title, curves) in zip(axes.flat, PANELS, strict=True):
+        for axis, (title, curves) in zip(axes.flat, PANELS.items(), strict=True):
             axis.set(title=title, xlabel="million tokens seen")
             axis.grid(alpha=0.3)
-            for split, key in curves:
-                points = [(r["step"], r[key]) for r in records if r["split"] == split and r.get(key) is not None]
-                points = [(tokens[step] / 1e6, value) for step, value in points if step in tokens]
-                label = NAMES.get(key, "training" if split == "train" else "held out")
-                style = {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
-                axis.plot(*zip(*points, strict=True), label=f"{run.name} {label}" if len(runs) > 1 else label, **style) if points else None
+            for curve in curves.split():
+                _draw(axis, records, *curve.split("/"), prefix=f"{run.name} " if len(runs) > 1 else "")
     for axis in axes.flat:
         axis.legend(fontsize=8)
     figure.savefig(out, dpi=110)
+
+
+def _draw(axis, records: list[dict], split: str, key: str, prefix: str) -> None:
+    tokens = {record["step"]: record["tokens"] / 1e6 for record in records if record["split"] == "train"}
+    found = [r for r in records if r["split"] == split and r.get(key) is not None and r["step"] in tokens]
+    style = {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
+    label = NAMES.get(key, "training" if split == "train" else "held out")
+    axis.plot([tokens[r["step"]] for r in found], [r[key] for r in found], label=prefix + label, **style)

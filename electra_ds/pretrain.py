@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from electra_ds import checkpoint, run_folder
 from electra_ds.batches import Batches, StepBatch, evaluation_batches, position_from_state
 from electra_ds.checkpoint import Progress
 from electra_ds.config import RunConfig, differences, load_engine, parse_run
-from electra_ds.engine import Agreement, Engine, StepResult, precision_name, start
+from electra_ds.engine import Agreement, Engine, StepResult, leave, precision_name, start
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.metrics import Metrics
@@ -38,19 +38,25 @@ class Limits:
     init_from: Path | None = None
 
 
-def pretrain_safely(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Limits) -> int:
-    """`pretrain`, leaving the cause of a failure in OUT/error-rank-N.json."""
+def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Limits) -> int:
+    """The verb: meet the other ranks, run, leave together; returns the exit code (0 done, 85 saved and stopped).
+
+    Raises UserError or RunFailure, and leaves the cause in OUT/error-rank-N.json.
+    """
     try:
-        return pretrain(config, data, out, ranks, limits)
+        device = start(ranks, config.train.timeout_minutes)
+        code = run_among(config, data, out, ranks, device, limits)
+        leave()
+        return code
     except BaseException as error:
         run_folder.record_error(out, ranks.rank, error)
         raise
 
 
-def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Limits) -> int:
-    """Train until the schedule ends (exit code 0) or a stop is agreed on (85, saved). Resumes what OUT holds.
+def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: torch.device, limits: Limits) -> int:
+    """Train among ranks that have met, until the schedule ends or a stop is agreed on. Resumes what OUT holds.
 
-    Raises UserError for mistakes of the user, on every rank.
+    Raises UserError for mistakes of the user, RunFailure for a run that cannot go on; on every rank.
     """
     began = time.monotonic()
     reader = ShardReader(data, "train")
@@ -58,7 +64,6 @@ def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Lim
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     total_steps = config.total_steps(reader.rows)
-    device = start(ranks, config.train.timeout_minutes)
     engine = Engine(_objective(config), config, config.engine, ranks, device)
     run_folder.open_folder(out, ranks.rank, engine.exchange)
     if run_folder.is_done(out) and not limits.extend:
@@ -71,6 +76,8 @@ def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Lim
     if ranks.rank == 0:
         (out / "done").unlink(missing_ok=True)
         run_folder.write_config(out, config, manifest.dataset_id)
+        if (data / "tokenizer").is_dir():  # so that the run folder alone is enough for detect and export
+            shutil.copytree(data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     done = run.train(progress)
     engine.close()
     return run_folder.DONE if done else run_folder.stop_exit_code()
@@ -180,11 +187,12 @@ class Run:
             return self._leave(progress, batches)
 
     def _batches(self, progress: Progress) -> Batches:
-        train = self.config.train
+        train, objective = self.config.train, self.config.objective
         return Batches(
-            self.reader, seed=train.seed, mask_prob=self.config.objective.mask_prob, mask_token_prob=self.config.objective.mask_token_prob,
-            global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size, rank=self.engine.ranks.rank,
-            world_size=self.engine.ranks.world_size, position=progress.data.get("position", 0), pin_memory=self.engine.device.type == "cuda",
+            self.reader, seed=train.seed, mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
+            global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size,
+            rank=self.engine.ranks.rank, world_size=self.engine.ranks.world_size,
+            position=progress.data.get("position", 0), pin_memory=self.engine.device.type == "cuda",
         )  # fmt: skip
 
     def _advance(
@@ -207,9 +215,9 @@ class Run:
         progress = replace(progress, skipped=progress.skipped + 1, skipped_in_a_row=progress.skipped_in_a_row + 1)
         if progress.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise RunFailure(
-                f"{progress.skipped_in_a_row} steps in a row after step {progress.step} had gradients that are not finite "
-                f"(train.max_skipped_steps = {self.config.train.max_skipped_steps}): lower optimizer.peak_lr, or use bf16 or fp32; "
-                f"the last good checkpoint is {self._last_checkpoint()}"
+                f"{progress.skipped_in_a_row} steps in a row after step {progress.step} had gradients that are not "
+                f"finite (train.max_skipped_steps = {self.config.train.max_skipped_steps}): lower optimizer.peak_lr, "
+                f"or use bf16 or fp32; the last good checkpoint is {self._last_checkpoint()}"
             )
         return progress
 
@@ -217,16 +225,16 @@ class Run:
         """A skipped step is rare, so a look at the losses may cost a sync. All ranks come here, and stop, together."""
         micro = self.config.train.micro_batch_size
         mine = [
-            f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, disc_loss {float(loss.disc_loss)} in rows "
-            f"{np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}"
+            f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, disc_loss {float(loss.disc_loss)} in "
+            f"rows {np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}"
             for index, loss in enumerate(losses)
             if not math.isfinite(float(loss.total))
         ]
         everyone = [line for lines in self.engine.exchange(mine) for line in lines]
         if everyone:
             raise RunFailure(
-                f"step {progress.step + 1} has a loss that is not finite on {'; '.join(everyone)}. The weights were not touched; "
-                f"the last good checkpoint is {self._last_checkpoint()}"
+                f"step {progress.step + 1} has a loss that is not finite on {'; '.join(everyone)}. The weights were "
+                f"not touched; the last good checkpoint is {self._last_checkpoint()}"
             )
 
     def _last_checkpoint(self) -> str:
@@ -236,7 +244,7 @@ class Run:
     # --------------------------------------------------------------------------------------------------- log and save
 
     def _open_interval(self, progress: Progress) -> Tensor:
-        """[3] fp64 on the device: this rank's sums of mlm_loss and disc_loss, and the steps, since the last log line."""
+        """[3] fp64 on the device: this rank's sums of mlm_loss, disc_loss and steps since the last log line."""
         saved, ranks = progress.interval, self.engine.ranks
         if len(saved) != ranks.world_size:  # another world size: rank 0 carries the sum of all
             saved = [[sum(part) for part in zip(*saved, strict=True)]] if saved and ranks.rank == 0 else []
@@ -381,6 +389,7 @@ class Run:
         count = sum(engine.shape(name).numel() for name in engine.parameters)
         self.metrics.say(
             f"{count:,} parameters, {engine.ranks.world_size} rank(s) under {engine.ranks.launcher}, ZeRO {engine.stage}, "
-            f"{precision_name(engine.deepspeed_config)}, {train.global_batch_size} rows of {self.config.data.sequence_length} tokens a step "
-            f"({engine.accumulation} x {train.micro_batch_size} a rank), {self.total_steps} steps, from step {progress.step}, pid {os.getpid()}"
+            f"{precision_name(engine.deepspeed_config)}; a step is {train.global_batch_size} rows of "
+            f"{self.config.data.sequence_length} tokens ({engine.accumulation} x {train.micro_batch_size} a rank); "
+            f"{self.total_steps} steps, from step {progress.step}"
         )

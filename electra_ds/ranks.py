@@ -1,7 +1,7 @@
 """Who am I among the ranks? The environment of torch.distributed, derived from whichever launcher started us.
 
 DeepSpeed falls to its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are all set, and a
-launcher that sets none then trains N separate copies. So all are derived here, checked against the promise, and exported.
+launcher that sets none then trains N separate copies. So all are derived here, checked and exported.
 """
 
 import os
@@ -88,8 +88,8 @@ def _export(environ: MutableMapping[str, str], ranks: Ranks) -> None:
         address, port = _meeting_point(environ, ranks)
     hosts = max(1, ranks.world_size // max(1, ranks.local_size))
     values = {
-        "RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank, "MASTER_ADDR": address, "MASTER_PORT": port,
-        "LOCAL_SIZE": ranks.local_size, "CROSS_RANK": ranks.rank // max(1, ranks.local_size), "CROSS_SIZE": hosts,
+        "RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank,
+        "MASTER_ADDR": address, "MASTER_PORT": port, "LOCAL_SIZE": ranks.local_size, "CROSS_RANK": ranks.rank // max(1, ranks.local_size), "CROSS_SIZE": hosts,
     }  # fmt: skip
     environ.update({key: str(value) for key, value in values.items()})
 

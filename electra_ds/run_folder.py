@@ -42,7 +42,8 @@ def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> N
     blind = sorted({host for host, sees in exchange((socket.gethostname(), seen)) if not sees})
     if blind:
         raise UserError(
-            f"--out {out} is not shared: {', '.join(blind)} does not see what rank 0 wrote; give a folder on a shared file system"
+            f"--out {out} is not shared: {', '.join(blind)} does not see what rank 0 wrote; "
+            "give a folder on a shared file system"
         )
 
 
