@@ -148,7 +148,8 @@ def count(batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor) 
 
 def histogram(logits: Tensor, is_replaced: Tensor, real: Tensor) -> Tensor:
     """Discriminator logits of the real tokens binned by label, [2, BINS] float64: original, replaced."""
-    place = ((logits.double().clamp(-LIMIT, LIMIT) + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(max=BINS - 1)
+    clipped = logits.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT)  # a broken run is reported by its losses
+    place = ((clipped + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(max=BINS - 1)
     filled = torch.zeros(2 * BINS, dtype=torch.float64, device=logits.device)
     return filled.scatter_add_(0, (place + BINS * is_replaced).flatten(), real.double().flatten()).view(2, BINS)
 

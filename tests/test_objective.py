@@ -177,6 +177,15 @@ def test_half_precisions_give_fp32_losses_near_those_of_fp32(kind):
     assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
 
+def test_broken_weights_give_a_loss_that_is_not_finite_and_no_crash():
+    module, batch = build(), make_batch()
+    with torch.no_grad():
+        module.embeddings.norm.weight[0] = float("nan")
+    losses = module(batch, *counts_of(batch), with_counts=True)
+    losses.total.backward()
+    assert not torch.isfinite(losses.total)
+
+
 # ------------------------------------------------------------------------------------------------------------ counts
 
 
@@ -211,7 +220,7 @@ def test_auc_of_the_histogram_is_the_area_under_the_curve():
     torch.manual_seed(0)
     label = torch.rand(50, 40) > 0.85
     logits = torch.randn(50, 40) * 3 + label * 2
-    logits[0, 0] = 1e6  # clipped, not lost
+    logits[0, 0], logits[0, 1] = 1e6, -1e6  # clipped, not lost
     real = (torch.rand(50, 40) > 0.1).double()
     filled = histogram(logits, label, real)
     assert filled.shape == (2, BINS) and float(filled.sum()) == float(real.sum())
