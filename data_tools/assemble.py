@@ -6,7 +6,6 @@ the whole corpus in which no shard needs another. Memory is that of one shard (a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +60,25 @@ def in_split(table: np.ndarray, split: str, valid_fraction: float) -> np.ndarray
     return valid if split == "valid" else ~valid
 
 
+def marker_path(task: ShardTask) -> Path:
+    """Where a shard's marker goes; its unigram counts lie beside it as .npy."""
+    return Path(task.work) / f"{task.split}-{task.shard:06d}.json"
+
+
+def no_duplicates() -> np.ndarray:
+    """What find_duplicates gives when every text is new."""
+    return np.empty((0, 2), np.int64)
+
+
 def find_duplicates(folder: str, units: int, progress: Callable[[int], None]) -> np.ndarray:
     """[duplicates, 2] int64 (unit, document), sorted: every document whose text stood before, in that order.
 
-    Works through equal ranges of hashes, so that memory is bounded by HASHES_AT_ONCE documents.
+    Works through equal ranges of hashes, so that memory is bounded by HASHES_AT_ONCE documents; `progress` hears the
+    number of documents done.
     """
     total = sum(len(read_table(folder, unit)) for unit in range(units))
     ranges = -(-total // HASHES_AT_ONCE) or 1
-    found = []
+    found, done = [no_duplicates()], 0
     for part in range(ranges):
         low, high = np.uint64(part * KEYS // ranges), np.uint64((part + 1) * KEYS // ranges - 1)
         own = []
@@ -81,7 +91,8 @@ def find_duplicates(folder: str, units: int, progress: Callable[[int], None]) ->
         entries = entries[np.lexsort(entries.T[::-1])]  # by hash, then unit, then document
         same = (entries[1:, :2] == entries[:-1, :2]).all(axis=1)
         found.append(entries[1:][same][:, 2:].astype(np.int64))
-        progress(int(len(entries)))
+        done += len(entries)
+        progress(done)
     pairs = np.concatenate(found)
     return pairs[np.lexsort(pairs.T[::-1])]
 
@@ -93,7 +104,7 @@ def is_duplicate(duplicates: np.ndarray, unit: int, table: np.ndarray) -> np.nda
 
 
 def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
-    """This shard's documents in key order: (table with a `unit` beside it [D], ids with line ends, one after the other)."""
+    """This shard's documents in key order: (their table with a `unit` beside it [D], their ids with line ends)."""
     low, high = np.uint64(task.shard * KEYS // task.shards), np.uint64((task.shard + 1) * KEYS // task.shards - 1)
     duplicates = np.load(Path(task.work) / "duplicates.npy", allow_pickle=False)
     dtype = ids_dtype(task.vocab_size)
@@ -103,7 +114,8 @@ def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
         table = table[(table["key"] >= low) & (table["key"] <= high)]
         table = table[in_split(table, task.split, task.valid_fraction) & ~is_duplicate(duplicates, unit, table)]
         ids = np.memmap(unit_paths(task.units_folder, unit)[0], dtype, "r") if len(table) else np.empty(0, dtype)
-        texts += [np.array(ids[s : s + n]) for s, n in zip(table["start"].tolist(), table["stored"].tolist(), strict=True)]
+        ends = table["start"] + table["stored"]
+        texts += [np.array(ids[start:end]) for start, end in zip(table["start"].tolist(), ends.tolist(), strict=True)]
         both = np.zeros(len(table), [("unit", "<u4"), ("own", DOCUMENT)])
         both["unit"], both["own"] = unit, table
         tables.append(both)
@@ -114,10 +126,9 @@ def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
 
 def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     """Write one shard unless it is there and whole; returns its marker (record, counts, unigram file)."""
-    marker_path = Path(task.work) / f"{task.split}-{task.shard:06d}.json"
     path = Path(task.out) / shard_file(task.split, task.shard)
-    if marker_path.exists():
-        found = read_json(marker_path, "a shard's marker")
+    if marker_path(task).exists():
+        found = read_json(marker_path(task), "a shard's marker")
         if (found["plan_sha256"] == task.plan_sha256 and path.is_file() and path.stat().st_size == found["record"][3]
                 and sha256_file(path) == found["record"][4]):
             moved(found["tokens"])
@@ -126,7 +137,7 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     if not len(table):
         raise UserError(f"shard {task.shard} of {task.shards} of the {task.split} split would hold no document; "
                         f"give larger --shard-bytes or another --valid-fraction")
-    special, width = task.special_ids, task.sequence_length
+    special, width, split = task.special_ids, task.sequence_length, SPLITS.index(task.split)
     line_ends = np.flatnonzero(stored == special.sep)
     line_lengths = np.diff(line_ends, prepend=-1) - 1
     document_ends = np.cumsum(table["own"]["stored"].astype(np.int64))
@@ -136,25 +147,26 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     chance = np.empty(0, np.float32)
     if task.packing == "google":
         needed = chances_needed(len(ids), len(table))
-        chance = order.uniforms(order.words(task.seed, SPLITS.index(task.split), np.array([task.shard]), needed, SEGMENTS)[0])
+        chance = order.uniforms(order.words(task.seed, split, np.array([task.shard]), needed, SEGMENTS)[0])
     layout = lay_out(task.packing, line_lengths, np.diff(lines_before, prepend=0), width, chance)
-    rows = fill(layout, ids, np.cumsum(tokens) - tokens, width, (special.pad, special.cls, special.sep))
-    new_row = order.permutation(layout.rows, task.seed, SPLITS.index(task.split), task.shard, ROWS)
+    rows = fill(layout, ids, np.cumsum(tokens) - tokens, width, special)
+    new_row = order.permutation(layout.rows, task.seed, split, task.shard, ROWS)
     permuted = np.empty_like(rows)
     permuted[new_row] = rows
     row, start, length, document, token = layout.pieces.T
-    pieces = np.stack([new_row[row], start, length, table["unit"][document], table["own"]["document"][document], token], axis=1)
+    source = table[document]
+    pieces = np.stack([new_row[row], start, length, source["unit"], source["own"]["document"], token], axis=1)
     pieces = pieces[np.lexsort((start, pieces[:, 0]))].astype("<i4")
     record = write_shard(path, task.split, task.shard, permuted, pieces, task.block_rows)
     unigrams = np.bincount(ids, minlength=task.vocab_size).astype(np.int64)
     unigrams[list(special.model_dump().values())] = 0
-    np.save(marker_path.with_suffix(".npy"), unigrams)
+    np.save(marker_path(task).with_suffix(".npy"), unigrams)
     specials = len(layout.cls) + len(layout.sep)
     marker = {"plan_sha256": task.plan_sha256, "record": list(record), "documents": len(table), "tokens": len(ids),
               "pieces": len(pieces), "pad": rows.size - len(ids) - specials}
-    write_json(marker_path, marker)
+    write_json(marker_path(task), marker)
     moved(len(ids))
-    return json.loads(json.dumps(marker))
+    return marker
 
 
 def shard_record(marker: dict) -> ShardRecord:

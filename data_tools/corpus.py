@@ -8,8 +8,6 @@ exactly once. Lines that cannot be read are left out and counted by class.
 from __future__ import annotations
 
 import bz2
-import gzip
-import io
 import json
 import lzma
 import zlib
@@ -17,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data_tools import docs
 from electra_ds.errors import UserError
@@ -51,49 +49,6 @@ class Tally:
         self.bad[kind] += 1
         if len(self.places) < PLACES:
             self.places.append(f"{source.name}: byte {offset}: {kind}")
-
-
-class _ZstdFile(io.RawIOBase):
-    """A zstd stream that notices when it ends too early (zstandard's own reader does not)."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("reading .zst needs the zstandard package: pip install zstandard") from None
-        self._raw, self._new = raw, lambda: zstandard.ZstdDecompressor().decompressobj()
-        self._errors, self._stream, self._left = zstandard.ZstdError, None, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._left:
-            data = self._stream.unused_data if self._stream is not None and self._stream.eof else b""
-            data = data or self._raw.read(1 << 17)
-            if not data and (self._stream is None or self._stream.eof):
-                return 0
-            if not data:
-                raise EOFError("Compressed file ended before the end of its frame")
-            if self._stream is None or self._stream.eof:
-                self._stream = self._new()
-            try:
-                self._left = self._stream.decompress(data)
-            except self._errors as error:
-                raise EOFError(str(error)) from None
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-
-def open_source(path: str, raw: BinaryIO) -> BinaryIO:
-    """The decompressed stream of an open file, by its name's ending."""
-    suffix = Path(path).suffix
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdFile(raw), 1 << 20)
-    if suffix in COMPRESSED:
-        return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix](raw)
-    return raw
 
 
 def detect_format(path: str) -> str:
@@ -137,17 +92,44 @@ def documents(source: Source, start: int, end: int, *, text_field: str, tally: T
 
 def _lines(source: Source, raw: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
     """(offset, line) from the first line that starts at `start` or later."""
-    stream, offset = open_source(source.path, raw), 0
+    offset, suffix = 0, Path(source.path).suffix
+    if start:
+        raw.seek(start - 1)
+        offset = start - 1 + len(raw.readline())
     try:
-        if start:
-            stream.seek(start - 1)
-            offset = start - 1 + len(stream.readline())
-        for line in stream:
+        for line in raw if suffix not in COMPRESSED else _decompressed_lines(raw, suffix):
             yield offset, line if offset else line.removeprefix(b"\xef\xbb\xbf")
             offset += len(line)
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{source.name}: broken after byte {offset} of its content ({error}); expected a whole "
-                        f"{Path(source.path).suffix} file; copy it again or leave it out") from None
+                        f"{suffix} file; copy it again or leave it out") from None
+
+
+def _decompressed_lines(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
+    """Lines of a compressed file of one or more streams; raises when the last one is not whole."""
+    stream, tail = None, b""
+    while data := raw.read(1 << 16):
+        while data := data if stream is not None and not stream.eof else data.lstrip(b"\0"):  # padding between streams
+            if stream is None or stream.eof:
+                stream = _decompressor(suffix)
+            tail += stream.decompress(data)
+            data = stream.unused_data if stream.eof else b""
+        *lines, tail = tail.split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if stream is not None and not stream.eof:
+        raise EOFError("the file ends inside its compressed stream")
+    if tail:
+        yield tail
+
+
+def _decompressor(suffix: str) -> Any:
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError("reading .zst needs the zstandard package: pip install zstandard") from None
+        return zstandard.ZstdDecompressor().decompressobj()
+    return {".gz": lambda: zlib.decompressobj(31), ".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}[suffix]()
 
 
 def _decode(lines: list[tuple[int, bytes]], source: Source, tally: Tally) -> str:

@@ -24,7 +24,7 @@ TOPICS = "pydoc_data/topics.py"
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]*?)(?: ?<[^`>]*>)?`")  # :class:`~a.b.C` -> a.b.C
 _MARKUP = re.compile(r"``?([^`]*)``?_?|\*\*(\S[^*]*)\*\*|(?<!\w)\*(\w[^*]*)\*(?!\w)")
-_ITEM = re.compile(r"^(?:[-*+\u2022]|\d+[.)]|\(?[a-z\d]\)|:\w+[^:]*:|\*{0,2}\w+ ?(?:\([^)]*\))? ?:)\s+")  # list or argument
+_ITEM = re.compile(r"^(?:[-*+\u2022]|\d+[.)]|\(?[a-z\d]\)|:\w+[^:]*:|\*{0,2}\w+ ?(?:\([^)]*\))? ?:)\s+")  # of a list
 _CODE = re.compile(r">>>|^\.\. |^\.\.\.|[|{}\\@$~^]|[<>=]=|->|https?:|^\W+$")
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 

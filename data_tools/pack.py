@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from electra_ds.config import SpecialIds
+
 PACKINGS = ("best_fit", "concat", "google")
 SHORTEST = 3  # [CLS] token [SEP]: less room is padding
 SINGLE_SEGMENT, SHORT_TARGET = .1, .05  # the authors' probabilities of a row without B, of a shorter target
@@ -26,7 +28,8 @@ class Layout(NamedTuple):
     sep: np.ndarray  # [.] the same of the [SEP]
 
 
-def lay_out(packing: str, line_lengths: np.ndarray, document_lines: np.ndarray, width: int, chance: np.ndarray) -> Layout:
+def lay_out(packing: str, line_lengths: np.ndarray, document_lines: np.ndarray, width: int,
+            chance: np.ndarray) -> Layout:
     """Place documents into rows of `width` tokens.
 
     line_lengths:   tokens of each line, all documents' lines one after the other
@@ -142,14 +145,14 @@ def chances_needed(tokens: int, documents: int) -> int:
     return 2 * (tokens // SHORTEST_TARGET + documents)
 
 
-def fill(layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, special_ids: tuple[int, int, int]) -> np.ndarray:
-    """The rows [n, S] of `ids.dtype`: document d's tokens are ids[begins[d]:]. special_ids: (pad, cls, sep)."""
-    pad, cls, sep = special_ids
-    rows = np.full(layout.rows * width, pad, ids.dtype)
-    rows[layout.cls], rows[layout.sep] = cls, sep
+def fill(layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, special: SpecialIds) -> np.ndarray:
+    """The rows [n, S] of `ids.dtype`: document d's tokens are ids[begins[d]:]."""
+    rows = np.full(layout.rows * width, special.pad, ids.dtype)
+    rows[layout.cls], rows[layout.sep] = special.cls, special.sep
     step = max(1, (1 << 20) // width)  # pieces at a time: bounded index arrays
     for first in range(0, len(layout.pieces), step):
         row, start, length, document, token = layout.pieces[first : first + step].T
         inside = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-        rows[np.repeat(row * width + start, length) + inside] = ids[np.repeat(begins[document] + token, length) + inside]
+        places, origins = row * width + start, begins[document] + token
+        rows[np.repeat(places, length) + inside] = ids[np.repeat(origins, length) + inside]
     return rows.reshape(layout.rows, width)

@@ -64,7 +64,8 @@ def _expand(given: str) -> list[Path]:
     """The real paths of the files that one argument names."""
     path = Path(given).expanduser()
     if path.is_dir():
-        found = [f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts)]
+        hidden = [f for f in path.rglob("*") if any(p.startswith(".") for p in f.relative_to(path).parts)]
+        found = [f for f in sorted({*path.rglob("*")} - {*hidden}) if f.is_file()]
     elif path.is_file():
         found = [path]
     else:
@@ -99,7 +100,7 @@ def _cut(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
         if small and sum(end for _, _, end in small) + source.size > unit_bytes:
             units.append(tuple(small))
             small = []
-        if whole and source.format != "text_file" or source.size > unit_bytes:
+        if (whole and source.format != "text_file") or source.size > unit_bytes:
             step = source.size if whole else unit_bytes
             if small:
                 units.append(tuple(small))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 from data_tools.clean import clean_lines
 from data_tools.corpus import Tally, documents
 from data_tools.plan import make_plan
 from electra_ds.errors import UserError
-from electra_ds.tokenizer import SPECIAL_NAMES, Tokenizer, load_tokenizer
+from electra_ds.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
@@ -41,16 +41,13 @@ def train_tokenizer(
         strip_accents = lowercase and kind == "wordpiece"
     lines = _lines(inputs, format, text_field, progress)
     if kind == "wordpiece":
-        content, options = _wordpiece(lines, vocab_size, lowercase, strip_accents, min_frequency), (lowercase, strip_accents)
-        name = "vocab.txt"
+        content = _wordpiece(lines, vocab_size, lowercase, strip_accents, min_frequency)
+        tokenizer = WordPiece(content, {"lowercase": lowercase, "strip_accents": strip_accents}, "the new vocabulary")
     elif strip_accents:
         raise UserError("strip_accents is for wordpiece; a SentencePiece model has no such rule, leave it out")
     else:
-        content, options, name = _sentencepiece(lines, kind, vocab_size, lowercase, max_sentences), (None, None), "spm.model"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(content)
-        tokenizer = load_tokenizer(path, lowercase=options[0], strip_accents=options[1])
+        content = _sentencepiece(lines, kind, vocab_size, lowercase, max_sentences)
+        tokenizer = SentencePiece(content, {}, "the new model")
     tokenizer.save(out)
     return tokenizer
 
@@ -75,9 +72,12 @@ def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Callab
     progress("train", 0, 1)
 
 
-def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool, min_frequency: int) -> bytes:
-    """The trainer numbers what it meets in the order of a hash table that differs from run to run, and breaks ties by
-    number. So it gets words in a fixed order, and all characters, alone and as continuation, have numbers before."""
+def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool, min_count: int) -> bytes:
+    """The content of a vocab.txt, the same for the same words and counts.
+
+    The trainer numbers what it meets in the order of a hash table that differs from run to run, and breaks ties by
+    number. So it gets words in a fixed order, and all characters, alone and as continuation, have numbers before.
+    """
     from tokenizers import Tokenizer as Fast
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -93,21 +93,19 @@ def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_acc
             characters[character] += count
     common = sorted(characters, key=lambda c: (-characters[c], c))[:min(ALPHABET, vocab_size // 4)]
     alphabet = sorted(common)
-    fast.train_from_iterator(
-        (" ".join([word] * min(REPEATS, words[word] - at)) for word in sorted(words) for at in range(0, words[word], REPEATS)),
-        trainers.WordPieceTrainer(
-            vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False, limit_alphabet=len(alphabet),
-            initial_alphabet=alphabet, special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in alphabet)]))
+    texts = (" ".join([word] * min(REPEATS, count - at))
+             for word, count in sorted(words.items()) for at in range(0, count, REPEATS))
+    fast.train_from_iterator(texts, trainers.WordPieceTrainer(
+        vocab_size=vocab_size, min_frequency=min_count, show_progress=False, limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet, special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in alphabet)]))
     vocabulary = fast.get_vocab()
     return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode()
 
 
 def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: bool, max_sentences: int) -> bytes:
-    import io
-
     import sentencepiece
 
-    model = io.BytesIO()
+    model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(part for line in lines for part in _parts(line)), model_writer=model, model_type=kind,
@@ -116,7 +114,7 @@ def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: 
             control_symbols=SPECIALS[2:], character_coverage=0.9995, input_sentence_size=max_sentences,
             shuffle_input_sentence=True, max_sentence_length=SENTENCE_BYTES, num_threads=1, minloglevel=2)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"SentencePiece could not make {vocab_size} entries ({error}); try a smaller vocab_size") from None
+        raise UserError(f"SentencePiece made no {vocab_size} entries ({error}); try a smaller vocab_size") from None
     return model.getvalue()
 
 

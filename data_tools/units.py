@@ -139,7 +139,7 @@ class _Writer:
         self.ids_path, self.table_path, self.marker = unit_paths(task.folder, task.number)
         self.marker.unlink(missing_ok=True)  # whatever is there is not whole
         self.temporary = self.ids_path.with_name(f".{self.ids_path.name}.{os.getpid()}.tmp")
-        self.file = open(self.temporary, "wb")
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed by discard)
         self.digest, self.written, self.held = hashlib.sha256(), 0, 0
         self.run: list[tuple[int, tuple[int, int], np.ndarray, int, int]] = []
         self.tables: list[np.ndarray] = []
@@ -156,7 +156,8 @@ class _Writer:
         self.run.sort(key=lambda document: (document[0], document[4]))
         table = np.zeros(len(self.run), DOCUMENT)
         for row, (key, hashed, ids, tokens, number) in zip(table, self.run, strict=True):
-            row["key"], row["hash"], row["stored"], row["tokens"], row["document"] = key, hashed, len(ids), tokens, number
+            row["key"], row["hash"], row["stored"] = key, hashed, len(ids)
+            row["tokens"], row["document"] = tokens, number
         sizes = table["stored"].astype(np.uint64)
         table["start"] = self.written + np.cumsum(sizes) - sizes
         data = b"".join(document[2].tobytes() for document in self.run)

@@ -163,7 +163,8 @@ class SentencePiece(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise UserError(f"{source}: not a SentencePiece model ({error}); expected an spm .model file") from None
-        super().__init__(content, [self._model.id_to_piece(i) for i in range(self._model.vocab_size())], options, source)
+        names = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
+        super().__init__(content, names, options, source)
         for role, i in self.special_ids.model_dump().items():
             if role != "unk" and not self._model.is_control(i):
                 raise UserError(f"{source}: {self.names[i]} is no control symbol, so corpus text could make its id; "
@@ -175,8 +176,8 @@ class SentencePiece(Tokenizer):
         return np.fromiter((i for part in parts for i in part), np.uint32, int(lengths.sum())), lengths
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        pieces = self._model.encode(text, out_type="immutable_proto").pieces
-        return [p.id for p in pieces], [(p.begin, p.end) for p in pieces]
+        found = self._model.encode(text, return_type="offset_mapping")
+        return list(found["ids"]), [tuple(span) for span in found["offsets"]]
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._model.decode(ids)
