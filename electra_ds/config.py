@@ -210,7 +210,8 @@ class RunConfig(Section):
         if sequence_length != self.data.sequence_length:
             raise UserError(
                 f"data.sequence_length = {self.data.sequence_length}, but the data has rows of {sequence_length}: "
-                f"prepare with --sequence-length {self.data.sequence_length}, or --set data.sequence_length={sequence_length}"
+                f"prepare with --sequence-length {self.data.sequence_length}, or --set "
+                f"data.sequence_length={sequence_length}"
             )
         for key, mine, theirs in (
             ("model.vocab_size", self.model.vocab_size, vocab_size),
@@ -339,6 +340,7 @@ ENGINE_KEYS = {
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "tensorboard",
     "csv_monitor", "wandb", "comet", "aio", "data_types", "disable_allgather", "timers", "steps_per_print",
 }  # fmt: skip
+PRECISIONS = ("fp16", "bf16", "torch_autocast")
 # Numbers the run owns: the same key in both files would have two owners.
 ENGINE_OWNERS = {
     "train_batch_size": "train.global_batch_size",
@@ -368,12 +370,19 @@ def load_engine(engine: str | dict) -> dict:
             raise UserError(f"{where}: {key} belongs to the run config ({ENGINE_OWNERS[key]}): remove it here")
         if key not in ENGINE_KEYS:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, sorted(ENGINE_KEYS))}")
+    for key in ("zero_optimization", *PRECISIONS):
+        if not isinstance(values.get(key, {}), dict):
+            raise UserError(f"{where}: {key} = {values[key]!r}; expected a JSON object")
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{where}: zero_optimization.stage = {stage!r}; expected 0, 1, 2 or 3")
-    enabled = [kind for kind in ("fp16", "bf16", "torch_autocast") if values.get(kind, {}).get("enabled") is True]
-    if len(enabled) > 1:
-        raise UserError(f"{where}: {' and '.join(enabled)} are both enabled; choose one precision")
+    switches = {kind: values.get(kind, {}).get("enabled", False) for kind in PRECISIONS}
+    for kind, enabled in switches.items():
+        if not (isinstance(enabled, bool) or (enabled == "auto" and kind != "torch_autocast")):
+            raise UserError(f"{where}: {kind}.enabled = {enabled!r}; expected true, false or (bf16, fp16) \"auto\"")
+    chosen = [kind for kind, enabled in switches.items() if enabled]
+    if len(chosen) > 1 and any(enabled is True for enabled in switches.values()):  # two "auto" are one choice
+        raise UserError(f"{where}: {' and '.join(chosen)} are both enabled; choose one precision")
     return values
 
 
