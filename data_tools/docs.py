@@ -25,7 +25,9 @@ _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]*?)(?: ?<[^`>]*>)?`")  # :class:`~a.b.C` -> a.b.C
 _MARKUP = re.compile(r"``?([^`]*)``?_?|\*\*(\S[^*]*)\*\*|(?<!\w)\*(\w[^*]*)\*(?!\w)")
 _ITEM = re.compile(r"^(?:[-*+\u2022]|\d+[.)]|\(?[a-z\d]\)|:\w+[^:]*:|\*{0,2}\w+ ?(?:\([^)]*\))? ?:)\s+")  # of a list
-_CODE = re.compile(r">>>|^\.\. |^\.\.\.|[|{}\\@$~^]|[<>=]=|->|https?:|^\W+$")
+_HEADER = re.compile(r"^[\w*, ]+ : \S")  # of a parameter: "x, y : array_like"
+_CODE = re.compile(r">>>|[|{}\\@$~^]|[<>=]=|->|https?:")
+_CODE_LINE = re.compile(r"^(?:\.\.|\W+$)")  # a directive, a continued example, a rule
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 
 
@@ -74,11 +76,12 @@ def paragraphs(docstring: str) -> Iterator[str]:
     for line in [*inspect.cleandoc(docstring).split("\n"), ""]:
         text, depth = line.strip(), len(line) - len(line.lstrip())
         item = _ITEM.match(text)
-        if run and (not text or item or indent not in (None, depth)):
+        header = _HEADER.match(text)
+        if run and (not text or item or header or indent not in (None, depth)):
             if prose := _prose(run):
                 yield prose
             run = []
-        if text:
+        if text and not header:
             indent = None if item else depth
             run.append(text[item.end():] if item else text)
 
@@ -86,7 +89,7 @@ def paragraphs(docstring: str) -> Iterator[str]:
 def _prose(lines: list[str]) -> str | None:
     text = _MARKUP.sub(lambda m: m[1] or m[2] or m[3] or "", _ROLE.sub(r"\1", " ".join(lines)))
     words = text.split()
-    if len(words) < MIN_WORDS or any(_CODE.search(line) for line in lines) or _CODE.search(text):
+    if len(words) < MIN_WORDS or any(map(_CODE_LINE.match, lines)) or _CODE.search(text):
         return None
     plain = sum(bool(_WORD.fullmatch(word.strip(".,;:!?()\"'"))) for word in words)
     if plain < MIN_PLAIN * len(words) or text[-1] not in ".:;!?)\"'" or not text[0].isalnum():

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from data_tools.clean import clean_lines
 from data_tools.corpus import Tally, documents
@@ -15,7 +16,7 @@ from electra_ds.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPi
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
-ALPHABET = 1000  # WordPiece: single characters kept, the most frequent ones; a quarter of the vocabulary at most
+COVERAGE = 0.9999  # share of the text whose characters are in a WordPiece vocabulary; at most a quarter of its entries
 REPEATS = 1000  # of one word in one text handed to the trainer
 SENTENCE_BYTES = 16384  # SentencePiece leaves longer lines out: they are cut at white space before
 
@@ -30,8 +31,8 @@ def train_tokenizer(
     kind:          wordpiece, or unigram or bpe (SentencePiece)
     strip_accents: None: as lowercase. SentencePiece models normalise by NFKC and keep accents
     max_sentences: lines that SentencePiece draws from the corpus
-    The vocabulary may come out smaller than vocab_size on little text (WordPiece); its vocab_size is exact.
-    Raises UserError for unknown settings, for inputs without text, for a size that the text cannot fill (unigram).
+    On little text the vocabulary comes out smaller than vocab_size: the tokenizer's own vocab_size is exact.
+    Raises UserError for unknown settings, for inputs without text, for a size that SentencePiece cannot make.
     """
     if kind not in KINDS:
         raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
@@ -87,19 +88,32 @@ def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_acc
     fast = Fast(models.WordPiece(unk_token="[UNK]"))
     fast.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    characters: Counter[str] = Counter()
-    for word, count in words.items():
-        for character in fast.normalizer.normalize_str(word).replace(" ", ""):
-            characters[character] += count
-    common = sorted(characters, key=lambda c: (-characters[c], c))[:min(ALPHABET, vocab_size // 4)]
-    alphabet = sorted(common)
+    alphabet, inside = _alphabet(words, fast, vocab_size // 4)
     texts = (" ".join([word] * min(REPEATS, count - at))
              for word, count in sorted(words.items()) for at in range(0, count, REPEATS))
     fast.train_from_iterator(texts, trainers.WordPieceTrainer(
         vocab_size=vocab_size, min_frequency=min_count, show_progress=False, limit_alphabet=len(alphabet),
-        initial_alphabet=alphabet, special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in alphabet)]))
+        initial_alphabet=alphabet, special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in inside)]))
     vocabulary = fast.get_vocab()
     return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode()
+
+
+def _alphabet(words: Counter[str], fast: Any, limit: int) -> tuple[list[str], list[str]]:
+    """(characters of the vocabulary, those of them that stand inside words), sorted; rare ones are left out."""
+    characters: Counter[str] = Counter()
+    inside: set[str] = set()
+    for word, count in words.items():
+        for part, _ in fast.pre_tokenizer.pre_tokenize_str(fast.normalizer.normalize_str(word)):
+            inside.update(part[1:])
+            for character in part:
+                characters[character] += count
+    kept, covered = [], 0
+    for character in sorted(characters, key=lambda c: (-characters[c], c))[:limit]:
+        if covered >= COVERAGE * characters.total():
+            break
+        kept.append(character)
+        covered += characters[character]
+    return sorted(kept), sorted(inside.intersection(kept))
 
 
 def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: bool, max_sentences: int) -> bytes:
@@ -112,7 +126,8 @@ def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: 
             vocab_size=vocab_size, normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
             pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="[PAD]", unk_piece="[UNK]",
             control_symbols=SPECIALS[2:], character_coverage=0.9995, input_sentence_size=max_sentences,
-            shuffle_input_sentence=True, max_sentence_length=SENTENCE_BYTES, num_threads=1, minloglevel=2)
+            hard_vocab_limit=False, shuffle_input_sentence=True, max_sentence_length=SENTENCE_BYTES, num_threads=1,
+            minloglevel=2)
     except (RuntimeError, OSError) as error:
         raise UserError(f"SentencePiece made no {vocab_size} entries ({error}); try a smaller vocab_size") from None
     return model.getvalue()

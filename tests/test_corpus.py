@@ -1,0 +1,175 @@
+"""Documents out of files: each once for any cut, broken input named, builtin:docs without code."""
+
+import bz2
+import gzip
+import json
+import lzma
+import unicodedata
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import docs
+from data_tools.clean import clean_lines, text_hash
+from data_tools.corpus import Source, Tally, documents
+from data_tools.plan import make_plan
+from electra_ds.errors import UserError
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+
+
+def read(source: Source, start: int = 0, end: int | None = None, tally: Tally | None = None) -> list[str]:
+    """The documents of a range, white space at their ends left out."""
+    end = source.size if end is None else end
+    found = documents(source, start, end, text_field="text", tally=tally or Tally(), moved=lambda count: None)
+    return [text.strip() for text in found]
+
+
+def source_of(path, content: bytes, format: str = "auto") -> Source:
+    """The planned source of a file with this content."""
+    path.write_bytes(content)
+    return make_plan([str(path)], format=format).sources[0]
+
+
+def wiki(texts: list[str]) -> bytes:
+    return "".join(f'<doc id="{i}" title="t">\n{text}\n\n</doc>\n' for i, text in enumerate(texts)).encode()
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def plain(texts: list[str]) -> bytes:
+    return b"\n" + "\n \n\n".join(texts).encode()
+
+
+TEXT = st.text(st.sampled_from("ab \u00e9\u65e5"), min_size=1, max_size=40).map(lambda t: f"x{t}y")
+
+
+@pytest.mark.parametrize(("format", "write"), [("text", plain), ("wiki", wiki), ("jsonl", jsonl)])
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TEXT | st.tuples(TEXT, TEXT).map("\n".join), min_size=1), step=st.integers(1, 60))
+def test_any_cut_of_a_file_gives_each_document_once(tmp_path_factory, format, write, texts, step):
+    source = source_of(tmp_path_factory.mktemp("cut") / "file", write(texts), format)
+    ranges = [(at, min(at + step, source.size)) for at in range(0, source.size, step)]
+    assert [text for start, end in ranges for text in read(source, start, end)] == texts
+
+
+def test_formats_are_found_by_name_and_content(tmp_path):
+    found = {name: source_of(tmp_path / name, content).format for name, content in {
+        "a.txt": b"some text", "b.txt": wiki(["x"]), "c.jsonl": b"broken", "d.json": jsonl(["x"]),
+        "e.gz": gzip.compress(wiki(["x"])), "f.jsonl.xz": lzma.compress(jsonl(["x"])), "g": b"\n\n{not json\n"}.items()}
+    assert found == {"a.txt": "text", "b.txt": "wiki", "c.jsonl": "jsonl", "d.json": "jsonl", "e.gz": "wiki",
+                     "f.jsonl.xz": "jsonl", "g": "text"}
+
+
+def test_a_file_can_be_one_document(tmp_path):
+    assert read(source_of(tmp_path / "a.txt", b"one\n\ntwo\n", "text_file")) == ["one\n\ntwo"]
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_compressed_files_read_like_plain_ones(tmp_path, suffix):
+    texts = [f"document {i} \u00e9" * 50 for i in range(100)]
+    packed = PACKERS[suffix](wiki(texts[:60])) + PACKERS[suffix](wiki(texts[60:]))  # two streams in one file
+    assert read(source_of(tmp_path / f"file{suffix}", packed)) == texts
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_truncated_file_is_an_error_with_its_name(tmp_path, suffix):
+    packed = PACKERS[suffix](wiki([f"document {i * i}" for i in range(5000)]))
+    source = source_of(tmp_path / f"file{suffix}", packed)
+    (tmp_path / f"file{suffix}").write_bytes(packed[: len(packed) - 9])
+    with pytest.raises(UserError, match=rf"file{suffix}: broken after byte \d+"):
+        read(source)
+
+
+def test_bad_lines_are_counted_by_class_with_their_places(tmp_path):
+    lines = [b'{"text": "good"}', b"{broken", b'{"other": 1}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[]"]
+    tally = Tally()
+    assert read(source_of(tmp_path / "a.jsonl", b"\n".join(lines)), tally=tally) == ["good"]
+    assert tally.bad == {"not JSON": 1, "no text in field 'text'": 2, "not UTF-8": 1, "half a surrogate pair": 1}
+    assert tally.places[0] == "a.jsonl: byte 17: not JSON" and tally.lines == 6
+    tally = Tally()
+    assert read(source_of(tmp_path / "b.txt", b"one\n\xfftwo\nthree\n"), tally=tally) == ["one\nthree"]
+    assert tally.bad == {"not UTF-8": 1} and tally.places == ["b.txt: byte 4: not UTF-8"]
+    tally = Tally()
+    assert read(source_of(tmp_path / "c.txt", b"<doc>\none\n<doc>\ntwo\n"), tally=tally) == ["one", "two"]
+    assert tally.bad == {"<doc> without </doc>": 2}
+
+
+def test_the_plan_depends_on_neither_place_nor_order(tmp_path):
+    for root in ("one", "two"):
+        (tmp_path / root / "sub").mkdir(parents=True)
+        for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden"):
+            (tmp_path / root / name).write_text(f"text of {name}")
+    whole = make_plan([str(tmp_path / "one")])
+    parts = make_plan([str(tmp_path / "two" / "sub"), str(tmp_path / "two" / "*.txt"), str(tmp_path / "two" / "a.txt")])
+    assert whole.identity() == parts.identity()
+    assert [s.name for s in whole.sources] == ["a.txt", "b.txt", "sub/c.txt"]
+    assert len(whole.units) == 1  # small files share a unit
+
+
+def test_big_files_are_cut_and_compressed_ones_are_not(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 100)
+    (tmp_path / "b.txt").write_bytes(b"x" * 5)
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"x" * 100))
+    size = (tmp_path / "c.txt.gz").stat().st_size
+    assert make_plan([str(tmp_path)], unit_bytes=40).units == (
+        ((0, 0, 40),), ((0, 40, 80),), ((0, 80, 100),), ((1, 0, 5),), ((2, 0, size),))
+
+
+@pytest.mark.parametrize(("inputs", "found"), [
+    (["none/*.txt"], "no such file"), ([], "no input"), (["empty.txt"], "are empty")])
+def test_inputs_that_are_not_there_are_refused(tmp_path, monkeypatch, inputs, found):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=found):
+        make_plan(inputs)
+
+
+def test_cleaning_keeps_the_text_and_drops_what_is_none():
+    lines = clean_lines("cafe\u0301 \x00one\x07\r\n\n \ttwo\u200b\x85three\u2028four\ufeff\ufffd")
+    assert lines == ["caf\u00e9 one", "two", "three", "four"]
+    assert all(unicodedata.is_normalized("NFC", line) for line in lines)
+
+
+def test_texts_equal_but_for_case_and_space_have_one_hash():
+    assert text_hash(["One  two", "three"]) == text_hash(["one TWO three"]) != text_hash(["one two four"])
+
+
+PROSE = "This sentence explains in plain English words what the function is good for."
+
+
+def test_docstrings_give_prose_once_and_no_code(tmp_path):
+    module = f'''"""{PROSE}
+
+    >>> print("this line is code, so it and its paragraph stay out of the text")
+
+    x : int
+        The number of rows that the reader takes from the file at a time.
+
+    -----------------------------------------------------------------------------
+
+    The class :class:`~pkg.Reader` and ``read`` are what most people ever need to know.
+    """
+raise SystemExit("nothing is imported")
+class A:
+    def f(self):
+        """{PROSE}"""
+'''
+    (tmp_path / "m.py").write_text(module)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "n.py").write_text(module.replace("plain", "simple"))
+    (tmp_path / "broken.py").write_text('"""' + PROSE + '"""\nthis is no python')
+    found = [text for _, _, text in docs.documents(docs.source_files([tmp_path])) if text]
+    assert found == [f"{PROSE}\nThe number of rows that the reader takes from the file at a time.\n"
+                     "The class pkg.Reader and read are what most people ever need to know."]
+
+
+def test_every_python_carries_prose():
+    files = [(name, path) for name, path in docs.source_files() if name in ("argparse.py", docs.TOPICS)]
+    texts = [text for _, _, text in docs.documents(files) if text]
+    assert len(texts) > 50 and sum(map(len, texts)) > 100_000
+    assert not any(">>>" in text for text in texts)
