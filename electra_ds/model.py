@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from electra_ds.config import EncoderConfig, ModelConfig
 from electra_ds.errors import UserError
 from electra_ds.ops.attention import Pieces, attention, pieces_of
+from electra_ds.ops.dropout import dropout
 from electra_ds.ops.linear import Linear, linear
 from electra_ds.ops.vocab_head import CHUNK, HeadResult, mask_padding, vocab_head
 
@@ -24,11 +25,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products of x are made: autocast's where it is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout without a node in the graph when there is nothing to drop."""
-    return F.dropout(x, p) if training and p else x
 
 
 class Embeddings(nn.Module):

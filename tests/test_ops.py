@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from electra_ds.ops import linear as linear_op
 from electra_ds.ops.attention import Pieces, _bounds, attention, pieces_of
+from electra_ds.ops.dropout import dropout
 from electra_ds.ops.linear import linear
 from electra_ds.ops.vocab_head import fused_head, mask_padding, plain_head, sample_tokens, sample_weights, vocab_head
 
@@ -83,6 +84,17 @@ def test_attention_on_a_gpu_equals_the_formula():
     theirs = value_and_grads(lambda t: written_out_attention(t, 2, PACKED.cuda()), qkv.float())
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    out = dropout(torch.ones(301, 1001), p, training=True)
+    assert sorted(set(out.flatten().tolist())) == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
+    assert float((out == 0).float().mean()) == pytest.approx(p, abs=0.003)
+    assert float(out.mean()) == pytest.approx(1, abs=0.005)
+    columns = (out == 0).float().mean(0)  # no place is favoured
+    assert float((columns - p).abs().max()) < 0.18
 
 
 # ------------------------------------------------------------------------------------------------------------ linear

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from electra_ds.ops.dropout import dropout_factors
+
 SHORTEST_PIECE = 2  # [CLS] and [SEP]; bounds how many pieces a row can hold
 
 
@@ -94,9 +96,7 @@ class _BmmAttention(torch.autograd.Function):
         if apart is not None:
             scores.view(batch, num_heads, length, length).masked_fill_(apart, -math.inf)
         probs = torch.softmax(scores, -1)
-        kept = None
-        if dropout:
-            kept = torch.empty_like(probs).bernoulli_(1 - dropout).div_(1 - dropout)
+        kept = dropout_factors(probs, dropout) if dropout else None
         out = torch.bmm(probs if kept is None else probs * kept, v)  # [B*N, S, D]
         ctx.save_for_backward(heads, probs, kept)
         return out.view(batch, num_heads, length, size).transpose(1, 2).reshape(batch, length, -1)
