@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 from electra_ds.errors import UserError
 
-# launcher -> names of (rank, world size, local rank, ranks on this host)
+# launcher -> names of (rank, world size, local rank, ranks on this host), the innermost first: Open MPI starts a daemon
+# per node by srun, and srun --mpi=pmi2 sets the names of MPICH.
 LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",)),
     "mpirun (Open MPI)": (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",)),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
 }
 
@@ -48,11 +49,10 @@ def find_ranks(environ: MutableMapping[str, str] = os.environ, promised: int | N
         name: int(environ[keys[1]]) for name, keys in LAUNCHERS.items() if keys[0] in environ and keys[1] in environ
     }
     if not sizes:
-        lone = sorted({keys[0] for keys in LAUNCHERS.values() if keys[0] in environ and keys[0] != "SLURM_PROCID"})
-        if lone:
-            raise UserError(
-                f"{lone[0]} is set but the number of ranks is not: the launcher's environment is incomplete"
-            )
+        pairs = [keys[:2] for name, keys in LAUNCHERS.items() if name != "srun"]  # sbatch alone sets SLURM_PROCID too
+        for present, absent in [*pairs, *(pair[::-1] for pair in pairs)]:
+            if present in environ:
+                raise UserError(f"{present} is set but {absent} is not: the launcher's environment is incomplete")
         sizes, ranks = {}, Ranks(0, 1, 0, 1, "none")
     else:
         launcher = next(iter(sizes))
@@ -89,7 +89,8 @@ def _export(environ: MutableMapping[str, str], ranks: Ranks) -> None:
     hosts = max(1, ranks.world_size // max(1, ranks.local_size))
     values = {
         "RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank,
-        "MASTER_ADDR": address, "MASTER_PORT": port, "LOCAL_SIZE": ranks.local_size, "CROSS_RANK": ranks.rank // max(1, ranks.local_size), "CROSS_SIZE": hosts,
+        "MASTER_ADDR": address, "MASTER_PORT": port, "LOCAL_SIZE": ranks.local_size,
+        "CROSS_RANK": ranks.rank // max(1, ranks.local_size), "CROSS_SIZE": hosts,
     }  # fmt: skip
     environ.update({key: str(value) for key, value in values.items()})
 
