@@ -168,6 +168,7 @@ def _together(engine: Weights, what: str) -> Iterator[dict]:
 
 def rename_final(engine: Weights, final: Path, step: int) -> None:
     """Give `final` back its step's name, so that a longer schedule can go on from it. Collective."""
+    engine.exchange(None)  # other ranks may still read it
     with _together(engine, f"renaming {final}"):
         if engine.ranks.rank == 0:
             os.rename(final, final.with_name(str(step)))

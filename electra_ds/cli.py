@@ -91,14 +91,14 @@ def prepare(
     with console_progress() as progress:
         manifest = prepare(
             inputs, tokenizer, out, sequence_length=sequence_length, packing=packing.value,
-            valid_fraction=valid_fraction, workers=workers, seed=seed, deduplicate=deduplicate, min_chars=min_chars, max_bad_fraction=max_bad_fraction,
+            valid_fraction=valid_fraction, workers=workers, seed=seed,
+            deduplicate=deduplicate, min_chars=min_chars, max_bad_fraction=max_bad_fraction,
             units=units, format=format, text_field=text_field, progress=progress,
         )  # fmt: skip
     for name, split in manifest.splits.items():
         share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
-        print(
-            f"{out} {name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows, padding {share:.2%}"
-        )
+        found = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows, padding {share:.2%}"
+        print(f"{out} {name}: {found}")
     gone = {**manifest.removed, **manifest.bad_lines}
     print(f"removed: {', '.join(f'{count:,} {reason}' for reason, count in gone.items()) or 'nothing'}")
 
@@ -163,9 +163,8 @@ def check(
         for line in lines:
             table.add_row(*line)
         console.print(table)
-    table = Table(
-        "ZeRO stage", *PRECISIONS, title="model states, GiB a rank (activations come on top)", title_justify="left"
-    )
+    title = "model states, GiB a rank (activations come on top)"
+    table = Table("ZeRO stage", *PRECISIONS, title=title, title_justify="left")
     for stage in range(4):
         table.add_row(str(stage), *(f"{report.memory[stage, name] / 2**30:.3f}" for name in PRECISIONS))
     console.print(table)

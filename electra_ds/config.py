@@ -379,7 +379,7 @@ def load_engine(engine: str | dict) -> dict:
     switches = {kind: values.get(kind, {}).get("enabled", False) for kind in PRECISIONS}
     for kind, enabled in switches.items():
         if not (isinstance(enabled, bool) or (enabled == "auto" and kind != "torch_autocast")):
-            raise UserError(f"{where}: {kind}.enabled = {enabled!r}; expected true, false or (bf16, fp16) \"auto\"")
+            raise UserError(f'{where}: {kind}.enabled = {enabled!r}; expected true, false or (bf16, fp16) "auto"')
     chosen = [kind for kind, enabled in switches.items() if enabled]
     if len(chosen) > 1 and any(enabled is True for enabled in switches.values()):  # two "auto" are one choice
         raise UserError(f"{where}: {' and '.join(chosen)} are both enabled; choose one precision")

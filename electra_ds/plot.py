@@ -13,7 +13,8 @@ PANELS = {
     "generator, held out": "valid/mlm_accuracy valid/replaced_fraction",
 }
 NAMES = {
-    "disc_auc": "own generator", "fixed_auc": "fixed corruption", "unigram_loss": "unigram", "base_rate_loss": "base rate",
+    "disc_auc": "own generator", "fixed_auc": "fixed corruption", "unigram_loss": "unigram",
+    "base_rate_loss": "base rate",
     "mlm_accuracy": "MLM accuracy", "replaced_fraction": "replaced share",
 }  # fmt: skip
 

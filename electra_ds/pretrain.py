@@ -28,6 +28,9 @@ from electra_ds.shards import ShardReader, read_unigrams
 from electra_ds.values import Counts, Losses
 
 
+LOOK_SECONDS = 1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a far file system
+
+
 @dataclass(frozen=True)
 class Limits:
     """When an attempt ends before the schedule does, and where its weights come from."""
@@ -363,9 +366,9 @@ class Run:
         return {"stop": bool(self.asked_to_stop), "save": self._found_file("SAVE")}
 
     def _found_file(self, name: str) -> bool:
-        """Whether somebody touched OUT/STOP or OUT/SAVE: rank 0 looks once a second (OUT may be far away)."""
+        """Whether somebody touched OUT/STOP or OUT/SAVE: rank 0 looks now and then."""
         now = time.monotonic()
-        if not self.is_first or now - self._looked.get(name, -math.inf) < 1.0:
+        if not self.is_first or now - self._looked.get(name, -math.inf) < LOOK_SECONDS:
             return False
         self._looked[name] = now
         found = (self.out / name).exists()
@@ -388,8 +391,8 @@ class Run:
         train, engine = self.config.train, self.engine
         count = sum(engine.shape(name).numel() for name in engine.parameters)
         self.metrics.say(
-            f"{count:,} parameters, {engine.ranks.world_size} rank(s) under {engine.ranks.launcher}, ZeRO {engine.stage}, "
-            f"{precision_name(engine.deepspeed_config)}; a step is {train.global_batch_size} rows of "
+            f"{count:,} parameters, {engine.ranks.world_size} rank(s) under {engine.ranks.launcher}, "
+            f"ZeRO {engine.stage}, {precision_name(engine.deepspeed_config)}; a step is {train.global_batch_size} rows of "
             f"{self.config.data.sequence_length} tokens ({engine.accumulation} x {train.micro_batch_size} a rank); "
             f"{self.total_steps} steps, from step {progress.step}"
         )

@@ -1,0 +1,41 @@
+"""Shared fixtures: a small data folder, and real ranks started by torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shard_data
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 training rows of 32 random tokens, vocabulary 600, in three shards."""
+    folder = tmp_path_factory.mktemp("data")
+    return shard_data.write_data(folder, [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)])
+
+
+def run_ranks(world_size: int, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script of tests/ on so many ranks (gloo) under torchrun; fails with its output unless check is False."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    command = [*launcher, str(ROOT / "tests" / script), *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 or not check, done.stdout[-4000:] + done.stderr[-8000:]
+    return done
+
+
+def run_cli(*arguments: object, check: bool = True, **environ: str) -> subprocess.CompletedProcess:
+    """`python -m electra_ds ...` on this CPU."""
+    command = [sys.executable, "-m", "electra_ds", *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | CPU | environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 or not check, done.stdout[-4000:] + done.stderr[-8000:]
+    return done
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())

@@ -1,0 +1,240 @@
+"""Runs on real ranks, many in one process group: `torchrun tests/scenarios.py PHASE DATA OUTS`. Not a test file itself.
+
+The tests in test_ranks_train.py read what the runs left in OUTS/<name>.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from electra_ds import checkpoint, pretrain
+from electra_ds.batches import Batches
+from electra_ds.config import load_run
+from electra_ds.engine import Engine, leave, start
+from electra_ds.errors import RunFailure, UserError
+from electra_ds.objective import ElectraObjective
+from electra_ds.pretrain import Limits, run_among
+from electra_ds.ranks import find_ranks
+
+STEPS, CUT = 20, 7
+STAGES = (0, 1, 2, 3)
+MOVES = ((0, 1), (1, 2), (2, 3), (3, 0), (0, 3), (3, 1), (2, 0))  # checkpoints written at one stage, read at another
+SMALL = [
+    "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
+    "generator.hidden_size=16", "generator.ffn_size=32", "generator.num_layers=1",
+    "train.global_batch_size=16", "train.micro_batch_size=4", f"train.total_steps={STEPS}", "train.eval_every=0",
+    "optimizer.warmup_steps=4", "optimizer.peak_lr=0.003", "checkpoint.every=5", "logging.every=1", "logging.tensorboard=false",
+]  # fmt: skip
+DATA, OUTS = Path(sys.argv[2]), Path(sys.argv[3])
+RANKS = find_ranks()
+DEVICE = start(RANKS, timeout_minutes=2)
+
+
+def train(name: str, engine: str, *sets: str, **limits) -> int | str:
+    """One run in OUTS/name; the exit code, or the message of the error that ended it."""
+    config = load_run("tiny", [*SMALL, *sets], engine)
+    try:
+        return run_among(config, DATA, OUTS / name, RANKS, DEVICE, Limits(**limits))
+    except (UserError, RunFailure) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def copy(source: str, target: str) -> None:
+    """Rank 0 copies a run folder; the others wait."""
+    if RANKS.rank == 0:
+        shutil.copytree(OUTS / source, OUTS / target)
+    if RANKS.world_size > 1:
+        torch.distributed.barrier()
+
+
+def note(name: str, value: object) -> None:
+    """Leave this rank's findings for the tests."""
+    (OUTS / f"{name}-{RANKS.rank}.json").write_text(json.dumps(value))
+
+
+def uninterrupted() -> None:
+    for stage in STAGES:
+        assert train(f"full-z{stage}", f"zero{stage}-fp32") == 0
+    assert train("full-whole-micro", "zero1-fp32", "train.micro_batch_size=8") == 0
+    assert train("full-dropout", "zero1-fp32", "model.hidden_dropout=0.1", "generator.attention_dropout=0.1") == 0
+    for stage in (0, 1, 3):
+        assert train(f"full-bf16-z{stage}", f"zero{stage}-bf16", "train.total_steps=60") == 0
+
+
+def wrong_split() -> None:
+    """Both ranks read the first slice: what a broken data split would do."""
+    original = Batches.__init__
+
+    def broken(self, *arguments, **options):
+        original(self, *arguments, **(options | {"rank": 0}))
+
+    Batches.__init__ = broken
+    train("full-broken", "zero1-fp32")
+    Batches.__init__ = original
+
+
+def interrupted() -> None:
+    """Stopped by vote at CUT, then resumed, at every stage; and moved between stages and precisions."""
+    for stage in STAGES:
+        assert train(f"cut-z{stage}", f"zero{stage}-fp32", stop_at_step=CUT) in (0, 85)
+    for old, new in MOVES:
+        copy(f"cut-z{old}", f"move-z{old}-z{new}")
+        assert train(f"move-z{old}-z{new}", f"zero{new}-fp32") == 0
+    for stage in STAGES:
+        copy(f"cut-z{stage}", f"for-one-z{stage}")
+        assert train(f"cut-z{stage}", f"zero{stage}-fp32") == 0
+    for stage in (0, 1, 3):
+        name = f"cut-bf16-z{stage}"
+        assert train(name, f"zero{stage}-bf16", "train.total_steps=60", stop_at_step=CUT) in (0, 85)
+        assert train(name, f"zero{stage}-bf16", "train.total_steps=60") == 0
+
+
+def refused_resumes() -> None:
+    copy("for-one-z1", "refused")
+    found = {
+        "science": train("refused", "zero1-fp32", "optimizer.peak_lr=0.001"),
+        "seed": train("refused", "zero1-fp32", "train.seed=3"),
+    }
+    copy("full-z1", "extended")
+    found["done"] = train("extended", "zero1-fp32")
+    found["extend"] = train("extended", "zero1-fp32", "train.total_steps=24", extend=True)
+    found["machine"] = train("refused", "zero1-fp32", "logging.every=2")
+    found["init_from"] = train("init-from", "zero2-fp32", "optimizer.peak_lr=0.001", init_from=OUTS / "full-z0")
+    note("refused", found)
+
+
+def poison(step: int, rank: int):
+    """Make the loss of one rank NaN at one attempt."""
+    original, seen = ElectraObjective.forward, []
+
+    def forward(self, *arguments, **options):
+        losses = original(self, *arguments, **options)
+        if self.training and RANKS.rank == rank:
+            seen.append(1)
+            if len(seen) == 2 * step:  # two micro-batches a step
+                return losses._replace(total=losses.total * float("nan"), mlm_loss=losses.mlm_loss * float("nan"))
+        return losses
+
+    ElectraObjective.forward = forward
+    return lambda: setattr(ElectraObjective, "forward", original)
+
+
+def not_finite() -> None:
+    for stage in STAGES:
+        restore = poison(step=7, rank=1)
+        note(f"nan-z{stage}", train(f"nan-z{stage}", f"zero{stage}-fp32"))
+        restore()
+        assert train(f"nan-z{stage}", f"zero{stage}-fp32") == 0  # the last good checkpoint is whole
+
+
+def signals_and_files() -> None:
+    """A signal to one rank alone, and files touched in OUT, at the third step."""
+    original = Engine.step
+
+    def act(name: str, stop) -> object:
+        def step(self, lr):
+            result = original(self, lr)
+            step.count += 1
+            if step.count == 3:
+                stop()
+            return result
+
+        step.count = 0
+        Engine.step = step
+        code = train(name, "zero1-fp32", "checkpoint.every=1000")
+        Engine.step = original
+        return code
+
+    def signal_self() -> None:
+        if RANKS.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def touch(name: str, run: str):
+        return lambda: (OUTS / run / name).touch() if RANKS.rank == 0 else None
+
+    found = {"signal": act("signal", signal_self)}
+    pretrain.LOOK_SECONDS = 0.0
+    found["stop-file"] = act("stop-file", touch("STOP", "stop-file"))
+    found["save-file"] = act("save-file", touch("SAVE", "save-file"))
+    note("stops", found)
+
+
+def sharing() -> None:
+    """Every way of sharing weights trains, saves and resumes at every stage."""
+    same = ["generator.hidden_size=32", "generator.ffn_size=64", "model.num_layers=1"]
+    for kind, sets in (("untied", []), ("all", same)):
+        sets = [f"model.sharing={kind}", *sets]
+        for stage in STAGES:
+            assert train(f"{kind}-full-z{stage}", f"zero{stage}-fp32", "train.total_steps=6", *sets) == 0
+            assert train(f"{kind}-z{stage}", f"zero{stage}-fp32", "train.total_steps=6", *sets, stop_at_step=3) in (
+                0,
+                85,
+            )
+            assert train(f"{kind}-z{stage}", f"zero{stage}-fp32", "train.total_steps=6", *sets) == 0
+
+
+def on_one_rank() -> None:
+    assert train("one", "zero0-fp32") == 0
+    assert train("one-cut", "zero1-fp32", stop_at_step=CUT) in (0, 85)
+    for stage in STAGES:
+        assert train(f"for-one-z{stage}", "zero0-fp32") == 0
+    note("fp16", train("fp16", "zero1-fp16"))
+
+
+def one_to_two() -> None:
+    for stage in STAGES:
+        copy("one-cut", f"one-to-two-z{stage}")
+        assert train(f"one-to-two-z{stage}", f"zero{stage}-fp32") == 0
+
+
+def die(kind: str) -> None:
+    """kill -9 of this process, both ranks, at a step or inside a save: `die STAGE-WHERE`."""
+    stage, where = kind.split("-", 1)
+    if where.startswith("step"):
+        original, wanted = Engine.step, int(where[4:])
+
+        def step(self, lr):
+            step.count += 1
+            if step.count == wanted:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, lr)
+
+        step.count = 0
+        Engine.step = step
+    else:  # in the second save
+        name = {"tensors": "save_file", "latest": "write_bytes"}[where]
+        original, count = getattr(checkpoint, name), []
+
+        def killed(*arguments, **options):
+            count.append(1)
+            if len(count) == (3 if where == "tensors" else 2):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(checkpoint, name, killed)
+    train(f"killed-{kind}", f"zero{stage}-fp32")
+
+
+def after_death() -> None:
+    for folder in sorted(OUTS.glob("killed-*")):
+        stage = folder.name.split("-")[1]
+        assert train(folder.name, f"zero{stage}-fp32") == 0
+
+
+PHASES = {
+    "two": (uninterrupted, wrong_split, interrupted, refused_resumes, not_finite, signals_and_files, sharing),
+    "one": (on_one_rank,),
+    "two-again": (one_to_two, after_death),
+}
+
+if __name__ == "__main__":
+    if sys.argv[1] == "die":
+        die(sys.argv[4])
+    for phase in PHASES[sys.argv[1]]:
+        phase()
+    leave()

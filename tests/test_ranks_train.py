@@ -1,0 +1,155 @@
+"""Training on real ranks: the same curve anywhere, exact resumes, refusals, stops, kills (runs made by scenarios.py)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_ranks
+
+from electra_ds import checkpoint
+from electra_ds.metrics import TIMED, read_metrics
+
+STAGES = (0, 1, 2, 3)
+KILLS = ("0-step8", "1-step13", "2-step17", "3-step6", "1-tensors", "1-latest")
+
+
+@pytest.fixture(scope="session")
+def outs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of scenarios.py: two ranks, ranks that kill themselves, one rank, two ranks again."""
+    folder = tmp_path_factory.mktemp("outs")
+    run_ranks(2, "scenarios.py", "two", data, folder)
+    for kind in KILLS:
+        assert run_ranks(2, "scenarios.py", "die", data, folder, kind, check=False).returncode != 0
+    run_ranks(1, "scenarios.py", "one", data, folder)
+    run_ranks(2, "scenarios.py", "two-again", data, folder)
+    return folder
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments of a run's latest checkpoint."""
+    found = checkpoint.latest(run / "ckpt")
+    meta = checkpoint.read_meta(found)
+    return dict(checkpoint.tensors(found, meta)) | dict(checkpoint.tensors(found, meta, "optim"))
+
+
+def curve(run: Path) -> list[dict]:
+    """The metrics without what depends on the machine's speed."""
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in read_metrics(run / "metrics.jsonl")]
+
+
+def is_bit_equal(run: Path, other: Path) -> bool:
+    ours, theirs = tensors(run), tensors(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def distance(run: Path, other: Path) -> float:
+    """Largest relative difference of losses and gradient norms over the common steps."""
+    pairs = zip(curve(run), curve(other), strict=True)
+    keys = ("loss", "mlm_loss", "disc_loss", "grad_norm")
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs for key in keys)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_like_one_at_every_stage(outs: Path, stage: int) -> None:
+    assert len(curve(outs / "one")) == 20
+    assert distance(outs / f"full-z{stage}", outs / "one") < 1e-5
+
+
+def test_one_micro_batch_equals_two_halves(outs: Path) -> None:
+    assert distance(outs / "full-whole-micro", outs / "full-z1") < 1e-5
+
+
+def test_a_broken_data_split_is_seen_in_the_curve(outs: Path) -> None:
+    assert distance(outs / "full-broken", outs / "one") > 1e-2
+
+
+def test_dropout_changes_the_curve_and_is_the_same_on_every_stage_of_a_resume(outs: Path) -> None:
+    assert distance(outs / "full-dropout", outs / "full-z1") > 1e-3
+
+
+@pytest.mark.parametrize("stage", (0, 1, 3))
+def test_bf16_runs_and_learns(outs: Path, stage: int) -> None:
+    losses = [record["loss"] for record in curve(outs / f"full-bf16-z{stage}")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("name", [*(f"z{stage}" for stage in STAGES), "bf16-z0", "bf16-z1", "bf16-z3"])
+def test_a_stop_and_resume_is_bit_exact(outs: Path, name: str) -> None:
+    assert is_bit_equal(outs / f"cut-{name}", outs / f"full-{name}")
+    assert curve(outs / f"cut-{name}") == curve(outs / f"full-{name}")
+
+
+@pytest.mark.parametrize("kind", KILLS)
+def test_kill_9_then_resume_is_bit_exact(outs: Path, kind: str) -> None:
+    stage = kind.split("-")[0]
+    assert is_bit_equal(outs / f"killed-{kind}", outs / f"full-z{stage}")
+    assert curve(outs / f"killed-{kind}") == curve(outs / f"full-z{stage}")
+
+
+@pytest.mark.parametrize("old, new", [(0, 1), (1, 2), (2, 3), (3, 0), (0, 3), (3, 1), (2, 0)])
+def test_a_checkpoint_moves_between_stages(outs: Path, old: int, new: int) -> None:
+    assert distance(outs / f"move-z{old}-z{new}", outs / "full-z0") < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_moves_between_world_sizes(outs: Path, stage: int) -> None:
+    assert distance(outs / f"for-one-z{stage}", outs / "one") < 1e-5
+    assert distance(outs / f"one-to-two-z{stage}", outs / "one") < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("sharing", ("untied", "all"))
+def test_every_sharing_saves_and_resumes_at_every_stage(outs: Path, sharing: str, stage: int) -> None:
+    assert is_bit_equal(outs / f"{sharing}-z{stage}", outs / f"{sharing}-full-z{stage}")
+    assert distance(outs / f"{sharing}-full-z{stage}", outs / f"{sharing}-full-z0") < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nan_on_one_rank_stops_all_and_is_named(outs: Path, stage: int) -> None:
+    messages = {json.loads((outs / f"nan-z{stage}-{rank}.json").read_text()) for rank in (0, 1)}
+    (message,) = messages  # the same on both ranks
+    assert message.startswith("RunFailure: step 7 has a loss that is not finite on rank 1: mlm_loss nan")
+    assert "in rows [" in message and message.endswith("ckpt/5")
+    assert is_bit_equal(outs / f"nan-z{stage}", outs / f"full-z{stage}")  # resumed without the poison
+
+
+def test_other_science_is_refused_and_other_machine_is_not(outs: Path) -> None:
+    found = json.loads((outs / "refused-0.json").read_text())
+    assert "optimizer.peak_lr: 0.003 -> 0.001" in found["science"]
+    assert "train.seed: 0 -> 3" in found["seed"]
+    assert found["machine"] == 0
+
+
+def test_a_finished_run_goes_on_only_when_extended(outs: Path) -> None:
+    found = json.loads((outs / "refused-0.json").read_text())
+    assert found["done"] == 0 and found["extend"] == 0
+    assert json.loads((outs / "extended" / "done").read_text())["step"] == 24
+    assert sorted(p.name for p in (outs / "extended" / "ckpt").iterdir()) == ["15", "20", "final", "latest"]
+
+
+def test_init_from_takes_weights_alone(outs: Path) -> None:
+    first = curve(outs / "init-from")[0]
+    assert first["step"] == 1 and first["lr"] == 0.0
+    assert first["mlm_loss"] < curve(outs / "one")[0]["mlm_loss"] - 0.1  # trained weights, first rows
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(outs: Path) -> None:
+    for name in ("signal", "stop-file"):
+        stopped = json.loads((outs / name / "stopped.0").read_text())
+        assert checkpoint.latest(outs / name / "ckpt").name == str(stopped["step"]) and stopped["step"] < 20
+    assert json.loads((outs / "stop-file" / "stopped.0").read_text())["reason"] == "OUT/STOP"
+
+
+def test_a_save_file_saves_and_goes_on(outs: Path) -> None:
+    assert (outs / "save-file" / "done").exists()
+    assert sorted(p.name for p in (outs / "save-file" / "ckpt").iterdir())[0] != "final"
+
+
+def test_fp16_on_a_cpu_is_refused_with_a_sentence(outs: Path) -> None:
+    assert "fp16.enabled = true, but this run is on a CPU" in json.loads((outs / "fp16-0.json").read_text())
+
+
+def test_old_checkpoints_are_pruned_and_no_temporary_is_left(outs: Path) -> None:
+    for run in (outs / "full-z0", outs / "killed-1-tensors"):
+        assert sorted(path.name for path in (run / "ckpt").iterdir()) == ["10", "15", "final", "latest"]
