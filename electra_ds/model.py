@@ -134,7 +134,7 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int | None = None) 
 
     `normal`: truncated at two deviations, init_std for matrices and embedding_init_std for tables; Xavier-uniform for
     the embedding projection and the last layer of the discriminator (the authors' code leaves TensorFlow's default
-    there). `fan_in`: normal of 1 / sqrt(inputs) for all matrices. Rows that only pad the word table stay 0 and
+    there). `fan_in`: plain normal, 1 / sqrt(inputs) for all matrices, embedding_init_std for tables. Rows that only pad the word table stay 0 and
     draw nothing, so that the padding never changes the others. With a seed, drawn from a stream of its own.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -150,7 +150,10 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int | None = None) 
         elif isinstance(part, Embeddings):
             for table, rows in ((part.word, config.vocab_size), (part.position, None), (part.token_type, None)):
                 table.weight.zero_()
-                _truncated(table.weight[:rows], config.embedding_init_std, generator)
+                if config.init == "fan_in":
+                    table.weight[:rows].normal_(0, config.embedding_init_std, generator=generator)
+                else:
+                    _truncated(table.weight[:rows], config.embedding_init_std, generator)
         elif isinstance(part, nn.LayerNorm):
             part.reset_parameters()
         elif isinstance(part, GeneratorHead):
