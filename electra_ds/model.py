@@ -134,8 +134,9 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int | None = None) 
 
     `normal`: truncated at two deviations, init_std for matrices and embedding_init_std for tables; Xavier-uniform for
     the embedding projection and the last layer of the discriminator (the authors' code leaves TensorFlow's default
-    there). `fan_in`: plain normal, 1 / sqrt(inputs) for all matrices, embedding_init_std for tables. Rows that only pad the word table stay 0 and
-    draw nothing, so that the padding never changes the others. With a seed, drawn from a stream of its own.
+    there). `fan_in`: plain normal, 1 / sqrt(inputs) for matrices, embedding_init_std for tables. Rows that only pad
+    the word table stay 0 and draw nothing, so that the padding never changes the others. With a seed, drawn from a
+    stream of its own.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for name, part in module.named_modules():
