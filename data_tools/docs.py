@@ -94,7 +94,7 @@ def _prose(lines: list[str]) -> str | None:
     plain = sum(bool(_WORD.fullmatch(word.strip(".,;:!?()\"'"))) for word in words)
     if plain < MIN_PLAIN * len(words) or text[-1] not in ".:;!?)\"'" or not text[0].isalnum():
         return None
-    return " ".join(words)
+    return re.sub("::$", ":", " ".join(words))
 
 
 def documents(files: list[tuple[str, Path]] | None = None) -> Iterator[tuple[str, int, str]]:

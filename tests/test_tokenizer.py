@@ -10,7 +10,8 @@ from electra_ds.errors import UserError
 from electra_ds.tokenizer import WordPiece, load_tokenizer
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdehlorstuw[]!,.-mk",
-          *(f"##{c}" for c in "abcdehlorstuwmk"), "hello", "world", "##ld", "the", "##er", "\u65e5", "\u672c", "mask", "cafe"]
+          *(f"##{c}" for c in "abcdehlorstuwmk"),
+          "hello", "world", "##ld", "the", "##er", "\u65e5", "\u672c", "mask", "cafe"]
 TEXTS = ["Hello, WORLD!", "the [MASK] and [CLS] [SEP] [PAD]", "caf\u00e9 cafe\u0301 \u65e5\u672c", "", "  ",
          "a\x85b\x0bc\u2028d", "x" * 120 + " hello", "hel\u200blo wor\x00ld", "hello\tworld\r\nthe\u3000a\u00a0b"]
 
