@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The main job end to end on this machine: vocabulary, shards, pretraining on two ranks with a stop and a resume,
+# held-out evaluation, detection. Own text: launch/quickstart.sh --input 'my/*.txt'
+# Options: --input PATTERN (default builtin:docs), --out FOLDER (default runs/quickstart), --steps N (default 4000)
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+input=builtin:docs out=runs/quickstart steps=4000
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --input) input=$2; shift 2 ;;
+        --out) out=$2; shift 2 ;;
+        --steps) steps=$2; shift 2 ;;
+        *) echo "quickstart.sh: unknown option $1; expected --input, --out or --steps" >&2; exit 2 ;;
+    esac
+done
+case "$input" in builtin:*|/*) ;; *) input="$PWD/$input" ;; esac
+case "$out" in /*) ;; *) out="$PWD/$out" ;; esac
+make_environment ""
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+
+say() { printf '\n== %s\n' "$*"; }
+run() { echo "+ $*"; "$@"; }
+train() {
+    local port
+    port=$(python -c 'from electra_ds.ranks import free_port; print(free_port())')
+    run deepspeed --num_gpus 2 --master_port "$port" --no_local_rank --module electra_ds pretrain tiny \
+        --data "$out/data" --out "$out/run" --engine zero1 --set train.total_steps="$steps" "$@" || [ $? -eq 85 ]
+}
+
+say "1/6 train a vocabulary on $input"
+[ -e "$out/tokenizer/options.json" ] ||
+    run electra-ds train-tokenizer --input "$input" --vocab-size 8192 --out "$out/tokenizer"
+say "2/6 write shards"
+run electra-ds prepare --input "$input" --tokenizer "$out/tokenizer" --out "$out/data" --sequence-length 32 \
+    --valid-fraction 0.02 --workers 2
+if [ ! -e "$out/run/done" ]; then
+    say "3/6 pretrain on 2 ranks with ZeRO-1, and stop half way"
+    train --stop-at-step $((steps / 2))
+    [ -e "$out/run/stopped.0" ] || { echo "quickstart.sh: the first half did not end as it should" >&2; exit 1; }
+    say "4/6 resume: the same command without the stop"
+    train
+fi
+[ -e "$out/run/done" ] || { echo "quickstart.sh: pretraining did not finish; the same command resumes it" >&2; exit 1; }
+say "5/6 evaluate on the held-out text"
+run electra-ds evaluate "$out/run" --data "$out/data"
+say "6/6 which word does not belong?"
+run electra-ds detect "$out/run" "This function returns the number of elements in the banana." \
+    --original "This function returns the number of elements in the list."
+
+cat <<END
+
+What next:
+  curves        tensorboard --logdir $out/run/tensorboard     or: electra-ds plot $out/run
+  own text      bash launch/quickstart.sh --input 'my/*.txt' --out runs/mine
+  a real model  electra-ds check small --world-size 8, then prepare with --sequence-length 128 (README: Presets)
+  GPU nodes     deepspeed --hostfile hosts --no_local_rank --module electra_ds pretrain small --data D --out O
+  GLUE          to come: finetune; the weights are plain safetensors in $out/run/ckpt/final
+END
