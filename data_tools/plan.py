@@ -64,8 +64,7 @@ def _expand(given: str) -> list[Path]:
     """The real paths of the files that one argument names."""
     path = Path(given).expanduser()
     if path.is_dir():
-        hidden = [f for f in path.rglob("*") if any(p.startswith(".") for p in f.relative_to(path).parts)]
-        found = [f for f in sorted({*path.rglob("*")} - {*hidden}) if f.is_file()]
+        found = [f for f in path.rglob("*") if f.is_file() and "/." not in f"/{f.relative_to(path).as_posix()}"]
     elif path.is_file():
         found = [path]
     else:

@@ -49,6 +49,7 @@ def train_tokenizer(
     else:
         content = _sentencepiece(lines, kind, vocab_size, lowercase, max_sentences)
         tokenizer = SentencePiece(content, {}, "the new model")
+    progress("train", 1, 1)
     tokenizer.save(out)
     return tokenizer
 

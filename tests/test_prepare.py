@@ -1,6 +1,13 @@
 """Text to shards: every token kept and found again, the same bytes for any workers, resumable."""
 
+import itertools
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +31,7 @@ def text_of(number: int) -> str:
     random = np.random.default_rng(number)
     words = [f"n{number}", *random.choice(WORDS, int(random.integers(0, 120)))]
     cuts = [0, *np.cumsum(random.integers(1, 15, len(words)))]
-    return "\n".join(" ".join(words[a:b]) for a, b in zip(cuts, cuts[1:], strict=False) if words[a:b])
+    return "\n".join(" ".join(words[a:b]) for a, b in itertools.pairwise(cuts) if words[a:b])
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +146,25 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(corpus, tmp_path, at):
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
+def test_a_killed_job_goes_on_to_the_same_bytes_with_other_workers(corpus, tmp_path):
+    run(corpus, tmp_path / "whole")
+    code = f"""
+from tests.test_prepare import run
+from pathlib import Path
+if __name__ == "__main__":
+    run(Path({str(corpus)!r}), Path({str(tmp_path / 'data')!r}), workers=2)
+"""
+    (tmp_path / "job.py").write_text(code)
+    job = subprocess.Popen([sys.executable, tmp_path / "job.py"], start_new_session=True,
+                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    while not list((tmp_path / "data").rglob("unit-*.json")) and job.poll() is None:
+        time.sleep(0.005)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    run(corpus, tmp_path / "data")
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
 def test_kept_units_serve_other_lengths_and_packings(corpus, tmp_path, monkeypatch):
     run(corpus, tmp_path / "a", units=tmp_path / "units")
     monkeypatch.setattr(units_module, "documents", None)  # nothing is read again
@@ -208,7 +234,7 @@ def test_too_many_bad_lines_fail_with_their_places_and_few_are_counted(corpus, t
 
 def test_an_error_in_a_worker_reaches_the_user(corpus, tmp_path):
     (tmp_path / "x.gz").write_bytes(b"\x1f\x8b\x08\x00 broken, though it begins like a gzip file")
-    with pytest.raises(UserError, match="x.gz: broken after byte"):
+    with pytest.raises(UserError, match=r"x\.gz: broken after byte"):
         prepare([str(tmp_path / "x.gz")], corpus / "tok", tmp_path / "out", workers=2, format="text")
 
 
@@ -228,4 +254,5 @@ def test_best_fit_pads_little(width):
     used = layout.pieces[:, 2].sum() + len(layout.cls) + len(layout.sep)
     assert layout.pieces[:, 2].sum() == lengths.sum() and 1 - used / (layout.rows * width) < 0.005
     stream = concat(lengths, width)
-    assert stream.rows == -(-(lengths.sum() + len(lengths)) // (width - 1)) and stream.pieces[:, 2].sum() == lengths.sum()
+    assert stream.rows == -(-(lengths.sum() + len(lengths)) // (width - 1))
+    assert stream.pieces[:, 2].sum() == lengths.sum()
