@@ -26,12 +26,14 @@ class Linear(nn.Linear):
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of x and weight goes to oneDNN by ourselves: plain fp32 on a CPU, outside autocast."""
+    """Whether a product of x and weight goes to oneDNN by ourselves: plain fp32 on a CPU, outside autocast and
+    torch.compile."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and _product is not None
+        and not torch.compiler.is_compiling()
     )
 
 

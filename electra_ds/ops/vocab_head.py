@@ -144,7 +144,8 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, *_):
-        return *(grad * scale.to(grad.dtype) for grad in ctx.saved_tensors), *[None] * 7
+        # scaled in fp32: a scale rounded to bf16 would shift the whole gradient
+        return *((grad.float() * scale).to(grad.dtype) for grad in ctx.saved_tensors), *[None] * 7
 
 
 def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
