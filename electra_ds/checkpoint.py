@@ -81,7 +81,7 @@ def save(engine: Weights, folder: Path, name: str, progress: Progress, config: d
     """Write checkpoint `name` under `folder` (OUT/ckpt) and point `latest` at it. Collective.
 
     padded: parameter name -> true rows, for tensors padded in memory; the file holds the true rows.
-    Raises UserError on every rank when any rank cannot write; the previous checkpoint stays as it was.
+    Raises RunFailure on every rank when any rank cannot write; the previous checkpoint stays as it was.
     """
     target, temporary = folder / name, folder / f".{name}.tmp"
     with _together(engine, f"saving {target}"):
@@ -111,8 +111,8 @@ def _write_tensors(engine: Weights, folder: Path, padded: dict[str, int]) -> dic
         for kind in ("master", *MOMENTS):
             whole = engine.whole(name, kind)
             if owners[name] == rank:
-                rows = padded.get(name, len(whole) if whole.ndim else None)
-                kept = whole[:rows].to("cpu", torch.float32, copy=True).contiguous()
+                true = whole[: padded[name]] if name in padded else whole
+                kept = true.to("cpu", torch.float32, copy=True).contiguous()
                 (weights if kind == "master" else moments)[name if kind == "master" else f"{kind}/{name}"] = kept
     files = {}
     for prefix, tensors in (("model", weights), ("optim", moments)):
@@ -158,11 +158,13 @@ def _together(engine: Weights, what: str) -> Iterator[dict]:
     try:
         yield mine
     except (OSError, UserError) as error:
-        problem = f"rank {engine.ranks.rank}: {error}"
+        problem = error
     everyone = engine.exchange((problem, dict(mine)))
-    problems = [found for found, _ in everyone if found]
-    if problems:
-        raise RunFailure(f"{what} failed: {problems[0]}; earlier checkpoints are untouched")
+    for rank, (error, _) in enumerate(everyone):
+        if isinstance(error, UserError):
+            raise UserError(f"{what} failed: rank {rank}: {error}")
+        if error:
+            raise RunFailure(f"{what} failed: rank {rank}: {error}; earlier checkpoints are untouched")
     mine["everyone"] = [report for _, report in everyone]
 
 
@@ -184,6 +186,7 @@ def prune(folder: Path, rules: CheckpointConfig) -> list[str]:
     removed = [str(step) for step in steps if step not in kept]
     for name in removed:
         doomed = folder / f".{name}.old"
+        shutil.rmtree(doomed, ignore_errors=True)  # what a crash left here
         os.rename(folder / name, doomed)  # gone at once under its name, so that nobody reads a half
         shutil.rmtree(doomed, ignore_errors=True)
     return removed
@@ -236,9 +239,12 @@ def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str
     """(name, fp32 tensor) of the `model` or `optim` files, one at a time."""
     for name in sorted(meta.files):
         if name.startswith(prefix):
-            with safe_open(path / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    yield key, file.get_tensor(key)
+            try:
+                with safe_open(path / name, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118 (not a dict)
+                        yield key, file.get_tensor(key)
+            except SafetensorError as error:
+                raise UserError(f"{path / name}: not a safetensors file ({error}); use an older checkpoint") from None
 
 
 def weights(path: Path) -> dict[str, Tensor]:
