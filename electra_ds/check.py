@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from electra_ds.batches import max_chosen
-from electra_ds.config import RunConfig, load_engine
+from electra_ds.config import RunConfig, Section, load_engine
 from electra_ds.errors import UserError
 from electra_ds.objective import parameter_count
 from electra_ds.shards import Manifest
@@ -49,7 +49,7 @@ def check(config: RunConfig, world_size: int, manifest: Manifest | None = None) 
 def _fields(section, prefix: str = ""):
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        if hasattr(value, "model_fields"):
+        if isinstance(value, Section):
             yield from _fields(value, f"{prefix}{name}.")
         elif info.description:
             yield Line(f"{prefix}{name}", str(value), info.json_schema_extra["scope"], info.description)

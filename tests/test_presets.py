@@ -1,0 +1,139 @@
+"""Presets: every shipped run is a complete file, has the published sizes, and fits every shipped engine file."""
+
+import functools
+import json
+
+import pytest
+
+from electra_ds import check as check_module
+from electra_ds.check import check
+from electra_ds.config import Section, config_folder, load_engine, load_run
+from electra_ds.objective import parameter_count
+
+PRESETS = sorted(path.stem for path in config_folder("pretrain").glob("*.json"))
+ENGINES = sorted(path.stem for path in config_folder("engine").glob("*.json"))
+# What a preset leaves open: one of the two lengths, and what the data or the writer of a resolved config fills in.
+OPEN = {"train.total_steps", "train.epochs", "model.vocab_size", "data.special_ids", "provenance"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted_once():
+    """The same model is counted once: the checks below see each preset 51 times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_module, "parameter_count", functools.cache(parameter_count))
+        yield
+
+
+def left_to_a_default(section, prefix=""):
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name not in section.model_fields_set:
+            yield prefix + name
+        elif isinstance(value, Section):
+            yield from left_to_a_default(value, f"{prefix}{name}.")
+
+
+def test_the_shipped_files_are_those_that_the_pages_name():
+    assert PRESETS == ["base", "large", "small", "small++", "tiny"]
+    assert {"zero0", "zero1", "zero2", "zero3"} <= set(ENGINES)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_nothing_to_a_default(preset):
+    assert set(left_to_a_default(load_run(preset))) <= OPEN
+
+
+def test_a_field_left_out_would_be_seen(tmp_path):
+    values = json.loads((config_folder("pretrain") / "tiny.json").read_text())
+    del values["optimizer"]["beta1"], values["logging"]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(values))
+    assert set(left_to_a_default(load_run(str(path)))) - OPEN == {"optimizer.beta1", "logging"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_starts_with_every_engine_on_1_2_and_8_ranks(preset, engine):
+    for world_size in (1, 2, 8):
+        run = load_run(preset, engine=engine)
+        if run.train.global_batch_size % (world_size * run.train.micro_batch_size):
+            run = load_run(preset, ["train.micro_batch_size=1"], engine)
+        derived = {line.key: line.value for line in check(run, world_size).derived}
+        rows = int(derived["accumulation"]) * world_size * run.train.micro_batch_size
+        assert rows == run.train.global_batch_size
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_names_a_shipped_engine(preset):
+    assert load_run(preset).engine in ENGINES
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_file_is_what_its_name_says(engine):
+    values = load_engine(engine)
+    stage, _, kind = engine.removeprefix("zero").partition("-")
+    assert values["zero_optimization"]["stage"] == int(stage)
+    enabled = {key: values[key]["enabled"] for key in ("bf16", "fp16", "torch_autocast") if key in values}
+    expected = {"": {"bf16": "auto"}, "fp32": {}, "autocast": {"torch_autocast": True}}.get(kind, {kind: True})
+    assert enabled == expected
+
+
+@pytest.mark.parametrize(
+    ("preset", "discriminator", "joint"),
+    [
+        ("small", 13_549_057, 14_196_219),
+        ("base", 109_483_009, 119_386_427),
+        ("large", 335_142_913, 354_655_291),
+        ("small++", 13_549_057, 23_122_875),
+    ],
+)
+def test_check_reports_the_parameters_of_the_authors_models(preset, discriminator, joint):
+    derived = {line.key: line.value for line in check(load_run(preset), 1).derived}
+    assert (derived["discriminator"], derived["trained"]) == (f"{discriminator:,}", f"{joint:,}")
+    assert derived["vocab_size"] == "30,522"
+
+
+@pytest.mark.parametrize(
+    ("preset", "length", "batch", "steps", "chosen", "rate", "warmup"),
+    [
+        ("small", 128, 128, 1_000_000, 19, 5e-4, 10_000),
+        ("base", 512, 256, 766_000, 79, 2e-4, 10_000),
+        ("large", 512, 2048, 400_000, 130, 2e-4, 10_000),
+        ("small++", 512, 128, 4_000_000, 79, 5e-4, 10_000),
+    ],
+)
+def test_a_preset_trains_as_published(preset, length, batch, steps, chosen, rate, warmup):
+    run = load_run(preset)
+    derived = {line.key: line.value for line in check(run, 1).derived}
+    assert (run.data.sequence_length, run.train.global_batch_size, run.train.total_steps) == (length, batch, steps)
+    assert (run.optimizer.peak_lr, run.optimizer.warmup_steps) == (rate, warmup)
+    assert (derived["chosen"], derived["total_steps"]) == (str(chosen), f"{steps:,}")
+    assert derived["tokens"] == f"{steps * batch * length:,}"
+    adam = run.optimizer
+    assert (adam.beta1, adam.beta2, adam.eps, adam.weight_decay) == (0.9, 0.999, 1e-6, 0.01)
+    assert (adam.bias_correction, adam.gradient_clipping) == (False, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def test_check_lists_every_field_with_its_scope_and_meaning():
+    lines = {line.key: line for line in check(load_run("tiny"), 1).fields}
+    assert lines["train.global_batch_size"][1:3] == ("32", "science") and lines["engine"].scope == "machine"
+    assert all(line.meaning for line in lines.values()) and len(lines) > 40
+
+
+def test_check_refuses_a_warmup_that_never_ends():
+    with pytest.raises(ValueError, match=r"warmup_steps = 3000 never ends within 3000 steps"):
+        check(load_run("tiny", ["optimizer.warmup_steps=3000"]), 1)
+
+
+def test_model_states_shrink_with_the_stage_and_the_ranks():
+    one = check_module.model_state_bytes(1000, 1)
+    assert one[0, "fp32"] == 16_000  # weights, gradients and two moments, 4 bytes each
+    assert one[0, "half (bf16, fp16)"] == 16_000  # 2 + 2 bytes, and 12 of fp32 master weights and moments
+    eight = check_module.model_state_bytes(8000, 8)
+    assert eight[3, "half (bf16, fp16)"] == 16_000  # all of it in eight shares
+    for precision in check_module.PRECISIONS:
+        sizes = [eight[stage, precision] for stage in range(4)]
+        assert sizes == sorted(sizes, reverse=True)
