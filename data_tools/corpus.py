@@ -21,6 +21,7 @@ from data_tools import docs
 from electra_ds.errors import UserError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+UNREAD = (".json", ".parquet", ".arrow", ".tar", ".tgz", ".zip")  # names that promise something else than lines
 BUILTIN = "builtin:docs"
 PLACES = 20  # bad lines named in messages
 _BACK = 4096  # bytes looked at before a range to see whether the line before it is blank
@@ -52,7 +53,7 @@ class Tally:
 
 
 def detect_format(path: str) -> str:
-    """wiki, jsonl or text, from the name and the first line that is not blank."""
+    """wiki, jsonl or text, from the name and the first line that is not blank. UserError for other things."""
     name = Path(path)
     while name.suffix in COMPRESSED:
         name = name.with_suffix("")
@@ -62,7 +63,12 @@ def detect_format(path: str) -> str:
         first = next((line for _, line in _lines(Source(path, path, 0, "", ""), raw, 0) if line.strip()), b"")
     if first.startswith(b"<doc ") or first.startswith(b"<doc>"):
         return "wiki"
-    return "jsonl" if first.startswith(b"{") and first.rstrip().endswith(b"}") else "text"
+    if first.startswith(b"{") and first.rstrip().endswith(b"}"):
+        return "jsonl"
+    if name.suffix in UNREAD or b"\0" in first:
+        raise UserError(f"{path}: not text; expected plain text, WikiExtractor output or JSONL (one object per line), "
+                        f"also {' '.join(COMPRESSED)}; convert it, or leave it out")
+    return "text"
 
 
 def documents(source: Source, start: int, end: int, *, text_field: str, tally: Tally,

@@ -65,6 +65,14 @@ def test_formats_are_found_by_name_and_content(tmp_path):
                      "f.jsonl.xz": "jsonl", "g": "text"}
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.json", b'[{"text": "x"},\n'), ("b.tar.gz", gzip.compress(b"x.txt\0\0\0")),
+    ("c", b"\x7fELF\0\0"), ("d.parquet", b"PAR1")])
+def test_files_that_are_no_lines_of_text_are_refused(tmp_path, name, content):
+    with pytest.raises(UserError, match=rf"{name}: not text"):
+        source_of(tmp_path / name, content)
+
+
 def test_a_file_can_be_one_document(tmp_path):
     assert read(source_of(tmp_path / "a.txt", b"one\n\ntwo\n", "text_file")) == ["one\n\ntwo"]
 
