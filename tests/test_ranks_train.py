@@ -71,7 +71,7 @@ def test_dropout_changes_the_curve_and_is_the_same_on_every_stage_of_a_resume(ou
 @pytest.mark.parametrize("stage", (0, 1, 3))
 def test_bf16_runs_and_learns(outs: Path, stage: int) -> None:
     losses = [record["loss"] for record in curve(outs / f"full-bf16-z{stage}")]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("name", [*(f"z{stage}" for stage in STAGES), "bf16-z0", "bf16-z1", "bf16-z3"])
