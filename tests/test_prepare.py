@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(corpus, tmp_path, at):
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
-    (tmp_path / "data" / "shards").mkdir(exist_ok=True)
+    (tmp_path / "data" / "shards").mkdir(parents=True, exist_ok=True)
     (tmp_path / "data" / "shards" / ".stale.1.tmp").write_text("left by a kill")
     run(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
