@@ -21,8 +21,13 @@ TIMED = frozenset({"tokens_per_second", "data_wait_share", "seconds", "checkpoin
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl without its schema line; a last line cut by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    lines, records = path.read_text(encoding="utf-8").splitlines(keepends=True), []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                raise UserError(f"{path}: line {number} is not JSON; remove it") from None
     if not records or records[0] != SCHEMA:
         raise UserError(
             f"{path}: expected the schema line {SCHEMA}, found {lines[0].strip() if lines else 'an empty file'}"

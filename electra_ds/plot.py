@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from electra_ds.errors import UserError
 from electra_ds.metrics import read_metrics
 
@@ -44,8 +46,10 @@ def plot(runs: list[Path], out: Path) -> None:
 
 
 def _draw(axis, records: list[dict], split: str, key: str, prefix: str) -> None:
-    tokens = {record["step"]: record["tokens"] / 1e6 for record in records if record["split"] == "train"}
-    found = [r for r in records if r["split"] == split and r.get(key) is not None and r["step"] in tokens]
+    seen = [(record["step"], record["tokens"] / 1e6) for record in records if record["split"] == "train"]
+    found = [r for r in records if seen and r["split"] == split and r.get(key) is not None]
+    # Million tokens at each record, between the training log lines.
+    tokens = np.interp([r["step"] for r in found], *zip(*seen, strict=True)) if found else []
     style = {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
     label = NAMES.get(key, "training" if split == "train" else "held out")
-    axis.plot([tokens[r["step"]] for r in found], [r[key] for r in found], label=prefix + label, **style)
+    axis.plot(tokens, [r[key] for r in found], label=prefix + label, **style)
