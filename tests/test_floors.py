@@ -63,7 +63,7 @@ def imports_when_run(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
+            node.body = [ast.Pass()]
     return {name.split(".")[0] for name, _ in imports(ast.unparse(tree))}
 
 
