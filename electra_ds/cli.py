@@ -219,7 +219,9 @@ def evaluate(
 def detect(
     model: Model,
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="A text; without it, standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Read the text from this file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Read the text from this file.")
+    ] = None,
     original: Annotated[str | None, typer.Option(help="The text before the change, shown beside it.")] = None,
     threshold: Annotated[float, typer.Option(help="Mark tokens from this probability on.")] = 0.5,
     tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer (default: the run folder's).")] = None,
