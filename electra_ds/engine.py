@@ -175,7 +175,8 @@ class Engine:
                 self._to_device(batch), float(agreed.chosen_count), float(agreed.token_count), with_counts=with_counts
             )
             # DeepSpeed divides by accumulation and averages over ranks; the objective's normalisers are global already.
-            self._engine.backward(losses.total * (self.ranks.world_size * self.accumulation))
+            factor = self.ranks.world_size * self.accumulation * self._own_loss_scale()
+            self._engine.backward(losses.total * factor)
             results.append(Losses(*(value.detach() for value in losses[:3]), losses.counts))
         return results
 
@@ -190,15 +191,17 @@ class Engine:
                 return StepResult(False, math.nan, 1.0)
             self._engine.step()
             return StepResult(True, norm, 1.0)
+        scale = getattr(self._engine.optimizer, "loss_scale", 1.0) if "fp16" in self.deepspeed_config else 1.0
+        scaled_by = self._own_loss_scale()
         self._engine.step()
         applied = self._engine.was_step_applied()
-        scale = getattr(self._engine.optimizer, "loss_scale", 1.0) if "fp16" in self.deepspeed_config else 1.0
-        norm = self._engine.get_global_grad_norm() if applied else math.nan
-        return StepResult(applied, float(norm) / self._norm_scale(scale), float(scale))
+        norm = float(self._engine.get_global_grad_norm()) / scaled_by if applied else math.nan
+        return StepResult(applied, norm, float(scale))
 
-    def _norm_scale(self, scale: float) -> float:
-        # The unfused half-precision optimizer of stage 0 reports the norm of the scaled gradients.
-        return scale if self._half_masters else 1.0
+    def _own_loss_scale(self) -> float:
+        # DeepSpeed 0.19's engine.backward does not scale the loss for the optimizer of stage 0 in fp16, although that
+        # one unscales the gradients (and reports the norm of the scaled ones).
+        return float(self._engine.optimizer.loss_scale) if self._half_masters and "fp16" in self.deepspeed_config else 1.0
 
     def _clip(self) -> float:
         limit = self.config.optimizer.gradient_clipping or math.inf

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from electra_ds.config import GeneratorConfig, ModelConfig, ObjectiveConfig, SpecialIds
 from electra_ds.errors import UserError
-from electra_ds.model import DiscriminatorHead, Embeddings, Encoder, GeneratorHead, initialise, padded_rows
+from electra_ds.model import DiscriminatorHead, Embeddings, Encoder, GeneratorHead, Layer, initialise, padded_rows
 from electra_ds.ops.vocab_head import HeadResult
 from electra_ds.values import Batch, Counts, Losses
 
@@ -102,6 +102,12 @@ class ElectraObjective(nn.Module):
         for part in self.modules():
             if isinstance(part, Encoder):
                 part.recompute_layers = on
+
+    def compile_layers(self) -> None:
+        """torch.compile every layer in place, before DeepSpeed wraps the module; parameter names stay."""
+        for part in self.modules():
+            if isinstance(part, Layer):
+                part.compile(dynamic=False)
 
 
 def mask_input(batch: Batch, mask_id: int) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from electra_ds import checkpoint, pretrain
+from electra_ds import engine as engine_module
 from electra_ds.batches import Batches
 from electra_ds.config import load_run
 from electra_ds.engine import Engine, leave, start
@@ -178,6 +179,23 @@ def sharing() -> None:
             assert train(f"{kind}-z{stage}", f"zero{stage}-fp32", "train.total_steps=6", *sets) == 0
 
 
+def half_precision_overflow() -> None:
+    """fp16 with a loss scale that must overflow first, stopped and resumed (DeepSpeed made to believe in fp16 here)."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    original, engine_module.precision = engine_module.precision, lambda config, device: config
+    scaler = {"enabled": True, "loss_scale": 0, "initial_scale_power": 18, "loss_scale_window": 5, "hysteresis": 1}
+    for stage in (0, 1):
+        engine = OUTS / f"fp16-z{stage}.json"
+        engine.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scaler}))
+        assert train(f"overflow-z{stage}", str(engine)) == 0
+        assert train(f"overflow-cut-z{stage}", str(engine), stop_at_step=CUT) in (0, 85)
+        assert train(f"overflow-cut-z{stage}", str(engine)) == 0
+        note(f"overflow-z{stage}", train(f"limit-z{stage}", str(engine), "train.max_skipped_steps=2"))
+    engine_module.precision = original
+
+
 def on_one_rank() -> None:
     assert train("one", "zero0-fp32") == 0
     assert train("one-cut", "zero1-fp32", stop_at_step=CUT) in (0, 85)
@@ -228,7 +246,7 @@ def after_death() -> None:
 
 PHASES = {
     "two": (uninterrupted, wrong_split, interrupted, refused_resumes, not_finite, signals_and_files, sharing),
-    "one": (on_one_rank,),
+    "one": (on_one_rank, half_precision_overflow),
     "two-again": (one_to_two, after_death),
 }
 

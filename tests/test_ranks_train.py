@@ -153,3 +153,24 @@ def test_fp16_on_a_cpu_is_refused_with_a_sentence(outs: Path) -> None:
 def test_old_checkpoints_are_pruned_and_no_temporary_is_left(outs: Path) -> None:
     for run in (outs / "full-z0", outs / "killed-1-tensors"):
         assert sorted(path.name for path in (run / "ckpt").iterdir()) == ["10", "15", "final", "latest"]
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+def test_skipped_fp16_steps_lose_no_rows_and_hold_the_schedule(outs: Path, stage: int) -> None:
+    records = curve(outs / f"overflow-z{stage}")
+    assert [record["step"] for record in records] == list(range(1, 21)) and records[0]["skipped_steps"] > 2
+    assert [record["lr"] for record in records] == [record["lr"] for record in curve(outs / "one")]
+    last = records[-1]
+    assert last["epoch"] * 300 == pytest.approx((20 + last["skipped_steps"]) * 16)
+    assert records == curve(outs / f"overflow-cut-z{stage}")  # the loss scaler resumes, too
+    assert is_bit_equal(outs / f"overflow-z{stage}", outs / f"overflow-cut-z{stage}")
+
+
+def test_fp16_norms_are_those_of_the_unscaled_gradients(outs: Path) -> None:
+    norms = [[record["grad_norm"] for record in curve(outs / f"overflow-z{stage}")] for stage in (0, 1)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and 10 < norms[0][0] < 1000
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+def test_too_many_skipped_steps_in_a_row_stop_the_run(outs: Path, stage: int) -> None:
+    assert "train.max_skipped_steps = 2" in json.loads((outs / f"overflow-z{stage}-0.json").read_text())
