@@ -201,7 +201,8 @@ class Engine:
     def _own_loss_scale(self) -> float:
         # DeepSpeed 0.19's engine.backward does not scale the loss for the optimizer of stage 0 in fp16, although that
         # one unscales the gradients (and reports the norm of the scaled ones).
-        return float(self._engine.optimizer.loss_scale) if self._half_masters and "fp16" in self.deepspeed_config else 1.0
+        is_ours = bool(self._half_masters) and "fp16" in self.deepspeed_config
+        return float(self._engine.optimizer.loss_scale) if is_ours else 1.0
 
     def _clip(self) -> float:
         limit = self.config.optimizer.gradient_clipping or math.inf

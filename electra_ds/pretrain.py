@@ -27,7 +27,6 @@ from electra_ds.ranks import Ranks
 from electra_ds.shards import ShardReader, read_unigrams
 from electra_ds.values import Counts, Losses
 
-
 LOOK_SECONDS = 1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a far file system
 
 
@@ -392,7 +391,7 @@ class Run:
         count = sum(engine.shape(name).numel() for name in engine.parameters)
         self.metrics.say(
             f"{count:,} parameters, {engine.ranks.world_size} rank(s) under {engine.ranks.launcher}, "
-            f"ZeRO {engine.stage}, {precision_name(engine.deepspeed_config)}; a step is {train.global_batch_size} rows of "
-            f"{self.config.data.sequence_length} tokens ({engine.accumulation} x {train.micro_batch_size} a rank); "
+            f"ZeRO {engine.stage}, {precision_name(engine.deepspeed_config)}; a step is {train.global_batch_size} rows "
+            f"of {self.config.data.sequence_length} tokens ({engine.accumulation} x {train.micro_batch_size} a rank); "
             f"{self.total_steps} steps, from step {progress.step}"
         )

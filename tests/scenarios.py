@@ -29,7 +29,8 @@ SMALL = [
     "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
     "generator.hidden_size=16", "generator.ffn_size=32", "generator.num_layers=1",
     "train.global_batch_size=16", "train.micro_batch_size=4", f"train.total_steps={STEPS}", "train.eval_every=0",
-    "optimizer.warmup_steps=4", "optimizer.peak_lr=0.003", "checkpoint.every=5", "logging.every=1", "logging.tensorboard=false",
+    "optimizer.warmup_steps=4", "optimizer.peak_lr=0.003", "checkpoint.every=5", "logging.every=1",
+    "logging.tensorboard=false",
 ]  # fmt: skip
 DATA, OUTS = Path(sys.argv[2]), Path(sys.argv[3])
 RANKS = find_ranks()

@@ -48,7 +48,7 @@ def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
 
 def test_rows_of_one_piece_need_no_mask():
     assert pieces_of(torch.ones(2, 5, dtype=torch.long), torch.float32) == Pieces()
-    assert pieces_of(PACKED, torch.float32).apart is not None
+    assert pieces_of(PACKED, torch.float32).bias is not None
 
 
 def test_attention_with_dropout_has_the_gradient_of_what_it_computes():

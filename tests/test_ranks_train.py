@@ -1,4 +1,4 @@
-"""Training on real ranks: the same curve anywhere, exact resumes, refusals, stops, kills (runs made by scenarios.py)."""
+"""Training on real ranks: the same curve anywhere, exact resumes, refusals, stops, kills (runs by scenarios.py)."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,7 @@ SHORTEST_PIECE = 2  # [CLS] and [SEP]; bounds how many pieces a row can hold
 class Pieces(NamedTuple):
     """Who attends to whom, made once per micro-batch. Both None: every token of a row sees the whole row."""
 
-    apart: Tensor | None = None  # [B, 1, S, S] bool, True: query and key lie in different pieces
+    bias: Tensor | None = None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
     bounds: Tensor | None = None  # [B * (S // 2 + 1) + 1] int32, starts of the pieces in the flattened batch
 
 
@@ -33,7 +33,8 @@ def pieces_of(piece_ids: Tensor, dtype: torch.dtype, dropout: float = 0.0) -> Pi
             return Pieces()
     elif _has_varlen(piece_ids.device, dtype) and not dropout:
         return Pieces(bounds=_bounds(piece_ids))
-    return Pieces(apart=(piece_ids[:, None, :, None] != piece_ids[:, None, None, :]))
+    apart = piece_ids[:, None, :, None] != piece_ids[:, None, None, :]
+    return Pieces(bias=torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf))
 
 
 def attention(
@@ -49,7 +50,7 @@ def attention(
     if backend == "auto":
         backend = "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
     if backend == "bmm":
-        return _BmmAttention.apply(qkv, num_heads, pieces.apart, dropout)
+        return _BmmAttention.apply(qkv, num_heads, pieces.bias, dropout)
     batch, length, width = qkv.shape
     heads = qkv.view(batch, length, 3, num_heads, width // 3 // num_heads)
     if backend == "varlen":
@@ -58,8 +59,7 @@ def attention(
         q, k, v = heads.flatten(0, 1).unbind(1)  # [B*S, N, D] each
         return varlen_attn(q, k, v, pieces.bounds, pieces.bounds, length, length).reshape(batch, length, -1)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, S, D] each
-    mask = None if pieces.apart is None else ~pieces.apart
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=pieces.bias, dropout_p=dropout)
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
@@ -87,14 +87,14 @@ class _BmmAttention(torch.autograd.Function):
     """Batched products on contiguous heads; the probabilities stay in the compute dtype (speed.md, 2)."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, num_heads: int, apart: Tensor | None, dropout: float) -> Tensor:
+    def forward(ctx, qkv: Tensor, num_heads: int, bias: Tensor | None, dropout: float) -> Tensor:
         batch, length, width = qkv.shape
         size = width // 3 // num_heads
         heads = qkv.view(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4).contiguous()
         q, k, v = heads.view(3, batch * num_heads, length, size)
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(size))  # [B*N, S, S]
-        if apart is not None:
-            scores.view(batch, num_heads, length, length).masked_fill_(apart, -math.inf)
+        if bias is not None:
+            scores.view(batch, num_heads, length, length).add_(bias)
         probs = torch.softmax(scores, -1)
         kept = dropout_factors(probs, dropout) if dropout else None
         out = torch.bmm(probs if kept is None else probs * kept, v)  # [B*N, S, D]
