@@ -104,7 +104,8 @@ def evaluate_checkpoint(path: Path, data: Path, max_rows: int | None, batch_rows
     manifest = reader.manifest
     config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     batches = evaluation_batches(
-        reader, mask_prob=config.objective.mask_prob, batch_rows=batch_rows, rank=0, world_size=1, max_rows=max_rows
-    )
+        reader, mask_prob=config.objective.mask_prob, mask_token_prob=config.objective.mask_token_prob,
+        batch_rows=batch_rows, max_rows=max_rows,
+    )  # fmt: skip
     with torch.no_grad():
         return evaluate(module, batches, read_unigrams(data, config.model.vocab_size), config.data.special_ids, device)
