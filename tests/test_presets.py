@@ -8,7 +8,9 @@ import pytest
 from electra_ds import check as check_module
 from electra_ds.check import check
 from electra_ds.config import Section, config_folder, load_engine, load_run
+from electra_ds.errors import UserError
 from electra_ds.objective import parameter_count
+from electra_ds.shards import read_manifest
 
 PRESETS = sorted(path.stem for path in config_folder("pretrain").glob("*.json"))
 ENGINES = sorted(path.stem for path in config_folder("engine").glob("*.json"))
@@ -74,8 +76,10 @@ def test_an_engine_file_is_what_its_name_says(engine):
     stage, _, kind = engine.removeprefix("zero").partition("-")
     assert values["zero_optimization"]["stage"] == int(stage)
     enabled = {key: values[key]["enabled"] for key in ("bf16", "fp16", "torch_autocast") if key in values}
-    expected = {"": {"bf16": "auto"}, "fp32": {}, "autocast": {"torch_autocast": True}}.get(kind, {kind: True})
-    assert enabled == expected
+    automatic = {"bf16": "auto"}
+    special = {"": automatic, "offload": automatic, "fp32": {}, "autocast": {"torch_autocast": True}}
+    assert enabled == special.get(kind, {kind: True})
+    assert ("offload_optimizer" in values["zero_optimization"]) == (kind == "offload")
 
 
 @pytest.mark.parametrize(
@@ -123,8 +127,19 @@ def test_check_lists_every_field_with_its_scope_and_meaning():
     assert all(line.meaning for line in lines.values()) and len(lines) > 40
 
 
+def test_check_with_data_counts_epochs_and_the_vocabulary(data):
+    manifest = read_manifest(data)  # 300 rows of 32, vocabulary 600
+    derived = {line.key: line.value for line in check(load_run("tiny"), 2, manifest).derived}
+    assert (derived["epochs"], derived["vocab_size"]) == ("320.000", "600")  # 3000 steps x 32 rows / 300
+    by_epochs = load_run("tiny", ["train.total_steps=null", "train.epochs=75"])
+    derived = {line.key: line.value for line in check(by_epochs, 2, manifest).derived}
+    assert (derived["total_steps"], derived["epochs"]) == ("703", "74.987")  # 75 x 300 / 32 = 703.1
+    with pytest.raises(UserError, match="prepare with --sequence-length 128"):
+        check(load_run("small"), 1, manifest)
+
+
 def test_check_refuses_a_warmup_that_never_ends():
-    with pytest.raises(ValueError, match=r"warmup_steps = 3000 never ends within 3000 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps = 3000 never ends within 3000 steps"):
         check(load_run("tiny", ["optimizer.warmup_steps=3000"]), 1)
 
 
