@@ -6,6 +6,7 @@ _lazy_init_hp_params_optimizer_state (stages 1 and 2), optimizer.fp32_partitione
 """
 
 import contextlib
+import ctypes
 import datetime
 import math
 import os
@@ -60,6 +61,7 @@ def start(ranks: Ranks, timeout_minutes: float) -> torch.device:
         # Building this op takes a minute, gloo training never calls it, and a process killed meanwhile leaves a lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device, backend = torch.device("cpu"), "gloo"
+        _keep_freed_memory()
         if ranks.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     else:
@@ -70,6 +72,13 @@ def start(ranks: Ranks, timeout_minutes: float) -> torch.device:
     if dist.get_world_size() != ranks.world_size:
         raise UserError(f"{ranks.launcher} promised {ranks.world_size} ranks, but {dist.get_world_size()} met")
     return device
+
+
+def _keep_freed_memory() -> None:
+    # glibc gives large freed blocks back to the system at once; a step that asks for them again pays in page faults.
+    with contextlib.suppress(OSError, AttributeError):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(option, ctypes.c_int(2**31 - 1))
 
 
 def _limit_waiting(timeout_minutes: float) -> None:

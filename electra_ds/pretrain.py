@@ -66,12 +66,11 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     total_steps = config.total_steps(reader.rows)
-    engine = Engine(_objective(config), config, config.engine, ranks, device)
-    run_folder.open_folder(out, ranks.rank, engine.exchange)
     if run_folder.is_done(out) and not limits.extend:
         _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
-        engine.close()
         return run_folder.DONE
+    engine = Engine(_objective(config), config, config.engine, ranks, device)
+    run_folder.open_folder(out, ranks.rank, engine.exchange)
     padded = padded_rows(engine.module)
     progress = _resume(engine, config, reader, out, padded, limits)
     run = Run(config, engine, reader, data, out, total_steps, padded, limits, began)
@@ -348,6 +347,7 @@ class Run:
     def _listen(self) -> None:
         def ask(number: int, _frame: object) -> None:
             self.asked_to_stop = signal.Signals(number).name
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C a second time does not wait
 
         # A flag that is voted on at the next step: a save begun on one rank's signal alone would wait for the others.
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
