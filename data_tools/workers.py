@@ -4,57 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from electra_ds.errors import UserError
 
 Moved = Callable[[int], None]  # a task says how much more of it is done
-Run = Callable[[Callable[[Any, Moved], dict], list, Moved], list[dict]]  # (function, tasks, told) -> results
+Task = Callable[[Any, Moved], dict]  # what a task does with its input
+Run = Callable[[Task, list, Moved], list[dict]]  # (function, inputs, told) -> results in the order of the inputs
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
-_queue: Any = None  # in a worker process: to the parent
+GRACE = 5  # seconds in which a worker may clean up
 
 
-@contextmanager
-def pool(workers: int) -> Iterator[Run]:
-    """run(function, tasks, told) -> results in the order of the tasks; `told` hears the sum of what they moved.
-
-    The first task that fails ends the run with its error; finished tasks keep what they wrote.
-    """
-    if workers == 1:
-        yield _run_here
-        return
-    context = multiprocessing.get_context("spawn")  # the tokenizers' threads do not survive a fork
-    queue = context.SimpleQueue()
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,))
-
-    def run(function: Callable[[Any, Moved], dict], tasks: list, told: Moved) -> list[dict]:
-        futures = [executor.submit(_in_worker, function, task) for task in tasks]
-        pending, done = set(futures), 0
-        while pending:
-            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not queue.empty():
-                done += queue.get()
-            told(done)
-            try:
-                for future in finished:
-                    future.result()
-            except BrokenProcessPool:
-                raise UserError("a worker process was killed (out of memory?); the same command goes on from what is "
-                                "finished, fewer --workers take less memory") from None
-        return [future.result() for future in futures]
-
-    try:
-        yield run
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _run_here(function: Callable[[Any, Moved], dict], tasks: list, told: Moved) -> list[dict]:
+def summed(told: Moved) -> Moved:
+    """A `moved` that tells the sum of what it hears."""
     done = 0
 
     def moved(count: int) -> None:
@@ -62,17 +30,83 @@ def _run_here(function: Callable[[Any, Moved], dict], tasks: list, told: Moved) 
         done += count
         told(done)
 
-    return [function(task, moved) for task in tasks]
+    return moved
 
 
-def _start_worker(queue: Any) -> None:
-    global _queue
-    _queue = queue
+@contextmanager
+def pool(workers: int) -> Iterator[Run]:
+    """A `run`: calls the function on each input and tells the sum of what the tasks moved.
+
+    The first task that fails ends the run with its error; finished tasks keep what they wrote. Each worker has a pipe
+    of its own, so it notices at its next `moved` that this process is gone, and this process that a worker is.
+    """
+    if workers == 1:
+        yield _run_here
+        return
+    context = multiprocessing.get_context("spawn")  # the tokenizers' threads do not survive a fork
+    processes: dict[Connection, Any] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            processes[ours] = context.Process(target=_work, args=(theirs,), daemon=True)
+            processes[ours].start()
+            theirs.close()
+        yield lambda function, inputs, told: _share_out(list(processes), function, inputs, summed(told))
+    finally:
+        for pipe in processes:
+            pipe.close()
+        deadline = time.monotonic() + GRACE
+        for process in processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+
+
+def _run_here(function: Task, inputs: list, told: Moved) -> list[dict]:
+    moved = summed(told)
+    return [function(one, moved) for one in inputs]
+
+
+def _share_out(idle: list[Connection], function: Task, inputs: list, moved: Moved) -> list[dict]:
+    """Hand the inputs to idle workers, in order, until all have come back."""
+    results: list = [None] * len(inputs)
+    number_at: dict[Connection, int] = {}  # of the busy ones
+    given = 0
+    while given < len(inputs) or number_at:
+        try:
+            while idle and given < len(inputs):
+                idle[-1].send((function, inputs[given]))
+                number_at[idle.pop()] = given
+                given += 1
+            heard = [(pipe, pipe.recv()) for pipe in wait(list(number_at))]
+        except (EOFError, OSError):
+            raise UserError("a worker process was killed (out of memory?); the same command goes on from what is "
+                            "finished, fewer --workers take less memory") from None
+        for pipe, found in heard:
+            if isinstance(found, Exception):
+                raise found
+            if isinstance(found, int):
+                moved(found)
+            else:
+                results[number_at.pop(pipe)] = found
+                idle.append(pipe)
+    return results
+
+
+def _work(pipe: Connection) -> None:
+    """In a worker process: tasks in; counts, then a result or an error out; until the other end is gone."""
     os.environ["RAYON_NUM_THREADS"] = "1"
-
-
-def _in_worker(function: Callable[[Any, Moved], dict], task: Any) -> dict:
-    return function(task, _queue.put)
+    try:
+        while True:
+            function, one = pipe.recv()
+            try:
+                found: object = function(one, pipe.send)
+            except Exception as error:
+                if not isinstance(error, (UserError, OSError)):
+                    traceback.print_exc()  # the way there is lost between processes
+                found = error
+            pipe.send(found)
+    except (EOFError, OSError, KeyboardInterrupt):
+        return  # nobody listens any more
 
 
 @contextmanager

@@ -84,6 +84,17 @@ def save(engine: Weights, folder: Path, name: str, progress: Progress, config: d
     Raises RunFailure on every rank when any rank cannot write; the previous checkpoint stays as it was.
     """
     target, temporary = folder / name, folder / f".{name}.tmp"
+    try:
+        return _save(engine, target, temporary, progress, config, padded)
+    finally:
+        if engine.ranks.rank == 0:  # after a failure: a half checkpoint would keep a full disk full
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save(
+    engine: Weights, target: Path, temporary: Path, progress: Progress, config: dict, padded: dict[str, int]
+) -> Path:
+    folder = target.parent
     with _together(engine, f"saving {target}"):
         if engine.ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +109,7 @@ def save(engine: Weights, folder: Path, name: str, progress: Progress, config: d
                     "world_size": engine.ranks.world_size, "config": config, "files": files}  # fmt: skip
             write_json(temporary / "meta.json", meta)
             _replace_folder(temporary, target)
-            write_bytes(folder / "latest", f"{name}\n".encode())
+            write_bytes(folder / "latest", f"{target.name}\n".encode())
     return target
 
 
@@ -201,6 +212,8 @@ def latest(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     name = pointer.read_text().strip()
+    if name == FINAL and not (folder / FINAL).exists():  # killed while `--extend` gave it back its step's name
+        name = max((path.name for path in folder.iterdir() if path.name.isdigit()), key=int, default=name)
     if not re.fullmatch(r"\d+|final", name) or not (folder / name / "meta.json").exists():
         raise UserError(
             f"{pointer} names {name!r}, which is no checkpoint in {folder}; write the name of a good one into it"
@@ -209,12 +222,17 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_meta(path: Path) -> Meta:
-    """Read meta.json and check format, version, and that every file is there with its size."""
+    """Read meta.json and check format, version, and that every file is there with its size; UserError if not."""
     values = read_json(path / "meta.json", "a checkpoint of electra_ds")
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
         found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
         raise UserError(f"{path}/meta.json: expected {FORMAT!r} version {VERSION}, found {found}")
-    for name, facts in values["files"].items():
+    try:
+        progress = Progress(**{key: values[key] for key in Progress.__dataclass_fields__})
+        meta = Meta(progress, *(values[key] for key in ("config", "scaler", "world_size", "files")))
+    except KeyError as error:
+        raise UserError(f"{path}/meta.json: has no {error}; it is incomplete, use an older checkpoint") from None
+    for name, facts in meta.files.items():
         if not re.fullmatch(r"(model|optim)-\d{5}-of-\d{5}\.safetensors", name):
             raise UserError(f"{path}/meta.json: lists a file named {name!r}, which no checkpoint has")
         size = (path / name).stat().st_size if (path / name).exists() else None
@@ -222,8 +240,7 @@ def read_meta(path: Path) -> Meta:
             raise UserError(
                 f"{path / name}: expected {facts['bytes']} bytes, found {'no file' if size is None else size}"
             )
-    progress = Progress(**{key: values[key] for key in Progress.__dataclass_fields__})
-    return Meta(progress, values["config"], values["scaler"], values["world_size"], values["files"])
+    return meta
 
 
 def check_content(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> None:

@@ -235,7 +235,10 @@ def detect(
     if text is not None and file is not None:
         raise UserError("a TEXT and --file were both given; choose one")
     if text is None:
-        text = file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
+        try:
+            text = (file.read_bytes() if file is not None else sys.stdin.buffer.read()).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file or 'standard input'}: not UTF-8 at byte {error.start}; convert it first") from None
     detector = Detector.load(model, tokenizer)
     found = detector(text)
     if as_json:

@@ -17,6 +17,7 @@ from data_tools.assemble import HASHES_AT_ONCE
 from data_tools.pack import best_fit, concat
 from data_tools.prepare import prepare
 from data_tools.verify import verify
+from data_tools.workers import pool
 from electra_ds.errors import UserError
 from electra_ds.shards import ShardReader
 from electra_ds.tokenizer import load_tokenizer
@@ -163,6 +164,53 @@ if __name__ == "__main__":
     job.wait()
     run(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def endless(_, moved):
+    """A task that would go on for ever."""
+    while True:
+        moved(1)
+        time.sleep(0.01)
+
+
+def fails_or_runs_for_ever(fails, moved):
+    if fails:
+        raise UserError("this one fails")
+    endless(None, moved)
+
+
+def killed(_, moved):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_leave_when_their_parent_is_killed(tmp_path):
+    (tmp_path / "job.py").write_text("""
+import multiprocessing
+from tests.test_prepare import endless
+from data_tools.workers import pool
+if __name__ == "__main__":
+    with pool(3) as run:
+        run(endless, [1, 2], lambda done: print(*[p.pid for p in multiprocessing.active_children()], flush=True))
+""")
+    job = subprocess.Popen([sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    pids = [int(pid) for pid in job.stdout.readline().split()]
+    assert len(pids) == 3  # two at work, one waiting
+    job.kill()
+    job.wait()
+    for _ in range(1000):
+        if not any(Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes()
+                   for pid in pids):
+            return
+        time.sleep(0.02)
+    pytest.fail("a worker outlives its parent")
+
+
+def test_a_task_that_fails_ends_the_others_and_a_killed_worker_is_named():
+    with pytest.raises(UserError, match="this one fails"), pool(2) as run:
+        run(fails_or_runs_for_ever, [False, True], lambda done: None)
+    with pytest.raises(UserError, match="a worker process was killed"), pool(2) as run:
+        run(killed, [0], lambda done: None)
 
 
 def test_kept_units_serve_other_lengths_and_packings(corpus, tmp_path, monkeypatch):
