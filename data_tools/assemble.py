@@ -6,19 +6,21 @@ the whole corpus in which no shard needs another. Memory is that of one shard (a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.pack import chances_needed, fill, lay_out
-from data_tools.units import DOCUMENT, unit_paths
+from data_tools.units import DOCUMENT, array_bytes, finished, unit_paths
 from electra_ds import order
 from electra_ds.config import SpecialIds
 from electra_ds.errors import UserError
-from electra_ds.files import read_json, sha256_file, write_json
-from electra_ds.shards import ShardRecord, ids_dtype, shard_file, write_shard
+from electra_ds.files import write_bytes, write_json
+from electra_ds.shards import ids_dtype, shard_file, write_shard
 
 SPLITS = ("train", "valid")
 ROWS, SEGMENTS = 32, 33  # purposes of random words, beside those of order.py
@@ -125,18 +127,15 @@ def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
-    """Write one shard unless it is there and whole; returns its marker (record, counts, unigram file)."""
-    path = Path(task.out) / shard_file(task.split, task.shard)
-    if marker_path(task).exists():
-        found = read_json(marker_path(task), "a shard's marker")
-        if (found["plan_sha256"] == task.plan_sha256 and path.is_file() and path.stat().st_size == found["record"][3]
-                and sha256_file(path) == found["record"][4]):
-            moved(found["tokens"])
-            return found
+    """Write one shard unless it is there and whole; returns its marker, beside which its unigram counts lie."""
+    marker = marker_path(task)
+    if found := finished(marker, task.plan_sha256):
+        moved(found["tokens"])
+        return found
     table, stored = collect(task)
     if not len(table):
-        raise UserError(f"shard {task.shard} of {task.shards} of the {task.split} split would hold no document; "
-                        f"give larger --shard-bytes or another --valid-fraction")
+        raise UserError(f"shard {task.shard} of {task.shards} of the {task.split} split would hold no document: they "
+                        f"are too long; expected a blank line between documents (or JSONL, or <doc> blocks)")
     special, width, split = task.special_ids, task.sequence_length, SPLITS.index(task.split)
     line_ends = np.flatnonzero(stored == special.sep)
     line_lengths = np.diff(line_ends, prepend=-1) - 1
@@ -157,18 +156,17 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     source = table[document]
     pieces = np.stack([new_row[row], start, length, source["unit"], source["own"]["document"], token], axis=1)
     pieces = pieces[np.lexsort((start, pieces[:, 0]))].astype("<i4")
-    record = write_shard(path, task.split, task.shard, permuted, pieces, task.block_rows)
+    file = shard_file(task.split, task.shard)
+    info, blocks = write_shard(Path(task.out) / file, task.split, task.shard, permuted, pieces, task.block_rows)
     unigrams = np.bincount(ids, minlength=task.vocab_size).astype(np.int64)
     unigrams[list(special.model_dump().values())] = 0
-    np.save(marker_path(task).with_suffix(".npy"), unigrams)
-    specials = len(layout.cls) + len(layout.sep)
-    marker = {"plan_sha256": task.plan_sha256, "record": list(record), "documents": len(table), "tokens": len(ids),
-              "pieces": len(pieces), "pad": rows.size - len(ids) - specials}
-    write_json(marker_path(task), marker)
+    content = array_bytes(unigrams)
+    write_bytes(marker.with_suffix(".npy"), content)
+    files = {os.path.relpath(Path(task.out) / file, marker.parent): info.sha256,
+             marker.with_suffix(".npy").name: sha256(content).hexdigest()}
+    counts = {"plan_sha256": task.plan_sha256, "files": files, "shard": info.model_dump(), "blocks": blocks.tolist(),
+              "documents": len(table), "tokens": len(ids), "pieces": len(pieces),
+              "pad": rows.size - len(ids) - len(layout.cls) - len(layout.sep)}
+    write_json(marker, counts)
     moved(len(ids))
-    return marker
-
-
-def shard_record(marker: dict) -> ShardRecord:
-    """The record inside a marker."""
-    return ShardRecord(*marker["record"][:5], [tuple(block) for block in marker["record"][5]])
+    return counts

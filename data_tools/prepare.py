@@ -11,7 +11,6 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from data_tools.assemble import SPLITS, ShardTask
 from data_tools.corpus import PLACES
 from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash
-from data_tools.units import UnitTask, tokenize_unit
+from data_tools.units import UnitTask, array_bytes, tokenize_unit
 from data_tools.workers import Progress, console_progress, pool
 from electra_ds import shards
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
-from electra_ds.shards import Manifest, ShardInfo, SourcePlan, SplitInfo, TokenizerInfo, ids_dtype
+from electra_ds.shards import INDEX_DTYPE, Manifest, SourcePlan, SplitInfo, TokenizerInfo, ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["console_progress", "prepare"]
@@ -92,7 +91,7 @@ def prepare(
             documents = sum(marker["documents"] for marker in unit_markers)
             duplicates = assemble.find_duplicates(
                 str(units), len(plan.units), lambda done: progress("deduplicate", done, documents))
-        write_bytes(work / "duplicates.npy", _npy(duplicates))
+        write_bytes(work / "duplicates.npy", array_bytes(duplicates))
         tokens = _split_tokens(str(units), len(plan.units), valid_fraction, duplicates)
         task = ShardTask("train", 0, 0, len(plan.units), str(units), str(work), str(out), plan_hash(settings),
                          sequence_length, packing, valid_fraction, seed, block_rows, tokenizer.vocab_size,
@@ -170,22 +169,16 @@ def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[Shar
     for split in SPLITS:
         own = [marker for task, marker in zip(tasks, markers, strict=True) if task.split == split]
         if own:
-            records = [assemble.shard_record(marker) for marker in own]
-            digest = shards.write_index(out / shards.index_file(split), records)
+            blocks = np.array([tuple(block) for marker in own for block in marker["blocks"]], INDEX_DTYPE)
+            digest = shards.write_index(out / shards.index_file(split), blocks)
             counts = {key: sum(m[key] for m in own) for key in ("documents", "pieces", "tokens", "pad")}
-            infos = tuple(ShardInfo(file=r.file, rows=r.rows, bytes=r.bytes, sha256=r.sha256) for r in records)
-            splits[split] = SplitInfo(**counts, rows=sum(r.rows for r in records), index_sha256=digest, shards=infos)
+            splits[split] = SplitInfo(**counts, rows=int(blocks["rows"].sum()), index_sha256=digest,
+                                      shards=[marker["shard"] for marker in own])
     unigrams = sum(np.load(assemble.marker_path(task).with_suffix(".npy")) for task in tasks if task.split == "train")
-    write_bytes(out / "unigrams.npy", _npy(unigrams))
+    write_bytes(out / "unigrams.npy", array_bytes(unigrams))
     return shards.write_manifest(out, Manifest(
         sequence_length=first.sequence_length, dtype=ids_dtype(tokenizer.vocab_size).name, seed=first.seed,
         block_rows=first.block_rows, packing=first.packing, splits=splits, removed=removed, bad_lines=bad,
         tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
                                 special_ids=tokenizer.special_ids),
         source=SourcePlan(sha256=plan_sha256, files=tuple(s.name for s in plan.sources), units=plan.units)))
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()

@@ -10,7 +10,7 @@ import mmap
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -139,17 +139,6 @@ def read_unigrams(data_dir: str | Path, vocab_size: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-class ShardRecord(NamedTuple):
-    """A written shard: what the manifest and the index need to know about it."""
-
-    file: str  # relative to DATA
-    shard: int
-    rows: int
-    bytes: int
-    sha256: str
-    blocks: list[tuple[int, int, int, int]]  # (payload offset, payload bytes, rows, crc32 of the payload)
-
-
 def shard_file(split: str, shard: int) -> str:
     """A shard's path inside DATA."""
     return f"shards/{split}-{shard:06d}.tar"
@@ -184,33 +173,33 @@ def _padded(size: int) -> int:
 
 def write_shard(
     path: str | Path, split: str, shard: int, rows: np.ndarray, pieces: np.ndarray, block_rows: int = 256
-) -> ShardRecord:
+) -> tuple[ShardInfo, np.ndarray]:
     """Write one tar of rows, whole or not at all; the same arguments give the same bytes on every machine.
 
     path:   where the tar goes (its place in a data folder is shard_file(split, shard))
     rows:   [n, S] uint16 or uint32 token ids, unmasked, n > 0
     pieces: [P, 6] int32, PIECE_FIELDS, sorted by row; `row` counts from the shard's first row
+    Returns what the manifest and the index say about it, the latter [blocks] INDEX_DTYPE.
     """
     assert rows.ndim == 2 and len(rows) and rows.dtype in (np.uint16, np.uint32) and pieces.shape[1:] == (6,)
-    rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-    pieces = np.ascontiguousarray(pieces, "<i4")
     assert (np.diff(pieces[:, 0]) >= 0).all(), "pieces come sorted by row"
-    parts, blocks, offset = [], [], 0
+    rows = rows.astype(rows.dtype.newbyteorder("<"), copy=False)
+    data, blocks = bytearray(), []
     for block, start in enumerate(range(0, len(rows), block_rows)):
         own = rows[start : start + block_rows]
         first, last = np.searchsorted(pieces[:, 0], (start, start + len(own)))
-        own_pieces = pieces[first:last] - np.array([start, 0, 0, 0, 0, 0], "<i4")
+        own_pieces = (pieces[first:last] - np.array([start, 0, 0, 0, 0, 0])).astype("<i4")
         for kind, array in (("ids", own), ("pieces", own_pieces)):
             payload = npy_header(array.dtype, array.shape) + array.tobytes()
-            parts += [tar_header(f"{block_name(split, shard, block)}.{kind}.npy", len(payload)), payload]
-            parts.append(bytes(_padded(len(payload)) - len(payload)))
-            offset += TAR_BLOCK
+            data += tar_header(f"{block_name(split, shard, block)}.{kind}.npy", len(payload))
             if kind == "ids":
-                blocks.append((offset, len(payload), len(own), zlib.crc32(payload)))
-            offset += _padded(len(payload))
-    data = b"".join([*parts, bytes(2 * TAR_BLOCK)])
+                blocks.append((shard, len(own), len(data), len(payload), zlib.crc32(payload), 0))
+            data += payload.ljust(_padded(len(payload)), b"\0")
+    data += bytes(2 * TAR_BLOCK)
     write_bytes(path, data)
-    return ShardRecord(shard_file(split, shard), shard, len(rows), len(data), hashlib.sha256(data).hexdigest(), blocks)
+    digest = hashlib.sha256(data).hexdigest()
+    info = ShardInfo(file=shard_file(split, shard), rows=len(rows), bytes=len(data), sha256=digest)
+    return info, np.array(blocks, INDEX_DTYPE)
 
 
 def index_file(split: str) -> str:
@@ -218,11 +207,9 @@ def index_file(split: str) -> str:
     return f"index-{split}.bin"
 
 
-def write_index(path: str | Path, records: list[ShardRecord]) -> str:
-    """Write the block index of one split, shards in order; returns its sha256 for the manifest."""
-    entries = [(r.shard, rows, offset, size, crc, 0) for r in records for offset, size, rows, crc in r.blocks]
-    table = np.array(entries, INDEX_DTYPE)
-    data = INDEX_MAGIC + np.array([VERSION, len(table)], "<u4").tobytes() + table.tobytes()
+def write_index(path: str | Path, blocks: np.ndarray) -> str:
+    """Write the index of a split's blocks, [blocks] INDEX_DTYPE in order; returns its sha256 for the manifest."""
+    data = INDEX_MAGIC + np.array([VERSION, len(blocks)], "<u4").tobytes() + blocks.tobytes()
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 

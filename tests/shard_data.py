@@ -8,8 +8,6 @@ import numpy as np
 from electra_ds.config import SpecialIds
 from electra_ds.shards import (
     Manifest,
-    ShardInfo,
-    ShardRecord,
     SourcePlan,
     SplitInfo,
     TokenizerInfo,
@@ -50,10 +48,10 @@ def write_data(
     """Write a data folder with one split, train, of the given best_fit shards; returns it."""
     split = "train"
     (data_dir / "shards").mkdir()
-    records: list[ShardRecord] = []
-    for shard, rows in enumerate(shards):
-        path = data_dir / shard_file(split, shard)
-        records.append(write_shard(path, split, shard, rows, pieces_of(rows), block_rows))
+    written = [
+        write_shard(data_dir / shard_file(split, shard), split, shard, rows, pieces_of(rows), block_rows)
+        for shard, rows in enumerate(shards)
+    ]
     rows = np.concatenate(shards)
     counts = np.bincount(rows.ravel(), minlength=vocab_size)
     counts[:5] = 0
@@ -64,8 +62,8 @@ def write_data(
         tokens=int(counts.sum()),
         pad=int((rows == SPECIAL.pad).sum()),
         rows=len(rows),
-        index_sha256=write_index(data_dir / index_file(split), records),
-        shards=tuple(ShardInfo(file=r.file, rows=r.rows, bytes=r.bytes, sha256=r.sha256) for r in records),
+        index_sha256=write_index(data_dir / index_file(split), np.concatenate([blocks for _, blocks in written])),
+        shards=tuple(info for info, _ in written),
     )
     tokenizer = TokenizerInfo(kind="wordpiece", sha256=fingerprint, vocab_size=vocab_size, special_ids=SPECIAL)
     source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=(((0, 0, 1000),),))

@@ -69,11 +69,11 @@ def test_large_vocabularies_are_stored_wider(tmp_path):
 def test_format_version_1_keeps_its_bytes(tmp_path):
     """Golden digests: other bytes for the same rows need a new format version."""
     rows = (np.arange(40 * 32) % 600).astype(np.uint16).reshape(40, 32)
-    record = write_shard(tmp_path / "x.tar", "train", 3, rows, np.arange(60, dtype=np.int32).reshape(10, 6), 16)
+    info, _ = write_shard(tmp_path / "x.tar", "train", 3, rows, np.arange(60, dtype=np.int32).reshape(10, 6), 16)
     data = (tmp_path / "x.tar").read_bytes()
-    assert record.sha256 == hashlib.sha256(data).hexdigest() and record.bytes == len(data)
+    assert info.sha256 == hashlib.sha256(data).hexdigest() and info.bytes == len(data)
     assert hashlib.sha256(npy_header(np.dtype("<u2"), (256, 512))).hexdigest()[:16] == "9eaff0e61ad3412d"
-    assert record.sha256[:16] == "f3476acf0d13b58d"
+    assert info.sha256[:16] == "f3476acf0d13b58d"
 
 
 def test_members_are_plain_npy_files_on_64_byte_boundaries(data):

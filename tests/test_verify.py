@@ -46,13 +46,10 @@ def rewrite(data, rows, change_pieces=lambda pieces: None):
     pieces = pieces_of(SHARDS[0])
     change_pieces(pieces)
     shards = [(rows, pieces), (SHARDS[1], pieces_of(SHARDS[1]))]
-    records = [write_shard(data / shard_file("train", i), "train", i, r, p, 16) for i, (r, p) in enumerate(shards)]
-    infos = [
-        info.model_copy(update={"sha256": record.sha256, "bytes": record.bytes})
-        for info, record in zip(reader.info.shards, records, strict=True)
-    ]
-    index = write_index(data / index_file("train"), records)
-    info = reader.info.model_copy(update={"index_sha256": index, "shards": tuple(infos)})
+    written = [write_shard(data / shard_file("train", i), "train", i, r, p, 16) for i, (r, p) in enumerate(shards)]
+    index = write_index(data / index_file("train"), np.concatenate([blocks for _, blocks in written]))
+    infos = tuple(info for info, _ in written)
+    info = reader.info.model_copy(update={"index_sha256": index, "shards": infos})
     write_manifest(data, manifest.model_copy(update={"splits": {"train": info}}))
 
 
