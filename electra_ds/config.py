@@ -72,7 +72,9 @@ class ModelConfig(EncoderConfig):
     max_positions: int = science(512, "rows of the position table", ge=1)
     type_vocab_size: int = science(2, "rows of the token-type table", ge=1)
     layer_norm_eps: float = science(1e-12, "epsilon of every LayerNorm", gt=0)
-    init: Literal["normal", "fan_in"] = science("normal", "weights: truncated normal of init_std, or of 1/sqrt(inputs)")
+    init: Literal["normal", "fan_in"] = science(
+        "normal", "matrices: truncated normal of init_std, or plain normal of 1/sqrt(inputs)"
+    )
     init_std: float = science(0.02, "standard deviation of `normal`", gt=0)
     embedding_init_std: float = science(0.02, "standard deviation of the embedding tables", gt=0)
     sharing: Literal["shared", "untied", "all"] = science(
