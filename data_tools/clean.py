@@ -12,9 +12,9 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]")  # carr
 
 def clean_lines(text: str) -> list[str]:
     """The text's lines in Unicode NFC, without control characters and outer white space; empty ones left out."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
     text = _CONTROL.sub("", _BREAKS.sub("\n", text))
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)  # last: what was deleted may have stood before an accent
     return [stripped for line in text.split("\n") if (stripped := line.strip())]
 
 

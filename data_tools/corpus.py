@@ -106,7 +106,11 @@ def _lines(source: Source, raw: BinaryIO, start: int) -> Iterator[tuple[int, byt
         for line in raw if suffix not in COMPRESSED else _decompressed_lines(raw, suffix):
             yield offset, line if offset else line.removeprefix(b"\xef\xbb\xbf")
             offset += len(line)
-    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each decompressor has errors of its own
+        if suffix not in COMPRESSED:
+            raise
         raise UserError(f"{source.name}: broken after byte {offset} of its content ({error}); expected a whole "
                         f"{suffix} file; copy it again or leave it out") from None
 
@@ -219,7 +223,7 @@ def _jsonl(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, te
         except UnicodeDecodeError:
             tally.add_bad("not UTF-8", source, offset)
             continue
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: also a number of too many digits
             tally.add_bad("not JSON", source, offset)
             continue
         text = record.get(text_field) if isinstance(record, dict) else None

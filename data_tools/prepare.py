@@ -22,9 +22,9 @@ from data_tools.corpus import PLACES
 from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash
 from data_tools.units import UnitTask, array_bytes, tokenize_unit
-from data_tools.workers import Progress, console_progress, pool
+from data_tools.workers import Progress, Run, console_progress, pool
 from electra_ds import shards
-from electra_ds.errors import UserError
+from electra_ds.errors import RunFailure, UserError
 from electra_ds.files import read_json, write_bytes, write_json
 from electra_ds.shards import INDEX_DTYPE, Manifest, SourcePlan, SplitInfo, TokenizerInfo, ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +49,8 @@ def prepare(
     valid_fraction: share of documents held out, chosen by the hash of their text
     units:          folder in which tokenized units stay for other lengths or packings; without it they are removed
     progress:       hears (stage, done, total) of plan, tokenize (bytes), deduplicate (documents), pack (tokens)
-    Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines.
+    Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines;
+    RunFailure for a disk that is full.
     """
     if packing not in PACKINGS:
         raise UserError(f"packing = {packing!r}; expected one of {', '.join(PACKINGS)}")
@@ -57,6 +58,8 @@ def prepare(
         raise UserError(f"sequence_length = {sequence_length}; expected 8 to 65,535 tokens")
     if not 0 <= valid_fraction < 1:
         raise UserError(f"valid_fraction = {valid_fraction}; expected at least 0 and less than 1")
+    if workers < 1:
+        raise UserError(f"workers = {workers}; expected at least 1 process")
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     progress("plan", 0, 1)
     plan = make_plan(inputs, format=format, unit_bytes=unit_bytes)
@@ -68,55 +71,65 @@ def prepare(
     out = Path(out)
     work = out / "work"
     units = Path(units) if units is not None else work / "units"
-    _claim(out / "prepare.json", settings)
-    if (out / "manifest.json").exists():
-        return shards.read_manifest(out)
-    _claim(units / "plan.json", reading)
-    for folder in (out, work, units, out / "shards"):
-        folder.mkdir(exist_ok=True)
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink()
-    tokenizer.save(out / "tokenizer")
+    try:
+        _claim(out / "prepare.json", settings, reading)
+        if not (out / "manifest.json").exists():
+            _claim(units / "plan.json", reading, reading)
+            for folder in (out, work, units, out / "shards"):
+                folder.mkdir(exist_ok=True)
+                for stale in folder.glob(".*.tmp"):
+                    stale.unlink()
+            tokenizer.save(out / "tokenizer")
+            with pool(workers) as run:
+                _write(plan, tokenizer, out, units, reading, settings, max_bad_fraction, run, progress)
+        shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise RunFailure(f"{out}: {error}; the same command goes on from what is finished") from error
+    return shards.read_manifest(out)
 
-    with pool(workers) as run:
-        unit_tasks = [
-            UnitTask(number, unit, tuple(plan.sources[file] for file, _, _ in unit), str(units), str(out / "tokenizer"),
-                     tokenizer.fingerprint, plan_hash(reading), seed, text_field, min_chars)
-            for number, unit in enumerate(plan.units)]
-        total = sum(map(plan.unit_bytes, plan.units))
-        unit_markers = run(tokenize_unit, unit_tasks, lambda done: progress("tokenize", done, total))
-        bad = _check_bad_lines(unit_markers, max_bad_fraction)
-        duplicates = assemble.no_duplicates()
-        if deduplicate:
-            documents = sum(marker["documents"] for marker in unit_markers)
-            duplicates = assemble.find_duplicates(
-                str(units), len(plan.units), lambda done: progress("deduplicate", done, documents))
-        write_bytes(work / "duplicates.npy", array_bytes(duplicates))
-        tokens = _split_tokens(str(units), len(plan.units), valid_fraction, duplicates)
-        task = ShardTask("train", 0, 0, len(plan.units), str(units), str(work), str(out), plan_hash(settings),
-                         sequence_length, packing, valid_fraction, seed, block_rows, tokenizer.vocab_size,
-                         tokenizer.special_ids)
-        tasks = _shard_tasks(task, tokens, shard_bytes)
-        markers = run(assemble.assemble_shard, tasks, lambda done: progress("pack", done, sum(tokens.values())))
 
+def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: dict, settings: dict,
+           max_bad_fraction: float, run: Run, progress: Progress) -> None:
+    """The stages from units to manifest, each a function of what lies on disk before it."""
+    work, folder, count = out / "work", str(units), len(plan.units)
+    unit_tasks = [UnitTask(number, unit, tuple(plan.sources[file] for file, _, _ in unit), folder,
+                           str(out / "tokenizer"), tokenizer.fingerprint, plan_hash(reading), reading["seed"],
+                           reading["text_field"], reading["min_chars"])
+                  for number, unit in enumerate(plan.units)]
+    total = sum(map(plan.unit_bytes, plan.units))
+    unit_markers = run(tokenize_unit, unit_tasks, lambda done: progress("tokenize", done, total))
+    bad = _check_bad_lines(unit_markers, max_bad_fraction)
+    documents = sum(marker["documents"] for marker in unit_markers)
+    if not documents:
+        raise UserError(f"no text in {len(plan.sources)} input file(s) read as "
+                        f"{', '.join(sorted({s.format for s in plan.sources}))}; --format says how to read them")
+    duplicates = assemble.no_duplicates()
+    if settings["deduplicate"]:
+        duplicates = assemble.find_duplicates(folder, count, lambda done: progress("deduplicate", done, documents))
+    tokens = _split_tokens(folder, count, settings["valid_fraction"], duplicates)
+    write_json(out / "prepare.json", settings)  # from here on those of the packing are settled, too
+    write_bytes(work / "duplicates.npy", array_bytes(duplicates))
+    task = ShardTask("train", 0, 0, count, folder, str(work), str(out), plan_hash(settings),
+                     settings["sequence_length"], settings["packing"], settings["valid_fraction"], settings["seed"],
+                     settings["block_rows"], tokenizer.vocab_size, tokenizer.special_ids)
+    tasks = _shard_tasks(task, tokens, settings["shard_bytes"])
+    markers = run(assemble.assemble_shard, tasks, lambda done: progress("pack", done, sum(tokens.values())))
     removed = {"too_short": sum(m["too_short"] for m in unit_markers), "duplicates": len(duplicates)}
-    manifest = _finish(plan, plan_hash(reading), tokenizer, tasks, markers, removed, bad)
-    shutil.rmtree(work)
-    return manifest
+    _finish(plan, plan_hash(reading), tokenizer, tasks, markers, removed, bad)
 
 
-def _claim(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a folder, or refuse another one's folder with the differences."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(settings))
+def _claim(path: Path, asked: dict[str, Any], settled: dict[str, Any]) -> None:
+    """Mark a new folder with the settings `settled` so far; refuse one that is marked with others than `asked`."""
     if not path.exists():
-        if (path.parent / "manifest.json").exists():
-            raise UserError(f"{path.parent}: a data folder without {path.name}; give another --out")
-        write_json(path, settings)
+        if others := sorted(p.name for p in path.parent.glob("[!.]*")):
+            raise UserError(f"{path.parent}: holds {others[0]} but no {path.name}, so `prepare` did not make it; give "
+                            f"a new or empty folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settled)
         return
-    found = read_json(path, "the settings of an earlier `prepare`")
-    differences = [f"{key}: {_short(found.get(key))} there, {_short(settings.get(key))} asked for"
-                   for key in sorted({*found, *settings}) if found.get(key) != settings.get(key)]
+    found, asked = read_json(path, "the settings of an earlier `prepare`"), json.loads(json.dumps(asked))
+    differences = [f"{key}: {_short(found[key])} there, {_short(asked.get(key))} asked for"
+                   for key in sorted(found) if found[key] != asked.get(key)]
     if differences:
         raise UserError(f"{path.parent} holds other data ({'; '.join(differences)}); give another folder or remove it")
 
@@ -163,7 +176,7 @@ def _shard_tasks(task: ShardTask, tokens: dict[str, int], shard_bytes: int) -> l
 
 
 def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[ShardTask], markers: list[dict],
-            removed: dict[str, int], bad: dict[str, int]) -> Manifest:
+            removed: dict[str, int], bad: dict[str, int]) -> None:
     """Indexes, unigram counts, then the manifest."""
     first, out, splits = tasks[0], Path(tasks[0].out), {}
     for split in SPLITS:
@@ -176,7 +189,7 @@ def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[Shar
                                       shards=[marker["shard"] for marker in own])
     unigrams = sum(np.load(assemble.marker_path(task).with_suffix(".npy")) for task in tasks if task.split == "train")
     write_bytes(out / "unigrams.npy", array_bytes(unigrams))
-    return shards.write_manifest(out, Manifest(
+    shards.write_manifest(out, Manifest(
         sequence_length=first.sequence_length, dtype=ids_dtype(tokenizer.vocab_size).name, seed=first.seed,
         block_rows=first.block_rows, packing=first.packing, splits=splits, removed=removed, bad_lines=bad,
         tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,

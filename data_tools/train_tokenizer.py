@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from data_tools.clean import clean_lines
 from data_tools.corpus import Tally, documents
 from data_tools.plan import make_plan
+from data_tools.workers import Progress, summed
 from electra_ds.errors import UserError
 from electra_ds.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
 
@@ -22,9 +23,9 @@ SENTENCE_BYTES = 16384  # SentencePiece leaves longer lines out: they are cut at
 
 
 def train_tokenizer(
-    inputs: Sequence[str], out: str | Path, *, kind: str = "wordpiece", vocab_size: int = 8192, lowercase: bool = True,
+    inputs: Sequence[str], out: str | Path, *, kind: str = "wordpiece", vocab_size: int = 30522, lowercase: bool = True,
     strip_accents: bool | None = None, min_frequency: int = 2, max_sentences: int = 5_000_000, format: str = "auto",
-    text_field: str = "text", progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    text_field: str = "text", progress: Progress = lambda stage, done, total: None,
 ) -> Tokenizer:
     """Train a vocabulary on the inputs (those of `prepare`), write it into the folder `out`, return the tokenizer.
 
@@ -54,23 +55,19 @@ def train_tokenizer(
     return tokenizer
 
 
-def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Callable) -> Iterator[str]:
+def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Progress) -> Iterator[str]:
     """Cleaned lines of the whole corpus."""
     plan = make_plan(inputs, format=format)
-    total, done, found = sum(s.size for s in plan.sources), 0, False
-
-    def moved(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("read", done, total)
-
+    total, found = sum(s.size for s in plan.sources), False
+    moved = summed(lambda done: progress("read", done, total))
     for source in plan.sources:
         for text in documents(source, 0, source.size, text_field=text_field, tally=Tally(), moved=moved):
             for line in clean_lines(text):
                 found = True
                 yield line
     if not found:
-        raise UserError(f"{', '.join(inputs)}: no text in it; expected documents to train a vocabulary on")
+        raise UserError(f"{', '.join(inputs)}: no text in it; expected documents to train a vocabulary on "
+                        f"(JSONL: in the field {text_field!r})")
     progress("train", 0, 1)
 
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 import unicodedata
 
 import pytest
@@ -93,12 +94,29 @@ def test_a_truncated_file_is_an_error_with_its_name(tmp_path, suffix):
         read(source)
 
 
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_damaged_file_is_an_error_with_its_name(tmp_path, suffix):
+    packed = bytearray(PACKERS[suffix](wiki([f"document {i * i}" for i in range(5000)])))
+    source = source_of(tmp_path / f"file{suffix}", packed)
+    packed[16:80] = b"\xff" * 64
+    (tmp_path / f"file{suffix}").write_bytes(packed)
+    with pytest.raises(UserError, match=rf"file{suffix}: broken after byte \d+"):
+        read(source)
+
+
+def test_zst_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(UserError, match=r"^reading \.zst needs the zstandard package"):
+        source_of(tmp_path / "file.zst", zstandard.compress(b"text"))
+
+
 def test_bad_lines_are_counted_by_class_with_their_places(tmp_path):
-    lines = [b'{"text": "good"}', b"{broken", b'{"other": 1}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[]"]
+    lines = [b'{"text": "good"}', b"{broken", b'{"other": 1}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[]",
+             b'{"text": "x", "number": ' + b"1" * 5000 + b"}"]
     tally = Tally()
     assert read(source_of(tmp_path / "a.jsonl", b"\n".join(lines)), tally=tally) == ["good"]
-    assert tally.bad == {"not JSON": 1, "no text in field 'text'": 2, "not UTF-8": 1, "half a surrogate pair": 1}
-    assert tally.places[0] == "a.jsonl: byte 17: not JSON" and tally.lines == 6
+    assert tally.bad == {"not JSON": 2, "no text in field 'text'": 2, "not UTF-8": 1, "half a surrogate pair": 1}
+    assert tally.places[0] == "a.jsonl: byte 17: not JSON" and tally.lines == 7
     tally = Tally()
     assert read(source_of(tmp_path / "b.txt", b"one\n\xfftwo\nthree\n"), tally=tally) == ["one\nthree"]
     assert tally.bad == {"not UTF-8": 1} and tally.places == ["b.txt: byte 4: not UTF-8"]
@@ -138,7 +156,7 @@ def test_inputs_that_are_not_there_are_refused(tmp_path, monkeypatch, inputs, fo
 
 
 def test_cleaning_keeps_the_text_and_drops_what_is_none():
-    lines = clean_lines("cafe\u0301 \x00one\x07\r\n\n \ttwo\u200b\x85three\u2028four\ufeff\ufffd")
+    lines = clean_lines("caf\x01e\u200b\u0301 \x00one\x07\r\n\n \ttwo\u200b\x85three\u2028four\ufeff\ufffd")
     assert lines == ["caf\u00e9 one", "two", "three", "four"]
     assert all(unicodedata.is_normalized("NFC", line) for line in lines)
 

@@ -1,5 +1,6 @@
 """Text to shards: every token kept and found again, the same bytes for any workers, resumable."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -18,7 +19,7 @@ from data_tools.pack import best_fit, concat
 from data_tools.prepare import prepare
 from data_tools.verify import verify
 from data_tools.workers import pool
-from electra_ds.errors import UserError
+from electra_ds.errors import RunFailure, UserError
 from electra_ds.shards import ShardReader
 from electra_ds.tokenizer import load_tokenizer
 
@@ -141,8 +142,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(corpus, tmp_path, at):
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
-    (tmp_path / "data" / "shards").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "data" / "shards" / ".stale.1.tmp").write_text("left by a kill")
+    if (tmp_path / "data" / "shards").exists():  # not yet when it stopped at once
+        (tmp_path / "data" / "shards" / ".stale.1.tmp").write_text("left by a kill")
     run(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
@@ -232,6 +233,53 @@ def test_a_finished_folder_is_returned_and_another_data_set_is_refused(corpus, t
         run(corpus, tmp_path / "data", sequence_length=32)
 
 
+def test_settings_of_the_packing_may_change_until_it_begins(corpus, tmp_path):
+    with pytest.raises(UserError, match="and 0 held out"):
+        run(corpus, tmp_path / "a", valid_fraction=1e-9)
+    with pytest.raises(UserError, match="seed: 0 there, 1 asked for"):
+        run(corpus, tmp_path / "a", seed=1)
+    run(corpus, tmp_path / "a")
+    run(corpus, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["work", "shards", "letter.txt"])
+def test_a_folder_of_other_things_is_left_alone(corpus, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match=rf"holds {name} but no prepare\.json"):
+        run(corpus, tmp_path)
+    assert (tmp_path / name / "thesis.txt").read_text() == "years"
+
+
+def test_a_run_killed_after_its_manifest_is_tidied_by_the_next(corpus, tmp_path):
+    run(corpus, tmp_path / "data")
+    before = contents(tmp_path / "data")
+    (tmp_path / "data" / "work" / "units").mkdir(parents=True)
+    (tmp_path / "data" / "work" / "units" / "unit-000000.ids").write_bytes(b"left by a kill")
+    run(corpus, tmp_path / "data")
+    assert contents(tmp_path / "data") == before and not (tmp_path / "data" / "work").exists()
+
+
+@pytest.mark.parametrize("module", ["units", "assemble"])
+def test_a_full_disk_is_no_traceback_and_leaves_no_remains(corpus, tmp_path, monkeypatch, module):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(f"data_tools.{module}.write_bytes", full)
+    with pytest.raises(RunFailure, match=r"No space left on device.*the same command goes on"):
+        run(corpus, tmp_path / "data")
+    assert not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    run(corpus, tmp_path / "data")
+
+
+def test_inputs_without_text_are_named_as_such(corpus, tmp_path):
+    (tmp_path / "in.txt").write_text("plain text")
+    with pytest.raises(UserError, match=r"no text in 1 input file\(s\) read as wiki"):
+        prepare([str(tmp_path / "in.txt")], corpus / "tok", tmp_path / "out", format="wiki")
+
+
 def test_runs_and_hash_ranges_change_memory_and_not_the_documents(corpus, tmp_path, monkeypatch):
     run(corpus, tmp_path / "one")
     monkeypatch.setattr("data_tools.assemble.HASHES_AT_ONCE", 7)
@@ -289,7 +337,7 @@ def test_an_error_in_a_worker_reaches_the_user(corpus, tmp_path):
 @pytest.mark.parametrize(("options", "found"), [
     (dict(packing="tight"), "expected one of best_fit"), (dict(sequence_length=4), "expected 8 to"),
     (dict(valid_fraction=1.5), "less than 1"), (dict(valid_fraction=1e-9), "and 0 held out"),
-    (dict(format="pdf"), "expected one of auto")])
+    (dict(format="pdf"), "expected one of auto"), (dict(workers=0), "expected at least 1")])
 def test_settings_that_cannot_work_are_refused(corpus, tmp_path, options, found):
     with pytest.raises(UserError, match=found):
         run(corpus, tmp_path / "data", **options)
