@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -160,7 +161,7 @@ def _decode(lines: list[tuple[int, bytes]], source: Source, tally: Tally) -> str
 def _text(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
     blank_before = start == 0 or _blank_before(raw, start)
     document: list[tuple[int, bytes]] = []
-    for offset, line in _lines(source, raw, start):
+    for offset, line in chain(_lines(source, raw, start), [(end, b"")]):  # a blank line more ends the last document
         blank = not line.strip()
         if document and blank:
             yield _decode(document, source, tally)
@@ -172,8 +173,6 @@ def _text(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: 
         elif not blank and blank_before:
             document = [(offset, line)]
         blank_before = blank
-    if document:
-        yield _decode(document, source, tally)
 
 
 def _blank_before(raw: BinaryIO, start: int) -> bool:
@@ -191,24 +190,19 @@ def _whole(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _:
 
 def _wiki(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
     document: list[tuple[int, bytes]] | None = None
-    for offset, line in _lines(source, raw, start):
-        if line.startswith((b"<doc ", b"<doc>")):
-            if document is not None:
+    for offset, line in chain(_lines(source, raw, start), [(end, b"<doc>")]):  # one <doc> more ends the last document
+        begins = line.startswith((b"<doc ", b"<doc>"))
+        if document is not None and (begins or line.startswith(b"</doc>")):
+            if begins:
                 tally.add_bad("<doc> without </doc>", source, offset)
-                yield _decode(document, source, tally)
+            yield _decode(document, source, tally)
             document = None
-            if offset >= end:
-                return
+        if begins and offset >= end:
+            return
+        if begins:
             document = []
-        elif line.startswith(b"</doc>"):
-            if document is not None:
-                yield _decode(document, source, tally)
-            document = None
         elif document is not None:
             document.append((offset, line))
-    if document is not None:
-        tally.add_bad("<doc> without </doc>", source, offset)
-        yield _decode(document, source, tally)
 
 
 def _jsonl(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
@@ -220,11 +214,8 @@ def _jsonl(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, te
         tally.lines += 1
         try:
             record = json.loads(line)
-        except UnicodeDecodeError:
-            tally.add_bad("not UTF-8", source, offset)
-            continue
-        except (ValueError, RecursionError):  # ValueError: also a number of too many digits
-            tally.add_bad("not JSON", source, offset)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+            tally.add_bad("not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON", source, offset)
             continue
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):

@@ -34,9 +34,10 @@ class Plan:
         """What the plan means, as JSON values, without a path of this machine."""
         return {"files": [[s.name, s.size, s.format, s.digest] for s in self.sources], "units": self.units}
 
-    def unit_bytes(self, unit: Unit) -> int:
-        """Bytes on disk of one unit."""
-        return sum(end - start for _, start, end in unit)
+
+def unit_size(unit: Unit) -> int:
+    """Bytes on disk of one unit."""
+    return sum(end - start for _, start, end in unit)
 
 
 def plan_hash(value: object) -> str:
@@ -92,19 +93,17 @@ def _cut(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
     """Big plain files in byte ranges, a compressed file whole, neighbouring small files together."""
     units: list[Unit] = []
     small: list[tuple[int, int, int]] = []
+    held = 0  # bytes of the small ones
     for number, source in enumerate(sources):
-        if not source.size:
-            continue
-        whole = source.format in ("docs", "text_file") or Path(source.name).suffix in COMPRESSED
-        if small and sum(end for _, _, end in small) + source.size > unit_bytes:
+        whole = source.format == "docs" or Path(source.name).suffix in COMPRESSED
+        alone = whole or source.size > unit_bytes
+        if small and (alone or held + source.size > unit_bytes):
             units.append(tuple(small))
-            small = []
-        if (whole and source.format != "text_file") or source.size > unit_bytes:
-            step = source.size if whole else unit_bytes
-            if small:
-                units.append(tuple(small))
-                small = []
+            small, held = [], 0
+        if alone:
+            step = max(1, source.size) if whole or source.format == "text_file" else unit_bytes
             units += [((number, at, min(at + step, source.size)),) for at in range(0, source.size, step)]
-        else:
+        elif source.size:
             small.append((number, 0, source.size))
+            held += source.size
     return [*units, tuple(small)] if small else units

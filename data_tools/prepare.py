@@ -20,7 +20,7 @@ from data_tools import assemble
 from data_tools.assemble import SPLITS, ShardTask
 from data_tools.corpus import PLACES
 from data_tools.pack import PACKINGS
-from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash
+from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
 from data_tools.units import UnitTask, array_bytes, tokenize_unit
 from data_tools.workers import Progress, Run, console_progress, pool
 from electra_ds import shards
@@ -96,7 +96,7 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
                            str(out / "tokenizer"), tokenizer.fingerprint, plan_hash(reading), reading["seed"],
                            reading["text_field"], reading["min_chars"])
                   for number, unit in enumerate(plan.units)]
-    total = sum(map(plan.unit_bytes, plan.units))
+    total = sum(map(unit_size, plan.units))
     unit_markers = run(tokenize_unit, unit_tasks, lambda done: progress("tokenize", done, total))
     bad = _check_bad_lines(unit_markers, max_bad_fraction)
     documents = sum(marker["documents"] for marker in unit_markers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,21 @@ from electra_ds.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPi
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
 COVERAGE = 0.9999  # share of the text whose characters are in a WordPiece vocabulary; at most a quarter of its entries
+MIN_COUNT = 2  # of a pair that WordPiece joins
+MAX_SENTENCES = 5_000_000  # that SentencePiece draws from the lines
 REPEATS = 1000  # of one word in one text handed to the trainer
 SENTENCE_BYTES = 16384  # SentencePiece leaves longer lines out: they are cut at white space before
 
 
 def train_tokenizer(
     inputs: Sequence[str], out: str | Path, *, kind: str = "wordpiece", vocab_size: int = 30522, lowercase: bool = True,
-    strip_accents: bool | None = None, min_frequency: int = 2, max_sentences: int = 5_000_000, format: str = "auto",
-    text_field: str = "text", progress: Progress = lambda stage, done, total: None,
+    strip_accents: bool | None = None, format: str = "auto", text_field: str = "text",
+    progress: Progress = lambda stage, done, total: None,
 ) -> Tokenizer:
     """Train a vocabulary on the inputs (those of `prepare`), write it into the folder `out`, return the tokenizer.
 
     kind:          wordpiece, or unigram or bpe (SentencePiece)
     strip_accents: None: as lowercase. SentencePiece models normalise by NFKC and keep accents
-    max_sentences: lines that SentencePiece draws from the corpus
     On little text the vocabulary comes out smaller than vocab_size: the tokenizer's own vocab_size is exact.
     Raises UserError for unknown settings, for inputs without text, for a size that SentencePiece cannot make.
     """
@@ -43,12 +45,12 @@ def train_tokenizer(
         strip_accents = lowercase and kind == "wordpiece"
     lines = _lines(inputs, format, text_field, progress)
     if kind == "wordpiece":
-        content = _wordpiece(lines, vocab_size, lowercase, strip_accents, min_frequency)
+        content = _wordpiece(lines, vocab_size, lowercase, strip_accents)
         tokenizer = WordPiece(content, {"lowercase": lowercase, "strip_accents": strip_accents}, "the new vocabulary")
     elif strip_accents:
         raise UserError("strip_accents is for wordpiece; a SentencePiece model has no such rule, leave it out")
     else:
-        content = _sentencepiece(lines, kind, vocab_size, lowercase, max_sentences)
+        content = _sentencepiece(lines, kind, vocab_size, lowercase)
         tokenizer = SentencePiece(content, {}, "the new model")
     progress("train", 1, 1)
     tokenizer.save(out)
@@ -71,7 +73,7 @@ def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Progre
     progress("train", 0, 1)
 
 
-def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool, min_count: int) -> bytes:
+def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool) -> bytes:
     """The content of a vocab.txt, the same for the same words and counts.
 
     The trainer numbers what it meets in the order of a hash table that differs from run to run, and breaks ties by
@@ -90,7 +92,7 @@ def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_acc
     texts = (" ".join([word] * min(REPEATS, count - at))
              for word, count in sorted(words.items()) for at in range(0, count, REPEATS))
     fast.train_from_iterator(texts, trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=min_count, show_progress=False, limit_alphabet=len(alphabet),
+        vocab_size=vocab_size, min_frequency=MIN_COUNT, show_progress=False, limit_alphabet=len(alphabet),
         initial_alphabet=alphabet, special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in inside)]))
     vocabulary = fast.get_vocab()
     return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode()
@@ -105,16 +107,13 @@ def _alphabet(words: Counter[str], fast: Any, limit: int) -> tuple[list[str], li
             inside.update(part[1:])
             for character in part:
                 characters[character] += count
-    kept, covered = [], 0
-    for character in sorted(characters, key=lambda c: (-characters[c], c))[:limit]:
-        if covered >= COVERAGE * characters.total():
-            break
-        kept.append(character)
-        covered += characters[character]
+    common = sorted(characters, key=lambda c: (-characters[c], c))[:limit]
+    before = accumulate((characters[c] for c in common), initial=0)  # of the text, covered by the ones before
+    kept = [c for c, covered in zip(common, before, strict=False) if covered < COVERAGE * characters.total()]
     return sorted(kept), sorted(inside.intersection(kept))
 
 
-def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: bool, max_sentences: int) -> bytes:
+def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: bool) -> bytes:
     import sentencepiece
 
     model = BytesIO()
@@ -123,7 +122,7 @@ def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: 
             sentence_iterator=(part for line in lines for part in _parts(line)), model_writer=model, model_type=kind,
             vocab_size=vocab_size, normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
             pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="[PAD]", unk_piece="[UNK]",
-            control_symbols=SPECIALS[2:], character_coverage=0.9995, input_sentence_size=max_sentences,
+            control_symbols=SPECIALS[2:], character_coverage=0.9995, input_sentence_size=MAX_SENTENCES,
             hard_vocab_limit=False, shuffle_input_sentence=True, max_sentence_length=SENTENCE_BYTES, num_threads=1,
             minloglevel=2)
     except (RuntimeError, OSError) as error:

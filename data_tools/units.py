@@ -20,7 +20,7 @@ import numpy as np
 
 from data_tools.clean import clean_lines, text_hash
 from data_tools.corpus import Source, Tally, documents
-from data_tools.plan import Unit
+from data_tools.plan import Unit, unit_size
 from electra_ds.files import fsync_folder, read_json, sha256_file, write_bytes, write_json
 from electra_ds.shards import ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
@@ -89,7 +89,7 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
     """Make a unit's files unless they are there and whole; returns its marker. `moved` hears of input bytes done."""
     marker = unit_paths(task.folder, task.number)[2]
     if found := finished(marker, task.plan_sha256):
-        moved(sum(end - start for _, start, end in task.unit))
+        moved(unit_size(task.unit))
         return found
     tokenizer, tally = _cached_tokenizer(task.tokenizer, task.fingerprint), Tally()
     texts = (text for source, (_, start, end) in zip(task.sources, task.unit, strict=True)

@@ -50,15 +50,13 @@ def _verify_split(data_dir: Path, split: str, manifest: Manifest, moved: Callabl
         found = _verify_shard(reader, shard, totals, unigrams)
         if not found and sha256_file(data_dir / info.file) != info.sha256:
             found = [f"{data_dir / info.file}: its sha256 is not the manifest's though every block is whole: "
-                     "bytes beside the rows differ; copy this shard again"]  # fmt: skip
+                     "bytes beside the rows differ; copy this shard again"]
         problems += found
         moved(info.bytes)
     if not problems:  # counts over damaged rows would say nothing new
-        problems += [
-            f"{split}: {totals[key]} {key}, the manifest says {getattr(reader.info, key)}"
-            for key in ("documents", "pieces", "tokens", "pad", "rows")
-            if totals[key] != getattr(reader.info, key)
-        ]
+        problems = [f"{split}: {totals[key]} {key}, the manifest says {getattr(reader.info, key)}"
+                    for key in ("documents", "pieces", "tokens", "pad", "rows")
+                    if totals[key] != getattr(reader.info, key)]
         if split == "train":
             problems += _verify_unigrams(data_dir, manifest, unigrams)
     return problems
@@ -118,6 +116,4 @@ def _verify_unigrams(data_dir: Path, manifest: Manifest, counted: np.ndarray) ->
     if np.array_equal(stored, counted):
         return []
     token = int(np.argmax(stored != counted))
-    return [
-        f"unigrams.npy: token {token} counted {stored[token]} times, the training rows hold it {counted[token]} times"
-    ]
+    return [f"unigrams.npy: token {token} counted {stored[token]} times, the training rows hold {counted[token]}"]

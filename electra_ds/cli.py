@@ -20,7 +20,7 @@ Data = Annotated[Path, typer.Option(help="Folder that `prepare` wrote.")]
 Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
 Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob or builtin:docs; may be repeated.")]
-Format = Annotated[str, typer.Option(help="auto (by name and content), text, text_file (one document a file), wiki, jsonl.")]
+Format = Annotated[str, typer.Option(help="auto, text, text_file (each file a document), wiki, jsonl.")]
 TextField = Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")]
 
 
