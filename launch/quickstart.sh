@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The main job end to end on this machine: vocabulary, shards, pretraining on two ranks with a stop and a resume,
 # held-out evaluation, detection. Own text: launch/quickstart.sh --input 'my/*.txt'
-# Options: --input PATTERN (default builtin:docs), --out FOLDER (default runs/quickstart), --steps N (default 4000)
+# Options: --input PATTERN (default builtin:docs), --out FOLDER (default runs/quickstart), --steps N (default 7000)
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-input=builtin:docs out=runs/quickstart steps=4000
+input=builtin:docs out=runs/quickstart steps=7000
 while [ $# -gt 0 ]; do
     case "$1" in
         --input) input=$2; shift 2 ;;
