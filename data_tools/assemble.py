@@ -24,6 +24,7 @@ from electra_ds.shards import ids_dtype, shard_file, write_shard
 
 SPLITS = ("train", "valid")
 ROWS, SEGMENTS = 32, 33  # purposes of random words, beside those of order.py
+NO_DUPLICATES = np.empty((0, 2), np.int64)  # what find_duplicates gives when every text is new
 HASHES_AT_ONCE = 8 << 20  # documents compared at a time, 32 bytes each
 KEYS = 1 << 64
 
@@ -67,11 +68,6 @@ def marker_path(task: ShardTask) -> Path:
     return Path(task.work) / f"{task.split}-{task.shard:06d}.json"
 
 
-def no_duplicates() -> np.ndarray:
-    """What find_duplicates gives when every text is new."""
-    return np.empty((0, 2), np.int64)
-
-
 def find_duplicates(folder: str, units: int, progress: Callable[[int], None]) -> np.ndarray:
     """[duplicates, 2] int64 (unit, document), sorted: every document whose text stood before, in that order.
 
@@ -80,7 +76,7 @@ def find_duplicates(folder: str, units: int, progress: Callable[[int], None]) ->
     """
     total = sum(len(read_table(folder, unit)) for unit in range(units))
     ranges = -(-total // HASHES_AT_ONCE) or 1
-    found, done = [no_duplicates()], 0
+    found, done = [NO_DUPLICATES], 0
     for part in range(ranges):
         low, high = np.uint64(part * KEYS // ranges), np.uint64((part + 1) * KEYS // ranges - 1)
         own = []

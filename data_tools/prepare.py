@@ -22,14 +22,12 @@ from data_tools.corpus import PLACES
 from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
 from data_tools.units import UnitTask, array_bytes, tokenize_unit
-from data_tools.workers import Progress, Run, console_progress, pool
+from data_tools.workers import Progress, Run, pool
 from electra_ds import shards
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.files import read_json, write_bytes, write_json
 from electra_ds.shards import INDEX_DTYPE, Manifest, SourcePlan, SplitInfo, TokenizerInfo, ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
-
-__all__ = ["console_progress", "prepare"]
 
 SHARD_BYTES = 64 << 20
 UNIT_FORMAT = 1  # raise it when the output of a unit changes
@@ -103,7 +101,7 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
     if not documents:
         raise UserError(f"no text in {len(plan.sources)} input file(s) read as "
                         f"{', '.join(sorted({s.format for s in plan.sources}))}; --format says how to read them")
-    duplicates = assemble.no_duplicates()
+    duplicates = assemble.NO_DUPLICATES
     if settings["deduplicate"]:
         duplicates = assemble.find_duplicates(folder, count, lambda done: progress("deduplicate", done, documents))
     tokens = _split_tokens(folder, count, settings["valid_fraction"], duplicates)

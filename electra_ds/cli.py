@@ -57,8 +57,8 @@ def train_tokenizer(
     text_field: TextField = "text",
 ) -> None:
     """Train a WordPiece or SentencePiece vocabulary on text."""
-    from data_tools.prepare import console_progress
     from data_tools.train_tokenizer import train_tokenizer
+    from data_tools.workers import console_progress
 
     with console_progress() as progress:
         tokenizer = train_tokenizer(
@@ -86,7 +86,8 @@ def prepare(
     text_field: TextField = "text",
 ) -> None:
     """Turn text into packed rows in WebDataset tar shards, with a held-out split."""
-    from data_tools.prepare import console_progress, prepare
+    from data_tools.prepare import prepare
+    from data_tools.workers import console_progress
 
     with console_progress() as progress:
         manifest = prepare(
@@ -106,19 +107,13 @@ def prepare(
 @app.command()
 def verify(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")]) -> None:
     """Re-read a data folder against its manifest; says what is wrong, by shard and block."""
-    from data_tools.prepare import console_progress
     from data_tools.verify import verify
+    from data_tools.workers import console_progress, summed
     from electra_ds.shards import read_manifest
 
     total = sum(shard.bytes for split in read_manifest(data).splits.values() for shard in split.shards)
     with console_progress() as progress:
-        done = [0]
-
-        def moved(count: int) -> None:
-            done[0] += count
-            progress("verify", done[0], total)
-
-        problems = verify(data, moved)
+        problems = verify(data, summed(lambda done: progress("verify", done, total)))
     for problem in problems:
         print(problem)
     print(f"{data}: {len(problems)} problem(s)" if problems else f"{data}: {total:,} bytes as written")

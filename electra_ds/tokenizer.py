@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -75,16 +76,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text; special tokens keep their spelling."""
-        special, parts, run = set(self.special_ids.model_dump().values()), [], []
-        for i in [int(i) for i in ids] + [None]:
-            if i is not None and i not in special:
-                run.append(i)
-                continue
-            if run:
-                parts.append(self._decode_plain(run))
-                run = []
-            if i is not None:
-                parts.append(self.names[i])
+        special, parts = set(self.special_ids.model_dump().values()), []
+        for is_special, group in groupby(map(int, ids), special.__contains__):
+            run = list(group)
+            parts += self.tokens(run) if is_special else [self._decode_plain(run)]
         return " ".join(parts)
 
     def save(self, folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -272,6 +273,17 @@ def test_a_full_disk_is_no_traceback_and_leaves_no_remains(corpus, tmp_path, mon
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     run(corpus, tmp_path / "data")
+
+
+def test_the_text_field_says_where_the_text_is(corpus, tmp_path):
+    lines = [json.dumps({"text": text_of(i), "body": text_of(i + 100)}) for i in range(20)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    manifest = prepare([str(tmp_path / "in.jsonl")], corpus / "tok", tmp_path / "out", text_field="body",
+                       sequence_length=16, valid_fraction=0)
+    counts = np.load(tmp_path / "out" / "unigrams.npy")
+    assert manifest.splits["train"].documents == 20
+    firsts = [ENTRIES[i] for i in np.flatnonzero(counts) if ENTRIES[i] not in WORDS]
+    assert firsts == [f"n{i}" for i in range(100, 120)]
 
 
 def test_inputs_without_text_are_named_as_such(corpus, tmp_path):
