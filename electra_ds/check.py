@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from electra_ds.batches import max_chosen
 from electra_ds.config import RunConfig, Section, load_engine
-from electra_ds.errors import UserError
 from electra_ds.objective import parameter_count
 from electra_ds.shards import Manifest
 
@@ -64,11 +63,7 @@ def _derived(config: RunConfig, world_size: int, rows: int | None, vocab_size: i
     yield Line("tokens_per_step", f"{train.global_batch_size * length:,}", "derived", "padding included")
     if train.total_steps or rows:
         steps = config.total_steps(rows)
-        if config.optimizer.warmup_steps >= steps:
-            raise UserError(
-                f"optimizer.warmup_steps = {config.optimizer.warmup_steps} never ends within {steps} steps: "
-                "choose a shorter warmup or a longer run"
-            )
+        yield Line("warmup", f"{config.optimizer.warmup_steps / steps:.1%}", "derived", "of the steps; 100% never ends")
         yield Line("total_steps", f"{steps:,}", "derived", "optimizer steps")
         yield Line("tokens", f"{steps * train.global_batch_size * length:,}", "derived", "seen in the whole run")
         if rows:

@@ -188,10 +188,15 @@ def rename_final(engine: Weights, final: Path, step: int) -> None:
             write_bytes(final.with_name("latest"), f"{step}\n".encode())
 
 
-def prune(folder: Path, rules: CheckpointConfig) -> list[str]:
-    """Remove what the rules do not keep (never `final` nor the newest two); returns the names removed."""
+def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
+    """Remove what the rules do not keep (never `final` nor the newest two); returns the names removed.
+
+    newest: the step just saved. Later ones belong to a run that went back to an older checkpoint: they stay until it
+    gets there and overwrites them.
+    """
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    kept = set(steps[-rules.keep_last :]) | set(rules.keep_steps)
+    own = [step for step in steps if step <= newest]
+    kept = set(own[-rules.keep_last :]) | set(steps[len(own) :]) | set(rules.keep_steps)
     if rules.keep_every:
         kept |= {step for step in steps if step % rules.keep_every == 0}
     removed = [str(step) for step in steps if step not in kept]
@@ -201,6 +206,12 @@ def prune(folder: Path, rules: CheckpointConfig) -> list[str]:
         os.rename(folder / name, doomed)  # gone at once under its name, so that nobody reads a half
         shutil.rmtree(doomed, ignore_errors=True)
     return removed
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed save or prune left half done. For rank 0, before anything is saved."""
+    for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

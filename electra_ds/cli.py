@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -264,5 +265,11 @@ def main() -> None:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"electra-ds{rank}: error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        # Threads of gloo or NCCL may wait for ranks that are gone: an ordinary exit could hang on them.
         os._exit(2 if isinstance(error, UserError) else 1)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        # Threads of gloo or NCCL may wait for ranks that are gone: an ordinary exit could hang on them.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

@@ -378,6 +378,11 @@ def load_engine(engine: str | dict) -> dict:
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{where}: zero_optimization.stage = {stage!r}; expected 0, 1, 2 or 3")
+    if values.get("torch_autocast", {}).get("dtype", "bfloat16") not in ("bfloat16", "torch.bfloat16"):
+        raise UserError(f'{where}: torch_autocast.dtype must be "bfloat16"; for fp16 use the fp16 block')
+    for block, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if values.get(block, {}).get(key) is False:
+            raise UserError(f"{where}: {block}.{key} must stay true, or weights are reached by what is not finite")
     switches = {kind: values.get(kind, {}).get("enabled", False) for kind in PRECISIONS}
     for kind, enabled in switches.items():
         if not (isinstance(enabled, bool) or (enabled == "auto" and kind != "torch_autocast")):

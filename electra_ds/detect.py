@@ -41,7 +41,7 @@ class Detector:
         """
         found = find_checkpoint(path)
         module, config = load_module(found)
-        folder = tokenizer or found.parent.parent / "tokenizer"
+        folder = tokenizer or found.resolve().parent.parent / "tokenizer"
         words = load_tokenizer(folder)
         if words.vocab_size != config.model.vocab_size:
             raise UserError(

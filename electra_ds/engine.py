@@ -25,8 +25,6 @@ from electra_ds.optim import AdamW, make_state, parameter_groups
 from electra_ds.ranks import Ranks
 from electra_ds.values import Batch, Losses
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 class Agreement(NamedTuple):
     """Sums over the ranks of one control message: what the next step divides by, and the votes."""
@@ -65,13 +63,34 @@ def start(ranks: Ranks, timeout_minutes: float) -> torch.device:
         if ranks.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     else:
-        # --gpus-per-task=1 shows each rank one device, whose number is then 0.
-        device, backend = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()), "nccl"
+        device, backend = _cuda_device(ranks), "nccl"
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
     if dist.get_world_size() != ranks.world_size:
         raise UserError(f"{ranks.launcher} promised {ranks.world_size} ranks, but {dist.get_world_size()} met")
     return device
+
+
+def _cuda_device(ranks: Ranks) -> torch.device:
+    count = torch.cuda.device_count()
+    if not count or (count > 1 and ranks.local_rank >= count):
+        raise UserError(
+            f"local rank {ranks.local_rank} of {ranks.local_size} finds {count} CUDA device(s): start one rank per "
+            "device, or set DS_ACCELERATOR=cpu"
+        )
+    index = ranks.local_rank % count  # --gpus-per-task=1 shows each rank one device, whose number is then 0
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed sets the device by the one, compares both
+        if name in os.environ:
+            os.environ[name] = str(index)
+    return torch.device("cuda", index)
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's plain value on every rank: what is read from files is read once, so that all decide alike."""
+    found = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _keep_freed_memory() -> None:
@@ -90,11 +109,10 @@ def _limit_waiting(timeout_minutes: float) -> None:
 def precision(engine_config: dict, device: torch.device) -> dict:
     """Resolve `"enabled": "auto"` for this device; returns a new dict. UserError when the precision cannot run here."""
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in engine_config.items()}
-    auto = [kind for kind in ("bf16", "fp16") if resolved.get(kind, {}).get("enabled") == "auto"]
-    for kind in auto:
-        del resolved[kind]
+    auto = {kind: resolved.pop(kind) for kind in ("bf16", "fp16") if resolved.get(kind, {}).get("enabled") == "auto"}
     if auto and device.type == "cuda":
-        resolved["bf16" if torch.cuda.is_bf16_supported() else "fp16"] = {"enabled": True}
+        kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        resolved[kind] = auto.get(kind, {}) | {"enabled": True}
     elif auto and cpu_multiplies_bf16():
         resolved["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if resolved.get("fp16", {}).get("enabled") and device.type == "cpu":
@@ -158,7 +176,8 @@ class Engine:
     def _make_optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
         options = self.config.optimizer
         groups = parameter_groups(objective, options.weight_decay)
-        if not self.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer"):
+        offload = self.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if offload.get("device", "none") == "none":
             return AdamW(groups, options)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

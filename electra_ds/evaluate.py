@@ -12,6 +12,7 @@ from electra_ds import checkpoint
 from electra_ds.batches import evaluation_batches, fixed_corruption
 from electra_ds.config import RunConfig, SpecialIds, parse_run
 from electra_ds.errors import UserError
+from electra_ds.model import load_true_state
 from electra_ds.objective import BINS, ElectraObjective, auc, histogram, rates
 from electra_ds.shards import ShardReader, read_unigrams
 from electra_ds.values import Batch, Counts
@@ -88,11 +89,7 @@ def load_module(path: Path, device: torch.device | str = "cpu") -> tuple[Electra
     meta = checkpoint.read_meta(path)
     config = parse_run(meta.config, f"{path}/meta.json")
     module = ElectraObjective(config.model, config.generator, config.objective, config.data.special_ids, seed=0)
-    own = module.state_dict()
-    for name, value in checkpoint.weights(path).items():
-        if name not in own:
-            raise UserError(f"{path}: parameter {name} is not part of the model its config describes")
-        own[name][: len(value)] = value
+    load_true_state(module, checkpoint.weights(path))
     return module.to(device).eval(), config
 
 

@@ -16,7 +16,7 @@ from electra_ds import checkpoint, run_folder
 from electra_ds.batches import Batches, StepBatch, evaluation_batches, position_from_state
 from electra_ds.checkpoint import Progress
 from electra_ds.config import RunConfig, differences, load_engine, parse_run
-from electra_ds.engine import Agreement, Engine, StepResult, leave, precision_name, start
+from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, precision_name, start
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.metrics import Metrics
@@ -66,11 +66,13 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     total_steps = config.total_steps(reader.rows)
-    if run_folder.is_done(out) and not limits.extend:
+    if from_first(run_folder.is_done(out)) and not limits.extend:
         _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
         return run_folder.DONE
     engine = Engine(_objective(config), config, config.engine, ranks, device)
     run_folder.open_folder(out, ranks.rank, engine.exchange)
+    if ranks.rank == 0:
+        checkpoint.sweep(out / "ckpt")
     padded = padded_rows(engine.module)
     progress = _resume(engine, config, reader, out, padded, limits)
     run = Run(config, engine, reader, data, out, total_steps, padded, limits, began)
@@ -99,7 +101,7 @@ def _resume(
     engine: Engine, config: RunConfig, reader: ShardReader, out: Path, padded: dict[str, int], limits: Limits
 ) -> Progress:
     """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
-    found = checkpoint.latest(out / "ckpt") if (out / "ckpt").exists() else None
+    found = from_first(checkpoint.latest(out / "ckpt"))
     if found is None:
         if limits.init_from is not None:
             source = find_checkpoint(limits.init_from)
@@ -143,11 +145,13 @@ class Run:
         self.held_out = ShardReader(data, "valid") if "valid" in reader.manifest.splits else None
         self.unigrams = read_unigrams(data, config.model.vocab_size)
         self.is_first = engine.ranks.rank == 0
+        self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
         self.asked_to_stop = ""
         self.saved_step = -1
         self._looked: dict[str, float] = {}
         self._interval_began, self._waited, self._interval_tokens, self._pause = time.perf_counter(), 0.0, 0, 0.0
+        self._steps_here = 0
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -156,22 +160,22 @@ class Run:
         engine, train = self.engine, self.config.train
         batches = self._batches(progress)
         self.interval = self._open_interval(progress)
-        self.saved_step = progress.step if progress.step else -1
+        self.saved_step = progress.step if progress.data else -1
         self._listen()
         with self._open_metrics(progress.step):
             self._greet(progress)
             batch = next(batches)
-            engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
+            engine.propose(batch.chosen_count, batch.token_count, **self._votes())
             while True:
                 agreed = engine.agreed()
                 if agreed.save:
                     self._save(progress, batches)
-                if agreed.stop or progress.step >= self.total_steps:
+                if agreed.stop or progress.step >= self.last_step:
                     break
-                logs = (progress.step + 1) % self.config.logging.every == 0
+                logs = (progress.step + 1) % self.config.logging.every == 0 or progress.step + 1 == self.total_steps
                 losses = engine.forward_backward(batch.micros, batch.micro_positions, agreed, with_counts=logs)
                 following = next(batches)
-                engine.propose(following.chosen_count, following.token_count, **self._votes(progress.step + 1))
+                engine.propose(following.chosen_count, following.token_count, **self._votes())
                 lr = learning_rate(self.config.optimizer, progress.step, self.total_steps)
                 result = engine.step(lr)
                 self._gather_interval(losses, batch)
@@ -239,8 +243,7 @@ class Run:
             )
 
     def _last_checkpoint(self) -> str:
-        found = checkpoint.latest(self.out / "ckpt") if (self.out / "ckpt").exists() else None
-        return str(found or "none yet")
+        return str(checkpoint.latest(self.out / "ckpt") or "none yet")
 
     # --------------------------------------------------------------------------------------------------- log and save
 
@@ -259,10 +262,11 @@ class Run:
             self.interval[:2] += torch.stack([loss.mlm_loss, loss.disc_loss])
         self.interval[2] += 1 if self.is_first else 0
         self._waited += batch.wait_seconds
+        self._steps_here += 1
         self._interval_tokens += batch.token_count
 
     def _log(self, progress: Progress, losses: list[Losses], lr: float, result: StepResult) -> None:
-        """Losses averaged over the interval, rates of its last step. The only host sync of ours between steps."""
+        """Losses averaged over the interval, rates of its last step. Ours alone syncs here; DeepSpeed reads norms."""
         counts = sum(torch.cat([torch.stack(loss.counts[:8]), loss.counts.histogram.flatten()]) for loss in losses)
         timed = torch.tensor([self._waited, float(self._interval_tokens)], dtype=torch.float64)
         sums = self.engine.sum(torch.cat([self.interval.cpu(), timed, counts.cpu()]))
@@ -287,9 +291,9 @@ class Run:
                 "checkpoint_pause_seconds": self._pause,
                 "seconds": time.monotonic() - self.began,
             }
-            self.metrics.train(progress.step, values, seconds / steps * (self.total_steps - progress.step))
+            self.metrics.train(progress.step, values, seconds / self._steps_here * (self.total_steps - progress.step))
         self.interval.zero_()
-        self._waited, self._interval_tokens, self._pause = 0.0, 0, 0.0
+        self._waited, self._interval_tokens, self._pause, self._steps_here = 0.0, 0, 0.0, 0
 
     def _evaluate(self, step: int) -> None:
         if self.held_out is None:
@@ -318,7 +322,7 @@ class Run:
         folder = self.out / "ckpt"
         checkpoint.save(self.engine, folder, name, progress, self.config.model_dump(mode="json"), self.padded)
         if self.is_first:
-            checkpoint.prune(folder, self.config.checkpoint)
+            checkpoint.prune(folder, self.config.checkpoint, progress.step)
         self.saved_step = progress.step
         self._pause += time.perf_counter() - began
 
@@ -334,13 +338,16 @@ class Run:
             facts = {
                 "step": progress.step,
                 "total_steps": self.total_steps,
-                "reason": "" if done else self.asked_to_stop or "agreed",
+                "reason": "" if done else self.asked_to_stop or self._other_reason(progress),
             }
             run_folder.finish(self.out, done, facts)
             self.metrics.say(
                 f"{'finished' if done else 'stopped and saved'} at step {progress.step}: {self._last_checkpoint()}"
             )
         return done
+
+    def _other_reason(self, progress: Progress) -> str:
+        return f"--stop-at-step {self.last_step}" if progress.step >= self.last_step else "asked on another rank"
 
     # ---------------------------------------------------------------------------------------------------------- votes
 
@@ -353,11 +360,9 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, ask)
 
-    def _votes(self, step: int) -> dict[str, bool]:
-        """This rank's votes after `step` applied steps; one rank's wish is enough, and all follow it together."""
-        stop_at, minutes = self.limits.stop_at_step, self.limits.max_minutes
-        if stop_at is not None and step >= stop_at:
-            self.asked_to_stop = self.asked_to_stop or f"--stop-at-step {stop_at}"
+    def _votes(self) -> dict[str, bool]:
+        """This rank's votes; one rank's wish is enough, and all follow it together."""
+        minutes = self.limits.max_minutes
         if minutes is not None and time.monotonic() - self.began >= 60 * minutes:
             self.asked_to_stop = self.asked_to_stop or f"--max-minutes {minutes}"
         if self._found_file("STOP"):

@@ -105,6 +105,11 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
     if ranks.launcher.startswith("mpirun"):
         from mpi4py import MPI
 
+        if MPI.COMM_WORLD.Get_size() != ranks.world_size:
+            raise UserError(
+                f"{ranks.launcher} started {ranks.world_size} ranks, mpi4py meets {MPI.COMM_WORLD.Get_size()}: it was "
+                "built for another MPI; install the one of this mpirun, or export MASTER_ADDR and MASTER_PORT"
+            )
         here = (socket.gethostname() if ranks.local_size < ranks.world_size else "127.0.0.1", free_port())
         return MPI.COMM_WORLD.bcast(here if ranks.rank == 0 else None)
     raise UserError(f"{ranks.launcher} set RANK and WORLD_SIZE but not MASTER_ADDR and MASTER_PORT: export both")

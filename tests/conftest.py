@@ -15,9 +15,10 @@ CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 training rows of 32 random tokens, vocabulary 600, in three shards."""
-    folder = tmp_path_factory.mktemp("data")
-    return shard_data.write_data(folder, [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)])
+    """300 training rows of 32 random tokens, vocabulary 600, in three shards; 50 held-out rows."""
+    folder, valid = tmp_path_factory.mktemp("data"), shard_data.best_fit_rows(50, 32, seed=9)
+    shards = [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)]
+    return shard_data.write_data(folder, shards, valid=valid)
 
 
 def run_ranks(world_size: int, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
@@ -29,10 +30,11 @@ def run_ranks(world_size: int, script: str, *arguments: object, check: bool = Tr
     return done
 
 
-def run_cli(*arguments: object, check: bool = True, **environ: str) -> subprocess.CompletedProcess:
+def run_cli(*arguments: object, check: bool = True, input: str = "", **environ: str) -> subprocess.CompletedProcess:
     """`python -m electra_ds ...` on this CPU."""
     command = [sys.executable, "-m", "electra_ds", *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | CPU | environ, capture_output=True, text=True, timeout=600)
+    environ = os.environ | CPU | environ
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, input=input)
     assert done.returncode == 0 or not check, done.stdout[-4000:] + done.stderr[-8000:]
     return done
 

@@ -24,24 +24,25 @@ from electra_ds.ranks import find_ranks
 
 STEPS, CUT = 20, 7
 STAGES = (0, 1, 2, 3)
-MOVES = ((0, 1), (1, 2), (2, 3), (3, 0), (0, 3), (3, 1), (2, 0))  # checkpoints written at one stage, read at another
+MOVES = [(old, new) for old in STAGES for new in STAGES if old != new]  # written at one stage, read at another
 SMALL = [
     "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
     "generator.hidden_size=16", "generator.ffn_size=32", "generator.num_layers=1",
-    "train.global_batch_size=16", "train.micro_batch_size=4", f"train.total_steps={STEPS}", "train.eval_every=0",
+    "train.global_batch_size=16", "train.micro_batch_size=4", f"train.total_steps={STEPS}", "train.eval_every=1000",
     "optimizer.warmup_steps=4", "optimizer.peak_lr=0.003", "checkpoint.every=5", "logging.every=1",
     "logging.tensorboard=false",
 ]  # fmt: skip
 DATA, OUTS = Path(sys.argv[2]), Path(sys.argv[3])
+OTHER = DATA.with_name(DATA.name + "-other")  # the same sizes, other rows
 RANKS = find_ranks()
 DEVICE = start(RANKS, timeout_minutes=2)
 
 
-def train(name: str, engine: str, *sets: str, **limits) -> int | str:
+def train(name: str, engine: str, *sets: str, data: Path = DATA, **limits) -> int | str:
     """One run in OUTS/name; the exit code, or the message of the error that ended it."""
     config = load_run("tiny", [*SMALL, *sets], engine)
     try:
-        return run_among(config, DATA, OUTS / name, RANKS, DEVICE, Limits(**limits))
+        return run_among(config, data, OUTS / name, RANKS, DEVICE, Limits(**limits))
     except (UserError, RunFailure) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -64,7 +65,7 @@ def uninterrupted() -> None:
         assert train(f"full-z{stage}", f"zero{stage}-fp32") == 0
     assert train("full-whole-micro", "zero1-fp32", "train.micro_batch_size=8") == 0
     assert train("full-dropout", "zero1-fp32", "model.hidden_dropout=0.1", "generator.attention_dropout=0.1") == 0
-    for stage in (0, 1, 3):
+    for stage in STAGES:
         assert train(f"full-bf16-z{stage}", f"zero{stage}-bf16", "train.total_steps=60") == 0
 
 
@@ -77,6 +78,7 @@ def wrong_split() -> None:
 
     Batches.__init__ = broken
     train("full-broken", "zero1-fp32")
+    train("full-broken-bf16", "zero1-bf16", "train.total_steps=60")
     Batches.__init__ = original
 
 
@@ -90,10 +92,19 @@ def interrupted() -> None:
     for stage in STAGES:
         copy(f"cut-z{stage}", f"for-one-z{stage}")
         assert train(f"cut-z{stage}", f"zero{stage}-fp32") == 0
-    for stage in (0, 1, 3):
+    for stage in STAGES:
         name = f"cut-bf16-z{stage}"
         assert train(name, f"zero{stage}-bf16", "train.total_steps=60", stop_at_step=CUT) in (0, 85)
         assert train(name, f"zero{stage}-bf16", "train.total_steps=60") == 0
+
+
+def evaluated() -> None:
+    """Held-out figures on the way, on both ranks, whole and resumed, with TensorBoard."""
+    sets = ["train.eval_every=4", "train.eval_rows=30", "logging.tensorboard=true", "logging.every=3"]
+    for stage in (0, 1, 3):
+        assert train(f"evaluated-z{stage}", f"zero{stage}-fp32", *sets) == 0
+        assert train(f"evaluated-cut-z{stage}", f"zero{stage}-fp32", *sets, stop_at_step=CUT) in (0, 85)
+        assert train(f"evaluated-cut-z{stage}", f"zero{stage}-fp32", *sets) == 0
 
 
 def refused_resumes() -> None:
@@ -105,6 +116,7 @@ def refused_resumes() -> None:
     copy("full-z1", "extended")
     found["done"] = train("extended", "zero1-fp32")
     found["extend"] = train("extended", "zero1-fp32", "train.total_steps=24", extend=True)
+    found["data"] = train("refused", "zero1-fp32", data=OTHER)
     found["machine"] = train("refused", "zero1-fp32", "logging.every=2")
     found["init_from"] = train("init-from", "zero2-fp32", "optimizer.peak_lr=0.001", init_from=OUTS / "full-z0")
     note("refused", found)
@@ -152,14 +164,13 @@ def signals_and_files() -> None:
         Engine.step = original
         return code
 
-    def signal_self() -> None:
-        if RANKS.rank == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def signal_self(number: int):
+        return lambda: os.kill(os.getpid(), number) if RANKS.rank == 1 else None
 
     def touch(name: str, run: str):
         return lambda: (OUTS / run / name).touch() if RANKS.rank == 0 else None
 
-    found = {"signal": act("signal", signal_self)}
+    found = {"signal": act("signal", signal_self(signal.SIGUSR1)), "term": act("term", signal_self(signal.SIGTERM))}
     pretrain.LOOK_SECONDS = 0.0
     found["stop-file"] = act("stop-file", touch("STOP", "stop-file"))
     found["save-file"] = act("save-file", touch("SAVE", "save-file"))
@@ -246,7 +257,16 @@ def after_death() -> None:
 
 
 PHASES = {
-    "two": (uninterrupted, wrong_split, interrupted, refused_resumes, not_finite, signals_and_files, sharing),
+    "two": (
+        uninterrupted,
+        wrong_split,
+        interrupted,
+        evaluated,
+        refused_resumes,
+        not_finite,
+        signals_and_files,
+        sharing,
+    ),
     "one": (on_one_rank, half_precision_overflow),
     "two-again": (one_to_two, after_death),
 }

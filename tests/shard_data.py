@@ -43,28 +43,18 @@ def pieces_of(rows: np.ndarray) -> np.ndarray:
 
 
 def write_data(
-    data_dir: Path, shards: list[np.ndarray], block_rows: int = 16, vocab_size: int = 600, fingerprint: str = "0" * 64
+    data_dir: Path,
+    shards: list[np.ndarray],
+    block_rows: int = 16,
+    vocab_size: int = 600,
+    fingerprint: str = "0" * 64,
+    valid: np.ndarray | None = None,
 ) -> Path:
-    """Write a data folder with one split, train, of the given best_fit shards; returns it."""
-    split = "train"
+    """Write a data folder with the given best_fit shards as split train (and rows as split valid); returns it."""
     (data_dir / "shards").mkdir()
-    written = [
-        write_shard(data_dir / shard_file(split, shard), split, shard, rows, pieces_of(rows), block_rows)
-        for shard, rows in enumerate(shards)
-    ]
+    splits = {"train": shards} if valid is None else {"train": shards, "valid": [valid]}
     rows = np.concatenate(shards)
-    counts = np.bincount(rows.ravel(), minlength=vocab_size)
-    counts[:5] = 0
-    np.save(data_dir / "unigrams.npy", counts.astype(np.int64))
-    info = SplitInfo(
-        documents=int((rows == SPECIAL.cls).sum()),
-        pieces=int((rows == SPECIAL.cls).sum()),
-        tokens=int(counts.sum()),
-        pad=int((rows == SPECIAL.pad).sum()),
-        rows=len(rows),
-        index_sha256=write_index(data_dir / index_file(split), np.concatenate([blocks for _, blocks in written])),
-        shards=tuple(info for info, _ in written),
-    )
+    np.save(data_dir / "unigrams.npy", token_counts(rows, vocab_size))
     tokenizer = TokenizerInfo(kind="wordpiece", sha256=fingerprint, vocab_size=vocab_size, special_ids=SPECIAL)
     source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=(((0, 0, 1000),),))
     write_manifest(
@@ -77,7 +67,32 @@ def write_data(
             seed=0,
             tokenizer=tokenizer,
             source=source,
-            splits={split: info},
+            splits={name: write_split(data_dir, name, parts, block_rows) for name, parts in splits.items()},
         ),
     )
     return data_dir
+
+
+def token_counts(rows: np.ndarray, vocab_size: int) -> np.ndarray:
+    """[V] int64 counts of the text tokens."""
+    counts = np.bincount(rows.ravel(), minlength=vocab_size)
+    counts[:5] = 0
+    return counts.astype(np.int64)
+
+
+def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows: int) -> SplitInfo:
+    """Write the shards and the index of one split; its entry in the manifest."""
+    written = [
+        write_shard(data_dir / shard_file(split, shard), split, shard, rows, pieces_of(rows), block_rows)
+        for shard, rows in enumerate(shards)
+    ]
+    rows = np.concatenate(shards)
+    return SplitInfo(
+        documents=int((rows == SPECIAL.cls).sum()),
+        pieces=int((rows == SPECIAL.cls).sum()),
+        tokens=int((rows > SPECIAL.mask).sum()),
+        pad=int((rows == SPECIAL.pad).sum()),
+        rows=len(rows),
+        index_sha256=write_index(data_dir / index_file(split), np.concatenate([blocks for _, blocks in written])),
+        shards=tuple(info for info, _ in written),
+    )

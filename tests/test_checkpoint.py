@@ -225,7 +225,7 @@ def test_pruning_keeps_what_the_rules_name_and_never_final(tmp_path, rules, kept
         (tmp_path / str(step) / "meta.json").write_text("{}")
     (tmp_path / "final").mkdir()
     (tmp_path / "latest").write_text("final\n")
-    removed = checkpoint.prune(tmp_path, CheckpointConfig(**rules))
+    removed = checkpoint.prune(tmp_path, CheckpointConfig(**rules), 600)
     assert names(tmp_path) == sorted([*map(str, kept), "final", "latest"])
     assert {int(name) for name in removed} == {100, 200, 300, 400, 500, 600} - kept
 
@@ -239,7 +239,7 @@ def test_pruning_goes_on_where_a_crash_stopped_it(tmp_path):
     for name in ("1", ".1.old", "2", "3"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text("{}")
-    assert checkpoint.prune(tmp_path, CheckpointConfig()) == ["1"] and names(tmp_path) == ["2", "3"]
+    assert checkpoint.prune(tmp_path, CheckpointConfig(), 3) == ["1"] and names(tmp_path) == ["2", "3"]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusal
@@ -351,3 +351,17 @@ def test_the_checkpoint_of_another_model_is_refused_with_the_difference(saved):
         checkpoint.load(fewer, saved[1], PADDED)
     with pytest.raises(UserError, match=r"word has shape \(10, 4\), this run's model has \(12, 4\)"):
         checkpoint.load(FakeWeights(), saved[1], {"word": 12})  # another vocabulary
+
+
+def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
+    for step in (5, 7, 10, 15):
+        (tmp_path / str(step)).mkdir()
+    assert checkpoint.prune(tmp_path, CheckpointConfig(), newest=7) == []  # 10 and 15 are overwritten later
+    assert names(tmp_path) == sorted(["5", "7", "10", "15"])
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path):
+    for name in ("10", ".13.tmp", ".5.old"):
+        (tmp_path / name).mkdir()
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path) == ["10"]

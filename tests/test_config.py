@@ -321,7 +321,7 @@ def test_auto_precision_follows_the_device(monkeypatch):
         assert engine.precision_name(resolved) == expected and "bf16" not in resolved
         assert resolved["steps_per_print"] == 1
     for able, expected in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
         assert engine.precision_name(engine.precision(file, gpu)) == expected
         assert engine.precision_name(engine.precision({"fp16": {"enabled": "auto"}}, gpu)) == expected
     assert file == {"bf16": {"enabled": "auto"}, "steps_per_print": 1}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import shard_data
 import torch
 from conftest import run_ranks
 
@@ -18,6 +19,9 @@ KILLS = ("0-step8", "1-step13", "2-step17", "3-step6", "1-tensors", "1-latest")
 def outs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of scenarios.py: two ranks, ranks that kill themselves, one rank, two ranks again."""
     folder = tmp_path_factory.mktemp("outs")
+    other = data.with_name(data.name + "-other")
+    other.mkdir()
+    shard_data.write_data(other, [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3, 6)])
     run_ranks(2, "scenarios.py", "two", data, folder)
     for kind in KILLS:
         assert run_ranks(2, "scenarios.py", "die", data, folder, kind, check=False).returncode != 0
@@ -45,14 +49,15 @@ def is_bit_equal(run: Path, other: Path) -> bool:
 
 def distance(run: Path, other: Path) -> float:
     """Largest relative difference of losses and gradient norms over the common steps."""
-    pairs = zip(curve(run), curve(other), strict=True)
+    both = ([record for record in curve(folder) if record["split"] == "train"] for folder in (run, other))
+    pairs = zip(*both, strict=True)
     keys = ("loss", "mlm_loss", "disc_loss", "grad_norm")
     return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs for key in keys)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_train_like_one_at_every_stage(outs: Path, stage: int) -> None:
-    assert len(curve(outs / "one")) == 20
+    assert len(curve(outs / "one")) == 21  # twenty steps and the evaluation at the end
     assert distance(outs / f"full-z{stage}", outs / "one") < 1e-5
 
 
@@ -62,19 +67,20 @@ def test_one_micro_batch_equals_two_halves(outs: Path) -> None:
 
 def test_a_broken_data_split_is_seen_in_the_curve(outs: Path) -> None:
     assert distance(outs / "full-broken", outs / "one") > 1e-2
+    assert distance(outs / "full-broken-bf16", outs / "full-bf16-z1") > 1e-2
 
 
-def test_dropout_changes_the_curve_and_is_the_same_on_every_stage_of_a_resume(outs: Path) -> None:
+def test_dropout_changes_the_curve(outs: Path) -> None:
     assert distance(outs / "full-dropout", outs / "full-z1") > 1e-3
 
 
-@pytest.mark.parametrize("stage", (0, 1, 3))
+@pytest.mark.parametrize("stage", STAGES)
 def test_bf16_runs_and_learns(outs: Path, stage: int) -> None:
-    losses = [record["loss"] for record in curve(outs / f"full-bf16-z{stage}")]
+    losses = [record["loss"] for record in curve(outs / f"full-bf16-z{stage}") if record["split"] == "train"]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("name", [*(f"z{stage}" for stage in STAGES), "bf16-z0", "bf16-z1", "bf16-z3"])
+@pytest.mark.parametrize("name", [*(f"z{stage}" for stage in STAGES), *(f"bf16-z{stage}" for stage in STAGES)])
 def test_a_stop_and_resume_is_bit_exact(outs: Path, name: str) -> None:
     assert is_bit_equal(outs / f"cut-{name}", outs / f"full-{name}")
     assert curve(outs / f"cut-{name}") == curve(outs / f"full-{name}")
@@ -87,9 +93,11 @@ def test_kill_9_then_resume_is_bit_exact(outs: Path, kind: str) -> None:
     assert curve(outs / f"killed-{kind}") == curve(outs / f"full-z{stage}")
 
 
-@pytest.mark.parametrize("old, new", [(0, 1), (1, 2), (2, 3), (3, 0), (0, 3), (3, 1), (2, 0)])
+@pytest.mark.parametrize("old", STAGES)
+@pytest.mark.parametrize("new", STAGES)
 def test_a_checkpoint_moves_between_stages(outs: Path, old: int, new: int) -> None:
-    assert distance(outs / f"move-z{old}-z{new}", outs / "full-z0") < 1e-5
+    name = f"move-z{old}-z{new}" if old != new else f"cut-z{old}"
+    assert distance(outs / name, outs / "full-z0") < 1e-5
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -118,6 +126,7 @@ def test_other_science_is_refused_and_other_machine_is_not(outs: Path) -> None:
     found = json.loads((outs / "refused-0.json").read_text())
     assert "optimizer.peak_lr: 0.003 -> 0.001" in found["science"]
     assert "train.seed: 0 -> 3" in found["seed"]
+    assert "the checkpoint belongs to other data: dataset_id" in found["data"]
     assert found["machine"] == 0
 
 
@@ -135,7 +144,7 @@ def test_init_from_takes_weights_alone(outs: Path) -> None:
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(outs: Path) -> None:
-    for name in ("signal", "stop-file"):
+    for name in ("signal", "term", "stop-file"):
         stopped = json.loads((outs / name / "stopped.0").read_text())
         assert checkpoint.latest(outs / name / "ckpt").name == str(stopped["step"]) and stopped["step"] < 20
     assert json.loads((outs / "stop-file" / "stopped.0").read_text())["reason"] == "OUT/STOP"
@@ -157,20 +166,47 @@ def test_old_checkpoints_are_pruned_and_no_temporary_is_left(outs: Path) -> None
 
 @pytest.mark.parametrize("stage", (0, 1))
 def test_skipped_fp16_steps_lose_no_rows_and_hold_the_schedule(outs: Path, stage: int) -> None:
-    records = curve(outs / f"overflow-z{stage}")
+    records = [record for record in curve(outs / f"overflow-z{stage}") if record["split"] == "train"]
     assert [record["step"] for record in records] == list(range(1, 21)) and records[0]["skipped_steps"] > 2
-    assert [record["lr"] for record in records] == [record["lr"] for record in curve(outs / "one")]
+    assert [record["lr"] for record in records] == [record["lr"] for record in curve(outs / "one")[:20]]
     last = records[-1]
     assert last["epoch"] * 300 == pytest.approx((20 + last["skipped_steps"]) * 16)
-    assert records == curve(outs / f"overflow-cut-z{stage}")  # the loss scaler resumes, too
+    assert curve(outs / f"overflow-z{stage}") == curve(outs / f"overflow-cut-z{stage}")  # the scaler resumes, too
     assert is_bit_equal(outs / f"overflow-z{stage}", outs / f"overflow-cut-z{stage}")
 
 
 def test_fp16_norms_are_those_of_the_unscaled_gradients(outs: Path) -> None:
-    norms = [[record["grad_norm"] for record in curve(outs / f"overflow-z{stage}")] for stage in (0, 1)]
+    norms = [[record["grad_norm"] for record in curve(outs / f"overflow-z{stage}")[:20]] for stage in (0, 1)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and 10 < norms[0][0] < 1000
 
 
 @pytest.mark.parametrize("stage", (0, 1))
 def test_too_many_skipped_steps_in_a_row_stop_the_run(outs: Path, stage: int) -> None:
     assert "train.max_skipped_steps = 2" in json.loads((outs / f"overflow-z{stage}-0.json").read_text())
+
+
+@pytest.mark.parametrize("stage", (0, 1, 3))
+def test_held_out_figures_are_the_same_at_every_stage_and_after_a_resume(outs: Path, stage: int) -> None:
+    whole, first = (
+        [record for record in curve(outs / name) if record["split"] == "valid"]
+        for name in (f"evaluated-z{stage}", "evaluated-z0")
+    )
+    assert [record["step"] for record in whole] == [4, 8, 12, 16, 20]
+    assert [record["mlm_loss"] for record in whole] == pytest.approx([r["mlm_loss"] for r in first], rel=1e-5)
+    assert curve(outs / f"evaluated-cut-z{stage}") == curve(outs / f"evaluated-z{stage}")
+
+
+def test_tensorboard_of_a_resumed_run_holds_every_curve_without_overlap(outs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(outs / "evaluated-cut-z1" / "tensorboard"))
+    events.Reload()
+    train = "mlm_loss disc_loss mlm_accuracy replaced_fraction disc_auc disc_precision disc_recall lr grad_norm"
+    train += " loss_scale skipped_steps tokens tokens_per_second data_wait_share"
+    valid = "mlm_loss disc_loss mlm_accuracy replaced_fraction disc_auc fixed_auc unigram_loss base_rate_loss"
+    for split, keys, steps in (("train", train, [3, 6, 9, 12, 15, 18, 20]), ("valid", valid, [4, 8, 12, 16, 20])):
+        for key in keys.split():
+            assert [event.step for event in events.Scalars(f"{split}/{key}")] == steps, key
+    written = {event.step: event.value for event in events.Scalars("train/loss")}
+    logged = {r["step"]: r["loss"] for r in curve(outs / "evaluated-cut-z1") if r["split"] == "train"}
+    assert written == pytest.approx(logged, rel=1e-6)
