@@ -11,7 +11,7 @@ make_environment() {
     export PATH
     if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
         echo "installing into $root/.venv (some minutes the first time) ..."
-        # torch first and pinned: an unpinned one may bring gigabytes of CUDA to a machine without a GPU.
+        # torch first, the version the tests were run with; an index with CPU builds saves gigabytes of CUDA.
         python -c 'import torch' 2>/dev/null || python -m pip install -q "torch==2.13.0" || exit 1
         python -m pip install -q -e ".$1" || exit 1
         touch "$stamp"

@@ -46,15 +46,15 @@ fi
 say "5/6 evaluate on the held-out text"
 run electra-ds evaluate "$out/run" --data "$out/data"
 say "6/6 which word does not belong?"
-run electra-ds detect "$out/run" "This function returns the number of elements in the banana." \
-    --original "This function returns the number of elements in the list."
+run electra-ds detect "$out/run" "Return the number of elements because the list." \
+    --original "Return the number of elements in the list."
 
 cat <<END
 
 What next:
-  curves        tensorboard --logdir $out/run/tensorboard     or: electra-ds plot $out/run
+  curves        .venv/bin/tensorboard --logdir $out/run/tensorboard
   own text      bash launch/quickstart.sh --input 'my/*.txt' --out runs/mine
-  a real model  electra-ds check small --world-size 8, then prepare with --sequence-length 128 (README: Presets)
+  a real model  .venv/bin/electra-ds check small --world-size 8, then prepare with --sequence-length 128 (README)
   GPU nodes     deepspeed --hostfile hosts --no_local_rank --module electra_ds pretrain small --data D --out O
   GLUE          to come: finetune; the weights are plain safetensors in $out/run/ckpt/final
 END
