@@ -114,9 +114,7 @@ def _resume(
         science = [line for line in science if not line.startswith(("train.total_steps:", "train.epochs:"))]
     if science:
         raise UserError(
-            f"{found} was trained with another config: "
-            + "; ".join(science)
-            + ". Take the old values back, choose another "
+            f"{found} was trained with another config: {'; '.join(science)}. Take the old values back, choose another "
             "--out, or start from its weights with --init-from"
         )
     position_from_state(meta.progress.data, reader, config.train.seed)

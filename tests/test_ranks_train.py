@@ -176,7 +176,7 @@ def test_skipped_fp16_steps_lose_no_rows_and_hold_the_schedule(outs: Path, stage
 
 
 def test_fp16_norms_are_those_of_the_unscaled_gradients(outs: Path) -> None:
-    norms = [[record["grad_norm"] for record in curve(outs / f"overflow-z{stage}")[:20]] for stage in (0, 1)]
+    norms = [[record["grad_norm"] for record in curve(outs / f"overflow-z{stage}")[:5]] for stage in (0, 1)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and 10 < norms[0][0] < 1000
 
 
