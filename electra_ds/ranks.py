@@ -85,7 +85,8 @@ def _read(environ: MutableMapping[str, str], launcher: str) -> Ranks:
 def _export(environ: MutableMapping[str, str], ranks: Ranks) -> None:
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if not (address and port):
-        address, port = _meeting_point(environ, ranks)
+        found = _meeting_point(environ, ranks)
+        address, port = address or found[0], port or found[1]
     hosts = max(1, ranks.world_size // max(1, ranks.local_size))
     values = {
         "RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank,
