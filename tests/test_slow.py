@@ -31,7 +31,7 @@ def test_the_quickstart_learns_and_resumes(tmp_path: Path) -> None:
 
 
 def test_offloaded_adam_trains_like_the_fused_one(data: Path, tmp_path: Path) -> None:
-    """DeepSpeed's own CPU Adam, without bias correction, against torch's; builds DeepSpeed's op. Rounding may flip a sample."""
+    """DeepSpeed's own CPU Adam, without bias correction, against torch's, until rounding flips a sample."""
     engine = tmp_path / "offload.json"
     engine.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     ours, theirs = (curve(data, tmp_path / name, e) for name, e in (("a", "zero2-fp32"), ("b", str(engine))))
