@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +35,7 @@ MEAN_WORD = 24  # longer "words" on average mean a script without spaces: those 
 _UNLIKE_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """The face of both kinds: `kind`, `vocab_size`, `special_ids`, `options`, `fingerprint`, and the methods below."""
 
     kind: str
@@ -54,16 +55,17 @@ class Tokenizer:
         digest.update(content)
         self.fingerprint = digest.hexdigest()
 
+    @abstractmethod
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize many texts: (ids [N] uint32 one after the other, lengths [len(texts)] int64)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of one text with the (start, end) characters that each token covers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
-        raise NotImplementedError
+        """Readable text of ids without special tokens."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, no special tokens added."""
