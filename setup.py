@@ -21,7 +21,7 @@ REQUIRES = [
     "zstandard>=0.22",
 ]
 EXTRAS = {
-    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "scikit-learn>=1.3", "transformers>=4.40"],
+    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "scikit-learn>=1.3", "matplotlib>=3.8", "transformers>=4.40"],
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],
