@@ -5,7 +5,7 @@ import sys
 import traceback
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -187,7 +187,7 @@ def pretrain(
     ranks = find_ranks(promised=world_size)
     from electra_ds.pretrain import Limits, pretrain
 
-    raise typer.Exit(pretrain(config, data, out, ranks, Limits(stop_at_step, max_minutes, extend, init_from)))
+    _leave(pretrain(config, data, out, ranks, Limits(stop_at_step, max_minutes, extend, init_from)))
 
 
 @app.command()
@@ -263,13 +263,18 @@ def main() -> None:
         app()
     except (UserError, RunFailure) as error:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"electra-ds{rank}: error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)
+        print(f"electra-ds{rank}: error: {error}", file=sys.stderr)
+        _leave(2 if isinstance(error, UserError) else 1)
     except Exception:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        # Threads of gloo or NCCL may wait for ranks that are gone: an ordinary exit could hang on them.
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    # Threads of gloo or NCCL may wait for ranks that are gone, or abort after all work is done: an ordinary exit would
+    # hang on them or lie about the code.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

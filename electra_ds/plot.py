@@ -23,6 +23,9 @@ NAMES = {
 
 def plot(runs: list[Path], out: Path) -> None:
     """Draw the runs' curves against tokens seen into `out` (png, svg, pdf). UserError when a run has no metrics."""
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            raise UserError(f"{run}: no metrics.jsonl here; expected a run folder")
     try:
         import matplotlib
     except ImportError:
@@ -32,8 +35,6 @@ def plot(runs: list[Path], out: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for run in runs:
-        if not (run / "metrics.jsonl").exists():
-            raise UserError(f"{run}: no metrics.jsonl here; expected a run folder")
         records = read_metrics(run / "metrics.jsonl")
         for axis, (title, curves) in zip(axes.flat, PANELS.items(), strict=True):
             axis.set(title=title, xlabel="million tokens seen")
