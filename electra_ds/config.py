@@ -125,17 +125,22 @@ class TrainConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """Adam with decoupled weight decay, linear decay times linear warmup (ELECTRA, appendix A)."""
+class AdamConfig(Section):
+    """Adam with decoupled weight decay and linear decay after warmup (ELECTRA, appendix A)."""
 
     peak_lr: float = science(..., "learning rate that warmup aims at", gt=0)
-    warmup_steps: int = science(..., "steps of the linear warmup", ge=0)
     beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = science(0.999, "decay of the second moment", ge=0, le=0.9999)  # above, 1 - beta2**2**20 < 1
     eps: float = science(1e-6, "added to the root of the second moment", gt=0)
     weight_decay: float = science(0.01, "decoupled, on everything but biases and LayerNorm", ge=0)
     bias_correction: bool = science(False, "of Adam's moments; the authors' code has none")
     gradient_clipping: float = science(1.0, "limit of the global gradient norm; 0: none", ge=0)
+
+
+class OptimizerConfig(AdamConfig):
+    """Adam with the schedule of pretraining: linear decay times linear warmup."""
+
+    warmup_steps: int = science(..., "steps of the linear warmup", ge=0)
 
 
 class CheckpointConfig(Section):

@@ -8,10 +8,11 @@ _lazy_init_hp_params_optimizer_state (stages 1 and 2), optimizer.fp32_partitione
 import contextlib
 import ctypes
 import datetime
+import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from electra_ds.config import RunConfig
 from electra_ds.errors import UserError
 from electra_ds.optim import AdamW, make_state, parameter_groups
 from electra_ds.ranks import Ranks
-from electra_ds.values import Batch, Losses
 
 
 class Agreement(NamedTuple):
@@ -139,12 +139,20 @@ def precision_name(engine_config: dict) -> str:
 
 
 class Engine:
-    """A DeepSpeed engine around `ElectraObjective`, with the votes and the whole-weight access that training needs."""
+    """A DeepSpeed engine around a module that returns losses, with the votes and whole weights that training needs."""
 
     def __init__(
-        self, objective: nn.Module, config: RunConfig, engine_config: dict, ranks: Ranks, device: torch.device
+        self,
+        objective: nn.Module,
+        config: RunConfig,
+        engine_config: dict,
+        ranks: Ranks,
+        device: torch.device,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
     ):
-        """engine_config: as `config.load_engine` gives it; `precision` is resolved here."""
+        """config: a RunConfig, or whatever has its `train`, `optimizer` and `accumulation`. engine_config: as
+        `config.load_engine` gives it; `precision` is resolved here. lr_scale: factor of a parameter's learning rate.
+        """
         import deepspeed
 
         self.ranks, self.device, self.config = ranks, device, config
@@ -163,19 +171,18 @@ class Engine:
             "zero_allow_untested_optimizer": True,
         }
         objective.to(device)
-        self.optimizer = self._make_optimizer(objective)
+        self.optimizer = self._make_optimizer(parameter_groups(objective, config.optimizer.weight_decay, lr_scale))
         self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=merged)
         self.optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         self.parameters = dict(self._engine.module.named_parameters())
         self._half_masters = self._find_half_masters()
         self.reset_moments(0)
-        self._control_group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._control_group = _control_group() if ranks.world_size > 1 else None
         self._message, self._work = None, None
         _limit_waiting(config.train.timeout_minutes)
 
-    def _make_optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
+    def _make_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         options = self.config.optimizer
-        groups = parameter_groups(objective, options.weight_decay)
         offload = self.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
         if offload.get("device", "none") == "none":
             return AdamW(groups, options)
@@ -187,31 +194,31 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- the step
 
     def forward_backward(
-        self, micros: list[Batch], positions: list[int], agreed: Agreement, with_counts: bool
-    ) -> list[Losses]:
+        self, micros: list[NamedTuple], positions: list[int], normalisers: tuple[float, ...], **options: Any
+    ) -> list[NamedTuple]:
         """Forward and backward over this rank's micro-batches of one step; gradients are reduced with the last.
 
-        positions: row counter of each micro-batch's first row, which seeds its dropout.
-        Returns detached losses per micro-batch; their sums over micro-batches and ranks are the step's losses.
+        micros: tuples of tensors. positions: row counter of each micro-batch's first row, which seeds its dropout.
+        normalisers: counts of the whole global batch, passed on to the module with the options.
+        Returns what the module gave per micro-batch, with the field `total`, which is differentiated, detached; the
+        sums over micro-batches and ranks are the step's losses.
         """
         self._engine.train()
         results = []
         for index, (batch, position) in enumerate(zip(micros, positions, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
             self._seed_dropout(position)
-            losses = self._engine(
-                self._to_device(batch), float(agreed.chosen_count), float(agreed.token_count), with_counts=with_counts
-            )
+            losses = self._engine(self.to_device(batch), *map(float, normalisers), **options)
             # DeepSpeed divides by accumulation and averages over ranks; the objective's normalisers are global already.
             factor = self.ranks.world_size * self.accumulation * self._own_loss_scale()
             self._engine.backward(losses.total * factor)
-            results.append(Losses(*(value.detach() for value in losses[:3]), losses.counts))
+            results.append(losses._replace(total=losses.total.detach()))
         return results
 
     def step(self, lr: float) -> StepResult:
         """Clip, check and apply the reduced gradients at learning rate `lr`. All ranks return the same result."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         if self._own_norm:
             norm = self._clip()
             if not math.isfinite(norm):
@@ -240,10 +247,11 @@ class Engine:
         # A 64-bit mix of (seed, position): equal for any world size at the same micro_batch_size.
         torch.manual_seed(((self.config.train.seed << 40) ^ position * 0x9E3779B97F4A7C15) & (2**63 - 1))
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: NamedTuple) -> NamedTuple:
+        """A tuple of CPU tensors on this rank's device."""
         if self.device.type == "cpu":
             return batch
-        return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+        return type(batch)(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     @property
     def module(self) -> nn.Module:
@@ -393,8 +401,15 @@ class Engine:
         self._engine.destroy()
 
 
+@functools.cache
+def _control_group() -> dist.ProcessGroup:
+    """Small messages between CPUs beside NCCL; one for all engines of a process."""
+    return dist.new_group(backend="gloo")
+
+
 def leave() -> None:
     """Dissolve the process group, after every `Engine` is closed."""
+    _control_group.cache_clear()
     dist.destroy_process_group()
 
 

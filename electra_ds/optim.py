@@ -1,5 +1,7 @@
 """How do weights move? Parameter groups, the schedule, and Adam with or without bias correction."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,21 +11,29 @@ from electra_ds.config import OptimizerConfig
 NO_BIAS_CORRECTION_STEP = 2**20
 
 
-def learning_rate(config: OptimizerConfig, applied_steps: int, total_steps: int) -> float:
+def learning_rate(peak_lr: float, warmup_steps: int, applied_steps: int, total_steps: int) -> float:
     """lr = peak * (1 - t/T) * min(1, t/W): warmup multiplies the linear decay, as in the authors' code.
 
     applied_steps: steps applied before this one, so that the very first step has rate 0.
     """
-    warmup = min(1.0, applied_steps / config.warmup_steps) if config.warmup_steps else 1.0
-    return config.peak_lr * max(0.0, 1 - applied_steps / total_steps) * warmup
+    warmup = min(1.0, applied_steps / warmup_steps) if warmup_steps else 1.0
+    return peak_lr * max(0.0, 1 - applied_steps / total_steps) * warmup
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: decayed (matrices, embeddings included) and not (biases and LayerNorm, which are vectors)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
-    plain = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    return [group for group in (decayed, plain) if group["params"]]
+def parameter_groups(
+    module: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> list[dict]:
+    """Decayed parameters (matrices, embeddings included) apart from plain ones (biases and LayerNorm, which are vectors).
+
+    lr_scale: parameter name -> factor of its learning rate; each factor has groups of its own, under that key.
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in module.named_parameters():
+        is_plain, scale = parameter.ndim < 2, lr_scale(name)
+        group = {"params": [], "weight_decay": 0.0 if is_plain else weight_decay, "lr_scale": scale}
+        if parameter.requires_grad:
+            groups.setdefault((is_plain, scale), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 class AdamW(torch.optim.AdamW):

@@ -155,7 +155,7 @@ class Run:
 
     def train(self, progress: Progress) -> bool:
         """Run from `progress` to the end of the schedule (True) or to an agreed stop (False); saved either way."""
-        engine, train = self.engine, self.config.train
+        engine, train, options = self.engine, self.config.train, self.config.optimizer
         batches = self._batches(progress)
         self.interval = self._open_interval(progress)
         self.saved_step = progress.step if progress.data else -1
@@ -171,10 +171,11 @@ class Run:
                 if agreed.stop or progress.step >= self.last_step:
                     break
                 logs = (progress.step + 1) % self.config.logging.every == 0 or progress.step + 1 == self.total_steps
-                losses = engine.forward_backward(batch.micros, batch.micro_positions, agreed, with_counts=logs)
+                counts = (agreed.chosen_count, agreed.token_count)
+                losses = engine.forward_backward(batch.micros, batch.micro_positions, counts, with_counts=logs)
                 following = next(batches)
                 engine.propose(following.chosen_count, following.token_count, **self._votes())
-                lr = learning_rate(self.config.optimizer, progress.step, self.total_steps)
+                lr = learning_rate(options.peak_lr, options.warmup_steps, progress.step, self.total_steps)
                 result = engine.step(lr)
                 self._gather_interval(losses, batch)
                 progress = self._advance(progress, batches, batch, agreed, result, losses)

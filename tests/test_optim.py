@@ -40,7 +40,7 @@ def train(optimizer, module, rates, steps=slice(0, 20)):
         optimizer.step()
 
 
-RATES = [learning_rate(OPTIONS, step, 40) for step in range(20)]
+RATES = [learning_rate(OPTIONS.peak_lr, OPTIONS.warmup_steps, step, 40) for step in range(20)]
 
 
 def test_adam_without_bias_correction_is_the_formula_written_out():
@@ -113,7 +113,9 @@ def test_the_moments_of_a_checkpoint_go_on_without_a_seam():
 
 
 def test_warmup_multiplies_the_linear_decay():
-    options, total = OptimizerConfig(peak_lr=5e-4, warmup_steps=10_000), 1_000_000
+    def rate_at(step):
+        return learning_rate(5e-4, 10_000, step, 1_000_000)
+
     expected = {
         0: 0.0,  # the very first step moves nothing, as in the authors' code
         1: 5e-4 * (1 - 1e-6) * 1e-4,
@@ -124,13 +126,12 @@ def test_warmup_multiplies_the_linear_decay():
         1_000_000: 0.0,
     }
     for step, rate in expected.items():
-        assert math.isclose(learning_rate(options, step, total), rate, rel_tol=1e-9, abs_tol=1e-18), step
-    assert max(expected, key=lambda step: learning_rate(options, step, total)) == 10_000
+        assert math.isclose(rate_at(step), rate, rel_tol=1e-9, abs_tol=1e-18), step
+    assert max(expected, key=rate_at) == 10_000
 
 
 def test_the_rate_is_never_negative_and_warmup_may_be_none():
-    options = OptimizerConfig(peak_lr=1.0, warmup_steps=0)
-    assert [learning_rate(options, step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert [learning_rate(1.0, 0, step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
@@ -162,6 +163,14 @@ def test_every_parameter_is_in_one_group_and_biases_and_layer_norms_do_not_decay
     assert set(grouped[1]) == expected and norms
     tables_of = [name for name in grouped[0] if name.startswith("embeddings.")]
     assert len(tables_of) == 3  # word, position and token type
+
+
+def test_each_factor_of_the_learning_rate_has_groups_of_its_own():
+    module = objective()
+    groups = parameter_groups(module, 0.01, lambda name: 0.5 if name.startswith("embeddings.") else 1.0)
+    assert [(g["weight_decay"], g["lr_scale"]) for g in groups] == [(0.01, 0.5), (0.01, 1.0), (0.0, 0.5), (0.0, 1.0)]
+    slow = {id(p) for p in module.embeddings.parameters()}
+    assert {id(p) for g in groups if g["lr_scale"] == 0.5 for p in g["params"]} == slow
 
 
 def test_frozen_parameters_are_left_out():
