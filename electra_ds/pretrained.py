@@ -1,0 +1,67 @@
+"""Where does a pretrained encoder come from? Our runs and checkpoints, fine-tuned models, Hugging Face folders."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from electra_ds import checkpoint
+from electra_ds.config import ModelConfig
+from electra_ds.errors import UserError
+from electra_ds.evaluate import find_checkpoint
+from electra_ds.interop.folder import is_hf_folder, read_config, read_tensors
+from electra_ds.interop.hf import from_hf, from_hf_config
+from electra_ds.model import Embeddings, Encoder, true_state
+from electra_ds.tokenizer import Tokenizer, load_tokenizer
+
+
+class Pretrained(NamedTuple):
+    """A main encoder without heads. state: fp32, true rows, names embeddings.* and discriminator.*"""
+
+    model: ModelConfig
+    state: dict[str, Tensor]
+    tokenizer: Tokenizer
+    origin: str
+
+
+def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
+    """The main encoder (ELECTRA's discriminator) of `path` with the tokenizer it was trained with.
+
+    path: a run folder (its latest checkpoint), a checkpoint, a fine-tuned model, a folder that `export` wrote, or a
+    Hugging Face ELECTRA folder of any class. tokenizer: where it is not found beside the weights.
+    Raises UserError when there is no such encoder, or when the tokenizer has another number of entries.
+    """
+    if (found := next((p for p in (path, path / "discriminator") if is_hf_folder(p)), None)) is not None:
+        config = read_config(found)
+        model, _ = from_hf_config(config)
+        with torch.device("meta"):
+            parts = {"embeddings": Embeddings(model, model.embedding_size, 0.0),
+                     "discriminator": Encoder(model, model.embedding_size, model.layer_norm_eps)}  # fmt: skip
+        state = from_hf(read_tensors(found), true_state(nn.ModuleDict(parts)), "discriminator")
+        origin, beside = f"Hugging Face folder {found}", found
+    else:
+        found = find_trained(path)
+        meta = checkpoint.read_meta(found)
+        state = {k: v for k, v in checkpoint.weights(found).items() if k.startswith(("embeddings.", "discriminator."))}
+        if "embeddings.word.weight" not in state:
+            raise UserError(f"{found}: holds no encoder of electra_ds (embeddings.*, discriminator.*); expected a run "
+                            "with the built-in model")  # fmt: skip
+        model = ModelConfig.model_validate(meta.config["model"])
+        origin, beside = f"{found}, step {meta.progress.step}", tokenizer_of(found)
+    words = load_tokenizer(tokenizer or beside)
+    if words.vocab_size != model.vocab_size:
+        raise UserError(f"{tokenizer or beside}: {words.vocab_size} entries, but {found} was trained with "
+                        f"{model.vocab_size}; give its tokenizer")  # fmt: skip
+    return Pretrained(model, state, words, origin)
+
+
+def find_trained(path: Path) -> Path:
+    """The checkpoint of a run or of a fine-tuned model (SEED_DIR or SEED_DIR/model)."""
+    return path / "model" if (path / "model" / "meta.json").is_file() else find_checkpoint(path)
+
+
+def tokenizer_of(found: Path) -> Path:
+    """Where the tokenizer of a checkpoint lies: beside a fine-tuned model, or in the run folder above ckpt."""
+    parent = found.resolve().parent
+    return parent / "tokenizer" if (parent / "tokenizer").is_dir() else parent.parent / "tokenizer"
