@@ -77,23 +77,29 @@ class Meta:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save(engine: Weights, folder: Path, name: str, progress: Progress, config: dict, padded: dict[str, int]) -> Path:
+def save(
+    engine: Weights, folder: Path, name: str, progress: Progress, config: dict, padded: dict[str, int], *,
+    weights_only: bool = False,
+) -> Path:  # fmt: skip
     """Write checkpoint `name` under `folder` (OUT/ckpt) and point `latest` at it. Collective.
 
     padded: parameter name -> true rows, for tensors padded in memory; the file holds the true rows.
+    weights_only: a model to carry away, not to resume: no moments, and `latest` is left alone.
     Raises RunFailure on every rank when any rank cannot write; the previous checkpoint stays as it was.
     """
     target, temporary = folder / name, folder / f".{name}.tmp"
     try:
-        return _save(engine, target, temporary, progress, config, padded)
+        kinds = ("master",) if weights_only else ("master", *MOMENTS)
+        return _save(engine, target, temporary, progress, config, padded, kinds)
     finally:
         if engine.ranks.rank == 0:  # after a failure: a half checkpoint would keep a full disk full
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save(
-    engine: Weights, target: Path, temporary: Path, progress: Progress, config: dict, padded: dict[str, int]
-) -> Path:
+    engine: Weights, target: Path, temporary: Path, progress: Progress, config: dict, padded: dict[str, int],
+    kinds: tuple[str, ...],
+) -> Path:  # fmt: skip
     folder = target.parent
     with _together(engine, f"saving {target}"):
         if engine.ranks.rank == 0:
@@ -101,7 +107,7 @@ def _save(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
     with _together(engine, f"saving {target}") as report:
-        report.update(_write_tensors(engine, temporary, padded))
+        report.update(_write_tensors(engine, temporary, padded, kinds))
     files = {file: facts for found in report["everyone"] for file, facts in found.items()}
     with _together(engine, f"saving {target}"):
         if engine.ranks.rank == 0:
@@ -109,24 +115,25 @@ def _save(
                     "world_size": engine.ranks.world_size, "config": config, "files": files}  # fmt: skip
             write_json(temporary / "meta.json", meta)
             _replace_folder(temporary, target)
-            write_bytes(folder / "latest", f"{target.name}\n".encode())
+            if len(kinds) > 1:
+                write_bytes(folder / "latest", f"{target.name}\n".encode())
     return target
 
 
-def _write_tensors(engine: Weights, folder: Path, padded: dict[str, int]) -> dict[str, dict]:
-    """Gather each tensor on all ranks, keep it on its owner, write the owner's two files; {file: size and sha256}."""
+def _write_tensors(engine: Weights, folder: Path, padded: dict[str, int], kinds: tuple[str, ...]) -> dict[str, dict]:
+    """Gather each tensor on all ranks, keep it on its owner, write the owner's files; {file: size and sha256}."""
     rank, world = engine.ranks.rank, engine.ranks.world_size
     owners = _owners({name: engine.shape(name).numel() for name in engine.parameters}, world)
     weights, moments = {}, {}
     for name in engine.parameters:
-        for kind in ("master", *MOMENTS):
+        for kind in kinds:
             whole = engine.whole(name, kind)
             if owners[name] == rank:
                 true = whole[: padded[name]] if name in padded else whole
                 kept = true.to("cpu", torch.float32, copy=True).contiguous()
                 (weights if kind == "master" else moments)[name if kind == "master" else f"{kind}/{name}"] = kept
     files = {}
-    for prefix, tensors in (("model", weights), ("optim", moments)):
+    for prefix, tensors in (("model", weights), ("optim", moments))[: len(kinds)]:
         path = folder / f"{prefix}-{rank + 1:05d}-of-{world:05d}.safetensors"
         try:
             save_file(tensors, path)

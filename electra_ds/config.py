@@ -6,13 +6,14 @@ Scope `science`: a resume with another value is refused. Scope `machine`: said, 
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from electra_ds.errors import UserError
 from electra_ds.files import read_json
 
+Config = TypeVar("Config", bound=BaseModel)
 Scope = Literal["science", "machine"]
 
 
@@ -187,22 +188,8 @@ class RunConfig(Section):
         return self
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per step and rank. UserError when the global batch cannot be split so."""
-        train, per_micro = self.train, world_size * self.train.micro_batch_size
-        if train.global_batch_size % per_micro == 0:
-            return train.global_batch_size // per_micro
-        if train.global_batch_size % world_size:
-            raise UserError(
-                f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks; "
-                "choose a number of ranks that divides it"
-            )
-        share = train.global_batch_size // world_size
-        fits = max(m for m in range(1, min(share, train.micro_batch_size) + 1) if share % m == 0)
-        raise UserError(
-            f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks x "
-            f"micro_batch_size {train.micro_batch_size}; the largest micro_batch_size that fits is {fits} "
-            f"(--set train.micro_batch_size={fits})"
-        )
+        """`accumulation` of this run."""
+        return accumulation(self.train, world_size)
 
     def total_steps(self, rows: int | None) -> int:
         """Steps of the schedule; `rows` of the training split are needed when the length is given in epochs."""
@@ -236,6 +223,28 @@ class RunConfig(Section):
         )
 
 
+def accumulation(train: Any, world_size: int) -> int:
+    """Micro-batches per step and rank of a section with global_batch_size and micro_batch_size.
+
+    UserError when the global batch cannot be split so.
+    """
+    per_micro = world_size * train.micro_batch_size
+    if train.global_batch_size % per_micro == 0:
+        return train.global_batch_size // per_micro
+    if train.global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks; "
+            "choose a number of ranks that divides it"
+        )
+    share = train.global_batch_size // world_size
+    fits = max(m for m in range(1, min(share, train.micro_batch_size) + 1) if share % m == 0)
+    raise UserError(
+        f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks x "
+        f"micro_batch_size {train.micro_batch_size}; the largest micro_batch_size that fits is {fits} "
+        f"(--set train.micro_batch_size={fits})"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
@@ -266,27 +275,37 @@ def nearest(word: str, words: list[str]) -> str:
 
 
 def load_run(name: str, sets: list[str] = (), engine: str | None = None) -> RunConfig:
-    """Read a RUN.json (shipped name or path), apply `section.field=value` settings, check everything.
+    """`load_config` of a RUN.json."""
+    return load_config(name, "pretrain", RunConfig, sets, engine)
+
+
+def load_config(name: str, kind: str, root: type[Config], sets: list[str] = (), engine: str | None = None) -> Config:
+    """Read a config file (shipped name of that kind, or path), apply `section.field=value` settings, check everything.
 
     Raises UserError naming the file, the key, what was found and what was expected.
     """
-    path = find_config(name, "pretrain")
-    values = read_json(path, "a run config (JSON object)")
+    path = find_config(name, kind)
+    values = read_json(path, f"a {kind} config (JSON object)")
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object with the sections of a run, found {type(values).__name__}")
+        raise UserError(f"{path}: expected a JSON object with sections, found {type(values).__name__}")
     for setting in sets:
         _apply(values, setting)
     if engine is not None:
         values["engine"] = engine
-    return parse_run(values, str(path))
+    return parse_config(values, str(path), root)
 
 
 def parse_run(values: dict, where: str) -> RunConfig:
+    """`parse_config` of a run."""
+    return parse_config(values, where, RunConfig)
+
+
+def parse_config(values: dict, where: str, root: type[Config]) -> Config:
     """Check a config object; `where` is named in the error."""
     try:
-        return RunConfig.model_validate(values)
+        return root.model_validate(values)
     except ValidationError as error:
-        raise UserError(_readable(error, where, RunConfig)) from None
+        raise UserError(_readable(error, where, root)) from None
 
 
 def _apply(values: dict, setting: str) -> None:
@@ -325,6 +344,8 @@ def _readable(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
+        if part not in root.model_fields:  # a name in a table of sections
+            continue
         kind = root.model_fields[part].annotation
         root = next(
             k for k in (kind, *getattr(kind, "__args__", ())) if isinstance(k, type) and issubclass(k, BaseModel)

@@ -23,7 +23,7 @@ def learning_rate(peak_lr: float, warmup_steps: int, applied_steps: int, total_s
 def parameter_groups(
     module: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
 ) -> list[dict]:
-    """Decayed parameters (matrices, embeddings included) apart from plain ones (biases and LayerNorm, which are vectors).
+    """Decayed parameters (matrices, embeddings included) apart from plain ones (biases and LayerNorm, all vectors).
 
     lr_scale: parameter name -> factor of its learning rate; each factor has groups of its own, under that key.
     """

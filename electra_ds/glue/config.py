@@ -1,0 +1,77 @@
+"""What is a fine-tuning? One frozen JSON config for a suite of tasks, with what single tasks do otherwise."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from electra_ds.config import AdamConfig, Section, accumulation, machine, science
+
+
+class FinetuneTrain(Section):
+    """How long, how much at once, from which seed."""
+
+    epochs: float = science(3.0, "passes over the training examples", gt=0)
+    max_length: int = science(128, "tokens of an example, [CLS] and [SEP] included; longer ones are cut", ge=8)
+    global_batch_size: int = science(32, "examples per optimizer step, over all ranks", ge=1)
+    micro_batch_size: int = machine(16, "examples per forward and backward on one rank", ge=1)
+    dropout: float = science(0.1, "in the encoder and before the head, whatever pretraining had", ge=0, lt=1)
+    seed: int = science(0, "first seed: of the head, the order and dropout; --seeds counts on from it", ge=0, lt=2**31)
+    select: Literal["last", "best"] = science(
+        "last", "weights that are scored: after the last epoch, or the best epoch on the dev set (said in the report)"
+    )
+    keep: Literal["best", "all", "none"] = machine("best", "models kept: of the best seed on dev, of all, of none")
+    max_skipped_steps: int = machine(20, "skipped steps in a row before a seed counts as diverged", ge=1)
+    timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
+
+
+class FinetuneOptimizer(AdamConfig):
+    """Adam with warmup as a share of the steps and a rate that falls from the head to the embeddings."""
+
+    weight_decay: float = science(0.0, "decoupled, on everything but biases and LayerNorm", ge=0)
+    warmup_fraction: float = science(0.1, "share of the steps in which the rate warms up", ge=0, lt=1)
+    layerwise_lr_decay: float = science(
+        0.8, "factor of the rate from one layer to the next below: the head has 1, the top layer this", gt=0, le=1
+    )
+
+
+class TaskOverrides(Section):
+    """What one task does otherwise; null: as the sections say."""
+
+    epochs: float | None = science(None, "see train.epochs", gt=0)
+    max_length: int | None = science(None, "see train.max_length", ge=8)
+    global_batch_size: int | None = science(None, "see train.global_batch_size", ge=1)
+    peak_lr: float | None = science(None, "see optimizer.peak_lr", gt=0)
+
+
+class FinetuneConfig(Section):
+    """A suite: the recipe of ELECTRA, section 3.1 and appendix B, with the engine it runs on."""
+
+    train: FinetuneTrain = FinetuneTrain()
+    optimizer: FinetuneOptimizer
+    tasks: dict[str, TaskOverrides] = Field({}, description="by task name")
+    engine: str | dict[str, Any] = machine(
+        "zero0", "DeepSpeed file: a name in ds_configs/engine, a path, or the object"
+    )
+    provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
+
+    def accumulation(self, world_size: int) -> int:
+        """`config.accumulation` of this suite."""
+        return accumulation(self.train, world_size)
+
+    def of(self, task: str, own_epochs: float | None, seed: int) -> "FinetuneConfig":
+        """The config of one task and seed. own_epochs: what the description of a user's own task asks for."""
+        found = self.tasks.get(task, TaskOverrides())
+        train = {
+            "epochs": found.epochs or own_epochs or self.train.epochs,
+            "max_length": found.max_length or self.train.max_length,
+            "global_batch_size": found.global_batch_size or self.train.global_batch_size,
+            "seed": seed,
+        }
+        optimizer = {"peak_lr": found.peak_lr or self.optimizer.peak_lr}
+        return self.model_copy(
+            update={
+                "train": self.train.model_copy(update=train),
+                "optimizer": self.optimizer.model_copy(update=optimizer),
+                "tasks": {},
+            }
+        )
