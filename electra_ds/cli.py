@@ -245,6 +245,19 @@ def detect(
 
 
 @app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New folder: discriminator/ and generator/, or a fine-tuned model itself.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer (default: the one beside it).")] = None,
+) -> None:
+    """Write a run, a checkpoint or a fine-tuned model as stock Hugging Face folders."""
+    from electra_ds.export import export
+
+    for line in export(model, out, tokenizer):
+        print(line)
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Run folders, drawn into one picture.")],
     out: Annotated[Path | None, typer.Option(help="Picture (default: curves.png in the first run folder).")] = None,

@@ -12,8 +12,9 @@ from electra_ds.errors import UserError
 from electra_ds.evaluate import find_checkpoint
 from electra_ds.interop.folder import is_hf_folder, read_config, read_tensors
 from electra_ds.interop.hf import from_hf, from_hf_config
+from electra_ds.interop.hf_tokenizer import read_tokenizer
 from electra_ds.model import Embeddings, Encoder, true_state
-from electra_ds.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.tokenizer import Tokenizer
 
 
 class Pretrained(NamedTuple):
@@ -41,19 +42,11 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
         state = from_hf(read_tensors(found), true_state(nn.ModuleDict(parts)), "discriminator")
         origin, beside = f"Hugging Face folder {found}", found
     else:
-        found = find_trained(path)
-        meta = checkpoint.read_meta(found)
-        state = {k: v for k, v in checkpoint.weights(found).items() if k.startswith(("embeddings.", "discriminator."))}
-        if "embeddings.word.weight" not in state:
-            raise UserError(f"{found}: holds no encoder of electra_ds (embeddings.*, discriminator.*); expected a run "
-                            "with the built-in model")  # fmt: skip
+        found, meta, state = read_trained(path)
+        state = {name: value for name, value in state.items() if name.startswith(("embeddings.", "discriminator."))}
         model = ModelConfig.model_validate(meta.config["model"])
         origin, beside = f"{found}, step {meta.progress.step}", tokenizer_of(found)
-    words = load_tokenizer(tokenizer or beside)
-    if words.vocab_size != model.vocab_size:
-        raise UserError(f"{tokenizer or beside}: {words.vocab_size} entries, but {found} was trained with "
-                        f"{model.vocab_size}; give its tokenizer")  # fmt: skip
-    return Pretrained(model, state, words, origin)
+    return Pretrained(model, state, checked_tokenizer(tokenizer or beside, model), origin)
 
 
 def find_trained(path: Path) -> Path:
@@ -61,7 +54,26 @@ def find_trained(path: Path) -> Path:
     return path / "model" if (path / "model" / "meta.json").is_file() else find_checkpoint(path)
 
 
+def read_trained(path: Path) -> tuple[Path, checkpoint.Meta, dict[str, Tensor]]:
+    """(checkpoint folder, its meta.json, all weights) of a run, a checkpoint or a fine-tuned model of our encoders."""
+    found = find_trained(path)
+    meta, weights = checkpoint.read_meta(found), checkpoint.weights(found)
+    if "embeddings.word.weight" not in weights:
+        raise UserError(f"{found}: expected the built-in encoder (embeddings.*, discriminator.*), found "
+                        f"{', '.join(sorted(weights)[:2])}, ...; modules of your own are yours to load")  # fmt: skip
+    return found, meta, weights
+
+
 def tokenizer_of(found: Path) -> Path:
     """Where the tokenizer of a checkpoint lies: beside a fine-tuned model, or in the run folder above ckpt."""
     parent = found.resolve().parent
     return parent / "tokenizer" if (parent / "tokenizer").is_dir() else parent.parent / "tokenizer"
+
+
+def checked_tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
+    """The tokenizer in `path`; UserError when it has not as many entries as the word table."""
+    tokenizer = read_tokenizer(path)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise UserError(f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {model.vocab_size}; "
+                        "give its tokenizer with --tokenizer")  # fmt: skip
+    return tokenizer

@@ -113,11 +113,11 @@ class WordPiece(Tokenizer):
         from tokenizers import models, normalizers, pre_tokenizers
 
         unknown = names[self.special_ids.unk]
-        self._fast = Fast(models.WordPiece(self.ids, unk_token=unknown, max_input_chars_per_word=100))
-        self._fast.normalizer = normalizers.BertNormalizer(
+        self.fast = Fast(models.WordPiece(self.ids, unk_token=unknown, max_input_chars_per_word=100))
+        self.fast.normalizer = normalizers.BertNormalizer(
             clean_text=True, handle_chinese_chars=True,
             lowercase=options["lowercase"], strip_accents=options["strip_accents"])
-        self._fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # splits "[MASK]"; no added tokens exist
+        self.fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # splits "[MASK]"; no added tokens exist
         self._cache: dict[str, bytes] = {}  # word -> its ids as uint32 bytes, so that a text is one join
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,14 +134,14 @@ class WordPiece(Tokenizer):
             self._cache.clear()
         missing = [word for word in words if word not in self._cache]
         groups = [missing[i:i + GROUP] for i in range(0, len(missing), GROUP)]
-        encodings = self._fast.encode_batch(groups, is_pretokenized=True, add_special_tokens=False)
+        encodings = self.fast.encode_batch(groups, is_pretokenized=True, add_special_tokens=False)
         for group, encoding in zip(groups, encodings, strict=True):
             ids = np.array(encoding.ids, np.uint32).tobytes()
             cuts = np.searchsorted(encoding.word_ids, np.arange(len(group) + 1)).tolist()
             self._cache.update((word, ids[4 * a:4 * b]) for word, a, b in zip(group, cuts, cuts[1:], strict=False))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._fast.encode(text, add_special_tokens=False)
+        encoding = self.fast.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def _decode_plain(self, ids: list[int]) -> str:

@@ -14,7 +14,7 @@ FLOORS = {
     0: "errors files values config ops",
     1: "tokenizer shards order model optim ranks",
     2: "objective batches engine checkpoint metrics run_folder interop data_tools",
-    3: "pretrain evaluate detect check plot pretrained",
+    3: "pretrain evaluate detect check plot pretrained export",
     4: "cli __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
@@ -23,6 +23,7 @@ SHARED = {
     "errors": "what every module raises",
     "files": "config reads its files as every other module does",
     "evaluate": "training evaluates as the verb does, and detect loads a checkpoint as evaluate does",
+    "pretrained": "what every verb that takes MODEL reads",
     "cli": "__main__ is its other name",
 }
 

@@ -35,7 +35,7 @@ def sentencepiece(tmp_path_factory):
 
 def reference(tokenizer: WordPiece, text: str) -> list[int]:
     """The ids of Hugging Face tokenizers on the whole text."""
-    return tokenizer._fast.encode(text, add_special_tokens=False).ids
+    return tokenizer.fast.encode(text, add_special_tokens=False).ids
 
 
 def test_the_word_cache_gives_the_ids_of_whole_texts(vocabulary):

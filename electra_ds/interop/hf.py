@@ -26,6 +26,8 @@ LAYER = {
     "ffn_norm": ("output.LayerNorm",),
 }
 HEADS = {
+    "mlm_head.dense": "generator_predictions.dense",
+    "mlm_head.norm": "generator_predictions.LayerNorm",
     "generator_head.dense": "generator_predictions.dense",
     "generator_head.norm": "generator_predictions.LayerNorm",
     "discriminator_head.dense": "discriminator_predictions.dense",
@@ -35,7 +37,7 @@ HEADS = {
 
 def hf_names(name: str) -> tuple[str, ...]:
     """What Hugging Face calls one of our parameters, inside the class of its part: one name, three for a fused qkv."""
-    if name == "generator_head.bias":
+    if name in ("generator_head.bias", "mlm_head.bias"):
         return ("generator_lm_head.bias",)
     module, _, kind = name.rpartition(".")
     if module in HEADS:
@@ -55,7 +57,8 @@ def part_names(names: Iterable[str], part: str) -> list[str]:
     if part == "generator":
         encoder = "generator" if any(n.startswith("generator.") for n in names) else "discriminator"
         embeddings = "generator_embeddings" if any(n.startswith("generator_embeddings.") for n in names) else embeddings
-    return [n for n in names if n.startswith((f"{embeddings}.", f"{encoder}.", f"{part}_head."))]
+    heads = (f"{part}_head.",) if part == "generator" else (f"{part}_head.", "mlm_head.")  # by the objective's kind
+    return [n for n in names if n.startswith((f"{embeddings}.", f"{encoder}.", *heads))]
 
 
 def to_hf(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -64,9 +67,33 @@ def to_hf(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     for name in part_names(state, part):
         foreign = hf_names(name)
         out.update(zip(foreign, state[name].chunk(len(foreign)), strict=True))
-    if part == "generator":
+    if "generator_lm_head.bias" in out:
         out["generator_lm_head.weight"] = out["electra.embeddings.word_embeddings.weight"]
     return out
+
+
+def classifier_to_hf(
+    state: Mapping[str, Tensor], kind: str, label_range: tuple[float, float] | None = None
+) -> tuple[str, dict[str, Tensor]]:
+    """A fine-tuned encoder with head.weight [labels, H], head.bias as (stock class, its state_dict), logits equal.
+
+    The stock sentence head is dense, gelu, linear, ours one linear: gelu(z) - gelu(-z) = z makes them equal, with
+    2 x labels of its H dense rows. With more labels the class is that of token classification: read its logits at
+    [CLS]. label_range: of a regression, folded in, so that the logit is in the label's own unit.
+    """
+    out, weight, bias = to_hf(state, "discriminator"), state["head.weight"], state["head.bias"]
+    labels, hidden = weight.shape
+    if kind == "token_classification" or 2 * labels > hidden:
+        return "ElectraForTokenClassification", out | {"classifier.weight": weight, "classifier.bias": bias}
+    low, high = label_range or (0.0, 1.0)
+    weight, bias, rest = weight * (high - low), bias * (high - low) + low, hidden - 2 * labels
+    one = torch.eye(labels)
+    return "ElectraForSequenceClassification", out | {
+        "classifier.dense.weight": torch.cat([weight, -weight, torch.zeros(rest, hidden)]),
+        "classifier.dense.bias": torch.cat([bias, -bias, torch.zeros(rest)]),
+        "classifier.out_proj.weight": torch.cat([one, -one, torch.zeros(labels, rest)], dim=1),
+        "classifier.out_proj.bias": torch.zeros(labels),
+    }
 
 
 def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], part: str) -> dict[str, Tensor]:
@@ -97,8 +124,8 @@ SIZES = {
 }
 
 
-def hf_config(model: ModelConfig, generator: GeneratorConfig, part: str, pad_id: int) -> dict:
-    """The config.json of one part for the stock class."""
+def hf_config(model: ModelConfig, generator: GeneratorConfig | None, part: str, pad_id: int) -> dict:
+    """The config.json of one part for the stock class; the discriminator's needs no generator."""
     sizes: EncoderConfig = model if part == "discriminator" else generator
     untied = part == "generator" and model.sharing == "untied"
     return {
