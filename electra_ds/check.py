@@ -37,7 +37,7 @@ def check(config: RunConfig, world_size: int, manifest: Manifest | None = None) 
     if model.vocab_size is None:
         model = model.model_copy(update={"vocab_size": 30522})
     rows = manifest.splits["train"].rows if manifest is not None else None
-    parameters = parameter_count(model, config.generator)
+    parameters = parameter_count(model, config.generator, config.objective)
     return Report(
         list(_fields(config)),
         list(_derived(config, world_size, rows, model.vocab_size, parameters)),
@@ -69,8 +69,8 @@ def _derived(config: RunConfig, world_size: int, rows: int | None, vocab_size: i
         if rows:
             yield Line("epochs", f"{steps * train.global_batch_size / rows:.3f}", "derived", f"over {rows:,} rows")
     yield Line("vocab_size", f"{vocab_size:,}", "derived", "the data's; 30,522 is assumed without --data")
-    yield Line("discriminator", f"{parameters.discriminator:,}", "derived", "parameters of the exported encoder")
-    yield Line("trained", f"{parameters.joint:,}", "derived", "parameters of both encoders and heads")
+    yield Line("discriminator", f"{parameters.discriminator:,}", "derived", "parameters of the main encoder and head")
+    yield Line("trained", f"{parameters.joint:,}", "derived", "parameters in all")
 
 
 def model_state_bytes(parameters: int, world_size: int) -> dict[tuple[int, str], int]:

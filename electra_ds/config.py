@@ -85,16 +85,40 @@ class ModelConfig(EncoderConfig):
 
 
 class ObjectiveConfig(Section):
-    """Replaced token detection (ELECTRA, section 2)."""
+    """Replaced token detection (ELECTRA, section 2) and the objectives it is compared with (section 3.4)."""
 
-    kind: Literal["electra"] = science("electra", "the training objective")
+    kind: Literal["electra", "electra_15", "mlm", "replace_mlm", "all_tokens_mlm"] = science(
+        "electra", "what the main encoder learns: to tell replaced tokens (_15: at the chosen places), or to predict"
+    )
+    generator: Literal["model", "uniform"] = science("model", "replacements: a network's, or any token alike")
+    disallow_correct: bool = science(False, "a replacement never equals the original")
     mask_prob: float = science(0.15, "share of the real tokens that is chosen per row", gt=0, lt=1)
     mask_token_prob: float = science(
         0.85, "share of the chosen places that becomes [MASK]; the rest keeps its token", ge=0, le=1
     )
     gen_weight: float = science(1.0, "weight of mlm_loss in the total", ge=0)
-    disc_weight: float = science(50.0, "weight of disc_loss in the total", ge=0)
+    disc_weight: float = science(50.0, "weight of the binary disc_loss in the total", ge=0)
     temperature: float = science(1.0, "of the softmax the generator's tokens are drawn from", gt=0)
+
+    @property
+    def detects(self) -> bool:
+        """Whether the main encoder tells replaced tokens; else it predicts tokens."""
+        return self.kind in ("electra", "electra_15")
+
+    @property
+    def has_generator(self) -> bool:
+        """Whether a generator network trains beside the main encoder."""
+        return self.kind != "mlm" and self.generator == "model"
+
+    @property
+    def counts_all_tokens(self) -> bool:
+        """Whether the main encoder's loss is over all real tokens, not the chosen places alone."""
+        return self.kind in ("electra", "all_tokens_mlm")
+
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Factors of mlm_loss and disc_loss in the total; a main encoder that predicts tokens has 1."""
+        return 1.0 if self.kind == "mlm" else self.gen_weight, self.disc_weight if self.detects else 1.0
 
 
 class DataConfig(Section):

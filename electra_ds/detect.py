@@ -41,6 +41,11 @@ class Detector:
         """
         found = find_checkpoint(path)
         module, config = load_module(found)
+        if not config.objective.detects:
+            raise UserError(
+                f"{found}: objective.kind = {config.objective.kind} predicts tokens and cannot tell replaced ones; "
+                "detect needs electra or electra_15"
+            )
         folder = tokenizer or found.resolve().parent.parent / "tokenizer"
         words = load_tokenizer(folder)
         if words.vocab_size != config.model.vocab_size:

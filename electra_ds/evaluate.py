@@ -13,7 +13,7 @@ from electra_ds.batches import evaluation_batches, fixed_corruption
 from electra_ds.config import RunConfig, SpecialIds, parse_run
 from electra_ds.errors import UserError
 from electra_ds.model import load_true_state
-from electra_ds.objective import BINS, ElectraObjective, auc, histogram, rates
+from electra_ds.objective import BINS, ElectraObjective, auc, histogram, own_figures, rates
 from electra_ds.shards import ShardReader, read_unigrams
 from electra_ds.values import Batch, Counts
 
@@ -28,9 +28,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Held-out losses and rates, against the run's own generator and against a fixed corruption.
 
-    module: an `ElectraObjective` in eval mode, under no_grad. unigrams: [V] training counts, behind the fixed
+    module: an `Objective` in eval mode, under no_grad. unigrams: [V] training counts, behind the fixed
     corruption and behind `unigram_loss`, the cross-entropy a model without context would have.
-    Losses are in nats per chosen place (mlm) and per real token (disc).
+    Losses are in nats per chosen place (mlm) and per token that the kind's main loss counts (disc); the figures of the
+    own generator are over the same tokens, those of the fixed corruption over all. What a kind has not is left out.
     """
     smoothed = np.log((unigrams + 1.0) / (unigrams.sum() + len(unigrams)))
     log_unigram = torch.from_numpy(smoothed).to(device)
@@ -43,13 +44,15 @@ def evaluate(
         unigram = -(log_unigram[targets] * batch.chosen_weights).sum()
         scalars = torch.stack([losses.mlm_loss.double(), losses.disc_loss.double(), unigram, *losses.counts[:8]])
         sums += torch.cat([scalars, losses.counts.histogram.flatten()])
-        corrupted, is_replaced = fixed_corruption(rows_of, rows, unigrams, special_ids)
-        logits = module(batch._replace(input_ids=corrupted.to(device)), task="discriminate")
-        fixed += histogram(logits, is_replaced.to(device), (batch.piece_ids > 0).double())
-    return _figures(sum_over_ranks(sums.cpu()), sum_over_ranks(fixed.cpu()))
+        if module.objective.detects:
+            corrupted, is_replaced = fixed_corruption(rows_of, rows, unigrams, special_ids)
+            logits = module(batch._replace(input_ids=corrupted.to(device)), task="discriminate")
+            fixed += histogram(logits, is_replaced.to(device), (batch.piece_ids > 0).double())
+    figures = _figures(sum_over_ranks(sums.cpu()), sum_over_ranks(fixed.cpu()), module.objective.counts_all_tokens)
+    return own_figures(figures, module.objective)
 
 
-def _figures(sums: Tensor, fixed: Tensor) -> dict[str, float]:
+def _figures(sums: Tensor, fixed: Tensor, counts_all_tokens: bool) -> dict[str, float]:
     mlm, disc, unigram, chosen, tokens = sums[:5].tolist()
     if not tokens:
         raise UserError("the held-out split has no rows: prepare the data with a larger --valid-fraction")
@@ -59,7 +62,7 @@ def _figures(sums: Tensor, fixed: Tensor) -> dict[str, float]:
     return {
         "mlm_loss": mlm / chosen,
         "unigram_loss": unigram / chosen,
-        "disc_loss": disc / tokens,
+        "disc_loss": disc / (tokens if counts_all_tokens else chosen),
         "base_rate_loss": _entropy(found["replaced_fraction"]),
         **found,
         "fixed_auc": auc(fixed),

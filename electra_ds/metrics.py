@@ -18,6 +18,13 @@ SCHEMA = {"schema": "electra_ds metrics", "version": 1}
 # Keys that depend on the machine's speed: left out where runs are compared bit for bit.
 TIMED = frozenset({"tokens_per_second", "data_wait_share", "seconds", "checkpoint_pause_seconds"})
 
+# What people read, as far as the run has it: parts are two blanks apart.
+TRAIN = "mlm {mlm_loss:.3f}  disc {disc_loss:.4f}"
+VALID = (
+    "mlm {mlm_loss:.3f} (unigram {unigram_loss:.3f})  accuracy {mlm_accuracy:.3f}  replaced {replaced_fraction:.3f}  "
+    "disc {disc_loss:.4f}  base rate {base_rate_loss:.4f}  AUC {disc_auc:.3f}  fixed-corruption AUC {fixed_auc:.3f}"
+)
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl without its schema line; a last line cut by a crash is left out."""
@@ -74,7 +81,7 @@ class Metrics:
         """Log one interval of training."""
         self._record(step, "train", values)
         self.say(
-            f"step {step}  mlm {values['mlm_loss']:.3f}  disc {values['disc_loss']:.4f}  lr {values['lr']:.2e}  "
+            f"step {step}  {_shown(values, TRAIN)}  lr {values['lr']:.2e}  "
             f"norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  "
             f"epoch {values['epoch']:.2f}{self._epochs}  ETA {_duration(seconds_left)}"
         )
@@ -120,13 +127,12 @@ class Metrics:
 
 
 def summary(values: dict[str, float]) -> str:
-    """The held-out figures in one line."""
-    return (
-        f"mlm {values['mlm_loss']:.3f} (unigram {values['unigram_loss']:.3f})  accuracy {values['mlm_accuracy']:.3f}  "
-        f"replaced {values['replaced_fraction']:.3f}  "
-        f"disc {values['disc_loss']:.4f} (base rate {values['base_rate_loss']:.4f})  "
-        f"AUC {values['disc_auc']:.3f}  fixed-corruption AUC {values['fixed_auc']:.3f}"
-    )
+    """The held-out figures in one line; those that the kind of objective does not have are left out."""
+    return _shown(values, VALID)
+
+
+def _shown(values: dict[str, float], line: str) -> str:
+    return "  ".join(part.format(**values) for part in line.split("  ") if part.split("{")[1].split(":")[0] in values)
 
 
 def _duration(seconds: float) -> str:

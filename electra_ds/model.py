@@ -143,7 +143,7 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int | None = None) 
         if isinstance(part, nn.Linear):
             if config.init == "fan_in":
                 part.weight.normal_(0, part.in_features**-0.5, generator=generator)
-            elif name.rpartition(".")[2] in ("project", "classify"):
+            elif name.rpartition(".")[2] in ("project", "classify", "copy_gate"):
                 nn.init.xavier_uniform_(part.weight, generator=generator)
             else:
                 _truncated(part.weight, config.init_std, generator)

@@ -1,4 +1,5 @@
-"""Rows -> losses: replaced token detection with a generator trained beside (ELECTRA, section 2), pure torch.
+"""Rows -> losses: replaced token detection with a generator trained beside (ELECTRA, section 2), and the objectives
+it is compared with (section 3.4), pure torch.
 
 Letters: B rows, S sequence, K chosen places, V vocabulary, H hidden.
 """
@@ -12,44 +13,20 @@ from torch import Tensor, nn
 from electra_ds.config import GeneratorConfig, ModelConfig, ObjectiveConfig, SpecialIds
 from electra_ds.errors import UserError
 from electra_ds.model import DiscriminatorHead, Embeddings, Encoder, GeneratorHead, Layer, initialise, padded_rows
+from electra_ds.ops.linear import Linear
 from electra_ds.ops.vocab_head import HeadResult
 from electra_ds.values import Batch, Counts, Losses
 
 BINS, LIMIT = 2000, 20.0  # the histogram of discriminator logits behind the AUC: bins over [-LIMIT, LIMIT]
 
 
-class ElectraObjective(nn.Module):
-    """Both encoders and the loss in one module, the one that DeepSpeed wraps; what is shared is here once.
+class Objective(nn.Module):
+    """The loss of every kind, over what a subclass gives: `generate`, `discriminate`, and `predict` where the main
+    encoder predicts tokens."""
 
-    Parameter names are the canonical ones of checkpoints: embeddings.*, generator.*, generator_head.*,
-    discriminator.*, discriminator_head.*; with model.sharing = "untied" generator_embeddings.* besides (as wide as
-    the generator, as in the authors' code), with "all" no generator.* (the discriminator's encoder serves both).
-    """
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        generator: GeneratorConfig,
-        objective: ObjectiveConfig,
-        special_ids: SpecialIds,
-        seed: int | None = None,
-    ):
+    def __init__(self, objective: ObjectiveConfig, special_ids: SpecialIds, vocab_size: int | None):
         super().__init__()
-        if model.sharing == "all" and any(getattr(model, k) != v for k, v in generator.model_dump().items()):
-            raise UserError("model.sharing = 'all' is one encoder: every field of generator must equal that of model")
-        self.objective, self.mask_id, self.sharing = objective, special_ids.mask, model.sharing
-        width, eps = model.embedding_size, model.layer_norm_eps
-        self.embeddings = Embeddings(model, width, model.hidden_dropout)
-        if model.sharing == "untied":
-            width = generator.hidden_size
-            self.generator_embeddings = Embeddings(model, width, generator.hidden_dropout)
-        if model.sharing != "all":
-            self.generator = Encoder(generator, width, eps)
-        self.generator_head = GeneratorHead(model, generator.hidden_size, width)
-        self.discriminator = Encoder(model, model.embedding_size, eps)
-        self.discriminator_head = DiscriminatorHead(model.hidden_size)
-        if not self.embeddings.word.weight.is_meta:
-            initialise(self, model, seed)
+        self.objective, self.special_ids, self.vocab_size = objective, special_ids, vocab_size
 
     def forward(
         self,
@@ -68,34 +45,118 @@ class ElectraObjective(nn.Module):
         """
         if task == "discriminate":
             return self.discriminate(batch.input_ids, batch)
-        drawn = self.generate(mask_input(batch, self.mask_id), batch, with_best=with_counts)
+        options = self.objective
+        drawn = self._draw(batch, with_best=with_counts)
         corrupted = put(batch.input_ids, batch.chosen, drawn.sampled, batch.chosen_weights)  # [B, S]
-        logits = self.discriminate(corrupted, batch)  # [B, S]
         is_replaced = corrupted != batch.input_ids  # a sample that hits the original counts as original
+        places = batch.piece_ids if options.counts_all_tokens else chosen_places(batch)
+        logits = torch.zeros_like(corrupted, dtype=torch.float32)
+        if options.detects:
+            logits = self.discriminate(corrupted, batch)  # [B, S]
+            nll = discriminator_nll(logits, is_replaced, places)
+        else:
+            nll = logits.sum() if options.kind == "mlm" else self.predict(corrupted, batch)
         mlm_loss = drawn.nll / chosen_count
-        disc_loss = discriminator_nll(logits, is_replaced, batch.piece_ids) / token_count
-        total = self.objective.gen_weight * mlm_loss + self.objective.disc_weight * disc_loss
-        counts = count(batch, drawn, logits.detach(), is_replaced) if with_counts else None
+        disc_loss = nll / (token_count if options.counts_all_tokens else chosen_count)
+        gen_weight, disc_weight = options.loss_weights
+        total = gen_weight * mlm_loss + disc_weight * disc_loss
+        counts = count(batch, drawn, logits.detach(), is_replaced, places) if with_counts else None
         return Losses(total, mlm_loss.detach(), disc_loss.detach(), counts)
 
+    def _draw(self, batch: Batch, with_best: bool) -> HeadResult:
+        options = self.objective
+        if options.generator == "model" or options.kind == "mlm":
+            return self.generate(mask_input(batch, self.special_ids.mask), batch, with_best)
+        avoid = batch.input_ids.gather(1, batch.chosen) if options.disallow_correct else None
+        special = list(self.special_ids.model_dump().values())
+        sampled = uniform_tokens(batch.uniforms, self.vocab_size, special, avoid)
+        return HeadResult(batch.uniforms.new_zeros(()), sampled, sampled)
+
+
+class ElectraObjective(Objective):
+    """Both encoders and the loss in one module, the one that DeepSpeed wraps; what is shared is here once.
+
+    Parameter names are the canonical ones of checkpoints: embeddings.*, generator.*, generator_head.*,
+    discriminator.*, discriminator_head.*; with model.sharing = "untied" generator_embeddings.* besides (as wide as
+    the generator, as in the authors' code), with "all" no generator.* (the discriminator's encoder serves both).
+    Kinds whose main encoder predicts tokens have mlm_head.* instead of discriminator_head.*, all_tokens_mlm also
+    copy_gate.*; without a generator network none of its names is there.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        generator: GeneratorConfig,
+        objective: ObjectiveConfig,
+        special_ids: SpecialIds,
+        seed: int | None = None,
+    ):
+        super().__init__(objective, special_ids, model.vocab_size)
+        if model.sharing == "all" and any(getattr(model, k) != v for k, v in generator.model_dump().items()):
+            raise UserError("model.sharing = 'all' is one encoder: every field of generator must equal that of model")
+        self.sharing = model.sharing
+        width, eps = model.embedding_size, model.layer_norm_eps
+        self.embeddings = Embeddings(model, width, model.hidden_dropout)
+        if objective.has_generator:
+            if model.sharing == "untied":
+                width = generator.hidden_size
+                self.generator_embeddings = Embeddings(model, width, generator.hidden_dropout)
+            if model.sharing != "all":
+                self.generator = Encoder(generator, width, eps)
+            self.generator_head = GeneratorHead(model, generator.hidden_size, width)
+        self.discriminator = Encoder(model, model.embedding_size, eps)
+        if objective.detects:
+            self.discriminator_head = DiscriminatorHead(model.hidden_size)
+        else:
+            self.mlm_head = GeneratorHead(model, model.hidden_size, model.embedding_size)
+        if objective.kind == "all_tokens_mlm":
+            self.copy_gate = Linear(model.hidden_size, 1)
+        if not self.embeddings.word.weight.is_meta:
+            initialise(self, model, seed)
+
     def generate(self, masked_ids: Tensor, batch: Batch, with_best: bool = False) -> HeadResult:
-        """Run the generator on masked rows [B, S]: summed loss at the chosen places, samples (and best) [B, K]."""
+        """Run the generator (for mlm: the main encoder) on masked rows [B, S]: summed loss at the chosen places,
+        samples (and best) [B, K]."""
+        if self.objective.kind == "mlm":
+            hidden, head = self._encode(masked_ids, batch), self.mlm_head
+            return head(gather_places(hidden, batch.chosen), self.embeddings.word, self._at_chosen(batch, with_best))
         encoder = self.discriminator if self.sharing == "all" else self.generator
         embeddings = self.generator_embeddings if self.sharing == "untied" else self.embeddings
         hidden = encoder(embeddings(masked_ids, batch.segment_ids, batch.position_ids), batch.piece_ids)
-        draw = {
+        draw = self._at_chosen(batch, with_best)
+        return self.generator_head(gather_places(hidden, batch.chosen), embeddings.word, draw)
+
+    def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
+        """Logits [B, S] fp32 that each token of input_ids was replaced; the batch gives pieces and positions."""
+        return self.discriminator_head(self._encode(input_ids, batch))
+
+    def predict(self, corrupted: Tensor, batch: Batch) -> Tensor:
+        """Summed loss, 0-d, of the main encoder that names the original tokens behind corrupted rows [B, S]."""
+        hidden, word = self._encode(corrupted, batch), self.embeddings.word
+        if self.objective.kind == "replace_mlm":
+            return self.mlm_head(gather_places(hidden, batch.chosen), word, self._at_chosen(batch, False)).nll
+        everywhere = {
+            "targets": batch.input_ids,
+            "weights": batch.piece_ids > 0,
+            "uniforms": torch.zeros_like(batch.input_ids, dtype=torch.float32),
+            "gate": self.copy_gate(hidden).squeeze(-1).float(),
+            "copied": corrupted == batch.input_ids,
+        }
+        return self.mlm_head(hidden, word, everywhere).nll
+
+    def _encode(self, input_ids: Tensor, batch: Batch) -> Tensor:  # [B, S, H]
+        embedded = self.embeddings(input_ids, batch.segment_ids, batch.position_ids)
+        return self.discriminator(embedded, batch.piece_ids)
+
+    def _at_chosen(self, batch: Batch, with_best: bool) -> dict:
+        return {
             "targets": batch.input_ids.gather(1, batch.chosen),
             "weights": batch.chosen_weights,
             "uniforms": batch.uniforms,
             "temperature": self.objective.temperature,
             "with_best": with_best,
+            "disallow": self.objective.disallow_correct,
         }
-        return self.generator_head(gather_places(hidden, batch.chosen), embeddings.word, draw)
-
-    def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
-        """Logits [B, S] fp32 that each token of input_ids was replaced; the batch gives pieces and positions."""
-        embedded = self.embeddings(input_ids, batch.segment_ids, batch.position_ids)
-        return self.discriminator_head(self.discriminator(embedded, batch.piece_ids))
 
     def recompute_layers(self, on: bool = True) -> None:
         """Activation checkpointing of every layer of both encoders."""
@@ -127,16 +188,37 @@ def gather_places(hidden: Tensor, places: Tensor) -> Tensor:
     return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def discriminator_nll(logits: Tensor, is_replaced: Tensor, piece_ids: Tensor) -> Tensor:
-    """Binary cross-entropy summed over the real tokens, 0-d fp32; [CLS], [SEP] and untouched tokens count."""
-    real = (piece_ids > 0).float()
-    return F.binary_cross_entropy_with_logits(logits.float(), is_replaced.float(), weight=real, reduction="sum")
+def chosen_places(batch: Batch) -> Tensor:
+    """[B, S] int64: 1 at the chosen places, else 0."""
+    return put(torch.zeros_like(batch.input_ids), batch.chosen, torch.ones_like(batch.chosen), batch.chosen_weights)
+
+
+def uniform_tokens(uniforms: Tensor, vocab_size: int, special: list[int], avoid: Tensor | None = None) -> Tensor:
+    """One token per number of [0, 1), all alike likely, never a special one nor that of `avoid`, shaped as uniforms."""
+    special = sorted(set(special))
+    ordinary = vocab_size - len(special)
+    if avoid is None:
+        index = (uniforms.double() * ordinary).long()  # among the ordinary tokens
+    else:
+        rank = avoid - sum((avoid > s).long() for s in special)
+        can_hit = ~sum(avoid == s for s in special).bool()
+        index = (uniforms.double() * (ordinary - can_hit.long())).long()
+        index += (can_hit & (index >= rank)).long()
+    for s in special:
+        index += (index >= s).long()
+    return index
+
+
+def discriminator_nll(logits: Tensor, is_replaced: Tensor, places: Tensor) -> Tensor:
+    """Binary cross-entropy summed over the tokens whose places [B, S] are above 0 (piece_ids: all real ones), fp32."""
+    weight = (places > 0).float()
+    return F.binary_cross_entropy_with_logits(logits.float(), is_replaced.float(), weight=weight, reduction="sum")
 
 
 @torch.no_grad()
-def count(batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor) -> Counts:
-    """The sums behind the metrics, on the device (float64: exact up to 2**53)."""
-    weights, real = batch.chosen_weights.double(), (batch.piece_ids > 0).double()
+def count(batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, places: Tensor) -> Counts:
+    """The sums behind the metrics, on the device (float64: exact up to 2**53); tokens are those at `places` [B, S]."""
+    weights, real = batch.chosen_weights.double(), (places > 0).double()
     targets = batch.input_ids.gather(1, batch.chosen)
     label, guess = is_replaced.double() * real, (logits > 0).double() * real
     return Counts(
@@ -188,6 +270,21 @@ def rates(sums: Counts) -> dict[str, float]:
     }
 
 
+def own_figures(values: dict[str, float], options: ObjectiveConfig) -> dict[str, float]:
+    """values without the figures that do not exist for this kind of objective."""
+
+    def exists(key: str) -> bool:
+        if key.startswith("mlm_"):
+            return options.has_generator or options.kind == "mlm"
+        if key in ("disc_loss", "replaced_fraction"):
+            return options.kind != "mlm"
+        if key == "sampled_accuracy":
+            return options.has_generator
+        return options.detects or not key.startswith(("disc_", "fixed_", "base_rate_"))
+
+    return {key: value for key, value in values.items() if exists(key)}
+
+
 class ParameterCount(NamedTuple):
     """True parameters, without rows that only pad the word table in memory."""
 
@@ -195,12 +292,14 @@ class ParameterCount(NamedTuple):
     joint: int
 
 
-def parameter_count(model: ModelConfig, generator: GeneratorConfig) -> ParameterCount:
-    """Parameters of the discriminator alone and of both encoders trained jointly; no tensor is made."""
+def parameter_count(
+    model: ModelConfig, generator: GeneratorConfig, objective: ObjectiveConfig = ObjectiveConfig()
+) -> ParameterCount:
+    """Parameters of the main encoder with its head and of everything trained jointly; no tensor is made."""
     ids = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
     with torch.device("meta"):
-        parts = ElectraObjective(model, generator, ObjectiveConfig(), ids)
+        parts = ElectraObjective(model, generator, objective, ids)
     rows = padded_rows(parts)
     sizes = {n: p.numel() // len(p) * rows.get(n, len(p)) for n, p in parts.named_parameters()}
-    own = sum(size for name, size in sizes.items() if name.startswith(("embeddings.", "discriminator")))
+    own = sum(size for name, size in sizes.items() if not name.startswith("generator"))
     return ParameterCount(own, sum(sizes.values()))

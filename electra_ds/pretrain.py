@@ -21,7 +21,7 @@ from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
-from electra_ds.objective import BINS, ElectraObjective, rates
+from electra_ds.objective import BINS, ElectraObjective, own_figures, rates
 from electra_ds.optim import learning_rate
 from electra_ds.ranks import Ranks
 from electra_ds.shards import ShardReader, read_unigrams
@@ -272,10 +272,11 @@ class Run:
         mlm, disc, steps, waited, tokens = sums[:5].tolist()
         now = time.perf_counter()
         seconds, self._interval_began = now - self._interval_began, now
-        weights, world_size = self.config.objective, self.engine.ranks.world_size
+        gen_weight, disc_weight = self.config.objective.loss_weights
+        world_size = self.engine.ranks.world_size
         if self.metrics:
             values = {
-                "loss": (weights.gen_weight * mlm + weights.disc_weight * disc) / steps,
+                "loss": (gen_weight * mlm + disc_weight * disc) / steps,
                 "mlm_loss": mlm / steps,
                 "disc_loss": disc / steps,
                 **rates(Counts(*sums[5:13], sums[13:].view(2, BINS))),
@@ -290,6 +291,7 @@ class Run:
                 "checkpoint_pause_seconds": self._pause,
                 "seconds": time.monotonic() - self.began,
             }
+            values = own_figures(values, self.config.objective)
             self.metrics.train(progress.step, values, seconds / self._steps_here * (self.total_steps - progress.step))
         self.interval.zero_()
         self._waited, self._interval_tokens, self._pause, self._steps_here = 0.0, 0, 0.0, 0

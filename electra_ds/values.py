@@ -39,6 +39,6 @@ class Losses(NamedTuple):
     """What one forward gives: 0-d fp32 tensors, each already divided by the counts of the whole global batch."""
 
     total: Tensor
-    mlm_loss: Tensor
-    disc_loss: Tensor
+    mlm_loss: Tensor  # of the generator (0 without a network); of the main encoder for kind mlm
+    disc_loss: Tensor  # of the main encoder, whatever it learns; 0 for kind mlm
     counts: Counts | None

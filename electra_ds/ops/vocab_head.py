@@ -15,6 +15,7 @@ from electra_ds.ops.linear import product
 CHUNK = 64  # the word table is padded to a multiple of it; sampling looks for the chunk first, then inside it
 
 ROWS_ON_CPU, ROWS_ON_GPU = 64, 1024  # places per block: a block of logits stays in the processor's cache
+GROUP = 4096  # places whose gradient of the logits is held at once; a multiple of both
 
 
 class HeadResult(NamedTuple):
@@ -79,32 +80,54 @@ def vocab_head(
     vocab_size: int,
     temperature: float = 1.0,
     with_best: bool = False,
+    disallow: bool = False,
+    gate: Tensor | None = None,
+    copied: Tensor | None = None,
 ) -> HeadResult:
     """Loss and samples at the chosen places.
 
     x:       [..., E] in the compute dtype; table [P, E] and bias [P] in that dtype or fp32
     targets: [...] ids; weights [...] 1 or 0; uniforms [...] in [0, 1)
+    disallow: the target itself is never drawn.
+    gate [...] fp32, copied [...] bool: the likelihood of a target is sigmoid(gate) where it is copied, plus
+    1 - sigmoid(gate) times its softmax (the copy mechanism of section 3.4); the gradient reaches gate too.
     Logits of the rows beyond vocab_size count for nothing. Gradients reach x, table and bias.
     """
     shape = targets.shape
     x, targets, weights, uniforms = x.flatten(0, -2), targets.flatten(), weights.flatten(), uniforms.flatten()
-    nll, sampled, best = fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best)
+    copy = () if gate is None else (gate.flatten(), copied.flatten())
+    nll, sampled, best = fused_head(
+        x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, disallow, *copy
+    )
     return HeadResult(nll, sampled.view(shape), best.view(shape) if with_best else None)
 
 
-def plain_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best) -> HeadResult:
-    """vocab_head on flat arguments, all logits at once."""
+def plain_head(
+    x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, disallow=False
+) -> HeadResult:
+    """vocab_head on flat arguments without a gate, all logits at once."""
     logits = mask_padding(F.linear(x, table.to(x.dtype), bias.to(x.dtype)), vocab_size)  # [M, P]
-    nll = (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
-    return HeadResult(nll, sample_tokens(logits, uniforms, temperature), logits.argmax(-1) if with_best else None)
+    return logits_head(logits, targets, weights, uniforms, temperature, with_best, disallow)
 
 
-def fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best) -> HeadResult:
+def logits_head(logits, targets, weights, uniforms, temperature=1.0, with_best=False, disallow=False) -> HeadResult:
+    """Loss and samples of logits [..., P] that are there as a whole; targets, weights, uniforms [...]."""
+    nll = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none") * weights.flatten()
+    drawn_from = logits.detach().float()
+    if disallow:
+        drawn_from = drawn_from.scatter(-1, targets[..., None], -math.inf)
+    sampled = sample_tokens(drawn_from, uniforms, temperature)
+    return HeadResult(nll.sum(), sampled, logits.argmax(-1) if with_best else None)
+
+
+def fused_head(
+    x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, disallow=False, gate=None,
+    copied=None,
+) -> HeadResult:  # fmt: skip
     """vocab_head on flat arguments, block by block; the logits of a block become their own gradient in place."""
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
-    nll, sampled, best = _FusedHead.apply(
-        x, table, bias, targets, weights.float(), uniforms, vocab_size, temperature, with_best, wants_grad
-    )
+    options = vocab_size, temperature, with_best, disallow, wants_grad
+    nll, sampled, best = _FusedHead.apply(x, table, bias, gate, targets, weights.float(), uniforms, copied, options)
     return HeadResult(nll, sampled, best if with_best else None)
 
 
@@ -112,13 +135,15 @@ class _FusedHead(torch.autograd.Function):
     """The gradient is made in forward, so nothing of the table is kept for backward (ZeRO-3 takes it away)."""
 
     @staticmethod
-    def forward(ctx, x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, wants_grad):
+    def forward(ctx, x, table, bias, gate, targets, weights, uniforms, copied, options):
+        vocab_size, temperature, with_best, disallow, wants_grad = options
         places, padded = len(x), len(table)
         rows = ROWS_ON_CPU if x.device.type == "cpu" else ROWS_ON_GPU
         weight, offset = table.detach().to(x.dtype), bias.detach().to(x.dtype)
-        grad = x.new_empty(places, padded) if wants_grad else None  # d nll / d logits
+        grad = x.new_empty(min(places, GROUP), padded) if wants_grad else None  # d nll / d logits
         sampled, best = torch.empty_like(targets), torch.empty_like(targets) if with_best else None
         nll = torch.empty(places, dtype=torch.float32, device=x.device)
+        dx, dtable, dgate = [], None, torch.empty_like(nll) if gate is not None else None
         dbias = torch.zeros(padded if wants_grad else 0, dtype=torch.float32, device=x.device)
         for start in range(0, places, rows):
             part = slice(start, start + rows)
@@ -131,29 +156,51 @@ class _FusedHead(torch.autograd.Function):
             top = probs.amax(-1, keepdim=True)
             at_target = probs.gather(1, target)
             probs.sub_(top)
-            if temperature != 1:
-                sampled[part] = sample_weights((probs / temperature).exp_(), uniforms[part])
+            is_plain = temperature == 1 and not disallow
+            if not is_plain:
+                scaled = probs / temperature
+                if disallow:
+                    scaled.scatter_(1, target, -math.inf).sub_(scaled.amax(-1, keepdim=True))
+                sampled[part] = sample_weights(scaled.exp_(), uniforms[part])
             probs.exp_()
             total = probs.sum(-1, keepdim=True)
             nll[part] = (total.log() + top - at_target).squeeze(1)
-            if temperature == 1:
+            if is_plain:
                 sampled[part] = sample_weights(probs, uniforms[part])
+            weight_here = weights[part, None]
+            if gate is not None:
+                nll[part], by_softmax, dgate[part] = _with_copies(nll[part], gate[part], copied[part])
+                weight_here = weight_here * by_softmax[:, None]
             if wants_grad:
-                weight_here = weights[part, None]
                 probs.mul_(weight_here / total)
                 probs.scatter_add_(1, target, -weight_here)
                 dbias += probs.sum(0)
-                grad[part] = probs
+                first = start - start % GROUP
+                grad[start - first : start - first + len(probs)] = probs
+                if (last := min(start + rows, places)) in (places, first + GROUP):
+                    group = grad[: last - first]
+                    dx.append(product(group, weight.T))
+                    change = (group.T @ x[first:last]).to(table.dtype)
+                    dtable = dtable.add_(change) if first else change
         ctx.mark_non_differentiable(sampled, *([best] if with_best else []))
         if wants_grad:
-            dtable = (grad.T @ x).to(table.dtype)
-            ctx.save_for_backward(product(grad, weight.T), dtable, dbias.to(bias.dtype))
+            dgate = None if gate is None else dgate * weights
+            ctx.save_for_backward(torch.cat(dx), dtable, dbias.to(bias.dtype), dgate)
         return (nll * weights).sum(), sampled, best
 
     @staticmethod
     def backward(ctx, scale, *_):
         # scaled in fp32: a scale rounded to bf16 would shift the whole gradient
-        return *((grad.float() * scale).to(grad.dtype) for grad in ctx.saved_tensors), *[None] * 7
+        return *(g if g is None else (g.float() * scale).to(g.dtype) for g in ctx.saved_tensors), *[None] * 5
+
+
+def _with_copies(nll: Tensor, gate: Tensor, copied: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the softmax's nll [rows] to that of the mixture, the softmax's share of it, and d nll / d gate."""
+    by_softmax = F.logsigmoid(-gate) - nll
+    by_copy = torch.where(copied, F.logsigmoid(gate), -math.inf)
+    likelihood = torch.logaddexp(by_softmax, by_copy)
+    share = (by_softmax - likelihood).exp()
+    return -likelihood, share, gate.sigmoid() - (1 - share)
 
 
 def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
