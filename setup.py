@@ -19,12 +19,15 @@ REQUIRES = [
     "numpy>=1.26",
     "safetensors>=0.4.3",
     "zstandard>=0.22",
+    "scikit-learn>=1.3",
+    "scipy>=1.11",
 ]
 EXTRAS = {
-    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "scikit-learn>=1.3", "matplotlib>=3.8", "transformers>=4.40"],
+    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "matplotlib>=3.8", "transformers>=4.40"],
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],
+    "hf": ["datasets>=2.14"],  # own tasks whose examples are a Hugging Face dataset
 }
 
 setup(
@@ -36,15 +39,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
-        "electra_ds", "electra_ds.ops", "electra_ds.interop", "electra_ds.ds_configs",
-        "electra_ds.ds_configs.pretrain", "electra_ds.ds_configs.engine", "data_tools",
+        "electra_ds", "electra_ds.ops", "electra_ds.interop", "electra_ds.glue", "electra_ds.ds_configs",
+        "electra_ds.ds_configs.pretrain", "electra_ds.ds_configs.engine", "electra_ds.ds_configs.glue", "data_tools",
     ],
     package_dir={
         "electra_ds.ds_configs": "ds_configs",
         "electra_ds.ds_configs.pretrain": "ds_configs/pretrain",
         "electra_ds.ds_configs.engine": "ds_configs/engine",
+        "electra_ds.ds_configs.glue": "ds_configs/glue",
     },
-    package_data={"electra_ds.ds_configs.pretrain": ["*.json"], "electra_ds.ds_configs.engine": ["*.json"]},
+    package_data={f"electra_ds.ds_configs.{kind}": ["*.json"] for kind in ("pretrain", "engine", "glue")},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["electra-ds = electra_ds.cli:main"]},
