@@ -1,0 +1,158 @@
+"""What did a fine-tuning give? DIR/report.json and report.md: every seed, median, mean, spread, published results.
+
+A pure function of the folder; one that is not finished is reported as far as it is.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from electra_ds.errors import UserError
+from electra_ds.files import read_json, write_bytes, write_json
+from electra_ds.glue.tasks import GLUE
+
+# Columns of the comparison: like stands beside like. The average is that of the paper, over all but the Pearson one.
+COLUMNS = {
+    "CoLA Matthews": ("cola", "matthews"),
+    "SST-2 acc": ("sst2", "accuracy"),
+    "MRPC acc": ("mrpc", "accuracy"),
+    "STS-B Spearman": ("stsb", "spearman"),
+    "QQP acc": ("qqp", "accuracy"),
+    "MNLI acc": ("mnli", "accuracy"),
+    "QNLI acc": ("qnli", "accuracy"),
+    "RTE acc": ("rte", "accuracy"),
+    "STS-B Pearson": ("stsb", "pearson"),
+}
+# Dev sets, in the order of the columns: ELECTRA, appendix D, and the authors' repository.
+PUBLISHED = {
+    "ELECTRA-Large, 1.75M steps": (69.1, 96.9, 90.8, 92.6, 92.4, 90.9, 95.0, 88.0),
+    "ELECTRA-Base, released": (67.7, 95.1, 89.5, 91.2, 91.5, 88.8, 93.2, 82.7),
+    "ELECTRA-Small, released": (57.0, 91.2, 88.0, 87.5, 89.0, 81.3, 88.4, 66.7),
+    "ELECTRA-Small, OpenWebText, 1M steps": (56.8, 88.3, 87.4, 86.8, 88.3, 78.9, 87.9, 68.5),
+}
+
+Results = dict[str, dict[int, dict[str, Any] | None]]
+
+
+def read_results(folder: Path) -> Results:
+    """Task -> seed -> what its result.json says, or None where a seed has none yet; GLUE first, in the usual order."""
+    found: Results = {}
+    for place in folder.glob("*/seed-*"):
+        path = place / "result.json"
+        result = read_json(path, "a seed's result") if path.exists() else None
+        found.setdefault(place.parent.name, {})[int(place.name.removeprefix("seed-"))] = result
+    if not found:
+        raise UserError(f"{folder}: no TASK/seed-N inside; expected a folder that finetune wrote (its --out)")
+    order = {name: place for place, name in enumerate(GLUE)}
+    names = sorted(found, key=lambda name: (order.get(name, len(order)), name))
+    return {name: dict(sorted(found[name].items())) for name in names}
+
+
+def best_seed(seeds: dict[int, dict[str, Any] | None]) -> tuple[int, str, str, float] | None:
+    """(seed, dev split, metric, score) of the finished seed with the best main score on the main dev split."""
+    best = None
+    for seed, result in seeds.items():
+        if result and result["status"] == "done":
+            split = next(split for split in result["scores"] if split.startswith("valid"))
+            metric, value = next(iter(result["scores"][split].items()))
+            if best is None or value > best[3]:
+                best = seed, split, metric, value
+    return best
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Write report.json and report.md into `folder` (DIR/TASK/seed-N/result.json); returns what report.json holds.
+
+    Scores are times 100. Median, mean and standard deviation (n - 1) are over the finished seeds; a diverged seed is
+    listed as such and enters none of them. UserError when the folder holds no seed.
+    """
+    tasks = {name: _task(seeds) for name, seeds in read_results(folder).items()}
+    report = {"tasks": tasks, "comparison": _comparison(tasks), "notes": _notes(tasks)}
+    write_json(folder / "report.json", report)
+    write_bytes(folder / "report.md", _markdown(report).encode())
+    return report
+
+
+def _task(seeds: dict[int, dict[str, Any] | None]) -> dict[str, Any]:
+    done = {seed: result for seed, result in seeds.items() if result and result["status"] == "done"}
+    best, scores = best_seed(seeds), {}
+    for split, metrics in next(iter(done.values()))["scores"].items() if done else ():
+        for metric in metrics:
+            values = {seed: 100 * result["scores"][split][metric] for seed, result in done.items()}
+            listed = list(values.values())
+            scores.setdefault(split, {})[metric] = {
+                "seeds": values,
+                "median": statistics.median(listed),
+                "mean": statistics.fmean(listed),
+                "std": statistics.stdev(listed) if len(listed) > 1 else None,
+                "best": max(listed),
+            }
+    return {
+        "seeds": {seed: result["status"] if result else "unfinished" for seed, result in seeds.items()},
+        "selected": sorted({result["selected"] for result in done.values()}),
+        "origin": sorted({result["origin"] for result in seeds.values() if result}),
+        "best_seed": best and best[0],
+        "scores": scores,
+    }
+
+
+def _comparison(tasks: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Row -> column -> score; ours are medians on the dev set, MNLI's on the matched one."""
+    ours = {}
+    for title, (task, metric) in COLUMNS.items():
+        scores = tasks.get(task, {}).get("scores", {})
+        ours[title] = scores.get("valid", scores.get("valid_matched", {})).get(metric, {}).get("median")
+    rows = {"this, median": ours}
+    rows |= {name: dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, row, strict=False)) for name, row in PUBLISHED.items()}
+    for row in rows.values():
+        eight = [value for title, value in row.items() if title != "STS-B Pearson"]
+        row["average of 8"] = None if None in eight else statistics.fmean(eight)
+    return rows
+
+
+def _notes(tasks: dict[str, Any]) -> list[str]:
+    notes = []
+    for name, task in tasks.items():
+        of = {
+            status: [str(s) for s, found in task["seeds"].items() if found == status]
+            for status in task["seeds"].values()
+        }
+        finished = f"the figures are over the {len(of.get('done', []))} finished of {len(task['seeds'])} seeds"
+        for status in ("diverged", "unfinished"):
+            if status in of:
+                notes.append(f"{name}: {status}: seed {', '.join(of[status])}; {finished}")
+        if chosen := [how for how in task["selected"] if how != "last"]:
+            notes.append(f"{name}: weights chosen by their dev score ({', '.join(chosen)}), so the dev score flatters")
+    if absent := [name for name in GLUE if name not in tasks and name != "ax"]:
+        notes.append(f"not run: {', '.join(absent)}")
+    return notes
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    lines = [
+        "# Fine-tuning",
+        "",
+        "Scores x 100. std: standard deviation over seeds (n - 1).",
+        "",
+        *_line("task", "split", "metric", "median", "mean", "std", "best", "every seed", head=True),
+    ]
+    for name, task in report["tasks"].items():
+        for split, metrics in task["scores"].items():
+            for metric, found in metrics.items():
+                every = [f"{seed}: {value:.1f}" for seed, value in found["seeds"].items()]
+                every += [f"{seed}: {status}" for seed, status in task["seeds"].items() if status != "done"]
+                figures = [found[key] for key in ("median", "mean", "std", "best")]
+                lines += _line(name, split, metric, *figures, ", ".join(every))
+    columns = next(iter(report["comparison"].values()))
+    lines += ["", "Beside published results on the dev sets:", "", *_line("model", *columns, head=True)]
+    for name, row in report["comparison"].items():
+        lines += _line(name, *row.values())
+    origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
+    return "\n".join(
+        [*lines, "", *(f"- weights: {origin}" for origin in origins), *(f"- {n}" for n in report["notes"]), ""]
+    )
+
+
+def _line(*cells: str | float | None, head: bool = False) -> list[str]:
+    texts = ["" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else cell for cell in cells]
+    return [f"| {' | '.join(texts)} |", *(["|" + "---|" * len(texts)] if head else [])]

@@ -1,0 +1,71 @@
+"""How are predictions handed in? The zip that the GLUE site takes: eleven files of two columns."""
+
+import io
+import math
+import zipfile
+from pathlib import Path
+
+from electra_ds.errors import UserError
+from electra_ds.files import write_bytes
+from electra_ds.glue.report import Results, best_seed, read_results
+from electra_ds.glue.tasks import GLUE
+
+# File of the zip -> task, split, rows of the official test set.
+FILES = {
+    "CoLA": ("cola", "test", 1063),
+    "SST-2": ("sst2", "test", 1821),
+    "MRPC": ("mrpc", "test", 1725),
+    "STS-B": ("stsb", "test", 1379),
+    "QQP": ("qqp", "test", 390965),
+    "MNLI-m": ("mnli", "test_matched", 9796),
+    "MNLI-mm": ("mnli", "test_mismatched", 9847),
+    "QNLI": ("qnli", "test", 5463),
+    "RTE": ("rte", "test", 3000),
+    "WNLI": ("wnli", "test", 146),
+    "AX": ("mnli", "test_ax", 1104),
+}
+
+
+def write_submission(folder: Path, out: Path) -> list[str]:
+    """Write the zip of what finetune left in `folder`, each task by its seed with the best dev score.
+
+    Returns one line per file: the seed it is of, or that it is filled with a constant. UserError for predictions that
+    are not those of the official test set.
+    """
+    results, notes, data = read_results(folder), [], io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in FILES:
+            predictions, note = _predictions(folder, results, name)
+            rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(predictions))
+            entry = zipfile.ZipInfo(f"{name}.tsv")  # dated 1980: the same predictions give the same zip
+            archive.writestr(entry, f"index\tprediction\n{rows}", zipfile.ZIP_DEFLATED)
+            notes.append(f"{name}.tsv: {note}")
+    write_bytes(out, data.getvalue())
+    return notes
+
+
+def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], str]:
+    """The second column of one file, and where it is from."""
+    task, split, rows = FILES[name]
+    best = best_seed(results.get(task, {}))
+    path = folder / task / f"seed-{best[0] if best else ''}" / f"predictions-{split}.tsv"
+    if not path.exists():
+        constant = "0.000" if task == "stsb" else GLUE[task].get("labels", ["0"])[0]
+        why = f"no {path}" if best else f"no finished seed of {task}"
+        return [constant] * rows, f"WARNING: {why}; all {rows} rows are {constant}, the score means nothing"
+    cells = [line.split("\t")[:2] for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
+    if [cell[0] for cell in cells] != [str(number) for number in range(rows)]:
+        raise UserError(
+            f"{path}: {len(cells)} rows, the first {cells[:1]}; expected {rows} with index 0 to {rows - 1}, the "
+            f"official test set of {name}: predict its test file again"
+        )
+    seed, valid, metric, value = best
+    return [_checked(task, text, path) for _, text in cells], f"seed {seed}, {metric} {100 * value:.1f} on {valid}"
+
+
+def _checked(task: str, text: str, path: Path) -> str:
+    if task == "stsb" and math.isfinite(float(text)):
+        return f"{min(5.0, max(0.0, float(text))):.3f}"
+    if task != "stsb" and text in GLUE[task].get("labels", ("0", "1")):
+        return text
+    raise UserError(f"{path}: the prediction {text!r} is no answer of {task}; run finetune for this seed again")
