@@ -27,6 +27,7 @@ EXTRAS = {
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],
+    "tf": ["tensorflow>=2.16"],  # or tensorflow-cpu; `import` reads the authors' checkpoints with it
     "hf": ["datasets>=2.14"],  # own tasks whose examples are a Hugging Face dataset
 }
 

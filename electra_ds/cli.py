@@ -257,6 +257,31 @@ def export(
         print(line)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face ELECTRA or BERT folder, TF checkpoint.")],
+    out: Annotated[Path, typer.Option(help="New run folder, for `pretrain OUT/config.json --init-from OUT`.")],
+    run: Annotated[str, typer.Option(help="RUN with all that the weights do not say.")] = "small",
+    generator: Annotated[Path | None, typer.Option(help="The generator's folder, beside a discriminator.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON with num_attention_heads, for a TF checkpoint.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its vocabulary (default: the one in SRC).")] = None,
+    sets: Sets = None,
+) -> None:
+    """Make a run folder at step 0 from others' weights; every tensor is accounted for."""
+    from electra_ds.import_weights import import_weights
+
+    account = import_weights(source, out, run, sets or [], generator=generator, config=config, tokenizer=tokenizer)
+    for foreign, ours in account.read:
+        print(f"read  {foreign} -> {ours}")
+    for ours in account.made:
+        print(f"made  {ours}")
+    for foreign, reason in account.left.items():
+        print(f"left  {foreign} ({reason})")
+    for warning in account.warnings:
+        print(f"note: {warning}")
+    print(f"{out}: {len(account.read)} read, {len(account.made)} made, {len(account.left)} left")
+
+
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Run folders, drawn into one picture.")],

@@ -152,13 +152,18 @@ def from_hf_config(discriminator: Mapping, generator: Mapping | None = None) -> 
     that cannot share the discriminator's embeddings.
     """
     generator = discriminator if generator is None else generator
+    shared = ["vocab_size", "embedding_size", "max_position_embeddings", "type_vocab_size"]
     for config in (discriminator, generator):
         for key, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if config.get(key, only) != only:
                 raise UserError(f"config.json: {key} = {config[key]!r}; only {only!r} is supported")
-        if any(isinstance(config[theirs], str) for theirs in SIZES.values()):
-            raise UserError("config.json: sizes must be numbers, not strings")
-    shared = ("vocab_size", "embedding_size", "max_position_embeddings", "type_vocab_size")
+        for key in (*shared, *SIZES.values()):
+            if not isinstance(config.get(key), (int, float)):
+                raise UserError(f"config.json: {key} = {config.get(key)!r}; sizes must be numbers, not strings")
+    sharing = "shared"
+    if discriminator["embedding_size"] != generator["embedding_size"] == generator["hidden_size"]:
+        sharing = "untied"
+        shared.remove("embedding_size")
     differs = [key for key in shared if discriminator[key] != generator[key]]
     if differs:
         found = f"{discriminator[differs[0]]} and {generator[differs[0]]}"
@@ -171,5 +176,18 @@ def from_hf_config(discriminator: Mapping, generator: Mapping | None = None) -> 
         type_vocab_size=discriminator["type_vocab_size"],
         layer_norm_eps=discriminator.get("layer_norm_eps", 1e-12),
         vocab_size=discriminator["vocab_size"],
+        sharing=sharing,
     )
     return model, GeneratorConfig(**sizes[1])
+
+
+def bert_as_electra(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name in a BERT folder (old ones say gamma and beta) -> the name the same tensor would have in an ELECTRA one."""
+    renamed = {}
+    for name in tensors:
+        plain = name.replace(".gamma", ".weight").replace(".beta", ".bias").removeprefix("bert.")
+        plain = plain.replace("cls.predictions.transform.", "generator_predictions.")
+        plain = {"cls.predictions.bias": "generator_lm_head.bias",
+                 "cls.predictions.decoder.weight": "generator_lm_head.weight"}.get(plain, plain)  # fmt: skip
+        renamed[name] = f"electra.{plain}" if plain.startswith(("embeddings.", "encoder.")) else plain
+    return renamed

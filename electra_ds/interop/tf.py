@@ -1,7 +1,9 @@
 """TensorFlow variable names of the authors' code -> ours."""
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +34,6 @@ MODULES = {
     "ffn_out": ("output/dense",),
     "ffn_norm": ("output/LayerNorm",),
 }
-SKIPPED = re.compile(r"(/adam_[mv]$|(^|/)global_step$)")  # optimizer state
 
 
 def tf_names(name: str) -> tuple[str, ...]:
@@ -50,24 +51,56 @@ def tf_names(name: str) -> tuple[str, ...]:
     return tuple(f"{prefix}/{foreign}{suffix}" for foreign in MODULES[module])
 
 
-def from_tf(variables: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, Tensor]:
-    """Our tensors (true rows, fp32) of the given parameter names from variables by TensorFlow name.
+def as_tensors(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Variables as tensors under their own names; kernels transposed, so that matrices are [out, in]."""
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in variables.items()}
+    return {name: t.T.contiguous() if name.endswith("/kernel") else t for name, t in tensors.items()}
 
-    Kernels are transposed. UserError when a variable is missing, or one is left over that is no optimizer state.
-    """
-    state, left = {}, {name for name in variables if not SKIPPED.search(name)}
-    for name in names:
-        foreign = tf_names(name)
-        missing = [f for f in foreign if f not in variables]
-        if missing:
-            raise UserError(
-                f"TensorFlow checkpoint: no variable {missing[0]} for {name}; are the sizes of the config right?"
-            )
-        left.difference_update(foreign)
-        parts = [torch.tensor(np.asarray(variables[f]), dtype=torch.float32) for f in foreign]
-        state[name] = torch.cat(
-            [p.T if f.endswith("/kernel") else p for f, p in zip(foreign, parts, strict=True)]
-        ).contiguous()
-    if left:
-        raise UserError(f"TensorFlow checkpoint: {len(left)} variables fit nowhere, first {sorted(left)[0]}")
-    return state
+
+def find_tf(path: Path) -> Path | None:
+    """The prefix of a TensorFlow checkpoint: path itself, what the folder's `checkpoint` names, or its only one."""
+    if Path(f"{path}.index").is_file():
+        return path
+    prefixes = {file.with_suffix("") for file in path.glob("*.index")}
+    if (path / "checkpoint").is_file() and prefixes:
+        named = re.search(r'model_checkpoint_path: "(.*)"', (path / "checkpoint").read_text())
+        prefixes = {prefix for prefix in prefixes if named and prefix.name == Path(named[1]).name} or prefixes
+    if len(prefixes) > 1:
+        raise UserError(f"{path}: several checkpoints; give one of {', '.join(sorted(map(str, prefixes)))}")
+    return prefixes.pop() if prefixes else None
+
+
+def read_tf(prefix: Path) -> dict[str, Tensor]:
+    """`as_tensors` of every variable of a TensorFlow checkpoint."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        from tensorflow.train import load_checkpoint
+    except ImportError:
+        raise UserError(
+            f"{prefix}: a TensorFlow checkpoint, and tensorflow is not installed: pip install 'electra_ds[tf]'"
+        ) from None
+    reader = load_checkpoint(str(prefix))
+    return as_tensors({name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())})
+
+
+def sizes_of(variables: Mapping[str, Tensor], head_width: int = 64) -> tuple[dict, dict | None]:
+    """(fields of ModelConfig, fields of GeneratorConfig or None) from the shapes; heads = hidden / head_width."""
+    has_untied = "generator/embeddings/word_embeddings" in variables
+
+    def encoder(scope: str) -> dict | None:
+        layers = {int(m[1]) for name in variables if (m := re.match(rf"{scope}/encoder/layer_(\d+)/", name))}
+        if not layers:
+            return None
+        ffn, hidden = variables[f"{scope}/encoder/layer_0/intermediate/dense/kernel"].shape
+        return {"hidden_size": hidden, "num_layers": len(layers), "ffn_size": ffn,
+                "num_heads": max(1, hidden // head_width)}  # fmt: skip
+
+    model, generator = encoder("electra"), encoder("generator")
+    if model is None:
+        raise UserError("TensorFlow checkpoint: no variable electra/encoder/layer_0/...; is it one of ELECTRA?")
+    is_one = generator is None and "generator_predictions/output_bias" in variables  # all weights tied
+    tables = {key: variables[f"electra/embeddings/{table}_embeddings"].shape for key, table in
+              (("vocab_size", "word"), ("max_positions", "position"), ("type_vocab_size", "token_type"))}  # fmt: skip
+    model |= {"embedding_size": tables["vocab_size"][1], **{key: shape[0] for key, shape in tables.items()},
+              "sharing": "untied" if has_untied else "all" if is_one else "shared"}  # fmt: skip
+    return model, encoder("electra") if is_one else generator

@@ -1,0 +1,237 @@
+"""How does pretraining go on from others' weights? Hugging Face folders and TensorFlow checkpoints become a run folder.
+
+Every tensor is accounted for: read (foreign -> ours), made (ours), left (foreign, with the reason).
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from electra_ds import checkpoint
+from electra_ds.config import RunConfig, load_run, parse_run
+from electra_ds.errors import UserError
+from electra_ds.files import read_json, write_bytes, write_json
+from electra_ds.interop.folder import is_hf_folder, read_config, read_tensors
+from electra_ds.interop.hf import bert_as_electra, from_hf_config, hf_names
+from electra_ds.interop.hf_tokenizer import read_tokenizer
+from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
+from electra_ds.model import load_true_state, true_state
+from electra_ds.objective import ElectraObjective
+from electra_ds.run_folder import write_config
+
+REASONS = (  # of foreign tensors that have no place here
+    (r"adam_[mv]$|(^|[/.])global_step$|^Adam|(beta[12])_power$", "optimizer state"),
+    (r"position_ids$|token_type_ids$", "a buffer, not a weight"),
+    (r"pooler", "pooler: ELECTRA has none"),
+    (r"seq_relationship", "head of next-sentence prediction"),
+    (r"^(classifier|qa_outputs|summary|sequence_summary)\b", "head of a task"),
+)
+WORDS = "electra.embeddings.word_embeddings.weight"
+ENCODERS = ("embeddings.", "discriminator.", "generator_embeddings.", "generator.")
+
+
+class Source(NamedTuple):
+    """Tensors of one folder under the names the table gives; `original` is what the folder itself calls them.
+
+    serves: our parameters that come from here; missing heads are made, missing parts of an encoder are an error.
+    """
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    original: dict[str, str]
+    table: Callable[[str], tuple[str, ...]]
+    serves: tuple[str, ...]
+
+
+class Account(NamedTuple):
+    """read: [foreign, ours] pairs; made: ours; left: {foreign: reason}; warnings: for people."""
+
+    read: list[tuple[str, str]]
+    made: list[str]
+    left: dict[str, str]
+    warnings: list[str]
+
+
+def import_weights(
+    source: Path, out: Path, run: str = "small", sets: list[str] = (), *, generator: Path | None = None,
+    config: Path | None = None, tokenizer: Path | None = None,
+) -> Account:  # fmt: skip
+    """Write `out` as a run folder at step 0, for `pretrain out/config.json --init-from out`.
+
+    source: a Hugging Face ELECTRA folder (discriminator or generator), a parent of `discriminator` and `generator`, a
+    BERT folder (a start for both encoders), or a TensorFlow checkpoint of the authors' code (heads = hidden / 64, or
+    by the JSON file `config`). run, sets: everything that the weights do not say, the sizes of a missing part included.
+    UserError for what our encoder cannot be, a vocabulary without our special tokens, a missing or misshapen tensor.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: not empty; choose a new folder")
+    base = load_run(run, sets)
+    if (prefix := find_tf(source)) is not None:
+        beside, sources, sizes = prefix.parent, *_tensorflow(prefix, config)
+    else:
+        beside, sources, sizes = _hugging_face(source, generator, base)
+    words = read_tokenizer(tokenizer or beside)
+    values = base.model_dump(mode="json")
+    for section, found in sizes.items():
+        values[section] |= found
+    if values["model"]["vocab_size"] != words.vocab_size:
+        raise UserError(f"{tokenizer or beside}: {words.vocab_size} entries, but the weights have "
+                        f"{values['model']['vocab_size']}; give their tokenizer with --tokenizer")  # fmt: skip
+    values["data"]["special_ids"] = words.special_ids.model_dump()
+    imported = parse_run(values, f"{source} with {run}")
+    module = ElectraObjective(
+        imported.model, imported.generator, imported.objective, imported.data.special_ids, imported.train.seed
+    )
+    state, account = _fill(sources, true_state(module))
+    load_true_state(module, state, partial=True)
+    whole = true_state(module)
+    out.mkdir(parents=True, exist_ok=True)
+    words.save(out / "tokenizer")
+    write_config(out, imported, "")
+    values = imported.model_dump(mode="json")
+    checkpoint.save(_Plain(whole), out / "ckpt", "0", checkpoint.Progress(), values, {}, weights_only=True)
+    write_bytes(out / "ckpt" / "latest", b"0\n")
+    write_json(out / "import.json", {"source": str(source), **account._asdict()})
+    return account
+
+
+class _Plain:
+    """What checkpoint.save needs, without an engine: one process and its whole tensors."""
+
+    ranks = SimpleNamespace(rank=0, world_size=1)
+
+    def __init__(self, state: dict[str, Tensor]):
+        self.parameters = state
+
+    def whole(self, name: str, kind: str) -> Tensor:
+        return self.parameters[name]
+
+    def shape(self, name: str) -> torch.Size:
+        return self.parameters[name].shape
+
+    def exchange(self, value: Any) -> list[Any]:
+        return [value]
+
+    def scaler_state(self) -> dict[str, float]:
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def _tensorflow(prefix: Path, config: Path | None) -> tuple[list[Source], dict[str, dict]]:
+    tensors, width, given = read_tf(prefix), 64, config or prefix.parent / "config.json"
+    if given.is_file() or config:
+        stated = read_json(given, "the sizes of the model (hidden_size, num_attention_heads)")
+        width = stated["hidden_size"] // stated["num_attention_heads"]
+    model, generator = sizes_of(tensors, width)
+    parts = ENCODERS if generator else ENCODERS[:2]
+    serves = (*parts, "discriminator_head.", "generator_head.")
+    source = Source(prefix, tensors, {name: name for name in tensors}, tf_names, serves)
+    return [source], {"model": model} | ({"generator": generator} if generator else {})
+
+
+def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[Path, list[Source], dict[str, dict]]:
+    main: Path | None = next((p for p in (path / "discriminator", path) if is_hf_folder(p)), None)
+    generator = generator or (path / "generator" if is_hf_folder(path / "generator") else None)
+    if main is None:
+        raise UserError(
+            f"{path}: no weights here; expected a Hugging Face folder (config.json with model.safetensors "
+            "or pytorch_model.bin), discriminator/ and generator/, or a TensorFlow checkpoint"
+        )
+    config = read_config(main, ("electra", "bert"))
+    if config["model_type"] == "bert":
+        return _bert(main, config, base)
+    tensors = read_tensors(main)
+    if generator is None and "generator_predictions.dense.weight" in tensors:
+        main, generator = None, main
+    shared = ("embedding_size", "max_positions", "type_vocab_size", "layer_norm_eps", "vocab_size")
+    theirs = read_tensors(generator) if generator else {}
+    if main is None:
+        found, made = from_hf_config(read_config(generator))
+        sizes = {"model": {key: getattr(found, key) for key in shared}, "generator": made.model_dump()}
+    else:
+        found, made = from_hf_config(config, read_config(generator) if generator else None)
+        sizes = {"model": {key: getattr(found, key) for key in (*type(made).model_fields, *shared, "sharing")}}
+        sizes |= {"generator": made.model_dump()} if generator else {}
+    mine = {name: value for name, value in tensors.items() if name.startswith("electra.")}
+    if main and generator:
+        same = {name for name, value in mine.items() if name in theirs and torch.equal(value, theirs[name])}
+        if same == mine.keys():
+            sizes["model"]["sharing"] = "all"
+        elif WORDS not in same and made.hidden_size == found.embedding_size:
+            sizes["model"]["sharing"] = "untied"
+    serves = ["generator_embeddings.", "generator.", "generator_head.", *([] if main else ["embeddings."])]
+    sources = [_source(generator, theirs, {name: name for name in theirs}, serves)] if generator else []
+    if main:
+        names = {n: f"electra.{n}" if n.startswith(("embeddings", "encoder.")) else n for n in tensors}  # ElectraModel
+        sources.insert(0, _source(main, tensors, names, ["embeddings.", "discriminator.", "discriminator_head."]))
+    return main or generator, sources, sizes
+
+
+def _bert(path: Path, config: dict, base: RunConfig) -> tuple[Path, list[Source], dict[str, dict]]:
+    found, same = from_hf_config(config | {"embedding_size": config.get("hidden_size")})
+    tensors, made, serves = read_tensors(path), base.generator, ["embeddings.", "discriminator."]
+    fits = made.hidden_size == same.hidden_size  # the head is as wide as the generator
+    if fits and (made.num_heads, made.ffn_size) == (same.num_heads, same.ffn_size):
+        serves += [f"generator.layers.{i}." for i in range(min(made.num_layers, same.num_layers))]  # cut to its layers
+        serves.append("generator_head.")
+    sizes = found.model_dump(include={*type(made).model_fields, "embedding_size", "max_positions", "type_vocab_size",
+                                      "layer_norm_eps", "vocab_size"})  # fmt: skip
+    return path, [_source(path, tensors, bert_as_electra(tensors), serves)], {"model": sizes}
+
+
+def _source(folder: Path, tensors: dict[str, Tensor], names: dict[str, str], serves: list[str]) -> Source:
+    renamed = {names[name]: value for name, value in tensors.items()}
+    return Source(folder, renamed, {new: name for name, new in names.items()}, hf_names, tuple(serves))
+
+
+# ---------------------------------------------------------------------------------------------------------- account
+
+
+def _fill(sources: list[Source], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], Account]:
+    state, account = {}, Account([], [], {}, [])
+    used: list[set[str]] = [set() for _ in sources]
+    for name in own:
+        i = next((i for i, source in enumerate(sources) if name.startswith(source.serves)), None)
+        foreign = sources[i].table(name) if i is not None else ()
+        missing = [f for f in foreign if f not in sources[i].tensors]
+        if missing and name.startswith(ENCODERS):
+            raise UserError(f"{sources[i].folder}: no tensor {missing[0]} for {name}; is the file complete?")
+        if missing or not foreign:
+            account.made.append(name)
+            continue
+        used[i].update(foreign)
+        state[name] = torch.cat([sources[i].tensors[f].float() for f in foreign])
+        account.read.append((f"{sources[i].folder.name}: {', '.join(sources[i].original[f] for f in foreign)}", name))
+    for source, taken in zip(sources, used, strict=True):
+        for name in sorted(source.tensors.keys() - taken):
+            label, reason = f"{source.folder.name}: {source.original[name]}", _reason(source, name, sources[0])
+            account.left[label] = reason or "fits nowhere"
+            if reason is None:
+                account.warnings.append(f"{label} {tuple(source.tensors[name].shape)} fits nowhere and is left out")
+    if account.made:
+        parts = sorted({name.split(".")[0] for name in account.made})
+        account.warnings.append(
+            f"{', '.join(parts)}: not in {', '.join(str(s.folder) for s in sources)}; "
+            f"{len(account.made)} tensors are drawn anew, what is shared comes from the other part"
+        )
+    return state, account
+
+
+def _reason(source: Source, name: str, first: Source) -> str | None:
+    value, tensors = source.tensors[name], source.tensors
+    if name == "generator_lm_head.weight" and WORDS in tensors and torch.equal(value, tensors[WORDS]):
+        return "tied to the word table"
+    if name == "cls.predictions.decoder.bias" and torch.equal(value, tensors["generator_lm_head.bias"]):
+        return "the output bias once more"
+    if source is not first and name in first.tensors and torch.equal(value, first.tensors[name]):
+        return f"shared: equal to that of {first.folder.name}"
+    if name.startswith(("generator_lm_head.", "generator_predictions.")) and "generator_head." not in source.serves:
+        return "head of language modelling: the generator has other sizes"
+    return next((reason for pattern, reason in REASONS if re.search(pattern, name)), None)
