@@ -212,6 +212,67 @@ def evaluate(
 
 
 @app.command()
+def finetune(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, checkpoint, or Hugging Face ELECTRA folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the suite; finished seeds in it are kept.")],
+    tasks: Annotated[str, typer.Option(help="GLUE tasks (rte,cola; glue: all nine) and TASK.json files, by commas.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="small, base, large, tiny, or a JSON.")] = "small",
+    data: Annotated[Path | None, typer.Option(help="Folder with CoLA, RTE, ..., or one task's own.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds per task, from train.seed on.")] = 1,
+    engine: Engine = None,
+    sets: Sets = None,
+    spread: Annotated[bool, typer.Option("--spread", help="Spread seeds over the ranks, a world each.")] = False,
+    random_init: Annotated[bool, typer.Option("--random-init", help="The same from random weights.")] = False,
+) -> None:
+    """Fine-tune on GLUE or own tasks, several seeds each; alone or under any launcher."""
+    from electra_ds.config import load_config
+    from electra_ds.glue.config import FinetuneConfig
+    from electra_ds.glue.tasks import task_names
+    from electra_ds.ranks import alone, find_ranks
+
+    found = load_config(config, "glue", FinetuneConfig, sets or [], engine)
+    jobs = [(name, found.train.seed + i) for name in task_names(tasks) for i in range(seeds)]
+    ranks = find_ranks()
+    if spread:
+        jobs, ranks = jobs[ranks.rank :: ranks.world_size], alone(ranks)
+    from electra_ds.glue.finetune import finetune
+
+    finetune(found, model, jobs, data, out, ranks, random_init)
+    if ranks.rank == 0:
+        print(f"{out}/report.md" if spread else (out / "report.md").read_text(encoding="utf-8"), flush=True)
+    _leave(0)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="FINETUNED", help="DIR/TASK, or DIR/TASK/seed-N.")],
+    out: Annotated[Path, typer.Option(help="TSV to write: index, prediction, probabilities.")],
+    file: Annotated[Path | None, typer.Option("--input", help="A file with the columns of the task.")] = None,
+    split: Annotated[str | None, typer.Option(help="Or a split of the task's own data, such as valid.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the split lies, as for finetune.")] = None,
+) -> None:
+    """Write a fine-tuned model's predictions for any file; prints the scores where labels are there."""
+    from electra_ds.glue.predict import predict
+
+    scores = predict(model, out, file, split, data)
+    print(f"{out}: written" + "".join(f", {name} {value:.4f}" for name, value in scores.items()))
+
+
+@app.command()
+def submit(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a suite.")],
+    out: Annotated[Path | None, typer.Option(help="Zip to write (default: DIR/submission.zip).")] = None,
+) -> None:
+    """Write the GLUE submission of a suite."""
+    from electra_ds.glue.submit import write_submission
+
+    out = out or folder / "submission.zip"
+    for warning in write_submission(folder, out):
+        print(f"warning: {warning}")
+    print(f"{out}: written")
+
+
+@app.command()
 def detect(
     model: Model,
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="A text; without it, standard input.")] = None,

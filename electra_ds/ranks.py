@@ -70,6 +70,16 @@ def find_ranks(environ: MutableMapping[str, str] = os.environ, promised: int | N
     return ranks
 
 
+def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks:
+    """A world of its own for this rank, on its device: for work that is spread over ranks without talking."""
+    for name in [name for name in environ if name.startswith("TORCHELASTIC_")]:  # or torch meets in the agent's store
+        del environ[name]
+    environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    single = Ranks(0, 1, ranks.local_rank, ranks.local_size, ranks.launcher)
+    _export(environ, single)
+    return single
+
+
 def _read(environ: MutableMapping[str, str], launcher: str) -> Ranks:
     rank, size, local, local_sizes = LAUNCHERS[launcher]
     world_size, found = int(environ[size]), next((environ[name] for name in local_sizes if name in environ), "1")

@@ -184,3 +184,10 @@ def _filled(task: Task) -> Task:
         tags = ["entity_f1", "token_accuracy"] if bio else ["token_accuracy"]
         update["metrics"] = {"classification": ["accuracy"], "regression": ["pearson", "spearman"]}.get(task.kind, tags)
     return parse_config(task.model_dump() | update, f"task {task.name}", Task)
+
+
+def task_names(text: str) -> list[str]:
+    """What --tasks lists by commas: GLUE names in any spelling (`glue`: the nine), paths of descriptions as they are."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    nine = [name for name in GLUE if name != "ax"]
+    return list(dict.fromkeys(one for name in names for one in (nine if name.lower() == "glue" else [name])))

@@ -1,0 +1,137 @@
+"""How do examples become batches? Token ids, both orders, length buckets: a pure function of (examples, seed, epoch).
+
+Letters: B examples, S tokens of the longest one in a micro-batch.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from electra_ds import order
+from electra_ds.glue.examples import Example
+from electra_ds.glue.tasks import Task
+from electra_ds.tokenizer import Tokenizer
+
+BUCKET_BATCHES = 32  # batches sorted by length together: padding 1 to 3 % on GLUE, the order still random
+
+
+class Encoded(NamedTuple):
+    """One example as the encoder reads it. label: class number, value in [0, 1], or per token (-1: not scored)."""
+
+    ids: list[int]  # [CLS] a [SEP] or [CLS] a [SEP] b [SEP]
+    second: int  # where segment 1 begins
+    label: float | list[int]
+
+
+class TaskBatch(NamedTuple):
+    """One micro-batch, padded to its longest example."""
+
+    input_ids: Tensor  # [B, S] int64
+    segment_ids: Tensor  # [B, S] int64, 1 in the second text
+    real: Tensor  # [B, S] int64, 1 for tokens, 0 for padding (one piece a row)
+    position_ids: Tensor  # [B, S] int64
+    labels: Tensor  # [B] or, for token classification, [B, S]: float32 in regression, else int64
+    weights: Tensor  # like labels, float32: 1 where a label counts, else 0
+
+
+# --------------------------------------------------------------------------------------------------------- encoding
+
+
+def encode(examples: list[Example], task: Task, tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
+    """Token ids of examples, cut to max_length (of a pair, the longer text loses first, as in the authors' code)."""
+    if task.kind == "token_classification":
+        return [_encode_words(example, tokenizer, max_length) for example in examples]
+    special = tokenizer.special_ids
+    firsts = tokenizer.encode_batch([example.text_a for example in examples])
+    pairs = [example.text_b for example in examples]
+    seconds = tokenizer.encode_batch([text or "" for text in pairs])
+    found = []
+    for example, a, b in zip(examples, firsts, seconds, strict=True):
+        is_pair = example.text_b is not None
+        room = max_length - (3 if is_pair else 2)
+        keep_b = min(len(b), max(room - len(a), room // 2)) if is_pair else 0
+        a = a[: room - keep_b]
+        ids = [special.cls, *a, special.sep, *([*b[:keep_b], special.sep] if is_pair else [])]
+        found.append(Encoded(ids, len(a) + 2, _target(example.label, task)))
+    return found
+
+
+def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> Encoded:
+    """The first token of each word carries the word's label."""
+    special, room = tokenizer.special_ids, max_length - 2
+    words = tokenizer.encode_batch(example.text_a)
+    labels = example.label or [0] * len(words)
+    pairs = [(i, label if place == 0 else -1) for word, label in zip(words, labels, strict=True)
+             for place, i in enumerate(word or [special.unk])][:room]  # fmt: skip
+    ids = [special.cls, *(i for i, _ in pairs), special.sep]
+    return Encoded(ids, len(ids), [-1, *(label for _, label in pairs), -1])
+
+
+def _target(label: int | float | None, task: Task) -> float:
+    if label is None or task.label_range is None:
+        return label or 0
+    low, high = task.label_range
+    return (label - low) / (high - low)
+
+
+def swapped(examples: list[Example]) -> list[Example]:
+    """The same pairs in the other order (MRPC and STS-B train on both)."""
+    return [example._replace(text_a=example.text_b, text_b=example.text_a) for example in examples]
+
+
+# ---------------------------------------------------------------------------------------------------------- batching
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Shuffled batches of example numbers, each of alike lengths; every example once.
+
+    A shuffle, cut into buckets of BUCKET_BATCHES batches; each bucket sorted by length and cut into batches; the batches
+    shuffled. Keyed by (seed, epoch), never by what ran before.
+    """
+    shuffled = order.permutation(len(lengths), seed, epoch, 0, order.EXAMPLES)
+    size = BUCKET_BATCHES * batch_size
+    buckets = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+    ordered = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return [batches[i] for i in order.permutation(len(batches), seed, epoch, 1, order.EXAMPLES)]
+
+
+def micro_batches(
+    batch: np.ndarray, micro: int, slots: int, examples: list[Encoded], pad_id: int, as_float: bool
+) -> list[TaskBatch]:
+    """A global batch cut into `slots` micro-batches of up to `micro` examples; empty ones hold a row of weight 0."""
+    return [
+        collate([examples[i] for i in batch[start : start + micro]], pad_id, as_float)
+        for start in range(0, slots * micro, micro)
+    ]
+
+
+def collate(examples: list[Encoded], pad_id: int, as_float: bool) -> TaskBatch:
+    """Pad examples to the longest one. No examples: one row of two padding tokens and weight 0."""
+    rows, length = max(1, len(examples)), max((len(example.ids) for example in examples), default=2)
+    ids = np.full((rows, length), pad_id)
+    segments, real = np.zeros((2, rows, length), np.int64)
+    per_token = bool(examples) and isinstance(examples[0].label, list)
+    labels = np.zeros((rows, length) if per_token else rows, np.float32 if as_float else np.int64)
+    weights = np.zeros(labels.shape, np.float32)
+    for row, example in enumerate(examples):
+        size = len(example.ids)
+        ids[row, :size], real[row, :size], segments[row, example.second : size] = example.ids, 1, 1
+        if per_token:
+            found = np.array(example.label)
+            labels[row, :size], weights[row, :size] = np.maximum(found, 0), found >= 0
+        else:
+            labels[row], weights[row] = example.label, 1
+    arrays = (ids, segments, real, np.arange(length) * real, labels, weights)
+    return TaskBatch(*map(torch.from_numpy, arrays))
+
+
+def prediction_batches(examples: list[Encoded], batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """This rank's batches of example numbers by falling length; every rank gets equally many (some empty)."""
+    longest_first = np.argsort([-len(example.ids) for example in examples], kind="stable")
+    share = world_size * batch_size
+    for start in range(0, len(examples), share):
+        yield longest_first[start : start + share][rank * batch_size : (rank + 1) * batch_size]

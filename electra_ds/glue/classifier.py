@@ -1,0 +1,75 @@
+"""The fine-tuned model: a pretrained encoder with one linear head (ELECTRA, appendix B), and its loss.
+
+Letters: B examples, S tokens, H hidden, C outputs (classes, or 1 in regression).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from electra_ds.config import ModelConfig
+from electra_ds.glue.batches import TaskBatch
+from electra_ds.model import Embeddings, Encoder, initialise, load_true_state
+from electra_ds.ops.dropout import dropout
+from electra_ds.ops.linear import Linear
+
+
+class TaskLoss(NamedTuple):
+    """What one forward gives in training: the part of the global batch's mean loss, 0-d fp32."""
+
+    total: Tensor
+
+
+class Classifier(nn.Module):
+    """Dropout and one linear layer on [CLS], or on every token; parameters embeddings.*, discriminator.*, head.*."""
+
+    def __init__(self, model: ModelConfig, outputs: int, per_token: bool, regression: bool):
+        super().__init__()
+        self.dropout, self.per_token, self.regression = model.hidden_dropout, per_token, regression
+        self.embeddings = Embeddings(model, model.embedding_size, model.hidden_dropout)
+        self.discriminator = Encoder(model, model.embedding_size, model.layer_norm_eps)
+        self.head = Linear(model.hidden_size, outputs)
+
+    def start(self, model: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> "Classifier":
+        """Set every weight: the encoder from `state`, or drawn as in pretraining; the head always drawn (Xavier)."""
+        initialise(self, model, seed)
+        nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
+        if state is not None:
+            load_true_state(self, state, partial=True)
+        return self
+
+    def forward(self, batch: TaskBatch, count: float = 1.0, *, predict: bool = False) -> TaskLoss | Tensor:
+        """The loss summed over the labels and divided by count, or with predict the logits.
+
+        Logits: [B, C] (per token [B, S, C]) fp32. count: labels of the whole global batch. Cross-entropy, in
+        regression the squared error on labels in [0, 1].
+        """
+        embedded = self.embeddings(batch.input_ids, batch.segment_ids, batch.position_ids)
+        hidden = self.discriminator(embedded, batch.real)  # [B, S, H]
+        seen = hidden if self.per_token else hidden[:, 0]
+        logits = self.head(dropout(seen, self.dropout, self.training)).float()
+        if predict:
+            return logits
+        if self.regression:
+            losses = (logits.squeeze(-1) - batch.labels) ** 2
+        else:
+            losses = F.cross_entropy(logits.flatten(0, -2), batch.labels.flatten(), reduction="none")
+        return TaskLoss((losses * batch.weights.flatten()).sum() / count)
+
+
+def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:
+    """Factor of a parameter's rate: 1 in the head, decay in the top layer, ..., decay**(layers + 1) in the embeddings.
+
+    (The authors' code gives the top layer decay**2, their issue 51; this is what the paper says.)
+    """
+
+    def scale(name: str) -> float:
+        if name.startswith("head."):
+            return 1.0
+        part, kind, number = (name.split(".") + [""])[:3]
+        return decay ** (num_layers - int(number)) if kind == "layers" else decay ** (num_layers + 1)
+
+    return scale
