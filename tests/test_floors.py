@@ -14,7 +14,7 @@ FLOORS = {
     0: "errors files values config ops",
     1: "tokenizer shards order model optim ranks",
     2: "objective batches engine checkpoint metrics run_folder interop data_tools",
-    3: "pretrain evaluate detect check plot pretrained glue export",
+    3: "pretrain evaluate detect check plot pretrained glue export import_weights",
     4: "cli __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
