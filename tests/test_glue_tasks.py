@@ -171,7 +171,7 @@ GOOD = "sentence\tlabel\nx\ta\ny\tb\n"
 TAGS = {"kind": "token_classification", "text_a": "words", "label": "tags"}
 TWO = {"labels": ["O", "X"]}
 MISTAKES = {  # name: files, values of the description, what the message holds
-    "missing file": ({"a.tsv": GOOD}, {"splits": {"train": "a.tsv", "valid": "b.tsv"}}, ["b.tsv: not found"]),
+    "missing file": ({"a.tsv": GOOD}, {"splits": {"train": "a.tsv", "valid": "b.tsv"}}, ["b.tsv: No such file"]),
     "missing column": ({"a.tsv": GOOD}, {"text_a": "sentense"}, ["a.tsv:2", "'sentense'; did you mean 'sentence'?"]),
     "unknown label": ({"a.tsv": GOOD, "b.tsv": GOOD + "z\tc\n"}, {}, ["b.tsv:4", "unknown label 'c'", "a, b"]),
     "no number": ({"a.tsv": "sentence\tlabel\nx\t1\ny\tnan\n"}, {"kind": "regression"}, ["a.tsv:3", "'nan'", "number"]),
@@ -184,8 +184,8 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "header alone": ({"a.tsv": GOOD, "b.tsv": "sentence\tlabel\n"}, {}, ["b.tsv: holds no example"]),
     "no label in train": ({"a.jsonl": '{"sentence": "x"}\n'}, {}, ["a.jsonl:1", "no column 'label'", "sentence"]),
     "one label": ({"a.tsv": "sentence\tlabel\nx\ta\n"}, {}, ["the one label"]),
-    "bad JSON": ({"a.jsonl": '{"sentence": "x", "label": "a"}\n{"sen\n'}, {}, ["a.jsonl:2: not JSON"]),
-    "no object": ({"a.jsonl": "[1]\n"}, {}, ["a.jsonl:1: found list"]),
+    "bad JSON": ({"a.jsonl": '{"sentence": "x", "label": "a"}\n{"sen\n'}, {}, ["a.jsonl:2: found", "one JSON object per line"]),
+    "no object": ({"a.jsonl": "[1]\n"}, {}, ["a.jsonl:1: found"]),
     "format": ({"a.txt": GOOD}, {}, ["a.txt", "format: tsv, csv, jsonl, conll"]),
     "tags": ({"a.jsonl": '{"words": ["x"], "tags": ["O", "O"]}\n'}, TAGS | TWO, ["1 words and 2 tags"]),
     "words": ({"a.jsonl": '{"words": "x", "tags": ["O"]}\n'}, TAGS | TWO, ["a list of words"]),
@@ -212,7 +212,7 @@ def test_unknown_tasks_and_folders_are_named(tmp_path):
     for name, data, part in (("rtee", tmp_path, "did you mean 'rte'?"), ("rte", tmp_path / "x", "expected GLUE_DIR")):
         with pytest.raises(UserError, match=part.replace("?", r"\?")):
             load_task(name, data)
-    with pytest.raises(UserError, match=r"train\.tsv: not found"):
+    with pytest.raises(UserError, match=r"train\.tsv: No such file"):
         read_examples(load_task("rte", tmp_path), "train")
 
 

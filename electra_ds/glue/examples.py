@@ -31,6 +31,7 @@ class Example(NamedTuple):
 
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its values by column
+Lines = Iterator[tuple[int, list[str]]]  # numbers from 1, and cells
 
 
 def read_examples(task: Task, split: str) -> list[Example]:
@@ -41,26 +42,24 @@ def read_examples(task: Task, split: str) -> list[Example]:
     """
     if split not in task.splits:
         raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
-    examples, number_of = [], {label: number for number, label in enumerate(task.labels or ())}
+    examples, numbers = [], {label: number for number, label in enumerate(task.labels or ())}
+    read = _list if task.kind == "token_classification" else _text
     for number, (where, row) in enumerate(_rows(task, split)):
         index = str(number) if task.index is None else _text(_value(task.index, row, where), where)
-        text = _value(task.text_a, row, where)
-        text_a = _list(text, where) if task.kind == "token_classification" else _text(text, where)
+        text_a = read(_value(task.text_a, row, where), where)
         text_b = None if task.text_b is None else _text(_value(task.text_b, row, where), where)
         label = _label(task, split, row, where)
-        if task.kind == "token_classification" and label is not None and len(label) != len(text_a):
-            raise UserError(f"{where}: {len(text_a)} words and {len(label)} tags; expected one tag per word")
-        if task.kind == "regression" or label is None:
-            examples.append(Example(index, text_a, text_b, label))
-            continue
-        words = label if isinstance(label, list) else [label]
-        if unknown := [word for word in words if word not in number_of]:
-            raise UserError(
-                f"{where}: unknown label {unknown[0]!r}{nearest(unknown[0], list(number_of))}; expected one of "
-                f"{', '.join(number_of)}; correct the row, or the labels of the task"
-            )
-        numbers = [number_of[word] for word in words]
-        examples.append(Example(index, text_a, text_b, numbers if isinstance(label, list) else numbers[0]))
+        if label is not None and task.kind != "regression":
+            words = label if isinstance(label, list) else [label]
+            if unknown := [word for word in words if word not in numbers]:
+                raise UserError(
+                    f"{where}: unknown label {unknown[0]!r}{nearest(unknown[0], list(numbers))}; expected one of "
+                    f"{', '.join(numbers)}; correct the row, or the labels of the task"
+                )
+            if isinstance(label, list) and len(label) != len(text_a):
+                raise UserError(f"{where}: {len(text_a)} words and {len(label)} tags; expected one tag per word")
+            label = [numbers[word] for word in words] if isinstance(label, list) else numbers[label]
+        examples.append(Example(index, text_a, text_b, label))
     return examples
 
 
@@ -76,23 +75,19 @@ def seen_labels(task: Task) -> list[Any]:
     return sorted({word for label in found for word in (label if isinstance(label, list) else [label])})
 
 
-def _label(task: Task, split: str, row: dict[str, Any], where: str) -> Any:
+def _label(task: Task, split: str, row: dict[str, Any], where: str) -> str | float | list[str] | None:
     """The label as it is written: text, number or list of tags; None only outside train and valid."""
-    needed = split.startswith(("train", "valid"))
-    if task.label is None or (not needed and (task.label not in row or row[task.label] is None)):
+    if task.label is None or (not split.startswith(("train", "valid")) and row.get(task.label) is None):
         return None
     value = _value(task.label, row, where)
-    if task.kind == "token_classification":
-        return _list(value, where)
-    text = _text(value, where)
-    if task.kind == "classification":
-        return text
+    if task.kind != "regression":
+        return _list(value, where) if task.kind == "token_classification" else _text(value, where)
     try:
-        number = float(text)
-    except ValueError:
+        number = float(value)
+    except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where}: {task.label} is {text!r}; expected a number; correct or remove the row")
+        raise UserError(f"{where}: {task.label} is {value!r}; expected a number; correct or remove the row")
     return number
 
 
@@ -125,36 +120,35 @@ def _rows(task: Task, split: str) -> Iterator[Row]:
     if task.dataset is not None:
         yield from _dataset(task, split)
         return
-    path = task.path(split)
-    form = task.format or path.suffix.lstrip(".").replace("json", "jsonl").replace("jsonll", "jsonl")
-    readers = {"tsv": _tsv, "csv": _csv, "jsonl": _jsonl, "conll": _conll}
-    if form not in readers:
-        raise UserError(f"{path}: the name does not tell the format; give the task a format: {', '.join(readers)}")
-    rows = readers[form](path, _read(path), task, split)
-    first = next(rows, None)
-    if first is None:
+    path, text, count = task.path(split), _read(task.path(split)), 0
+    form = task.format or path.suffix.lstrip(".")
+    if form == "tsv" or form == "csv":
+        rows = _table(path, _tsv(text) if form == "tsv" else _csv(path, text), task, split)
+    elif form in ("jsonl", "json", "conll"):
+        rows = _conll(path, text) if form == "conll" else _jsonl(path, text)
+    else:
+        raise UserError(f"{path}: the name does not tell the format; give the task a format: tsv, csv, jsonl, conll")
+    for count, row in enumerate(rows, 1):  # noqa: B007
+        yield row
+    if not count:
         raise UserError(f"{path}: holds no example; expected at least one line beside a header; is the file complete?")
-    yield first
-    yield from rows
 
 
 def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a file of examples; check --data and `splits`") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8; try: iconv -f latin1 -t utf-8"
         ) from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: not found; expected a file of examples; check --data and the task's splits") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; expected a file of examples") from None
 
 
-def _table(path: Path, lines: Iterator[tuple[int, list[str]]], task: Task, split: str) -> Iterator[Row]:
-    """Rows of (line, cells): the first line names the columns where the task does not."""
+def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
+    """Rows by column: the first line names the columns where the task does not."""
     columns, broken = task.columns.get(split), 0
     for line, cells in lines:
         if columns is None:
@@ -174,42 +168,39 @@ def _table(path: Path, lines: Iterator[tuple[int, list[str]]], task: Task, split
         warnings.warn(f"{path}: {broken} rows with too few columns left out", stacklevel=2)
 
 
-def _tsv(path: Path, text: str, task: Task, split: str) -> Iterator[Row]:
+def _tsv(text: str) -> Lines:
     """Quotes are literal, and only a line feed ends a line: texts hold other separators of Unicode."""
-    lines = text.removesuffix("\n").split("\n") if text else []
-    return _table(path, ((n, line.rstrip("\r").split("\t")) for n, line in enumerate(lines, 1)), task, split)
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+        yield number, line.rstrip("\r").split("\t")
 
 
-def _csv(path: Path, text: str, task: Task, split: str) -> Iterator[Row]:
-    def lines() -> Iterator[tuple[int, list[str]]]:
-        reader, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
-        try:
-            for cells in reader:
-                if cells:
-                    yield line, cells
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(
-                f"{path}:{line}: odd quote in the row that begins here ({error}); expected each quote inside a quoted "
-                "text written twice; mend it, or use TSV, where quotes are literal"
-            ) from None
-
-    return _table(path, lines(), task, split)
+def _csv(path: Path, text: str) -> Lines:
+    reader, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{line}: odd quote in the row that begins here ({error}); expected each quote inside a quoted text "
+            "written twice; mend it, or use TSV, where quotes are literal"
+        ) from None
 
 
-def _jsonl(path: Path, text: str, task: Task, split: str) -> Iterator[Row]:
+def _jsonl(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error}); expected one object per line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: found {type(row).__name__}; expected one JSON object per line")
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError:
+            row = line
+        if isinstance(row, dict):
             yield f"{path}:{number}", row
+        elif row is not None:
+            raise UserError(f"{path}:{number}: found {line[:60]!r}; expected one JSON object per line")
 
 
-def _conll(path: Path, text: str, task: Task, split: str) -> Iterator[Row]:
+def _conll(path: Path, text: str) -> Iterator[Row]:
     """One word per line: first column `words`, last column `tags`; a blank line ends a sentence."""
     sentence: list[list[str]] = []
     for number, line in enumerate([*text.split("\n"), ""], 1):
@@ -231,12 +222,10 @@ def _dataset(task: Task, split: str) -> Iterator[Row]:
         import datasets
     except ImportError:
         raise UserError(f"task {task.name} reads a dataset: pip install 'electra_ds[hf]', or give files") from None
-    local = Path(task.folder, task.dataset)
-    source = f"dataset {task.dataset}, split {task.splits[split]}"
+    local, part = Path(task.folder, task.dataset), task.splits[split]
+    source = f"dataset {task.dataset}, split {part}"
     try:
-        table = datasets.load_dataset(
-            str(local) if local.exists() else task.dataset, task.dataset_config, split=task.splits[split]
-        )
+        table = datasets.load_dataset(str(local) if local.exists() else task.dataset, task.dataset_config, split=part)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
     kind = table.features.get(task.label)
