@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from electra_ds.batches import max_chosen
 from electra_ds.config import RunConfig, Section, load_engine
-from electra_ds.objective import parameter_count
+from electra_ds.objective import VOCAB_SIZE, parameter_count
 from electra_ds.shards import Manifest
 
 PRECISIONS = ("fp32", "half (bf16, fp16)")
@@ -33,14 +33,11 @@ def check(config: RunConfig, world_size: int, manifest: Manifest | None = None) 
     if manifest is not None:
         special, info = manifest.tokenizer.special_ids, manifest.tokenizer
         config = config.with_data(info.vocab_size, special, manifest.sequence_length)
-    model = config.model
-    if model.vocab_size is None:
-        model = model.model_copy(update={"vocab_size": 30522})
     rows = manifest.splits["train"].rows if manifest is not None else None
-    parameters = parameter_count(model, config.generator, config.objective)
+    parameters = parameter_count(config)
     return Report(
         list(_fields(config)),
-        list(_derived(config, world_size, rows, model.vocab_size, parameters)),
+        list(_derived(config, world_size, rows, config.model.vocab_size or VOCAB_SIZE, parameters)),
         model_state_bytes(parameters.joint, world_size),
     )
 

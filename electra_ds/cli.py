@@ -22,6 +22,7 @@ Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -b
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
 Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob or builtin:docs; may be repeated.")]
 Format = Annotated[str, typer.Option(help="auto, text, text_file (each file a document), wiki, jsonl.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the checkpoint's model.factory run its code.")]
 TextField = Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")]
 
 
@@ -195,6 +196,7 @@ def evaluate(
     model: Model,
     data: Data,
     max_rows: Annotated[int | None, typer.Option(help="Held-out rows to read (default: all).")] = None,
+    trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Held-out losses, accuracies, AUC, precision and recall of a checkpoint."""
@@ -202,7 +204,7 @@ def evaluate(
 
     from electra_ds.evaluate import evaluate_checkpoint, find_checkpoint
 
-    values = evaluate_checkpoint(model, data, max_rows)
+    values = evaluate_checkpoint(model, data, max_rows, trust_code=trust_code)
     if as_json:
         print(json.dumps(values, indent=2))
         return
@@ -267,8 +269,8 @@ def submit(
     from electra_ds.glue.submit import write_submission
 
     out = out or folder / "submission.zip"
-    for warning in write_submission(folder, out):
-        print(f"warning: {warning}")
+    for note in write_submission(folder, out):
+        print(note)
     print(f"{out}: written")
 
 
@@ -282,6 +284,7 @@ def detect(
     original: Annotated[str | None, typer.Option(help="The text before the change, shown beside it.")] = None,
     threshold: Annotated[float, typer.Option(help="Mark tokens from this probability on.")] = 0.5,
     tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer (default: the run folder's).")] = None,
+    trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Probability of being replaced, for each token of a text."""
@@ -296,7 +299,7 @@ def detect(
             text = (file.read_bytes() if file is not None else sys.stdin.buffer.read()).decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{file or 'standard input'}: not UTF-8 at byte {error.start}; convert it first") from None
-    detector = Detector.load(model, tokenizer)
+    detector = Detector.load(model, tokenizer, trust_code)
     found = detector(text)
     if as_json:
         print(json.dumps([score._asdict() for score in found], indent=1, ensure_ascii=False))

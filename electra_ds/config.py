@@ -84,6 +84,16 @@ class ModelConfig(EncoderConfig):
     vocab_size: int | None = science(None, "word table rows; filled from the data", ge=6)
 
 
+class FactoryConfig(Section):
+    """Encoders of the user's own instead of the built-in ones."""
+
+    factory: str = science(..., "package.module:build; build(config) -> (generator, discriminator), any torch modules")
+    options: dict[str, Any] = science({}, "for build, which finds it in config.model.options")
+    discr_dim: int = science(-1, "width of the discriminator's hidden layer to put a head on; -1: it returns logits")
+    discr_layer: str | int = science(-1, "that layer, by name or by index among the discriminator's children")
+    vocab_size: int | None = science(None, "filled from the data", ge=6)
+
+
 class ObjectiveConfig(Section):
     """Replaced token detection (ELECTRA, section 2) and the objectives it is compared with (section 3.4)."""
 
@@ -247,6 +257,22 @@ class RunConfig(Section):
         )
 
 
+class FactoryRun(RunConfig):
+    """A run with encoders of the user's own."""
+
+    model: FactoryConfig
+    generator: None = science(None, "the factory makes it")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "FactoryRun":
+        if not self.objective.detects:
+            raise ValueError(
+                f"objective.kind {self.objective.kind} needs the built-in model; a factory's discriminator tells "
+                "replaced tokens: electra or electra_15"
+            )
+        return self
+
+
 def accumulation(train: Any, world_size: int) -> int:
     """Micro-batches per step and rank of a section with global_batch_size and micro_batch_size.
 
@@ -325,7 +351,9 @@ def parse_run(values: dict, where: str) -> RunConfig:
 
 
 def parse_config(values: dict, where: str, root: type[Config]) -> Config:
-    """Check a config object; `where` is named in the error."""
+    """Check a config object; `where` is named in the error. A run whose model has a factory becomes a FactoryRun."""
+    model = values.get("model")
+    root = FactoryRun if root is RunConfig and isinstance(model, dict) and "factory" in model else root
     try:
         return root.model_validate(values)
     except ValidationError as error:
@@ -450,7 +478,7 @@ def differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
     def compare(a: BaseModel, b: BaseModel, prefix: str) -> None:
         for name, info in type(a).model_fields.items():
             x, y = getattr(a, name), getattr(b, name)
-            if isinstance(x, Section) and isinstance(y, Section):
+            if isinstance(x, Section) and type(x) is type(y):
                 compare(x, y, f"{prefix}{name}.")
             elif x != y and name != "provenance":
                 found[(info.json_schema_extra or {}).get("scope", "science")].append(f"{prefix}{name}: {x} -> {y}")

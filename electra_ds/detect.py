@@ -11,7 +11,7 @@ import torch
 
 from electra_ds.errors import UserError
 from electra_ds.evaluate import find_checkpoint, load_module
-from electra_ds.objective import ElectraObjective
+from electra_ds.objective import Objective
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.values import Batch
 
@@ -30,17 +30,17 @@ class TokenScore(NamedTuple):
 class Detector:
     """A discriminator with its tokenizer and length, loaded once for many texts."""
 
-    def __init__(self, module: ElectraObjective, tokenizer: Tokenizer, sequence_length: int):
+    def __init__(self, module: Objective, tokenizer: Tokenizer, sequence_length: int):
         self.module, self.tokenizer, self.sequence_length = module, tokenizer, sequence_length
 
     @classmethod
-    def load(cls, path: Path, tokenizer: Path | None = None) -> "Detector":
+    def load(cls, path: Path, tokenizer: Path | None = None, trust_code: bool = False) -> "Detector":
         """From a run folder, a checkpoint folder, or any below a run folder; its tokenizer lies in OUT/tokenizer.
 
         Raises UserError when there is no checkpoint or no tokenizer, or when they do not belong together.
         """
         found = find_checkpoint(path)
-        module, config = load_module(found)
+        module, config = load_module(found, trust_code=trust_code)
         if not config.objective.detects:
             raise UserError(
                 f"{found}: objective.kind = {config.objective.kind} predicts tokens and cannot tell replaced ones; "

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from electra_ds import checkpoint
 from electra_ds.batches import evaluation_batches, fixed_corruption
-from electra_ds.config import RunConfig, SpecialIds, parse_run
+from electra_ds.config import FactoryConfig, RunConfig, SpecialIds, parse_run
 from electra_ds.errors import UserError
+from electra_ds.figures import BINS, auc, histogram, own_figures, rates
 from electra_ds.model import load_true_state
-from electra_ds.objective import BINS, ElectraObjective, auc, histogram, own_figures, rates
+from electra_ds.objective import Objective, build_objective
 from electra_ds.shards import ShardReader, read_unigrams
 from electra_ds.values import Batch, Counts
 
@@ -87,19 +88,31 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path}: no checkpoint here; expected a run folder (OUT), OUT/ckpt or OUT/ckpt/STEP")
 
 
-def load_module(path: Path, device: torch.device | str = "cpu") -> tuple[ElectraObjective, RunConfig]:
-    """The objective of a checkpoint in fp32 and eval mode, with the config that made it."""
+def load_module(
+    path: Path, device: torch.device | str = "cpu", trust_code: bool = False
+) -> tuple[Objective, RunConfig]:
+    """The objective of a checkpoint in fp32 and eval mode, with the config that made it.
+
+    trust_code: a checkpoint that names a model.factory may run that code; otherwise it is refused (UserError).
+    """
     meta = checkpoint.read_meta(path)
     config = parse_run(meta.config, f"{path}/meta.json")
-    module = ElectraObjective(config.model, config.generator, config.objective, config.data.special_ids, seed=0)
+    if isinstance(config.model, FactoryConfig) and not trust_code:
+        raise UserError(
+            f"{path}: its model is made by model.factory = {config.model.factory!r}; reading a checkpoint runs no code "
+            "unless told to: give --trust-code if you know that module"
+        )
+    module = build_objective(config, seed=0)
     load_true_state(module, checkpoint.weights(path))
     return module.to(device).eval(), config
 
 
-def evaluate_checkpoint(path: Path, data: Path, max_rows: int | None, batch_rows: int = 64) -> dict[str, float]:
+def evaluate_checkpoint(
+    path: Path, data: Path, max_rows: int | None, batch_rows: int = 64, trust_code: bool = False
+) -> dict[str, float]:
     """The verb: figures of one checkpoint on the held-out split of `data`, in fp32, on CUDA where it is at hand."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module, config = load_module(find_checkpoint(path), device)
+    module, config = load_module(find_checkpoint(path), device, trust_code)
     reader = ShardReader(data, "valid")
     manifest = reader.manifest
     config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from electra_ds.config import GeneratorConfig, ModelConfig, ObjectiveConfig, SpecialIds
+from electra_ds.adapters import Discriminator, call_generator, load_factory, takes, tied
+from electra_ds.config import FactoryConfig, GeneratorConfig, ModelConfig, ObjectiveConfig, RunConfig, SpecialIds
 from electra_ds.errors import UserError
+from electra_ds.figures import count
 from electra_ds.model import DiscriminatorHead, Embeddings, Encoder, GeneratorHead, Layer, initialise, padded_rows
 from electra_ds.ops.linear import Linear
-from electra_ds.ops.vocab_head import HeadResult
-from electra_ds.values import Batch, Counts, Losses
+from electra_ds.ops.vocab_head import HeadResult, logits_head
+from electra_ds.values import Batch, Losses
 
-BINS, LIMIT = 2000, 20.0  # the histogram of discriminator logits behind the AUC: bins over [-LIMIT, LIMIT]
+VOCAB_SIZE = 30522  # bert-base-uncased's
 
 
 class Objective(nn.Module):
@@ -62,6 +64,18 @@ class Objective(nn.Module):
         total = gen_weight * mlm_loss + disc_weight * disc_loss
         counts = count(batch, drawn, logits.detach(), is_replaced, places) if with_counts else None
         return Losses(total, mlm_loss.detach(), disc_loss.detach(), counts)
+
+    def recompute_layers(self, on: bool = True) -> None:
+        """Activation checkpointing of every layer of both encoders."""
+        for part in self.modules():
+            if isinstance(part, Encoder):
+                part.recompute_layers = on
+
+    def compile_layers(self) -> None:
+        """torch.compile every layer in place, before DeepSpeed wraps the module; parameter names stay."""
+        for part in self.modules():
+            if isinstance(part, Layer):
+                part.compile(dynamic=False)
 
     def _draw(self, batch: Batch, with_best: bool) -> HeadResult:
         options = self.objective
@@ -158,17 +172,55 @@ class ElectraObjective(Objective):
             "disallow": self.objective.disallow_correct,
         }
 
-    def recompute_layers(self, on: bool = True) -> None:
-        """Activation checkpointing of every layer of both encoders."""
-        for part in self.modules():
-            if isinstance(part, Encoder):
-                part.recompute_layers = on
 
-    def compile_layers(self) -> None:
-        """torch.compile every layer in place, before DeepSpeed wraps the module; parameter names stay."""
-        for part in self.modules():
-            if isinstance(part, Layer):
-                part.compile(dynamic=False)
+class FactoryObjective(Objective):
+    """Encoders of the user's own (model.factory); kinds electra and electra_15.
+
+    generator(ids [B, S]) -> logits [B, S, V], or hidden states [B, S, H] which its `predict` turns into logits at the
+    chosen places [B, K, H] -> [B, K, V]; None with objective.generator = "uniform". discriminator: see
+    `adapters.Discriminator`. A forward that names attention_mask, token_type_ids, position_ids or piece_ids gets them;
+    rows hold several pieces unless packed otherwise, and only piece_ids keeps these apart.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module | None,
+        discriminator: nn.Module,
+        model: FactoryConfig,
+        objective: ObjectiveConfig,
+        special_ids: SpecialIds,
+    ):
+        super().__init__(objective, special_ids, model.vocab_size)
+        self.discriminator = Discriminator(discriminator, model.discr_dim, model.discr_layer)
+        if objective.has_generator:
+            self.generator, self.ties = generator, tied(generator, discriminator)
+
+    def generate(self, masked_ids: Tensor, batch: Batch, with_best: bool = False) -> HeadResult:
+        options = self.objective
+        found = call_generator(self.generator, masked_ids, self.ties, _inputs(self.generator, batch))
+        logits = gather_places(found, batch.chosen)
+        logits = self.generator.predict(logits) if hasattr(self.generator, "predict") else logits  # [B, K, V]
+        if logits.shape[-1] != self.vocab_size:
+            raise UserError(
+                f"the generator has {logits.shape[-1]} tokens, the data {self.vocab_size} (model.vocab_size)"
+            )
+        targets = batch.input_ids.gather(1, batch.chosen)
+        draw = batch.uniforms, options.temperature, with_best, options.disallow_correct
+        return logits_head(logits, targets, batch.chosen_weights, *draw)
+
+    def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
+        return self.discriminator(input_ids, **_inputs(self.discriminator.module, batch))
+
+
+def _inputs(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What a module of the user's own is told of a batch: whatever its forward names."""
+    known = {
+        "attention_mask": (batch.piece_ids > 0).long(),
+        "token_type_ids": batch.segment_ids,
+        "position_ids": batch.position_ids,
+        "piece_ids": batch.piece_ids,
+    }
+    return {name: value for name, value in known.items() if takes(module, name, by_name=True)}
 
 
 def mask_input(batch: Batch, mask_id: int) -> Tensor:
@@ -215,74 +267,17 @@ def discriminator_nll(logits: Tensor, is_replaced: Tensor, places: Tensor) -> Te
     return F.binary_cross_entropy_with_logits(logits.float(), is_replaced.float(), weight=weight, reduction="sum")
 
 
-@torch.no_grad()
-def count(batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, places: Tensor) -> Counts:
-    """The sums behind the metrics, on the device (float64: exact up to 2**53); tokens are those at `places` [B, S]."""
-    weights, real = batch.chosen_weights.double(), (places > 0).double()
-    targets = batch.input_ids.gather(1, batch.chosen)
-    label, guess = is_replaced.double() * real, (logits > 0).double() * real
-    return Counts(
-        chosen=weights.sum(),
-        tokens=real.sum(),
-        mlm_correct=(weights * (drawn.best == targets)).sum(),
-        sampled_correct=(weights * (drawn.sampled == targets)).sum(),
-        replaced=label.sum(),
-        true_positive=(label * guess).sum(),
-        false_positive=((1 - label) * guess).sum(),
-        false_negative=(label * (1 - guess)).sum(),
-        histogram=histogram(logits, is_replaced, real),
-    )
+def build_objective(config: RunConfig, seed: int | None = None) -> Objective:
+    """The module of a resolved config (vocab_size and special_ids known), its weights drawn from the seed.
 
-
-def histogram(logits: Tensor, is_replaced: Tensor, real: Tensor) -> Tensor:
-    """Discriminator logits of the real tokens binned by label, [2, BINS] float64: original, replaced."""
-    clipped = logits.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT)  # a broken run is reported by its losses
-    place = ((clipped + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(max=BINS - 1)
-    filled = torch.zeros(2 * BINS, dtype=torch.float64, device=logits.device)
-    return filled.scatter_add_(0, (place + BINS * is_replaced).flatten(), real.double().flatten()).view(2, BINS)
-
-
-def auc(filled: Tensor) -> float:
-    """Area under the ROC curve of a histogram [2, BINS]; pairs in one bin count half. nan without both labels."""
-    original, replaced = filled.double().cpu()
-    below = original.cumsum(0) - original / 2
-    pairs = original.sum() * replaced.sum()
-    return float((replaced * below).sum() / pairs) if pairs else float("nan")
-
-
-def rates(sums: Counts) -> dict[str, float]:
-    """Readable metrics of summed counts; nan where a class is empty. Positive means replaced."""
-    chosen, tokens, mlm_correct, sampled_correct, replaced, tp, fp, fn = (float(value) for value in sums[:8])
-
-    def share(part: float, whole: float) -> float:
-        return part / whole if whole else float("nan")
-
-    original = tokens - replaced
-    return {
-        "mlm_accuracy": share(mlm_correct, chosen),
-        "sampled_accuracy": share(sampled_correct, chosen),
-        "replaced_fraction": share(replaced, tokens),
-        "disc_auc": auc(sums.histogram),
-        "disc_precision": share(tp, tp + fp),
-        "disc_recall": share(tp, tp + fn),
-        "disc_accuracy": share(tokens - fp - fn, tokens),
-        "disc_accuracy_original": share(original - fp, original),
-    }
-
-
-def own_figures(values: dict[str, float], options: ObjectiveConfig) -> dict[str, float]:
-    """values without the figures that do not exist for this kind of objective."""
-
-    def exists(key: str) -> bool:
-        if key.startswith("mlm_"):
-            return options.has_generator or options.kind == "mlm"
-        if key in ("disc_loss", "replaced_fraction"):
-            return options.kind != "mlm"
-        if key == "sampled_accuracy":
-            return options.has_generator
-        return options.detects or not key.startswith(("disc_", "fixed_", "base_rate_"))
-
-    return {key: value for key, value in values.items() if exists(key)}
+    With model.factory this runs the code it names: trust the config first.
+    """
+    model, options, special_ids = config.model, config.objective, config.data.special_ids
+    if not isinstance(model, FactoryConfig):
+        return ElectraObjective(model, config.generator, options, special_ids, seed)
+    if seed is not None:
+        torch.manual_seed(seed)
+    return FactoryObjective(*load_factory(model.factory)(config), model, options, special_ids)
 
 
 class ParameterCount(NamedTuple):
@@ -292,13 +287,15 @@ class ParameterCount(NamedTuple):
     joint: int
 
 
-def parameter_count(
-    model: ModelConfig, generator: GeneratorConfig, objective: ObjectiveConfig = ObjectiveConfig()
-) -> ParameterCount:
-    """Parameters of the main encoder with its head and of everything trained jointly; no tensor is made."""
-    ids = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
-    with torch.device("meta"):
-        parts = ElectraObjective(model, generator, objective, ids)
+def parameter_count(config: RunConfig) -> ParameterCount:
+    """Parameters of the main encoder with its head, and of everything trained; of a built-in model no tensor is made.
+
+    VOCAB_SIZE is assumed where the data has not said it yet.
+    """
+    special_ids = config.data.special_ids or SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+    config = config.with_data(config.model.vocab_size or VOCAB_SIZE, special_ids, config.data.sequence_length)
+    with torch.device("cpu" if isinstance(config.model, FactoryConfig) else "meta"):
+        parts = build_objective(config)
     rows = padded_rows(parts)
     sizes = {n: p.numel() // len(p) * rows.get(n, len(p)) for n, p in parts.named_parameters()}
     own = sum(size for name, size in sizes.items() if not name.startswith("generator"))

@@ -19,9 +19,10 @@ from electra_ds.config import RunConfig, differences, load_engine, parse_run
 from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, precision_name, start
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
+from electra_ds.figures import BINS, own_figures, rates
 from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
-from electra_ds.objective import BINS, ElectraObjective, own_figures, rates
+from electra_ds.objective import Objective, build_objective
 from electra_ds.optim import learning_rate
 from electra_ds.ranks import Ranks
 from electra_ds.shards import ShardReader, read_unigrams
@@ -86,11 +87,9 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
     return run_folder.DONE if done else run_folder.stop_exit_code()
 
 
-def _objective(config: RunConfig) -> ElectraObjective:
+def _objective(config: RunConfig) -> Objective:
     # Built whole on every rank from the same seed: zero.Init would silently skip our initialisation.
-    objective = ElectraObjective(
-        config.model, config.generator, config.objective, config.data.special_ids, seed=config.train.seed
-    )
+    objective = build_objective(config, config.train.seed)
     objective.recompute_layers(config.train.activation_checkpointing)
     if config.train.compile:
         objective.compile_layers()

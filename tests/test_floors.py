@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The table of the architecture; a package counts as one module.
 FLOORS = {
     0: "errors files values config ops",
-    1: "tokenizer shards order model optim ranks",
+    1: "tokenizer shards order model optim ranks adapters figures",
     2: "objective batches engine checkpoint metrics run_folder interop data_tools",
-    3: "pretrain evaluate detect check plot pretrained glue export import_weights",
+    3: "pretrain evaluate detect check plot pretrained wrapper glue export import_weights",
     4: "cli __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}

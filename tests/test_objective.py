@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 from electra_ds.config import GeneratorConfig, ModelConfig, ObjectiveConfig, SpecialIds
-from electra_ds.objective import BINS, ElectraObjective, auc, histogram, mask_input, put
+from electra_ds.figures import BINS, auc, histogram
+from electra_ds.objective import ElectraObjective, mask_input, put
 from electra_ds.values import Batch
 
 IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)

@@ -1,0 +1,134 @@
+"""How is an encoder of the user's own called? Its arguments, its hidden layer, its output; the factory that makes it.
+
+Letters: B rows, S sequence, H hidden, V vocabulary.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from electra_ds.errors import UserError
+
+
+def takes(module: nn.Module, name: str, by_name: bool = False) -> bool:
+    """Whether the module's forward takes this keyword argument beside the ids; by_name: a **kwargs does not count."""
+    _ids, *others = inspect.signature(module.forward).parameters.values()
+    if name in (p.name for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)):
+        return True
+    return not by_name and any(p.kind is p.VAR_KEYWORD for p in others)
+
+
+def call_generator(generator: nn.Module, ids: Tensor, ties: str, given: dict[str, Any]) -> Tensor:
+    """generator(ids [B, S], ...) -> [B, S, V], or [B, S, H] where it has a `predict`. ties: what `tied` said of it."""
+    try:
+        found = generator(ids, **given)
+    except RuntimeError as error:
+        if not ties or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"the generator fails with what it shares with the discriminator, {ties}: {error}. Tie embeddings of equal "
+            "width, or put a projection behind them"
+        ) from error
+    if not isinstance(found, Tensor) or found.shape[:2] != ids.shape or found.ndim != 3:
+        raise UserError(f"the generator must return logits {[*ids.shape, 'V']}, but returned {_shape(found)}")
+    return found
+
+
+def tied(generator: nn.Module, discriminator: nn.Module) -> str:
+    """The parameters that both own, with their shapes, for people."""
+    own = {id(p) for p in discriminator.parameters()}
+    return ", ".join(f"{name} {list(p.shape)}" for name, p in generator.named_parameters() if id(p) in own)
+
+
+class Discriminator(nn.Module):
+    """Any module that takes ids [B, S], as one that gives logits [B, S] fp32.
+
+    dim > 0: the output of the layer `layer` (name, or index among its children) is [B, S, dim], and a linear head of
+    our own, in our state_dict, makes the logits. Else the module returns logits [B, S] or [B, S, 1] itself; the last
+    Sigmoid of an nn.Sequential is left out, since the loss takes logits.
+    """
+
+    def __init__(self, module: nn.Module, dim: int = -1, layer: str | int = -1):
+        super().__init__()
+        self.module, self.layer = module, layer
+        self.head = nn.Linear(dim, 1) if dim > 0 else None
+        self.drops_sigmoid = dim <= 0 and isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Sigmoid)
+        if self.head is not None:
+            self._watched()
+        if self.drops_sigmoid:
+            warnings.warn(
+                "the discriminator's last Sigmoid is left out in training: the loss takes logits", stacklevel=3
+            )
+
+    def forward(self, ids: Tensor, **given: Any) -> Tensor:
+        if self.head is not None:
+            logits = self.head(self._hidden(ids, given))
+        else:
+            logits = (self.module[:-1] if self.drops_sigmoid else self.module)(ids, **given)
+            if isinstance(logits, Tensor) and _ends_in_sigmoid(logits):
+                raise UserError("the discriminator ends in a sigmoid, but the loss takes logits: return its input")
+        if isinstance(logits, Tensor) and logits.shape == (*ids.shape, 1):
+            logits = logits.squeeze(-1)
+        if not isinstance(logits, Tensor) or logits.shape != ids.shape:
+            raise UserError(
+                f"the discriminator must return logits {list(ids.shape)} or {[*ids.shape, 1]}, but returned "
+                f"{_shape(logits)}; discr_dim and discr_layer take a hidden layer instead"
+            )
+        return logits.float()
+
+    def _watched(self) -> nn.Module:
+        children, named = list(self.module.children()), dict(self.module.named_modules())
+        if isinstance(self.layer, str) and self.layer in named:
+            return named[self.layer]
+        if isinstance(self.layer, int) and -len(children) <= self.layer < len(children):
+            return children[self.layer]
+        names = ", ".join(name for name, _ in self.module.named_children())
+        raise UserError(f"discr_layer = {self.layer!r}: the discriminator has no such layer; it has {names}")
+
+    def _hidden(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
+        outputs = []
+        # A hook that lives only now: one left on the layer would be pickled with the module, and this one with it.
+        hook = self._watched().register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+        try:
+            self.module(ids, **given)
+        finally:
+            hook.remove()
+        expected = (*ids.shape, self.head.in_features)
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].shape != expected:
+            found = ", then ".join(map(_shape, outputs)) or "nothing"
+            raise UserError(
+                f"discr_layer = {self.layer!r} gave {found}; expected one tensor {list(expected)} (discr_dim)"
+            )
+        return outputs[0]
+
+
+def _ends_in_sigmoid(found: Tensor) -> bool:
+    step = found.grad_fn
+    while step is not None and step.name().startswith(("Squeeze", "View", "UnsafeView", "Select")):
+        step = step.next_functions[0][0]
+    return step is not None and step.name().startswith("Sigmoid")
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def load_factory(name: str) -> Callable:
+    """The function of "package.module:function", looked for as Python does and in the current folder. Runs its code."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"model.factory = {name!r}: {error}; expected package.module:function, found from the current folder or by "
+            "PYTHONPATH"
+        ) from error
