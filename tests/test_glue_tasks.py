@@ -154,7 +154,7 @@ def test_a_dataset_of_the_hub_library_is_read_from_a_local_folder(own, tmp_path)
         assert found["valid"] == [Example("0", f"it is {labels[2]}", None, 1 if card else 0)]
         assert found["test"] == [Example("0", f"it is {labels[3]}", None, None)]
     with pytest.raises(UserError, match="split other"):
-        own({}, dataset="words", splits={"train": "other"})
+        own({}, dataset="words", splits={"train": "other", "valid": "test"})
 
 
 def test_broken_rows_of_qqp_are_left_out_with_a_warning(tmp_path):
@@ -184,7 +184,7 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "header alone": ({"a.tsv": GOOD, "b.tsv": "sentence\tlabel\n"}, {}, ["b.tsv: holds no example"]),
     "no label in train": ({"a.jsonl": '{"sentence": "x"}\n'}, {}, ["a.jsonl:1", "no column 'label'", "sentence"]),
     "one label": ({"a.tsv": "sentence\tlabel\nx\ta\n"}, {}, ["the one label"]),
-    "bad JSON": ({"a.jsonl": '{"sentence": "x", "label": "a"}\n{"sen\n'}, {}, ["a.jsonl:2: found", "one JSON object per line"]),
+    "bad JSON": ({"a.jsonl": '{"sentence": "x", "label": "a"}\n{"sen\n'}, {}, ["a.jsonl:2: found", "JSON object"]),
     "no object": ({"a.jsonl": "[1]\n"}, {}, ["a.jsonl:1: found"]),
     "format": ({"a.txt": GOOD}, {}, ["a.txt", "format: tsv, csv, jsonl, conll"]),
     "tags": ({"a.jsonl": '{"words": ["x"], "tags": ["O", "O"]}\n'}, TAGS | TWO, ["1 words and 2 tags"]),
@@ -192,6 +192,8 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "conll": ({"a.conll": "\na O\nb\n"}, TAGS, ["a.conll:2", "different numbers of columns"]),
     "key": ({"a.tsv": GOOD}, {"lables": ["a", "b"]}, ["own.json: lables: unknown key; did you mean 'labels'?"]),
     "split": ({"a.tsv": GOOD}, {"splits": {"train": "a.tsv", "dev": "a.tsv"}}, ["splits.dev: expected train, valid"]),
+    "no valid": ({"a.tsv": GOOD}, {"splits": {"train": "a.tsv"}}, ["own.json: splits: found train; expected at least"]),
+    "name": ({"a.tsv": GOOD}, {"name": "a/b"}, ["own.json: name", "a/b"]),
     "metric": ({"a.tsv": GOOD}, {"metrics": ["pearson"]}, ["'pearson' is none of classification", "accuracy"]),
     "f1 of three": ({"a.tsv": GOOD + "z\tc\n"}, {"metrics": ["f1"]}, ["f1 is for two labels"]),
 }  # fmt: skip

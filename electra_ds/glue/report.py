@@ -23,7 +23,7 @@ COLUMNS = {
     "RTE acc": ("rte", "accuracy"),
     "STS-B Pearson": ("stsb", "pearson"),
 }
-# Dev sets, in the order of the columns: ELECTRA, appendix D, and the authors' repository.
+# Dev sets, in the order of the columns, as the paper and the authors' repository give them.
 PUBLISHED = {
     "ELECTRA-Large, 1.75M steps": (69.1, 96.9, 90.8, 92.6, 92.4, 90.9, 95.0, 88.0),
     "ELECTRA-Base, released": (67.7, 95.1, 89.5, 91.2, 91.5, 88.8, 93.2, 82.7),
@@ -63,8 +63,8 @@ def best_seed(seeds: dict[int, dict[str, Any] | None]) -> tuple[int, str, str, f
 def write_report(folder: Path) -> dict[str, Any]:
     """Write report.json and report.md into `folder` (DIR/TASK/seed-N/result.json); returns what report.json holds.
 
-    Scores are times 100. Median, mean and standard deviation (n - 1) are over the finished seeds; a diverged seed is
-    listed as such and enters none of them. UserError when the folder holds no seed.
+    Scores are times 100; `best` is that of the best seed on dev. Median, mean and standard deviation (n - 1) are over
+    the finished seeds; a diverged seed is listed as such and enters none of them. UserError when there is no seed.
     """
     tasks = {name: _task(seeds) for name, seeds in read_results(folder).items()}
     report = {"tasks": tasks, "comparison": _comparison(tasks), "notes": _notes(tasks)}
@@ -85,7 +85,7 @@ def _task(seeds: dict[int, dict[str, Any] | None]) -> dict[str, Any]:
                 "median": statistics.median(listed),
                 "mean": statistics.fmean(listed),
                 "std": statistics.stdev(listed) if len(listed) > 1 else None,
-                "best": max(listed),
+                "best": values[best[0]],
             }
     return {
         "seeds": {seed: result["status"] if result else "unfinished" for seed, result in seeds.items()},
@@ -113,10 +113,9 @@ def _comparison(tasks: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 def _notes(tasks: dict[str, Any]) -> list[str]:
     notes = []
     for name, task in tasks.items():
-        of = {
-            status: [str(s) for s, found in task["seeds"].items() if found == status]
-            for status in task["seeds"].values()
-        }
+        of: dict[str, list[str]] = {}
+        for seed, status in task["seeds"].items():
+            of.setdefault(status, []).append(str(seed))
         finished = f"the figures are over the {len(of.get('done', []))} finished of {len(task['seeds'])} seeds"
         for status in ("diverged", "unfinished"):
             if status in of:
@@ -129,13 +128,8 @@ def _notes(tasks: dict[str, Any]) -> list[str]:
 
 
 def _markdown(report: dict[str, Any]) -> str:
-    lines = [
-        "# Fine-tuning",
-        "",
-        "Scores x 100. std: standard deviation over seeds (n - 1).",
-        "",
-        *_line("task", "split", "metric", "median", "mean", "std", "best", "every seed", head=True),
-    ]
+    lines = ["# Fine-tuning", "", "Scores x 100. std: standard deviation over seeds (n - 1).", ""]
+    lines += _line("task", "split", "metric", "median", "mean", "std", "best on dev", "every seed", head=True)
     for name, task in report["tasks"].items():
         for split, metrics in task["scores"].items():
             for metric, found in metrics.items():
@@ -148,9 +142,8 @@ def _markdown(report: dict[str, Any]) -> str:
     for name, row in report["comparison"].items():
         lines += _line(name, *row.values())
     origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
-    return "\n".join(
-        [*lines, "", *(f"- weights: {origin}" for origin in origins), *(f"- {n}" for n in report["notes"]), ""]
-    )
+    notes = [f"- {note}" for note in [*(f"weights: {origin}" for origin in origins), *report["notes"]]]
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def _line(*cells: str | float | None, head: bool = False) -> list[str]:

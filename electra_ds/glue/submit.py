@@ -1,7 +1,6 @@
 """How are predictions handed in? The zip that the GLUE site takes: eleven files of two columns."""
 
 import io
-import math
 import zipfile
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def write_submission(folder: Path, out: Path) -> list[str]:
     are not those of the official test set.
     """
     results, notes, data = read_results(folder), [], io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(data, "w") as archive:
         for name in FILES:
             predictions, note = _predictions(folder, results, name)
             rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(predictions))
@@ -50,7 +49,7 @@ def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], 
     best = best_seed(results.get(task, {}))
     path = folder / task / f"seed-{best[0] if best else ''}" / f"predictions-{split}.tsv"
     if not path.exists():
-        constant = "0.000" if task == "stsb" else GLUE[task].get("labels", ["0"])[0]
+        constant = "0.000" if task == "stsb" else _labels(task)[0]
         why = f"no {path}" if best else f"no finished seed of {task}"
         return [constant] * rows, f"WARNING: {why}; all {rows} rows are {constant}, the score means nothing"
     cells = [line.split("\t")[:2] for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
@@ -63,9 +62,13 @@ def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], 
     return [_checked(task, text, path) for _, text in cells], f"seed {seed}, {metric} {100 * value:.1f} on {valid}"
 
 
+def _labels(task: str) -> list[str]:
+    return GLUE[task].get("labels", ["0", "1"])
+
+
 def _checked(task: str, text: str, path: Path) -> str:
-    if task == "stsb" and math.isfinite(float(text)):
+    if task == "stsb":
         return f"{min(5.0, max(0.0, float(text))):.3f}"
-    if task != "stsb" and text in GLUE[task].get("labels", ("0", "1")):
-        return text
-    raise UserError(f"{path}: the prediction {text!r} is no answer of {task}; run finetune for this seed again")
+    if text not in _labels(task):
+        raise UserError(f"{path}: the prediction {text!r} is no answer of {task}; predict its test file again")
+    return text

@@ -20,10 +20,10 @@ Column = str | int
 class Task(Section):
     """A task: where its examples are, what they mean, how predictions are scored. Own tasks are written as JSON."""
 
-    name: str = science(..., "name of the task and of its folder of results")
+    name: str = science(..., "name of the task and of its folder of results", pattern=r"^[\w.-]+$")
     kind: Literal["classification", "regression", "token_classification"] = science("classification", "what is told")
     splits: dict[str, str] = science(..., "train, valid..., test... -> file, or split of the dataset")
-    folder: str = machine(".", "where the files are; of an own task, that of its description unless they are in --data")
+    folder: str = machine(".", "where the files are, seen from the description; or they are in --data")
     dataset: str | None = science(None, "Hugging Face dataset, or a folder that `datasets` reads, instead of files")
     dataset_config: str | None = science(None, "its configuration, where it has several")
     format: Literal["tsv", "csv", "jsonl", "conll"] | None = science(None, "of the files; null: by their names")
@@ -73,51 +73,33 @@ class Task(Section):
 # --------------------------------------------------------------------------------------------------------------- GLUE
 
 _FILES = {"train": "train.tsv", "valid": "dev.tsv", "test": "test.tsv"}
+_MNLI_FILES = {
+    "train": "train.tsv", "valid_matched": "dev_matched.tsv", "valid_mismatched": "dev_mismatched.tsv",
+    "test_matched": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv",
+    "test_ax": "../diagnostic/diagnostic.tsv",
+}  # fmt: skip
 _COLA = ["source", "label", "star", "sentence"]
 _PAIR = {"text_a": "sentence1", "text_b": "sentence2"}
 _NLI = {**_PAIR, "labels": ["entailment", "not_entailment"]}
 _MNLI = {**_PAIR, "label": "gold_label", "labels": ["contradiction", "entailment", "neutral"]}
-_MNLI_FILES = {
-    "train": "train.tsv",
-    "valid_matched": "dev_matched.tsv",
-    "valid_mismatched": "dev_mismatched.tsv",
-    "test_matched": "test_matched.tsv",
-    "test_mismatched": "test_mismatched.tsv",
-    "test_ax": "../diagnostic/diagnostic.tsv",
-}
 
-# The metrics named first are those of the paper's tables (ELECTRA, appendix D). WNLI, QQP and SST-2 have labels 0, 1.
+# What differs from the defaults of Task and of load_task. The metric named first is that of the paper's tables
+# (ELECTRA, section 3.1). The published files of QQP have a few broken rows.
 GLUE = {
     "cola": {"columns": {"train": _COLA, "valid": _COLA}, "metrics": ["matthews"]},
     "sst2": {},
-    "mrpc": {
-        "text_a": "#1 String",
-        "text_b": "#2 String",
-        "label": "Quality",
-        "both_orders": True,
-        "metrics": ["accuracy", "f1"],
-    },
-    "stsb": {
-        **_PAIR,
-        "kind": "regression",
-        "label": "score",
-        "label_range": (0.0, 5.0),
-        "both_orders": True,
-        "metrics": ["spearman", "pearson"],
-    },
-    "qqp": {
-        "text_a": "question1",
-        "text_b": "question2",
-        "label": "is_duplicate",
-        "metrics": ["accuracy", "f1"],
-        "skip_short": ["train", "valid"],  # the published files have a few broken rows
-    },
+    "mrpc": {"text_a": "#1 String", "text_b": "#2 String", "label": "Quality", "metrics": ["accuracy", "f1"],
+             "both_orders": True},
+    "stsb": {**_PAIR, "kind": "regression", "label": "score", "labels": None, "label_range": (0.0, 5.0),
+             "metrics": ["spearman", "pearson"], "both_orders": True},
+    "qqp": {"text_a": "question1", "text_b": "question2", "label": "is_duplicate", "metrics": ["accuracy", "f1"],
+            "skip_short": ["train", "valid"]},
     "mnli": {**_MNLI, "splits": _MNLI_FILES},
     "qnli": {**_NLI, "text_a": "question", "text_b": "sentence"},
     "rte": _NLI,
     "wnli": _PAIR,
     "ax": {**_MNLI, "splits": {"test": "diagnostic.tsv"}},  # for prediction with the model of MNLI
-}
+}  # fmt: skip
 _ALIASES = {"sst": "sst2", "sts": "stsb", "diagnostic": "ax"}
 
 
@@ -139,14 +121,9 @@ def load_task(name: str, data: Path | None) -> Task:
     elif glue_name(name) in GLUE:
         short = glue_name(name)
         if data is None or not data.is_dir():
-            raise UserError(
-                f"task {name}: --data {data} is no folder; expected GLUE_DIR (CoLA/, ...) or the task's own"
-            )
+            raise UserError(f"task {name}: --data {data} is no folder; expected GLUE_DIR with CoLA/, RTE/, ...")
         folder = next((child for child in sorted(data.iterdir()) if glue_name(child.name) == short), data)
-        values = {"labels": ["0", "1"], "metrics": ["accuracy"], "splits": _FILES} | GLUE[short]
-        if values.get("kind") == "regression":
-            values["labels"] = None
-        task = Task(name=short, folder=str(folder), **values)
+        task = Task(**{"labels": ["0", "1"], "splits": _FILES, "name": short, "folder": str(folder)} | GLUE[short])
     else:
         raise UserError(
             f"no task named {name!r}{nearest(glue_name(name), list(GLUE))}; there are {', '.join(GLUE)}; "
@@ -160,10 +137,11 @@ def _own_task(path: Path, data: Path | None) -> Task:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
     task = parse_config({"name": path.stem} | values, str(path), Task)
-    if "folder" not in values:
-        here = data is None or (path.parent / task.splits.get("train", "")).is_file()
-        task = task.model_copy(update={"folder": str(path.parent if here else data)})
-    return task
+    if "train" not in task.splits or not task.valid_splits:
+        raise UserError(f"{path}: splits: found {', '.join(task.splits)}; expected at least train and valid")
+    here = path.parent / task.folder
+    there = here if data is None or (here / task.splits.get("train", "")).is_file() else data
+    return task.model_copy(update={"folder": str(there)})
 
 
 def _filled(task: Task) -> Task:
@@ -187,7 +165,7 @@ def _filled(task: Task) -> Task:
 
 
 def task_names(text: str) -> list[str]:
-    """What --tasks lists by commas: GLUE names in any spelling (`glue`: the nine), paths of descriptions as they are."""
+    """What --tasks lists by commas: GLUE names in any spelling (`glue`: the nine), or paths of descriptions."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     nine = [name for name in GLUE if name != "ax"]
     return list(dict.fromkeys(one for name in names for one in (nine if name.lower() == "glue" else [name])))
