@@ -15,7 +15,7 @@ import torch
 from electra_ds import checkpoint, pretrain
 from electra_ds import engine as engine_module
 from electra_ds.batches import Batches
-from electra_ds.config import load_run
+from electra_ds.config import find_config, load_run
 from electra_ds.engine import Engine, leave, start
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.objective import ElectraObjective
@@ -256,7 +256,30 @@ def after_death() -> None:
         assert train(folder.name, f"zero{stage}-fp32") == 0
 
 
+def kinds() -> None:
+    """Every other kind of objective: whole at one stage; stopped at another and gone on with at a third."""
+    for kind in ("electra_15", "mlm", "replace_mlm", "all_tokens_mlm", "uniform"):
+        sets = ["objective.generator=uniform"] if kind == "uniform" else [f"objective.kind={kind}"]
+        assert train(f"{kind}-whole", "zero0-fp32", *sets) == 0
+        assert train(f"{kind}-moved", "zero2-fp32", *sets, stop_at_step=CUT) in (0, 85)
+        assert train(f"{kind}-moved", "zero3-fp32", *sets) == 0
+
+
+def own_encoders() -> None:
+    """model.factory at ZeRO 2, with a hidden layer of the discriminator."""
+    run = json.loads(find_config("tiny", "pretrain").read_text())
+    factory = {"factory": "own_pair:build", "options": {"width": 16}, "discr_dim": 16, "discr_layer": "conv"}
+    run |= {"model": factory, "engine": "zero2-fp32"}
+    del run["generator"]
+    (OUTS / "own.json").write_text(json.dumps(run))
+    for name, limits in (("own-whole", {}), ("own-cut", {"stop_at_step": CUT}), ("own-cut", {})):
+        sets = [line for line in SMALL if not line.startswith(("model.", "generator."))]
+        config = load_run(str(OUTS / "own.json"), sets)
+        assert run_among(config, DATA, OUTS / name, RANKS, DEVICE, Limits(**limits)) in (0, 85)
+
+
 PHASES = {
+    "kinds": (kinds, own_encoders),
     "two": (
         uninterrupted,
         wrong_split,

@@ -1,0 +1,36 @@
+"""A generator and a discriminator of somebody's own, for model.factory: a GRU and a convolution over shared tables."""
+
+import torch
+from torch import nn
+
+
+class Generator(nn.Module):
+    """Hidden states; `predict` names tokens at the chosen places."""
+
+    def __init__(self, words, width):
+        super().__init__()
+        self.words, self.gru = words, nn.GRU(words.embedding_dim, width, batch_first=True, bidirectional=True)
+        self.predict = nn.Linear(2 * width, words.num_embeddings)
+
+    def forward(self, ids, attention_mask):
+        return self.gru(self.words(ids) * attention_mask[..., None])[0]
+
+
+class Discriminator(nn.Module):
+    """Something per token, which is not what is trained: the output of `conv` is."""
+
+    def __init__(self, words, width):
+        super().__init__()
+        self.words, self.turn = words, nn.Linear(words.embedding_dim, width)
+        self.conv = nn.Linear(3 * width, width)
+
+    def forward(self, x, *, piece_ids):
+        hidden = self.turn(self.words(x)) * (piece_ids > 0)[..., None]
+        around = [hidden.roll(1, 1), hidden, hidden.roll(-1, 1)]
+        return self.conv(torch.cat(around, -1)).mean()
+
+
+def build(config):
+    words = nn.Embedding(config.model.vocab_size, 24)
+    width = config.model.options["width"]
+    return Generator(words, width), Discriminator(words, width)
