@@ -88,7 +88,7 @@ def swapped(examples: list[Example]) -> list[Example]:
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Shuffled batches of example numbers, each of alike lengths; every example once.
 
-    A shuffle, cut into buckets of BUCKET_BATCHES batches; each bucket sorted by length and cut into batches; the batches
+    A shuffle, cut into buckets of BUCKET_BATCHES batches, each sorted by length and cut into batches; the batches
     shuffled. Keyed by (seed, epoch), never by what ran before.
     """
     shuffled = order.permutation(len(lengths), seed, epoch, 0, order.EXAMPLES)
@@ -100,22 +100,22 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def micro_batches(
-    batch: np.ndarray, micro: int, slots: int, examples: list[Encoded], pad_id: int, as_float: bool
+    batch: np.ndarray, micro: int, slots: int, examples: list[Encoded], pad_id: int, kind: str
 ) -> list[TaskBatch]:
     """A global batch cut into `slots` micro-batches of up to `micro` examples; empty ones hold a row of weight 0."""
     return [
-        collate([examples[i] for i in batch[start : start + micro]], pad_id, as_float)
+        collate([examples[i] for i in batch[start : start + micro]], pad_id, kind)
         for start in range(0, slots * micro, micro)
     ]
 
 
-def collate(examples: list[Encoded], pad_id: int, as_float: bool) -> TaskBatch:
-    """Pad examples to the longest one. No examples: one row of two padding tokens and weight 0."""
+def collate(examples: list[Encoded], pad_id: int, kind: str) -> TaskBatch:
+    """Pad examples of a kind of task to the longest one. No examples: one row of two padding tokens and weight 0."""
     rows, length = max(1, len(examples)), max((len(example.ids) for example in examples), default=2)
     ids = np.full((rows, length), pad_id)
     segments, real = np.zeros((2, rows, length), np.int64)
-    per_token = bool(examples) and isinstance(examples[0].label, list)
-    labels = np.zeros((rows, length) if per_token else rows, np.float32 if as_float else np.int64)
+    per_token = kind == "token_classification"
+    labels = np.zeros((rows, length) if per_token else rows, np.float32 if kind == "regression" else np.int64)
     weights = np.zeros(labels.shape, np.float32)
     for row, example in enumerate(examples):
         size = len(example.ids)

@@ -3,6 +3,7 @@
 Letters: B examples, S tokens, H hidden, C outputs (classes, or 1 in regression).
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:
     def scale(name: str) -> float:
         if name.startswith("head."):
             return 1.0
-        part, kind, number = (name.split(".") + [""])[:3]
-        return decay ** (num_layers - int(number)) if kind == "layers" else decay ** (num_layers + 1)
+        layer = re.match(r"discriminator\.layers\.(\d+)\.", name)
+        return decay ** (num_layers - int(layer[1]) if layer else num_layers + 1)
 
     return scale

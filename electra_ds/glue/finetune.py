@@ -30,7 +30,7 @@ from electra_ds.glue.config import FinetuneConfig
 from electra_ds.glue.examples import Example, read_examples
 from electra_ds.glue.metrics import score
 from electra_ds.glue.predict import classifier, logits_of, predictions_of, write_predictions
-from electra_ds.glue.report import write_report
+from electra_ds.glue.report import best_seed, read_results, write_report
 from electra_ds.glue.tasks import Task, load_task
 from electra_ds.model import padded_rows
 from electra_ds.optim import learning_rate
@@ -69,6 +69,16 @@ def finetune(
     from random weights, for comparison. Raises UserError for bad data, or an `out` of another suite.
     """
     device = start(ranks, config.train.timeout_minutes)
+    report = finetune_among(config, model, jobs, data, out, ranks, device, random_init)
+    leave()
+    return report
+
+
+def finetune_among(
+    config: FinetuneConfig, model: Path, jobs: list[tuple[str, int]], data: Path | None, out: Path, ranks: Ranks,
+    device: torch.device, random_init: bool = False,
+) -> dict:  # fmt: skip
+    """`finetune` among ranks that have met."""
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
     tasks = {name: load_task(name, data) for name in dict.fromkeys(name for name, _ in jobs)}
@@ -81,9 +91,7 @@ def finetune(
         splits, task = _read(task, config.of(task.name, task.epochs, 0).train.max_length, suite.pretrained)
         for seed in left:
             Seed(suite, task, splits, seed).run()
-    report = write_report(out) if ranks.rank == 0 else {}
-    leave()
-    return report
+    return write_report(out) if ranks.rank == 0 else {}
 
 
 def _folder(out: Path, task: Task, seed: int) -> Path:
@@ -104,9 +112,8 @@ def _open(suite: Suite, jobs: list[tuple[str, int]]) -> None:
         if before["weights"] != origin["weights"]:
             science.insert(0, f"weights: {before['model']} -> {origin['model']}")
         if science:
-            raise UserError(
-                f"{suite.out} holds another fine-tuning: {'; '.join(science)}. Take the old values, or another --out"
-            )
+            differ = "; ".join(science)
+            raise UserError(f"{suite.out} holds another fine-tuning: {differ}. Take the old values, or another --out")
     elif suite.ranks.rank == 0:
         suite.out.mkdir(parents=True, exist_ok=True)
         write_json(path, suite.config.model_dump(mode="json") | {"provenance": provenance("") | origin})
@@ -150,7 +157,7 @@ class Seed:
         result = {
             "task": self.task.name, "seed": self.seed, "status": "diverged" if math.isnan(loss) else "done",
             "selected": "best epoch on dev" if self.config.train.select == "best" else "last",
-            "epochs": self.config.train.epochs, "steps": progress.step, "train_loss": loss,
+            "epochs": self.config.train.epochs, "steps": progress.step, "train_loss": None if math.isnan(loss) else loss,
             "origin": "random initialisation" if self.suite.random_init else self.suite.pretrained.origin, "scores": {},
         }  # fmt: skip
         if result["status"] == "done":
@@ -158,7 +165,7 @@ class Seed:
         if self.is_first:
             write_json(self.folder / "result.json", result | {"seconds": round(time.monotonic() - began, 1)})
             shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
-            prune_models(self.suite.out / self.task.name, self.task, self.config.train.keep)
+            prune_models(self.suite.out / self.task.name, self.config.train.keep)
             print(f"{self.task.name} seed {self.seed}: {_line(result)}", flush=True)
         self.engine.close()
 
@@ -200,8 +207,7 @@ class Seed:
         examples, share = self.splits.encoded["train"], train.micro_batch_size * accumulation
         first = self.suite.ranks.rank * share
         mine = batch[first : first + share]
-        as_float = self.task.kind == "regression"
-        micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, self.pad_id, as_float)
+        micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, self.pad_id, self.task.kind)
         positions = [step * train.global_batch_size + first + i * train.micro_batch_size for i in range(accumulation)]
         labels = (examples[i].label for i in batch)
         count = sum(sum(v >= 0 for v in label) if isinstance(label, list) else 1 for label in labels)
@@ -249,7 +255,7 @@ class Seed:
         examples, encoded = self.splits.examples[split], self.splits.encoded[split]
         ranks, engine = self.suite.ranks, self.engine
         with engine.evaluating() as module:
-            logits = logits_of(module, encoded, self.pad_id, engine.to_device, ranks, engine.exchange)
+            logits = logits_of(module, self.task.kind, encoded, self.pad_id, engine.to_device, ranks, engine.exchange)
         predictions = predictions_of(self.task, examples, encoded, logits)
         labelled = all(example.label is not None for example in examples)
         return score(self.task, predictions, examples) if labelled else {}, predictions, logits
@@ -268,24 +274,19 @@ class Seed:
 
 def _line(result: dict) -> str:
     """A seed's result for people."""
-    scores = (
-        f"{split} {name} {value:.4f}" for split, found in result["scores"].items() for name, value in found.items()
-    )
-    return f"{result['status']}, loss {result['train_loss']:.4f}, {', '.join(scores)}"
+    found = [f"{split} {metric} {value:.4f}" for split, scores in result["scores"].items()
+             for metric, value in scores.items()]  # fmt: skip
+    return ", ".join([result["status"], *found])
 
 
 def _scores(model: Path) -> dict | None:
     return checkpoint.read_meta(model).config["scores"] if model.exists() else None
 
 
-def prune_models(folder: Path, task: Task, keep: str) -> None:
-    """Under keep = best, remove the models of all seeds of a task but the one with the best dev score."""
-    found = {path.parent: read_json(path, "a seed's result") for path in sorted(folder.glob("seed-*/result.json"))}
-    done = {path: result for path, result in found.items() if result["status"] == "done"}
-    if keep == "all" or not done:
-        return
-    metric, split = task.main_metric, task.valid_splits[0]
-    best = max(done, key=lambda path: done[path]["scores"][split][metric])
-    for path in done:
-        if keep == "none" or path != best:
-            shutil.rmtree(path / "model", ignore_errors=True)
+def prune_models(folder: Path, keep: str) -> None:
+    """Under keep = best, remove the models of all seeds of DIR/TASK but the one with the best dev score."""
+    best = best_seed(read_results(folder.parent)[folder.name])
+    for model in folder.glob("seed-*/model"):
+        finished = (model.parent / "result.json").exists()
+        if finished and (keep == "none" or (keep == "best" and best and model.parent.name != f"seed-{best[0]}")):
+            shutil.rmtree(model, ignore_errors=True)

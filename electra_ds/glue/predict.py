@@ -36,13 +36,13 @@ def classifier(model: ModelConfig, task: Task) -> Classifier:
 
 
 def logits_of(
-    module: nn.Module, examples: list[Encoded], pad_id: int, to_device: Callable = lambda batch: batch,
+    module: nn.Module, kind: str, examples: list[Encoded], pad_id: int, to_device: Callable = lambda batch: batch,
     ranks: Ranks = ALONE, exchange: Callable[[Any], list] = lambda mine: [mine],
 ) -> list[np.ndarray]:  # fmt: skip
     """Logits of each example, [C] or [S, C] fp32, on every rank; module: a Classifier in eval mode. Collective."""
     mine = {}
     for numbers in prediction_batches(examples, BATCH, ranks.rank, ranks.world_size):
-        batch = collate([examples[i] for i in numbers], pad_id, as_float=False)
+        batch = collate([examples[i] for i in numbers], pad_id, kind)
         found = module(to_device(batch), predict=True).cpu().numpy()
         mine |= {
             i: row[: len(examples[i].ids)] if row.ndim == 2 else row for i, row in zip(numbers, found, strict=False)
@@ -104,7 +104,9 @@ def predict(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).eval()
     with torch.no_grad():
-        logits = logits_of(module, encoded, words.special_ids.pad, lambda b: type(b)(*(t.to(device) for t in b)))
+        logits = logits_of(
+            module, task.kind, encoded, words.special_ids.pad, lambda b: type(b)(*(t.to(device) for t in b))
+        )
     predictions = predictions_of(task, examples, encoded, logits)
     write_predictions(out, task, examples, predictions, logits)
     labelled = bool(examples) and all(example.label is not None for example in examples)

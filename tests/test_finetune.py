@@ -1,0 +1,267 @@
+"""Fine-tuning through the engine: what is learned, on any number of ranks, kept, gone on with and predicted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_folders
+import torch
+from conftest import read_json, run_cli, run_ranks
+
+from electra_ds.glue.batches import collate, encode, epoch_batches, micro_batches, prediction_batches, swapped
+from electra_ds.glue.classifier import Classifier, layerwise
+from electra_ds.glue.examples import Example, read_examples
+from electra_ds.glue.predict import logits_of
+from electra_ds.glue.tasks import Task, load_task
+from electra_ds.model import true_state
+from electra_ds.tokenizer import load_tokenizer
+
+WORDS = [word for word in run_folders.VOCABULARY[5:305]]
+GLUE = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"
+
+
+def write_tasks(folder: Path) -> Path:
+    """Three own tasks whose labels are plain in the words: classes (sentences), pairs (regression), words (tags)."""
+    random = np.random.default_rng(0)
+
+    def text(size: int) -> list[str]:
+        return [WORDS[i] for i in random.integers(0, len(WORDS), size)]
+
+    def classes() -> dict:
+        label, words = int(random.integers(2)), text(int(random.integers(3, 12)))
+        words[int(random.integers(len(words)))] = ("ab", "cd")[label]
+        return {"sentence": " ".join(words), "label": ("no", "yes")[label]}
+
+    def pairs() -> dict:
+        both = int(random.integers(2))
+        return {"a": " ".join(["ab", *text(3)]), "b": " ".join(["ab" if both else "cd", *text(8)]), "label": 5 * both}
+
+    def words() -> dict:
+        found = text(int(random.integers(3, 9)))
+        return {"words": found, "tags": ["B-early" if word < "f" else "O" for word in found]}
+
+    files = {"train": "NAME-train.jsonl", "valid": "NAME-valid.jsonl", "test": "NAME-test.jsonl"}
+    tasks = {
+        "classes": (classes, {}),
+        "pairs": (pairs, {"kind": "regression", "text_a": "a", "text_b": "b", "both_orders": True}),
+        "words": (words, {"kind": "token_classification", "text_a": "words", "label": "tags"}),
+    }
+    folder.mkdir()
+    for name, (make, description) in tasks.items():
+        splits = {split: file.replace("NAME", name) for split, file in files.items()}
+        (folder / f"{name}.json").write_text(json.dumps({"splits": splits} | description))
+        for split, size in (("train", 200), ("valid", 61), ("test", 7)):
+            rows = [make() for _ in range(size)]
+            rows = (
+                [{key: row[key] for key in row if key not in ("label", "tags")} for row in rows]
+                if split == "test"
+                else rows
+            )
+            (folder / splits[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suites(tmp_path_factory) -> Path:
+    """What finetune_scenario.py left on one rank and on two: one/NAME, two/NAME, beside model and tasks."""
+    folder = tmp_path_factory.mktemp("finetune")
+    config = run_folders.config()
+    state = true_state(run_folders.objective(config))
+    run_folders.save(folder / "model" / "ckpt", "final", state, config.model_dump(mode="json"))
+    (folder / "model" / "ckpt" / "latest").write_text("final\n")
+    run_folders.vocabulary(folder / "model" / "tokenizer")
+    write_tasks(folder / "tasks")
+    for world_size, name in ((1, "one"), (2, "two")):
+        run_ranks(world_size, "finetune_scenario.py", folder / "model", folder / "tasks", folder / name)
+    return folder
+
+
+def result(folder: Path, seed: int = 0) -> dict:
+    return read_json(next(folder.glob(f"*/seed-{seed}/result.json")))
+
+
+def scores(folder: Path, seed: int = 0) -> dict:
+    return result(folder, seed)["scores"]["valid"]
+
+
+def test_what_is_plain_in_the_words_is_learned(suites):
+    assert scores(suites / "one" / "classes")["accuracy"] > 0.9
+    assert scores(suites / "one" / "pairs")["pearson"] > 0.8
+    assert scores(suites / "one" / "words")["entity_f1"] > 0.9
+
+
+def test_two_ranks_fine_tune_like_one(suites):
+    for name in ("classes", "pairs", "words"):
+        one, two = suites / "one" / name, suites / "two" / name
+        assert result(one)["train_loss"] == pytest.approx(result(two)["train_loss"], rel=1e-4), name
+        assert scores(one) == pytest.approx(scores(two), abs=1e-3), name
+        texts = [next(folder.glob("*/seed-0/predictions-test.tsv")).read_text().split("\n") for folder in (one, two)]
+        assert [line.split("\t")[:1] for line in texts[0]] == [line.split("\t")[:1] for line in texts[1]]
+
+
+def test_seeds_differ_and_the_best_ones_model_is_kept(suites):
+    folder = suites / "one" / "classes" / "classes"
+    assert result(folder.parent, 0)["train_loss"] != result(folder.parent, 1)["train_loss"]
+    report = read_json(folder.parent / "report.json")
+    kept = [path.parent.name for path in folder.glob("seed-*/model")]
+    assert kept == [f"seed-{report['tasks']['classes']['best_seed']}"]
+
+
+def test_an_interrupted_seed_goes_on_from_its_epoch_bit_for_bit(suites):
+    whole, cut = (suites / "one" / name / "classes" / "seed-0" for name in ("classes", "cut"))
+    for split in ("valid", "test"):
+        assert (cut / f"predictions-{split}.tsv").read_text() == (whole / f"predictions-{split}.tsv").read_text()
+    assert result(suites / "one" / "cut")["train_loss"] == result(suites / "one" / "classes")["train_loss"]
+    assert not (cut / "ckpt").exists()
+
+
+def test_the_best_epoch_is_said_and_random_weights_too(suites):
+    best, drawn = result(suites / "one" / "best"), result(suites / "one" / "random")
+    assert best["selected"] == "best epoch on dev" and "dev score flatters" in report(suites, "best")
+    assert drawn["origin"] == "random initialisation" and drawn["steps"] == round(0.5 * 13)
+    assert not list((suites / "one" / "random").rglob("model"))
+    assert (suites / "one" / "best" / "classes" / "seed-0" / "model" / "meta.json").exists()
+
+
+def test_a_seed_that_diverges_is_named_and_has_no_scores(suites):
+    found = result(suites / "one" / "blown")
+    assert (found["status"], found["scores"]) == ("diverged", {}) and found["steps"] < 39
+    assert "diverged: seed 0" in report(suites, "blown")
+
+
+def report(suites: Path, name: str) -> str:
+    return (suites / "one" / name / "report.md").read_text()
+
+
+def test_predict_repeats_what_finetune_wrote_and_scores_what_is_labelled(suites, tmp_path):
+    seed = suites / "one" / "best" / "classes" / "seed-0"
+    said = run_cli(
+        "predict", seed.parent, "--input", suites / "tasks" / "classes-valid.jsonl", "--out", tmp_path / "p.tsv"
+    )
+    assert f"accuracy {scores(suites / 'one' / 'best')['accuracy']:.4f}" in said.stdout
+    ours, theirs = ((path).read_text().split("\n") for path in (tmp_path / "p.tsv", seed / "predictions-valid.tsv"))
+    assert ours[0] == "index\tprediction\tp(no)\tp(yes)" and len(ours) == 61 + 2
+    assert [line.split("\t")[:2] for line in ours] == [line.split("\t")[:2] for line in theirs]
+
+
+def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
+    out, task = suites / "one" / "best", suites / "tasks" / "classes.json"
+    config = read_json(out / "config.json")
+    path = suites / "again.json"
+    path.write_text(json.dumps(config))
+    command = ("finetune", suites / "model", path, "--tasks", task, "--out", out)
+    before = (out / "classes" / "seed-0" / "result.json").stat().st_mtime_ns
+    assert "| classes | valid | accuracy |" in run_cli(*command).stdout
+    assert (out / "classes" / "seed-0" / "result.json").stat().st_mtime_ns == before
+    other = run_cli(*command, "--set", "optimizer.peak_lr=0.5", check=False)
+    assert (
+        other.returncode == 2 and "optimizer.peak_lr: 0.003 -> 0.5" in other.stderr and "Traceback" not in other.stderr
+    )
+
+
+def test_bad_calls_are_refused_with_one_sentence(suites, tmp_path):
+    def error(*arguments) -> str:
+        done = run_cli(*arguments, check=False)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    assert "unknown key; did you mean" not in error(
+        "finetune", suites / "model", "smal", "--tasks", "rte", "--out", tmp_path
+    )
+    assert "tasks.rte.epoch: unknown key" in error(
+        "finetune", suites / "model", "--tasks", "rte", "--out", tmp_path, "--set", 'tasks={"rte": {"epoch": 3}}'
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the parts, alone
+
+
+def words_tokenizer(folder: Path):
+    return load_tokenizer(run_folders.vocabulary(folder))
+
+
+def task(kind: str = "classification", **values) -> Task:
+    return Task(name="t", kind=kind, splits={"train": "x.tsv"}, **values)
+
+
+def test_a_pair_too_long_loses_from_its_longer_text(tmp_path):
+    tokenizer, ids = words_tokenizer(tmp_path), run_folders.IDS
+    long, short = " ".join(WORDS[:30]), " ".join(WORDS[30:34])
+
+    def lengths(a: str, b: str | None) -> tuple[int, int]:
+        (found,) = encode([Example("0", a, b, 0)], task(labels=["a", "b"]), tokenizer, 20)
+        assert found.ids[0] == ids["cls"] and found.ids[-1] == ids["sep"] and len(found.ids) <= 20
+        return found.second, len(found.ids) - found.second
+
+    assert lengths(long, short) == (1 + 13 + 1, 4 + 1)
+    assert lengths(short, long) == (1 + 4 + 1, 13 + 1)
+    assert lengths(long, long) == (1 + 9 + 1, 8 + 1)
+    assert lengths(long, None) == (20, 0)
+
+
+def test_the_first_token_of_a_word_carries_its_label(tmp_path):
+    tokenizer = words_tokenizer(tmp_path)
+    (found,) = encode(
+        [Example("0", ["aaab", "ab"], None, [1, 0])], task("token_classification", labels=["O", "B-x"]), tokenizer, 20
+    )
+    assert tokenizer.tokens(found.ids) == ["[CLS]", "aa", "##ab", "ab", "[SEP]"]
+    assert found.label == [-1, 1, -1, 0, -1]
+
+
+def test_every_example_is_in_one_batch_of_an_epoch_and_epochs_differ():
+    lengths = np.random.default_rng(0).integers(5, 100, 1003)
+    first, again, second, other = (epoch_batches(lengths, 32, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    assert sorted(np.concatenate(first)) == list(range(1003)) and max(map(len, first)) == 32
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    orders = [tuple(np.concatenate(batches)) for batches in (first, second, other)]
+    assert len(set(orders)) == 3
+
+
+def test_micro_batches_are_the_global_batch_in_order_and_empty_ones_weigh_nothing(tmp_path):
+    tokenizer = words_tokenizer(tmp_path)
+    texts = [" ".join(WORDS[: 2 + i]) for i in range(5)]
+    encoded = encode(
+        [Example(str(i), text, None, i % 2) for i, text in enumerate(texts)], task(labels=["a", "b"]), tokenizer, 40
+    )
+    micros = micro_batches(np.arange(5), 2, 4, encoded, 0, "classification")
+    assert [tuple(m.input_ids.shape) for m in micros] == [(2, 5), (2, 7), (1, 8), (1, 2)]
+    assert [m.weights.sum().item() for m in micros] == [2, 2, 1, 0] and micros[1].labels.tolist() == [0, 1]
+
+
+def test_predictions_do_not_depend_on_batching(tmp_path):
+    tokenizer, config = words_tokenizer(tmp_path), run_folders.config()
+    module = run_folders.drawn(Classifier(config.model, 3, per_token=False, regression=False))
+    random = np.random.default_rng(1)
+    texts = [" ".join(WORDS[i] for i in random.integers(0, 300, random.integers(1, 30))) for _ in range(130)]
+    encoded = encode([Example(str(i), t, None, 0) for i, t in enumerate(texts)], task(labels=["a", "b"]), tokenizer, 40)
+    with torch.no_grad():
+        together = np.stack(logits_of(module, "classification", encoded, 0))
+        alone = np.concatenate([module(collate([one], 0, "classification"), predict=True).numpy() for one in encoded])
+    assert np.abs(together - alone).max() < 1e-5
+    shares = [np.concatenate(list(prediction_batches(encoded, 16, rank, 3))) for rank in range(3)]
+    assert sorted(np.concatenate(shares)) == list(range(130))
+
+
+def test_rates_fall_from_the_head_to_the_embeddings():
+    scale = layerwise(12, 0.8)
+    assert [scale(f"discriminator.layers.{i}.qkv.weight") for i in (11, 0)] == [0.8, 0.8**12]
+    assert (scale("head.bias"), scale("embeddings.norm.weight"), scale("discriminator.project.bias")) == (
+        1,
+        0.8**13,
+        0.8**13,
+    )
+
+
+@pytest.mark.skipif(not GLUE.is_dir(), reason="needs the shared GLUE files")
+@pytest.mark.parametrize("name", ["cola", "mrpc", "rte", "stsb"])
+def test_padding_of_real_tasks_is_small(name):
+    tokenizer = load_tokenizer(GLUE.parent / "vocab" / "bert-base-uncased-vocab.txt")
+    found = load_task(name, GLUE)
+    examples = read_examples(found, "train")
+    encoded = encode(examples + swapped(examples) if found.both_orders else examples, found, tokenizer, 128)
+    lengths = np.array([len(example.ids) for example in encoded])
+    places = sum(
+        lengths[m].max() * len(m) for b in epoch_batches(lengths, 32, 0, 0) for m in (b[:16], b[16:]) if len(m)
+    )
+    assert 1 - lengths.sum() / places < 0.06
