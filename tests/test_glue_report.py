@@ -2,7 +2,10 @@
 
 import json
 import statistics
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +132,9 @@ def test_predictions_of_another_test_set_are_refused(tmp_path):
         with pytest.raises(UserError, match=part):
             write_submission(tmp_path, tmp_path / "y.zip")
     assert not (tmp_path / "y.zip").exists()
+
+
+def test_reading_tasks_reporting_and_submitting_need_no_torch():
+    parts = "import sys, electra_ds.glue.report, electra_ds.glue.submit\nprint({'torch', 'sklearn'} & set(sys.modules))"
+    command, root = [sys.executable, "-c", parts], Path(__file__).resolve().parent.parent
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == "set()\n"
