@@ -140,6 +140,8 @@ def test_predict_repeats_what_finetune_wrote_and_scores_what_is_labelled(suites,
         "predict", seed.parent, "--input", suites / "tasks" / "classes-valid.jsonl", "--out", tmp_path / "p.tsv"
     )
     assert f"accuracy {scores(suites / 'one' / 'best')['accuracy']:.4f}" in said.stdout
+    run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "q.tsv")
+    assert (tmp_path / "p.tsv").read_text() == (tmp_path / "q.tsv").read_text()
     ours, theirs = ((path).read_text().split("\n") for path in (tmp_path / "p.tsv", seed / "predictions-valid.tsv"))
     assert ours[0] == "index\tprediction\tp(no)\tp(yes)" and len(ours) == 61 + 2
     assert [line.split("\t")[:2] for line in ours] == [line.split("\t")[:2] for line in theirs]

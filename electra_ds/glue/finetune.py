@@ -154,15 +154,17 @@ class Seed:
             if math.isnan(loss):
                 break
             self._after_epoch(progress, loss)
+        diverged = math.isnan(loss)
         result = {
-            "task": self.task.name, "seed": self.seed, "status": "diverged" if math.isnan(loss) else "done",
+            "task": self.task.name, "seed": self.seed, "status": "diverged" if diverged else "done",
             "selected": "best epoch on dev" if self.config.train.select == "best" else "last",
-            "epochs": self.config.train.epochs, "steps": progress.step, "train_loss": None if math.isnan(loss) else loss,
+            "epochs": self.config.train.epochs, "steps": progress.step, "train_loss": None if diverged else loss,
             "origin": "random initialisation" if self.suite.random_init else self.suite.pretrained.origin, "scores": {},
         }  # fmt: skip
-        if result["status"] == "done":
+        if not diverged:
             result["scores"] = self._finish(progress)
         if self.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "result.json", result | {"seconds": round(time.monotonic() - began, 1)})
             shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
             prune_models(self.suite.out / self.task.name, self.config.train.keep)

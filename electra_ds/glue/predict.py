@@ -20,7 +20,7 @@ from electra_ds.glue.batches import Encoded, collate, encode, prediction_batches
 from electra_ds.glue.classifier import Classifier
 from electra_ds.glue.examples import Example, read_examples, read_file
 from electra_ds.glue.metrics import score
-from electra_ds.glue.tasks import Task, load_task
+from electra_ds.glue.tasks import GLUE, Task, load_task
 from electra_ds.model import load_true_state
 from electra_ds.pretrained import find_trained, tokenizer_of
 from electra_ds.ranks import Ranks
@@ -96,7 +96,10 @@ def predict(
     found = _find(model)
     meta = checkpoint.read_meta(found)
     task = Task.model_validate(meta.config["task"])
-    examples = read_file(task, file) if file else read_examples(load_task(task.name, data), split)
+    if data is not None:
+        folder = load_task(task.name, data).folder if task.name in GLUE else str(data)
+        task = task.model_copy(update={"folder": folder})
+    examples = read_file(task, file) if file else read_examples(task, split)
     words = load_tokenizer(tokenizer_of(found))
     encoded = encode(examples, task, words, meta.config["train"]["max_length"])
     module = classifier(ModelConfig.model_validate(meta.config["model"]), task)
