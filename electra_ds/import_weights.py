@@ -94,13 +94,13 @@ def import_weights(
     words.save(out / "tokenizer")
     write_config(out, imported, "")
     values = imported.model_dump(mode="json")
-    checkpoint.save(_Plain(whole), out / "ckpt", "0", checkpoint.Progress(), values, {}, weights_only=True)
+    checkpoint.save(WholeWeights(whole), out / "ckpt", "0", checkpoint.Progress(), values, {}, weights_only=True)
     write_bytes(out / "ckpt" / "latest", b"0\n")
     write_json(out / "import.json", {"source": str(source), **account._asdict()})
     return account
 
 
-class _Plain:
+class WholeWeights:
     """What checkpoint.save needs, without an engine: one process and its whole tensors."""
 
     ranks = SimpleNamespace(rank=0, world_size=1)
@@ -150,27 +150,26 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
     tensors = read_tensors(main)
     if generator is None and "generator_predictions.dense.weight" in tensors:
         main, generator = None, main
-    shared = ("embedding_size", "max_positions", "type_vocab_size", "layer_norm_eps", "vocab_size")
-    theirs = read_tensors(generator) if generator else {}
-    if main is None:
-        found, made = from_hf_config(read_config(generator))
-        sizes = {"model": {key: getattr(found, key) for key in shared}, "generator": made.model_dump()}
-    else:
-        found, made = from_hf_config(config, read_config(generator) if generator else None)
-        sizes = {"model": {key: getattr(found, key) for key in (*type(made).model_fields, *shared, "sharing")}}
-        sizes |= {"generator": made.model_dump()} if generator else {}
-    mine = {name: value for name, value in tensors.items() if name.startswith("electra.")}
-    if main and generator:
-        same = {name for name, value in mine.items() if name in theirs and torch.equal(value, theirs[name])}
-        if same == mine.keys():
-            sizes["model"]["sharing"] = "all"
-        elif WORDS not in same and made.hidden_size == found.embedding_size:
-            sizes["model"]["sharing"] = "untied"
-    serves = ["generator_embeddings.", "generator.", "generator_head.", *([] if main else ["embeddings."])]
-    sources = [_source(generator, theirs, {name: name for name in theirs}, serves)] if generator else []
+    sources = []
     if main:
         names = {n: f"electra.{n}" if n.startswith(("embeddings", "encoder.")) else n for n in tensors}  # ElectraModel
-        sources.insert(0, _source(main, tensors, names, ["embeddings.", "discriminator.", "discriminator_head."]))
+        sources.append(_source(main, tensors, names, ["embeddings.", "discriminator.", "discriminator_head."]))
+    if generator:
+        theirs = read_tensors(generator)
+        serves = ["generator_embeddings.", "generator.", "generator_head.", *([] if main else ["embeddings."])]
+        sources.append(_source(generator, theirs, {name: name for name in theirs}, serves))
+    found, made = from_hf_config(config, read_config(generator) if generator else None)
+    tables = ("embedding_size", "max_positions", "type_vocab_size", "layer_norm_eps", "vocab_size")
+    keys = (*type(made).model_fields, *tables, "sharing") if main else tables
+    sizes = {"model": {key: getattr(found, key) for key in keys}}
+    sizes |= {"generator": made.model_dump()} if generator else {}
+    if main and generator:
+        mine, theirs = (source.tensors for source in sources)
+        unlike = {n for n in mine if n.startswith("electra.") and not (n in theirs and torch.equal(mine[n], theirs[n]))}
+        if not unlike:
+            sizes["model"]["sharing"] = "all"
+        elif WORDS in unlike and made.hidden_size == found.embedding_size:
+            sizes["model"]["sharing"] = "untied"
     return main or generator, sources, sizes
 
 

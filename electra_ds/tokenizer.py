@@ -28,6 +28,7 @@ SPECIAL_NAMES = {  # role -> spellings looked for in a vocabulary, ours first
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
+FILES = ("vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 CACHE_WORDS = 1_000_000  # about 200 MB; the cache starts again when it is full
 GROUP = 256  # unknown words tokenized in one call: twice as fast as one by one
 MEAN_WORD = 24  # longer "words" on average mean a script without spaces: those texts are tokenized whole
@@ -190,10 +191,9 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_acc
     path = Path(path)
     file = path
     if path.is_dir():
-        names = ["vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"]
-        file = next((path / name for name in names if (path / name).is_file()), None)
+        file = next((path / name for name in FILES if (path / name).is_file()), None)
         if file is None:
-            raise UserError(f"{path}: no vocabulary in this folder; expected one of {', '.join(names)}")
+            raise UserError(f"{path}: no vocabulary in this folder; expected one of {', '.join(FILES)}")
     elif not path.is_file():
         raise UserError(f"{path}: not found; expected a vocab.txt, an spm .model file or a folder with one of them")
     content = file.read_bytes()

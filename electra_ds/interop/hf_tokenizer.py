@@ -5,7 +5,7 @@ from typing import Any
 
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
-from electra_ds.tokenizer import Tokenizer, WordPiece, load_tokenizer
+from electra_ds.tokenizer import FILES, Tokenizer, WordPiece, load_tokenizer
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -45,11 +45,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """`load_tokenizer`, and from a folder with nothing but a tokenizer.json its WordPiece."""
-    try:
+    if not (path / "tokenizer.json").is_file() or any((path / name).is_file() for name in FILES):
         return load_tokenizer(path)
-    except UserError:
-        if not (path / "tokenizer.json").is_file():
-            raise
     found = read_json(path / "tokenizer.json", "a tokenizer of Hugging Face")
     model, normalizer = found["model"], found["normalizer"] or {}
     if model["type"] != "WordPiece" or normalizer.get("type") != "BertNormalizer":
