@@ -118,16 +118,18 @@ def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
             torch.testing.assert_close(found[name].double(), p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_uniform_samples_are_alike_likely_and_never_special():
-    count, special = 96_000, list(IDS.model_dump().values())
-    uniforms = (torch.arange(count) + 0.5)[None] / count
-    frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special)[0], minlength=VOCAB)
-    assert not frequency[special].any() and set(frequency[5:].tolist()) == {1000}
-    avoid = torch.full((1, count), 50)
-    frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special, avoid)[0], minlength=VOCAB)
-    assert frequency[50] == 0 and (frequency[5:].sum() - frequency[50:51] == count).all()
-    assert frequency[5:50].min() > 1000 and frequency[51:].min() > 1000
-    unknown = uniform_tokens(uniforms, VOCAB, special, torch.full((1, count), IDS.unk))  # nothing there to avoid
+@pytest.mark.parametrize("special", [[0, 1, 2, 3, 4], [0, 60, 61, 62, 100]])
+def test_uniform_samples_are_alike_likely_and_never_special(special):
+    count, ordinary = 96_000, sorted({*range(VOCAB)} - {*special})
+    uniforms = (torch.arange(count) + 0.5) / count
+    frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special), minlength=VOCAB)
+    assert not frequency[special].any() and set(frequency[ordinary].tolist()) == {1000}
+    for place in (0, 50, 95):  # the first, one between, the last
+        avoid = torch.full((count,), ordinary[place])
+        frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special, avoid), minlength=VOCAB)
+        assert not frequency[[*special, ordinary[place]]].any() and frequency.sum() == count
+        assert set(frequency[ordinary[:place] + ordinary[place + 1 :]].tolist()) <= {1010, 1011}
+    unknown = uniform_tokens(uniforms, VOCAB, special, torch.full((count,), special[1]))  # nothing there to avoid
     assert torch.equal(unknown, uniform_tokens(uniforms, VOCAB, special))
 
 
