@@ -68,7 +68,8 @@ def _fine_tuned(out: Path, config: dict, model: ModelConfig, weights: dict[str, 
     facts = {"task": f"{task['name']} ({kind})"}
     if kind == "classification" and architecture == "ElectraForTokenClassification":
         facts["class of the text"] = "the logits at the first token: the stock sentence head has no room for all labels"
-    facts |= {f"score, {key}": str(value) for key, value in (config.get("scores") or {}).items()}
+    for split, scores in config["scores"].items():
+        facts |= {f"{split}, {metric}": f"{value:.4f}" for metric, value in scores.items()}
     return _write(out, values, tensors, words, facts)
 
 
