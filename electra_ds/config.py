@@ -110,6 +110,12 @@ class ObjectiveConfig(Section):
     disc_weight: float = science(50.0, "weight of the binary disc_loss in the total", ge=0)
     temperature: float = science(1.0, "of the softmax the generator's tokens are drawn from", gt=0)
 
+    @model_validator(mode="after")
+    def _mlm_replaces_nothing(self) -> "ObjectiveConfig":
+        if self.kind == "mlm" and (self.generator != "model" or self.disallow_correct):
+            raise ValueError("kind mlm replaces nothing: generator and disallow_correct have no meaning with it")
+        return self
+
     @property
     def detects(self) -> bool:
         """Whether the main encoder tells replaced tokens; else it predicts tokens."""

@@ -88,7 +88,7 @@ def table(found: list[TokenScore], threshold: float, original: list[TokenScore] 
     Tokens are aligned by their spelling, as a difference of two texts is.
     """
     beside = _aligned(found, original) if original is not None else [None] * len(found)
-    width = max(len(score.token) for score in found) + 2
+    width = max(5, *(len(score.token) for score in found)) + 2
     head = (
         f"{'token':{width}}replaced  {'original':{width}}replaced"
         if original is not None

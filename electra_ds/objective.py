@@ -79,7 +79,7 @@ class Objective(nn.Module):
 
     def _draw(self, batch: Batch, with_best: bool) -> HeadResult:
         options = self.objective
-        if options.generator == "model" or options.kind == "mlm":
+        if options.generator == "model":
             return self.generate(mask_input(batch, self.special_ids.mask), batch, with_best)
         avoid = batch.input_ids.gather(1, batch.chosen) if options.disallow_correct else None
         special = list(self.special_ids.model_dump().values())
@@ -131,14 +131,12 @@ class ElectraObjective(Objective):
     def generate(self, masked_ids: Tensor, batch: Batch, with_best: bool = False) -> HeadResult:
         """Run the generator (for mlm: the main encoder) on masked rows [B, S]: summed loss at the chosen places,
         samples (and best) [B, K]."""
-        if self.objective.kind == "mlm":
-            hidden, head = self._encode(masked_ids, batch), self.mlm_head
-            return head(gather_places(hidden, batch.chosen), self.embeddings.word, self._at_chosen(batch, with_best))
-        encoder = self.discriminator if self.sharing == "all" else self.generator
-        embeddings = self.generator_embeddings if self.sharing == "untied" else self.embeddings
+        is_main = self.objective.kind == "mlm"
+        encoder = self.discriminator if is_main or self.sharing == "all" else self.generator
+        embeddings = self.generator_embeddings if self.sharing == "untied" and not is_main else self.embeddings
+        head = self.mlm_head if is_main else self.generator_head
         hidden = encoder(embeddings(masked_ids, batch.segment_ids, batch.position_ids), batch.piece_ids)
-        draw = self._at_chosen(batch, with_best)
-        return self.generator_head(gather_places(hidden, batch.chosen), embeddings.word, draw)
+        return head(gather_places(hidden, batch.chosen), embeddings.word, self._at_chosen(batch, with_best))
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
         """Logits [B, S] fp32 that each token of input_ids was replaced; the batch gives pieces and positions."""

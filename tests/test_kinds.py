@@ -155,6 +155,11 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
         torch.testing.assert_close(torch.bincount(drawn, minlength=128) / 20_000, expected, rtol=0, atol=2e-4)
 
 
+def test_options_without_meaning_are_refused():
+    with pytest.raises(UserError, match="objective: kind mlm replaces nothing"):
+        load_run("tiny", ["objective.kind=mlm", "objective.generator=uniform"])
+
+
 def test_figures_that_a_kind_has_not_are_left_out():
     names = "loss mlm_loss mlm_accuracy sampled_accuracy disc_loss replaced_fraction disc_auc base_rate_loss fixed_auc"
     values = dict.fromkeys([*names.split(), "unigram_loss", "lr"], 0.0)
