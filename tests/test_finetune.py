@@ -38,8 +38,8 @@ def write_tasks(folder: Path) -> Path:
         return {"a": " ".join(["ab", *text(3)]), "b": " ".join(["ab" if both else "cd", *text(8)]), "label": 5 * both}
 
     def words() -> dict:
-        found = text(int(random.integers(3, 9)))
-        return {"words": found, "tags": ["B-early" if word < "f" else "O" for word in found]}
+        found = [WORDS[i] for i in random.integers(0, 10, random.integers(3, 9))]
+        return {"words": found, "tags": ["B-early" if word < "af" else "O" for word in found]}
 
     files = {"train": "NAME-train.jsonl", "valid": "NAME-valid.jsonl", "test": "NAME-test.jsonl"}
     tasks = {
