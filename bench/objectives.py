@@ -1,4 +1,4 @@
-"""Is replaced token detection worth its generator? `electra` and `mlm` (BERT) trained with equal FLOPs, then fine-tuned.
+"""Is a generator worth its cost? `electra` and `mlm` (BERT) trained with equal FLOPs, then fine-tuned.
 
 python bench/objectives.py --data D --out O [--glue GLUE] [--steps N] [--run tiny] [--set section.field=value ...]
 
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--run", default="tiny")
     parser.add_argument("--engine", default="zero0")
+    parser.add_argument("--finetune", default="tiny", help="config of the verb finetune")
     parser.add_argument("--finetune-set", action="append", default=[])
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
@@ -92,8 +93,8 @@ def main() -> None:
     for kind in KINDS if options.glue else ():
         tuned = options.out / f"{kind}-glue"
         sets = [part for setting in options.finetune_set for part in ("--set", setting)]
-        call("finetune", options.out / kind, "--tasks", ",".join(TASKS), "--data", options.glue, "--out", tuned,
-             "--seeds", options.seeds, *sets)  # fmt: skip
+        call("finetune", options.out / kind, options.finetune, "--tasks", ",".join(TASKS), "--data", options.glue,
+             "--out", tuned, "--seeds", options.seeds, *sets)  # fmt: skip
         for task in TASKS:
             results = [json.loads(path.read_text()) for path in sorted(tuned.glob(f"{task}/seed-*/result.json"))]
             scores = [next(iter(result["scores"].values())) for result in results if result["status"] == "done"]
