@@ -71,7 +71,10 @@ def import_weights(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; choose a new folder")
     base = load_run(run, sets)
-    if (prefix := find_tf(source)) is not None:
+    prefix = find_tf(source)
+    if (generator and prefix) or (config and not prefix):
+        raise UserError("--generator goes with a Hugging Face folder, --config with a TensorFlow checkpoint")
+    if prefix:
         beside, sources, sizes = prefix.parent, *_tensorflow(prefix, config)
     else:
         beside, sources, sizes = _hugging_face(source, generator, base)
@@ -148,12 +151,14 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
     if config["model_type"] == "bert":
         return _bert(main, config, base)
     tensors = read_tensors(main)
-    if generator is None and "generator_predictions.dense.weight" in tensors:
+    if generator is None and "generator_predictions.dense.weight" in tensors and base.objective.has_generator:
         main, generator = None, main
     sources = []
     if main:
         names = {n: f"electra.{n}" if n.startswith(("embeddings", "encoder.")) else n for n in tensors}  # ElectraModel
-        sources.append(_source(main, tensors, names, ["embeddings.", "discriminator.", "discriminator_head."]))
+        sources.append(
+            _source(main, tensors, names, ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."])
+        )
     if generator:
         theirs = read_tensors(generator)
         serves = ["generator_embeddings.", "generator.", "generator_head.", *([] if main else ["embeddings."])]
@@ -175,7 +180,7 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
 
 def _bert(path: Path, config: dict, base: RunConfig) -> tuple[Path, list[Source], dict[str, dict]]:
     found, same = from_hf_config(config | {"embedding_size": config.get("hidden_size")})
-    tensors, made, serves = read_tensors(path), base.generator, ["embeddings.", "discriminator."]
+    tensors, made, serves = read_tensors(path), base.generator, ["embeddings.", "discriminator.", "mlm_head."]
     fits = made.hidden_size == same.hidden_size  # the head is as wide as the generator
     if fits and (made.num_heads, made.ffn_size) == (same.num_heads, same.ffn_size):
         serves += [f"generator.layers.{i}." for i in range(min(made.num_layers, same.num_layers))]  # cut to its layers
@@ -232,5 +237,5 @@ def _reason(source: Source, name: str, first: Source) -> str | None:
     if source is not first and name in first.tensors and torch.equal(value, first.tensors[name]):
         return f"shared: equal to that of {first.folder.name}"
     if name.startswith(("generator_lm_head.", "generator_predictions.")) and "generator_head." not in source.serves:
-        return "head of language modelling: the generator has other sizes"
+        return "head of language modelling: no part here has one of its sizes"
     return next((reason for pattern, reason in REASONS if re.search(pattern, name)), None)

@@ -39,9 +39,9 @@ def imported(*arguments, **keywords):
     return account, weights
 
 
-def exported(folder: Path, sharing: str = "shared") -> tuple[dict, Path]:
+def exported(folder: Path, sharing: str = "shared", kind: str = "electra") -> tuple[dict, Path]:
     """(our tensors, the folder that `export` wrote of them)."""
-    config = run_folders.config(sharing)
+    config = run_folders.config(sharing, kind)
     state = true_state(run_folders.objective(config))
     made = run_folders.save(folder / "run" / "ckpt", "7", state, config.model_dump(mode="json"))
     export(made, folder / "hf", run_folders.vocabulary(folder / "words"))
@@ -57,6 +57,13 @@ def test_ours_to_hugging_face_to_ours_is_bit_equal(sharing, tmp_path):
     tensors = sum(len(transformers.modeling_utils.load_state_dict(folder / part / "model.safetensors"))
                   for part in ("discriminator", "generator"))  # fmt: skip
     assert sum(len(foreign.split(", ")) for foreign, _ in account.read) + len(account.left) == tensors
+
+
+@pytest.mark.parametrize("kind", ["mlm", "replace_mlm"])
+def test_an_encoder_that_predicts_tokens_comes_back_too(kind, tmp_path):
+    state, folder = exported(tmp_path, kind=kind)
+    account, weights = imported(folder, tmp_path / "i", sets=[f"objective.kind={kind}"])
+    assert equal(state, weights) and not account.made and not account.warnings
 
 
 def test_a_missing_part_is_made_beside_what_is_there(tmp_path):
@@ -144,6 +151,8 @@ def test_what_cannot_be_ours_is_refused(tmp_path):
     (part / "vocab.txt").write_text("".join(f"w{i}\n" for i in range(600)))
     with pytest.raises(UserError, match=r"no \[PAD\]"):
         imported(part, tmp_path / "i")
+    with pytest.raises(UserError, match="--config with a TensorFlow"):
+        imported(part, tmp_path / "i", config=part / "config.json")
     with pytest.raises(UserError, match="no weights here"):
         imported(tmp_path / "words", tmp_path / "i")
 
