@@ -1,13 +1,16 @@
 """Fine-tuning through the engine: what is learned, on any number of ranks, kept, gone on with and predicted."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import run_folders
 import torch
-from conftest import read_json, run_cli, run_ranks
+from conftest import CPU, ROOT, read_json, run_cli, run_ranks
 
 from electra_ds.glue.batches import collate, encode, epoch_batches, micro_batches, prediction_batches, swapped
 from electra_ds.glue.classifier import Classifier, layerwise
@@ -160,6 +163,21 @@ def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
     assert (
         other.returncode == 2 and "optimizer.peak_lr: 0.003 -> 0.5" in other.stderr and "Traceback" not in other.stderr
     )
+
+
+def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(suites, tmp_path):
+    config, out = suites / "spread.json", tmp_path / "out"
+    config.write_text((suites / "one" / "classes" / "config.json").read_text())
+    script = ["bash", ROOT / "launch" / "glue.sh", suites / "model", config, suites / "tasks", out]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = ["--tasks", suites / "tasks" / "classes.json", "--seeds", "2"]
+    done = subprocess.run(
+        [*script, *options], env=os.environ | CPU | {"PATH": path, "RANKS": "2"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "| classes | valid | accuracy |" in done.stdout, done.stderr[-3000:]
+    for seed in (0, 1):
+        assert scores(out, seed) == scores(suites / "one" / "classes", seed)
+    assert len(list(out.glob("classes/seed-*/model"))) == 1
 
 
 def test_bad_calls_are_refused_with_one_sentence(suites, tmp_path):
