@@ -216,9 +216,11 @@ def _fill(sources: list[Source], own: dict[str, Tensor]) -> tuple[dict[str, Tens
     for source, taken in zip(sources, used, strict=True):
         for name in sorted(source.tensors.keys() - taken):
             label, reason = f"{source.folder.name}: {source.original[name]}", _reason(source, name, sources[0])
-            account.left[label] = reason or "fits nowhere"
+            is_second = source is not sources[0] and name in sources[0].tensors
+            why_not = f"differs from that of {sources[0].folder.name}, which is taken" if is_second else "fits nowhere"
+            account.left[label] = reason or why_not
             if reason is None:
-                account.warnings.append(f"{label} {tuple(source.tensors[name].shape)} fits nowhere and is left out")
+                account.warnings.append(f"{label} {tuple(source.tensors[name].shape)} is left out: {why_not}")
     if account.made:
         parts = sorted({name.split(".")[0] for name in account.made})
         account.warnings.append(

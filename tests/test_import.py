@@ -8,6 +8,7 @@ import pytest
 import run_folders
 import torch
 from conftest import read_json, run_cli
+from safetensors.torch import load_file, save_file
 
 from electra_ds import checkpoint
 from electra_ds.errors import UserError
@@ -54,8 +55,7 @@ def test_ours_to_hugging_face_to_ours_is_bit_equal(sharing, tmp_path):
     account, weights = imported(folder, tmp_path / "i")
     assert equal(state, weights) and not account.made and not account.warnings
     assert read_json(tmp_path / "i" / "config.json")["model"]["sharing"] == sharing
-    tensors = sum(len(transformers.modeling_utils.load_state_dict(folder / part / "model.safetensors"))
-                  for part in ("discriminator", "generator"))  # fmt: skip
+    tensors = sum(len(load_file(folder / part / "model.safetensors")) for part in ("discriminator", "generator"))
     assert sum(len(foreign.split(", ")) for foreign, _ in account.read) + len(account.left) == tensors
 
 
@@ -79,6 +79,16 @@ def test_a_missing_part_is_made_beside_what_is_there(tmp_path):
     assert all(torch.equal(weights[name], state[name]) for name in kept)
     account, weights = imported(folder / "discriminator", tmp_path / "both", generator=folder / "generator")
     assert equal(state, weights) and not account.made
+
+
+def test_a_generator_with_embeddings_of_its_own_is_told(tmp_path):
+    state, folder = exported(tmp_path)
+    file, name = folder / "generator" / "model.safetensors", "electra.embeddings.token_type_embeddings.weight"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    account, weights = imported(folder, tmp_path / "i")
+    assert equal(state, weights) and len(account.warnings) == 1
+    assert name in account.warnings[0] and "differs from that of discriminator" in account.warnings[0]
 
 
 def test_a_pickled_bare_encoder_is_read_and_a_stranger_named(tmp_path):
