@@ -56,5 +56,6 @@ What next:
   own text      bash launch/quickstart.sh --input 'my/*.txt' --out runs/mine
   a real model  .venv/bin/electra-ds check small --world-size 8, then prepare with --sequence-length 128 (README)
   GPU nodes     deepspeed --hostfile hosts --no_local_rank --module electra_ds pretrain small --data D --out O
-  GLUE          to come: finetune; the weights are plain safetensors in $out/run/ckpt/final
+  GLUE          .venv/bin/electra-ds finetune $out/run tiny --tasks cola,rte --data GLUE_DIR --out runs/glue
+  Hugging Face  .venv/bin/electra-ds export $out/run --out runs/hf
 END
