@@ -259,11 +259,14 @@ class Engine:
         return self._engine.module
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
-        """The module in eval mode without gradients; a call on it is collective at ZeRO stage 3."""
+    def evaluating(self, autocast: bool = True) -> Iterator[nn.Module]:
+        """The module in eval mode without gradients; a call on it is collective at ZeRO stage 3.
+
+        autocast: as in training where that runs under torch_autocast, else in the dtype of the weights.
+        """
         self._engine.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._autocast() if autocast else contextlib.nullcontext():
                 yield self._engine.module
         finally:
             self._engine.train()

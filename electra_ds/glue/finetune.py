@@ -256,7 +256,7 @@ class Seed:
     def _score(self, split: str) -> tuple[dict[str, float], list, list[np.ndarray]]:
         examples, encoded = self.splits.examples[split], self.splits.encoded[split]
         ranks, engine = self.suite.ranks, self.engine
-        with engine.evaluating() as module:
+        with engine.evaluating(autocast=False) as module:  # as `predict` and exported models do
             logits = logits_of(module, self.task.kind, encoded, self.pad_id, engine.to_device, ranks, engine.exchange)
         predictions = predictions_of(self.task, examples, encoded, logits)
         labelled = all(example.label is not None for example in examples)
