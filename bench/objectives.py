@@ -87,7 +87,7 @@ def main() -> None:
             "flops": steps * cost[kind],
             "tokens": last["train"]["tokens"],
             "minutes": last["train"]["seconds"] / 60,
-            "mlm_loss": last["valid"]["mlm_loss"],
+            "mlm_loss": last["valid"]["mlm_loss"],  # of electra's generator, of mlm's main encoder
             "mlm_accuracy": last["valid"]["mlm_accuracy"],
         }
     for kind in KINDS if options.glue else ():
