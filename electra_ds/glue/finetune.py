@@ -82,13 +82,13 @@ def finetune_among(
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
     tasks = {name: load_task(name, data) for name in dict.fromkeys(name for name, _ in jobs)}
-    _open(suite, jobs)
+    _open(suite)
     for name, task in tasks.items():
         seeds = [seed for job, seed in jobs if job == name]
         left = from_first([seed for seed in seeds if not (_folder(out, task, seed) / "result.json").exists()])
         if not left:
             continue
-        splits, task = _read(task, config.of(task.name, task.epochs, 0).train.max_length, suite.pretrained)
+        splits = _read(task, config.of(task.name, task.epochs, 0).train.max_length, suite.pretrained)
         for seed in left:
             Seed(suite, task, splits, seed).run()
     return write_report(out) if ranks.rank == 0 else {}
@@ -98,7 +98,7 @@ def _folder(out: Path, task: Task, seed: int) -> Path:
     return out / task.name / f"seed-{seed}"
 
 
-def _open(suite: Suite, jobs: list[tuple[str, int]]) -> None:
+def _open(suite: Suite) -> None:
     """Write DIR/config.json, or compare it: one folder holds one suite."""
     digest = hashlib.sha256()
     for name, tensor in sorted(suite.pretrained.state.items()):
@@ -119,7 +119,7 @@ def _open(suite: Suite, jobs: list[tuple[str, int]]) -> None:
         write_json(path, suite.config.model_dump(mode="json") | {"provenance": provenance("") | origin})
 
 
-def _read(task: Task, max_length: int, pretrained: Pretrained) -> tuple[Splits, Task]:
+def _read(task: Task, max_length: int, pretrained: Pretrained) -> Splits:
     examples = {split: read_examples(task, split) for split in task.splits}
     if "train" not in examples:
         raise UserError(f"{task.name}: no training file; it is for predictions alone")
@@ -127,7 +127,7 @@ def _read(task: Task, max_length: int, pretrained: Pretrained) -> tuple[Splits, 
     for split, found in examples.items():
         found = found + swapped(found) if split == "train" and task.both_orders else found
         encoded[split] = encode(found, task, pretrained.tokenizer, max_length)
-    return Splits(examples, encoded), task
+    return Splits(examples, encoded)
 
 
 class Seed:
@@ -228,10 +228,8 @@ class Seed:
             if self.is_first:
                 checkpoint.prune(folder, CheckpointConfig(), progress.step)
         if self.is_first:
-            print(
-                f"{self.task.name} seed {self.seed}: step {progress.step}/{self.total_steps} loss {loss:.4f}",
-                flush=True,
-            )
+            place = f"step {progress.step}/{self.total_steps}"
+            print(f"{self.task.name} seed {self.seed}: {place} loss {loss:.4f}", flush=True)
 
     # -------------------------------------------------------------------------------------------------------- scoring
 
