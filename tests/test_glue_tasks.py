@@ -1,6 +1,7 @@
 """Tasks: the files of GLUE as they are, own tasks by a description, and every mistake named with file and line."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from electra_ds.errors import UserError
 from electra_ds.glue.examples import Example, read_examples, read_file
 from electra_ds.glue.metrics import entities, score
-from electra_ds.glue.tasks import GLUE, Task, load_task
+from electra_ds.glue.tasks import GLUE, Task, load_task, task_names
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"
 # Task -> folder, the training file, the test file (| for a tab), and what is expected of the training example.
@@ -196,6 +197,9 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "name": ({"a.tsv": GOOD}, {"name": "a/b"}, ["own.json: name", "a/b"]),
     "metric": ({"a.tsv": GOOD}, {"metrics": ["pearson"]}, ["'pearson' is none of classification", "accuracy"]),
     "f1 of three": ({"a.tsv": GOOD + "z\tc\n"}, {"metrics": ["f1"]}, ["f1 is for two labels"]),
+    "no pair": ({"a.tsv": GOOD}, {"both_orders": True}, ["own.json: both_orders: for pairs"]),
+    "no label": ({"a.tsv": GOOD}, {"label": None}, ["own.json: label: null, but there is a split train"]),
+    "range": ({"a.tsv": GOOD}, {"kind": "regression", "label_range": [5, 5]}, ["own.json: label_range: [5.0, 5.0]"]),
 }  # fmt: skip
 
 
@@ -211,11 +215,31 @@ def test_a_mistake_is_named_with_its_place(own, name):
 
 
 def test_unknown_tasks_and_folders_are_named(tmp_path):
-    for name, data, part in (("rtee", tmp_path, "did you mean 'rte'?"), ("rte", tmp_path / "x", "expected GLUE_DIR")):
-        with pytest.raises(UserError, match=part.replace("?", r"\?")):
+    write_glue(tmp_path, "cola")
+    (tmp_path / "news").mkdir()
+    cases = (
+        ("rtee", tmp_path, "did you mean 'rte'?"),
+        ("rte", tmp_path / "x", "x is no folder; expected GLUE_DIR"),
+        ("RTE", None, "task rte: give --data GLUE_DIR"),
+        ("STS-B", tmp_path, "has no folder stsb (in any spelling: STS-B for stsb, diagnostic for ax); found CoLA"),
+        ("mnli", tmp_path / "news", "found no folder at all; give --data the folder that holds it, or the task's own"),
+    )
+    for name, data, part in cases:
+        with pytest.raises(UserError, match=re.escape(part)):
             load_task(name, data)
-    with pytest.raises(UserError, match=r"train\.tsv: No such file"):
-        read_examples(load_task("rte", tmp_path), "train")
+
+
+def test_tasks_are_listed_once_and_found_from_any_folder(own, tmp_path, monkeypatch):
+    names = task_names("RTE, rte,STS-B,own/RTE.json,glue,own/RTE.json,rtee")
+    assert names[:3] == ["rte", "stsb", "own/RTE.json"] and names[-1] == "rtee"
+    assert sorted(names[:2] + names[3:-1]) == sorted(GLUE.keys() - {"ax"})
+    own({"a.tsv": GOOD})
+    write_glue(tmp_path, "rte")
+    monkeypatch.chdir(tmp_path)
+    tasks = [load_task("own.json", None), load_task("rte", Path())]
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert [len(read_examples(task, "train")) for task in tasks] == [2, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------ metrics
@@ -265,3 +289,13 @@ def test_entities_are_counted_whole():
 
 def test_glue_has_its_tasks():
     assert set(SHAPES) | {"ax"} == set(GLUE)
+
+
+def test_the_main_metric_is_that_of_the_papers_tables(tmp_path):
+    found = {}
+    for name in SHAPES:
+        write_glue(tmp_path, name)
+        found[name] = load_task(name, tmp_path).main_metric
+    assert {name: metric for name, metric in found.items() if metric != "accuracy"} == {
+        "cola": "matthews", "stsb": "spearman",
+    }  # fmt: skip

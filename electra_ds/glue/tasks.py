@@ -53,6 +53,12 @@ class Task(Section):
             raise ValueError(f"labels: {self.labels}; expected at least two, each once")
         if "f1" in self.metrics and self.labels and len(self.labels) > 2:
             raise ValueError("metrics: f1 is for two labels; use macro_f1")
+        if self.both_orders and self.text_b is None:
+            raise ValueError("both_orders: for pairs; name the column of the second sentence as text_b")
+        if self.label is None and "train" in self.splits:
+            raise ValueError("label: null, but there is a split train; name the column of its labels")
+        if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
+            raise ValueError(f"label_range: {list(self.label_range)}; expected the lowest label, then a higher one")
         return self
 
     @property
@@ -120,16 +126,32 @@ def load_task(name: str, data: Path | None) -> Task:
         task = _own_task(Path(name), data)
     elif glue_name(name) in GLUE:
         short = glue_name(name)
-        if data is None or not data.is_dir():
-            raise UserError(f"task {name}: --data {data} is no folder; expected GLUE_DIR with CoLA/, RTE/, ...")
-        folder = next((child for child in sorted(data.iterdir()) if glue_name(child.name) == short), data)
-        task = Task(**{"labels": ["0", "1"], "splits": _FILES, "name": short, "folder": str(folder)} | GLUE[short])
+        values = {"labels": ["0", "1"], "splits": _FILES, "name": short} | GLUE[short]
+        task = Task(**values, folder=str(_glue_folder(short, values["splits"], data).resolve()))
     else:
         raise UserError(
             f"no task named {name!r}{nearest(glue_name(name), list(GLUE))}; there are {', '.join(GLUE)}; "
             "of an own task give the description's path (task.json)"
         )
     return _filled(task)
+
+
+def _glue_folder(short: str, files: dict[str, str], data: Path | None) -> Path:
+    """The folder of a GLUE task inside `data`, or `data` itself where it holds one of the task's files."""
+    if data is None:
+        raise UserError(f"task {short}: give --data GLUE_DIR, the folder with CoLA/, RTE/, ...")
+    if not data.is_dir():
+        raise UserError(f"task {short}: --data {data} is no folder; expected GLUE_DIR with CoLA/, RTE/, ...")
+    inside = sorted(child for child in data.iterdir() if child.is_dir())
+    if found := [child for child in inside if glue_name(child.name) == short]:
+        return found[0]
+    if any((data / file).is_file() for file in files.values()):
+        return data
+    raise UserError(
+        f"task {short}: {data} has no folder {short} (in any spelling: STS-B for stsb, diagnostic for ax); found "
+        f"{', '.join(child.name for child in inside[:20]) or 'no folder at all'}; give --data the folder that holds "
+        f"it, or the task's own with {next(iter(files.values()))}"
+    )
 
 
 def _own_task(path: Path, data: Path | None) -> Task:
@@ -141,7 +163,7 @@ def _own_task(path: Path, data: Path | None) -> Task:
         raise UserError(f"{path}: splits: found {', '.join(task.splits)}; expected at least train and valid")
     here = path.parent / task.folder
     there = here if data is None or (here / task.splits.get("train", "")).is_file() else data
-    return task.model_copy(update={"folder": str(there)})
+    return task.model_copy(update={"folder": str(there.resolve())})
 
 
 def _filled(task: Task) -> Task:
@@ -165,7 +187,8 @@ def _filled(task: Task) -> Task:
 
 
 def task_names(text: str) -> list[str]:
-    """What --tasks lists by commas: GLUE names in any spelling (`glue`: the nine), or paths of descriptions."""
+    """What --tasks lists by commas, each once: GLUE names in any spelling (`glue`: the nine), paths of descriptions."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     nine = [name for name in GLUE if name != "ax"]
+    names = [short if (short := glue_name(name)) in GLUE else name for name in names]
     return list(dict.fromkeys(one for name in names for one in (nine if name.lower() == "glue" else [name])))
