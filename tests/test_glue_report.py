@@ -1,6 +1,7 @@
 """Report and submission: pure functions of the folder, that say what is missing and average nothing that failed."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_a_suite_with_nothing_finished_still_reports(tmp_path):
         write_report(tmp_path / "rte")
 
 
+def test_own_tasks_stand_alone_and_broken_scores_and_copies_do_not_count(tmp_path):
+    write_seed(tmp_path, "own", 0, {"valid": {"pearson": math.nan, "spearman": None}})
+    write_seed(tmp_path, "own", 1, {"valid": {"pearson": -0.1, "spearman": 0.2}})
+    write_seed(tmp_path, "own", 2, {})
+    write_seed(tmp_path, "own", "0.bak", {"valid": {"pearson": 0.9}})
+    report = write_report(tmp_path)
+    assert report["comparison"] == {} and "ublished" not in (tmp_path / "report.md").read_text()
+    assert report["notes"] == ["own: without a score: seed 0, 2; the figures are over the 1 finished of 3 seeds"]
+    assert report["tasks"]["own"]["best_seed"] == 1
+    assert report["tasks"]["own"]["scores"]["valid"]["pearson"]["seeds"] == {1: -10.0}
+
+
 # --------------------------------------------------------------------------------------------------------- submission
 
 ANSWERS = {"cola": "1", "stsb": "5.31", "mnli": "neutral", "rte": "not_entailment"}
@@ -116,9 +129,10 @@ def test_the_zip_is_what_the_site_takes(tmp_path):
             assert {cell[1] for cell in cells} == {ANSWERS[task]}
     assert [line.split("\t")[1] for line in tables["STS-B"][1:4]] == ["0.000", "2.500", "5.000"]
     assert tables["QNLI"][1] == "0\tentailment" and tables["QQP"][1] == "0\t0"
-    warned = [note.split(".tsv")[0] for note in notes if "WARNING" in note]
-    assert len(notes) == 11 and warned == ["SST-2", "MRPC", "QQP", "QNLI", "WNLI"]
-    assert "RTE.tsv: seed 1, accuracy 60.0 on valid" in notes and "no finished seed of qqp; all 390965" in notes[4]
+    *real, warning = notes
+    assert "WARNING: no test predictions of SST-2, MRPC, QQP, QNLI, WNLI: filled with a constant" in warning
+    assert [note.split(".tsv: seed 1, ")[0] for note in real] == ["CoLA", "STS-B", "MNLI-m", "MNLI-mm", "RTE", "AX"]
+    assert "RTE.tsv: seed 1, accuracy 60.0 on valid" in real
     again = (tmp_path / "glue.zip").read_bytes()
     write_submission(tmp_path, tmp_path / "glue.zip")
     assert (tmp_path / "glue.zip").read_bytes() == again
@@ -126,7 +140,9 @@ def test_the_zip_is_what_the_site_takes(tmp_path):
 
 def test_predictions_of_another_test_set_are_refused(tmp_path):
     place = write_seed(tmp_path, "wnli", 0, {"valid": {"accuracy": 0.5}})
-    assert "predictions-test.tsv; all 146 rows" in write_submission(tmp_path, tmp_path / "x.zip")[9]
+    write_predictions(write_seed(tmp_path, "own", 0, {"valid": {"f1": 0.5}}), "test", ["1"])
+    with pytest.raises(UserError, match=r"no GLUE task has a finished seed .* found wnli, own; nothing is written"):
+        write_submission(tmp_path, tmp_path / "y.zip")
     for answers, part in ((["1"] * 145, "145 rows"), (["2"] * 146, "'2' is no answer of wnli")):
         write_predictions(place, "test", answers)
         with pytest.raises(UserError, match=part):

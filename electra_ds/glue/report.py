@@ -3,6 +3,7 @@
 A pure function of the folder; one that is not finished is reported as far as it is.
 """
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,20 @@ Results = dict[str, dict[int, dict[str, Any] | None]]
 
 
 def read_results(folder: Path) -> Results:
-    """Task -> seed -> what its result.json says, or None where a seed has none yet; GLUE first, in the usual order."""
+    """Task -> seed -> what its result.json says, or None where a seed has none yet; GLUE first, in the usual order.
+
+    Scores that are no finite numbers are left out.
+    """
     found: Results = {}
     for place in folder.glob("*/seed-*"):
-        path = place / "result.json"
+        path, number = place / "result.json", place.name.removeprefix("seed-")
+        if not number.isdecimal():  # a copy that someone put aside
+            continue
         result = read_json(path, "a seed's result") if path.exists() else None
-        found.setdefault(place.parent.name, {})[int(place.name.removeprefix("seed-"))] = result
+        for metrics in result["scores"].values() if result else ():
+            for metric in [name for name, value in metrics.items() if value is None or not math.isfinite(value)]:
+                del metrics[metric]
+        found.setdefault(place.parent.name, {})[int(number)] = result
     if not found:
         raise UserError(f"{folder}: no TASK/seed-N inside; expected a folder that finetune wrote (its --out)")
     order = {name: place for place, name in enumerate(GLUE)}
@@ -50,14 +59,21 @@ def read_results(folder: Path) -> Results:
 
 def best_seed(seeds: dict[int, dict[str, Any] | None]) -> tuple[int, str, str, float] | None:
     """(seed, dev split, metric, score) of the finished seed with the best main score on the main dev split."""
-    best = None
-    for seed, result in seeds.items():
-        if result and result["status"] == "done":
-            split = next(split for split in result["scores"] if split.startswith("valid"))
-            metric, value = next(iter(result["scores"][split].items()))
-            if best is None or value > best[3]:
-                best = seed, split, metric, value
-    return best
+    scored = [(seed, *main) for seed, result in seeds.items() if (main := _main(result))]
+    return max(scored, key=lambda one: one[-1], default=None)
+
+
+def _main(result: dict[str, Any] | None) -> tuple[str, str, float] | None:
+    """(dev split, metric, score) by which a finished seed is compared; None where it has no such score."""
+    scores = result["scores"] if result and result["status"] == "done" else {}
+    split = next((split for split in scores if split.startswith("valid")), None)
+    return (split, *next(iter(scores[split].items()))) if split and scores[split] else None
+
+
+def _status(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "unfinished"
+    return "without a score" if result["status"] == "done" and not _main(result) else result["status"]
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -67,28 +83,30 @@ def write_report(folder: Path) -> dict[str, Any]:
     the finished seeds; a diverged seed is listed as such and enters none of them. UserError when there is no seed.
     """
     tasks = {name: _task(seeds) for name, seeds in read_results(folder).items()}
-    report = {"tasks": tasks, "comparison": _comparison(tasks), "notes": _notes(tasks)}
+    ran_glue = any(name in GLUE for name in tasks)
+    report = {"tasks": tasks, "comparison": _comparison(tasks) if ran_glue else {}, "notes": _notes(tasks)}
     write_json(folder / "report.json", report)
     write_bytes(folder / "report.md", _markdown(report).encode())
     return report
 
 
 def _task(seeds: dict[int, dict[str, Any] | None]) -> dict[str, Any]:
-    done = {seed: result for seed, result in seeds.items() if result and result["status"] == "done"}
+    done = {seed: result for seed, result in seeds.items() if _main(result)}
     best, scores = best_seed(seeds), {}
     for split, metrics in next(iter(done.values()))["scores"].items() if done else ():
         for metric in metrics:
-            values = {seed: 100 * result["scores"][split][metric] for seed, result in done.items()}
+            given = {seed: result["scores"].get(split, {}).get(metric) for seed, result in done.items()}
+            values = {seed: 100 * value for seed, value in given.items() if value is not None}
             listed = list(values.values())
             scores.setdefault(split, {})[metric] = {
                 "seeds": values,
                 "median": statistics.median(listed),
                 "mean": statistics.fmean(listed),
                 "std": statistics.stdev(listed) if len(listed) > 1 else None,
-                "best": values[best[0]],
+                "best": values.get(best[0]),
             }
     return {
-        "seeds": {seed: result["status"] if result else "unfinished" for seed, result in seeds.items()},
+        "seeds": {seed: _status(result) for seed, result in seeds.items()},
         "selected": sorted({result["selected"] for result in done.values()}),
         "origin": sorted({result["origin"] for result in seeds.values() if result}),
         "best_seed": best and best[0],
@@ -117,12 +135,12 @@ def _notes(tasks: dict[str, Any]) -> list[str]:
         for seed, status in task["seeds"].items():
             of.setdefault(status, []).append(str(seed))
         finished = f"the figures are over the {len(of.get('done', []))} finished of {len(task['seeds'])} seeds"
-        for status in ("diverged", "unfinished"):
-            if status in of:
-                notes.append(f"{name}: {status}: seed {', '.join(of[status])}; {finished}")
+        for status in sorted(of.keys() - {"done"}):
+            notes.append(f"{name}: {status}: seed {', '.join(of[status])}; {finished}")
         if chosen := [how for how in task["selected"] if how != "last"]:
             notes.append(f"{name}: weights chosen by their dev score ({', '.join(chosen)}), so the dev score flatters")
-    if absent := [name for name in GLUE if name not in tasks and name != "ax"]:
+    absent = [name for name in GLUE if name not in tasks and name != "ax"]
+    if 0 < len(absent) < len(GLUE) - 1:
         notes.append(f"not run: {', '.join(absent)}")
     return notes
 
@@ -137,9 +155,9 @@ def _markdown(report: dict[str, Any]) -> str:
                 every += [f"{seed}: {status}" for seed, status in task["seeds"].items() if status != "done"]
                 figures = [found[key] for key in ("median", "mean", "std", "best")]
                 lines += _line(name, split, metric, *figures, ", ".join(every))
-    columns = next(iter(report["comparison"].values()))
-    lines += ["", "Beside published results on the dev sets:", "", *_line("model", *columns, head=True)]
-    for name, row in report["comparison"].items():
+    for place, (name, row) in enumerate(report["comparison"].items()):
+        if place == 0:
+            lines += ["", "Beside published results on the dev sets:", "", *_line("model", *row, head=True)]
         lines += _line(name, *row.values())
     origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
     notes = [f"- {note}" for note in [*(f"weights: {origin}" for origin in origins), *report["notes"]]]

@@ -28,30 +28,36 @@ FILES = {
 def write_submission(folder: Path, out: Path) -> list[str]:
     """Write the zip of what finetune left in `folder`, each task by its seed with the best dev score.
 
-    Returns one line per file: the seed it is of, or that it is filled with a constant. UserError for predictions that
-    are not those of the official test set.
+    Returns a line per file with the seed it is of, and one that names the files filled with a constant. UserError,
+    and no zip, where there is no prediction at all, or for predictions that are not of the official test set.
     """
     results, notes, data = read_results(folder), [], io.BytesIO()
+    filled = []
     with zipfile.ZipFile(data, "w") as archive:
         for name in FILES:
-            predictions, note = _predictions(folder, results, name)
+            predictions, seed = _predictions(folder, results, name)
             rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(predictions))
             entry = zipfile.ZipInfo(f"{name}.tsv")  # dated 1980: the same predictions give the same zip
             archive.writestr(entry, f"index\tprediction\n{rows}", zipfile.ZIP_DEFLATED)
-            notes.append(f"{name}.tsv: {note}")
+            notes += [f"{name}.tsv: {seed}"] if seed else []
+            filled += [] if seed else [name]
+    if not notes:
+        raise UserError(f"{folder}: no GLUE task has a finished seed with predictions of its test split "
+                        f"(predictions-test.tsv); found {', '.join(results)}; nothing is written")  # fmt: skip
+    if filled:
+        notes.append(f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant, their scores mean "
+                     "nothing")  # fmt: skip
     write_bytes(out, data.getvalue())
     return notes
 
 
-def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], str]:
-    """The second column of one file, and where it is from."""
+def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], str | None]:
+    """The second column of one file, and the seed it is of, or None where it is a constant."""
     task, split, rows = FILES[name]
     best = best_seed(results.get(task, {}))
     path = folder / task / f"seed-{best[0] if best else ''}" / f"predictions-{split}.tsv"
     if not path.exists():
-        constant = "0.000" if task == "stsb" else _labels(task)[0]
-        why = f"no {path}" if best else f"no finished seed of {task}"
-        return [constant] * rows, f"WARNING: {why}; all {rows} rows are {constant}, the score means nothing"
+        return ["0.000" if task == "stsb" else _labels(task)[0]] * rows, None
     cells = [line.split("\t")[:2] for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
     if [cell[0] for cell in cells] != [str(number) for number in range(rows)]:
         raise UserError(
