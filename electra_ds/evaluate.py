@@ -78,14 +78,14 @@ def _entropy(share: float) -> float:
     return -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, expected: str = "a run folder (OUT), OUT/ckpt or OUT/ckpt/STEP") -> Path:
     """A checkpoint folder from a run folder (its latest), a ckpt folder, or the folder itself."""
     for folder in (path, path / "ckpt"):
         if (folder / "meta.json").exists():
             return folder
         if (found := checkpoint.latest(folder)) is not None:
             return found
-    raise UserError(f"{path}: no checkpoint here; expected a run folder (OUT), OUT/ckpt or OUT/ckpt/STEP")
+    raise UserError(f"{path}: no checkpoint here; expected {expected}")
 
 
 def load_module(

@@ -50,8 +50,13 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
 
 
 def find_trained(path: Path) -> Path:
-    """The checkpoint of a run or of a fine-tuned model (SEED_DIR or SEED_DIR/model)."""
-    return path / "model" if (path / "model" / "meta.json").is_file() else find_checkpoint(path)
+    """The checkpoint of a run, or of a fine-tuned model: DIR/TASK (its one kept seed), DIR/TASK/seed-N, .../model."""
+    kept = sorted(meta.parent for pattern in ("", "seed-*/") for meta in path.glob(f"{pattern}model/meta.json"))
+    if len(kept) > 1:
+        raise UserError(f"{path}: holds the models of {len(kept)} seeds; name one, such as {kept[0].parent}")
+    expected = ("a run folder (OUT), OUT/ckpt, OUT/ckpt/STEP, a fine-tuned model (DIR/TASK, DIR/TASK/seed-N) or, where "
+                "a pretrained encoder is asked for, a Hugging Face folder")  # fmt: skip
+    return kept[0] if kept else find_checkpoint(path, expected)
 
 
 def read_trained(path: Path) -> tuple[Path, checkpoint.Meta, dict[str, Tensor]]:

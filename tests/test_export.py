@@ -22,7 +22,7 @@ from electra_ds.evaluate import load_module
 from electra_ds.export import export
 from electra_ds.interop.hf_tokenizer import read_tokenizer, write_tokenizer
 from electra_ds.model import Embeddings, Encoder, true_state
-from electra_ds.pretrained import load_pretrained
+from electra_ds.pretrained import find_trained, load_pretrained
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.values import Batch
 
@@ -255,6 +255,15 @@ def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
     for path in (tmp_path / "seed-0", tmp_path / "seed-0" / "model", tmp_path / "tuned"):
         found = load_pretrained(path).state
         assert all(torch.equal(value, found[name]) for name, value in true_state(parts).items() if "head" not in name)
+    (tmp_path / "rte").mkdir()
+    (tmp_path / "rte" / "seed-3").symlink_to(tmp_path / "seed-0")
+    assert find_trained(tmp_path / "rte") == tmp_path / "rte" / "seed-3" / "model"
+    assert load_pretrained(tmp_path / "rte").state.keys() == found.keys()
+    (tmp_path / "rte" / "seed-5").symlink_to(tmp_path / "seed-0")
+    kinds = "expected a run folder .*OUT/ckpt/STEP.*DIR/TASK/seed-N.*Hugging Face folder"
+    for path, part in (("rte", "models of 2 seeds; name one, such as .*rte/seed-3"), ("words", kinds)):
+        with pytest.raises(UserError, match=part):
+            load_pretrained(tmp_path / path)
     torch.save({"x": Path}, pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):  # code in a pickle is not run
         load_pretrained(pickled, words)
