@@ -386,14 +386,14 @@ def _readable(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     lines = []
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
-        key, found = ".".join(location) or "config", problem.get("input")
+        key, found = ".".join(location), problem.get("input")
         if problem["type"] == "extra_forbidden":
             known = _fields_at(root, location[:-1])
             lines.append(f"{key}: unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}")
         elif problem["type"] == "missing":
             lines.append(f"{key}: missing; it has no default")
         elif problem["type"] == "value_error":
-            lines.append(f"{key}: {problem['ctx']['error']}")
+            lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
         else:
             hint = _fraction_hint(root, location, found)
             lines.append(f"{key} = {json.dumps(found, default=str)}: {problem['msg'].lower()}{hint}")
@@ -484,9 +484,14 @@ def differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
     def compare(a: BaseModel, b: BaseModel, prefix: str) -> None:
         for name, info in type(a).model_fields.items():
             x, y = getattr(a, name), getattr(b, name)
+            names = x | y if isinstance(x, dict) and isinstance(y, dict) else {}
             if isinstance(x, Section) and type(x) is type(y):
                 compare(x, y, f"{prefix}{name}.")
+            elif any(isinstance(section, Section) for section in names.values()):
+                for key, section in names.items():  # one that is not named has the defaults
+                    compare(x.get(key, type(section)()), y.get(key, type(section)()), f"{prefix}{name}.{key}.")
             elif x != y and name != "provenance":
+                x, y = (value.model_dump() if isinstance(value, Section) else value for value in (x, y))
                 found[(info.json_schema_extra or {}).get("scope", "science")].append(f"{prefix}{name}: {x} -> {y}")
 
     compare(old, new, "")

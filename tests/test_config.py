@@ -110,7 +110,7 @@ def test_sections_that_contradict_each_other_are_refused():
     assert "hidden_size 128 is not a multiple of num_heads 3" in refusal("tiny", ["model.num_heads=3"])
     same = ["model.sharing=all"]
     assert load_run("tiny", same).model.sharing == "all"  # equal sizes
-    assert "is one encoder" in refusal("tiny", [*same, "generator.num_layers=1"])
+    assert "tiny.json: model.sharing = 'all' is one encoder" in refusal("tiny", [*same, "generator.num_layers=1"])
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,25 @@ def test_differences_are_split_by_scope():
     assert science == ["train.seed: 0 -> 1", "optimizer.peak_lr: 0.001 -> 0.002"]
     assert machine == ["train.micro_batch_size: 16 -> 8", "logging.every: 50 -> 10", "engine: zero1 -> zero3"]
     assert differences(old, old.model_copy(update={"provenance": {"host": "elsewhere"}})) == ([], [])
+    filled = old.with_data(600, SPECIAL, 32)
+    assert "data.special_ids: None -> {'pad': 0, " in differences(old, filled)[0][1]
+
+
+def test_differences_name_the_field_in_a_table_of_sections():
+    class One(Section):
+        epochs: float | None = config.science(None, "")
+        rows: int = config.machine(8, "")
+
+    class Table(Section):
+        tasks: dict[str, One] = config.science({}, "")
+        options: dict[str, int] = config.science({}, "")
+
+    old = Table(tasks={"same": One(epochs=2.0), "gone": One(epochs=3.0), "rte": One(), "none": One()}, options={"a": 1})
+    new = Table(tasks={"same": One(epochs=2.0), "rte": One(epochs=1.0, rows=4)}, options={"a": 2})
+    assert differences(old, new) == (
+        ["tasks.gone.epochs: 3.0 -> None", "tasks.rte.epochs: None -> 1.0", "options: {'a': 1} -> {'a': 2}"],
+        ["tasks.rte.rows: 8 -> 4"],
+    )
 
 
 def test_every_field_that_changes_is_reported_in_its_scope():
