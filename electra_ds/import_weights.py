@@ -223,9 +223,11 @@ def _fill(sources: list[Source], own: dict[str, Tensor]) -> tuple[dict[str, Tens
                 account.warnings.append(f"{label} {tuple(source.tensors[name].shape)} is left out: {why_not}")
     if account.made:
         parts = sorted({name.split(".")[0] for name in account.made})
+        is_part = any("discriminator_head." in source.serves for source in sources)  # of ELECTRA; BERT has no parts
+        lacks_other = "discriminator" in parts or ("generator" in parts and is_part)
         account.warnings.append(
-            f"{', '.join(parts)}: not in {', '.join(str(s.folder) for s in sources)}; "
-            f"{len(account.made)} tensors are drawn anew, what is shared comes from the other part"
+            f"{', '.join(parts)}: not in {', '.join(str(s.folder) for s in sources)}; {len(account.made)} tensors "
+            f"are drawn anew{', what is shared comes from the other part' if lacks_other else ''}"
         )
     return state, account
 

@@ -70,11 +70,12 @@ def test_a_missing_part_is_made_beside_what_is_there(tmp_path):
     state, folder = exported(tmp_path)
     account, weights = imported(folder / "discriminator", tmp_path / "d")
     made = {"generator", "generator_head"}
-    assert {name.split(".")[0] for name in account.made} == made and "drawn anew" in account.warnings[0]
+    assert {name.split(".")[0] for name in account.made} == made and "drawn anew, what is shared" in account.warnings[0]
     assert all(torch.equal(weights[name], state[name]) for name in weights if name.split(".")[0] not in made)
     assert weights["generator.layers.0.qkv.weight"].shape == (3 * 128, 128)  # the run's own sizes
     account, weights = imported(folder / "generator", tmp_path / "g")
     assert {name.split(".")[0] for name in account.made} == {"discriminator", "discriminator_head"}
+    assert "what is shared comes from the other part" in account.warnings[0]
     kept = [name for name in weights if name.startswith(("embeddings", "generator"))]
     assert all(torch.equal(weights[name], state[name]) for name in kept)
     account, weights = imported(folder / "discriminator", tmp_path / "both", generator=folder / "generator")
@@ -142,6 +143,7 @@ def test_bert_starts_both_encoders(old_names, tmp_path):
     assert "next-sentence" in reasons["cls.seq_relationship.weight"] and "fits nowhere" not in reasons.values()
     account, _ = imported(tmp_path / "bert", tmp_path / "other")  # tiny's own generator is wider
     assert {name.split(".")[0] for name in account.made} == {"discriminator_head", "generator", "generator_head"}
+    assert not any("the other part" in warning for warning in account.warnings)
 
 
 def test_what_cannot_be_ours_is_refused(tmp_path):
