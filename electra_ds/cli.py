@@ -215,34 +215,30 @@ def evaluate(
 
 @app.command()
 def finetune(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, checkpoint, or Hugging Face ELECTRA folder.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, checkpoint, fine-tuned or Hugging Face model.")],
     out: Annotated[Path, typer.Option(help="Folder of the suite; finished seeds in it are kept.")],
     tasks: Annotated[str, typer.Option(help="GLUE tasks (rte,cola; glue: all nine) and TASK.json files, by commas.")],
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="small, base, large, tiny, or a JSON.")] = "small",
     data: Annotated[Path | None, typer.Option(help="Folder with CoLA, RTE, ..., or one task's own.")] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds per task, from train.seed on.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per task, from train.seed on.")] = 1,
     engine: Engine = None,
     sets: Sets = None,
     spread: Annotated[bool, typer.Option("--spread", help="Spread seeds over the ranks, a world each.")] = False,
     random_init: Annotated[bool, typer.Option("--random-init", help="The same from random weights.")] = False,
 ) -> None:
     """Fine-tune on GLUE or own tasks, several seeds each; alone or under any launcher."""
-    from electra_ds.config import load_config
-    from electra_ds.glue.config import FinetuneConfig
+    from electra_ds.glue.config import load_finetune
     from electra_ds.glue.tasks import task_names
-    from electra_ds.ranks import alone, find_ranks
+    from electra_ds.ranks import find_ranks
 
-    found = load_config(config, "glue", FinetuneConfig, sets or [], engine)
-    jobs = [(name, found.train.seed + i) for name in task_names(tasks) for i in range(seeds)]
-    ranks = find_ranks()
-    if spread:
-        jobs, ranks = jobs[ranks.rank :: ranks.world_size], alone(ranks)
+    found, ranks = load_finetune(config, sets or [], engine), find_ranks()
     from electra_ds.glue.finetune import finetune
 
-    finetune(found, model, jobs, data, out, ranks, random_init)
-    if ranks.rank == 0:
+    names = task_names(tasks)
+    code = finetune(found, model, names, seeds, data, out, ranks, spread=spread, random_init=random_init)
+    if ranks.rank == 0 and code == 0:
         print(f"{out}/report.md" if spread else (out / "report.md").read_text(encoding="utf-8"), flush=True)
-    _leave(0)
+    _leave(code)
 
 
 @app.command()

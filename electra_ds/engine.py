@@ -2,13 +2,15 @@
 
 DeepSpeed 0.19's private names in use, held by tests/test_ranks_train.py at every stage: ops.__compatible_ops__,
 parameter._hp_mapping, FP16_UnfusedOptimizer.fp16_groups and fp32_groups, optimizer._hp_optimizer_states_linked and
-_lazy_init_hp_params_optimizer_state (stages 1 and 2), optimizer.fp32_partitioned_groups_flat (stage 3).
+_lazy_init_hp_params_optimizer_state (stages 1 and 2), optimizer.fp32_partitioned_groups_flat and
+parameter_offload.FWD_MODULE_STACK (stage 3).
 """
 
 import contextlib
 import ctypes
 import datetime
 import functools
+import gc
 import math
 import os
 import warnings
@@ -85,11 +87,18 @@ def _cuda_device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", index)
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's plain value on every rank: what is read from files is read once, so that all decide alike."""
-    found = [value]
+def from_first(read: Callable[[], Any]) -> Any:
+    """What rank 0 reads, on every rank, or its mistake: files are read once, so that all decide alike. Collective."""
+    found = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found = [read(), None]
+        except (OSError, UserError) as error:
+            found = [None, error]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
     return found[0]
 
 
@@ -259,14 +268,11 @@ class Engine:
         return self._engine.module
 
     @contextlib.contextmanager
-    def evaluating(self, autocast: bool = True) -> Iterator[nn.Module]:
-        """The module in eval mode without gradients; a call on it is collective at ZeRO stage 3.
-
-        autocast: as in training where that runs under torch_autocast, else in the dtype of the weights.
-        """
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The module in eval mode without gradients; a call on it is collective at ZeRO stage 3."""
         self._engine.eval()
         try:
-            with torch.no_grad(), self._autocast() if autocast else contextlib.nullcontext():
+            with torch.no_grad(), self._autocast():
                 yield self._engine.module
         finally:
             self._engine.train()
@@ -399,9 +405,20 @@ class Engine:
         return {name: masters[id(parameter)] for name, parameter in self.parameters.items()}
 
     def close(self) -> None:
-        """Give up the engine, together: without the barrier the first to go takes its peers down."""
+        """Give up the engine, together: without the barrier the first to go takes its peers down.
+
+        Its memory is free afterwards, for the next engine of this process.
+        """
         self.barrier()
         self._engine.destroy()
+        if self.stage == 3:
+            from deepspeed.runtime.zero import parameter_offload
+
+            parameter_offload.FWD_MODULE_STACK.clear()  # keeps every module that was ever wrapped
+        self._engine = self.optimizer = self.parameters = self._half_masters = None
+        gc.collect()  # engine, optimizer and hooks refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @functools.cache

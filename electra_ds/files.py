@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def fsync_folder(path: str | Path) -> None:
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, even after a power cut, sees the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # process numbers repeat across hosts
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import shutil
-import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +66,7 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     total_steps = config.total_steps(reader.rows)
-    if from_first(run_folder.is_done(out)) and not limits.extend:
+    if from_first(lambda: run_folder.is_done(out)) and not limits.extend:
         _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
         return run_folder.DONE
     engine = Engine(_objective(config), config, config.engine, ranks, device)
@@ -100,7 +99,7 @@ def _resume(
     engine: Engine, config: RunConfig, reader: ShardReader, out: Path, padded: dict[str, int], limits: Limits
 ) -> Progress:
     """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
-    found = from_first(checkpoint.latest(out / "ckpt"))
+    found = from_first(lambda: checkpoint.latest(out / "ckpt"))
     if found is None:
         if limits.init_from is not None:
             source = find_checkpoint(limits.init_from)
@@ -158,7 +157,7 @@ class Run:
         batches = self._batches(progress)
         self.interval = self._open_interval(progress)
         self.saved_step = progress.step if progress.data else -1
-        self._listen()
+        run_folder.on_stop_signal(self._ask_to_stop)
         with self._open_metrics(progress.step):
             self._greet(progress)
             batch = next(batches)
@@ -351,14 +350,8 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------------------- votes
 
-    def _listen(self) -> None:
-        def ask(number: int, _frame: object) -> None:
-            self.asked_to_stop = signal.Signals(number).name
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C a second time does not wait
-
-        # A flag that is voted on at the next step: a save begun on one rank's signal alone would wait for the others.
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, ask)
+    def _ask_to_stop(self, reason: str) -> None:
+        self.asked_to_stop = reason
 
     def _votes(self) -> dict[str, bool]:
         """This rank's votes; one rank's wish is enough, and all follow it together."""

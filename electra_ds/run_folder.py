@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import socket
 import subprocess
 import time
@@ -68,6 +69,20 @@ def finish(out: Path, done: bool, facts: dict) -> None:
 def restart_count() -> int:
     """How often the scheduler restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def on_stop_signal(note: Callable[[str], None]) -> None:
+    """From now on SIGTERM, SIGUSR1 and Ctrl-C call note(name) and nothing else; a second Ctrl-C does not wait.
+
+    A note to vote on at a later step: a save begun on one rank's signal alone would wait for the others.
+    """
+
+    def ask(number: int, _frame: object) -> None:
+        note(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, ask)
 
 
 def stop_exit_code() -> int:

@@ -25,7 +25,7 @@ def run_ranks(world_size: int, script: str, *arguments: object, check: bool = Tr
     """Run a script of tests/ on so many ranks (gloo) under torchrun; fails with its output unless check is False."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     command = [*launcher, str(ROOT / "tests" / script), *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0 or not check, done.stdout[-4000:] + done.stderr[-8000:]
     return done
 

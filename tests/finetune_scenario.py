@@ -3,6 +3,8 @@
 The tests in test_finetune.py read what they left in OUT/NAME. Not a test file itself.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,28 +27,28 @@ def run(name: str, task: str, engine: str = "zero0-fp32", seeds: int = 1, random
         "optimizer": {"peak_lr": peak_lr, "layerwise_lr_decay": 0.9}, "engine": engine,
     }  # fmt: skip
     config = parse_config(values, name, FinetuneConfig)
-    jobs = [(str(TASKS / f"{task}.json"), seed) for seed in range(seeds)]
-    finetune.finetune_among(config, MODEL, jobs, None, OUT / name, RANKS, DEVICE, random_init)
+    names = [str(TASKS / f"{task}.json")]
+    finetune.finetune_among(config, MODEL, names, seeds, None, OUT / name, RANKS, DEVICE, random_init=random_init)
 
 
 def interrupted(name: str, task: str, **train) -> None:
-    """The same in two attempts: the first one ends after its second epoch."""
-    untouched = finetune.Seed._after_epoch
+    """The same in two attempts: the first one is asked to stop in the middle of its second epoch."""
+    untouched = finetune.Seed._steps
 
-    def stops(self, progress, loss):
-        untouched(self, progress, loss)
-        if progress.data["epoch"] == 2:
-            self.engine.close()
-            raise InterruptedError
+    def signalled(self, progress):
+        progress = untouched(self, progress)
+        if progress.step == 18:  # of 39, 13 an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return progress
 
-    finetune.SAVE_SECONDS, finetune.Seed._after_epoch = 0.0, stops
+    finetune.LOOK_STEPS, finetune.Seed._steps = 5, signalled
     try:
         run(name, task, **train)
-    except InterruptedError:
+        raise AssertionError("the signal was not heard")
+    except finetune.Stopped:
         assert not (OUT / name / task / "seed-0" / "result.json").exists()
-    finetune.Seed._after_epoch = untouched
+    finetune.Seed._steps = untouched
     run(name, task, **train)
-    finetune.SAVE_SECONDS = 60.0
 
 
 run("classes", "classes", seeds=2)
@@ -55,6 +57,7 @@ run("words", "words", "zero3-fp32" if RANKS.world_size > 1 else "zero1-fp32", ep
 if RANKS.world_size == 1:
     interrupted("cut", "classes")
     run("best", "classes", select="best", keep="all")
+    run("half", "classes", "zero0-bf16", keep="all", epochs=1.0)
     run("random", "classes", random_init=True, keep="none", epochs=0.5)
     run("blown", "classes", peak_lr=1e30, max_skipped_steps=2)
 leave()

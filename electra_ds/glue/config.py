@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from electra_ds.config import AdamConfig, Section, accumulation, machine, science
+from electra_ds.config import AdamConfig, Section, accumulation, load_config, machine, science
 
 
 class FinetuneTrain(Section):
@@ -75,3 +75,15 @@ class FinetuneConfig(Section):
                 "tasks": {},
             }
         )
+
+
+def load_finetune(name: str, sets: list[str] = (), engine: str | None = None) -> FinetuneConfig:
+    """`load_config` of a suite. What --set says of all tasks holds for all, over the file's own word on single ones."""
+    config, said = load_config(name, "glue", FinetuneConfig, sets, engine), [s.partition("=")[0].strip() for s in sets]
+    for_all = TaskOverrides.model_fields.keys() & {key.partition(".")[2] for key in said if "tasks" not in key}
+    tasks = {
+        task: own.model_copy(update={key: None for key in for_all if f"tasks.{task}.{key}" not in said})
+        for task, own in config.tasks.items()
+        if "tasks" not in said
+    }
+    return config.model_copy(update={"tasks": config.tasks | tasks})

@@ -1,17 +1,21 @@
 """The verb finetune: for each task and seed, train a head on a pretrained encoder, score, predict, keep; then report.
 
 DIR/config.json                     the suite
+DIR/rte/task.json                   the task, and a fingerprint of its examples
 DIR/rte/seed-0/result.json          written last: a seed with one is finished
 DIR/rte/seed-0/predictions-test.tsv
 DIR/rte/seed-0/model, tokenizer     the fine-tuned model (train.keep says whose)
-DIR/rte/seed-0/ckpt                 of an unfinished seed, at an epoch's end
+DIR/rte/seed-0/ckpt                 of a seed that was stopped, or takes long
 DIR/report.json, report.md
 """
 
 import hashlib
+import json
 import math
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,25 +24,26 @@ import torch
 
 from electra_ds import checkpoint
 from electra_ds.checkpoint import Progress
-from electra_ds.config import CheckpointConfig, differences, load_engine, parse_config
+from electra_ds.config import CheckpointConfig, differences, load_engine, nearest, parse_config
 from electra_ds.engine import Engine, from_first, leave, start
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_json
-from electra_ds.glue.batches import Encoded, encode, epoch_batches, micro_batches, swapped
+from electra_ds.glue.batches import Encoded, TaskBatch, encode, epoch_batches, micro_batches, swapped
 from electra_ds.glue.classifier import layerwise
 from electra_ds.glue.config import FinetuneConfig
 from electra_ds.glue.examples import Example, read_examples
 from electra_ds.glue.metrics import score
 from electra_ds.glue.predict import classifier, logits_of, predictions_of, write_predictions
 from electra_ds.glue.report import best_seed, read_results, write_report
-from electra_ds.glue.tasks import Task, load_task
-from electra_ds.model import padded_rows
+from electra_ds.glue.tasks import GLUE, Task, glue_name, load_task
+from electra_ds.model import load_true_state, padded_rows
 from electra_ds.optim import learning_rate
 from electra_ds.pretrained import Pretrained, load_pretrained
-from electra_ds.ranks import Ranks
-from electra_ds.run_folder import provenance
+from electra_ds.ranks import Ranks, alone
+from electra_ds.run_folder import DONE, on_stop_signal, provenance, stop_exit_code
 
-SAVE_SECONDS = 60.0  # a seed that takes longer is saved at its epochs' ends
+SAVE_SECONDS = 60.0  # a seed that takes longer is saved now and then
+LOOK_STEPS = 20  # steps between two looks at the clock and at what was asked
 
 
 class Suite(NamedTuple):
@@ -59,75 +64,135 @@ class Splits(NamedTuple):
     encoded: dict[str, list[Encoded]]
 
 
-def finetune(
-    config: FinetuneConfig, model: Path, jobs: list[tuple[str, int]], data: Path | None, out: Path, ranks: Ranks,
-    random_init: bool = False,
-) -> dict:  # fmt: skip
-    """Run every (task, seed) of jobs that has no result yet; returns the report on all of `out`.
+class Stopped(Exception):
+    """Asked to stop; everything is saved."""
 
-    model: what `load_pretrained` reads. data: the GLUE root, or a task's own folder. random_init: the same budget
-    from random weights, for comparison. Raises UserError for bad data, or an `out` of another suite.
+
+def finetune(
+    config: FinetuneConfig, model: Path, names: list[str], seeds: int, data: Path | None, out: Path, ranks: Ranks, *,
+    spread: bool = False, random_init: bool = False,
+) -> int:  # fmt: skip
+    """Run every task with every seed (from train.seed on) that has no result in `out` yet; the report is on all of it.
+
+    model: what `load_pretrained` reads. names: for `load_task`, with data: the GLUE root, or a task's own folder.
+    spread: each rank takes its share of the seeds, alone. random_init: the same budget from random weights, for
+    comparison. Returns the exit code (0 done, 85 saved and stopped by a signal). Raises UserError for bad data,
+    settings that do not fit, or an `out` of another suite.
     """
+    share = slice(ranks.rank, None, ranks.world_size) if spread else slice(None)
+    ranks = alone(ranks) if spread else ranks
     device = start(ranks, config.train.timeout_minutes)
-    report = finetune_among(config, model, jobs, data, out, ranks, device, random_init)
+    try:
+        finetune_among(config, model, names, seeds, data, out, ranks, device, share=share, random_init=random_init)
+    except Stopped:
+        return stop_exit_code()
     leave()
-    return report
+    return DONE
 
 
 def finetune_among(
-    config: FinetuneConfig, model: Path, jobs: list[tuple[str, int]], data: Path | None, out: Path, ranks: Ranks,
-    device: torch.device, random_init: bool = False,
-) -> dict:  # fmt: skip
-    """`finetune` among ranks that have met."""
+    config: FinetuneConfig, model: Path, names: list[str], seeds: int, data: Path | None, out: Path, ranks: Ranks,
+    device: torch.device, *, share: slice = slice(None), random_init: bool = False,
+) -> None:  # fmt: skip
+    """`finetune` among ranks that have met; share: which of all (task, seed) are theirs. Raises Stopped on a signal."""
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
-    tasks = {name: load_task(name, data) for name in dict.fromkeys(name for name, _ in jobs)}
+    tasks = [load_task(name, data) for name in names]
+    _check(suite, tasks)
     _open(suite)
-    for name, task in tasks.items():
-        seeds = [seed for job, seed in jobs if job == name]
-        left = from_first([seed for seed in seeds if not (_folder(out, task, seed) / "result.json").exists()])
-        if not left:
-            continue
-        splits = _read(task, config.of(task.name, task.epochs, 0).train.max_length, suite.pretrained)
+    jobs = [(task, config.train.seed + i) for task in tasks for i in range(seeds)][share]
+    for task in tasks:
+        left = from_first(lambda: [seed for other, seed in jobs if other is task and not _is_done(out, task, seed)])  # noqa: B023
+        splits = _read(suite, task) if left else None
         for seed in left:
             Seed(suite, task, splits, seed).run()
-    return write_report(out) if ranks.rank == 0 else {}
+    if ranks.rank == 0 and any(out.glob("*/seed-*/result.json")):
+        write_report(out)
 
 
 def _folder(out: Path, task: Task, seed: int) -> Path:
     return out / task.name / f"seed-{seed}"
 
 
+def _is_done(out: Path, task: Task, seed: int) -> bool:
+    return (_folder(out, task, seed) / "result.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(suite: Suite, tasks: list[Task]) -> None:
+    """Refuse what would fail, or would silently count for nothing, hours later."""
+    config, model, names = suite.config, suite.pretrained.model, [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--tasks holds two tasks named {twice[0]!r}: give one of them another name in its description")
+    known = [*GLUE, *names]
+    if odd := [name for name in config.tasks if name not in known]:
+        raise UserError(f"tasks.{odd[0]}: no task of that name{nearest(glue_name(odd[0]), known)}")
+    for task in tasks:
+        own = config.of(task.name, task.epochs, 0)
+        own.accumulation(suite.ranks.world_size)
+        if own.train.max_length > model.max_positions:
+            raise UserError(f"train.max_length = {own.train.max_length}, but the model has {model.max_positions} "
+                            f"positions: --set train.max_length={model.max_positions}")  # fmt: skip
+        if task.text_b is not None and model.type_vocab_size < 2:
+            raise UserError(f"{task.name}: texts in pairs, but the model knows one segment only (type_vocab_size = 1)")
+        if "train" not in task.splits:
+            raise UserError(f"{task.name}: no split train; it is for predictions alone (ax: by mnli's model)")
+
+
 def _open(suite: Suite) -> None:
     """Write DIR/config.json, or compare it: one folder holds one suite."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(suite.pretrained.state.items()):
+    digest = hashlib.sha256(suite.pretrained.model.model_dump_json().encode())
+    for name, tensor in sorted({} if suite.random_init else suite.pretrained.state.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
-    origin = {"weights": "random" if suite.random_init else digest.hexdigest(), "model": suite.pretrained.origin}
-    path = suite.out / "config.json"
-    if from_first(path.exists()):
-        found = read_json(path, "a fine-tuning's config")
-        science, _ = differences(parse_config(found, str(path), FinetuneConfig), suite.config)
-        before = found["provenance"]
-        if before["weights"] != origin["weights"]:
-            science.insert(0, f"weights: {before['model']} -> {origin['model']}")
-        if science:
-            differ = "; ".join(science)
-            raise UserError(f"{suite.out} holds another fine-tuning: {differ}. Take the old values, or another --out")
-    elif suite.ranks.rank == 0:
-        suite.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, suite.config.model_dump(mode="json") | {"provenance": provenance("") | origin})
+    facts = {"weights": digest.hexdigest(), "model": suite.pretrained.origin, "random_init": suite.random_init}
+
+    def differs(found: dict) -> list[str]:
+        before = found.get("provenance") or {}
+        if "weights" not in before:
+            raise UserError(f"--out {suite.out} holds a run of another kind; choose another folder")
+        science, _ = differences(parse_config(found, f"{suite.out}/config.json", FinetuneConfig), suite.config)
+        is_same = before["weights"] == facts["weights"]
+        return science if is_same else [f"weights: {before['model']} -> {facts['model']}", *science]
+
+    asked = suite.config.model_dump(mode="json") | {"provenance": provenance("") | facts}
+    _settle(suite, "config.json", asked, differs)
 
 
-def _read(task: Task, max_length: int, pretrained: Pretrained) -> Splits:
+def _read(suite: Suite, task: Task) -> Splits:
+    """A task's examples; DIR/TASK/task.json is written, or compared: all its seeds see the same task and rows."""
+    max_length = suite.config.of(task.name, task.epochs, 0).train.max_length
     examples = {split: read_examples(task, split) for split in task.splits}
-    if "train" not in examples:
-        raise UserError(f"{task.name}: no training file; it is for predictions alone")
     encoded = {}
     for split, found in examples.items():
         found = found + swapped(found) if split == "train" and task.both_orders else found
-        encoded[split] = encode(found, task, pretrained.tokenizer, max_length)
+        encoded[split] = encode(found, task, suite.pretrained.tokenizer, max_length)
+    digest = hashlib.sha256(json.dumps([examples["train"], examples[task.valid_splits[0]]]).encode()).hexdigest()
+
+    def differs(found: dict) -> list[str]:
+        science, _ = differences(parse_config(found["task"], f"{task.name}/task.json", Task), task)
+        return science or ["other examples in train or dev"] * (found["examples"] != digest)
+
+    _settle(suite, f"{task.name}/task.json", {"task": task.model_dump(mode="json"), "examples": digest}, differs)
     return Splits(examples, encoded)
+
+
+def _settle(suite: Suite, name: str, asked: dict, differs: Callable[[dict], list[str]]) -> None:
+    """Write what was asked; where seeds have been trained already, it must be what they were. Collective."""
+    path = suite.out / name
+
+    def compare_and_write() -> None:
+        listed = "; ".join(differs(read_json(path, "an earlier attempt's settings"))) if path.exists() else ""
+        if listed and any(path.parent.rglob("seed-*")):
+            raise UserError(f"{path} is of another fine-tuning: {listed}. Take the old values, or another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asked)
+
+    from_first(compare_and_write)
+
+
+# -------------------------------------------------------------------------------------------------------------- a seed
 
 
 class Seed:
@@ -139,37 +204,44 @@ class Seed:
         self.folder = _folder(suite.out, task, seed)
         self.pad_id = suite.pretrained.tokenizer.special_ids.pad
         self.lengths = np.array([len(example.ids) for example in splits.encoded["train"]])
-        steps = math.ceil(len(self.lengths) / self.config.train.global_batch_size)
-        self.total_steps = max(1, round(self.config.train.epochs * steps))
+        self.epoch_steps = math.ceil(len(self.lengths) / self.config.train.global_batch_size)
+        self.total_steps = max(1, round(self.config.train.epochs * self.epoch_steps))
         self.is_first = suite.ranks.rank == 0
+        self.asked_to_stop = False
 
     def run(self) -> None:
-        """Train (from the last saved epoch), score, write everything, result.json last."""
+        """Train from the start or from what was saved, score, write everything, result.json last."""
         began = time.monotonic()
         self.engine = self._engine()
         self.padded = padded_rows(self.engine.module)
-        progress, loss = self._resume(), math.nan
-        while progress.step < self.total_steps:
-            progress, loss = self._epoch(progress)
-            if math.isnan(loss):
-                break
-            self._after_epoch(progress, loss)
-        diverged = math.isnan(loss)
+        on_stop_signal(self._ask_to_stop)
+        progress = self._resume()
+        while attempts(progress) < self.total_steps and not self._has_diverged(progress):
+            progress = self._steps(progress)
+            if attempts(progress) % self.epoch_steps == 0 or attempts(progress) == self.total_steps:
+                self._after_epoch(progress)
+            self._save_or_stop(progress)
+        scores = {} if self._has_diverged(progress) else self._finish(progress)
+        diverged = not all(math.isfinite(value) for found in scores.values() for value in found.values()) or not scores
         result = {
             "task": self.task.name, "seed": self.seed, "status": "diverged" if diverged else "done",
             "selected": "best epoch on dev" if self.config.train.select == "best" else "last",
-            "epochs": self.config.train.epochs, "steps": progress.step, "train_loss": None if diverged else loss,
-            "origin": "random initialisation" if self.suite.random_init else self.suite.pretrained.origin, "scores": {},
+            "epochs": self.config.train.epochs, "steps": progress.step, "skipped": progress.skipped,
+            "train_loss": None if diverged else self._mean_loss(),
+            "origin": "random initialisation" if self.suite.random_init else self.suite.pretrained.origin,
+            "scores": {} if diverged else scores, "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
-        if not diverged:
-            result["scores"] = self._finish(progress)
         if self.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "result.json", result | {"seconds": round(time.monotonic() - began, 1)})
+            write_json(self.folder / "result.json", result)
             shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
             prune_models(self.suite.out / self.task.name, self.config.train.keep)
+            write_report(self.suite.out)
             print(f"{self.task.name} seed {self.seed}: {_line(result)}", flush=True)
         self.engine.close()
+
+    def _ask_to_stop(self, _reason: str) -> None:
+        self.asked_to_stop = True
 
     def _engine(self) -> Engine:
         suite, train = self.suite, self.config.train
@@ -181,55 +253,90 @@ class Seed:
         return Engine(module, self.config, suite.config.engine, suite.ranks, suite.device, scale)
 
     def _resume(self) -> Progress:
-        found = from_first(checkpoint.latest(self.folder / "ckpt"))
+        self.lost = torch.zeros(2, dtype=torch.float64, device=self.suite.device)  # this epoch's losses, applied steps
         self.saved = time.monotonic()
-        return checkpoint.load(self.engine, found, self.padded).progress if found else Progress()
+        found = from_first(lambda: checkpoint.latest(self.folder / "ckpt"))
+        if found is None:
+            if self.is_first:  # of an attempt that left nothing to go on from
+                shutil.rmtree(self.folder / "model", ignore_errors=True)
+            return Progress()
+        progress = checkpoint.load(self.engine, found, self.padded).progress
+        self.lost += torch.tensor(progress.interval[0], device=self.suite.device) if self.is_first else 0.0
+        return progress
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def _epoch(self, progress: Progress) -> tuple[Progress, float]:
-        """One pass over the examples, or what is left of the schedule; (progress, mean loss), nan when it diverged."""
-        train, options, engine = self.config.train, self.config.optimizer, self.engine
-        batches = epoch_batches(self.lengths, train.global_batch_size, self.seed, progress.data.get("epoch", 0))
-        batches = batches[: self.total_steps - progress.step]
-        warmup, lost, skipped = round(options.warmup_fraction * self.total_steps), [], 0
-        for step, batch in enumerate(batches, progress.step):
-            micros, positions, count = self._micros(batch, step)
-            lost += [result.total for result in engine.forward_backward(micros, positions, (count,))]
-            lr = learning_rate(options.peak_lr, warmup, step, self.total_steps)
-            skipped = 0 if engine.step(lr).applied else skipped + 1
-            if skipped > train.max_skipped_steps:
-                return progress, math.nan
-        data = {"epoch": progress.data.get("epoch", 0) + 1}
-        return Progress(step=progress.step + len(batches), data=data), float(engine.sum(sum(lost))) / len(batches)
+    def _steps(self, progress: Progress) -> Progress:
+        """Train up to the next look at the world: LOOK_STEPS, the epoch's end, or the end of the schedule."""
+        options, done = self.config.optimizer, attempts(progress)
+        epoch, first = divmod(done, self.epoch_steps)
+        if first == 0:
+            self.lost.zero_()
+        batches = epoch_batches(self.lengths, self.config.train.global_batch_size, self.seed, epoch)
+        warmup = round(options.warmup_fraction * self.total_steps)
+        for batch in batches[first : first + min(LOOK_STEPS, self.total_steps - done)]:
+            micros, positions, count = self._micros(batch, attempts(progress))
+            losses = self.engine.forward_backward(micros, positions, (count,))
+            lr = learning_rate(options.peak_lr, warmup, progress.step, self.total_steps)
+            if self.engine.step(lr).applied:
+                self.lost[0] += sum(found.total for found in losses)
+                self.lost[1] += 1 if self.is_first else 0
+                progress = replace(progress, step=progress.step + 1, skipped_in_a_row=0)
+            else:
+                in_a_row = progress.skipped_in_a_row + 1
+                progress = replace(progress, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
+                if self._has_diverged(progress):
+                    break
+        return progress
 
-    def _micros(self, batch: np.ndarray, step: int):
-        """This rank's micro-batches of a global batch, the position of each, and the labels in the whole batch."""
+    def _has_diverged(self, progress: Progress) -> bool:
+        return progress.skipped_in_a_row > self.config.train.max_skipped_steps
+
+    def _mean_loss(self) -> float:
+        loss, steps = self.engine.sum(self.lost).tolist()
+        return loss / max(1.0, steps)
+
+    def _micros(self, batch: np.ndarray, number: int) -> tuple[list[TaskBatch], list[int], int]:
+        """This rank's micro-batches of the number-th global batch, the positions, and the labels in all of it."""
         train, accumulation = self.config.train, self.engine.accumulation
         examples, share = self.splits.encoded["train"], train.micro_batch_size * accumulation
         first = self.suite.ranks.rank * share
         mine = batch[first : first + share]
         micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, self.pad_id, self.task.kind)
-        positions = [step * train.global_batch_size + first + i * train.micro_batch_size for i in range(accumulation)]
+        positions = [number * train.global_batch_size + first + i * train.micro_batch_size for i in range(accumulation)]
         labels = (examples[i].label for i in batch)
         count = sum(sum(v >= 0 for v in label) if isinstance(label, list) else 1 for label in labels)
         return micros, positions, max(1, count)
 
-    def _after_epoch(self, progress: Progress, loss: float) -> None:
-        """Keep the best epoch where the config asks for it; save a long seed so that it can go on from here."""
+    def _after_epoch(self, progress: Progress) -> None:
+        """Say where the seed stands; keep the best epoch where the config asks for it."""
+        loss = self._mean_loss()
+        if self.is_first:
+            place = f"step {attempts(progress)}/{self.total_steps}"
+            print(f"{self.task.name} seed {self.seed}: {place} loss {loss:.4f}", flush=True)
         if self.config.train.select == "best":
             metric, scores = self.task.main_metric, self._score(self.task.valid_splits[0])[0]
-            before = from_first(_scores(self.folder / "model"))
+            before = from_first(lambda: _scores(self.folder / "model"))
             if before is None or scores[metric] > before[metric]:
                 self._save_model(progress, scores)
-        if progress.step < self.total_steps and from_first(time.monotonic() - self.saved > SAVE_SECONDS):
-            folder, self.saved = self.folder / "ckpt", time.monotonic()
-            checkpoint.save(self.engine, folder, str(progress.step), progress, self._facts({}), self.padded)
-            if self.is_first:
-                checkpoint.prune(folder, CheckpointConfig(), progress.step)
+
+    def _save_or_stop(self, progress: Progress) -> None:
+        """Save a long seed now and then, and everything when any rank was asked to stop; then all leave together."""
+        late = time.monotonic() - self.saved > SAVE_SECONDS
+        votes = self.engine.exchange((self.asked_to_stop, late and self.is_first))
+        stop = any(asked for asked, _ in votes)
+        if not stop and not any(late for _, late in votes):
+            return
+        self.saved, folder = time.monotonic(), self.folder / "ckpt"
+        progress = replace(progress, interval=[self.engine.sum(self.lost).tolist()])
+        checkpoint.save(self.engine, folder, str(attempts(progress)), progress, self._facts({}), self.padded)
         if self.is_first:
-            place = f"step {progress.step}/{self.total_steps}"
-            print(f"{self.task.name} seed {self.seed}: {place} loss {loss:.4f}", flush=True)
+            checkpoint.prune(folder, CheckpointConfig(), attempts(progress))
+        if stop:
+            if self.is_first:
+                print(f"{self.task.name} seed {self.seed}: stopped and saved; the same command goes on", flush=True)
+            self.engine.close()
+            raise Stopped
 
     # -------------------------------------------------------------------------------------------------------- scoring
 
@@ -252,24 +359,35 @@ class Seed:
         return scores
 
     def _score(self, split: str) -> tuple[dict[str, float], list, list[np.ndarray]]:
-        examples, encoded = self.splits.examples[split], self.splits.encoded[split]
-        ranks, engine = self.suite.ranks, self.engine
-        with engine.evaluating(autocast=False) as module:  # as `predict` and exported models do
-            logits = logits_of(module, self.task.kind, encoded, self.pad_id, engine.to_device, ranks, engine.exchange)
+        """Scores, predictions and logits, in fp32 whatever the engine trains in, as `predict` and exports give them."""
+        examples, encoded, engine = self.splits.examples[split], self.splits.encoded[split], self.engine
+        whole = {name: engine.whole(name, "master")[: self.padded.get(name)].cpu() for name in engine.parameters}
+        module = classifier(self.model, self.task)
+        load_true_state(module, whole)
+        module.to(engine.device).eval()
+        with torch.no_grad():
+            logits = logits_of(
+                module, self.task.kind, encoded, self.pad_id, engine.to_device, self.suite.ranks, engine.exchange
+            )
         predictions = predictions_of(self.task, examples, encoded, logits)
         labelled = all(example.label is not None for example in examples)
         return score(self.task, predictions, examples) if labelled else {}, predictions, logits
 
     def _save_model(self, progress: Progress, scores: dict) -> None:
+        if self.is_first:
+            self.suite.pretrained.tokenizer.save(self.folder / "tokenizer")  # first: a model is never without
         facts = self._facts(scores)
         checkpoint.save(self.engine, self.folder, "model", progress, facts, self.padded, weights_only=True)
-        if self.is_first:
-            self.suite.pretrained.tokenizer.save(self.folder / "tokenizer")
 
     def _facts(self, scores: dict) -> dict[str, Any]:
         """What meta.json says beside the tensors: enough to predict with and to export."""
         own = {"model": self.model.model_dump(mode="json"), "task": self.task.model_dump(mode="json"), "scores": scores}
         return self.config.model_dump(mode="json") | own
+
+
+def attempts(progress: Progress) -> int:
+    """Steps taken, applied or skipped: they decide which batch is next."""
+    return progress.step + progress.skipped
 
 
 def _line(result: dict) -> str:
@@ -284,9 +402,11 @@ def _scores(model: Path) -> dict | None:
 
 
 def prune_models(folder: Path, keep: str) -> None:
-    """Under keep = best, remove the models of all seeds of DIR/TASK but the one with the best dev score."""
-    best = best_seed(read_results(folder.parent)[folder.name])
-    for model in folder.glob("seed-*/model"):
-        finished = (model.parent / "result.json").exists()
-        if finished and (keep == "none" or (keep == "best" and best and model.parent.name != f"seed-{best[0]}")):
-            shutil.rmtree(model, ignore_errors=True)
+    """Remove the models of DIR/TASK's finished seeds that `keep` does not name; a diverged seed's always."""
+    seeds = read_results(folder.parent)[folder.name]
+    done = {seed for seed, result in seeds.items() if result and result["status"] == "done"}
+    best = best_seed(seeds)
+    kept = {"all": done, "best": {best[0]} if best else set(), "none": set()}[keep]
+    for seed, result in seeds.items():
+        if result and seed not in kept:
+            shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)

@@ -74,7 +74,7 @@ def write_predictions(path: Path, task: Task, examples: list[Example], predictio
     lines = ["\t".join(["index", "prediction", *shares])]
     for example, prediction, row in zip(examples, predictions, logits, strict=True):
         if task.kind == "regression":
-            said = [f"{prediction:.4f}"]
+            said = [f"{prediction:.6g}"]
         elif task.kind == "classification":
             said = [task.labels[prediction], *(f"{p:.5f}" for p in softmax(row))]
         else:
@@ -93,8 +93,10 @@ def predict(
     """
     if (file is None) == (split is None):
         raise UserError("give --input FILE, or --split NAME with --data")
-    found = _find(model)
+    found = find_trained(model)
     meta = checkpoint.read_meta(found)
+    if "task" not in meta.config:
+        raise UserError(f"{found}: a pretrained encoder, not a fine-tuned model; finetune writes DIR/TASK/seed-N/model")
     task = Task.model_validate(meta.config["task"])
     if data is not None:
         folder = load_task(task.name, data).folder if task.name in GLUE else str(data)
@@ -114,13 +116,3 @@ def predict(
     write_predictions(out, task, examples, predictions, logits)
     labelled = bool(examples) and all(example.label is not None for example in examples)
     return score(task, predictions, examples) if labelled else {}
-
-
-def _find(model: Path) -> Path:
-    kept = sorted(model.glob("seed-*/model/meta.json"))
-    if len(kept) > 1:
-        raise UserError(f"{model}: holds the models of {len(kept)} seeds; name one, such as {kept[0].parent.parent}")
-    found = kept[0].parent if kept else find_trained(model)
-    if "task" not in checkpoint.read_meta(found).config:
-        raise UserError(f"{found}: a pretrained encoder, not a fine-tuned model; finetune writes DIR/TASK/seed-N/model")
-    return found
