@@ -217,10 +217,10 @@ def test_differences_name_the_field_in_a_table_of_sections():
         options: dict[str, int] = config.science({}, "")
 
     old = Table(tasks={"same": One(epochs=2.0), "gone": One(epochs=3.0), "rte": One(), "none": One()}, options={"a": 1})
-    new = Table(tasks={"same": One(epochs=2.0), "rte": One(epochs=1.0, rows=4)}, options={"a": 2})
+    new = Table(tasks={"same": One(epochs=2.0), "rte": One(epochs=1.0, rows=4), "new": One(rows=9)}, options={"a": 2})
     assert differences(old, new) == (
         ["tasks.gone.epochs: 3.0 -> None", "tasks.rte.epochs: None -> 1.0", "options: {'a': 1} -> {'a': 2}"],
-        ["tasks.rte.rows: 8 -> 4"],
+        ["tasks.rte.rows: 8 -> 4", "tasks.new.rows: 8 -> 9"],
     )
 
 
