@@ -8,6 +8,7 @@ import torch
 from electra_ds import checkpoint
 from electra_ds.config import RunConfig, load_run, parse_run
 from electra_ds.import_weights import WholeWeights
+from electra_ds.model import true_state
 from electra_ds.objective import ElectraObjective
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -54,6 +55,15 @@ def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) 
     """Write a checkpoint of plain weights as folder/name with the given config."""
     progress = checkpoint.Progress(step=7)
     return checkpoint.save(WholeWeights(state), folder, name, progress, values, {}, weights_only=True)
+
+
+def pretrained(out: Path) -> Path:
+    """A run folder that finetune and export take, with its vocabulary."""
+    made_of = config()
+    save(out / "ckpt", "final", true_state(objective(made_of)), made_of.model_dump(mode="json"))
+    (out / "ckpt" / "latest").write_text("final\n")
+    vocabulary(out / "tokenizer")
+    return out
 
 
 def rows_with_padding(vocab_size: int = 600) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

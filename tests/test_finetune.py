@@ -18,7 +18,6 @@ from electra_ds.glue.config import load_finetune
 from electra_ds.glue.examples import Example, read_examples
 from electra_ds.glue.predict import logits_of, predictions_of
 from electra_ds.glue.tasks import Task, load_task
-from electra_ds.model import true_state
 from electra_ds.tokenizer import load_tokenizer
 
 WORDS = [word for word in run_folders.VOCABULARY[5:305]]
@@ -70,11 +69,7 @@ def write_tasks(folder: Path) -> Path:
 def suites(tmp_path_factory) -> Path:
     """What finetune_scenario.py left on one rank and on two: one/NAME, two/NAME, beside model and tasks."""
     folder = tmp_path_factory.mktemp("finetune")
-    config = run_folders.config()
-    state = true_state(run_folders.objective(config))
-    run_folders.save(folder / "model" / "ckpt", "final", state, config.model_dump(mode="json"))
-    (folder / "model" / "ckpt" / "latest").write_text("final\n")
-    run_folders.vocabulary(folder / "model" / "tokenizer")
+    run_folders.pretrained(folder / "model")
     write_tasks(folder / "tasks")
     for world_size, name in ((1, "one"), (2, "two")):
         run_ranks(world_size, "finetune_scenario.py", folder / "model", folder / "tasks", folder / name)

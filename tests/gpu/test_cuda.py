@@ -52,3 +52,23 @@ def test_fp32_on_cuda_trains_like_a_cpu(data: Path, tmp_path: Path) -> None:
     run_cli("pretrain", "tiny", "--data", data, "--out", tmp_path / "cpu", "--engine", "zero0-fp32", *options)
     theirs = [r for r in read_metrics(tmp_path / "cpu/metrics.jsonl") if r["split"] == "train"]
     assert [r["loss"] for r in ours[:20]] == pytest.approx([r["loss"] for r in theirs[:20]], rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ("zero0-fp32", "zero0-bf16", "zero1-fp16", "zero3-bf16"))
+def test_fine_tuning_learns_in_every_precision(tmp_path: Path, engine: str) -> None:
+    import os
+    import subprocess
+    import sys
+
+    import run_folders
+    from test_finetune import write_tasks
+
+    tasks, config = write_tasks(tmp_path / "tasks"), tmp_path / "config.json"
+    train = {"epochs": 4.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
+    config.write_text(json.dumps({"train": train, "optimizer": {"peak_lr": 3e-3}, "engine": engine}))
+    command = [sys.executable, "-m", "electra_ds", "finetune", run_folders.pretrained(tmp_path / "model"), config]
+    command += ["--tasks", tasks / "classes.json", "--out", tmp_path / "out"]
+    environ = os.environ | {"DS_ACCELERATOR": "cuda", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    subprocess.run(list(map(str, command)), env=environ, check=True, timeout=600)
+    result = json.loads((tmp_path / "out/classes/seed-0/result.json").read_text())
+    assert result["scores"]["valid"]["accuracy"] > 0.9
