@@ -96,9 +96,11 @@ def main() -> None:
         call("finetune", options.out / kind, options.finetune, "--tasks", ",".join(TASKS), "--data", options.glue,
              "--out", tuned, "--seeds", options.seeds, *sets)  # fmt: skip
         for task in TASKS:
-            results = [json.loads(path.read_text()) for path in sorted(tuned.glob(f"{task}/seed-*/result.json"))]
+            paths = [tuned / task / f"seed-{seed}" / "result.json" for seed in range(options.seeds)]
+            results = [json.loads(path.read_text()) for path in paths]
             scores = [next(iter(result["scores"].values())) for result in results if result["status"] == "done"]
-            for metric in scores[0]:
+            found[kind][f"{task} seeds"] = len(scores)  # the others diverged and count nowhere
+            for metric in scores[0] if scores else ():
                 values = [100 * score[metric] for score in scores]
                 found[kind][f"{task} {metric}"] = statistics.median(values)
                 found[kind][f"{task} {metric} of each seed"] = values

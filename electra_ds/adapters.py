@@ -6,12 +6,12 @@ Letters: B rows, S sequence, H hidden, V vocabulary.
 import importlib
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from electra_ds.errors import UserError
@@ -30,7 +30,7 @@ def call_generator(generator: nn.Module, ids: Tensor, ties: str, given: dict[str
     try:
         found = generator(ids, **given)
     except RuntimeError as error:
-        if not ties or isinstance(error, torch.OutOfMemoryError):
+        if not ties or not re.search(r"\bsizes?\b|shape", str(error)):  # not the user's: a rank, the device, memory
             raise
         raise UserError(
             f"the generator fails with what it shares with the discriminator, {ties}: {error}. Tie embeddings of equal "
@@ -58,8 +58,10 @@ class Discriminator(nn.Module):
     def __init__(self, module: nn.Module, dim: int = -1, layer: str | int = -1):
         super().__init__()
         self.module, self.layer = module, layer
-        self.head = nn.Linear(dim, 1) if dim > 0 else None
-        self.drops_sigmoid = dim <= 0 and isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Sigmoid)
+        device = next((p.device for p in module.parameters()), None)
+        self.head = nn.Linear(dim, 1, device=device) if dim > 0 else None
+        is_plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        self.drops_sigmoid = dim <= 0 and is_plain and len(module) > 0 and isinstance(module[-1], nn.Sigmoid)
         if self.head is not None:
             self._watched()
         if self.drops_sigmoid:
@@ -71,7 +73,8 @@ class Discriminator(nn.Module):
         if self.head is not None:
             logits = self.head(self._hidden(ids, given))
         else:
-            logits = (self.module[:-1] if self.drops_sigmoid else self.module)(ids, **given)
+            module = nn.Sequential(*list(self.module)[:-1]) if self.drops_sigmoid else self.module
+            logits = module(ids, **given)
             if isinstance(logits, Tensor) and _ends_in_sigmoid(logits):
                 raise UserError("the discriminator ends in a sigmoid, but the loss takes logits: return its input")
         if isinstance(logits, Tensor) and logits.shape == (*ids.shape, 1):
@@ -109,9 +112,14 @@ class Discriminator(nn.Module):
         return outputs[0]
 
 
+# What changes no number, or wraps a module (DeepSpeed's ZeRO-3), between a sigmoid and what is returned.
+HARMLESS = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "Reshape", "Select", "Slice", "Transpose", "Permute", "Clone",
+            "Clamp", "ToCopy", "PreBackward", "PostBackward")  # fmt: skip
+
+
 def _ends_in_sigmoid(found: Tensor) -> bool:
     step = found.grad_fn
-    while step is not None and step.name().startswith(("Squeeze", "View", "UnsafeView", "Select")):
+    while step is not None and step.name().startswith(HARMLESS):
         step = step.next_functions[0][0]
     return step is not None and step.name().startswith("Sigmoid")
 

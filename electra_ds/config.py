@@ -276,6 +276,8 @@ class FactoryRun(RunConfig):
                 f"objective.kind {self.objective.kind} needs the built-in model; a factory's discriminator tells "
                 "replaced tokens: electra or electra_15"
             )
+        if self.train.compile or self.train.activation_checkpointing:
+            raise ValueError("train.compile and train.activation_checkpointing are for the built-in layers: leave them")
         return self
 
 

@@ -37,7 +37,10 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     held_out = [r for r in records if r["split"] == "valid" and r["step"] <= meta.progress.step]
     if held_out:
         figures = {key: value for key, value in held_out[-1].items() if isinstance(value, float)}
-        facts |= {f"held out, {key}": f"{v:.4f}" if v < 1000 else f"{v:,.0f}" for key, v in figures.items()}
+        facts |= {
+            f"held out at step {held_out[-1]['step']:,}, {key}": f"{v:.4f}" if v < 1000 else f"{v:,.0f}"
+            for key, v in figures.items()
+        }
     parts = [part for part in ("discriminator", "generator") if any(n.startswith(f"{part}_head.") for n in weights)]
     parts = parts if "discriminator" in parts else ["discriminator", *parts]  # other objectives give it an mlm_head
     exported = {name for part in parts for name in part_names(weights, part)}

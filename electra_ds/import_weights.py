@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from electra_ds import checkpoint
-from electra_ds.config import RunConfig, load_run, parse_run
+from electra_ds.config import FactoryConfig, RunConfig, load_run, parse_run
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
 from electra_ds.interop.folder import is_hf_folder, read_config, read_tensors
@@ -71,6 +71,8 @@ def import_weights(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; choose a new folder")
     base = load_run(run, sets)
+    if isinstance(base.model, FactoryConfig):
+        raise UserError(f"--run {run}: has a model.factory; weights are imported into the built-in model")
     prefix = find_tf(source)
     if (generator and prefix) or (config and not prefix):
         raise UserError("--generator goes with a Hugging Face folder, --config with a TensorFlow checkpoint")
@@ -131,6 +133,8 @@ def _tensorflow(prefix: Path, config: Path | None) -> tuple[list[Source], dict[s
     tensors, width, given = read_tf(prefix), 64, config or prefix.parent / "config.json"
     if given.is_file() or config:
         stated = read_json(given, "the sizes of the model (hidden_size, num_attention_heads)")
+        if not {"hidden_size", "num_attention_heads"} <= stated.keys():
+            raise UserError(f"{given}: expected hidden_size and num_attention_heads, found {', '.join(stated)}")
         width = stated["hidden_size"] // stated["num_attention_heads"]
     model, generator = sizes_of(tensors, width)
     parts = ENCODERS if generator else ENCODERS[:2]
@@ -149,20 +153,20 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
         )
     config = read_config(main, ("electra", "bert"))
     if config["model_type"] == "bert":
+        if generator:
+            raise UserError(f"{generator}: BERT ({main}) starts both encoders; import it without a generator's folder")
         return _bert(main, config, base)
     tensors = read_tensors(main)
     if generator is None and "generator_predictions.dense.weight" in tensors and base.objective.has_generator:
         main, generator = None, main
     sources = []
     if main:
-        names = {n: f"electra.{n}" if n.startswith(("embeddings", "encoder.")) else n for n in tensors}  # ElectraModel
-        sources.append(
-            _source(main, tensors, names, ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."])
-        )
+        serves = ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."]
+        sources.append(_source(main, tensors, electra_names(tensors), serves))
     if generator:
         theirs = read_tensors(generator)
         serves = ["generator_embeddings.", "generator.", "generator_head.", *([] if main else ["embeddings."])]
-        sources.append(_source(generator, theirs, {name: name for name in theirs}, serves))
+        sources.append(_source(generator, theirs, electra_names(theirs), serves))
     found, made = from_hf_config(config, read_config(generator) if generator else None)
     tables = ("embedding_size", "max_positions", "type_vocab_size", "layer_norm_eps", "vocab_size")
     keys = (*type(made).model_fields, *tables, "sharing") if main else tables
@@ -170,12 +174,19 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
     sizes |= {"generator": made.model_dump()} if generator else {}
     if main and generator:
         mine, theirs = (source.tensors for source in sources)
+        if WORDS not in mine or WORDS not in theirs:
+            raise UserError(f"{main} or {generator}: no {WORDS}; is that an ELECTRA model?")
         unlike = {n for n in mine if n.startswith("electra.") and not (n in theirs and torch.equal(mine[n], theirs[n]))}
         if not unlike:
             sizes["model"]["sharing"] = "all"
         elif WORDS in unlike and made.hidden_size == found.embedding_size:
             sizes["model"]["sharing"] = "untied"
     return main or generator, sources, sizes
+
+
+def electra_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Name in the folder -> name in a class with a head (a bare ElectraModel has no prefix)."""
+    return {n: f"electra.{n}" if n.startswith(("embeddings", "encoder.")) else n for n in tensors}
 
 
 def _bert(path: Path, config: dict, base: RunConfig) -> tuple[Path, list[Source], dict[str, dict]]:

@@ -245,7 +245,7 @@ def chosen_places(batch: Batch) -> Tensor:
 
 def uniform_tokens(uniforms: Tensor, vocab_size: int, special: list[int], avoid: Tensor | None = None) -> Tensor:
     """One token per number of [0, 1), all alike likely, never a special one nor that of `avoid`, shaped as uniforms."""
-    special = sorted(set(special))
+    special = sorted({s for s in special if s < vocab_size})
     ordinary = vocab_size - len(special)
     if avoid is None:
         index = (uniforms.double() * ordinary).long()  # among the ordinary tokens
@@ -275,7 +275,21 @@ def build_objective(config: RunConfig, seed: int | None = None) -> Objective:
         return ElectraObjective(model, config.generator, options, special_ids, seed)
     if seed is not None:
         torch.manual_seed(seed)
-    return FactoryObjective(*load_factory(model.factory)(config), model, options, special_ids)
+    pair = load_factory(model.factory)(config)
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], nn.Module)) or (
+        options.has_generator and not isinstance(pair[0], nn.Module)
+    ):
+        raise UserError(f"model.factory = {model.factory!r} must return (generator, discriminator), two torch modules")
+    module = FactoryObjective(*pair, model, options, special_ids)
+    held = {*module.state_dict()} - {name for name, p in module.named_parameters(remove_duplicate=False)}
+    lost = [name for name in held if module.get_buffer(name).is_floating_point()]
+    lost += [name for name, p in module.named_parameters() if not p.requires_grad]
+    if lost:
+        raise UserError(
+            f"model.factory = {model.factory!r}: {sorted(lost)[0]} is a buffer or frozen, and checkpoints hold what is "
+            "trained: train it, or register it with persistent=False and compute it anew (LayerNorm for BatchNorm)"
+        )
+    return module
 
 
 class ParameterCount(NamedTuple):

@@ -206,6 +206,9 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_acc
         beside = read_json(file.parent / "options.json", "the options of a tokenizer")
     elif (file.parent / "tokenizer_config.json").is_file():
         stored = read_json(file.parent / "tokenizer_config.json", "the options of a Hugging Face tokenizer")
+        if stored.get("tokenize_chinese_chars") is False or stored.get("word_tokenizer_type"):
+            raise UserError(f"{file.parent}/tokenizer_config.json: tokenize_chinese_chars = false or another splitter; "
+                            "only BERT's own pre-tokenisation is supported")
         beside = {"lowercase": stored.get("do_lower_case"), "strip_accents": stored.get("strip_accents")}
     if lowercase is None:
         lowercase = beside.get("lowercase")

@@ -62,6 +62,9 @@ class Electra(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
+        shares = {"mask_prob": mask_prob, "replace_prob": replace_prob, "random_token_prob": random_token_prob}
+        if odd := [name for name, share in shares.items() if not 0 <= share <= 1]:
+            raise UserError(f"{odd[0]} = {shares[odd[0]]}: expected a share, 0 to 1")
         if random_token_prob > 0 and num_tokens is None:
             raise UserError("random_token_prob needs num_tokens, the number of tokens to draw from")
         self.generator, self.discriminator = generator, Discriminator(discriminator, discr_dim, discr_layer)

@@ -34,3 +34,22 @@ def build(config):
     words = nn.Embedding(config.model.vocab_size, 24)
     width = config.model.options["width"]
     return Generator(words, width), Discriminator(words, width)
+
+
+def build_buffered(config):
+    """With running statistics, which no checkpoint holds."""
+    generator, discriminator = build(config)
+    discriminator.average = nn.BatchNorm1d(4)
+    return generator, discriminator
+
+
+def build_frozen(config):
+    """With a table that is not trained."""
+    generator, discriminator = build(config)
+    discriminator.turn.requires_grad_(False)
+    return generator, discriminator
+
+
+def build_one(config):
+    """A discriminator alone."""
+    return build(config)[1]

@@ -35,6 +35,7 @@ def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
         (["model.hidden_size=8"], "model.hidden_size: unknown key; known here: discr_dim, discr_layer, factory"),
         (["objective.kind=mlm"], "objective.kind mlm needs the built-in model"),
         (["generator.hidden_size=8"], "generator"),
+        (["train.compile=true"], "are for the built-in layers"),
     ):
         with pytest.raises(UserError) as error:
             run(tmp_path, *sets)
@@ -43,6 +44,9 @@ def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
         ("own_pair", "expected package.module:function"),
         ("own_pair:bild", "has no attribute 'bild'"),
         ("nowhere:build", "No module named 'nowhere'"),
+        ("own_pair:build_buffered", r"average.running_mean is a buffer or frozen"),
+        ("own_pair:build_frozen", r"turn.bias is a buffer or frozen"),
+        ("own_pair:build_one", r"must return \(generator, discriminator\)"),
     ):
         with pytest.raises(UserError, match=message):
             build_objective(run(tmp_path, factory=factory, vocab_size=101))

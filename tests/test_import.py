@@ -159,7 +159,18 @@ def test_what_cannot_be_ours_is_refused(tmp_path):
     (part / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     with pytest.raises(UserError, match="shape"):
         imported(part, tmp_path / "i")
+    (part / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    with pytest.raises(UserError, match="layer_norm_eps of discriminator and generator differ"):
+        imported(folder, tmp_path / "i")
     (part / "config.json").write_text(json.dumps(config))
+    bert(tmp_path / "b")
+    with pytest.raises(UserError, match=r"BERT .* starts both encoders"):
+        imported(tmp_path / "b", tmp_path / "i", generator=folder / "generator")
+    stored = read_json(part / "tokenizer_config.json")
+    (part / "tokenizer_config.json").write_text(json.dumps(stored | {"tokenize_chinese_chars": False}))
+    with pytest.raises(UserError, match="tokenize_chinese_chars = false"):
+        imported(part, tmp_path / "i")
+    (part / "tokenizer_config.json").write_text(json.dumps(stored))
     (part / "vocab.txt").write_text("".join(f"w{i}\n" for i in range(600)))
     with pytest.raises(UserError, match=r"no \[PAD\]"):
         imported(part, tmp_path / "i")

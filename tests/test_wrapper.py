@@ -175,13 +175,16 @@ def test_mistakes_are_named():
         Electra(generator, discriminator, discr_dim=24, discr_layer="reformer")(ids())
     with pytest.raises(UserError, match=r"must return logits \[6, 64\].* returned \[6, 64, 50\]"):
         Electra(generator, discriminator)(ids())
-    with pytest.raises(UserError, match="ends in a sigmoid"):
+    for last in (lambda x: x.squeeze(-1), lambda x: x.double().float().clamp(0, 1), lambda x: x[..., 0].contiguous()):
 
         class Shut(Language):
-            def forward(self, x):
-                return torch.sigmoid(super().forward(x)[..., :1]).squeeze(-1)
+            def forward(self, x, last=last):
+                return last(torch.sigmoid(super().forward(x)[..., :1]))
 
-        Electra(generator, Shut())(ids())
+        with pytest.raises(UserError, match="ends in a sigmoid"):
+            Electra(generator, Shut())(ids())
+    with pytest.raises(UserError, match=r"mask_prob = 1\.2: expected a share"):
+        Electra(generator, discriminator, mask_prob=1.2)
     with pytest.raises(UserError, match="random_token_prob needs num_tokens"):
         with_layer(random_token_prob=0.1)
     wide = Language(dim=24)

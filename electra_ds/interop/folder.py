@@ -40,7 +40,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for path in (folder / Path(name).name for name in names):
         try:
             tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from None
+        except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: cannot be read as weights ({(str(error) or 'empty').splitlines()[0]})") from None
+        if not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise UserError(f"{path}: expected a table of tensors by name, as `state_dict()` gives it")
         found.update(tensors)
     return found

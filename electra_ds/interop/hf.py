@@ -164,9 +164,11 @@ def from_hf_config(discriminator: Mapping, generator: Mapping | None = None) -> 
     if discriminator["embedding_size"] != generator["embedding_size"] == generator["hidden_size"]:
         sharing = "untied"
         shared.remove("embedding_size")
-    differs = [key for key in shared if discriminator[key] != generator[key]]
+    ours = {"layer_norm_eps": 1e-12}  # the library's default where it is not said
+    mine, theirs = ours | dict(discriminator), ours | dict(generator)
+    differs = [key for key in (*shared, *ours) if mine[key] != theirs[key]]
     if differs:
-        found = f"{discriminator[differs[0]]} and {generator[differs[0]]}"
+        found = f"{mine[differs[0]]} and {theirs[differs[0]]}"
         raise UserError(f"config.json: {differs[0]} of discriminator and generator differ ({found})")
     sizes = [{ours: config[theirs] for ours, theirs in SIZES.items()} for config in (discriminator, generator)]
     model = ModelConfig(
@@ -189,5 +191,7 @@ def bert_as_electra(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         plain = plain.replace("cls.predictions.transform.", "generator_predictions.")
         plain = {"cls.predictions.bias": "generator_lm_head.bias",
                  "cls.predictions.decoder.weight": "generator_lm_head.weight"}.get(plain, plain)  # fmt: skip
+        if plain == "cls.predictions.decoder.bias" and "cls.predictions.bias" not in tensors:
+            plain = "generator_lm_head.bias"
         renamed[name] = f"electra.{plain}" if plain.startswith(("embeddings.", "encoder.")) else plain
     return renamed

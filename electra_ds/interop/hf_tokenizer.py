@@ -54,6 +54,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"{path}/tokenizer.json: a {model['type']} model; expected BERT's WordPiece, or the vocabulary "
             "as vocab.txt or SentencePiece .model: put it into the folder or give it with --tokenizer"
         )
+    plain = {"clean_text": True, "handle_chinese_chars": True}
+    others = [f"{key} = {normalizer[key]}" for key, only in plain.items() if normalizer.get(key, only) is not only]
+    others += ["a prefix other than ##"] * (model.get("continuing_subword_prefix", "##") != "##")
+    others += ["ids with gaps"] * (sorted(model["vocab"].values()) != list(range(len(model["vocab"]))))
+    if others:
+        raise UserError(f"{path}/tokenizer.json: {', '.join(others)}; only BERT's own settings are supported")
     names = sorted(model["vocab"], key=model["vocab"].get)
     accents = normalizer["strip_accents"]
     options = {"lowercase": normalizer["lowercase"],
