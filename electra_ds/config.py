@@ -155,6 +155,7 @@ class TrainConfig(Section):
     eval_every: int = machine(0, "steps between held-out evaluations; 0: at the end only", ge=0)
     eval_rows: int = machine(2048, "held-out rows per evaluation during training", ge=1)
     max_skipped_steps: int = machine(20, "skipped steps in a row (fp16 overflow) before the run stops", ge=1)
+    max_restarts: int = machine(10, "failures in a row that gain no checkpoint before a run is refused; 0: any", ge=0)
     activation_checkpointing: bool = machine(False, "recompute each layer in backward: less memory, same numbers")
     timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")

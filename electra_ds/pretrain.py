@@ -19,6 +19,7 @@ from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, 
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.figures import BINS, own_figures, rates
+from electra_ds.lock import Lock, LockedOut
 from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
 from electra_ds.objective import Objective, build_objective
@@ -50,6 +51,8 @@ def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Lim
         code = run_among(config, data, out, ranks, device, limits)
         leave()
         return code
+    except LockedOut:
+        raise
     except BaseException as error:
         run_folder.record_error(out, ranks.rank, error)
         raise
@@ -66,24 +69,33 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     total_steps = config.total_steps(reader.rows)
-    if from_first(lambda: run_folder.is_done(out)) and not limits.extend:
-        _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
-        return run_folder.DONE
-    engine = Engine(_objective(config), config, config.engine, ranks, device)
-    run_folder.open_folder(out, ranks.rank, engine.exchange)
-    if ranks.rank == 0:
-        checkpoint.sweep(out / "ckpt")
-    padded = padded_rows(engine.module)
-    progress = _resume(engine, config, reader, out, padded, limits)
-    run = Run(config, engine, reader, data, out, total_steps, padded, limits, began)
-    if ranks.rank == 0:
-        (out / "done").unlink(missing_ok=True)
-        run_folder.write_config(out, config, manifest.dataset_id)
-        if (data / "tokenizer").is_dir():  # so that the run folder alone is enough for detect and export
-            shutil.copytree(data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    done = run.train(progress)
-    engine.close()
+    with Lock(out, from_first) as lock:
+        if from_first(lambda: run_folder.is_done(out)) and not limits.extend:
+            _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
+            return run_folder.DONE
+        if lock.took_over:
+            _say(ranks, f"{out}/lock: taken over from {lock.took_over}")
+        from_first(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+        engine = Engine(_objective(config), config, config.engine, ranks, device)
+        run_folder.open_folder(out, ranks.rank, engine.exchange)
+        if ranks.rank == 0:
+            checkpoint.sweep(out / "ckpt")
+        padded = padded_rows(engine.module)
+        progress = _resume(engine, config, reader, out, padded, limits)
+        run = Run(config, engine, reader, data, out, total_steps, padded, limits, began, lock)
+        if ranks.rank == 0:
+            (out / "done").unlink(missing_ok=True)
+            run_folder.write_config(out, config, manifest.dataset_id)
+            if (data / "tokenizer").is_dir():  # so that the run folder alone is enough for detect and export
+                shutil.copytree(data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+        done = run.train(progress)
+    engine.close()  # after the lock is given back: the first rank to leave may take rank 0 down
     return run_folder.DONE if done else run_folder.stop_exit_code()
+
+
+def _count_failures(out: Path, limit: int, silent: str) -> None:
+    found = checkpoint.latest(out / "ckpt")
+    run_folder.count_failures(out, checkpoint.read_meta(found).progress.step if found else 0, limit, silent)
 
 
 def _objective(config: RunConfig) -> Objective:
@@ -134,10 +146,10 @@ class Run:
 
     def __init__(
         self, config: RunConfig, engine: Engine, reader: ShardReader, data: Path, out: Path, total_steps: int,
-        padded: dict[str, int], limits: Limits, began: float,
+        padded: dict[str, int], limits: Limits, began: float, lock: Lock,
     ):  # fmt: skip
         self.config, self.engine, self.reader, self.out, self.total_steps = config, engine, reader, out, total_steps
-        self.padded, self.limits, self.began = padded, limits, began
+        self.padded, self.limits, self.began, self.lock = padded, limits, began, lock
         self.held_out = ShardReader(data, "valid") if "valid" in reader.manifest.splits else None
         self.unigrams = read_unigrams(data, config.model.vocab_size)
         self.is_first = engine.ranks.rank == 0
@@ -161,7 +173,7 @@ class Run:
         with self._open_metrics(progress.step):
             self._greet(progress)
             batch = next(batches)
-            engine.propose(batch.chosen_count, batch.token_count, **self._votes())
+            engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
             while True:
                 agreed = engine.agreed()
                 if agreed.save:
@@ -172,7 +184,7 @@ class Run:
                 counts = (agreed.chosen_count, agreed.token_count)
                 losses = engine.forward_backward(batch.micros, batch.micro_positions, counts, with_counts=logs)
                 following = next(batches)
-                engine.propose(following.chosen_count, following.token_count, **self._votes())
+                engine.propose(following.chosen_count, following.token_count, **self._votes(progress.step))
                 lr = learning_rate(options.peak_lr, options.warmup_steps, progress.step, self.total_steps)
                 result = engine.step(lr)
                 self._gather_interval(losses, batch)
@@ -314,6 +326,7 @@ class Run:
             return
         began = time.perf_counter()
         if self.metrics:
+            self.lock.beat()  # a process that slept may have lost OUT
             self.metrics.flush()
         interval = [part.tolist() for part in self.engine.gather(self.interval.cpu())]
         progress = replace(progress, data=progress.data or batches.state(0), interval=interval)
@@ -353,8 +366,11 @@ class Run:
     def _ask_to_stop(self, reason: str) -> None:
         self.asked_to_stop = reason
 
-    def _votes(self) -> dict[str, bool]:
+    def _votes(self, step: int) -> dict[str, bool]:
         """This rank's votes; one rank's wish is enough, and all follow it together."""
+        self.lock.step = step
+        if self.lock.lost:
+            raise self.lock.lost
         minutes = self.limits.max_minutes
         if minutes is not None and time.monotonic() - self.began >= 60 * minutes:
             self.asked_to_stop = self.asked_to_stop or f"--max-minutes {minutes}"

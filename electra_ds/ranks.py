@@ -126,6 +126,11 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
     raise UserError(f"{ranks.launcher} set RANK and WORLD_SIZE but not MASTER_ADDR and MASTER_PORT: export both")
 
 
+def restart_count(environ: MutableMapping[str, str] = os.environ) -> int:
+    """How often the scheduler restarted this job."""
+    return int(environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def free_port() -> int:
     """A TCP port that is free on this host now."""
     with socket.socket() as probe:

@@ -9,15 +9,18 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from electra_ds.config import RunConfig
 from electra_ds.errors import UserError
-from electra_ds.files import write_bytes, write_json
+from electra_ds.files import read_json, write_bytes, write_json
+from electra_ds.ranks import restart_count
 
 DONE, STOPPED, FAILED = 0, 85, 1  # exit codes beside 2, the user's mistake
+ERRORS_KEPT = 10  # in restarts.json
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "sentencepiece", "webdataset", "safetensors")
 
 
@@ -30,7 +33,7 @@ def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> N
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for pattern in ("stopped.*", "STOP", "SAVE", "error-rank-*.json", ".nonce*"):
+            for pattern in ("stopped.*", "STOP", "SAVE", ".nonce*"):
                 for stale in out.glob(pattern):
                     stale.unlink(missing_ok=True)
             write_bytes(out / ".nonce", nonce.encode())
@@ -66,11 +69,6 @@ def finish(out: Path, done: bool, facts: dict) -> None:
     write_json(out / ("done" if done else f"stopped.{restart_count()}"), facts)
 
 
-def restart_count() -> int:
-    """How often the scheduler restarted this job."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
 def on_stop_signal(note: Callable[[str], None]) -> None:
     """From now on SIGTERM, SIGUSR1 and Ctrl-C call note(name) and nothing else; a second Ctrl-C does not wait.
 
@@ -93,10 +91,55 @@ def stop_exit_code() -> int:
 def record_error(out: Path, rank: int, error: BaseException) -> None:
     """Leave the cause for the other ranks and for the next attempt; never raises."""
     try:
-        facts = {"rank": rank, "host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"}
+        facts = _ended(rank, f"{type(error).__name__}: {error}")
+        facts["failure"] = not isinstance(error, UserError | KeyboardInterrupt)
         (out / f"error-rank-{rank}.json").write_text(json.dumps(facts) + "\n")
     except OSError:
         pass
+
+
+def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
+    """Move what ended the last attempt into OUT/restarts.json. For rank 0, once OUT is its own.
+
+    step: of the latest checkpoint; a later one than at the last failure starts the count anew.
+    silent: of whom the lock was taken over, an attempt that died without a word; or empty. Stops are no failures, nor
+    are mistakes of the user. UserError when more than `limit` failures in a row gained no checkpoint (0: no limit).
+    """
+    path, files = out / "restarts.json", sorted(out.glob("error-rank-*.json"))
+    found = {"failures": 0, "in_a_row": 0, "step": -1, "errors": []}
+    if path.exists():
+        found = read_json(path, "the failures of this run")
+    left = [_read_error(file) for file in files]
+    errors = [error for error in left if error.pop("failure", True)]
+    if silent and not left:
+        errors = [_ended(0, f"ended without a word: {silent}")]
+    if step > found["step"]:
+        found |= {"in_a_row": 0, "step": step}
+    if errors:
+        found |= {"failures": found["failures"] + 1, "in_a_row": found["in_a_row"] + 1}
+        found["errors"] = (found["errors"] + errors)[-ERRORS_KEPT:]
+        write_json(path, found)
+    for file in files:
+        file.unlink()
+    if limit and found["in_a_row"] > limit:
+        last = found["errors"][-1]
+        raise UserError(
+            f"{out} failed {found['in_a_row']} times in a row at step {found['step']} without gaining a checkpoint "
+            f"(train.max_restarts = {limit}); the last time on rank {last['rank']}, {last['host']}: {last['error']}. "
+            f"Mend the cause and remove {path}, or raise train.max_restarts"
+        )
+
+
+def _ended(rank: int, error: str) -> dict:
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"rank": rank, "host": socket.gethostname(), "time": now, "error": error}
+
+
+def _read_error(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError:  # cut short by a kill or a full disk
+        return _ended(int(file.stem.rpartition("-")[2]), f"{file.name} is cut short")
 
 
 def write_config(out: Path, config: RunConfig, dataset_id: str) -> None:
