@@ -8,11 +8,12 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from electra_ds import checkpoint, pretrain
+from electra_ds import checkpoint, lock, pretrain
 from electra_ds import engine as engine_module
 from electra_ds.batches import Batches
 from electra_ds.config import find_config, load_run
@@ -117,6 +118,10 @@ def refused_resumes() -> None:
     found["done"] = train("extended", "zero1-fp32")
     found["extend"] = train("extended", "zero1-fp32", "train.total_steps=24", extend=True)
     found["data"] = train("refused", "zero1-fp32", data=OTHER)
+    if RANKS.rank == 0:
+        failures = {"failures": 5, "in_a_row": 3, "step": CUT, "errors": [{"rank": 1, "host": "node7", "error": "why"}]}
+        (OUTS / "refused" / "restarts.json").write_text(json.dumps(failures))
+    found["restarts"] = train("refused", "zero1-fp32", "train.max_restarts=2")
     found["machine"] = train("refused", "zero1-fp32", "logging.every=2")
     found["init_from"] = train("init-from", "zero2-fp32", "optimizer.peak_lr=0.001", init_from=OUTS / "full-z0")
     note("refused", found)
@@ -214,6 +219,25 @@ def on_one_rank() -> None:
     for stage in STAGES:
         assert train(f"for-one-z{stage}", "zero0-fp32") == 0
     note("fp16", train("fp16", "zero1-fp16"))
+    note("lost", [lose_the_lock("lost-voting", 1000, beat=0.01), lose_the_lock("lost-saving", 5, beat=60.0)])
+
+
+def lose_the_lock(name: str, every: int, beat: float) -> str:
+    """Another machine takes OUT in the third step, seen at the next beat of the thread, or by the save itself."""
+    original, lock.BEAT_SECONDS = Engine.step, beat
+
+    def step(self, lr):
+        step.count += 1
+        if step.count == 3:
+            (OUTS / name / "lock").write_text('{"host": "node7", "pid": 1}')
+            time.sleep(5 * min(beat, 0.1))
+        return original(self, lr)
+
+    step.count = 0
+    Engine.step = step
+    ended = train(name, "zero0-fp32", f"checkpoint.every={every}")
+    Engine.step, lock.BEAT_SECONDS = original, 5.0
+    return ended
 
 
 def one_to_two() -> None:

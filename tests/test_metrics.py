@@ -162,8 +162,8 @@ def alone(value):
 
 
 def test_opening_a_run_folder_clears_what_an_earlier_attempt_left_and_nothing_else(tmp_path):
-    stale = ["stopped.0", "stopped.3", "STOP", "SAVE", "error-rank-0.json", "error-rank-12.json"]
-    kept = ["done", "metrics.jsonl", "config.json", "restarts.json"]
+    stale = ["stopped.0", "stopped.3", "STOP", "SAVE"]
+    kept = ["done", "metrics.jsonl", "config.json", "restarts.json", "lock", "heartbeat.json"]
     for name in (*stale, *kept):
         (tmp_path / name).write_text("x")
     (tmp_path / "ckpt").mkdir()

@@ -132,6 +132,21 @@ def test_other_science_is_refused_and_other_machine_is_not(outs: Path) -> None:
     assert found["machine"] == 0
 
 
+def test_failures_in_a_row_end_a_run(outs: Path) -> None:
+    for rank in (0, 1):
+        found = json.loads((outs / f"refused-{rank}.json").read_text())
+        assert "failed 3 times in a row at step 7" in found["restarts"] and "rank 1, node7: why" in found["restarts"]
+
+
+def test_a_run_that_lost_its_folder_ends_and_leaves_it_alone(outs: Path) -> None:
+    for message, name, steps in zip(
+        json.loads((outs / "lost-0.json").read_text()), ("lost-voting", "lost-saving"), (3, 5), strict=True
+    ):
+        assert "LockedOut: " in message and "lock now names process 1 on node7" in message
+        assert "node7" in (outs / name / "lock").read_text() and not (outs / name / "ckpt").exists()
+        assert len(curve(outs / name)) == steps and not (outs / name / "stopped.0").exists()
+
+
 def test_a_finished_run_goes_on_only_when_extended(outs: Path) -> None:
     found = json.loads((outs / "refused-0.json").read_text())
     assert found["done"] == 0 and found["extend"] == 0
