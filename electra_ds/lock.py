@@ -116,14 +116,15 @@ class Lock:
                 time.sleep(LOOK_SECONDS)
                 return False
             cause = f"its heartbeat stood still for {self._stale_seconds:.0f} s"
-        self.took_over = f"{_name(owner)}: {cause}"
         spare = self._path.with_name(f".lock.{self._me['nonce']}")
         spare.write_text(self._text)
         if _text(self._path) == seen[0]:  # the rename follows at once: a slow disk would let others in between
             os.replace(spare, self._path)
             time.sleep(LOOK_SECONDS)  # others may have judged the same owner: the last to rename has it
         spare.unlink(missing_ok=True)
-        return _text(self._path) == self._text
+        won = _text(self._path) == self._text
+        self.took_over = f"{_name(owner)}: {cause}" if won else ""
+        return won
 
     def _why_dead(self, owner: dict) -> str:
         if owner.get("job") and owner["job"] == self._me["job"] and owner["restart"] < self._me["restart"]:

@@ -40,6 +40,8 @@ for line in sys.stdin:
         sys.stdin.readline()
 """
 
+DEAD = {"job": "", "restart": 0, "host": "here", "pid": 1, "started": "1", "machine": lock._machine()}
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +76,9 @@ def beaten(out: Path) -> dict:
 
 
 def as_if_elsewhere(out: Path) -> None:
-    """Rewrite OUT/lock as another machine would have written it, where a pid says nothing here."""
-    (out / "lock").write_text(json.dumps(read_json(out / "lock") | {"host": "node7", "machine": "another"}))
+    """Rewrite OUT/lock as another machine would have written it, whose processes are not seen here."""
+    other = {"host": "node7", "machine": "another", "started": "0"}
+    (out / "lock").write_text(json.dumps(read_json(out / "lock") | other))
 
 
 def test_an_owner_at_work_refuses_others_by_name_and_gives_the_lock_back(tmp_path: Path) -> None:
@@ -99,8 +102,7 @@ def test_a_killed_owner_of_this_machine_loses_the_lock_at_once(tmp_path: Path) -
     with alone(tmp_path) as taken:
         assert f"process {owner.pid} on" in taken.took_over and "its process is gone" in taken.took_over
     owner.wait()
-    reused = {"job": "", "restart": 0, "host": "here", "pid": os.getpid(), "started": "1", "machine": lock._machine()}
-    (tmp_path / "lock").write_text(json.dumps(reused))
+    (tmp_path / "lock").write_text(json.dumps(DEAD | {"pid": os.getpid()}))
     with alone(tmp_path) as taken:
         assert "its process is gone" in taken.took_over  # its number lives on, as another process
 
@@ -150,6 +152,15 @@ def test_a_later_start_of_the_same_job_takes_over_and_no_other(tmp_path: Path, m
         (tmp_path / "lock").unlink(missing_ok=True)
 
 
+def test_of_two_that_judged_the_same_owner_the_last_has_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lock").write_text(json.dumps(DEAD))
+    monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "lock").write_text("{}"))  # the other renames after us
+    assert not alone(tmp_path)._take() and (tmp_path / "lock").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 def test_of_many_that_come_at_once_one_gets_the_lock(tmp_path: Path) -> None:
     """Four processes race for a free OUT and for that of a dead owner, by turns."""
     command = [sys.executable, "-c", RACE]
@@ -157,13 +168,12 @@ def test_of_many_that_come_at_once_one_gets_the_lock(tmp_path: Path) -> None:
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | CPU)
         for _ in range(4)
     ]
-    dead = {"job": "", "restart": 0, "host": "here", "pid": 1, "started": "0", "machine": lock._machine()}
     try:
-        for race in range(6):
+        for race in range(4):
             out = tmp_path / str(race)
             out.mkdir()
             if race % 2:
-                (out / "lock").write_text(json.dumps(dead))
+                (out / "lock").write_text(json.dumps(DEAD))
             for turn in (f"{out}\n", "done\n"):
                 for racer in racers:
                     racer.stdin.write(turn)
