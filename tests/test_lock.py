@@ -157,7 +157,8 @@ def test_of_two_that_judged_the_same_owner_the_last_has_the_lock(
 ) -> None:
     (tmp_path / "lock").write_text(json.dumps(DEAD))
     monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "lock").write_text("{}"))  # the other renames after us
-    assert not alone(tmp_path)._take() and (tmp_path / "lock").read_text() == "{}"
+    second = alone(tmp_path)
+    assert not second._take() and not second.took_over and (tmp_path / "lock").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
