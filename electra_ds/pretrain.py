@@ -24,8 +24,10 @@ from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
 from electra_ds.objective import Objective, build_objective
 from electra_ds.optim import learning_rate
+from electra_ds.pretrained import tokenizer_of
 from electra_ds.ranks import Ranks
 from electra_ds.shards import ShardReader, read_unigrams
+from electra_ds.tokenizer import load_tokenizer
 from electra_ds.values import Counts, Losses
 
 LOOK_SECONDS = 1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a far file system
@@ -81,7 +83,7 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
         if ranks.rank == 0:
             checkpoint.sweep(out / "ckpt")
         padded = padded_rows(engine.module)
-        progress = _resume(engine, config, reader, out, padded, limits)
+        progress = _resume(engine, config, reader, data, out, padded, limits)
         run = Run(config, engine, reader, data, out, total_steps, padded, limits, began, lock)
         if ranks.rank == 0:
             (out / "done").unlink(missing_ok=True)
@@ -108,13 +110,20 @@ def _objective(config: RunConfig) -> Objective:
 
 
 def _resume(
-    engine: Engine, config: RunConfig, reader: ShardReader, out: Path, padded: dict[str, int], limits: Limits
+    engine: Engine,
+    config: RunConfig,
+    reader: ShardReader,
+    data: Path,
+    out: Path,
+    padded: dict[str, int],
+    limits: Limits,
 ) -> Progress:
     """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
     found = from_first(lambda: checkpoint.latest(out / "ckpt"))
     if found is None:
         if limits.init_from is not None:
             source = find_checkpoint(limits.init_from)
+            _refuse_other_words(source, data)
             checkpoint.load(engine, source, padded, weights_only=True)
             _say(engine.ranks, f"weights of {source}; new schedule, position 0")
         return Progress()
@@ -134,6 +143,13 @@ def _resume(
     changed = f"; now {', '.join(machine)}" if machine else ""
     _say(engine.ranks, f"resuming {found} at step {meta.progress.step}{changed}")
     return meta.progress
+
+
+def _refuse_other_words(source: Path, data: Path) -> None:
+    """Two vocabularies of one size fit each other's tables: compare the words, where both are at hand."""
+    theirs, ours = tokenizer_of(source), data / "tokenizer"
+    if theirs.is_dir() and ours.is_dir() and load_tokenizer(theirs).names != load_tokenizer(ours).names:
+        raise UserError(f"--init-from {source}: its vocabulary ({theirs}) is not that of {data}; prepare with that one")
 
 
 def _say(ranks: Ranks, text: str) -> None:

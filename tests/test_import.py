@@ -16,6 +16,7 @@ from electra_ds.evaluate import find_checkpoint, load_module
 from electra_ds.export import export
 from electra_ds.import_weights import import_weights
 from electra_ds.model import true_state
+from electra_ds.pretrain import _refuse_other_words
 from electra_ds.values import Batch
 
 transformers = pytest.importorskip("transformers")
@@ -192,6 +193,16 @@ def test_pretraining_goes_on_from_an_import(data, tmp_path):
 
 
 @torch.no_grad()
+def test_weights_of_another_vocabulary_are_refused(tmp_path):
+    run = run_folders.pretrained(tmp_path / "o")
+    run_folders.vocabulary(tmp_path / "d" / "tokenizer")
+    _refuse_other_words(run / "ckpt" / "final", tmp_path / "d")
+    words = (tmp_path / "d" / "tokenizer" / "vocab.txt").read_text().replace("\naa\nab\n", "\nab\naa\n")
+    (tmp_path / "d" / "tokenizer" / "vocab.txt").write_text(words)
+    with pytest.raises(UserError, match=r"its vocabulary .* is not that of"):
+        _refuse_other_words(run / "ckpt" / "final", tmp_path / "d")
+
+
 def test_a_tensorflow_checkpoint_gives_the_authors_logits(tmp_path):
     pytest.importorskip("tensorflow", reason="the extra [tf] is not installed")
     source = SHARED / "shared_small"
