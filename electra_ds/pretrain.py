@@ -1,8 +1,10 @@
 """The verb pretrain: resume, next batch, forward and backward, vote, step, log, evaluate, save; leave together."""
 
 import contextlib
+import faulthandler
 import math
 import shutil
+import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +50,7 @@ def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Lim
 
     Raises UserError or RunFailure, and leaves the cause in OUT/error-rank-N.json.
     """
+    faulthandler.register(signal.SIGUSR2)  # where does this rank hang? kill -USR2, scancel --signal=USR2
     try:
         device = start(ranks, config.train.timeout_minutes)
         code = run_among(config, data, out, ranks, device, limits)

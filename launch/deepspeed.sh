@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Pretrain on the nodes of a hostfile, over pdsh and ssh, from the first of them:
+#   HOSTFILE=hosts bash launch/deepspeed.sh RUN --data DATA --out OUT [options of pretrain]
+# The same paths on every node; variables for the ranks (NCCL_SOCKET_IFNAME=eth0) go into the file .deepspeed_env.
+# To save and stop: touch OUT/STOP.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
+hostfile=${HOSTFILE:?the file of nodes, like launch/hostfile.example}
+hosts="" ranks=0
+while read -r host slots; do
+    if ! [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ && $slots =~ ^slots=[1-9][0-9]*$ ]]; then # it reaches ssh as a word
+        say "$hostfile: '$host $slots' is not a line such as 'node1 slots=8'"
+        exit 2
+    fi
+    hosts+=${hosts:+,}$host ranks=$((ranks + ${slots#slots=}))
+done < <(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$hostfile")
+for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-}" "$@"; do # the remote shells read them again, unquoted
+    if [[ $word =~ [^A-Za-z0-9_@%+=:,./-] ]]; then
+        say "'$word' cannot go through ssh: letters, digits and _@%+=:,./- only; a RUN.json holds what --set cannot say"
+        exit 2
+    fi
+done
+# A node that falls silent ends its ssh after 3 x 10 s; without it pdsh waits for ever.
+export PDSH_RCMD_TYPE=ssh
+export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} bash $here/health.sh $data"
+code=0
+run deepspeed --hostfile "$hostfile" --force_multi --master_port "$(free_port)" --no_local_rank --module electra_ds \
+    pretrain "$@" --world-size "$ranks" || code=$?
+judge "$code"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Is this node fit for a run? bash launch/health.sh DATA: one line that names the node for each thing that is wrong.
+# Run on each node before the ranks start: a bad node found later costs the whole job.
+set -uo pipefail
+data=$1 node=${SLURMD_NODENAME:-$(hostname)} bad=0
+complain() { echo "bad node $node: $*" >&2; bad=1; }
+[ -r "$data/manifest.json" ] || complain "does not see $data/manifest.json; DATA must be on a shared file system"
+[ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 65536 ] || complain "less than 64 MiB left in /dev/shm"
+if command -v nvidia-smi > /dev/null; then
+    timeout 60 nvidia-smi > /dev/null || complain "nvidia-smi fails; drain the node or reset its GPUs"
+fi
+timeout 300 "${PYTHON:-python}" -c 'import torch, electra_ds
+for index in range(torch.cuda.device_count()): torch.ones(1, device=f"cuda:{index}").item()' > /dev/null ||
+    complain "${PYTHON:-python} cannot import torch and electra_ds, or use a GPU (above)"
+exit $bad

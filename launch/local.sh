@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Pretrain on this machine, one rank per GPU: bash launch/local.sh RUN --data DATA --out OUT [options of pretrain]
+# RANKS=n for another number. The same command resumes. Leaves with 0 finished, 85 saved and stopped, else a failure.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
+ranks=$(ranks_here) code=0
+run deepspeed --num_gpus "$ranks" --master_port "$(free_port)" --no_local_rank --module electra_ds \
+    pretrain "$@" --world-size "$ranks" || code=$?
+judge "$code"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Pretrain under mpirun: RANKS=16 bash launch/mpi.sh RUN --data DATA --out OUT [options of pretrain]
+# RANKS: of all nodes. MPIRUN: words for this mpirun, such as MPIRUN="-hosts node1,node2 -ppn 8 -iface eth0" (MPICH)
+# or MPIRUN="--hostfile hosts --map-by ppr:8:node" (Open MPI). mpi4py must be built for the same MPI.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
+read -ra words <<< "${MPIRUN:-}"
+ranks=$(ranks_here) code=0
+run mpirun ${words[@]+"${words[@]}"} -n "$ranks" "$PYTHON" -m electra_ds \
+    pretrain "$@" --world-size "$ranks" || code=$?
+judge "$code"
