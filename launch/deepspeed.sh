@@ -24,9 +24,9 @@ for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-}" "$@"; do # the remote she
 done
 # A node that falls silent ends its ssh after 3 x 10 s; without it pdsh waits for ever.
 export PDSH_RCMD_TYPE=ssh
-export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} bash $here/health.sh $data"
 code=0
-run deepspeed --hostfile "$hostfile" --force_multi --master_port "$(free_port)" --no_local_rank --module electra_ds \
-    pretrain "$@" --world-size "$ranks" || code=$?
+run deepspeed --hostfile "$hostfile" --force_multi --no_ssh_check --master_addr "${MASTER_ADDR:-${hosts%%,*}}" \
+    --master_port "$(free_port)" --no_local_rank --module electra_ds pretrain "$@" --world-size "$ranks" || code=$?
 judge "$code"

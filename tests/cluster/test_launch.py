@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 from conftest import CPU, ROOT, read_json
-from slurm import MISSING, Slurm
+from slurm import MISSING, PATH, Slurm
+
+from electra_ds.ranks import free_port
 
 SMALL = [
     "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
@@ -24,7 +26,7 @@ SMALL = [
     "train.micro_batch_size=4", "train.total_steps=400", "train.eval_every=0", "checkpoint.every=50",
     "logging.tensorboard=false",
 ]  # fmt: skip
-ENVIRON = CPU | {"PYTHON": sys.executable, "RANKS": "2", "MASTER_ADDR": "127.0.0.1"}
+ENVIRON = CPU | {"PYTHON": sys.executable, "RANKS": "2"}
 SBATCH = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
 
@@ -33,9 +35,9 @@ def arguments(data: Path, out: Path) -> list[object]:
     return ["tiny", "--data", data, "--out", out, "--engine", "zero1-fp32", *sets]
 
 
-def start(script: str, *words: object) -> subprocess.Popen:
+def start(script: str, *words: object, **environ: object) -> subprocess.Popen:
     command = ["bash", str(ROOT / "launch" / script), *map(str, words)]
-    environ = {key: value for key, value in (os.environ | ENVIRON).items() if key != "MASTER_ADDR"}
+    environ = os.environ | ENVIRON | {key: str(value) for key, value in environ.items()}
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -68,7 +70,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def submit(slurm: Slurm, out: Path, data: Path, *options: str, **environ: str) -> str:
     """Queue pretrain.sbatch from this checkout; the job's number. Its log is OUT.log."""
     words = [*SBATCH, f"--output={out}.log", *options, "launch/pretrain.sbatch", *arguments(data, out)]
-    return slurm.run(*words, cwd=ROOT, **(ENVIRON | environ)).strip()
+    return slurm.run(*words, cwd=ROOT, **(ENVIRON | {"MASTER_ADDR": "127.0.0.1"} | environ)).strip()
 
 
 def rank_of(process: int) -> str | None:
@@ -160,6 +162,44 @@ def test_what_the_user_ends_stays_ended(slurm: Slurm, data: Path, tmp_path: Path
     assert "scontrol requeue" not in "".join((tmp_path / f"{name}.log").read_text() for name in jobs)
 
 
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here")
+def test_mpirun_trains_one_world(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    said = (process := start("mpi.sh", *arguments(data, tmp_path / "run"))).communicate(timeout=300)[0]
+    assert process.returncode == 0 and weights(tmp_path / "run") == weights(uninterrupted), said[-4000:]
+
+
+@pytest.fixture
+def ssh(tmp_path: Path) -> Iterator[str]:
+    """An sshd on 127.0.0.1 and 127.0.0.2, two "nodes"; the words that ssh needs to enter."""
+    sshd = shutil.which("sshd", path=PATH)
+    if sshd is None or shutil.which("pdsh") is None or os.getuid() != 0:
+        pytest.skip("needs root, sshd and pdsh (apt-get install openssh-server pdsh)")
+    for name in ("id", "host"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    port = free_port()
+    options = [f"Port={port}", f"HostKey={tmp_path}/host", f"AuthorizedKeysFile={tmp_path}/id.pub", "StrictModes=no",
+               "ListenAddress=127.0.0.1", "ListenAddress=127.0.0.2", "PidFile=none", "UsePAM=no"]  # fmt: skip
+    command = [sshd, "-D", "-f", "/dev/null", *itertools.chain.from_iterable(("-o", option) for option in options)]
+    hidden = 'mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec "$@"'  # the folder it insists on, for it alone
+    with (tmp_path / "sshd.log").open("w") as log:
+        process = subprocess.Popen(["unshare", "--mount", "sh", "-c", hidden, "_", *command], stderr=log)
+        client = f"-p {port} -i {tmp_path}/id -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+        time.sleep(0.5)
+        yield f"{client} -o LogLevel=ERROR"
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.mark.slow
+def test_the_nodes_of_a_hostfile_train_one_world(ssh: str, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\n\n127.0.0.2 slots=1 # the second\n")
+    (tmp_path / "environ").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    nodes = {"HOSTFILE": tmp_path / "hosts", "DS_ENV_FILE": tmp_path / "environ", "PDSH_SSH_ARGS_APPEND": ssh}
+    process = start("deepspeed.sh", *arguments(data, tmp_path / "run"), **nodes)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and weights(tmp_path / "run") == weights(uninterrupted), said[-4000:]
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
 def test_scripts_pass_shellcheck() -> None:
     scripts = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / "tests/run.sh"]
@@ -170,7 +210,11 @@ def test_scripts_pass_shellcheck() -> None:
 @pytest.mark.parametrize("line", ["-oProxyCommand=touch${IFS}x slots=1", "$(id) slots=1", "node1", "node1 slots=1;id"])
 def test_a_hostfile_line_that_is_no_host_is_refused(line: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(f"# nodes\nnode0 slots=1\n{line}\n")
-    command = ["bash", str(ROOT / "launch/deepspeed.sh"), *map(str, arguments(data, tmp_path / "run"))]
-    environ = os.environ | ENVIRON | {"HOSTFILE": str(tmp_path / "hosts")}
-    refused = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2 and "is not a line such as" in refused.stderr
+    process = start("deepspeed.sh", *arguments(data, tmp_path / "run"), HOSTFILE=tmp_path / "hosts")
+    assert "is not a line such as" in process.communicate(timeout=60)[0] and process.returncode == 2
+
+
+@pytest.mark.parametrize("word", ["--set=$(touch x)", "a b", "x;id", "`id`", "two\nlines", "it's"])
+def test_a_word_that_a_remote_shell_would_read_is_refused(word: str, data: Path, tmp_path: Path) -> None:
+    process = start("deepspeed.sh", *arguments(data, tmp_path / "run"), word, HOSTFILE=ROOT / "launch/hostfile.example")
+    assert "cannot go through ssh" in process.communicate(timeout=60)[0] and process.returncode == 2
