@@ -114,8 +114,13 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
         first = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
         return first, 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
     if ranks.launcher.startswith("mpirun"):
-        from mpi4py import MPI
-
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError):
+            raise UserError(
+                f"{ranks.launcher} started this, but mpi4py cannot load its MPI library: use this environment's mpirun "
+                "(pip install mpich), or export MASTER_ADDR and MASTER_PORT"
+            ) from None
         if MPI.COMM_WORLD.Get_size() != ranks.world_size:
             raise UserError(
                 f"{ranks.launcher} started {ranks.world_size} ranks, mpi4py meets {MPI.COMM_WORLD.Get_size()}: it was "

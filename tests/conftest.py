@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, valid = tmp_path_factory.mktemp("data"), shard_data.best_fit_rows(50, 32, seed=9)
     shards = [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)]
     return shard_data.write_data(folder, shards, valid=valid)
+
+
+def has_mpi() -> bool:
+    """Whether mpirun is at hand and this environment's mpi4py loads a library."""
+    load = [sys.executable, "-c", "from mpi4py import MPI"]
+    return shutil.which("mpirun") is not None and subprocess.run(load, capture_output=True).returncode == 0
+
+
+needs_mpi = pytest.mark.skipif(not has_mpi(), reason="no mpirun with an MPI library that mpi4py loads")
 
 
 def run_ranks(world_size: int, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CPU, run_cli
+from conftest import CPU, needs_mpi, run_cli
 
 from electra_ds import checkpoint
 from electra_ds.metrics import read_metrics
@@ -48,7 +47,7 @@ def test_another_number_of_ranks_than_promised_is_refused(data: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here")
+@needs_mpi
 def test_mpirun_trains_one_world(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["-m", "electra_ds", "pretrain", "tiny", "--data", data, "--out", out, *TINY, "--world-size", 2]

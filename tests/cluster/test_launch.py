@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CPU, ROOT, read_json
+from conftest import CPU, ROOT, needs_mpi, read_json
 from slurm import MISSING, PATH, Slurm
 
 from electra_ds.ranks import free_port
@@ -162,7 +162,7 @@ def test_what_the_user_ends_stays_ended(slurm: Slurm, data: Path, tmp_path: Path
     assert "scontrol requeue" not in "".join((tmp_path / f"{name}.log").read_text() for name in jobs)
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here")
+@needs_mpi
 def test_mpirun_trains_one_world(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
     said = (process := start("mpi.sh", *arguments(data, tmp_path / "run"))).communicate(timeout=300)[0]
     assert process.returncode == 0 and weights(tmp_path / "run") == weights(uninterrupted), said[-4000:]
