@@ -53,6 +53,7 @@ class Progress:
     step: applied optimizer steps. skipped: attempts that were not applied; the position counts both.
     tokens: real tokens of all attempts. data: the state of the rows (kind, version, dataset_id, position, ...).
     interval: per rank, what the next log line has summed so far (continued only at the same world size).
+    recent_losses: what guard.Guard measures the next loss against.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Progress:
     tokens: int = 0
     data: dict = field(default_factory=dict)
     interval: list[list[float]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ def read_meta(path: Path) -> Meta:
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
         found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
         raise UserError(f"{path}/meta.json: expected {FORMAT!r} version {VERSION}, found {found}")
+    values.setdefault("recent_losses", [])  # checkpoints of earlier days have none
     try:
         progress = Progress(**{key: values[key] for key in Progress.__dataclass_fields__})
         meta = Meta(progress, *(values[key] for key in ("config", "scaler", "world_size", "files")))

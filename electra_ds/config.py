@@ -154,7 +154,12 @@ class TrainConfig(Section):
     seed: int = science(0, "of initialisation, order, masking, sampling, dropout", ge=0, lt=2**32)
     eval_every: int = machine(0, "steps between held-out evaluations; 0: at the end only", ge=0)
     eval_rows: int = machine(2048, "held-out rows per evaluation during training", ge=1)
-    max_skipped_steps: int = machine(20, "skipped steps in a row (fp16 overflow) before the run stops", ge=1)
+    # Machine, although rows are left out: a run that stopped over a bad loss could not go on otherwise.
+    on_bad_loss: Literal["stop", "skip"] = machine(
+        "stop", "a loss that is not finite, or a spike: end the run, or leave out the step"
+    )
+    spike_factor: float = machine(0.0, "a spike is a loss above this times the mean of the last 32; 0: none is", ge=0)
+    max_skipped_steps: int = machine(20, "skipped steps in a row (fp16 overflow, bad losses) that end the run", ge=1)
     max_restarts: int = machine(10, "failures in a row that gain no checkpoint before a run is refused; 0: any", ge=0)
     activation_checkpointing: bool = machine(False, "recompute each layer in backward: less memory, same numbers")
     timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)

@@ -187,7 +187,7 @@ class Engine:
         self._half_masters = self._find_half_masters()
         self.reset_moments(0)
         self._control_group = _control_group() if ranks.world_size > 1 else None
-        self._message, self._work = None, None
+        self._message, self._work, self._scaler_before = None, None, {}
         _limit_waiting(config.train.timeout_minutes)
 
     def _make_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
@@ -203,12 +203,19 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- the step
 
     def forward_backward(
-        self, micros: list[NamedTuple], positions: list[int], normalisers: tuple[float, ...], **options: Any
+        self,
+        micros: list[NamedTuple],
+        positions: list[int],
+        normalisers: tuple[float, ...],
+        refuses: Callable[[float], bool] | None = None,
+        **options: Any,
     ) -> list[NamedTuple]:
         """Forward and backward over this rank's micro-batches of one step; gradients are reduced with the last.
 
         micros: tuples of tensors. positions: row counter of each micro-batch's first row, which seeds its dropout.
         normalisers: counts of the whole global batch, passed on to the module with the options.
+        refuses: asked on every rank about the step's loss, the same number; if it says so, `step` applies nothing. This
+        waits for the device and for the other ranks, once before the last backward; without it nothing waits.
         Returns what the module gave per micro-batch, with the field `total`, which is differentiated, detached; the
         sums over micro-batches and ranks are the step's losses.
         """
@@ -220,8 +227,11 @@ class Engine:
             losses = self._engine(self.to_device(batch), *map(float, normalisers), **options)
             # DeepSpeed divides by accumulation and averages over ranks; the objective's normalisers are global already.
             factor = self.ranks.world_size * self.accumulation * self._own_loss_scale()
-            self._engine.backward(losses.total * factor)
             results.append(losses._replace(total=losses.total.detach()))
+            if refuses and index == len(micros) - 1 and refuses(float(self.sum(sum(part.total for part in results)))):
+                # Reduced gradients cannot be taken back, but every stage drops those that are not finite.
+                factor, self._scaler_before = math.nan, self.scaler_state()
+            self._engine.backward(losses.total * factor)
         return results
 
     def step(self, lr: float) -> StepResult:
@@ -239,6 +249,8 @@ class Engine:
         scaled_by = self._own_loss_scale()
         self._engine.step()
         applied = self._engine.was_step_applied()
+        self.set_scaler_state(self._scaler_before)  # a refused step says nothing of the scale
+        self._scaler_before = {}
         norm = float(self._engine.get_global_grad_norm()) / scaled_by if applied else math.nan
         return StepResult(applied, norm, float(scale))
 

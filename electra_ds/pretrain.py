@@ -21,6 +21,7 @@ from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, 
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.figures import BINS, own_figures, rates
+from electra_ds.guard import NOT_FINITE, Guard
 from electra_ds.lock import Lock, LockedOut
 from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
@@ -188,6 +189,8 @@ class Run:
         batches = self._batches(progress)
         self.interval = self._open_interval(progress)
         self.saved_step = progress.step if progress.data else -1
+        self.guard = Guard(train.spike_factor, progress.recent_losses)
+        refuses = self.guard.refuses if train.spike_factor else None
         run_folder.on_stop_signal(self._ask_to_stop)
         with self._open_metrics(progress.step):
             self._greet(progress)
@@ -201,12 +204,12 @@ class Run:
                     break
                 logs = (progress.step + 1) % self.config.logging.every == 0 or progress.step + 1 == self.total_steps
                 counts = (agreed.chosen_count, agreed.token_count)
-                losses = engine.forward_backward(batch.micros, batch.micro_positions, counts, with_counts=logs)
+                losses = engine.forward_backward(batch.micros, batch.micro_positions, counts, refuses, with_counts=logs)
                 following = next(batches)
                 engine.propose(following.chosen_count, following.token_count, **self._votes(progress.step))
                 lr = learning_rate(options.peak_lr, options.warmup_steps, progress.step, self.total_steps)
                 result = engine.step(lr)
-                self._gather_interval(losses, batch)
+                self._gather_interval(losses if result.applied else [], batch)
                 progress = self._advance(progress, batches, batch, agreed, result, losses)
                 batch = following
                 if not result.applied:
@@ -239,36 +242,46 @@ class Run:
     ) -> Progress:
         """Where the run stands after an attempt: rows are consumed, the step counts only if it was applied."""
         data = batches.state(batch.position + self.config.train.global_batch_size)
-        progress = replace(progress, data=data, tokens=progress.tokens + agreed.token_count)
+        tokens = progress.tokens + agreed.token_count
+        progress = replace(progress, data=data, tokens=tokens, recent_losses=self.guard.recent)
         if result.applied:
             if self.metrics:
                 self.metrics.advance(progress.step + 1)
             return replace(progress, step=progress.step + 1, skipped_in_a_row=0)
-        self._refuse_nonfinite_loss(progress, batch, losses)
+        self._tell_bad_loss(progress, batch, losses)
         progress = replace(progress, skipped=progress.skipped + 1, skipped_in_a_row=progress.skipped_in_a_row + 1)
         if progress.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise RunFailure(
-                f"{progress.skipped_in_a_row} steps in a row after step {progress.step} had gradients that are not "
-                f"finite (train.max_skipped_steps = {self.config.train.max_skipped_steps}): lower optimizer.peak_lr, "
-                f"or use bf16 or fp32; the last good checkpoint is {self._last_checkpoint()}"
+                f"{progress.skipped_in_a_row} steps in a row after step {progress.step} were skipped, for gradients or "
+                f"losses that are not finite or spikes (train.max_skipped_steps = {self.config.train.max_skipped_steps}"
+                "): lower optimizer.peak_lr, use bf16 or fp32, or look at the rows named above; the last good "
+                f"checkpoint is {self._last_checkpoint()}"
             )
         return progress
 
-    def _refuse_nonfinite_loss(self, progress: Progress, batch: StepBatch, losses: list[Losses]) -> None:
+    def _tell_bad_loss(self, progress: Progress, batch: StepBatch, losses: list[Losses]) -> None:
         """A skipped step is rare, so a look at the losses may cost a sync. All ranks come here, and stop, together."""
         micro = self.config.train.micro_batch_size
         mine = [
-            f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, disc_loss {float(loss.disc_loss)} in "
-            f"rows {np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}"
+            (float(loss.total), f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, disc_loss "
+            f"{float(loss.disc_loss)} in rows "
+            f"{np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}")
             for index, loss in enumerate(losses)
-            if not math.isfinite(float(loss.total))
-        ]
-        everyone = [line for lines in self.engine.exchange(mine) for line in lines]
-        if everyone:
+        ]  # fmt: skip
+        everyone = [part for parts in self.engine.exchange(mine) for part in parts]
+        blamed = [text for total, text in everyone if not math.isfinite(total)] or (
+            [max(everyone)[1]] if self.guard.fault else []
+        )
+        if not blamed:  # the gradients alone are not finite, as fp16's now and then
+            return
+        found = f"step {progress.step + 1} has {self.guard.fault or NOT_FINITE} on {'; '.join(blamed)}"
+        if self.config.train.on_bad_loss == "stop":
             raise RunFailure(
-                f"step {progress.step + 1} has a loss that is not finite on {'; '.join(everyone)}. The weights were "
-                f"not touched; the last good checkpoint is {self._last_checkpoint()}"
+                f"{found}. The weights were not touched; --set train.on_bad_loss=skip leaves out such steps; the last "
+                f"good checkpoint is {self._last_checkpoint()}"
             )
+        if self.metrics:
+            self.metrics.say(f"{found}: skipped")
 
     def _last_checkpoint(self) -> str:
         return str(checkpoint.latest(self.out / "ckpt") or "none yet")
@@ -288,7 +301,7 @@ class Run:
     def _gather_interval(self, losses: list[Losses], batch: StepBatch) -> None:
         for loss in losses:
             self.interval[:2] += torch.stack([loss.mlm_loss, loss.disc_loss])
-        self.interval[2] += 1 if self.is_first else 0
+        self.interval[2] += 1 if self.is_first and losses else 0
         self._waited += batch.wait_seconds
         self._steps_here += 1
         self._interval_tokens += batch.token_count

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from electra_ds import checkpoint, lock, pretrain
+from electra_ds import checkpoint, guard, lock, pretrain
 from electra_ds import engine as engine_module
 from electra_ds.batches import Batches
 from electra_ds.config import find_config, load_run
@@ -25,6 +25,10 @@ from electra_ds.ranks import find_ranks
 
 STEPS, CUT = 20, 7
 STAGES = (0, 1, 2, 3)
+GUARDED_ENGINES = {f"z{stage}": f"zero{stage}-fp32" for stage in STAGES} | {
+    "bf16-z0": "zero0-bf16",
+    "bf16-z2": "zero2-bf16",
+}
 MOVES = [(old, new) for old in STAGES for new in STAGES if old != new]  # written at one stage, read at another
 SMALL = [
     "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
@@ -127,16 +131,16 @@ def refused_resumes() -> None:
     note("refused", found)
 
 
-def poison(step: int, rank: int):
-    """Make the loss of one rank NaN at one attempt."""
-    original, seen = ElectraObjective.forward, []
+def poison(step: int, rank: int, factor: float = float("nan")):
+    """Multiply the loss of one rank at one attempt."""
+    original, seen, micros = ElectraObjective.forward, [], 4 // RANKS.world_size
 
     def forward(self, *arguments, **options):
         losses = original(self, *arguments, **options)
         if self.training and RANKS.rank == rank:
             seen.append(1)
-            if len(seen) == 2 * step:  # two micro-batches a step
-                return losses._replace(total=losses.total * float("nan"), mlm_loss=losses.mlm_loss * float("nan"))
+            if len(seen) == micros * step:
+                return losses._replace(total=losses.total * factor, mlm_loss=losses.mlm_loss * factor)
         return losses
 
     ElectraObjective.forward = forward
@@ -149,6 +153,45 @@ def not_finite() -> None:
         note(f"nan-z{stage}", train(f"nan-z{stage}", f"zero{stage}-fp32"))
         restore()
         assert train(f"nan-z{stage}", f"zero{stage}-fp32") == 0  # the last good checkpoint is whole
+
+
+GUARDED = ("train.spike_factor=2", "train.on_bad_loss=skip")
+
+
+def spoiled(
+    name: str, engine: str, *sets: str, attempt: int = CUT + 1, rank: int = 1, factor: float = 1000.0, **limits
+):
+    """A run to step 12 that meets a bad loss on one rank."""
+    restore = poison(attempt, rank, factor)
+    ended = train(name, engine, *sets, stop_at_step=12)
+    restore()
+    return ended
+
+
+def passed_over(name: str, engine: str, *sets: str) -> None:
+    """A run to step 12 that never saw the rows of attempt CUT + 1: stopped, and its position moved on."""
+    assert train(name, engine, *sets, stop_at_step=CUT) in (0, 85)
+    meta = OUTS / name / "ckpt" / str(CUT) / "meta.json"
+    if RANKS.rank == 0:
+        values = json.loads(meta.read_text())
+        values["data"]["position"] += 16
+        values["skipped"] += 1
+        meta.write_text(json.dumps(values))
+    assert train(name, engine, *sets, stop_at_step=12) in (0, 85)
+
+
+def bad_losses() -> None:
+    """A spike, or NaN, on rank 1 alone: left out at every stage and by a resumed run, or the end of the run."""
+    guard.WINDOW = 4
+    for name, engine in GUARDED_ENGINES.items():
+        passed_over(f"passed-{name}", engine)
+        assert spoiled(f"spiked-{name}", engine, *GUARDED) in (0, 85)
+    assert spoiled("nan-passed-z2", "zero2-fp32", "train.on_bad_loss=skip", factor=float("nan")) in (0, 85)
+    assert train("spiked-cut", "zero1-fp32", *GUARDED, stop_at_step=CUT) in (0, 85)
+    copy("spiked-cut", "spiked-for-one")
+    assert spoiled("spiked-cut", "zero1-fp32", *GUARDED, attempt=1) in (0, 85)
+    note("spiked-stop", spoiled("spiked-stop", "zero1-fp32", GUARDED[0]))
+    assert train("spiked-stop", "zero1-fp32", GUARDED[0]) == 0
 
 
 def signals_and_files() -> None:
@@ -210,6 +253,9 @@ def half_precision_overflow() -> None:
         assert train(f"overflow-cut-z{stage}", str(engine), stop_at_step=CUT) in (0, 85)
         assert train(f"overflow-cut-z{stage}", str(engine)) == 0
         note(f"overflow-z{stage}", train(f"limit-z{stage}", str(engine), "train.max_skipped_steps=2"))
+        passed_over(f"passed-fp16-z{stage}", str(engine))
+        assert train(f"spiked-fp16-z{stage}", str(engine), *GUARDED, stop_at_step=CUT) in (0, 85)
+        assert spoiled(f"spiked-fp16-z{stage}", str(engine), *GUARDED, attempt=1, rank=0) in (0, 85)
     engine_module.precision = original
 
 
@@ -218,6 +264,8 @@ def on_one_rank() -> None:
     assert train("one-cut", "zero1-fp32", stop_at_step=CUT) in (0, 85)
     for stage in STAGES:
         assert train(f"for-one-z{stage}", "zero0-fp32") == 0
+    guard.WINDOW = 4
+    assert spoiled("spiked-for-one", "zero0-fp32", *GUARDED, attempt=1, rank=0) in (0, 85)
     note("fp16", train("fp16", "zero1-fp16"))
     note("lost", [lose_the_lock("lost-voting", 1000, beat=0.01), lose_the_lock("lost-saving", 5, beat=60.0)])
 
@@ -311,6 +359,7 @@ PHASES = {
         evaluated,
         refused_resumes,
         not_finite,
+        bad_losses,
         signals_and_files,
         sharing,
     ),

@@ -124,6 +124,31 @@ def test_nan_on_one_rank_stops_all_and_is_named(outs: Path, stage: int) -> None:
     assert is_bit_equal(outs / f"nan-z{stage}", outs / f"full-z{stage}")  # resumed without the poison
 
 
+@pytest.mark.parametrize(
+    ("spoiled", "passed"),
+    [*((f"spiked-{name}", f"passed-{name}") for name in ("z0", "z1", "z2", "z3", "bf16-z0", "bf16-z2")),
+     *((f"spiked-fp16-z{stage}", f"passed-fp16-z{stage}") for stage in (0, 1)),
+     ("nan-passed-z2", "passed-z2"), ("spiked-cut", "passed-z1")],
+)  # fmt: skip
+def test_a_step_left_out_for_its_loss_leaves_no_trace(outs: Path, spoiled: str, passed: str) -> None:
+    assert is_bit_equal(outs / spoiled, outs / passed)  # weights and moments, of a run that never saw the rows
+    ours, theirs = curve(outs / spoiled), curve(outs / passed)
+    assert len(ours) == 12 and ours[7]["skipped_steps"] == ours[6]["skipped_steps"] + 1
+    assert [r | {"tokens": 0} for r in ours] == [r | {"tokens": 0} for r in theirs]  # those of the rows count
+
+
+def test_what_a_spike_is_measured_against_moves_between_world_sizes(outs: Path) -> None:
+    assert distance(outs / "spiked-for-one", outs / "passed-z1") < 1e-5
+
+
+def test_a_spike_on_one_rank_stops_all_and_is_named(outs: Path) -> None:
+    (message,) = {json.loads((outs / f"spiked-stop-{rank}.json").read_text()) for rank in (0, 1)}
+    assert message.startswith("RunFailure: step 8 has a loss of ")
+    assert "times the mean of the 4 before it, most of it on rank 1: mlm_loss" in message and "in rows [" in message
+    assert "train.on_bad_loss=skip" in message and message.endswith("ckpt/5")
+    assert is_bit_equal(outs / "spiked-stop", outs / "full-z1")  # and a guard that finds nothing changes nothing
+
+
 def test_other_science_is_refused_and_other_machine_is_not(outs: Path) -> None:
     found = json.loads((outs / "refused-0.json").read_text())
     assert "optimizer.peak_lr: 0.003 -> 0.001" in found["science"]
