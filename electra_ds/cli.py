@@ -192,6 +192,29 @@ def pretrain(
 
 
 @app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Run folders.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each.")] = False,
+) -> None:
+    """What a run is doing, from its files alone: step, ETA, losses, checkpoint, failures, what to do next."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from electra_ds.status import lines, status
+
+    for facts in map(status, runs):
+        if as_json:
+            print(json.dumps(facts))
+            continue
+        table = Table(title=facts["out"], title_justify="left", show_header=False)
+        for line in lines(facts).items():
+            table.add_row(*line)
+        Console(markup=False, highlight=False).print(table)
+
+
+@app.command()
 def evaluate(
     model: Model,
     data: Data,

@@ -18,6 +18,7 @@ from electra_ds.ranks import restart_count
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # between two looks at the owner's heartbeat
+STALE_SECONDS = 60.0  # without a beat: dead
 
 
 class LockedOut(UserError):
@@ -35,7 +36,7 @@ class Lock:
     lost: the error to raise, once another attempt took OUT while this one was stopped or cut off.
     """
 
-    def __init__(self, out: Path, from_first: Callable[[Callable[[], Any]], Any], stale_seconds: float = 60.0):
+    def __init__(self, out: Path, from_first: Callable[[Callable[[], Any]], Any], stale_seconds: float = STALE_SECONDS):
         self.took_over, self.step, self.lost = "", 0, None
         self._out, self._path, self._heartbeat = out, out / "lock", out / "heartbeat.json"
         self._from_first, self._stale_seconds = from_first, stale_seconds
@@ -129,8 +130,18 @@ class Lock:
     def _why_dead(self, owner: dict) -> str:
         if owner.get("job") and owner["job"] == self._me["job"] and owner["restart"] < self._me["restart"]:
             return f"this is restart {self._me['restart']} of the same job"
-        here = owner.get("machine") and owner["machine"] == self._me["machine"]
-        return "its process is gone" if here and _started(owner["pid"]) != owner["started"] else ""
+        return "its process is gone" if _is_gone(owner) else ""
+
+
+def owner_of(out: Path) -> tuple[str, bool]:
+    """Who holds OUT, empty when nobody does, and whether its process is gone from this machine; takes nothing."""
+    text = _text(out / "lock")
+    return text and _name(_facts(text)), _is_gone(_facts(text))
+
+
+def _is_gone(owner: dict) -> bool:
+    here = bool(owner.get("machine")) and owner["machine"] == _machine()
+    return here and _started(owner["pid"]) != owner["started"]
 
 
 def _machine() -> str:

@@ -81,7 +81,7 @@ class Metrics:
         """Log one interval of training."""
         self._record(step, "train", values)
         self.say(
-            f"step {step}  {_shown(values, TRAIN)}  lr {values['lr']:.2e}  "
+            f"step {step}  {summary(values, TRAIN)}  lr {values['lr']:.2e}  "
             f"norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  "
             f"epoch {values['epoch']:.2f}{self._epochs}  ETA {_duration(seconds_left)}"
         )
@@ -126,12 +126,8 @@ class Metrics:
         write_bytes(path, "".join(json.dumps(record) + "\n" for record in (SCHEMA, *records)).encode())
 
 
-def summary(values: dict[str, float]) -> str:
-    """The held-out figures in one line; those that the kind of objective does not have are left out."""
-    return _shown(values, VALID)
-
-
-def _shown(values: dict[str, float], line: str) -> str:
+def summary(values: dict[str, float], line: str = VALID) -> str:
+    """The figures of VALID or TRAIN in one line; those that the kind of objective does not have are left out."""
     return "  ".join(part.format(**values) for part in line.split("  ") if part.split("{")[1].split(":")[0] in values)
 
 

@@ -83,7 +83,7 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
             _say(ranks, f"{out}/lock: taken over from {lock.took_over}")
         from_first(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
         engine = Engine(_objective(config), config, config.engine, ranks, device)
-        run_folder.open_folder(out, ranks.rank, engine.exchange)
+        nodes = run_folder.open_folder(out, ranks.rank, engine.exchange)
         if ranks.rank == 0:
             checkpoint.sweep(out / "ckpt")
         padded = padded_rows(engine.module)
@@ -91,7 +91,10 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
         run = Run(config, engine, reader, data, out, total_steps, padded, limits, began, lock)
         if ranks.rank == 0:
             (out / "done").unlink(missing_ok=True)
-            run_folder.write_config(out, config, manifest.dataset_id)
+            run_folder.write_config(
+                out, config, manifest.dataset_id, total_steps=total_steps, nodes=nodes, launcher=ranks.launcher,
+                world_size=ranks.world_size,
+            )  # fmt: skip
             if (data / "tokenizer").is_dir():  # so that the run folder alone is enough for detect and export
                 shutil.copytree(data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
         done = run.train(progress)

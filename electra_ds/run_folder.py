@@ -24,10 +24,10 @@ ERRORS_KEPT = 10  # in restarts.json
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "sentencepiece", "webdataset", "safetensors")
 
 
-def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> None:
+def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> list[str]:
     """Make OUT, clear what an earlier attempt left, and check that every rank sees the same folder. Collective.
 
-    Raises UserError on every rank, naming the hosts that do not see what rank 0 wrote.
+    Returns the host of each rank. Raises UserError on every rank, naming the hosts that do not see what rank 0 wrote.
     """
     nonce, problem = secrets.token_hex(8) if rank == 0 else "", None
     if rank == 0:
@@ -43,12 +43,14 @@ def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> N
     if problem:
         raise UserError(problem)
     seen = _read_soon(out / ".nonce", nonce)
-    blind = sorted({host for host, sees in exchange((socket.gethostname(), seen)) if not sees})
+    everyone = exchange((socket.gethostname(), seen))
+    blind = sorted({host for host, sees in everyone if not sees})
     if blind:
         raise UserError(
             f"--out {out} is not shared: {', '.join(blind)} does not see what rank 0 wrote; "
             "give a folder on a shared file system"
         )
+    return [host for host, _ in everyone]
 
 
 def _read_soon(path: Path, expected: str) -> bool:
@@ -142,9 +144,20 @@ def _read_error(file: Path) -> dict:
         return _ended(int(file.stem.rpartition("-")[2]), f"{file.name} is cut short")
 
 
-def write_config(out: Path, config: RunConfig, dataset_id: str) -> None:
-    """OUT/config.json: the resolved config with its provenance, runnable as a RUN.json."""
-    write_json(out / "config.json", config.model_dump(mode="json") | {"provenance": provenance(dataset_id)})
+def write_config(out: Path, config: RunConfig, dataset_id: str, **facts: Any) -> None:
+    """OUT/config.json: the resolved config with its provenance, runnable as a RUN.json.
+
+    facts: more for the provenance, beside how often the run was started again.
+    """
+    found = provenance(dataset_id) | facts | {"restarts": _restarts(out / "config.json")}
+    write_json(out / "config.json", config.model_dump(mode="json") | {"provenance": found})
+
+
+def _restarts(before: Path) -> int:
+    try:
+        return json.loads(before.read_text())["provenance"]["restarts"] + 1
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or written by hand
+        return 0
 
 
 def provenance(dataset_id: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ FLOORS = {
     0: "errors files values config ops",
     1: "tokenizer shards order model optim ranks adapters figures",
     2: "objective batches engine checkpoint guard metrics run_folder lock interop data_tools",
-    3: "pretrain evaluate detect check plot pretrained wrapper glue export import_weights",
+    3: "pretrain evaluate detect check plot status pretrained wrapper glue export import_weights",
     4: "cli __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
