@@ -26,3 +26,13 @@ class Guard:
         if not self.fault:
             self.recent = [*self.recent, loss][-WINDOW:]
         return bool(self.fault)
+
+    def blame(self, parts: list[tuple[float, str]]) -> str:
+        """What is wrong with a step that was not applied, and where; empty when it is the gradients alone (fp16).
+
+        parts: the loss of each micro-batch of all ranks, and its name for people.
+        """
+        places = [name for loss, name in parts if not math.isfinite(loss)]
+        if self.fault and not places:
+            places = [max(parts)[1]]
+        return f"{self.fault or NOT_FINITE} on {'; '.join(places)}" if places else ""

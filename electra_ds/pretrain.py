@@ -21,7 +21,7 @@ from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, 
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.figures import BINS, own_figures, rates
-from electra_ds.guard import NOT_FINITE, Guard
+from electra_ds.guard import Guard
 from electra_ds.lock import Lock, LockedOut
 from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
@@ -271,20 +271,14 @@ class Run:
             f"{np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}")
             for index, loss in enumerate(losses)
         ]  # fmt: skip
-        everyone = [part for parts in self.engine.exchange(mine) for part in parts]
-        blamed = [text for total, text in everyone if not math.isfinite(total)] or (
-            [max(everyone)[1]] if self.guard.fault else []
-        )
-        if not blamed:  # the gradients alone are not finite, as fp16's now and then
-            return
-        found = f"step {progress.step + 1} has {self.guard.fault or NOT_FINITE} on {'; '.join(blamed)}"
-        if self.config.train.on_bad_loss == "stop":
+        found = self.guard.blame([part for parts in self.engine.exchange(mine) for part in parts])
+        if found and self.config.train.on_bad_loss == "stop":
             raise RunFailure(
-                f"{found}. The weights were not touched; --set train.on_bad_loss=skip leaves out such steps; the last "
-                f"good checkpoint is {self._last_checkpoint()}"
+                f"step {progress.step + 1} has {found}. The weights were not touched; --set train.on_bad_loss=skip "
+                f"leaves out such steps; the last good checkpoint is {self._last_checkpoint()}"
             )
-        if self.metrics:
-            self.metrics.say(f"{found}: skipped")
+        if found and self.metrics:
+            self.metrics.say(f"step {progress.step + 1} has {found}: skipped")
 
     def _last_checkpoint(self) -> str:
         return str(checkpoint.latest(self.out / "ckpt") or "none yet")

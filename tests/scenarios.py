@@ -22,6 +22,7 @@ from electra_ds.errors import RunFailure, UserError
 from electra_ds.objective import ElectraObjective
 from electra_ds.pretrain import Limits, run_among
 from electra_ds.ranks import find_ranks
+from electra_ds.status import status
 
 STEPS, CUT = 20, 7
 STAGES = (0, 1, 2, 3)
@@ -203,6 +204,7 @@ def signals_and_files() -> None:
             result = original(self, lr)
             step.count += 1
             if step.count == 3:
+                note(f"status-{name}", status(OUTS / name))
                 stop()
             return result
 

@@ -43,3 +43,11 @@ def test_the_window_moves_on_and_a_checkpoint_carries_it():
 
 def test_without_a_factor_nothing_is_remembered():
     assert Guard(0.0, FULL).recent == []
+
+
+def test_the_blame_names_every_part_that_is_not_finite_or_the_largest():
+    parts = [(1.0, "rank 0"), (math.nan, "rank 1"), (9.0, "rank 2"), (math.inf, "rank 3")]
+    assert Guard(0.0, []).blame(parts) == f"{NOT_FINITE} on rank 1; rank 3"
+    assert Guard(0.0, []).blame(parts[::2]) == ""  # the gradients alone
+    guard = Guard(3.0, FULL)
+    assert guard.refuses(10.0) and guard.blame(parts[::2]).endswith("before it, most of it on rank 2")

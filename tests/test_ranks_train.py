@@ -11,6 +11,7 @@ from conftest import run_ranks
 
 from electra_ds import checkpoint
 from electra_ds.metrics import TIMED, read_metrics
+from electra_ds.status import status
 
 STAGES = (0, 1, 2, 3)
 # Killed in a random step of 1 to 20 at each stage (the names of the tests say which), and inside the second save.
@@ -190,6 +191,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(outs: Path) -> None:
         stopped = json.loads((outs / name / "stopped.0").read_text())
         assert checkpoint.latest(outs / name / "ckpt").name == str(stopped["step"]) and stopped["step"] < 20
     assert json.loads((outs / "stop-file" / "stopped.0").read_text())["reason"] == "OUT/STOP"
+
+
+def test_status_follows_a_run_from_its_files(outs: Path) -> None:
+    for rank in (0, 1):
+        facts = json.loads((outs / f"status-signal-{rank}.json").read_text())
+        assert (facts["state"], facts["total_steps"], facts["missing"]) == ("training", 20, ["ckpt/latest: not there"])
+        assert facts["train"]["step"] >= 2 and facts["eta_seconds"] > 0 and facts["owner"].startswith("process ")
+        assert (len(facts["nodes"]), facts["launcher"]) == (2, "torchrun or deepspeed")
+    assert status(outs / "signal")["state"] == "stopped" and status(outs / "full-z1")["state"] == "finished"
+    assert (status(outs / "full-z1")["restarts"], status(outs / "cut-z1")["restarts"]) == (0, 1)
 
 
 def test_a_save_file_saves_and_goes_on(outs: Path) -> None:
