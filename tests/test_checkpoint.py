@@ -131,6 +131,13 @@ def test_meta_lists_every_file_with_its_size_and_sha256(saved):
         assert facts["sha256"] == files.sha256_file(saved[1] / name)
 
 
+def test_a_checkpoint_of_before_the_guard_is_read(saved):
+    values = json.loads((saved[1] / "meta.json").read_text())
+    del values["recent_losses"]
+    (saved[1] / "meta.json").write_text(json.dumps(values))
+    assert checkpoint.read_meta(saved[1]).progress == PROGRESS
+
+
 def test_every_parameter_has_one_owner_and_the_load_is_even():
     sizes = {f"p{i}": 10 + i for i in range(40)} | {"table": 300}
     for world in (1, 2, 3, 8):
