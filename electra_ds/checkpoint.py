@@ -11,8 +11,10 @@ Reading executes nothing: safetensors and JSON only.
 import contextlib
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,66 +81,88 @@ class Meta:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save(
-    engine: Weights, folder: Path, name: str, progress: Progress, config: dict, padded: dict[str, int], *,
-    weights_only: bool = False,
-) -> Path:  # fmt: skip
-    """Write checkpoint `name` under `folder` (OUT/ckpt) and point `latest` at it. Collective.
+class Saving:
+    """A checkpoint on its way: of the moment it was made, whatever the engine does since.
 
+    Made on every rank (collective): the tensors are gathered into host memory, which is the pause; from then on a
+    thread of each rank writes its files beside OUT/ckpt/NAME. `commit` makes them a checkpoint.
     padded: parameter name -> true rows, for tensors padded in memory; the file holds the true rows.
     weights_only: a model to carry away, not to resume: no moments, and `latest` is left alone.
-    Raises RunFailure on every rank when any rank cannot write; the previous checkpoint stays as it was.
+    Raises RunFailure on every rank when rank 0 cannot write; earlier checkpoints stay as they were.
     """
-    target, temporary = folder / name, folder / f".{name}.tmp"
-    try:
-        kinds = ("master",) if weights_only else ("master", *MOMENTS)
-        return _save(engine, target, temporary, progress, config, padded, kinds)
-    finally:
-        if engine.ranks.rank == 0:  # after a failure: a half checkpoint would keep a full disk full
-            shutil.rmtree(temporary, ignore_errors=True)
+
+    def __init__(
+        self, engine: Weights, folder: Path, name: str, progress: Progress, config: dict, padded: dict[str, int], *,
+        weights_only: bool = False,
+    ):  # fmt: skip
+        self.target, self._engine, self._weights_only = folder / name, engine, weights_only
+        self._meta = {"format": FORMAT, "version": VERSION, **asdict(progress), "scaler": engine.scaler_state(),
+                      "world_size": engine.ranks.world_size, "config": config}  # fmt: skip
+        with _together(engine, f"saving {self.target}") as report:
+            tensors = _gather(engine, padded, ("master",) if weights_only else ("master", *MOMENTS))
+            if engine.ranks.rank == 0:
+                # A name of its own: an attempt that slept while another took its place disturbs nothing.
+                report["temporary"] = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+                report["temporary"].mkdir(parents=True)
+        self._temporary = report["everyone"][0]["temporary"]
+        writer = ThreadPoolExecutor(1, "saving")
+        self._written = writer.submit(_write, tensors, self._temporary, engine.ranks)
+        writer.shutdown(wait=False)
+
+    def is_written(self) -> bool:
+        """Whether this rank's files are written, or cannot be: `commit` does not wait for this rank any more."""
+        return self._written.done()
+
+    def commit(self, flush: Callable[[], None] = lambda: None) -> Path:
+        """Wait for every rank's files, make the folder whole and point `latest` at it. Collective.
+
+        flush: makes durable what `latest` must not get ahead of; OSError when it cannot.
+        Raises RunFailure on every rank when any rank could not write; earlier checkpoints stay as they were.
+        """
+        engine, target = self._engine, self.target
+        try:
+            with _together(engine, f"saving {target}") as report:
+                report.update(self._written.result())
+                flush()
+            files = {file: facts for found in report["everyone"] for file, facts in found.items()}
+            with _together(engine, f"saving {target}"):
+                if engine.ranks.rank == 0:
+                    write_json(self._temporary / "meta.json", self._meta | {"files": files})
+                    _replace_folder(self._temporary, target)
+                    if not self._weights_only:
+                        write_bytes(target.with_name("latest"), f"{target.name}\n".encode())
+        finally:
+            if engine.ranks.rank == 0:  # after a failure: a half checkpoint would keep a full disk full
+                shutil.rmtree(self._temporary, ignore_errors=True)
+        return target
 
 
-def _save(
-    engine: Weights, target: Path, temporary: Path, progress: Progress, config: dict, padded: dict[str, int],
-    kinds: tuple[str, ...],
-) -> Path:  # fmt: skip
-    folder = target.parent
-    with _together(engine, f"saving {target}"):
-        if engine.ranks.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-    with _together(engine, f"saving {target}") as report:
-        report.update(_write_tensors(engine, temporary, padded, kinds))
-    files = {file: facts for found in report["everyone"] for file, facts in found.items()}
-    with _together(engine, f"saving {target}"):
-        if engine.ranks.rank == 0:
-            meta = {"format": FORMAT, "version": VERSION, **asdict(progress), "scaler": engine.scaler_state(),
-                    "world_size": engine.ranks.world_size, "config": config, "files": files}  # fmt: skip
-            write_json(temporary / "meta.json", meta)
-            _replace_folder(temporary, target)
-            if len(kinds) > 1:
-                write_bytes(folder / "latest", f"{target.name}\n".encode())
-    return target
+def save(*arguments: Any, **options: Any) -> Path:
+    """Write a checkpoint and wait for it: the arguments of `Saving`. Collective."""
+    return Saving(*arguments, **options).commit()
 
 
-def _write_tensors(engine: Weights, folder: Path, padded: dict[str, int], kinds: tuple[str, ...]) -> dict[str, dict]:
-    """Gather each tensor on all ranks, keep it on its owner, write the owner's files; {file: size and sha256}."""
-    rank, world = engine.ranks.rank, engine.ranks.world_size
-    owners = _owners({name: engine.shape(name).numel() for name in engine.parameters}, world)
+def _gather(engine: Weights, padded: dict[str, int], kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    """Gather each tensor on all ranks, copy it on its owner; {"model": ..., "optim": ...} of this rank."""
+    owners = _owners({name: engine.shape(name).numel() for name in engine.parameters}, engine.ranks.world_size)
     weights, moments = {}, {}
     for name in engine.parameters:
         for kind in kinds:
             whole = engine.whole(name, kind)
-            if owners[name] == rank:
+            if owners[name] == engine.ranks.rank:
                 true = whole[: padded[name]] if name in padded else whole
                 kept = true.to("cpu", torch.float32, copy=True).contiguous()
                 (weights if kind == "master" else moments)[name if kind == "master" else f"{kind}/{name}"] = kept
+    return {"model": weights, "optim": moments} if len(kinds) > 1 else {"model": weights}
+
+
+def _write(tensors: dict[str, dict[str, Tensor]], folder: Path, ranks: Any) -> dict[str, dict]:
+    """Write this rank's files, durable; {file: size and sha256}. Runs beside the training: no collective in here."""
     files = {}
-    for prefix, tensors in (("model", weights), ("optim", moments))[: len(kinds)]:
-        path = folder / f"{prefix}-{rank + 1:05d}-of-{world:05d}.safetensors"
+    for prefix, part in tensors.items():
+        path = folder / f"{prefix}-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
         try:
-            save_file(tensors, path)
+            save_file(part, path)
         except SafetensorError as error:  # the library hides the operating system's error, such as a full disk
             raise OSError(f"{path}: {error}") from None
         with open(path, "rb") as file:
@@ -212,7 +236,8 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
     for name in removed:
         doomed = folder / f".{name}.old"
         shutil.rmtree(doomed, ignore_errors=True)  # what a crash left here
-        os.rename(folder / name, doomed)  # gone at once under its name, so that nobody reads a half
+        with contextlib.suppress(OSError):  # what cannot be removed stays
+            os.rename(folder / name, doomed)  # gone at once under its name, so that nobody reads a half
         shutil.rmtree(doomed, ignore_errors=True)
     return removed
 
@@ -220,7 +245,7 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
 def sweep(folder: Path) -> None:
     """Remove what a killed save or prune left half done. For rank 0, before anything is saved."""
     for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
-        shutil.rmtree(left, ignore_errors=True)
+        left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

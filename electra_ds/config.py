@@ -194,6 +194,7 @@ class CheckpointConfig(Section):
     """When to save and what to keep."""
 
     every: int = machine(1000, "steps between checkpoints", ge=1)
+    asynchronous: bool = machine(True, "train on while a checkpoint is written; it costs host memory of its size")
     keep_last: int = machine(2, "newest checkpoints kept (never fewer than two)", ge=2)
     keep_every: int = machine(0, "keep each step that is a multiple of this for good; 0: none", ge=0)
     keep_steps: list[int] = machine([], "steps kept for good")

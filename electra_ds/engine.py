@@ -23,18 +23,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from electra_ds.config import RunConfig
-from electra_ds.errors import UserError
+from electra_ds.errors import RunFailure, UserError
 from electra_ds.optim import AdamW, make_state, parameter_groups
 from electra_ds.ranks import Ranks
 
 
 class Agreement(NamedTuple):
-    """Sums over the ranks of one control message: what the next step divides by, and the votes."""
+    """Sums over the ranks of one control message: what the next step divides by, the votes, ranks that have written."""
 
     chosen_count: int
     token_count: int
     stop: int
     save: int
+    written: int
 
 
 class StepResult(NamedTuple):
@@ -88,13 +89,18 @@ def _cuda_device(ranks: Ranks) -> torch.device:
 
 
 def from_first(read: Callable[[], Any]) -> Any:
-    """What rank 0 reads, on every rank, or its mistake: files are read once, so that all decide alike. Collective."""
+    """What rank 0 reads or writes, on every rank, or its mistake: once, so that all decide alike. Collective.
+
+    RunFailure on every rank when the file system fails.
+    """
     found = [None, None]
     if dist.get_rank() == 0:
         try:
             found = [read(), None]
-        except (OSError, UserError) as error:
+        except UserError as error:
             found = [None, error]
+        except OSError as error:
+            found = [None, RunFailure(f"rank 0: {error}")]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
@@ -295,9 +301,9 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------------- votes
 
-    def propose(self, chosen_count: int, token_count: int, stop: bool, save: bool) -> None:
+    def propose(self, chosen_count: int, token_count: int, stop: bool, save: bool, written: bool) -> None:
         """Send this rank's counts of the next step and its votes; `agreed` reads the sums. Does not wait."""
-        self._message = torch.tensor([chosen_count, token_count, stop, save], dtype=torch.int64)
+        self._message = torch.tensor([chosen_count, token_count, stop, save, written], dtype=torch.int64)
         if self._control_group is not None:
             self._work = dist.all_reduce(self._message, group=self._control_group, async_op=True)
 

@@ -1,5 +1,6 @@
 """How is a file written whole or not at all? Temporary name, fsync, rename, fsync of the folder."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,8 +30,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk is told without one
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 

@@ -95,10 +95,15 @@ class Lock:
 
     def _make(self) -> bool:
         try:
-            with open(self._path, "x") as file:  # O_EXCL: one of many wins
-                file.write(self._text)
+            file = open(self._path, "x")  # noqa: SIM115 (O_EXCL: one of many wins)
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(self._text)
+        except OSError:  # a full disk: an empty lock would have the next start wait for its owner
+            self._path.unlink()
+            raise
         return True
 
     def _take_over(self) -> bool:

@@ -3,10 +3,14 @@
 metrics.jsonl: the first line names the schema; every other one is {"step", "split": "train" | "valid", numbers}.
 """
 
+import contextlib
 import json
 import math
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,11 +52,13 @@ class Metrics:
     def __init__(self, out: Path, step: int, total_steps: int, total_epochs: float | None, tensorboard: bool):
         """step: where the run continues; later records of an earlier attempt are cut away."""
         self._cut_back(out / "metrics.jsonl", step)
-        self._file = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._unwritten = b""
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _except_tensorboard
             self._writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
         self._console = Console(soft_wrap=True)
         self._epochs = f"/{total_epochs:.4g}" if total_epochs else ""
@@ -72,10 +78,10 @@ class Metrics:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        self._sync()
+        with contextlib.suppress(OSError):  # the last checkpoint's flush had all that a resume keeps
+            self.flush()
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._tensorboard(lambda writer: writer.close())
 
     def train(self, step: int, values: dict[str, float], seconds_left: float) -> None:
         """Log one interval of training."""
@@ -91,31 +97,50 @@ class Metrics:
         self._record(step, "valid", values)
         self.say(f"step {step}  held out: {summary(values)}")
 
+    def saved(self, step: int, pause_seconds: float) -> None:
+        """How long the training stood still for the checkpoint of `step`; metrics.jsonl has the sum of an interval."""
+        self._tensorboard(lambda writer: writer.add_scalar("checkpoint/pause_seconds", pause_seconds, step))
+
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         self._bar.update(self._task, completed=step)
 
     def say(self, text: str) -> None:
         """One line for people, above the progress bar."""
-        self._console.print(text, highlight=False, markup=False)
+        with contextlib.suppress(OSError):  # the console may be a file on a full disk
+            self._console.print(text, highlight=False, markup=False)
 
     def flush(self) -> None:
-        """Make what was logged durable, before a checkpoint points past it."""
-        self._sync()
-        if self._writer is not None:
-            self._writer.flush()
-
-    def _sync(self) -> None:
-        self._file.flush()
+        """Make what was logged durable, before a checkpoint points past it; OSError when it cannot be."""
+        self._write()
         os.fsync(self._file.fileno())
+        self._tensorboard(lambda writer: writer.flush())
 
     def _record(self, step: int, split: str, values: dict[str, float]) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for key, value in values.items():
-                self._writer.add_scalar(f"{split}/{key}", value, step)
+        self._unwritten += (json.dumps({"step": step, "split": split, **finite}) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            self.say(f"step {step}: not logged yet, tried again with the next line and by the next checkpoint: {error}")
+        for key, value in values.items():
+            self._tensorboard(lambda writer, key=key, value=value: writer.add_scalar(f"{split}/{key}", value, step))
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:  # a disk that gets full takes a part
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            error.filename = self._file.name
+            raise
+
+    def _tensorboard(self, act: Callable[[Any], None]) -> None:
+        try:
+            if self._writer is not None:
+                act(self._writer)
+        except OSError as error:  # it repeats metrics.jsonl: nothing to stop for
+            self._writer = None
+            self.say(f"TensorBoard's file is given up until the next start: {error}")
 
     def _cut_back(self, path: Path, step: int) -> None:
         records = (
@@ -124,6 +149,12 @@ class Metrics:
             else []
         )
         write_bytes(path, "".join(json.dumps(record) + "\n" for record in (SCHEMA, *records)).encode())
+
+
+def _except_tensorboard(failure: threading.ExceptHookArgs) -> None:
+    # The thread that writes its file hands the error on; the traceback that it prints beside would say it twice.
+    if not type(failure.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failure)
 
 
 def summary(values: dict[str, float], line: str = VALID) -> str:

@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,22 +85,22 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
         from_first(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
         engine = Engine(_objective(config), config, config.engine, ranks, device)
         nodes = run_folder.open_folder(out, ranks.rank, engine.exchange)
-        if ranks.rank == 0:
-            checkpoint.sweep(out / "ckpt")
+        from_first(lambda: checkpoint.sweep(out / "ckpt"))
         padded = padded_rows(engine.module)
         progress = _resume(engine, config, reader, data, out, padded, limits)
         run = Run(config, engine, reader, data, out, total_steps, padded, limits, began, lock)
-        if ranks.rank == 0:
-            (out / "done").unlink(missing_ok=True)
-            run_folder.write_config(
-                out, config, manifest.dataset_id, total_steps=total_steps, nodes=nodes, launcher=ranks.launcher,
-                world_size=ranks.world_size,
-            )  # fmt: skip
-            if (data / "tokenizer").is_dir():  # so that the run folder alone is enough for detect and export
-                shutil.copytree(data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+        attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
+        from_first(lambda: _describe(out, config, data, manifest.dataset_id, total_steps=total_steps, **attempt))
         done = run.train(progress)
     engine.close()  # after the lock is given back: the first rank to leave may take rank 0 down
     return run_folder.DONE if done else run_folder.stop_exit_code()
+
+
+def _describe(out: Path, config: RunConfig, data: Path, dataset_id: str, **attempt: Any) -> None:
+    (out / "done").unlink(missing_ok=True)
+    run_folder.write_config(out, config, dataset_id, **attempt)
+    if (data / "tokenizer").is_dir():  # so that the run folder alone is enough for detect and export
+        shutil.copytree(data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
 
 
 def _count_failures(out: Path, limit: int, silent: str) -> None:
@@ -178,6 +179,7 @@ class Run:
         self.is_first = engine.ranks.rank == 0
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
+        self.saving: checkpoint.Saving | None = None  # not yet a checkpoint
         self.asked_to_stop = ""
         self.saved_step = -1
         self._looked: dict[str, float] = {}
@@ -195,12 +197,15 @@ class Run:
         self.guard = Guard(train.spike_factor, progress.recent_losses)
         refuses = self.guard.refuses if train.spike_factor else None
         run_folder.on_stop_signal(self._ask_to_stop)
-        with self._open_metrics(progress.step):
+        from_first(lambda: self._open_metrics(progress.step))
+        with self.metrics or contextlib.nullcontext():
             self._greet(progress)
             batch = next(batches)
             engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
             while True:
                 agreed = engine.agreed()
+                if agreed.written == engine.ranks.world_size:
+                    self._commit()
                 if agreed.save:
                     self._save(progress, batches)
                 if agreed.stop or progress.step >= self.last_step:
@@ -281,6 +286,8 @@ class Run:
             self.metrics.say(f"step {progress.step + 1} has {found}: skipped")
 
     def _last_checkpoint(self) -> str:
+        """The last checkpoint, for people. Collective while one is on its way: that one is waited for."""
+        self._commit()
         return str(checkpoint.latest(self.out / "ckpt") or "none yet")
 
     # --------------------------------------------------------------------------------------------------- log and save
@@ -351,21 +358,35 @@ class Run:
             self.metrics.valid(step, values)
 
     def _save(self, progress: Progress, batches: Batches, final: bool = False) -> None:
+        """Take a snapshot, to be committed once every rank has said that its files are written."""
         if progress.step == self.saved_step and not final:
             return
+        self._commit()  # at most one snapshot in memory
         began = time.perf_counter()
         if self.metrics:
             self.lock.beat()  # a process that slept may have lost OUT
-            self.metrics.flush()
         interval = [part.tolist() for part in self.engine.gather(self.interval.cpu())]
         progress = replace(progress, data=progress.data or batches.state(0), interval=interval)
-        name = checkpoint.FINAL if final else str(progress.step)
-        folder = self.out / "ckpt"
-        checkpoint.save(self.engine, folder, name, progress, self.config.model_dump(mode="json"), self.padded)
-        if self.is_first:
-            checkpoint.prune(folder, self.config.checkpoint, progress.step)
-        self.saved_step = progress.step
-        self._pause += time.perf_counter() - began
+        folder, name = self.out / "ckpt", checkpoint.FINAL if final else str(progress.step)
+        config = self.config.model_dump(mode="json")
+        self.saving = checkpoint.Saving(self.engine, folder, name, progress, config, self.padded)
+        self.saved_step, self._gathering = progress.step, time.perf_counter() - began
+        if not self.config.checkpoint.asynchronous:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Make the snapshot that is on its way a checkpoint; waits for its writing."""
+        if self.saving is None:
+            return
+        began, saving, self.saving = time.perf_counter(), self.saving, None
+        if self.metrics:
+            self.lock.beat()
+        saving.commit(self.metrics.flush if self.metrics else lambda: None)
+        pause = self._gathering + time.perf_counter() - began
+        self._pause += pause
+        if self.metrics:
+            checkpoint.prune(self.out / "ckpt", self.config.checkpoint, self.saved_step)
+            self.metrics.saved(self.saved_step, pause)
 
     def _leave(self, progress: Progress, batches: Batches) -> bool:
         done = progress.step >= self.total_steps
@@ -374,14 +395,12 @@ class Run:
             if not evaluated:
                 self._evaluate(progress.step)
         self._save(progress, batches, final=done)
+        self._commit()
         batches.close()
-        if self.is_first:
-            facts = {
-                "step": progress.step,
-                "total_steps": self.total_steps,
-                "reason": "" if done else self.asked_to_stop or self._other_reason(progress),
-            }
-            run_folder.finish(self.out, done, facts)
+        reason = "" if done else self.asked_to_stop or self._other_reason(progress)
+        facts = {"step": progress.step, "total_steps": self.total_steps, "reason": reason}
+        from_first(lambda: run_folder.finish(self.out, done, facts))
+        if self.metrics:
             self.metrics.say(
                 f"{'finished' if done else 'stopped and saved'} at step {progress.step}: {self._last_checkpoint()}"
             )
@@ -405,7 +424,8 @@ class Run:
             self.asked_to_stop = self.asked_to_stop or f"--max-minutes {minutes}"
         if self._found_file("STOP"):
             self.asked_to_stop = self.asked_to_stop or "OUT/STOP"
-        return {"stop": bool(self.asked_to_stop), "save": self._found_file("SAVE")}
+        written = self.saving is not None and self.saving.is_written()
+        return {"stop": bool(self.asked_to_stop), "save": self._found_file("SAVE"), "written": written}
 
     def _found_file(self, name: str) -> bool:
         """Whether somebody touched OUT/STOP or OUT/SAVE: rank 0 looks now and then."""
@@ -420,12 +440,9 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------- greeting
 
-    def _open_metrics(self, step: int) -> contextlib.AbstractContextManager:
-        if not self.is_first:
-            return contextlib.nullcontext()
+    def _open_metrics(self, step: int) -> None:
         epochs = self.total_steps * self.config.train.global_batch_size / self.reader.rows
         self.metrics = Metrics(self.out, step, self.total_steps, epochs, self.config.logging.tensorboard)
-        return self.metrics
 
     def _greet(self, progress: Progress) -> None:
         if not self.metrics:

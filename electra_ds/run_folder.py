@@ -33,7 +33,7 @@ def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> l
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for pattern in ("stopped.*", "STOP", "SAVE", ".nonce*"):
+            for pattern in ("stopped.*", "STOP", "SAVE", ".nonce*", ".*.tmp"):
                 for stale in out.glob(pattern):
                     stale.unlink(missing_ok=True)
             write_bytes(out / ".nonce", nonce.encode())

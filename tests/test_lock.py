@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -245,3 +246,15 @@ def test_of_two_jobs_on_one_out_the_second_is_refused_and_a_dead_one_is_succeede
     found = read_json(out / "restarts.json")
     assert (found["failures"], found["in_a_row"]) == (2, 1) and "without a word" in found["errors"][1]["error"]
     assert not (out / "lock").exists() and found["step"] == int(checkpoint.latest(out / "ckpt").name)
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
+    """An empty one would have the next start wait for its heartbeat."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"not writable .*File too large"), alone(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "lock").exists()

@@ -101,6 +101,22 @@ def test_the_console_says_what_the_record_says(tmp_path, capsys):
     assert valid.startswith("step 5  held out: mlm 5.000 (unigram 5.100)") and "fixed-corruption AUC 5.700" in valid
 
 
+def test_lines_that_a_full_disk_refuses_are_kept_and_written_later(tmp_path, capsys):
+    with Metrics(tmp_path, 0, 100, 1.0, tensorboard=False) as metrics:
+        metrics.train(1, train_values(1), seconds_left=0.0)
+        whole, metrics._file = metrics._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+        for step in (2, 3):
+            metrics.train(step, train_values(step), seconds_left=0.0)
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            metrics.flush()
+        metrics._file.close()
+        metrics._file = whole
+        metrics.train(4, train_values(4), seconds_left=0.0)
+        metrics.flush()
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    assert "step 3: not logged yet" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------------------------------- TensorBoard
 
 
@@ -118,6 +134,20 @@ def test_tensorboard_holds_the_same_numbers_without_overlap_after_a_resume(tmp_p
         assert [step for step, _ in found] == [step for step, _ in logged]
         assert [value for _, value in found] == pytest.approx([value for _, value in logged], rel=1e-6)
     assert math.isnan(events.Scalars("train/disc_auc")[0].value)
+
+
+def test_a_full_disk_costs_tensorboard_alone_and_prints_no_traceback(tmp_path, capfd):
+    pytest.importorskip("tensorboard")
+    with Metrics(tmp_path, 0, 100, 1.0, tensorboard=True) as metrics:
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        events.unlink()
+        events.symlink_to("/dev/full")
+        for step in (1, 2, 3):
+            metrics.train(step, train_values(step), seconds_left=0.0)
+            metrics.flush()
+    assert steps_of(tmp_path) == [1, 2, 3]
+    told = capfd.readouterr()
+    assert told.out.count("TensorBoard's file is given up until the next start") == 1 and told.err == ""
 
 
 def test_tensorboard_can_be_turned_off(tmp_path):
@@ -162,13 +192,13 @@ def alone(value):
 
 
 def test_opening_a_run_folder_clears_what_an_earlier_attempt_left_and_nothing_else(tmp_path):
-    stale = ["stopped.0", "stopped.3", "STOP", "SAVE"]
+    stale = ["stopped.0", "stopped.3", "STOP", "SAVE", ".config.json.1f.tmp"]
     kept = ["done", "metrics.jsonl", "config.json", "restarts.json", "lock", "heartbeat.json"]
     for name in (*stale, *kept):
         (tmp_path / name).write_text("x")
     (tmp_path / "ckpt").mkdir()
     run_folder.open_folder(tmp_path, 0, alone)
-    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == {*kept, "ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "ckpt", ".nonce"}
 
 
 def test_a_folder_that_another_host_does_not_see_is_refused_with_the_host(tmp_path):
