@@ -136,6 +136,7 @@ def test_tensorboard_holds_the_same_numbers_without_overlap_after_a_resume(tmp_p
     assert math.isnan(events.Scalars("train/disc_auc")[0].value)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_tensorboard_alone_and_prints_no_traceback(tmp_path, capfd):
     pytest.importorskip("tensorboard")
     with Metrics(tmp_path, 0, 100, 1.0, tensorboard=True) as metrics:
