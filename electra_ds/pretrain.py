@@ -162,7 +162,8 @@ def _refuse_other_words(source: Path, data: Path) -> None:
 
 def _say(ranks: Ranks, text: str) -> None:
     if ranks.rank == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # the console may be a file on a full disk
+            print(text, flush=True)
 
 
 class Run:
@@ -382,10 +383,11 @@ class Run:
         if self.metrics:
             self.lock.beat()
         saving.commit(self.metrics.flush if self.metrics else lambda: None)
+        if self.is_first:
+            checkpoint.prune(self.out / "ckpt", self.config.checkpoint, self.saved_step)
         pause = self._gathering + time.perf_counter() - began
         self._pause += pause
         if self.metrics:
-            checkpoint.prune(self.out / "ckpt", self.config.checkpoint, self.saved_step)
             self.metrics.saved(self.saved_step, pause)
 
     def _leave(self, progress: Progress, batches: Batches) -> bool:
