@@ -96,6 +96,7 @@ def whole() -> None:
     with in_step(8, eighth.set):
         assert train("whole", "zero1-fp32", *SETS) == 0
     checkpoint._write = original
+    assert train("stopped", "zero1-fp32", *SETS, stop_at_step=5) in (0, 85)
     assert train("waited", "zero1-fp32", *SETS, "checkpoint.asynchronous=false") == 0
     note("whole", found)
 

@@ -161,6 +161,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(disk: Path) -> None:
     assert {path.name for path in (disk / "whole" / "ckpt").iterdir()} == {"10", "15", "final", "latest"}
 
 
+def test_a_stop_at_the_step_of_a_save_waits_for_it(disk: Path) -> None:
+    assert checkpoint.latest(disk / "stopped" / "ckpt").name == "5" and (disk / "stopped" / "stopped.0").exists()
+
+
 def test_the_pause_of_every_save_is_in_the_metrics(disk: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
