@@ -13,7 +13,7 @@ from electra_ds.errors import UserError
 from electra_ds.ops.attention import Pieces, attention, pieces_of
 from electra_ds.ops.dropout import dropout
 from electra_ds.ops.linear import Linear, linear
-from electra_ds.ops.vocab_head import CHUNK, HeadResult, mask_padding, vocab_head
+from electra_ds.ops.vocab_head import CHUNK, HeadResult, vocab_head
 
 
 def padded_size(vocab_size: int) -> int:
@@ -52,11 +52,8 @@ class Layer(nn.Module):
     def __init__(self, sizes: EncoderConfig, eps: float):
         super().__init__()
         hidden = sizes.hidden_size
-        self.num_heads, self.attention_dropout, self.dropout = (
-            sizes.num_heads,
-            sizes.attention_dropout,
-            sizes.hidden_dropout,
-        )
+        self.num_heads, self.dropout = sizes.num_heads, sizes.hidden_dropout
+        self.attention_dropout = sizes.attention_dropout
         self.qkv = Linear(hidden, 3 * hidden)
         self.out = Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden, eps)
@@ -111,8 +108,7 @@ class GeneratorHead(nn.Module):
         x = self.norm(F.gelu(self.dense(hidden)))  # [B, K, E]
         x = x.to(compute_dtype(x))
         if draw is None:
-            bias = self.bias.to(x.dtype)
-            return mask_padding(linear(x, word.weight.to(x.dtype), bias), self.vocab_size)[..., : self.vocab_size]
+            return linear(x, word.weight.to(x.dtype), self.bias.to(x.dtype))[..., : self.vocab_size]
         return vocab_head(x, word.weight, self.bias, vocab_size=self.vocab_size, **draw)
 
 

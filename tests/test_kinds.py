@@ -148,9 +148,9 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
         logits, target = torch.randn(1, 128), torch.full((20_000,), 7)
         uniforms = (torch.arange(20_000) + 0.5) / 20_000
         x, table = torch.ones(20_000, 1), logits.T.contiguous()
-        drawn = vocab_head.fused_head(
-            x, table, torch.zeros(128), target, torch.ones(20_000), uniforms, 128, temperature, False, True
-        ).sampled
+        rows = {"targets": target, "weights": torch.ones(20_000), "uniforms": uniforms}
+        options = {"vocab_size": 128, "temperature": temperature, "disallow": True}
+        drawn = vocab_head.vocab_head(x, table, torch.zeros(128), **rows, **options).sampled
         expected = (logits[0] / temperature).index_fill(0, torch.tensor([7]), -math.inf).softmax(-1)
         torch.testing.assert_close(torch.bincount(drawn, minlength=128) / 20_000, expected, rtol=0, atol=2e-4)
 

@@ -12,7 +12,7 @@ from electra_ds.ops import linear as linear_op
 from electra_ds.ops.attention import Pieces, _bounds, attention, pieces_of
 from electra_ds.ops.dropout import dropout
 from electra_ds.ops.linear import linear
-from electra_ds.ops.vocab_head import fused_head, mask_padding, plain_head, sample_tokens, sample_weights, vocab_head
+from electra_ds.ops.vocab_head import logits_head, sample_tokens, sample_weights, vocab_head
 
 PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3], [1] * 9])
 
@@ -139,7 +139,8 @@ def test_sampling_inverts_the_distribution_function(seed, size):
 
 
 def test_samples_have_the_softmax_as_frequencies_and_never_a_padded_token():
-    logits = mask_padding(torch.randn(1, 1, 192), 130)
+    logits = torch.randn(1, 1, 192)
+    logits[..., 130:] = -math.inf
     count = 40_000
     uniforms = (torch.arange(count)[None] + 0.5) / count  # a ruler instead of dice: the error is 1 / count
     drawn = sample_tokens(logits.expand(1, count, 192), uniforms, temperature=0.7)
@@ -156,6 +157,18 @@ def head_inputs(places=75, vocab=150, padded=192, width=16):
     x, table, bias = torch.randn(places, width), torch.randn(padded, width), torch.randn(padded)
     weights = (torch.rand(places) > 0.2).float()
     return (x, table, bias), (torch.randint(0, vocab, (places,)), weights, torch.rand(places), vocab)
+
+
+def fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best):
+    rows = {"targets": targets, "weights": weights, "uniforms": uniforms}
+    return vocab_head(x, table, bias, **rows, vocab_size=vocab_size, temperature=temperature, with_best=with_best)
+
+
+def plain_head(x, table, bias, targets, weights, uniforms, vocab_size, *options):
+    """The same with all logits at once."""
+    logits = F.linear(x, table.to(x.dtype), bias.to(x.dtype))  # [M, P]
+    padding = torch.arange(len(table)) >= vocab_size
+    return logits_head(logits.masked_fill(padding, -math.inf), targets, weights, uniforms, *options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -84,7 +84,7 @@ def vocab_head(
     gate: Tensor | None = None,
     copied: Tensor | None = None,
 ) -> HeadResult:
-    """Loss and samples at the chosen places.
+    """Loss and samples at the chosen places, block by block; a block's logits become their own gradient in place.
 
     x:       [..., E] in the compute dtype; table [P, E] and bias [P] in that dtype or fp32
     targets: [...] ids; weights [...] 1 or 0; uniforms [...] in [0, 1)
@@ -95,19 +95,11 @@ def vocab_head(
     """
     shape = targets.shape
     x, targets, weights, uniforms = x.flatten(0, -2), targets.flatten(), weights.flatten(), uniforms.flatten()
-    copy = () if gate is None else (gate.flatten(), copied.flatten())
-    nll, sampled, best = fused_head(
-        x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, disallow, *copy
-    )
+    gate, copied = (None, None) if gate is None else (gate.flatten(), copied.flatten())
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
+    options = vocab_size, temperature, with_best, disallow, wants_grad
+    nll, sampled, best = _FusedHead.apply(x, table, bias, gate, targets, weights.float(), uniforms, copied, options)
     return HeadResult(nll, sampled.view(shape), best.view(shape) if with_best else None)
-
-
-def plain_head(
-    x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, disallow=False
-) -> HeadResult:
-    """vocab_head on flat arguments without a gate, all logits at once."""
-    logits = mask_padding(F.linear(x, table.to(x.dtype), bias.to(x.dtype)), vocab_size)  # [M, P]
-    return logits_head(logits, targets, weights, uniforms, temperature, with_best, disallow)
 
 
 def logits_head(logits, targets, weights, uniforms, temperature=1.0, with_best=False, disallow=False) -> HeadResult:
@@ -118,17 +110,6 @@ def logits_head(logits, targets, weights, uniforms, temperature=1.0, with_best=F
         drawn_from = drawn_from.scatter(-1, targets[..., None], -math.inf)
     sampled = sample_tokens(drawn_from, uniforms, temperature)
     return HeadResult(nll.sum(), sampled, logits.argmax(-1) if with_best else None)
-
-
-def fused_head(
-    x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best, disallow=False, gate=None,
-    copied=None,
-) -> HeadResult:  # fmt: skip
-    """vocab_head on flat arguments, block by block; the logits of a block become their own gradient in place."""
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
-    options = vocab_size, temperature, with_best, disallow, wants_grad
-    nll, sampled, best = _FusedHead.apply(x, table, bias, gate, targets, weights.float(), uniforms, copied, options)
-    return HeadResult(nll, sampled, best if with_best else None)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -201,10 +182,3 @@ def _with_copies(nll: Tensor, gate: Tensor, copied: Tensor) -> tuple[Tensor, Ten
     likelihood = torch.logaddexp(by_softmax, by_copy)
     share = (by_softmax - likelihood).exp()
     return -likelihood, share, gate.sigmoid() - (1 - share)
-
-
-def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
-    """Logits [..., P] with the padded tokens at -inf."""
-    if logits.shape[-1] == vocab_size:
-        return logits
-    return torch.where(torch.arange(logits.shape[-1], device=logits.device) < vocab_size, logits, -math.inf)
