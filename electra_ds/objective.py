@@ -14,7 +14,7 @@ from electra_ds.adapters import Discriminator, call_generator, load_factory, tak
 from electra_ds.config import FactoryConfig, GeneratorConfig, ModelConfig, ObjectiveConfig, RunConfig, SpecialIds
 from electra_ds.errors import UserError
 from electra_ds.figures import count
-from electra_ds.model import DiscriminatorHead, Embeddings, Encoder, GeneratorHead, Layer, initialise, padded_rows
+from electra_ds.model import DiscriminatorHead, Embeddings, Encoder, GeneratorHead, Layer, initialise, true_state
 from electra_ds.ops.linear import Linear
 from electra_ds.ops.vocab_head import HeadResult, logits_head
 from electra_ds.values import Batch, Losses
@@ -106,8 +106,6 @@ class ElectraObjective(Objective):
         seed: int | None = None,
     ):
         super().__init__(objective, special_ids, model.vocab_size)
-        if model.sharing == "all" and any(getattr(model, k) != v for k, v in generator.model_dump().items()):
-            raise UserError("model.sharing = 'all' is one encoder: every field of generator must equal that of model")
         self.sharing = model.sharing
         width, eps = model.embedding_size, model.layer_norm_eps
         self.embeddings = Embeddings(model, width, model.hidden_dropout)
@@ -125,8 +123,7 @@ class ElectraObjective(Objective):
             self.mlm_head = GeneratorHead(model, model.hidden_size, model.embedding_size)
         if objective.kind == "all_tokens_mlm":
             self.copy_gate = Linear(model.hidden_size, 1)
-        if not self.embeddings.word.weight.is_meta:
-            initialise(self, model, seed)
+        initialise(self, model, seed)
 
     def generate(self, masked_ids: Tensor, batch: Batch, with_best: bool = False) -> HeadResult:
         """Run the generator (for mlm: the main encoder) on masked rows [B, S]: summed loss at the chosen places,
@@ -307,8 +304,6 @@ def parameter_count(config: RunConfig) -> ParameterCount:
     special_ids = config.data.special_ids or SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
     config = config.with_data(config.model.vocab_size or VOCAB_SIZE, special_ids, config.data.sequence_length)
     with torch.device("cpu" if isinstance(config.model, FactoryConfig) else "meta"):
-        parts = build_objective(config)
-    rows = padded_rows(parts)
-    sizes = {n: p.numel() // len(p) * rows.get(n, len(p)) for n, p in parts.named_parameters()}
+        sizes = {name: value.numel() for name, value in true_state(build_objective(config)).items()}
     own = sum(size for name, size in sizes.items() if not name.startswith("generator"))
     return ParameterCount(own, sum(sizes.values()))

@@ -68,9 +68,6 @@ def test_sharing_names_each_tensor_once():
     assert untied - shared == {n.replace("embeddings", "generator_embeddings", 1) for n in shared if n[:3] == "emb"}
     assert shared - untied == {"generator.project.weight", "generator.project.bias"}  # as wide as the generator itself
     assert alone == {n for n in shared if not n.startswith("generator.")}
-    model, generator = configs(sharing="all")
-    with pytest.raises(UserError, match="one encoder"):
-        ElectraObjective(model, generator.model_copy(update={"ffn_size": 8}), ObjectiveConfig(), IDS)
 
 
 def test_packed_pieces_are_encoded_as_if_alone():
