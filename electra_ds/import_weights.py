@@ -17,11 +17,11 @@ from electra_ds.config import FactoryConfig, RunConfig, load_run, parse_run
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
 from electra_ds.interop.folder import is_hf_folder, read_config, read_tensors
-from electra_ds.interop.hf import bert_as_electra, from_hf_config, hf_names
+from electra_ds.interop.hf import SIZES, TABLES, bert_as_electra, from_hf_config, hf_names
 from electra_ds.interop.hf_tokenizer import read_tokenizer
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.model import load_true_state, true_state
-from electra_ds.objective import ElectraObjective
+from electra_ds.objective import build_objective
 from electra_ds.run_folder import write_config
 
 REASONS = (  # of foreign tensors that have no place here
@@ -76,10 +76,7 @@ def import_weights(
     prefix = find_tf(source)
     if (generator and prefix) or (config and not prefix):
         raise UserError("--generator goes with a Hugging Face folder, --config with a TensorFlow checkpoint")
-    if prefix:
-        beside, sources, sizes = prefix.parent, *_tensorflow(prefix, config)
-    else:
-        beside, sources, sizes = _hugging_face(source, generator, base)
+    beside, sources, sizes = _tensorflow(prefix, config) if prefix else _hugging_face(source, generator, base)
     words = read_tokenizer(tokenizer or beside)
     values = base.model_dump(mode="json")
     for section, found in sizes.items():
@@ -89,9 +86,7 @@ def import_weights(
                         f"{values['model']['vocab_size']}; give their tokenizer with --tokenizer")  # fmt: skip
     values["data"]["special_ids"] = words.special_ids.model_dump()
     imported = parse_run(values, f"{source} with {run}")
-    module = ElectraObjective(
-        imported.model, imported.generator, imported.objective, imported.data.special_ids, imported.train.seed
-    )
+    module = build_objective(imported, imported.train.seed)
     state, account = _fill(sources, true_state(module))
     load_true_state(module, state, partial=True)
     whole = true_state(module)
@@ -129,7 +124,7 @@ class WholeWeights:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def _tensorflow(prefix: Path, config: Path | None) -> tuple[list[Source], dict[str, dict]]:
+def _tensorflow(prefix: Path, config: Path | None) -> tuple[Path, list[Source], dict[str, dict]]:
     tensors, width, given = read_tf(prefix), 64, config or prefix.parent / "config.json"
     if given.is_file() or config:
         stated = read_json(given, "the sizes of the model (hidden_size, num_attention_heads)")
@@ -140,7 +135,7 @@ def _tensorflow(prefix: Path, config: Path | None) -> tuple[list[Source], dict[s
     parts = ENCODERS if generator else ENCODERS[:2]
     serves = (*parts, "discriminator_head.", "generator_head.")
     source = Source(prefix, tensors, {name: name for name in tensors}, tf_names, serves)
-    return [source], {"model": model} | ({"generator": generator} if generator else {})
+    return prefix.parent, [source], {"model": model} | ({"generator": generator} if generator else {})
 
 
 def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[Path, list[Source], dict[str, dict]]:
@@ -168,9 +163,7 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
         serves = ["generator_embeddings.", "generator.", "generator_head.", *([] if main else ["embeddings."])]
         sources.append(_source(generator, theirs, electra_names(theirs), serves))
     found, made = from_hf_config(config, read_config(generator) if generator else None)
-    tables = ("embedding_size", "max_positions", "type_vocab_size", "layer_norm_eps", "vocab_size")
-    keys = (*type(made).model_fields, *tables, "sharing") if main else tables
-    sizes = {"model": {key: getattr(found, key) for key in keys}}
+    sizes = {"model": found.model_dump(include={*TABLES, *((*SIZES, "sharing") if main else ())})}
     sizes |= {"generator": made.model_dump()} if generator else {}
     if main and generator:
         mine, theirs = (source.tensors for source in sources)
@@ -196,9 +189,8 @@ def _bert(path: Path, config: dict, base: RunConfig) -> tuple[Path, list[Source]
     if fits and (made.num_heads, made.ffn_size) == (same.num_heads, same.ffn_size):
         serves += [f"generator.layers.{i}." for i in range(min(made.num_layers, same.num_layers))]  # cut to its layers
         serves.append("generator_head.")
-    sizes = found.model_dump(include={*type(made).model_fields, "embedding_size", "max_positions", "type_vocab_size",
-                                      "layer_norm_eps", "vocab_size"})  # fmt: skip
-    return path, [_source(path, tensors, bert_as_electra(tensors), serves)], {"model": sizes}
+    sizes = {"model": found.model_dump(include={*SIZES, *TABLES})}
+    return path, [_source(path, tensors, bert_as_electra(tensors), serves)], sizes
 
 
 def _source(folder: Path, tensors: dict[str, Tensor], names: dict[str, str], serves: list[str]) -> Source:

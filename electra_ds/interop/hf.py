@@ -26,8 +26,6 @@ LAYER = {
     "ffn_norm": ("output.LayerNorm",),
 }
 HEADS = {
-    "mlm_head.dense": "generator_predictions.dense",
-    "mlm_head.norm": "generator_predictions.LayerNorm",
     "generator_head.dense": "generator_predictions.dense",
     "generator_head.norm": "generator_predictions.LayerNorm",
     "discriminator_head.dense": "discriminator_predictions.dense",
@@ -37,7 +35,8 @@ HEADS = {
 
 def hf_names(name: str) -> tuple[str, ...]:
     """What Hugging Face calls one of our parameters, inside the class of its part: one name, three for a fused qkv."""
-    if name in ("generator_head.bias", "mlm_head.bias"):
+    name = name.replace("mlm_head.", "generator_head.")
+    if name == "generator_head.bias":
         return ("generator_lm_head.bias",)
     module, _, kind = name.rpartition(".")
     if module in HEADS:
@@ -114,6 +113,7 @@ def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], part: str) -> d
     return state
 
 
+# Fields of our configs -> keys of config.json: what each encoder owns, and what both share.
 SIZES = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -121,6 +121,13 @@ SIZES = {
     "ffn_size": "intermediate_size",
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
+}
+TABLES = {
+    "vocab_size": "vocab_size",
+    "embedding_size": "embedding_size",
+    "max_positions": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
 }
 
 
@@ -132,11 +139,8 @@ def hf_config(model: ModelConfig, generator: GeneratorConfig | None, part: str, 
         "model_type": "electra",
         "architectures": ["ElectraForPreTraining" if part == "discriminator" else "ElectraForMaskedLM"],
         **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
-        "vocab_size": model.vocab_size,
-        "embedding_size": generator.hidden_size if untied else model.embedding_size,
-        "max_position_embeddings": model.max_positions,
-        "type_vocab_size": model.type_vocab_size,
-        "layer_norm_eps": model.layer_norm_eps,
+        **{theirs: getattr(model, ours) for ours, theirs in TABLES.items()},
+        **({"embedding_size": generator.hidden_size} if untied else {}),
         "initializer_range": model.init_std,
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
@@ -151,36 +155,22 @@ def from_hf_config(discriminator: Mapping, generator: Mapping | None = None) -> 
     UserError for what our encoder does not do (another activation, relative positions) and for generator sizes
     that cannot share the discriminator's embeddings.
     """
-    generator = discriminator if generator is None else generator
-    shared = ["vocab_size", "embedding_size", "max_position_embeddings", "type_vocab_size"]
-    for config in (discriminator, generator):
+    default = {"layer_norm_eps": 1e-12}  # the library's, where it is not said
+    mine, theirs = (default | dict(config) for config in (discriminator, generator or discriminator))
+    for config in (mine, theirs):
         for key, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if config.get(key, only) != only:
                 raise UserError(f"config.json: {key} = {config[key]!r}; only {only!r} is supported")
-        for key in (*shared, *SIZES.values()):
+        for key in (*TABLES.values(), *SIZES.values()):
             if not isinstance(config.get(key), (int, float)):
                 raise UserError(f"config.json: {key} = {config.get(key)!r}; sizes must be numbers, not strings")
-    sharing = "shared"
-    if discriminator["embedding_size"] != generator["embedding_size"] == generator["hidden_size"]:
-        sharing = "untied"
-        shared.remove("embedding_size")
-    ours = {"layer_norm_eps": 1e-12}  # the library's default where it is not said
-    mine, theirs = ours | dict(discriminator), ours | dict(generator)
-    differs = [key for key in (*shared, *ours) if mine[key] != theirs[key]]
-    if differs:
-        found = f"{mine[differs[0]]} and {theirs[differs[0]]}"
-        raise UserError(f"config.json: {differs[0]} of discriminator and generator differ ({found})")
-    sizes = [{ours: config[theirs] for ours, theirs in SIZES.items()} for config in (discriminator, generator)]
-    model = ModelConfig(
-        **sizes[0],
-        embedding_size=discriminator["embedding_size"],
-        max_positions=discriminator["max_position_embeddings"],
-        type_vocab_size=discriminator["type_vocab_size"],
-        layer_norm_eps=discriminator.get("layer_norm_eps", 1e-12),
-        vocab_size=discriminator["vocab_size"],
-        sharing=sharing,
-    )
-    return model, GeneratorConfig(**sizes[1])
+    is_untied = mine["embedding_size"] != theirs["embedding_size"] == theirs["hidden_size"]
+    for key in TABLES.values():
+        if mine[key] != theirs[key] and not (is_untied and key == "embedding_size"):
+            raise UserError(f"config.json: {key} of discriminator and generator differ ({mine[key]} and {theirs[key]})")
+    model = {ours: mine[key] for ours, key in (SIZES | TABLES).items()}
+    made = GeneratorConfig(**{ours: theirs[key] for ours, key in SIZES.items()})
+    return ModelConfig(**model, sharing="untied" if is_untied else "shared"), made
 
 
 def bert_as_electra(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -10,45 +10,28 @@ import torch
 from torch import Tensor
 
 from electra_ds.errors import UserError
+from electra_ds.interop.hf import hf_names
 
-PARTS = {
-    "embeddings": "electra/embeddings",
-    "generator_embeddings": "generator/embeddings",
-    "generator": "generator",
-    "generator_head": "generator_predictions",
-    "discriminator": "electra",
-    "discriminator_head": "discriminator_predictions",
-}
-MODULES = {
-    "word": ("word_embeddings",),
-    "position": ("position_embeddings",),
-    "token_type": ("token_type_embeddings",),
-    "norm": ("LayerNorm",),
-    "project": ("embeddings_project",),
-    "dense": ("dense",),
-    "classify": ("dense_1",),
-    "qkv": ("attention/self/query", "attention/self/key", "attention/self/value"),
-    "out": ("attention/output/dense",),
-    "attention_norm": ("attention/output/LayerNorm",),
-    "ffn_in": ("intermediate/dense",),
-    "ffn_out": ("output/dense",),
-    "ffn_norm": ("output/LayerNorm",),
+# A name of Hugging Face is the authors' with dots for slashes, but for these.
+OTHERWISE = {
+    r"^generator_lm_head\.bias$": "generator_predictions.output_bias",
+    r"\.dense_prediction\.": ".dense_1.",
+    r"\.layer\.(\d+)": r".layer_\1",
+    r"LayerNorm\.weight$": "LayerNorm.gamma",
+    r"LayerNorm\.bias$": "LayerNorm.beta",
+    r"_embeddings\.weight$": "_embeddings",
+    r"\.weight$": ".kernel",
 }
 
 
 def tf_names(name: str) -> tuple[str, ...]:
     """The variables behind one of our parameters: one, or three for a fused qkv."""
-    if name == "generator_head.bias":
-        return ("generator_predictions/output_bias",)
-    part, *layer, module, kind = name.split(".")
-    prefix = PARTS[part] + (f"/encoder/layer_{layer[1]}" if layer else "")
-    if module in ("word", "position", "token_type"):
-        suffix = ""
-    elif module.endswith("norm"):
-        suffix = {"weight": "/gamma", "bias": "/beta"}[kind]
-    else:
-        suffix = {"weight": "/kernel", "bias": "/bias"}[kind]
-    return tuple(f"{prefix}/{foreign}{suffix}" for foreign in MODULES[module])
+    found = hf_names(name)
+    if name.startswith(("generator.", "generator_embeddings.")):
+        found = [foreign.replace("electra.", "generator.", 1) for foreign in found]
+    for pattern, theirs in OTHERWISE.items():
+        found = [re.sub(pattern, theirs, foreign) for foreign in found]
+    return tuple(foreign.replace(".", "/") for foreign in found)
 
 
 def as_tensors(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
