@@ -14,21 +14,16 @@ from electra_ds.errors import UserError
 from electra_ds.files import read_json
 
 Config = TypeVar("Config", bound=BaseModel)
-Scope = Literal["science", "machine"]
-
-
-def _field(default: Any, meaning: str, scope: Scope, **limits: Any) -> Any:
-    return Field(default, description=meaning, json_schema_extra={"scope": scope}, **limits)
 
 
 def science(default: Any, meaning: str, **limits: Any) -> Any:
     """A field that decides what is learned."""
-    return _field(default, meaning, "science", **limits)
+    return Field(default, description=meaning, json_schema_extra={"scope": "science"}, **limits)
 
 
 def machine(default: Any, meaning: str, **limits: Any) -> Any:
     """A field that decides where and how fast it is learned, or what is watched."""
-    return _field(default, meaning, "machine", **limits)
+    return Field(default, description=meaning, json_schema_extra={"scope": "machine"}, **limits)
 
 
 class Section(BaseModel):

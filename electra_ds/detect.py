@@ -12,7 +12,8 @@ import torch
 from electra_ds.errors import UserError
 from electra_ds.evaluate import find_checkpoint, load_module
 from electra_ds.objective import Objective
-from electra_ds.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.pretrained import checked_tokenizer, tokenizer_of
+from electra_ds.tokenizer import Tokenizer
 from electra_ds.values import Batch
 
 BATCH_ROWS = 64
@@ -46,13 +47,7 @@ class Detector:
                 f"{found}: objective.kind = {config.objective.kind} predicts tokens and cannot tell replaced ones; "
                 "detect needs electra or electra_15"
             )
-        folder = tokenizer or found.resolve().parent.parent / "tokenizer"
-        words = load_tokenizer(folder)
-        if words.vocab_size != config.model.vocab_size:
-            raise UserError(
-                f"{folder}: {words.vocab_size} entries, but {found} was trained with {config.model.vocab_size}; "
-                "give its tokenizer with --tokenizer"
-            )
+        words = checked_tokenizer(tokenizer or tokenizer_of(found), config.model)
         return cls(module, words, config.data.sequence_length)
 
     def __call__(self, text: str) -> list[TokenScore]:
@@ -89,11 +84,8 @@ def table(found: list[TokenScore], threshold: float, original: list[TokenScore] 
     """
     beside = _aligned(found, original) if original is not None else [None] * len(found)
     width = max(5, *(len(score.token) for score in found)) + 2
-    head = (
-        f"{'token':{width}}replaced  {'original':{width}}replaced"
-        if original is not None
-        else f"{'token':{width}}replaced"
-    )
+    columns = ["token"] if original is None else ["token", "original"]
+    head = "  ".join(f"{column:{width}}replaced" for column in columns)
     lines = [head, "-" * len(head)]
     highest = max(score.probability for score in found)
     for score, other in zip(found, beside, strict=True):

@@ -12,7 +12,7 @@ from electra_ds import checkpoint
 from electra_ds.batches import evaluation_batches, fixed_corruption
 from electra_ds.config import FactoryConfig, RunConfig, SpecialIds, parse_run
 from electra_ds.errors import UserError
-from electra_ds.figures import BINS, auc, histogram, own_figures, rates
+from electra_ds.figures import BINS, auc, histogram, own_figures, rates, share
 from electra_ds.model import load_true_state
 from electra_ds.objective import Objective, build_objective
 from electra_ds.shards import ShardReader, read_unigrams
@@ -67,8 +67,8 @@ def _figures(sums: Tensor, fixed: Tensor, counts_all_tokens: bool) -> dict[str, 
         "base_rate_loss": _entropy(found["replaced_fraction"]),
         **found,
         "fixed_auc": auc(fixed),
-        "fixed_precision": hits / (hits + alarms) if hits + alarms else math.nan,
-        "fixed_recall": hits / (hits + misses) if hits + misses else math.nan,
+        "fixed_precision": share(hits, hits + alarms),
+        "fixed_recall": share(hits, hits + misses),
         "tokens": tokens,
         "chosen": chosen,
     }

@@ -3,6 +3,8 @@
 Letters: B rows, S sequence, K chosen places.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,21 +42,22 @@ def histogram(logits: Tensor, is_replaced: Tensor, real: Tensor) -> Tensor:
     return filled.scatter_add_(0, (place + BINS * is_replaced).flatten(), real.double().flatten()).view(2, BINS)
 
 
+def share(part: float, whole: float) -> float:
+    """part / whole; nan of nothing."""
+    return part / whole if whole else math.nan
+
+
 def auc(filled: Tensor) -> float:
     """Area under the ROC curve of a histogram [2, BINS]; pairs in one bin count half. nan without both labels."""
     original, replaced = filled.double().cpu()
     below = original.cumsum(0) - original / 2
     pairs = original.sum() * replaced.sum()
-    return float((replaced * below).sum() / pairs) if pairs else float("nan")
+    return share(float((replaced * below).sum()), float(pairs))
 
 
 def rates(sums: Counts) -> dict[str, float]:
     """Readable metrics of summed counts; nan where a class is empty. Positive means replaced."""
     chosen, tokens, mlm_correct, sampled_correct, replaced, tp, fp, fn = (float(value) for value in sums[:8])
-
-    def share(part: float, whole: float) -> float:
-        return part / whole if whole else float("nan")
-
     original = tokens - replaced
     return {
         "mlm_accuracy": share(mlm_correct, chosen),

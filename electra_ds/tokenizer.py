@@ -210,13 +210,11 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_acc
             raise UserError(f"{file.parent}/tokenizer_config.json: tokenize_chinese_chars = false or another splitter; "
                             "only BERT's own pre-tokenisation is supported")
         beside = {"lowercase": stored.get("do_lower_case"), "strip_accents": stored.get("strip_accents")}
-    if lowercase is None:
-        lowercase = beside.get("lowercase")
-    if lowercase is None:
+    given = {"lowercase": lowercase, "strip_accents": strip_accents}
+    options = {key: beside.get(key) if value is None else value for key, value in given.items()}
+    if options["lowercase"] is None:
         text = re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")
-        lowercase = text == text.lower()
-    if strip_accents is None:
-        strip_accents = beside.get("strip_accents")
-    if strip_accents is None:
-        strip_accents = lowercase
-    return WordPiece(content, {"lowercase": lowercase, "strip_accents": strip_accents}, str(file))
+        options["lowercase"] = text == text.lower()
+    if options["strip_accents"] is None:
+        options["strip_accents"] = options["lowercase"]
+    return WordPiece(content, options, str(file))

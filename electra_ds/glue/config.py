@@ -60,21 +60,11 @@ class FinetuneConfig(Section):
 
     def of(self, task: str, own_epochs: float | None, seed: int) -> "FinetuneConfig":
         """The config of one task and seed. own_epochs: what the description of a user's own task asks for."""
-        found = self.tasks.get(task, TaskOverrides())
-        train = {
-            "epochs": found.epochs or own_epochs or self.train.epochs,
-            "max_length": found.max_length or self.train.max_length,
-            "global_batch_size": found.global_batch_size or self.train.global_batch_size,
-            "seed": seed,
-        }
-        optimizer = {"peak_lr": found.peak_lr or self.optimizer.peak_lr}
-        return self.model_copy(
-            update={
-                "train": self.train.model_copy(update=train),
-                "optimizer": self.optimizer.model_copy(update=optimizer),
-                "tasks": {},
-            }
-        )
+        found = self.tasks.get(task, TaskOverrides()).model_dump(exclude_none=True)
+        optimizer = {"peak_lr": found.pop("peak_lr", self.optimizer.peak_lr)}
+        train = {"epochs": own_epochs or self.train.epochs} | found | {"seed": seed}
+        sections = {"train": self.train.model_copy(update=train), "tasks": {}}
+        return self.model_copy(update=sections | {"optimizer": self.optimizer.model_copy(update=optimizer)})
 
 
 def load_finetune(name: str, sets: list[str] = (), engine: str | None = None) -> FinetuneConfig:
