@@ -1,6 +1,5 @@
 """Small run folders without training: every weight drawn at random, LayerNorms and biases too."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -71,7 +70,3 @@ def rows_with_padding(vocab_size: int = 600) -> tuple[torch.Tensor, torch.Tensor
     ids, mask = torch.randint(5, vocab_size, (3, 20)), torch.ones(3, 20, dtype=torch.long)
     ids[1, 12:], mask[1, 12:] = IDS["pad"], 0
     return ids, mask, (torch.arange(20) > 8).long().expand(3, -1)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())

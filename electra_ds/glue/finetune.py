@@ -102,7 +102,8 @@ def finetune_among(
     _open(suite)
     jobs = [(task, config.train.seed + i) for task in tasks for i in range(seeds)][share]
     for task in tasks:
-        left = from_first(lambda: [seed for other, seed in jobs if other is task and not _is_done(out, task, seed)])  # noqa: B023
+        own = [seed for other, seed in jobs if other is task]
+        left = from_first(lambda: [seed for seed in own if not (_folder(out, task, seed) / "result.json").exists()])  # noqa: B023
         splits = _read(suite, task) if left else None
         for seed in left:
             Seed(suite, task, splits, seed).run()
@@ -112,10 +113,6 @@ def finetune_among(
 
 def _folder(out: Path, task: Task, seed: int) -> Path:
     return out / task.name / f"seed-{seed}"
-
-
-def _is_done(out: Path, task: Task, seed: int) -> bool:
-    return (_folder(out, task, seed) / "result.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -237,7 +234,8 @@ class Seed:
             shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
             prune_models(self.suite.out / self.task.name, self.config.train.keep)
             write_report(self.suite.out)
-            print(f"{self.task.name} seed {self.seed}: {_line(result)}", flush=True)
+            told = [f"{split} {name} {x:.4f}" for split, found in result["scores"].items() for name, x in found.items()]
+            print(f"{self.task.name} seed {self.seed}: {', '.join([result['status'], *told])}", flush=True)
         self.engine.close()
 
     def _ask_to_stop(self, _reason: str) -> None:
@@ -316,7 +314,8 @@ class Seed:
             print(f"{self.task.name} seed {self.seed}: {place} loss {loss:.4f}", flush=True)
         if self.config.train.select == "best":
             metric, scores = self.task.main_metric, self._score(self.task.valid_splits[0])[0]
-            before = from_first(lambda: _scores(self.folder / "model"))
+            kept = self.folder / "model"
+            before = from_first(lambda: checkpoint.read_meta(kept).config["scores"] if kept.exists() else None)
             if before is None or scores[metric] > before[metric]:
                 self._save_model(progress, scores)
 
@@ -388,17 +387,6 @@ class Seed:
 def attempts(progress: Progress) -> int:
     """Steps taken, applied or skipped: they decide which batch is next."""
     return progress.step + progress.skipped
-
-
-def _line(result: dict) -> str:
-    """A seed's result for people."""
-    found = [f"{split} {metric} {value:.4f}" for split, scores in result["scores"].items()
-             for metric, value in scores.items()]  # fmt: skip
-    return ", ".join([result["status"], *found])
-
-
-def _scores(model: Path) -> dict | None:
-    return checkpoint.read_meta(model).config["scores"] if model.exists() else None
 
 
 def prune_models(folder: Path, keep: str) -> None:

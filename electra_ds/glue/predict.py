@@ -12,7 +12,6 @@ import torch
 from scipy.special import softmax
 from torch import nn
 
-from electra_ds import checkpoint
 from electra_ds.config import ModelConfig
 from electra_ds.errors import UserError
 from electra_ds.files import write_bytes
@@ -22,7 +21,7 @@ from electra_ds.glue.examples import Example, read_examples, read_file
 from electra_ds.glue.metrics import score
 from electra_ds.glue.tasks import GLUE, Task, load_task
 from electra_ds.model import load_true_state
-from electra_ds.pretrained import find_trained, tokenizer_of
+from electra_ds.pretrained import read_trained, tokenizer_of
 from electra_ds.ranks import Ranks
 from electra_ds.tokenizer import load_tokenizer
 
@@ -93,8 +92,7 @@ def predict(
     """
     if (file is None) == (split is None):
         raise UserError("give --input FILE, or --split NAME with --data")
-    found = find_trained(model)
-    meta = checkpoint.read_meta(found)
+    found, meta, weights = read_trained(model)
     if "task" not in meta.config:
         raise UserError(f"{found}: a pretrained encoder, not a fine-tuned model; finetune writes DIR/TASK/seed-N/model")
     task = Task.model_validate(meta.config["task"])
@@ -105,7 +103,7 @@ def predict(
     words = load_tokenizer(tokenizer_of(found))
     encoded = encode(examples, task, words, meta.config["train"]["max_length"])
     module = classifier(ModelConfig.model_validate(meta.config["model"]), task)
-    load_true_state(module, checkpoint.weights(found))
+    load_true_state(module, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).eval()
     with torch.no_grad():
