@@ -107,9 +107,7 @@ def load_module(
     return module.to(device).eval(), config
 
 
-def evaluate_checkpoint(
-    path: Path, data: Path, max_rows: int | None, batch_rows: int = 64, trust_code: bool = False
-) -> dict[str, float]:
+def evaluate_checkpoint(path: Path, data: Path, max_rows: int | None, trust_code: bool = False) -> dict[str, float]:
     """The verb: figures of one checkpoint on the held-out split of `data`, in fp32, on CUDA where it is at hand."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module, config = load_module(find_checkpoint(path), device, trust_code)
@@ -118,7 +116,7 @@ def evaluate_checkpoint(
     config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     batches = evaluation_batches(
         reader, mask_prob=config.objective.mask_prob, mask_token_prob=config.objective.mask_token_prob,
-        batch_rows=batch_rows, max_rows=max_rows,
+        batch_rows=64, max_rows=max_rows,
     )  # fmt: skip
     with torch.no_grad():
         return evaluate(module, batches, read_unigrams(data, config.model.vocab_size), config.data.special_ids, device)

@@ -181,15 +181,14 @@ class SentencePiece(Tokenizer):
         return self._model.decode(ids)
 
 
-def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_accents: bool | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a vocab.txt, an spm .model file, or a folder with one of them (ours, or a Hugging Face one).
 
-    Options not given come from options.json or tokenizer_config.json beside the file; else a vocab.txt counts as
-    lower-cased when none of its entries holds an upper-case letter, and accents are stripped when it is lower-cased.
-    Raises UserError for a missing or broken vocabulary, special entries that are not there, unlike options.
+    Options come from options.json or tokenizer_config.json beside the file; else a vocab.txt counts as lower-cased
+    when none of its entries holds an upper-case letter, and accents are stripped when it is lower-cased.
+    Raises UserError for a missing or broken vocabulary and for special entries that are not there.
     """
-    path = Path(path)
-    file = path
+    file = path = Path(path)
     if path.is_dir():
         file = next((path / name for name in FILES if (path / name).is_file()), None)
         if file is None:
@@ -198,8 +197,6 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_acc
         raise UserError(f"{path}: not found; expected a vocab.txt, an spm .model file or a folder with one of them")
     content = file.read_bytes()
     if file.suffix == ".model":
-        if lowercase is not None or strip_accents is not None:
-            raise UserError(f"{file}: a SentencePiece model holds its own normalisation; leave the case options out")
         return SentencePiece(content, {}, str(file))
     beside = {}
     if (file.parent / "options.json").is_file():
@@ -210,11 +207,9 @@ def load_tokenizer(path: str | Path, *, lowercase: bool | None = None, strip_acc
             raise UserError(f"{file.parent}/tokenizer_config.json: tokenize_chinese_chars = false or another splitter; "
                             "only BERT's own pre-tokenisation is supported")
         beside = {"lowercase": stored.get("do_lower_case"), "strip_accents": stored.get("strip_accents")}
-    given = {"lowercase": lowercase, "strip_accents": strip_accents}
-    options = {key: beside.get(key) if value is None else value for key, value in given.items()}
-    if options["lowercase"] is None:
+    lowercase, strip_accents = beside.get("lowercase"), beside.get("strip_accents")
+    if lowercase is None:
         text = re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")
-        options["lowercase"] = text == text.lower()
-    if options["strip_accents"] is None:
-        options["strip_accents"] = options["lowercase"]
-    return WordPiece(content, options, str(file))
+        lowercase = text == text.lower()
+    strip_accents = lowercase if strip_accents is None else strip_accents
+    return WordPiece(content, {"lowercase": lowercase, "strip_accents": strip_accents}, str(file))

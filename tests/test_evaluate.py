@@ -126,7 +126,7 @@ def test_no_held_out_rows_are_said_to_be_none(run):
 def test_the_verb_gives_the_figures_of_training(run, monkeypatch):
     monkeypatch.setattr(evaluate, "ShardReader", lambda data, _split: ShardReader(data, "train"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = evaluate.evaluate_checkpoint(run.out, run.data, 40, batch_rows=16)
+    found = evaluate.evaluate_checkpoint(run.out, run.data, 40)
     assert found == pytest.approx(figures(run, batches(run)), nan_ok=True)
 
 

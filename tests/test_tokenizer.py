@@ -68,8 +68,12 @@ def test_text_never_makes_a_special_id(vocabulary, sentencepiece):
         assert not special.intersection(tokenizer.encode_with_offsets("[MASK] [CLS]")[0])
 
 
+def optioned(vocabulary, **options):
+    return WordPiece(vocabulary.read_bytes(), {"lowercase": True, "strip_accents": True} | options, "test")
+
+
 def test_saved_tokenizers_load_with_equal_ids_and_fingerprint(vocabulary, sentencepiece, tmp_path):
-    for number, tokenizer in enumerate((load_tokenizer(vocabulary, lowercase=False), sentencepiece)):
+    for number, tokenizer in enumerate((optioned(vocabulary, lowercase=False), sentencepiece)):
         tokenizer.save(tmp_path / str(number))
         again = load_tokenizer(tmp_path / str(number))
         assert (again.fingerprint, again.special_ids) == (tokenizer.fingerprint, tokenizer.special_ids)
@@ -77,8 +81,8 @@ def test_saved_tokenizers_load_with_equal_ids_and_fingerprint(vocabulary, senten
 
 
 def test_options_change_the_ids_and_the_fingerprint(vocabulary):
-    plain, cased = load_tokenizer(vocabulary), load_tokenizer(vocabulary, lowercase=False)
-    accents = load_tokenizer(vocabulary, strip_accents=False)
+    plain, cased = load_tokenizer(vocabulary), optioned(vocabulary, lowercase=False)
+    accents = optioned(vocabulary, strip_accents=False)
     assert len({t.fingerprint for t in (plain, cased, accents)}) == 3
     assert cased.encode_batch(["HELLO"]) != plain.encode_batch(["HELLO"]) == plain.encode_batch(["hello"])
     assert accents.encode_batch(["caf\u00e9"]) != plain.encode_batch(["caf\u00e9"]) == plain.encode_batch(["cafe"])
