@@ -56,13 +56,14 @@ def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) 
     return checkpoint.save(WholeWeights(state), folder, name, progress, values, {}, weights_only=True)
 
 
-def pretrained(out: Path) -> Path:
-    """A run folder that finetune and export take, with its vocabulary."""
-    made_of = config()
-    save(out / "ckpt", "final", true_state(objective(made_of)), made_of.model_dump(mode="json"))
+def pretrained(out: Path, sharing: str = "shared", kind: str = "electra") -> ElectraObjective:
+    """Write a run folder that finetune and export take, with its vocabulary; the module whose weights it holds."""
+    made_of = config(sharing, kind)
+    module = objective(made_of)
+    save(out / "ckpt", "final", true_state(module), made_of.model_dump(mode="json"))
     (out / "ckpt" / "latest").write_text("final\n")
     vocabulary(out / "tokenizer")
-    return out
+    return module
 
 
 def rows_with_padding(vocab_size: int = 600) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

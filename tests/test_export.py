@@ -130,14 +130,11 @@ def assert_same_logits(module, folder: Path) -> None:
 
 @pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
 def test_a_run_exports_with_equal_logits(sharing, tmp_path):
-    config = run_folders.config(sharing)
-    module = run_folders.objective(config)
-    made = run_folders.save(tmp_path / "run" / "ckpt", "7", true_state(module), config.model_dump(mode="json"))
-    run_folders.vocabulary(tmp_path / "run" / "tokenizer")
-    export(made, tmp_path / "out")
+    module = run_folders.pretrained(tmp_path / "run", sharing)
+    export(tmp_path / "run", tmp_path / "out")
     assert_same_logits(module, tmp_path / "out")
     with pytest.raises(UserError, match="not empty"):
-        export(made, tmp_path / "out")
+        export(tmp_path / "run", tmp_path / "out")
 
 
 def test_two_ranks_of_zero3_export_from_the_command_line(data, tmp_path):
@@ -159,10 +156,8 @@ def test_two_ranks_of_zero3_export_from_the_command_line(data, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mlm", "replace_mlm", "all_tokens_mlm", "electra_15"])
 def test_every_objective_exports_its_main_encoder(kind, tmp_path):
-    config = run_folders.config(kind=kind)
-    module = run_folders.objective(config)
-    made = run_folders.save(tmp_path / "run" / "ckpt", "7", true_state(module), config.model_dump(mode="json"))
-    export(made, tmp_path / "out", run_folders.vocabulary(tmp_path / "words"))
+    module = run_folders.pretrained(tmp_path / "run", kind=kind)
+    export(tmp_path / "run", tmp_path / "out")
     assert (tmp_path / "out" / "generator").exists() == (kind != "mlm")
     if kind == "electra_15":
         assert_same_logits(module, tmp_path / "out")
@@ -229,11 +224,8 @@ def test_a_fine_tuned_model_exports_with_equal_logits(name, tmp_path):
 
 
 def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
-    config = run_folders.config()
-    module, run = run_folders.objective(config), tmp_path / "run"
-    run_folders.save(run / "ckpt", "7", true_state(module), config.model_dump(mode="json"))
-    (run / "ckpt" / "latest").write_text("7\n")
-    run_folders.vocabulary(run / "tokenizer")
+    run = tmp_path / "run"
+    module = run_folders.pretrained(run)
     export(run, tmp_path / "hf")
     wanted = {k: v for k, v in true_state(module).items() if k.startswith(("embeddings.", "discriminator."))}
     bare = transformers.ElectraModel.from_pretrained(tmp_path / "hf" / "discriminator")
@@ -243,7 +235,7 @@ def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
     (pickled / "config.json").write_bytes((tmp_path / "bare" / "config.json").read_bytes())
     torch.save(bare.state_dict(), pickled / "pytorch_model.bin")
     words = run / "tokenizer"
-    for path in (run, run / "ckpt", run / "ckpt" / "7", tmp_path / "hf", tmp_path / "hf" / "discriminator"):
+    for path in (run, run / "ckpt", run / "ckpt" / "final", tmp_path / "hf", tmp_path / "hf" / "discriminator"):
         found = load_pretrained(path)
         assert found.state.keys() == wanted.keys() and all(torch.equal(found.state[k], wanted[k]) for k in wanted), path
         assert found.model.hidden_size == 48 and found.model.vocab_size == found.tokenizer.vocab_size == 600

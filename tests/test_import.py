@@ -43,10 +43,8 @@ def imported(*arguments, **keywords):
 
 def exported(folder: Path, sharing: str = "shared", kind: str = "electra") -> tuple[dict, Path]:
     """(our tensors, the folder that `export` wrote of them)."""
-    config = run_folders.config(sharing, kind)
-    state = true_state(run_folders.objective(config))
-    made = run_folders.save(folder / "run" / "ckpt", "7", state, config.model_dump(mode="json"))
-    export(made, folder / "hf", run_folders.vocabulary(folder / "words"))
+    state = true_state(run_folders.pretrained(folder / "run", sharing, kind))
+    export(folder / "run", folder / "hf")
     return state, folder / "hf"
 
 
@@ -178,7 +176,7 @@ def test_what_cannot_be_ours_is_refused(tmp_path):
     with pytest.raises(UserError, match="--config with a TensorFlow"):
         imported(part, tmp_path / "i", config=part / "config.json")
     with pytest.raises(UserError, match="no weights here"):
-        imported(tmp_path / "words", tmp_path / "i")
+        imported(tmp_path / "run" / "tokenizer", tmp_path / "i")
 
 
 def test_pretraining_goes_on_from_an_import(data, tmp_path):
@@ -194,13 +192,14 @@ def test_pretraining_goes_on_from_an_import(data, tmp_path):
 
 @torch.no_grad()
 def test_weights_of_another_vocabulary_are_refused(tmp_path):
-    run = run_folders.pretrained(tmp_path / "o")
+    run_folders.pretrained(tmp_path / "o")
     run_folders.vocabulary(tmp_path / "d" / "tokenizer")
-    _refuse_other_words(run / "ckpt" / "final", tmp_path / "d")
+    final = tmp_path / "o" / "ckpt" / "final"
+    _refuse_other_words(final, tmp_path / "d")
     words = (tmp_path / "d" / "tokenizer" / "vocab.txt").read_text().replace("\naa\nab\n", "\nab\naa\n")
     (tmp_path / "d" / "tokenizer" / "vocab.txt").write_text(words)
     with pytest.raises(UserError, match=r"its vocabulary .* is not that of"):
-        _refuse_other_words(run / "ckpt" / "final", tmp_path / "d")
+        _refuse_other_words(final, tmp_path / "d")
 
 
 def test_a_tensorflow_checkpoint_gives_the_authors_logits(tmp_path):

@@ -63,10 +63,11 @@ def test_fine_tuning_learns_in_every_precision(tmp_path: Path, engine: str) -> N
     import run_folders
     from test_finetune import write_tasks
 
+    run_folders.pretrained(tmp_path / "model")
     tasks, config = write_tasks(tmp_path / "tasks"), tmp_path / "config.json"
     train = {"epochs": 4.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
     config.write_text(json.dumps({"train": train, "optimizer": {"peak_lr": 3e-3}, "engine": engine}))
-    command = [sys.executable, "-m", "electra_ds", "finetune", run_folders.pretrained(tmp_path / "model"), config]
+    command = [sys.executable, "-m", "electra_ds", "finetune", tmp_path / "model", config]
     command += ["--tasks", tasks / "classes.json", "--out", tmp_path / "out"]
     environ = os.environ | {"DS_ACCELERATOR": "cuda", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     subprocess.run(list(map(str, command)), env=environ, check=True, timeout=600)
