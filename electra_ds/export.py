@@ -32,17 +32,15 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     facts = {"objective": config.objective.kind, "steps": f"{meta.progress.step:,}",
              "tokens read": f"{meta.progress.tokens:,}", "data": meta.progress.data.get("dataset_id", "unknown"),
              "rows": f"{config.data.sequence_length} tokens"}  # fmt: skip
-    run = found.resolve().parent.parent
-    records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    metrics = found.resolve().parent.parent / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.is_file() else []
     held_out = [r for r in records if r["split"] == "valid" and r["step"] <= meta.progress.step]
-    if held_out:
-        figures = {key: value for key, value in held_out[-1].items() if isinstance(value, float)}
-        facts |= {
-            f"held out at step {held_out[-1]['step']:,}, {key}": f"{v:.4f}" if v < 1000 else f"{v:,.0f}"
-            for key, v in figures.items()
-        }
-    parts = [part for part in ("discriminator", "generator") if any(n.startswith(f"{part}_head.") for n in weights)]
-    parts = parts if "discriminator" in parts else ["discriminator", *parts]  # other objectives give it an mlm_head
+    for key, value in held_out[-1].items() if held_out else ():
+        if isinstance(value, float):
+            title = f"held out at step {held_out[-1]['step']:,}, {key}"
+            facts[title] = f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
+    has_generator = any(name.startswith("generator_head.") for name in weights)
+    parts = ["discriminator", "generator"] if has_generator else ["discriminator"]
     exported = {name for part in parts for name in part_names(weights, part)}
     if rest := sorted(weights.keys() - exported):
         facts["left out, the stock classes have no place for it"] = ", ".join(rest)

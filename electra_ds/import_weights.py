@@ -17,7 +17,7 @@ from electra_ds.config import FactoryConfig, RunConfig, load_run, parse_run
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
 from electra_ds.interop.folder import is_hf_folder, read_config, read_tensors
-from electra_ds.interop.hf import SIZES, TABLES, bert_as_electra, from_hf_config, hf_names
+from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names
 from electra_ds.interop.hf_tokenizer import read_tokenizer
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.model import load_true_state, true_state
@@ -157,11 +157,10 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
     sources = []
     if main:
         serves = ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."]
-        sources.append(_source(main, tensors, electra_names(tensors), serves))
+        sources.append(_source(main, tensors, serves))
     if generator:
-        theirs = read_tensors(generator)
         serves = ["generator_embeddings.", "generator.", "generator_head.", *([] if main else ["embeddings."])]
-        sources.append(_source(generator, theirs, electra_names(theirs), serves))
+        sources.append(_source(generator, read_tensors(generator), serves))
     found, made = from_hf_config(config, read_config(generator) if generator else None)
     sizes = {"model": found.model_dump(include={*TABLES, *((*SIZES, "sharing") if main else ())})}
     sizes |= {"generator": made.model_dump()} if generator else {}
@@ -177,25 +176,20 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> tuple[
     return main or generator, sources, sizes
 
 
-def electra_names(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Name in the folder -> name in a class with a head (a bare ElectraModel has no prefix)."""
-    return {n: f"electra.{n}" if n.startswith(("embeddings", "encoder.")) else n for n in tensors}
-
-
 def _bert(path: Path, config: dict, base: RunConfig) -> tuple[Path, list[Source], dict[str, dict]]:
     found, same = from_hf_config(config | {"embedding_size": config.get("hidden_size")})
-    tensors, made, serves = read_tensors(path), base.generator, ["embeddings.", "discriminator.", "mlm_head."]
+    made, serves = base.generator, ["embeddings.", "discriminator.", "mlm_head."]
     fits = made.hidden_size == same.hidden_size  # the head is as wide as the generator
     if fits and (made.num_heads, made.ffn_size) == (same.num_heads, same.ffn_size):
         serves += [f"generator.layers.{i}." for i in range(min(made.num_layers, same.num_layers))]  # cut to its layers
         serves.append("generator_head.")
     sizes = {"model": found.model_dump(include={*SIZES, *TABLES})}
-    return path, [_source(path, tensors, bert_as_electra(tensors), serves)], sizes
+    return path, [_source(path, read_tensors(path), serves)], sizes
 
 
-def _source(folder: Path, tensors: dict[str, Tensor], names: dict[str, str], serves: list[str]) -> Source:
-    renamed = {names[name]: value for name, value in tensors.items()}
-    return Source(folder, renamed, {new: name for name, new in names.items()}, hf_names, tuple(serves))
+def _source(folder: Path, tensors: dict[str, Tensor], serves: list[str]) -> Source:
+    original = {new: name for name, new in electra_names(tensors).items()}
+    return Source(folder, {new: tensors[name] for new, name in original.items()}, original, hf_names, tuple(serves))
 
 
 # ---------------------------------------------------------------------------------------------------------- account

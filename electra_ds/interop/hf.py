@@ -173,8 +173,11 @@ def from_hf_config(discriminator: Mapping, generator: Mapping | None = None) -> 
     return ModelConfig(**model, sharing="untied" if is_untied else "shared"), made
 
 
-def bert_as_electra(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name in a BERT folder (old ones say gamma and beta) -> the name the same tensor would have in an ELECTRA one."""
+def electra_names(tensors: Iterable[str]) -> dict[str, str]:
+    """Name in an ELECTRA or BERT folder -> name in a stock ELECTRA class with a head.
+
+    A bare ElectraModel has no prefix; BERT names its head otherwise, an old one its LayerNorms too (gamma, beta).
+    """
     renamed = {}
     for name in tensors:
         plain = name.replace(".gamma", ".weight").replace(".beta", ".bias").removeprefix("bert.")
@@ -183,5 +186,5 @@ def bert_as_electra(tensors: Mapping[str, Tensor]) -> dict[str, str]:
                  "cls.predictions.decoder.weight": "generator_lm_head.weight"}.get(plain, plain)  # fmt: skip
         if plain == "cls.predictions.decoder.bias" and "cls.predictions.bias" not in tensors:
             plain = "generator_lm_head.bias"
-        renamed[name] = f"electra.{plain}" if plain.startswith(("embeddings.", "encoder.")) else plain
+        renamed[name] = f"electra.{plain}" if plain.startswith(("embeddings", "encoder.")) else plain
     return renamed
