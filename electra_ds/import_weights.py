@@ -197,21 +197,21 @@ def _source(folder: Path, tensors: dict[str, Tensor], serves: list[str]) -> Sour
 
 def _fill(sources: list[Source], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], Account]:
     state, account = {}, Account([], [], {}, [])
-    used: list[set[str]] = [set() for _ in sources]
+    used: dict[Path, set[str]] = {source.folder: set() for source in sources}
     for name in own:
-        i = next((i for i, source in enumerate(sources) if name.startswith(source.serves)), None)
-        foreign = sources[i].table(name) if i is not None else ()
-        missing = [f for f in foreign if f not in sources[i].tensors]
+        source = next((source for source in sources if name.startswith(source.serves)), None)
+        foreign = source.table(name) if source else ()
+        missing = [f for f in foreign if f not in source.tensors]
         if missing and name.startswith(ENCODERS):
-            raise UserError(f"{sources[i].folder}: no tensor {missing[0]} for {name}; is the file complete?")
+            raise UserError(f"{source.folder}: no tensor {missing[0]} for {name}; is the file complete?")
         if missing or not foreign:
             account.made.append(name)
             continue
-        used[i].update(foreign)
-        state[name] = torch.cat([sources[i].tensors[f].float() for f in foreign])
-        account.read.append((f"{sources[i].folder.name}: {', '.join(sources[i].original[f] for f in foreign)}", name))
-    for source, taken in zip(sources, used, strict=True):
-        for name in sorted(source.tensors.keys() - taken):
+        used[source.folder].update(foreign)
+        state[name] = torch.cat([source.tensors[f].float() for f in foreign])
+        account.read.append((f"{source.folder.name}: {', '.join(source.original[f] for f in foreign)}", name))
+    for source in sources:
+        for name in sorted(source.tensors.keys() - used[source.folder]):
             label, reason = f"{source.folder.name}: {source.original[name]}", _reason(source, name, sources[0])
             is_second = source is not sources[0] and name in sources[0].tensors
             why_not = f"differs from that of {sources[0].folder.name}, which is taken" if is_second else "fits nowhere"

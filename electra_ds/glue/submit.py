@@ -31,8 +31,7 @@ def write_submission(folder: Path, out: Path) -> list[str]:
     Returns a line per file with the seed it is of, and one that names the files filled with a constant. UserError,
     and no zip, where there is no prediction at all, or for predictions that are not of the official test set.
     """
-    results, notes, data = read_results(folder), [], io.BytesIO()
-    filled = []
+    results, notes, filled, data = read_results(folder), [], [], io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for name in FILES:
             predictions, seed = _predictions(folder, results, name)
@@ -56,25 +55,17 @@ def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], 
     task, split, rows = FILES[name]
     best = best_seed(results.get(task, {}))
     path = folder / task / f"seed-{best[0] if best else ''}" / f"predictions-{split}.tsv"
+    labels = GLUE[task].get("labels", ["0", "1"])  # null: a value
     if not path.exists():
-        return ["0.000" if task == "stsb" else _labels(task)[0]] * rows, None
+        return [labels[0] if labels else "0.000"] * rows, None
     cells = [line.split("\t")[:2] for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
     if [cell[0] for cell in cells] != [str(number) for number in range(rows)]:
         raise UserError(
             f"{path}: {len(cells)} rows, the first {cells[:1]}; expected {rows} with index 0 to {rows - 1}, the "
             f"official test set of {name}: predict its test file again"
         )
+    answers = [text if labels else f"{min(5.0, max(0.0, float(text))):.3f}" for _, text in cells]
+    if labels and (odd := [text for text in answers if text not in labels]):
+        raise UserError(f"{path}: the prediction {odd[0]!r} is no answer of {task}; predict its test file again")
     seed, valid, metric, value = best
-    return [_checked(task, text, path) for _, text in cells], f"seed {seed}, {metric} {100 * value:.1f} on {valid}"
-
-
-def _labels(task: str) -> list[str]:
-    return GLUE[task].get("labels", ["0", "1"])
-
-
-def _checked(task: str, text: str, path: Path) -> str:
-    if task == "stsb":
-        return f"{min(5.0, max(0.0, float(text))):.3f}"
-    if text not in _labels(task):
-        raise UserError(f"{path}: the prediction {text!r} is no answer of {task}; predict its test file again")
-    return text
+    return answers, f"seed {seed}, {metric} {100 * value:.1f} on {valid}"

@@ -21,11 +21,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     (folder / "options.json").unlink()  # tokenizer_config.json says the same
     special = {role: tokenizer.names[i] for role, i in tokenizer.special_ids.model_dump().items()}
     named = {f"{role}_token": name for role, name in special.items()}
-    is_wordpiece = isinstance(tokenizer, WordPiece)
-    fast = _wordpiece(tokenizer) if is_wordpiece else _sentencepiece(tokenizer)
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, decoders
+    from tokenizers import Tokenizer as Fast
     from tokenizers.processors import TemplateProcessing
 
+    if isinstance(tokenizer, WordPiece):
+        options, fast = tokenizer.options, Fast.from_str(tokenizer.fast.to_str())
+        fast.decoder = decoders.WordPiece(prefix="##")
+        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": options["lowercase"],
+                  "strip_accents": options["strip_accents"], "tokenize_chinese_chars": True}  # fmt: skip
+    else:
+        fast, config = _sentencepiece(tokenizer), {"tokenizer_class": "PreTrainedTokenizerFast"}
     fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special.values()])
     first, last = special["cls"], special["sep"]
     fast.post_processor = TemplateProcessing(
@@ -33,12 +39,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         special_tokens=[(name, tokenizer.ids[name]) for name in (first, last)],
     )  # fmt: skip
     write_bytes(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **named,
-              "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}  # fmt: skip
-    if is_wordpiece:
-        options = tokenizer.options
-        config |= {"tokenizer_class": "BertTokenizer", "do_lower_case": options["lowercase"],
-                   "strip_accents": options["strip_accents"], "tokenize_chinese_chars": True}  # fmt: skip
+    config |= {"model_max_length": max_length, **named,
+               "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}  # fmt: skip
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", named)
 
@@ -65,15 +67,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     options = {"lowercase": normalizer["lowercase"],
                "strip_accents": normalizer["lowercase"] if accents is None else accents}  # fmt: skip
     return WordPiece("".join(f"{name}\n" for name in names).encode(), options, f"{path}/tokenizer.json")
-
-
-def _wordpiece(tokenizer: Tokenizer) -> Any:
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders
-
-    fast = Fast.from_str(tokenizer.fast.to_str())
-    fast.decoder = decoders.WordPiece(prefix="##")
-    return fast
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> Any:

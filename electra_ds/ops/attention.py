@@ -4,6 +4,7 @@ Letters: B rows, S sequence, H hidden, N heads, D = H / N.
 """
 
 import math
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -65,13 +66,8 @@ def attention(
 
 def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Flash attention over packed pieces: half precision on Ampere or later, in a torch that has it."""
-    if dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    is_fit = dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_fit and find_spec("torch.nn.attention.varlen") is not None
 
 
 def _bounds(piece_ids: Tensor) -> Tensor:

@@ -42,14 +42,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(a, b, bias, "none", [], "") if uses_onednn(a, b) else F.linear(a, b, bias)
 
 
-def _find_product():
-    """The operator behind PyTorch's own CPU inference graphs, where this build has it."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    return torch.ops.mkldnn._linear_pointwise.default
-
-
-_product = _find_product()
+# The operator behind PyTorch's own CPU inference graphs, where this build has it.
+_has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_product = torch.ops.mkldnn._linear_pointwise.default if _has_product else None
 
 
 class _OneDnnLinear(torch.autograd.Function):
