@@ -345,9 +345,7 @@ def load_config(name: str, kind: str, root: type[Config], sets: list[str] = (), 
     Raises UserError naming the file, the key, what was found and what was expected.
     """
     path = find_config(name, kind)
-    values = read_json(path, f"a {kind} config (JSON object)")
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object with sections, found {type(values).__name__}")
+    values = read_json(path, f"a {kind} config")
     for setting in sets:
         _apply(values, setting)
     if engine is not None:
@@ -450,11 +448,9 @@ def load_engine(engine: str | dict) -> dict:
     """
     if isinstance(engine, str):
         path = find_config(engine, "engine")
-        where, values = str(path), read_json(path, "a DeepSpeed config (JSON object)")
+        where, values = str(path), read_json(path, "a DeepSpeed config")
     else:
         where, values = "engine", engine
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(values).__name__}")
     for key in values:
         if key in ENGINE_OWNERS:
             raise UserError(f"{where}: {key} belongs to the run config ({ENGINE_OWNERS[key]}): remove it here")

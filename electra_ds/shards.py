@@ -114,7 +114,7 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     """Read DATA/manifest.json. UserError when it is missing, of another format or version, or malformed."""
     path = Path(data_dir) / "manifest.json"
     raw = read_json(path, "a data folder's manifest (`prepare` writes it last: run it again, it resumes)")
-    found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (type(raw).__name__, None)
+    found = raw.get("format"), raw.get("version")
     if found != (FORMAT, VERSION):
         raise UserError(f"{path}: format and version {found}, this program reads {(FORMAT, VERSION)}; prepare again")
     try:

@@ -315,11 +315,18 @@ def test_two_precisions_are_refused(pair, first):
 @pytest.mark.parametrize(
     "values",
     [{"bf16": True}, {"zero_optimization": 2}, {"zero_optimization": {"stage": 4}}, {"fp16": {"enabled": "yes"}},
-     {"torch_autocast": {"enabled": "auto"}}, [], 3],
+     {"torch_autocast": {"enabled": "auto"}}],
 )  # fmt: skip
 def test_an_engine_value_of_the_wrong_shape_is_refused(values):
     with pytest.raises(UserError, match=r"engine: .*expected"):
         load_engine(values)
+
+
+@pytest.mark.parametrize("read", [load_run, load_engine])
+def test_a_file_without_an_object_is_refused(read, tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match=r"list\.json: found a JSON list; expected a .* config, a JSON object"):
+        read(str(tmp_path / "list.json"))
 
 
 def test_an_engine_file_is_passed_on_unchanged(tmp_path):

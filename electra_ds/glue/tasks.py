@@ -155,9 +155,7 @@ def _glue_folder(short: str, files: dict[str, str], data: Path | None) -> Path:
 
 
 def _own_task(path: Path, data: Path | None) -> Task:
-    values = read_json(path, "a task's description (JSON object)")
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    values = read_json(path, "a task's description")
     task = parse_config({"name": path.stem} | values, str(path), Task)
     if "train" not in task.splits or not task.valid_splits:
         raise UserError(f"{path}: splits: found {', '.join(task.splits)}; expected at least train and valid")

@@ -22,7 +22,7 @@ def is_hf_folder(path: Path) -> bool:
 def read_config(folder: Path, kinds: tuple[str, ...] = ("electra",)) -> dict:
     """config.json of a folder; UserError when its model_type is none of `kinds`."""
     config = read_json(folder / "config.json", "the config.json of a Hugging Face model")
-    found = config.get("model_type") if isinstance(config, dict) else None
+    found = config.get("model_type")
     if found not in kinds:
         raise UserError(f"{folder}/config.json: model_type = {found!r}; expected {' or '.join(map(repr, kinds))}")
     return config
