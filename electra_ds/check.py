@@ -31,8 +31,8 @@ def check(config: RunConfig, world_size: int, manifest: Manifest | None = None) 
     """Refuse (UserError) what would fail later, else report. With a manifest also epochs and the vocabulary's size."""
     load_engine(config.engine)
     if manifest is not None:
-        special, info = manifest.tokenizer.special_ids, manifest.tokenizer
-        config = config.with_data(info.vocab_size, special, manifest.sequence_length)
+        info = manifest.tokenizer
+        config = config.with_data(info.vocab_size, info.special_ids, manifest.sequence_length)
     rows = manifest.splits["train"].rows if manifest is not None else None
     parameters = parameter_count(config)
     return Report(

@@ -47,7 +47,7 @@ class Detector:
                 f"{found}: objective.kind = {config.objective.kind} predicts tokens and cannot tell replaced ones; "
                 "detect needs electra or electra_15"
             )
-        words = checked_tokenizer(tokenizer or tokenizer_of(found), config.model)
+        words = checked_tokenizer(tokenizer or tokenizer_of(found), config.model.vocab_size)
         return cls(module, words, config.data.sequence_length)
 
     def __call__(self, text: str) -> list[TokenScore]:

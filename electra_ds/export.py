@@ -25,7 +25,7 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
         raise UserError(f"--out {out}: not empty; choose a new folder")
     found, meta, weights = read_trained(path)
     model = ModelConfig.model_validate(meta.config["model"])
-    words = checked_tokenizer(tokenizer or tokenizer_of(found), model)
+    words = checked_tokenizer(tokenizer or tokenizer_of(found), model.vocab_size)
     if "task" in meta.config:
         return [_fine_tuned(out, meta.config, model, weights, words)]
     config = parse_run(meta.config, f"{found}/meta.json")

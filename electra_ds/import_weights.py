@@ -18,10 +18,10 @@ from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
 from electra_ds.interop.folder import is_hf_folder, read_config, read_tensors
 from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names
-from electra_ds.interop.hf_tokenizer import read_tokenizer
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.model import load_true_state, true_state
 from electra_ds.objective import build_objective
+from electra_ds.pretrained import checked_tokenizer
 from electra_ds.run_folder import write_config
 
 REASONS = (  # of foreign tensors that have no place here
@@ -77,13 +77,10 @@ def import_weights(
     if (generator and prefix) or (config and not prefix):
         raise UserError("--generator goes with a Hugging Face folder, --config with a TensorFlow checkpoint")
     beside, sources, sizes = _tensorflow(prefix, config) if prefix else _hugging_face(source, generator, base)
-    words = read_tokenizer(tokenizer or beside)
+    words = checked_tokenizer(tokenizer or beside, sizes["model"]["vocab_size"])
     values = base.model_dump(mode="json")
     for section, found in sizes.items():
         values[section] |= found
-    if values["model"]["vocab_size"] != words.vocab_size:
-        raise UserError(f"{tokenizer or beside}: {words.vocab_size} entries, but the weights have "
-                        f"{values['model']['vocab_size']}; give their tokenizer with --tokenizer")  # fmt: skip
     values["data"]["special_ids"] = words.special_ids.model_dump()
     imported = parse_run(values, f"{source} with {run}")
     module = build_objective(imported, imported.train.seed)

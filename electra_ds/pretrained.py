@@ -46,7 +46,7 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
         state = {name: value for name, value in state.items() if name.startswith(("embeddings.", "discriminator."))}
         model = ModelConfig.model_validate(meta.config["model"])
         origin, beside = f"{found}, step {meta.progress.step}", tokenizer_of(found)
-    return Pretrained(model, state, checked_tokenizer(tokenizer or beside, model), origin)
+    return Pretrained(model, state, checked_tokenizer(tokenizer or beside, model.vocab_size), origin)
 
 
 def find_trained(path: Path) -> Path:
@@ -75,10 +75,10 @@ def tokenizer_of(found: Path) -> Path:
     return parent / "tokenizer" if (parent / "tokenizer").is_dir() else parent.parent / "tokenizer"
 
 
-def checked_tokenizer(path: Path, model: ModelConfig) -> Tokenizer:
+def checked_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in `path`; UserError when it has not as many entries as the word table."""
     tokenizer = read_tokenizer(path)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise UserError(f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {model.vocab_size}; "
-                        "give its tokenizer with --tokenizer")  # fmt: skip
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {vocab_size}; give "
+                        "its tokenizer with --tokenizer")  # fmt: skip
     return tokenizer

@@ -153,7 +153,7 @@ def test_what_cannot_be_ours_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'roberta'; expected 'electra' or 'bert'"):
         imported(folder, tmp_path / "i")
     (part / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
-    with pytest.raises(UserError, match="600 entries, but the weights have 500"):
+    with pytest.raises(UserError, match="600 entries, but the model was trained with 500"):
         imported(part, tmp_path / "i")
     (part / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     with pytest.raises(UserError, match="shape"):
