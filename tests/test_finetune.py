@@ -20,7 +20,7 @@ from electra_ds.glue.predict import logits_of, predictions_of
 from electra_ds.glue.tasks import Task, load_task
 from electra_ds.tokenizer import load_tokenizer
 
-WORDS = [word for word in run_folders.VOCABULARY[5:305]]
+WORDS = run_folders.VOCABULARY[5:305]
 GLUE = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"
 
 
@@ -44,7 +44,6 @@ def write_tasks(folder: Path) -> Path:
         found = [WORDS[i] for i in random.integers(0, 10, random.integers(3, 9))]
         return {"words": found, "tags": ["B-early" if word < "af" else "O" for word in found]}
 
-    files = {"train": "NAME-train.jsonl", "valid": "NAME-valid.jsonl", "test": "NAME-test.jsonl"}
     tasks = {
         "classes": (classes, {}),
         "pairs": (pairs, {"kind": "regression", "text_a": "a", "text_b": "b", "both_orders": True}),
@@ -52,16 +51,13 @@ def write_tasks(folder: Path) -> Path:
     }
     folder.mkdir()
     for name, (make, description) in tasks.items():
-        splits = {split: file.replace("NAME", name) for split, file in files.items()}
+        sizes = {"train": 200, "valid": 61, "test": 7}
+        splits = {split: f"{name}-{split}.jsonl" for split in sizes}
         (folder / f"{name}.json").write_text(json.dumps({"splits": splits} | description))
-        for split, size in (("train", 200), ("valid", 61), ("test", 7)):
-            rows = [make() for _ in range(size)]
-            rows = (
-                [{key: row[key] for key in row if key not in ("label", "tags")} for row in rows]
-                if split == "test"
-                else rows
-            )
-            (folder / splits[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for split, file in splits.items():
+            hidden = ("label", "tags") if split == "test" else ()
+            rows = [{key: x for key, x in make().items() if key not in hidden} for _ in range(sizes[split])]
+            (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -144,41 +140,37 @@ def test_half_precision_is_scored_as_predict_does(suites, tmp_path):
 
 def test_predict_repeats_what_finetune_wrote_and_scores_what_is_labelled(suites, tmp_path):
     seed = suites / "one" / "best" / "classes" / "seed-0"
-    said = run_cli(
-        "predict", seed.parent, "--input", suites / "tasks" / "classes-valid.jsonl", "--out", tmp_path / "p.tsv"
-    )
+    file = suites / "tasks" / "classes-valid.jsonl"
+    said = run_cli("predict", seed.parent, "--input", file, "--out", tmp_path / "p.tsv")
     assert f"accuracy {scores(suites / 'one' / 'best')['accuracy']:.4f}" in said.stdout
     run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "q.tsv")
     assert (tmp_path / "p.tsv").read_text() == (tmp_path / "q.tsv").read_text()
-    ours, theirs = ((path).read_text().split("\n") for path in (tmp_path / "p.tsv", seed / "predictions-valid.tsv"))
+    ours, theirs = (path.read_text().split("\n") for path in (tmp_path / "p.tsv", seed / "predictions-valid.tsv"))
     assert ours[0] == "index\tprediction\tp(no)\tp(yes)" and len(ours) == 61 + 2
     assert [line.split("\t")[:2] for line in ours] == [line.split("\t")[:2] for line in theirs]
 
 
 def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
     out, task = suites / "one" / "best", suites / "tasks" / "classes.json"
-    config = read_json(out / "config.json")
-    path = suites / "again.json"
-    path.write_text(json.dumps(config))
+    path, finished = suites / "again.json", out / "classes" / "seed-0" / "result.json"
+    path.write_text((out / "config.json").read_text())
     command = ("finetune", suites / "model", path, "--tasks", task, "--out", out)
-    before = (out / "classes" / "seed-0" / "result.json").stat().st_mtime_ns
+    before = finished.stat().st_mtime_ns
     assert "| classes | valid | accuracy |" in run_cli(*command).stdout
-    assert (out / "classes" / "seed-0" / "result.json").stat().st_mtime_ns == before
+    assert finished.stat().st_mtime_ns == before
     other = run_cli(*command, "--set", "optimizer.peak_lr=0.5", check=False)
-    assert (
-        other.returncode == 2 and "optimizer.peak_lr: 0.02 -> 0.5" in other.stderr and "Traceback" not in other.stderr
-    )
+    assert other.returncode == 2 and "Traceback" not in other.stderr
+    assert "optimizer.peak_lr: 0.02 -> 0.5" in other.stderr
 
 
 def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(suites, tmp_path):
     config, out = suites / "spread.json", tmp_path / "out"
     config.write_text((suites / "one" / "classes" / "config.json").read_text())
     script = ["bash", ROOT / "launch" / "glue.sh", suites / "model", config, suites / "tasks", out]
+    script += ["--tasks", suites / "tasks" / "classes.json", "--seeds", "2"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    options = ["--tasks", suites / "tasks" / "classes.json", "--seeds", "2"]
-    done = subprocess.run(
-        [*script, *options], env=os.environ | CPU | {"PATH": path, "RANKS": "3"}, capture_output=True, text=True
-    )
+    environ = os.environ | CPU | {"PATH": path, "RANKS": "3"}
+    done = subprocess.run(script, env=environ, capture_output=True, text=True)
     assert done.returncode == 0 and "| classes | valid | accuracy |" in done.stdout, done.stderr[-3000:]
     for seed in (0, 1):  # the third rank had nothing to do
         assert scores(out, seed) == scores(suites / "one" / "classes", seed)
@@ -186,15 +178,10 @@ def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(
 
 
 def test_bad_calls_are_refused_with_one_sentence(suites, tmp_path):
-    def error(*arguments) -> str:
-        done = run_cli(*arguments, check=False)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        return done.stderr
-
-    assert "did you mean 'small'" in error("finetune", suites / "model", "smal", "--tasks", "rte", "--out", tmp_path)
-    assert "tasks.rte.epoch: unknown key" in error(
-        "finetune", suites / "model", "--tasks", "rte", "--out", tmp_path, "--set", 'tasks={"rte": {"epoch": 3}}'
-    )
+    misspelled = ["--set", 'tasks={"rte": {"epoch": 3}}']
+    for call, part in ((["smal"], "did you mean 'small'"), (misspelled, "tasks.rte.epoch: unknown key")):
+        done = run_cli("finetune", suites / "model", *call, "--tasks", "rte", "--out", tmp_path, check=False)
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- the parts, alone
@@ -225,9 +212,8 @@ def test_a_pair_too_long_loses_from_its_longer_text(tmp_path):
 
 def test_the_first_token_of_a_word_carries_its_label(tmp_path):
     tokenizer = words_tokenizer(tmp_path)
-    (found,) = encode(
-        [Example("0", ["aaab", "ab"], None, [1, 0])], task("token_classification", labels=["O", "B-x"]), tokenizer, 20
-    )
+    asked = task("token_classification", labels=["O", "B-x"])
+    (found,) = encode([Example("0", ["aaab", "ab"], None, [1, 0])], asked, tokenizer, 20)
     assert tokenizer.tokens(found.ids) == ["[CLS]", "aa", "##ab", "ab", "[SEP]"]
     assert found.label == [-1, 1, -1, 0, -1]
 
@@ -243,10 +229,8 @@ def test_every_example_is_in_one_batch_of_an_epoch_and_epochs_differ():
 
 def test_micro_batches_are_the_global_batch_in_order_and_empty_ones_weigh_nothing(tmp_path):
     tokenizer = words_tokenizer(tmp_path)
-    texts = [" ".join(WORDS[: 2 + i]) for i in range(5)]
-    encoded = encode(
-        [Example(str(i), text, None, i % 2) for i, text in enumerate(texts)], task(labels=["a", "b"]), tokenizer, 40
-    )
+    examples = [Example(str(i), " ".join(WORDS[: 2 + i]), None, i % 2) for i in range(5)]
+    encoded = encode(examples, task(labels=["a", "b"]), tokenizer, 40)
     micros = micro_batches(np.arange(5), 2, 4, encoded, 0, "classification")
     assert [tuple(m.input_ids.shape) for m in micros] == [(2, 5), (2, 7), (1, 8), (1, 2)]
     assert [m.weights.sum().item() for m in micros] == [2, 2, 1, 0] and micros[1].labels.tolist() == [0, 1]
@@ -302,11 +286,8 @@ def test_words_that_are_cut_off_are_told_as_outside(tmp_path):
 
 def test_a_tasks_own_number_wins_and_the_command_lines_word_wins_over_the_file():
     config = load_finetune("small")
-    assert [config.of(name, own, 0).train.epochs for name, own in (("rte", None), ("rte", 5.0), ("cola", 5.0))] == [
-        10,
-        10,
-        5,
-    ]
+    epochs = [config.of(name, own, 0).train.epochs for name, own in (("rte", None), ("rte", 5.0), ("cola", 5.0))]
+    assert epochs == [10, 10, 5]
     said = load_finetune("small", ["train.epochs=2", "tasks.stsb.epochs=7"])
     assert [said.of(name, None, 0).train.epochs for name in ("rte", "stsb", "cola")] == [2, 7, 2]
     assert config.of("rte", None, 3).train.seed == 3 and said.optimizer == config.optimizer
@@ -315,11 +296,8 @@ def test_a_tasks_own_number_wins_and_the_command_lines_word_wins_over_the_file()
 def test_rates_fall_from_the_head_to_the_embeddings():
     scale = layerwise(12, 0.8)
     assert [scale(f"discriminator.layers.{i}.qkv.weight") for i in (11, 0)] == [0.8, 0.8**12]
-    assert (scale("head.bias"), scale("embeddings.norm.weight"), scale("discriminator.project.bias")) == (
-        1,
-        0.8**13,
-        0.8**13,
-    )
+    assert scale("head.bias") == 1
+    assert scale("embeddings.norm.weight") == scale("discriminator.project.bias") == 0.8**13
 
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="needs the shared GLUE files")
@@ -330,7 +308,6 @@ def test_padding_of_real_tasks_is_small(name):
     examples = read_examples(found, "train")
     encoded = encode(examples + swapped(examples) if found.both_orders else examples, found, tokenizer, 128)
     lengths = np.array([len(example.ids) for example in encoded])
-    places = sum(
-        lengths[m].max() * len(m) for b in epoch_batches(lengths, 32, 0, 0) for m in (b[:16], b[16:]) if len(m)
-    )
+    halves = [half for batch in epoch_batches(lengths, 32, 0, 0) for half in (batch[:16], batch[16:]) if len(half)]
+    places = sum(lengths[half].max() * len(half) for half in halves)
     assert 1 - lengths.sum() / places < 0.06

@@ -125,9 +125,8 @@ def test_tokens_are_read_from_jsonl_and_from_conll(own):
         assert task.labels == ["B-loc", "O"] and task.metrics == ["entity_f1", "token_accuracy"]
         assert read_examples(task, "train")[0] == expected
     assert read_examples(task, "train")[1].text_a == ["ok"]
-    assert own({"t.conll": "a X\nb Y\n"}, kind="token_classification", text_a="words", label="tags").metrics == [
-        "token_accuracy"
-    ]
+    task = own({"t.conll": "a X\nb Y\n"}, kind="token_classification", text_a="words", label="tags")
+    assert task.metrics == ["token_accuracy"]
 
 
 CARD = """---
@@ -275,16 +274,13 @@ def test_entities_are_counted_whole():
     assert entities(["B-x", "I-x", "O", "I-y", "I-y", "B-y", "B-y", "I-x"]) == {
         (0, 2, "x"), (3, 5, "y"), (5, 6, "y"), (6, 7, "y"), (7, 8, "x"),
     }  # fmt: skip
-    labels = ["O", "B-x", "I-x"]
-    found = scores(
-        [[1, 2, 0], [1, 0]], [[1, 0, 0], [1, 1]], ["entity_f1", "token_accuracy"], "token_classification", labels
-    )
-    assert found == pytest.approx(
-        {"entity_f1": 2 * 1 / (2 + 3), "token_accuracy": 3 / 5}
-    )  # right: the second (0, 1, x)
-    assert scores([[0]], [[0]], ["entity_f1"], "token_classification", labels) == {"entity_f1": 0.0}
+    kind, labels = "token_classification", ["O", "B-x", "I-x"]
+    found = scores([[1, 2, 0], [1, 0]], [[1, 0, 0], [1, 1]], ["entity_f1", "token_accuracy"], kind, labels)
+    # right: the second (0, 1, x)
+    assert found == pytest.approx({"entity_f1": 2 * 1 / (2 + 3), "token_accuracy": 3 / 5})
+    assert scores([[0]], [[0]], ["entity_f1"], kind, labels) == {"entity_f1": 0.0}
     with pytest.raises(UserError, match="needs BIO tags"):
-        scores([[0]], [[0]], ["entity_f1"], "token_classification", ["NN", "O"])
+        scores([[0]], [[0]], ["entity_f1"], kind, ["NN", "O"])
 
 
 def test_glue_has_its_tasks():
