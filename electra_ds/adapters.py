@@ -65,9 +65,7 @@ class Discriminator(nn.Module):
         if self.head is not None:
             self._watched()
         if self.drops_sigmoid:
-            warnings.warn(
-                "the discriminator's last Sigmoid is left out in training: the loss takes logits", stacklevel=3
-            )
+            warnings.warn("the discriminator's last Sigmoid is left out in training: losses take logits", stacklevel=3)
 
     def forward(self, ids: Tensor, **given: Any) -> Tensor:
         if self.head is not None:

@@ -6,7 +6,7 @@ Scope `science`: a resume with another value is refused. Scope `machine`: said, 
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -213,17 +213,14 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    engine: str | dict[str, Any] = machine(
-        "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or the object"
-    )
+    engine: str | dict[str, Any] = machine("zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object")
     provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        if self.data.sequence_length > self.model.max_positions:
-            raise ValueError(
-                f"data.sequence_length {self.data.sequence_length} exceeds max_positions {self.model.max_positions}"
-            )
+        length, most = self.data.sequence_length, self.model.max_positions
+        if length > most:
+            raise ValueError(f"data.sequence_length {length} exceeds max_positions {most}")
         sizes = EncoderConfig.model_fields
         if self.model.sharing == "all" and any(getattr(self.model, f) != getattr(self.generator, f) for f in sizes):
             raise ValueError("model.sharing = 'all' is one encoder: every field of generator must equal that of model")
@@ -257,12 +254,9 @@ class RunConfig(Section):
                 raise UserError(
                     f"{key} = {mine}, but the data has {theirs}: leave it out, or use the data of that tokenizer"
                 )
-        return self.model_copy(
-            update={
-                "model": self.model.model_copy(update={"vocab_size": vocab_size}),
-                "data": self.data.model_copy(update={"special_ids": special_ids}),
-            }
-        )
+        model = self.model.model_copy(update={"vocab_size": vocab_size})
+        data = self.data.model_copy(update={"special_ids": special_ids})
+        return self.model_copy(update={"model": model, "data": data})
 
 
 class FactoryRun(RunConfig):
@@ -407,9 +401,7 @@ def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
         if part not in root.model_fields:  # a name in a table of sections
             continue
         kind = root.model_fields[part].annotation
-        root = next(
-            k for k in (kind, *getattr(kind, "__args__", ())) if isinstance(k, type) and issubclass(k, BaseModel)
-        )
+        root = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
     return sorted(root.model_fields)
 
 

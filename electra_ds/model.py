@@ -183,12 +183,9 @@ def load_true_state(module: nn.Module, state: dict[str, Tensor], partial: bool =
     missing = [] if partial else sorted(own.keys() - state.keys())
     unknown = sorted(state.keys() - own.keys())
     if missing or unknown:
-        raise UserError(
-            f"weights do not fit the model: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}"
-        )
+        raise UserError(f"weights do not fit: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}")
     for name, value in state.items():
-        if own[name].shape != value.shape:
-            raise UserError(
-                f"weights: {name} has shape {tuple(value.shape)}, the model expects {tuple(own[name].shape)}"
-            )
+        found, expected = tuple(value.shape), tuple(own[name].shape)
+        if found != expected:
+            raise UserError(f"weights: {name} has shape {found}, the model expects {expected}")
         own[name].copy_(value)

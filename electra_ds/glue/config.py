@@ -49,9 +49,7 @@ class FinetuneConfig(Section):
     train: FinetuneTrain = FinetuneTrain()
     optimizer: FinetuneOptimizer
     tasks: dict[str, TaskOverrides] = Field({}, description="by task name")
-    engine: str | dict[str, Any] = machine(
-        "zero0", "DeepSpeed file: a name in ds_configs/engine, a path, or the object"
-    )
+    engine: str | dict[str, Any] = machine("zero0", "DeepSpeed file: a name in ds_configs/engine, a path, or an object")
     provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
 
     def accumulation(self, world_size: int) -> int:

@@ -365,9 +365,7 @@ class Seed:
         load_true_state(module, whole)
         module.to(engine.device).eval()
         with torch.no_grad():
-            logits = logits_of(
-                module, self.task.kind, encoded, self.pad_id, engine.to_device, self.suite.ranks, engine.exchange
-            )
+            logits = logits_of(module, self.task.kind, encoded, self.pad_id, self.suite.ranks, engine.exchange)
         predictions = predictions_of(self.task, examples, encoded, logits)
         labelled = all(example.label is not None for example in examples)
         return score(self.task, predictions, examples) if labelled else {}, predictions, logits

@@ -15,7 +15,7 @@ from torch import nn
 from electra_ds.config import ModelConfig
 from electra_ds.errors import UserError
 from electra_ds.files import write_bytes
-from electra_ds.glue.batches import Encoded, collate, encode, prediction_batches
+from electra_ds.glue.batches import Encoded, TaskBatch, collate, encode, prediction_batches
 from electra_ds.glue.classifier import Classifier
 from electra_ds.glue.examples import Example, read_examples, read_file
 from electra_ds.glue.metrics import score
@@ -35,17 +35,16 @@ def classifier(model: ModelConfig, task: Task) -> Classifier:
 
 
 def logits_of(
-    module: nn.Module, kind: str, examples: list[Encoded], pad_id: int, to_device: Callable = lambda batch: batch,
-    ranks: Ranks = ALONE, exchange: Callable[[Any], list] = lambda mine: [mine],
+    module: nn.Module, kind: str, examples: list[Encoded], pad_id: int, ranks: Ranks = ALONE,
+    exchange: Callable[[Any], list] = lambda mine: [mine],
 ) -> list[np.ndarray]:  # fmt: skip
     """Logits of each example, [C] or [S, C] fp32, on every rank; module: a Classifier in eval mode. Collective."""
-    mine = {}
+    mine, device = {}, next(module.parameters()).device
     for numbers in prediction_batches(examples, BATCH, ranks.rank, ranks.world_size):
-        batch = collate([examples[i] for i in numbers], pad_id, kind)
-        found = module(to_device(batch), predict=True).cpu().numpy()
-        mine |= {
-            i: row[: len(examples[i].ids)] if row.ndim == 2 else row for i, row in zip(numbers, found, strict=False)
-        }
+        batch = TaskBatch(*(tensor.to(device) for tensor in collate([examples[i] for i in numbers], pad_id, kind)))
+        found = module(batch, predict=True).cpu().numpy()
+        for i, row in zip(numbers, found, strict=False):  # an empty batch holds a row of padding
+            mine[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
     whole = {i: row for part in exchange(mine) for i, row in part.items()}
     return [whole[i] for i in range(len(examples))]
 
@@ -107,9 +106,7 @@ def predict(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device).eval()
     with torch.no_grad():
-        logits = logits_of(
-            module, task.kind, encoded, words.special_ids.pad, lambda b: type(b)(*(t.to(device) for t in b))
-        )
+        logits = logits_of(module, task.kind, encoded, words.special_ids.pad)
     predictions = predictions_of(task, examples, encoded, logits)
     write_predictions(out, task, examples, predictions, logits)
     labelled = bool(examples) and all(example.label is not None for example in examples)
