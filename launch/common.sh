@@ -26,10 +26,14 @@ begin() {
     # Read by judge: an earlier attempt's files must not speak for this one.
     was_done=$([ ! -e "$out/done" ] || echo yes)
     stopped=$out/stopped.${SLURM_RESTART_COUNT:-0}
-    rm -f "$stopped"
+    rm -f -- "$stopped"
 }
 
-ranks_here() { echo "${RANKS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
+ranks_here() { count RANKS "${RANKS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
+count() { # NAME VALUE: what bash computes with it would also run, PATH[$(...)]
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || { say "$1='$2' is no number above 0"; exit 2; }
+    echo "$2"
+}
 free_port() { "$PYTHON" -c 'from electra_ds.ranks import free_port; print(free_port())'; }
 
 # Launchers lie in both directions (a rank fails, mpirun says 0; all is saved, srun passes a peer's signal on), so

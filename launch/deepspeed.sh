@@ -15,18 +15,26 @@ while read -r host slots; do
         exit 2
     fi
     hosts+=${hosts:+,}$host ranks=$((ranks + ${slots#slots=}))
-done < <(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$hostfile")
-for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-}" "$@"; do # the remote shells read them again, unquoted
-    if [[ $word =~ [^A-Za-z0-9_@%+=:,./-] ]]; then
-        say "'$word' cannot go through ssh: letters, digits and _@%+=:,./- only; a RUN.json holds what --set cannot say"
+done < <(tr '\r' '\n' < "$hostfile" | sed -e 's/#.*//' -e '/^[[:space:]]*$/d')
+[ -n "$hosts" ] || { say "no nodes in HOSTFILE '$hostfile'"; exit 2; }
+for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-.}" "${MASTER_ADDR:-.}" "$@"; do # the remote shells read them again
+    if ! [[ $word =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
+        say "'$word' cannot go through ssh: letters, digits and _@+=:,./- only; a RUN.json holds what --set cannot say"
         exit 2
     fi
 done
+variables=${DS_ENV_FILE:-.deepspeed_env}
+while IFS= read -r -d '' line || [ -n "$line" ]; do # what DeepSpeed exports there, in double quotes at best
+    if ! [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*=[^\"\$\`\\%[:cntrl:]]*$ ]]; then
+        say "'$line' cannot go through ssh (the environment, $variables): NAME=value without \" \$ \` \\ %"
+        exit 2
+    fi
+done < <(env -0 | grep -zE '^(PYTHON|MLFLOW|MV2|UCX|NCCL)'; cat -- "$HOME/$variables" "$variables" 2> /dev/null | tr '\n' '\0')
 # A node that falls silent ends its ssh after 3 x 10 s; without it pdsh waits for ever.
 export PDSH_RCMD_TYPE=ssh
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} bash $here/health.sh $data"
 code=0
-run deepspeed --hostfile "$hostfile" --force_multi --no_ssh_check --master_addr "${MASTER_ADDR:-${hosts%%,*}}" \
+run deepspeed --hostfile "$hostfile" --force_multi --no_ssh_check --master_addr="${MASTER_ADDR:-${hosts%%,*}}" \
     --master_port "$(free_port)" --no_local_rank --module electra_ds pretrain "$@" --world-size "$ranks" || code=$?
 judge "$code"

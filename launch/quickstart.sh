@@ -15,6 +15,7 @@ while [ $# -gt 0 ]; do
         *) echo "quickstart.sh: unknown option $1; expected --input, --out or --steps" >&2; exit 2 ;;
     esac
 done
+[[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "quickstart.sh: --steps '$steps' is no number above 0" >&2; exit 2; }
 case "$input" in builtin:*|/*) ;; *) input="$PWD/$input" ;; esac
 case "$out" in /*) ;; *) out="$PWD/$out" ;; esac
 make_environment ""

@@ -9,7 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "$@"
 bash "$here/health.sh" "$data"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else torch 2.13 cannot meet again after a worker's death
-nodes=${NODES:-1} ranks=$(ranks_here) code=0
+nodes=$(count NODES "${NODES:-1}")
+ranks=$(ranks_here) code=0
 run torchrun --nnodes "$nodes" --nproc_per_node "$ranks" --max_restarts "${RESTARTS:-3}" --rdzv_backend c10d \
     --rdzv_endpoint "${RENDEZVOUS:-localhost:0}" --rdzv_id "${JOB:-electra}" -m electra_ds \
     pretrain "$@" --world-size $((nodes * ranks)) || code=$?
