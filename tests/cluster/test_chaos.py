@@ -1,4 +1,4 @@
-"""Chains of faults: each attempt of a run is hurt somewhere, the next resumes, and in the end nothing is lost or doubled.
+"""Chains of faults: each attempt of a run is hurt somewhere, the next resumes, and nothing is lost or doubled.
 
 `bash tests/run.sh -m chaos` (CHAOS_SEED=n: other faults; CHAOS_FAULTS=n: of each of the three chains; CHAOS_TABLE=FILE:
 the table as markdown). A fault is a pure function of (seed, chain, number); only "any time" hangs on the clock.
@@ -308,7 +308,7 @@ def test_a_run_survives_a_hundred_faults(data: Path, tmp_path: Path, capsys: pyt
         Path(os.environ["CHAOS_TABLE"]).write_text(text)
     for chain in chains:
         rows, reference = chain.rows_seen(), whole[chain.ranks]
-        assert rows == reference.rows_seen() and len(rows) == GLOBAL * (STEPS)
+        assert rows == reference.rows_seen() and len(rows) == GLOBAL * STEPS
         for start in range(0, len(rows), ROWS):
             epoch = rows[start : start + ROWS]
             assert len(set(epoch)) == len(epoch), "a row was seen twice in an epoch"
