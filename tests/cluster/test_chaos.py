@@ -124,8 +124,7 @@ class Chain:
             return
         where = f"chain {self.name!r}, seed {SEED}, fault {number}: {fault}, left with {codes}\n{said[-6000:]}"
         assert met, f"ended by itself: {where}"
-        if met[-1]["action"] != fault["action"]:  # LATEST
-            fault |= {"place": met[-1]["place"], "action": met[-1]["action"]}
+        fault |= {"place": met[-1]["place"], "action": met[-1]["action"]}  # another than drawn at LATEST
         stopped = any(self.out.glob("stopped.*"))
         assert stopped or any(codes), f"a failure with code 0: {where}"
         self.pending.append(outcome)
