@@ -27,7 +27,7 @@ from electra_ds.metrics import TIMED, read_metrics
 from electra_ds.ranks import free_port
 
 SEED, FAULTS = int(os.environ.get("CHAOS_SEED", "1")), int(os.environ.get("CHAOS_FAULTS", "36"))
-CHAINS = [(1, "one"), (2, "two"), (2, "two, again")]  # ranks, name
+CHAINS = [(1, "one"), (2, "two"), (2, "two, awaited")]  # ranks, name; "awaited": saving is not asynchronous
 HANG, NEVER = 60, 180  # seconds from a fault to the last process's end; from a start to the fault
 ROWS, GLOBAL, EVERY = 300, 8, 10  # training rows of the fixture, rows of a step, steps between checkpoints
 STEPS = 20 * FAULTS + 60
@@ -59,6 +59,7 @@ class Outcome:
 
     fault: dict
     ranks: int
+    awaited: bool
     resumed: bool = False
     seconds: float = 0.0
     lost: int = 0
@@ -101,7 +102,7 @@ class Chain:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        self.out, self.trace = self.folder / "out", self.folder / "trace"
+        self.out, self.trace, self.awaited = self.folder / "out", self.folder / "trace", "awaited" in self.name
         self.trace.mkdir()
 
     def run(self, faults: int) -> "Chain":
@@ -117,7 +118,7 @@ class Chain:
 
     def suffer(self, number: int) -> None:
         fault = draw(self.name, self.ranks, number)
-        outcome = Outcome(fault, self.ranks)
+        outcome = Outcome(fault, self.ranks, self.awaited)
         codes, said, outcome.seconds, outcome.hung = self.attempt(fault)
         met = [line for line in self.lines("faults") if line["attempt"] == self.attempts]
         if (self.out / "done").exists() and not met:
@@ -156,7 +157,8 @@ class Chain:
         return [process.wait() for process in started], log.read_text(), seconds, hung
 
     def start(self, chaos: str, torchrun: bool, log) -> list[subprocess.Popen]:
-        sets = [word for value in SETS for word in ("--set", value)]
+        asynchronous = f"checkpoint.asynchronous={str(not self.awaited).lower()}"
+        sets = [word for value in (*SETS, asynchronous) for word in ("--set", value)]
         command = [str(ROOT / "tests/cluster/chaos.py"), "pretrain", "tiny", "--data", self.data, "--out", self.out,
                    "--engine", "zero1-fp32", *sets]  # fmt: skip
         environ = os.environ | CPU | {"CHAOS": chaos}
@@ -283,7 +285,10 @@ def table(outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         for name in (outcome.fault["action"], f"at {outcome.fault['place']}"):
             groups.setdefault((name.startswith("at "), name, outcome.ranks), []).append(outcome)
-    for (_, name, ranks), some in [*sorted(groups.items()), ((2, "all", "1, 2"), outcomes)]:
+    groups = {key[1:]: groups[key] for key in sorted(groups)}
+    groups["all, saving awaited", 2] = [outcome for outcome in outcomes if outcome.awaited]
+    groups["all, saving asynchronous", "1, 2"] = [outcome for outcome in outcomes if not outcome.awaited]
+    for (name, ranks), some in groups.items():
         figures = (
             len(some), sum(o.resumed for o in some), f"{max(o.seconds for o in some):.0f}", max(o.lost for o in some),
             sum(o.corrupt for o in some), sum(o.hung for o in some),
@@ -314,5 +319,7 @@ def test_a_run_survives_a_hundred_faults(data: Path, tmp_path: Path, capsys: pyt
         ours, theirs = chain.final(), reference.final()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         assert chain.curve() == reference.curve()
-    assert all(o.resumed and not o.corrupt and not o.hung and o.lost <= EVERY for o in outcomes), text
+    assert all(o.resumed and not o.corrupt and not o.hung for o in outcomes), text
+    # Beside an interval, the steps made while the checkpoint at its end was being written; the next save waits for it.
+    assert all(o.lost <= EVERY if o.awaited else o.lost < 2 * EVERY for o in outcomes), text
     assert len(outcomes) >= 0.93 * FAULTS * len(CHAINS)
