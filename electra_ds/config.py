@@ -158,6 +158,7 @@ class TrainConfig(Section):
     max_restarts: int = machine(10, "failures in a row that gain no checkpoint before a run is refused; 0: any", ge=0)
     activation_checkpointing: bool = machine(False, "recompute each layer in backward: less memory, same numbers")
     timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
+    silence_seconds: float = machine(15.0, "without a word of a rank, until the others end the run", ge=1)
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
 
     @model_validator(mode="after")

@@ -9,10 +9,12 @@ parameter_offload.FWD_MODULE_STACK (stage 3).
 import contextlib
 import ctypes
 import datetime
+import faulthandler
 import functools
 import gc
 import math
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,7 +52,11 @@ class StepResult(NamedTuple):
 
 
 def start(ranks: Ranks, timeout_minutes: float) -> torch.device:
-    """Pick the device, meet the other ranks (NCCL on CUDA, gloo on a CPU). Call once, before `Engine`."""
+    """Pick the device, meet the other ranks (NCCL on CUDA, gloo on a CPU). Call once, before `Engine`.
+
+    From here on SIGUSR2 prints the stacks of this rank: where does it hang?
+    """
+    faulthandler.register(signal.SIGUSR2)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops

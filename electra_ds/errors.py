@@ -1,4 +1,4 @@
-"""The errors a user is meant to read; both are printed without a traceback."""
+"""The errors a user is meant to read; they are printed without a traceback."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class RunFailure(RuntimeError):
     """A run that cannot go on (a loss that is not finite, a full disk): exit code 1, the last checkpoint is good."""
+
+
+class LockedOut(UserError):
+    """OUT is another attempt's: nothing may be written there, not even this error."""

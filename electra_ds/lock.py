@@ -12,17 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from electra_ds.errors import UserError
+from electra_ds.errors import LockedOut, UserError
 from electra_ds.files import write_json
-from electra_ds.ranks import restart_count
+from electra_ds.ranks import is_gone, machine, restart_count, started
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # between two looks at the owner's heartbeat
 STALE_SECONDS = 60.0  # without a beat: dead
-
-
-class LockedOut(UserError):
-    """OUT is another attempt's: nothing may be written there, not even this error."""
 
 
 class Lock:
@@ -42,7 +38,7 @@ class Lock:
         self._from_first, self._stale_seconds = from_first, stale_seconds
         self._me = {
             "job": os.environ.get("SLURM_JOB_ID", ""), "restart": restart_count(), "host": socket.gethostname(),
-            "pid": os.getpid(), "started": _started(os.getpid()), "machine": _machine(), "nonce": secrets.token_hex(8),
+            "pid": os.getpid(), "started": started(os.getpid()), "machine": machine(), "nonce": secrets.token_hex(8),
         }  # fmt: skip
         self._text = json.dumps(self._me, indent=2) + "\n"
         self._seen, self._since, self._beats = ("", ""), 0.0, 0
@@ -135,38 +131,13 @@ class Lock:
     def _why_dead(self, owner: dict) -> str:
         if owner.get("job") and owner["job"] == self._me["job"] and owner["restart"] < self._me["restart"]:
             return f"this is restart {self._me['restart']} of the same job"
-        return "its process is gone" if _is_gone(owner) else ""
+        return "its process is gone" if is_gone(owner) else ""
 
 
 def owner_of(out: Path) -> tuple[str, bool]:
     """Who holds OUT, empty when nobody does, and whether its process is gone from this machine; takes nothing."""
     text = _text(out / "lock")
-    return text and _name(_facts(text)), _is_gone(_facts(text))
-
-
-def _is_gone(owner: dict) -> bool:
-    here = bool(owner.get("machine")) and owner["machine"] == _machine()
-    return here and _started(owner["pid"]) != owner["started"]
-
-
-def _machine() -> str:
-    """This boot and process space, where a pid means something; empty where the system does not say.
-
-    Host names repeat (localhost), and containers of one machine do not see each other's processes.
-    """
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When process `pid` started, in ticks since the boot; empty when it is gone. Numbers of processes come again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold anything
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    return text and _name(_facts(text)), is_gone(_facts(text))
 
 
 def _text(path: Path) -> str:

@@ -1,12 +1,11 @@
 """The verb pretrain: resume, next batch, forward and backward, vote, step, log, evaluate, save; leave together."""
 
 import contextlib
-import faulthandler
+import functools
 import math
 import shutil
-import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.figures import BINS, own_figures, rates
 from electra_ds.guard import Guard
-from electra_ds.lock import Lock, LockedOut
+from electra_ds.lock import Lock
 from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
 from electra_ds.objective import Objective, build_objective
@@ -33,36 +32,42 @@ from electra_ds.ranks import Ranks
 from electra_ds.shards import ShardReader, read_unigrams
 from electra_ds.tokenizer import load_tokenizer
 from electra_ds.values import Counts, Losses
+from electra_ds.watchdog import Watchdog
 
 LOOK_SECONDS = 1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a far file system
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When an attempt ends before the schedule does, and where its weights come from."""
+    """When an attempt ends before the schedule does, and where its weights come from.
+
+    asked: why it is to stop at the next vote; signals and others add to it.
+    """
 
     stop_at_step: int | None = None
     max_minutes: float | None = None
     extend: bool = False
     init_from: Path | None = None
+    asked: list[str] = field(default_factory=list)
 
 
 def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Limits) -> int:
     """The verb: meet the other ranks, run, leave together; returns the exit code (0 done, 85 saved and stopped).
 
-    Raises UserError or RunFailure, and leaves the cause in OUT/error-rank-N.json.
+    Raises UserError or RunFailure; what went first is left in OUT/error-rank-N.json.
     """
-    faulthandler.register(signal.SIGUSR2)  # where does this rank hang? kill -USR2, scancel --signal=USR2
+    record = functools.partial(run_folder.record_error, out)
     try:
         device = start(ranks, config.train.timeout_minutes)
-        code = run_among(config, data, out, ranks, device, limits)
-        leave()
-        return code
-    except LockedOut:
-        raise
     except BaseException as error:
-        run_folder.record_error(out, ranks.rank, error)
+        record(ranks.rank, error)
         raise
+    run_folder.on_stop_signal(limits.asked.append)  # earlier a signal ends a rank at once: it may wait for lost ones
+    train = config.train
+    with Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first, record):
+        code = run_among(config, data, out, ranks, device, limits)
+    leave()
+    return code
 
 
 def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: torch.device, limits: Limits) -> int:
@@ -85,6 +90,7 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
         from_first(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
         engine = Engine(_objective(config), config, config.engine, ranks, device)
         nodes = run_folder.open_folder(out, ranks.rank, engine.exchange)
+        run_folder.open_log(out, ranks)
         from_first(lambda: checkpoint.sweep(out / "ckpt"))
         padded = padded_rows(engine.module)
         progress = _resume(engine, config, reader, data, out, padded, limits)
@@ -181,7 +187,7 @@ class Run:
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
         self.saving: checkpoint.Saving | None = None  # not yet a checkpoint
-        self.asked_to_stop = ""
+        self.asked = limits.asked
         self.saved_step = -1
         self._looked: dict[str, float] = {}
         self._interval_began, self._waited, self._interval_tokens, self._pause = time.perf_counter(), 0.0, 0, 0.0
@@ -197,7 +203,6 @@ class Run:
         self.saved_step = progress.step if progress.data else -1
         self.guard = Guard(train.spike_factor, progress.recent_losses)
         refuses = self.guard.refuses if train.spike_factor else None
-        run_folder.on_stop_signal(self._ask_to_stop)
         from_first(lambda: self._open_metrics(progress.step))
         with self.metrics or contextlib.nullcontext():
             self._greet(progress)
@@ -399,7 +404,7 @@ class Run:
         self._save(progress, batches, final=done)
         self._commit()
         batches.close()
-        reason = "" if done else self.asked_to_stop or self._other_reason(progress)
+        reason = "" if done else self.asked[0] if self.asked else self._other_reason(progress)
         facts = {"step": progress.step, "total_steps": self.total_steps, "reason": reason}
         from_first(lambda: run_folder.finish(self.out, done, facts))
         if self.metrics:
@@ -413,9 +418,6 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------------------- votes
 
-    def _ask_to_stop(self, reason: str) -> None:
-        self.asked_to_stop = reason
-
     def _votes(self, step: int) -> dict[str, bool]:
         """This rank's votes; one rank's wish is enough, and all follow it together."""
         self.lock.step = step
@@ -423,11 +425,11 @@ class Run:
             raise self.lock.lost
         minutes = self.limits.max_minutes
         if minutes is not None and time.monotonic() - self.began >= 60 * minutes:
-            self.asked_to_stop = self.asked_to_stop or f"--max-minutes {minutes}"
+            self.asked.append(f"--max-minutes {minutes}")
         if self._found_file("STOP"):
-            self.asked_to_stop = self.asked_to_stop or "OUT/STOP"
+            self.asked.append("OUT/STOP")
         written = self.saving is not None and self.saving.is_written()
-        return {"stop": bool(self.asked_to_stop), "save": self._found_file("SAVE"), "written": written}
+        return {"stop": bool(self.asked), "save": self._found_file("SAVE"), "written": written}
 
     def _found_file(self, name: str) -> bool:
         """Whether somebody touched OUT/STOP or OUT/SAVE: rank 0 looks now and then."""

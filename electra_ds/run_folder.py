@@ -1,6 +1,9 @@
 """What does OUT say about a run? The files that scripts and later attempts judge by (seams: Names on disk)."""
 
+import contextlib
+import faulthandler
 import json
+import logging
 import os
 import platform
 import secrets
@@ -15,13 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.config import RunConfig
-from electra_ds.errors import UserError
+from electra_ds.errors import LockedOut, UserError
 from electra_ds.files import read_json, write_bytes, write_json
-from electra_ds.ranks import restart_count
+from electra_ds.ranks import Ranks, restart_count
 
 DONE, STOPPED, FAILED = 0, 85, 1  # exit codes beside 2, the user's mistake
 ERRORS_KEPT = 10  # in restarts.json
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "sentencepiece", "webdataset", "safetensors")
+
+LOG = logging.getLogger("electra_ds")  # of this rank: OUT/log/rank-N.log once `open_log` was called
+LOG.setLevel(logging.INFO)
+LOG.propagate = False
+LOG.addHandler(logging.NullHandler())  # else early words go to stderr
 
 
 def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> list[str]:
@@ -79,10 +87,30 @@ def on_stop_signal(note: Callable[[str], None]) -> None:
 
     def ask(number: int, _frame: object) -> None:
         note(signal.Signals(number).name)
+        LOG.info("%s: asked to stop", signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, ask)
+
+
+def open_log(out: Path, ranks: Ranks) -> None:
+    """From now on what concerns this rank alone goes to OUT/log/rank-N.log: its start, stop signals, errors with their
+    traceback, who was lost, and the stacks of all threads on SIGUSR2 and on a crash.
+    """
+    path = out / "log" / f"rank-{ranks.rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for old in LOG.handlers[:]:
+        LOG.removeHandler(old)
+        old.close()
+    LOG.addHandler(handler)
+    faulthandler.enable(handler.stream)
+    faulthandler.register(signal.SIGUSR2, handler.stream)
+    place = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}, process {os.getpid()}"
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES[:2])
+    LOG.info("%s, restart %d, %s", place, restart_count(), versions)
 
 
 def stop_exit_code() -> int:
@@ -90,14 +118,16 @@ def stop_exit_code() -> int:
     return DONE if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
 
 
-def record_error(out: Path, rank: int, error: BaseException) -> None:
-    """Leave the cause for the other ranks and for the next attempt; never raises."""
-    try:
-        facts = _ended(rank, f"{type(error).__name__}: {error}")
-        facts["failure"] = not isinstance(error, UserError | KeyboardInterrupt)
-        (out / f"error-rank-{rank}.json").write_text(json.dumps(facts) + "\n")
-    except OSError:
-        pass
+def record_error(out: Path, rank: int, error: BaseException | str, host: str = "") -> None:
+    """Leave the cause for the next attempt in OUT/error-rank-N.json; never raises. Nothing in an OUT of others.
+
+    error: what the rank raised, or how it was lost. host: its own, where that is not this one.
+    """
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    facts = _ended(rank, text, host) | {"failure": not isinstance(error, UserError | KeyboardInterrupt)}
+    if not isinstance(error, LockedOut):
+        with contextlib.suppress(OSError):
+            (out / f"error-rank-{rank}.json").write_text(json.dumps(facts) + "\n")
 
 
 def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
@@ -111,7 +141,7 @@ def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
     found = {"failures": 0, "in_a_row": 0, "step": -1, "errors": []}
     if path.exists():
         found = read_json(path, "the failures of this run")
-    left = [_read_error(file) for file in files]
+    left = sorted((_read_error(file) for file in files), key=lambda error: error["time"])
     errors = [error for error in left if error.pop("failure", True)]
     if silent and not left:
         errors = [_ended(0, f"ended without a word: {silent}")]
@@ -132,9 +162,9 @@ def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
         )
 
 
-def _ended(rank: int, error: str) -> dict:
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"rank": rank, "host": socket.gethostname(), "time": now, "error": error}
+def _ended(rank: int, error: str, host: str = "") -> dict:
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    return {"rank": rank, "host": host or socket.gethostname(), "time": now, "error": error}
 
 
 def _read_error(file: Path) -> dict:

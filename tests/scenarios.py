@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from electra_ds import checkpoint, guard, lock, pretrain
+from electra_ds import checkpoint, guard, lock, pretrain, run_folder
 from electra_ds import engine as engine_module
 from electra_ds.batches import Batches
 from electra_ds.config import find_config, load_run
@@ -47,9 +47,10 @@ guard.WINDOW = 4  # runs are short here
 
 def train(name: str, engine: str, *sets: str, data: Path = DATA, **limits) -> int | str:
     """One run in OUTS/name; the exit code, or the message of the error that ended it."""
-    config = load_run("tiny", [*SMALL, *sets], engine)
+    config, limits = load_run("tiny", [*SMALL, *sets], engine), Limits(**limits)
+    run_folder.on_stop_signal(limits.asked.append)
     try:
-        return run_among(config, data, OUTS / name, RANKS, DEVICE, Limits(**limits))
+        return run_among(config, data, OUTS / name, RANKS, DEVICE, limits)
     except (UserError, RunFailure) as error:
         return f"{type(error).__name__}: {error}"
 

@@ -13,8 +13,9 @@ import pytest
 from conftest import CPU, ROOT, read_json, run_cli
 
 from electra_ds import checkpoint, lock
-from electra_ds.errors import RunFailure, UserError
-from electra_ds.lock import Lock, LockedOut
+from electra_ds.errors import LockedOut, RunFailure, UserError
+from electra_ds.lock import Lock
+from electra_ds.ranks import machine, started
 from electra_ds.run_folder import count_failures, record_error
 
 HOLD = """
@@ -41,7 +42,7 @@ for line in sys.stdin:
         sys.stdin.readline()
 """
 
-DEAD = {"job": "", "restart": 0, "host": "here", "pid": 1, "started": "1", "machine": lock._machine()}
+DEAD = {"job": "", "restart": 0, "host": "here", "pid": 1, "started": "1", "machine": machine()}
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_an_owner_at_work_refuses_others_by_name_and_gives_the_lock_back(tmp_pat
 def test_a_killed_owner_of_this_machine_loses_the_lock_at_once(tmp_path: Path) -> None:
     owner = hold(tmp_path)
     owner.send_signal(signal.SIGKILL)  # and not yet waited for: a zombie is dead too
-    wait_for(lambda: not lock._started(owner.pid))
+    wait_for(lambda: not started(owner.pid))
     with alone(tmp_path) as taken:
         assert f"process {owner.pid} on" in taken.took_over and "its process is gone" in taken.took_over
     owner.wait()

@@ -22,6 +22,7 @@ class FinetuneTrain(Section):
     keep: Literal["best", "all", "none"] = machine("best", "models kept: of the best seed on dev, of all, of none")
     max_skipped_steps: int = machine(20, "skipped steps in a row before a seed counts as diverged", ge=1)
     timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
+    silence_seconds: float = machine(15.0, "without a word of a rank, until the others end the run", ge=1)
 
 
 class FinetuneOptimizer(AdamConfig):

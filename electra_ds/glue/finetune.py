@@ -41,6 +41,7 @@ from electra_ds.optim import learning_rate
 from electra_ds.pretrained import Pretrained, load_pretrained
 from electra_ds.ranks import Ranks, alone
 from electra_ds.run_folder import DONE, on_stop_signal, provenance, stop_exit_code
+from electra_ds.watchdog import Watchdog
 
 SAVE_SECONDS = 60.0  # a seed that takes longer is saved now and then
 LOOK_STEPS = 20  # steps between two looks at the clock and at what was asked
@@ -81,11 +82,13 @@ def finetune(
     """
     share = slice(ranks.rank, None, ranks.world_size) if spread else slice(None)
     ranks = alone(ranks) if spread else ranks
-    device = start(ranks, config.train.timeout_minutes)
-    try:
-        finetune_among(config, model, names, seeds, data, out, ranks, device, share=share, random_init=random_init)
-    except Stopped:
-        return stop_exit_code()
+    train = config.train
+    device = start(ranks, train.timeout_minutes)
+    with Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first):
+        try:
+            finetune_among(config, model, names, seeds, data, out, ranks, device, share=share, random_init=random_init)
+        except Stopped:
+            return stop_exit_code()
     leave()
     return DONE
 
