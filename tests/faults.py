@@ -1,9 +1,13 @@
 """`electra-ds ARGUMENTS` with a fault on one rank: `faults.py KIND RANK NOTE ARGUMENTS`. Not a test file itself.
 
 The fault comes in this rank's twelfth step, or (`early`) while the engine is made; NOTE then holds the time.
-`faults.py meet` is two ranks that only meet, under a watchdog: rank 1 leaves long before rank 0.
+`faults.py meet` is two ranks that only meet, under a watchdog: rank 1 leaves long before rank 0. `faults.py groups`
+is two ranks one of which waits.
 """
 
+import contextlib
+import functools
+import json
 import os
 import signal
 import sys
@@ -58,5 +62,33 @@ def meet() -> None:
     print("left", flush=True)
 
 
+def groups(note: str) -> None:
+    """Rank 0 waits in every group of an engine for rank 1, which never comes, and notes for how long."""
+    import torch
+    import torch.distributed as dist
+    from run_folders import config
+
+    from electra_ds.config import load_engine
+    from electra_ds.engine import Engine, start
+    from electra_ds.objective import build_objective
+    from electra_ds.ranks import find_ranks
+
+    ranks, made_of = find_ranks(), config()
+    device = start(ranks, timeout_minutes=2)
+    made_of = made_of.model_copy(update={"train": made_of.train.model_copy(update={"timeout_minutes": 0.05})})
+    Engine(build_objective(made_of, 0), made_of, load_engine("zero1-fp32"), ranks, device)
+    deadline, waited = time.monotonic() + 60, []
+    for group in list(dist.distributed_c10d._world.pg_map) if ranks.rank == 0 else ():
+        began = time.monotonic()
+        with contextlib.suppress(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=group)
+        waited.append(time.monotonic() - began)
+    if ranks.rank == 0:
+        Path(note).write_text(json.dumps(waited))
+    while not Path(note).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    meet() if sys.argv[1] == "meet" else main(*sys.argv[1:])
+    {"meet": meet, "groups": groups}.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CPU, ROOT, read_json
+from conftest import CPU, ROOT, read_json, run_ranks
 from faults import STEP
 
 from electra_ds import checkpoint
@@ -24,7 +24,7 @@ SETS = [
     "logging.tensorboard=false", "train.silence_seconds=4",
 ]  # fmt: skip
 LAUNCHERS = {"torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-             "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", "--no_local_rank"]}  # fmt: skip
+             "deepspeed": [f"{Path(sys.executable).parent}/deepspeed", "--num_gpus=2", "--no_local_rank"]}  # fmt: skip
 
 
 def attempt(launcher: str, kind: str, rank: int, data: Path, out: Path, *sets: str) -> str:
@@ -140,3 +140,9 @@ def test_ranks_that_sleep_together_or_leave_one_by_one_blame_nobody() -> None:
     for rank in ranks:
         said, errors = rank.communicate(timeout=60)
         assert (rank.returncode, said) == (0, "left\n"), errors
+
+
+def test_a_wait_in_any_group_of_the_engine_ends_after_the_timeout(tmp_path: Path) -> None:
+    run_ranks(2, "faults.py", "groups", tmp_path / "waited")
+    waited = read_json(tmp_path / "waited")
+    assert len(waited) >= 3 and max(waited) < 30, waited  # the world, DeepSpeed's own, the control group
