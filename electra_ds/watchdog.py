@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from electra_ds.errors import RunFailure
-from electra_ds.ranks import Ranks, machine, started
+from electra_ds.ranks import Ranks, is_gone, machine, started
 
 LOG = logging.getLogger("electra_ds")
 MISSES = 8  # beats that a silent rank, or the store, may miss
@@ -133,11 +133,8 @@ class Watchdog:
         heard, missed = {}, Counter()
         while not self._leaving.wait(self._seconds):
             now = {"store": self._exchanges} | {rank: beat["beat"] for rank, beat in self._beats.items()}
-            missed["store"] = missed["store"] + 1 if heard.get("store") == now["store"] else 0
-            if not missed["store"]:  # else nobody can be heard
-                missed.update({rank: 1 for rank in now if heard.get(rank) == now[rank]})
-                for rank in [rank for rank in now if heard.get(rank) != now[rank]]:
-                    del missed[rank]
+            for who in now if heard.get("store") != now["store"] else ["store"]:  # through it all others are heard
+                missed[who] = missed[who] + 1 if heard.get(who) == now[who] else 0
             heard = now
             if verdict := self._first or self._look(missed):
                 threading.Timer(GRACE_SECONDS, self._end).start()  # first of all: files may hang like the rest
@@ -152,7 +149,7 @@ class Watchdog:
         """Who is gone, or hangs?"""
         others = {rank: beat for rank, beat in self._beats.items() if rank != self._rank and not beat["left"]}
         for rank, beat in others.items():
-            if self._is_here(rank) and not self._is_running(rank):
+            if is_gone(beat):
                 if self._refresh() and (self._first or self._beats[rank]["left"]):  # it said why, or went in order
                     return self._first
                 gone = f"process {beat['pid']} is gone: killed (kill -9, out of memory), or it left without a word"
@@ -199,12 +196,12 @@ class Watchdog:
 
     def _rouse(self, verdict: Verdict) -> None:
         """A silent rank of this machine may be stopped, or hold Python's lock: it shows its stacks, and is killed."""
-        rank = verdict.rank
-        if verdict.is_silent and rank != self._rank and self._is_here(rank):
+        if verdict.is_silent and verdict.rank != self._rank and self._is_here(verdict.rank):
+            beat = self._beats[verdict.rank]
             for number, pause in ((signal.SIGUSR2, 0.0), (signal.SIGCONT, 0.5), (signal.SIGKILL, 0.0)):
                 with contextlib.suppress(OSError):
-                    if self._is_running(rank):
-                        os.kill(self._beats[rank]["pid"], number)
+                    if not is_gone(beat):
+                        os.kill(beat["pid"], number)
                 time.sleep(pause)
 
     def _end(self) -> None:
@@ -217,9 +214,6 @@ class Watchdog:
 
     def _is_here(self, rank: int) -> bool:
         return rank in self._beats and self._beats[rank]["machine"] == self._me["machine"] != ""
-
-    def _is_running(self, rank: int) -> bool:
-        return started(self._beats[rank]["pid"]) == self._beats[rank]["started"]
 
 
 def _place() -> str:
