@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import shard_data
 
+pytest_plugins = ["cluster.fixtures"]
 ROOT = Path(__file__).resolve().parent.parent
 CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 

@@ -1,7 +1,8 @@
-"""A real SLURM of virtual nodes on this machine: slurmctld and one slurmd per node, all on 127.0.0.1, as children.
+"""A real SLURM of virtual nodes: slurmctld, and a slurmd for each node.
 
-Every node shares this machine's name and files, so a job needs MASTER_ADDR=127.0.0.1. Each has two devices of type
-gpu, which are /dev/null and /dev/zero. Nothing outside `folder` changes.
+On virtual machines each node is one of them. Without (no root) all are on 127.0.0.1 and share this machine's name, so a
+job needs MASTER_ADDR=127.0.0.1. Each node has two devices of type gpu, which are /dev/null and /dev/zero. A job in the
+partition `urgent` takes the nodes of one in `main`, which is queued again. Nothing outside `folder` changes.
 """
 
 import os
@@ -11,24 +12,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.machines import PATH, Machines, wait_until
+
 from electra_ds.ranks import free_port
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 MISSING = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 CONF = """
 ClusterName=virtual
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={socket},cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdTimeout=15
 KillWait=5
 MinJobAge=300
 ReturnToService=2
@@ -43,49 +46,76 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=200000,bf_interval=5
 SlurmdParameters=config_overrides
 GresTypes=gpu
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
-NODE = "NodeName=node{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1000 Gres=gpu:2\n"
+NODE = "NodeName={node} {place} CPUs=4 RealMemory=1000 Gres=gpu:2\n"
 
 
 class Slurm:
     """The cluster while it is up; `run` is any of its commands, `environ` what they need."""
 
-    def __init__(self, folder: Path, nodes: int):
-        self.folder, self.children = folder, []
+    def __init__(self, folder: Path, nodes: int, machines: Machines | None = None):
+        self.folder, self.machines, self.nodes = folder, machines, [f"node{i + 1}" for i in range(nodes)]
+        self.children: list[subprocess.Popen] = []
         outer = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.environ = outer | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         host, user = os.uname().nodename.split(".")[0], subprocess.check_output(["id", "-un"], text=True).strip()
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
         (folder / "state").mkdir()
-        conf = CONF.format(host=host, user=user, folder=folder, port=free_port())
-        conf += "".join(NODE.format(i=i + 1, host=host, port=free_port()) for i in range(nodes))
+        controller = "head" if machines else f"{host}(127.0.0.1)"
+        self._socket = "/run/munge.socket" if machines else f"{folder}/munge.socket"
+        conf = CONF.format(controller=controller, user=user, folder=folder, socket=self._socket, port=free_port())
+        for node in self.nodes:
+            place = "" if machines else f"NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()}"
+            conf += NODE.format(node=node, place=place)
         (folder / "slurm.conf").write_text(conf)
         (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File=/dev/null,/dev/zero\n")
         try:
-            self._start("munged", "--foreground", "--force", f"--key-file={folder}/munge.key", "--num-threads=2",
-                        f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid",
-                        f"--seed-file={folder}/munge.seed", f"--log-file={folder}/munge.log")  # fmt: skip
-            self.until((folder / "munge.socket").exists)
-            self._start("slurmctld", "-D", "-c")
+            self._start_munged("head")
+            self._start("head", "slurmctld", "-D", "-c")
             self.until(lambda: "UP" in self.run("scontrol", "ping", check=False))
-            for i in range(nodes):
-                (folder / f"spool-node{i + 1}").mkdir()
-                self._start("slurmd", "-D", "-N", f"node{i + 1}")
-            self.until(lambda: self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").count("node") == nodes)
+            for node in self.nodes:
+                self.boot(node)
+            self.until(lambda: self.idle() == nodes)
         except BaseException:
             self.down()
             raise
 
-    def _start(self, *command: str) -> None:
-        with (self.folder / f"{command[0]}{len(self.children)}.log").open("w") as log:
-            self.children.append(subprocess.Popen(command, env=self.environ, stdout=log, stderr=log))
+    def boot(self, node: str) -> None:
+        """Start a node's daemons, as after a boot of its machine."""
+        (self.folder / f"spool-{node}").mkdir(exist_ok=True)
+        if self.machines:
+            self._start_munged(node)
+        self._start(node, "slurmd", "-D", "-N", node)
+
+    def _start_munged(self, place: str) -> None:
+        own = {"pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        options = [f"--{option}={self.folder}/munge-{place}.{end}" for option, end in own.items()]
+        self._start(place, "munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
+                    f"--socket={self._socket}", "--num-threads=2", *options)  # fmt: skip
+        look = [*self._on(place), "test", "-e", self._socket]
+        self.until(lambda: subprocess.run(look).returncode == 0)
+
+    def _on(self, place: str, folder: str | Path = "/") -> list[str]:
+        return self.machines.on(place, folder) if self.machines else []
+
+    def _start(self, place: str, *command: str) -> None:
+        with (self.folder / f"{command[0]}-{place}.log").open("a") as log:
+            words = [*self._on(place), *command]
+            self.children.append(subprocess.Popen(words, env=self.environ, stdout=log, stderr=log))
 
     def run(self, *command: object, check: bool = True, cwd: Path | None = None, **environ: str) -> str:
         """What a SLURM command prints."""
-        words, environ = [str(word) for word in command], self.environ | environ
+        words, environ = [*self._on("head", cwd or "/"), *map(str, command)], self.environ | environ
         return subprocess.run(words, env=environ, check=check, capture_output=True, text=True, cwd=cwd).stdout
+
+    def idle(self) -> int:
+        """The number of nodes that wait for work."""
+        return self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").count("node")
 
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
@@ -93,19 +123,17 @@ class Slurm:
 
     def until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
         """Wait; fails with the daemons' last words."""
-        deadline = time.monotonic() + seconds
-        while not holds():
-            tails = [f"{log.name}: {log.read_text()[-500:]}" for log in self.folder.glob("*.log")]
-            assert time.monotonic() < deadline, "\n".join(tails)
-            time.sleep(0.1)
+        wait_until(holds, "SLURM does not get there", seconds, list(self.folder.glob("*.log")))
 
     def down(self) -> None:
-        """Cancel all jobs and end the daemons, the last started first."""
+        """Cancel all jobs and end the daemons, the last started first; those of machines end with them."""
         if len(self.children) > 2:
             self.run("scancel", "--me", check=False)
             ended = time.monotonic() + 20
             while self.run("squeue", "-h", check=False) and time.monotonic() < ended:
                 time.sleep(0.1)
+        if self.machines:
+            return
         for child in reversed(self.children):
             child.terminate()
         for child in self.children:

@@ -1,0 +1,163 @@
+"""launch/pretrain.sbatch under a real SLURM: stops, failures, lost nodes end in the same weights as without."""
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster.fixtures import ranks_of, submit, wait_for, weights
+from cluster.machines import wait_until
+from cluster.slurm import Slurm
+from conftest import read_json
+
+from electra_ds.metrics import read_metrics
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def end_of(slurm: Slurm, job: str, out: Path, seconds: float = 400) -> str:
+    """The job's log, once it has ended well."""
+    slurm.until(lambda: slurm.state(job) in ENDED, seconds)
+    log = Path(f"{out}.log").read_text()
+    assert slurm.state(job) == "COMPLETED" and read_json(out / "done")["step"] == 400, log[-6000:]
+    return log
+
+
+def test_a_job_on_two_nodes_trains_one_world(slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    log = end_of(slurm, submit(slurm, tmp_path / "run", data), tmp_path / "run")
+    assert "2 rank(s) under srun" in log and weights(tmp_path / "run") == weights(uninterrupted)
+
+
+def test_a_node_that_is_not_fit_is_named_before_the_run(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "python"  # an environment that one node does not have
+    broken.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" != node2 ] && exec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    job = submit(slurm, tmp_path / "run", data, PYTHON=str(broken))
+    slurm.until(lambda: slurm.state(job) == "FAILED")
+    log = (tmp_path / "run.log").read_text()
+    assert "bad node node2: " in log and "bad node node1" not in log and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stop",
+    [
+        ["scancel", "--batch", "--signal=USR1", "JOB"],  # as before the time limit: to the shell alone
+        ["scancel", "--signal=TERM", "JOB"],  # to the ranks
+        ["scontrol", "requeue", "JOB"],
+        ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"],
+    ],
+    ids=["USR1", "TERM", "requeue", "urgent"],
+)
+def test_a_stopped_job_is_queued_again_once_and_ends_the_same(
+    stop: list[str], slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    job = submit(slurm, out, data)
+    wait_for(out / "ckpt/latest")
+    slurm.run(*(job if word == "JOB" else word for word in stop))
+    log = end_of(slurm, job, out)
+    assert "restart 0" in log and "restart 1" in log and "restart 2" not in log
+    saved = re.search(r"stopped and saved at step (\d+)", log)
+    assert f"resuming {out}/ckpt/{saved[1]} at step {saved[1]}" in log  # nothing is lost
+    assert weights(out) == weights(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_job_at_its_time_limit_saves_and_goes_on(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+    out, long = tmp_path / "run", ("train.total_steps=100000",)
+    job = submit(slurm, out, data, "--time=1", "--signal=B:USR1@45", sets=long)
+    wait_until(lambda: (out / "stopped.0").exists(), "the job was not told of its limit", 120)
+    saved = read_json(out / "stopped.0")["step"]
+    wait_until(
+        lambda: f"at step {saved}\n" in Path(f"{out}.log").read_text().partition("restart 1")[2], "no resume", 120
+    )
+    slurm.run("scancel", job)
+    slurm.until(lambda: slurm.state(job) == "CANCELLED")
+
+
+@pytest.mark.slow
+def test_what_the_user_ends_stays_ended(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+    """scancel, though all is saved at its SIGTERM; OUT/STOP; a cap on restarts."""
+    jobs = {}
+    for name in ("cancelled", "stopped", "capped"):
+        out = tmp_path / name
+        jobs[name] = submit(slurm, out, data, MAX_RESTARTS="0" if name == "capped" else "9")
+        wait_for(out / "ckpt/latest")
+        if name == "stopped":
+            (out / "STOP").touch()
+        else:
+            slurm.run("scancel", *(["--signal=USR1"] if name == "capped" else []), jobs[name])
+        slurm.until(lambda job=jobs[name]: slurm.state(job) in ("CANCELLED", "FAILED"))
+        assert (out / "stopped.0").exists() and not (out / "done").exists()
+    time.sleep(5)
+    assert [slurm.state(job) for job in jobs.values()] == ["CANCELLED", "FAILED", "FAILED"]
+    assert "scontrol requeue" not in "".join((tmp_path / f"{name}.log").read_text() for name in jobs)
+
+
+@pytest.mark.slow
+def test_failures_go_on_until_they_gain_nothing(slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    out, sets = tmp_path / "run", ("checkpoint.every=200", "train.max_restarts=1")
+    job = submit(slurm, out, data, sets=sets)
+    wait_for(out / "ckpt/latest")
+    os.kill(ranks_of(out)["1"], signal.SIGKILL)
+    log = Path(f"{out}.log")
+    slurm.until(lambda: "at step 200" in log.read_text().partition("restart 1")[2])
+    os.kill(ranks_of(out)["0"], signal.SIGKILL)  # without a new checkpoint: the next attempt is refused
+    slurm.until(lambda: slurm.state(job) in ENDED)
+    said = log.read_text()
+    assert slurm.state(job) == "FAILED" and said.count("+ scontrol requeue") == 2, said[-6000:]
+    assert "failed 2 times in a row at step 200" in said and read_json(out / "restarts.json")["failures"] == 2
+    (out / "restarts.json").unlink()
+    end_of(slurm, submit(slurm, out, data, sets=sets), out)
+    assert weights(out) == weights(uninterrupted)
+
+
+@pytest.mark.slow
+def test_gpus_of_whole_nodes_and_another_mpi(slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    """Two ranks of one node see both of its GPUs, each takes its own; srun under pmi2 sets the names of MPICH, too."""
+    whole = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-task=0", "--gpus-per-node=2"]
+    job, out = submit(slurm, tmp_path / "run", data, *whole, SLURM_MPI_TYPE="pmi2"), tmp_path / "run"
+    wait_for(out / "ckpt/latest")
+    seen = [Path(f"/proc/{process}/environ").read_text().split("\0") for process in ranks_of(out).values()]
+    assert all("CUDA_VISIBLE_DEVICES=0,1" in names and "PMI_SIZE=2" in names for names in seen)
+    assert "2 rank(s) under srun" in end_of(slurm, job, out) and weights(out) == weights(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["node1", "node2"])
+def test_a_job_goes_on_after_the_power_of_a_node_failed(
+    victim: str, slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
+) -> None:
+    if not slurm.machines:
+        pytest.skip("needs virtual machines")
+    out = tmp_path / "run"
+    job = submit(slurm, out, data)
+    wait_for(out / "ckpt/latest")
+    slurm.machines.crash(victim)
+    try:
+        slurm.until(lambda: slurm.state(job) == "PENDING")
+    finally:
+        slurm.machines.boot(victim)
+        slurm.boot(victim)
+    log = end_of(slurm, job, out)
+    assert "restart 1" in log and re.search(r"resuming .* at step \d+", log)
+    assert weights(out) == weights(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_nodes(
+    slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for nodes, until in ((2, "100"), (1, "250"), (2, "0")):
+        shape = [f"--nodes={nodes}"]
+        stop = ["--stop-at-step", until] if until != "0" else []
+        job = submit(slurm, out, data, *shape, words=stop)
+        slurm.until(lambda job=job: slurm.state(job) in ENDED, 200)
+    assert read_json(out / "done")["step"] == 400
+    ours, theirs = ([r["loss"] for r in read_metrics(run / "metrics.jsonl")] for run in (out, uninterrupted))
+    assert ours == pytest.approx(theirs, rel=1e-5)
