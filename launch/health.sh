@@ -2,6 +2,7 @@
 # Is this node fit for a run? bash launch/health.sh DATA: one line that names the node for each thing that is wrong.
 # Run on each node before the ranks start: a bad node found later costs the whole job.
 set -uo pipefail
+[ "${MPI_LOCALRANKID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}" = 0 ] || exit 0 # mpirun starts one per rank; one per node looks
 data=$1 node=${SLURMD_NODENAME:-$(hostname)} bad=0
 complain() { echo "bad node $node: $*" >&2; bad=1; }
 [ -r "$data/manifest.json" ] || complain "does not see $data/manifest.json; DATA must be on a shared file system"

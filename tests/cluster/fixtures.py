@@ -6,6 +6,7 @@ A plugin of pytest (tests/conftest.py names it), so that machines and SLURM come
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ SMALL = [
     "train.micro_batch_size=4", "train.total_steps=400", "train.eval_every=0", "checkpoint.every=50",
     "logging.tensorboard=false",
 ]  # fmt: skip
+needs_pdsh = pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh here (apt-get install pdsh)")
 ENVIRON = CPU | {"PYTHON": sys.executable, "RANKS": "2"}
 
 
@@ -38,6 +40,13 @@ def start(script: str, *words: object, on: list[str] | None = None, **environ: o
     command = [*(on or []), "bash", str(ROOT / "launch" / script), *map(str, words)]
     environ = os.environ | ENVIRON | {key: str(value) for key, value in environ.items()}
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def hostfile(folder: Path) -> dict[str, Path]:
+    """The variables of deepspeed.sh for node1 and node2."""
+    (folder / "hosts").write_text("node1 slots=1\n\nnode2 slots=1 # the second\n")
+    (folder / "environ").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    return {"HOSTFILE": folder / "hosts", "DS_ENV_FILE": folder / "environ"}
 
 
 def submit(

@@ -11,19 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster.fixtures import arguments, ranks_of, start, wait_for, weights
+from cluster.fixtures import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
 from cluster.machines import Machines
 from conftest import ROOT, needs_mpi
-
-
-def hostfile(folder: Path) -> dict[str, Path]:
-    """The variables of deepspeed.sh for node1 and node2."""
-    (folder / "hosts").write_text("node1 slots=1\n\nnode2 slots=1 # the second\n")
-    (folder / "environ").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
-    return {"HOSTFILE": folder / "hosts", "DS_ENV_FILE": folder / "environ"}
-
-
-needs_pdsh = pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh here (apt-get install pdsh)")
 
 
 @needs_pdsh

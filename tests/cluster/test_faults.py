@@ -1,0 +1,67 @@
+"""A machine that falls silent: every rank and the launcher notice, nobody waits for ever, the checkpoint is good."""
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster.fixtures import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
+from cluster.machines import Machines, wait_until
+
+NOTICED = 15 + 30  # seconds: train.timeout_minutes below, and half a minute
+
+
+@pytest.fixture
+def unfit(machines: Machines, data: Path, tmp_path: Path) -> Iterator[Path]:
+    """node2 without the data, with a full /dev/shm and a broken environment; the interpreter to be given as PYTHON."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$(uname -n)" != node2 ] && exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    machines.run("node2", "mount", "-t", "tmpfs", "tmpfs", data)
+    machines.run("node2", "mount", "-o", "remount,size=1M", "/dev/shm")
+    yield python
+    machines.run("node2", "umount", data)
+    machines.run("node2", "mount", "-o", "remount,size=50%", "/dev/shm")
+
+
+@pytest.mark.parametrize("script", ["deepspeed.sh", "mpi.sh"])
+def test_a_node_that_is_not_fit_is_named_before_the_run(
+    script: str, unfit: Path, machines: Machines, data: Path, tmp_path: Path
+) -> None:
+    if shutil.which("pdsh" if script == "deepspeed.sh" else "mpirun") is None:
+        pytest.skip("no pdsh or no mpirun here")
+    places = {"MPIRUN": "-hosts node1,node2 -ppn 1 -iface eth0"} | hostfile(tmp_path)
+    process = start(script, *arguments(data, tmp_path / "run"), on=machines.on("head"), PYTHON=unfit, **places)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode != 0 and not (tmp_path / "run").exists()
+    for wrong in ("does not see", "left in /dev/shm", "cannot import torch"):
+        assert re.search(f"bad node node2: .*{wrong}", said), said
+    assert "bad node node1" not in said
+
+
+@needs_pdsh
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["cut", "crash"])
+@pytest.mark.parametrize("victim", ["node1", "node2"])
+def test_a_lost_node_ends_the_job(
+    fault: str, victim: str, machines: Machines, uninterrupted: Path, data: Path, tmp_path: Path
+) -> None:
+    out, sets = tmp_path / "run", ("train.timeout_minutes=0.25",)
+    process = start("deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path))
+    wait_for(out / "ckpt/latest", process)
+    began = time.monotonic()
+    getattr(machines, fault)(victim)
+    try:
+        wait_until(lambda: not ranks_of(out), "ranks are left", NOTICED)
+        gone = time.monotonic() - began
+        said = process.communicate(timeout=60)[0]
+        print(f"{fault} {victim}: ranks gone after {gone:.0f} s, launcher after {time.monotonic() - began:.0f} s")
+    finally:
+        (machines.heal if fault == "cut" else machines.boot)(victim)
+    assert process.returncode not in (0, 85), said[-4000:]
+    again = start("deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path))
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and "resuming" in said and weights(out) == weights(uninterrupted), said[-4000:]
