@@ -39,7 +39,8 @@ def start(script: str, *words: object, on: list[str] | None = None, **environ: o
     """A script of launch/ as a user starts it, here or on a machine (Machines.on)."""
     command = [*(on or []), "bash", str(ROOT / "launch" / script), *map(str, words)]
     environ = os.environ | ENVIRON | {key: str(value) for key, value in environ.items()}
-    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environ, start_new_session=True, **pipes)  # so that a test can type Ctrl-C
 
 
 def hostfile(folder: Path) -> dict[str, Path]:

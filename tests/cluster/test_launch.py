@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from cluster.fixtures import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
-from cluster.machines import Machines
-from conftest import ROOT, needs_mpi
+from cluster.machines import Machines, wait_until
+from conftest import ROOT, needs_mpi, read_json
+
+from electra_ds import checkpoint
 
 
 @needs_pdsh
@@ -42,6 +44,24 @@ def test_mpirun_trains_one_world(machines: Machines, uninterrupted: Path, data: 
     process = start("mpi.sh", *arguments(data, tmp_path / "run"), on=machines.on("head"), **words)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and weights(tmp_path / "run") == weights(uninterrupted), said[-4000:]
+
+
+@pytest.mark.slow
+@needs_pdsh
+@needs_mpi
+@pytest.mark.parametrize(("script", "stop"), [("deepspeed.sh", "STOP"), ("deepspeed.sh", "^C"), ("mpi.sh", "^C")])
+def test_a_run_on_two_nodes_saves_when_it_is_told_to_stop(
+    script: str, stop: str, machines: Machines, data: Path, tmp_path: Path
+) -> None:
+    out, places = tmp_path / "run", {"MPIRUN": "-hosts node1,node2 -ppn 1 -iface eth0"} | hostfile(tmp_path)
+    words = arguments(data, out, "train.total_steps=100000")
+    process = start(script, *words, on=machines.on("head"), **places)
+    wait_for(out / "ckpt/latest", process)
+    (out / "STOP").touch() if stop == "STOP" else os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=100)[0]
+    assert said.endswith("is saved and stopped; the same command resumes it\n"), said[-4000:]
+    assert checkpoint.latest(out / "ckpt").name == str(read_json(out / "stopped.0")["step"])
+    wait_until(lambda: not ranks_of(out), "ranks are left")
 
 
 def test_torchrun_goes_on_after_the_death_of_a_rank(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
