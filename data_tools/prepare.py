@@ -26,6 +26,7 @@ from data_tools.workers import Progress, Run, pool
 from electra_ds import shards
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.files import read_json, write_bytes, write_json
+from electra_ds.lock import Lock
 from electra_ds.shards import INDEX_DTYPE, Manifest, SourcePlan, SplitInfo, TokenizerInfo, ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 
@@ -35,9 +36,10 @@ UNIT_FORMAT = 1  # raise it when the output of a unit changes
 
 def prepare(
     inputs: Sequence[str], tokenizer: str | Path | Tokenizer, out: str | Path, *, sequence_length: int = 128,
-    packing: str = "best_fit", valid_fraction: float = 0.005, workers: int = 1, seed: int = 0, block_rows: int = 256,
-    shard_bytes: int = SHARD_BYTES, unit_bytes: int = UNIT_BYTES, format: str = "auto", text_field: str = "text",
-    min_chars: int = 1, deduplicate: bool = True, max_bad_fraction: float = 0.001, units: str | Path | None = None,
+    packing: str = "best_fit", valid_fraction: float = 0.005, workers: int = 1, seed: int = 0,
+    block_rows: int = 256, shard_bytes: int = SHARD_BYTES, unit_bytes: int = UNIT_BYTES,
+    format: str = "auto", text_field: str = "text", min_chars: int = 1, deduplicate: bool = True,
+    max_bad_fraction: float = 0.001, units: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Manifest:
     """Prepare a data folder; returns its manifest. Called again after a stop, it goes on; when complete, it returns.
@@ -47,8 +49,8 @@ def prepare(
     valid_fraction: share of documents held out, chosen by the hash of their text
     units:          folder in which tokenized units stay for other lengths or packings; without it they are removed
     progress:       hears (stage, done, total) of plan, tokenize (bytes), deduplicate (documents), pack (tokens)
-    Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines;
-    RunFailure for a disk that is full.
+    Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines,
+    while another `prepare` is at work in `out` or `units`; RunFailure for a disk that is full.
     """
     if packing not in PACKINGS:
         raise UserError(f"packing = {packing!r}; expected one of {', '.join(PACKINGS)}")
@@ -73,12 +75,12 @@ def prepare(
         _claim(out / "prepare.json", settings, reading)
         if not (out / "manifest.json").exists():
             _claim(units / "plan.json", reading, reading)
-            for folder in (out, work, units, out / "shards"):
-                folder.mkdir(exist_ok=True)
-                for stale in folder.glob(".*.tmp"):
-                    stale.unlink()
-            tokenizer.save(out / "tokenizer")
-            with pool(workers) as run:
+            with Lock(work), Lock(units), pool(workers) as run:
+                for folder in (out, work, units, out / "shards"):
+                    folder.mkdir(exist_ok=True)
+                    for stale in folder.glob(".*.tmp"):
+                        stale.unlink(missing_ok=True)  # our own heartbeat's comes and goes
+                tokenizer.save(out / "tokenizer")
                 _write(plan, tokenizer, out, units, reading, settings, max_bad_fraction, run, progress)
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -126,8 +128,8 @@ def _claim(path: Path, asked: dict[str, Any], settled: dict[str, Any]) -> None:
         write_json(path, settled)
         return
     found, asked = read_json(path, "the settings of an earlier `prepare`"), json.loads(json.dumps(asked))
-    differences = [f"{key}: {_short(found[key])} there, {_short(asked.get(key))} asked for"
-                   for key in sorted(found) if found[key] != asked.get(key)]
+    differences = [f"{key}: {_short(found.get(key))} there, {_short(asked.get(key))} asked for"
+                   for key in sorted({*found, *settled}) if found.get(key) != asked.get(key)]
     if differences:
         raise UserError(f"{path.parent} holds other data ({'; '.join(differences)}); give another folder or remove it")
 

@@ -80,9 +80,11 @@ def finished(marker: Path, plan_sha256: str) -> dict | None:
     if not marker.exists():
         return None
     found = read_json(marker, "a marker of finished work")
+    if found["plan_sha256"] != plan_sha256 or "files" not in found:  # other settings, another version's marker
+        return None
     files = {marker.parent / name: digest for name, digest in found["files"].items()}
     whole = all(file.is_file() and sha256_file(file) == digest for file, digest in files.items())
-    return found if whole and found["plan_sha256"] == plan_sha256 else None
+    return found if whole else None
 
 
 def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:

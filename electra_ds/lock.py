@@ -28,11 +28,13 @@ class Lock:
     machine that is gone; else when its heartbeat stands still for `stale_seconds` of our own monotonic clock. A
     heartbeat that moves is LockedOut, on every rank, with the owner named.
 
-    from_first: what rank 0 finds, on every rank. took_over: from whom and why, or empty. step: for the heartbeat.
-    lost: the error to raise, once another attempt took OUT while this one was stopped or cut off.
+    from_first: what rank 0 finds, on every rank (default: one process, alone). took_over: from whom and why, or empty.
+    step: for the heartbeat. lost: the error to raise, once another attempt took OUT while this one was stopped.
     """
 
-    def __init__(self, out: Path, from_first: Callable[[Callable[[], Any]], Any], stale_seconds: float = STALE_SECONDS):
+    def __init__(
+        self, out: Path, from_first: Callable[..., Any] = lambda find: find(), stale_seconds: float = STALE_SECONDS
+    ):
         self.took_over, self.step, self.lost = "", 0, None
         self._out, self._path, self._heartbeat = out, out / "lock", out / "heartbeat.json"
         self._from_first, self._stale_seconds = from_first, stale_seconds
@@ -111,8 +113,8 @@ class Lock:
                 self._seen, self._since = seen, time.monotonic()
             elif seen[1] != self._seen[1]:
                 raise LockedOut(
-                    f"{self._path} names {_name(owner)}, which is at work there: wait for it, stop it (touch "
-                    f"{self._out}/STOP saves first), or choose another --out"
+                    f"{self._path} names {_name(owner)}, which is at work there: wait for it, stop it, or choose "
+                    "another folder"
                 )
             if time.monotonic() - self._since < self._stale_seconds:
                 time.sleep(LOOK_SECONDS)

@@ -22,6 +22,7 @@ FLOOR = {module: floor for floor, modules in FLOORS.items() for module in module
 SHARED = {
     "errors": "what every module raises",
     "files": "config reads its files as every other module does",
+    "lock": "prepare's folder has one owner at a time, as a run's has",
     "evaluate": "training evaluates as the verb does, and detect loads a checkpoint as evaluate does",
     "pretrained": "what every verb that takes MODEL reads",
     "cli": "__main__ is its other name",

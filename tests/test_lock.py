@@ -22,7 +22,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from electra_ds.lock import Lock
-with Lock(Path(sys.argv[1]), lambda read: read()):
+with Lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -34,7 +34,7 @@ from electra_ds import lock
 lock.BEAT_SECONDS = 0.1
 for line in sys.stdin:
     try:
-        with lock.Lock(Path(line.strip()), lambda read: read()):
+        with lock.Lock(Path(line.strip())):
             print("held", flush=True)
             sys.stdin.readline()
     except lock.LockedOut:
@@ -54,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def alone(out: Path, stale_seconds: float = 60.0) -> Lock:
-    return Lock(out, lambda read: read(), stale_seconds)
+    return Lock(out, stale_seconds=stale_seconds)
 
 
 def hold(out: Path, **environ: str) -> subprocess.Popen:

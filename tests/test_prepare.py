@@ -21,6 +21,7 @@ from data_tools.prepare import prepare
 from data_tools.verify import verify
 from data_tools.workers import pool
 from electra_ds.errors import RunFailure, UserError
+from electra_ds.lock import LockedOut
 from electra_ds.shards import ShardReader
 from electra_ds.tokenizer import load_tokenizer
 
@@ -224,6 +225,46 @@ def test_kept_units_serve_other_lengths_and_packings(corpus, tmp_path, monkeypat
     assert contents(tmp_path / "b") == contents(tmp_path / "c")
     with pytest.raises(UserError, match="seed: 0 there, 1 asked for"):
         run(corpus, tmp_path / "d", units=tmp_path / "units", seed=1)
+
+
+def test_units_of_an_older_version_are_refused_and_its_markers_are_made_again(corpus, tmp_path):
+    run(corpus, tmp_path / "a", units=tmp_path / "units")
+    for marker in (tmp_path / "units").glob("unit-*.json"):
+        marker.write_text(json.dumps({"plan_sha256": json.loads(marker.read_text())["plan_sha256"]}))
+    run(corpus, tmp_path / "b", units=tmp_path / "units")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    plan = json.loads((tmp_path / "units" / "plan.json").read_text())
+    del plan["unit_format"]
+    (tmp_path / "units" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="unit_format: null there, 1 asked for"):
+        run(corpus, tmp_path / "c", units=tmp_path / "units")
+
+
+def test_a_second_prepare_in_the_same_out_or_units_is_refused_with_the_owner_named(corpus, tmp_path):
+    (tmp_path / "job.py").write_text(f"""
+import sys, time
+from pathlib import Path
+from electra_ds import lock
+from tests.test_prepare import run
+lock.BEAT_SECONDS = 0.1
+def stay(stage, done, total):
+    if stage == "tokenize":
+        print("at work", flush=True)
+        time.sleep(600)
+run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=stay)
+""")
+    job = subprocess.Popen([sys.executable, tmp_path / "job.py", tmp_path / "data", tmp_path / "units"], text=True,
+                           stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert job.stdout.readline() == "at work\n"
+    for out, units in ((tmp_path / "data", None), (tmp_path / "other", tmp_path / "units")):
+        with pytest.raises(LockedOut, match=f"lock names process {job.pid} on .*, which is at work there"):
+            run(corpus, out, units=units)
+    job.kill()
+    job.wait()
+    run(corpus, tmp_path / "data", units=tmp_path / "units")
+    run(corpus, tmp_path / "whole")
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert not (tmp_path / "units" / "lock").exists()
 
 
 def test_a_finished_folder_is_returned_and_another_data_set_is_refused(corpus, tmp_path, monkeypatch):
