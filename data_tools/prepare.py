@@ -22,7 +22,7 @@ from data_tools.corpus import PLACES
 from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
 from data_tools.units import UnitTask, array_bytes, tokenize_unit
-from data_tools.workers import Progress, Run, pool
+from data_tools.workers import Progress, Rank, Run, pool
 from electra_ds import shards
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.files import read_json, write_bytes, write_json
@@ -36,8 +36,8 @@ UNIT_FORMAT = 1  # raise it when the output of a unit changes
 
 def prepare(
     inputs: Sequence[str], tokenizer: str | Path | Tokenizer, out: str | Path, *, sequence_length: int = 128,
-    packing: str = "best_fit", valid_fraction: float = 0.005, workers: int = 1, seed: int = 0,
-    block_rows: int = 256, shard_bytes: int = SHARD_BYTES, unit_bytes: int = UNIT_BYTES,
+    packing: str = "best_fit", valid_fraction: float = 0.005, workers: int = 1, ranks: Sequence[Rank] = (),
+    seed: int = 0, block_rows: int = 256, shard_bytes: int = SHARD_BYTES, unit_bytes: int = UNIT_BYTES,
     format: str = "auto", text_field: str = "text", min_chars: int = 1, deduplicate: bool = True,
     max_bad_fraction: float = 0.001, units: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
@@ -47,6 +47,7 @@ def prepare(
     inputs:         files, folders, globs, "builtin:docs"
     tokenizer:      a Tokenizer, or what load_tokenizer takes
     valid_fraction: share of documents held out, chosen by the hash of their text
+    workers, ranks: as for `pool`
     units:          folder in which tokenized units stay for other lengths or packings; without it they are removed
     progress:       hears (stage, done, total) of plan, tokenize (bytes), deduplicate (documents), pack (tokens)
     Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines,
@@ -58,8 +59,8 @@ def prepare(
         raise UserError(f"sequence_length = {sequence_length}; expected 8 to 65,535 tokens")
     if not 0 <= valid_fraction < 1:
         raise UserError(f"valid_fraction = {valid_fraction}; expected at least 0 and less than 1")
-    if workers < 1:
-        raise UserError(f"workers = {workers}; expected at least 1 process")
+    if workers < 1 or (workers > 1 and ranks):
+        raise UserError(f"workers = {workers}; expected at least 1 process, and 1 where MPI's ranks are the workers")
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     progress("plan", 0, 1)
     plan = make_plan(inputs, format=format, unit_bytes=unit_bytes)
@@ -75,7 +76,7 @@ def prepare(
         _claim(out / "prepare.json", settings, reading)
         if not (out / "manifest.json").exists():
             _claim(units / "plan.json", reading, reading)
-            with Lock(work), Lock(units), pool(workers) as run:
+            with Lock(work), Lock(units), pool(workers, ranks) as run:
                 for folder in (out, work, units, out / "shards"):
                     folder.mkdir(exist_ok=True)
                     for stale in folder.glob(".*.tmp"):

@@ -1,4 +1,4 @@
-"""How do independent tasks run, here or in local processes, with their progress told in one place?"""
+"""How do independent tasks run, here, in local processes or on MPI ranks, with their progress told in one place?"""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 from electra_ds.errors import UserError
+from electra_ds.ranks import find_ranks, mpi_world
 
 Moved = Callable[[int], None]  # a task says how much more of it is done
 Task = Callable[[Any, Moved], dict]  # what a task does with its input
@@ -19,6 +20,7 @@ Run = Callable[[Task, list, Moved], list[dict]]  # (function, inputs, told) -> r
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 GRACE = 5  # seconds in which a worker may clean up
+PAUSE = 0.005  # seconds between two looks at the pipes; a call of MPI that waits keeps a core busy
 
 
 def summed(told: Moved) -> Moved:
@@ -33,16 +35,69 @@ def summed(told: Moved) -> Moved:
     return moved
 
 
+class Rank:
+    """Another MPI rank, as the end of a pipe to it."""
+
+    def __init__(self, world: Any, rank: int):
+        self._world, self._rank = world, rank
+
+    def poll(self) -> bool:
+        return self._world.iprobe(source=self._rank)
+
+    def send(self, value: object) -> None:
+        self._world.send(value, self._rank)
+
+    def recv(self) -> Any:
+        _wait([self])
+        if (found := self._world.recv(source=self._rank)) is None:
+            raise EOFError
+        return found
+
+    def close(self) -> None:
+        self.send(None)
+
+
+Pipe = Connection | Rank
+
+
 @contextmanager
-def pool(workers: int) -> Iterator[Run]:
+def mpi_ranks() -> Iterator[list[Rank] | None]:
+    """On rank 0 of several that mpirun or srun started: the others, for `pool`; [] when there are none. Else None.
+
+    The others work for rank 0 on entering, until it leaves. When rank 0 fails its process must end them (MPI_Abort).
+    """
+    ranks = find_ranks()
+    world = mpi_world(ranks, "prepare on one machine with --workers") if ranks.world_size > 1 else None
+    if ranks.rank:
+        _work(Rank(world, 0))
+        yield None
+        return
+    others = [Rank(world, rank) for rank in range(1, ranks.world_size)]
+    yield others
+    for other in others:
+        other.close()
+
+
+@contextmanager
+def pool(workers: int, ranks: Sequence[Rank] = ()) -> Iterator[Run]:
     """A `run`: calls the function on each input and tells the sum of what the tasks moved.
 
-    The first task that fails ends the run with its error; finished tasks keep what they wrote. Each worker has a pipe
-    of its own, so it notices at its next `moved` that this process is gone, and this process that a worker is.
+    The tasks run on the `ranks` when there are some, else in so many processes, or for one worker here. The first task
+    that fails ends the run with its error; finished tasks keep what they wrote. Each worker has a pipe of its own, so
+    it notices at its next `moved` that this process is gone, and this process that a worker is.
     """
-    if workers == 1:
+    if ranks:
+        yield lambda function, inputs, told: _share_out(list(ranks), function, inputs, summed(told))
+    elif workers == 1:
         yield _run_here
-        return
+    else:
+        with _processes(workers) as pipes:
+            yield lambda function, inputs, told: _share_out(list(pipes), function, inputs, summed(told))
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[list[Connection]]:
+    """Local processes at work, as the pipes to them."""
     context = multiprocessing.get_context("spawn")  # the tokenizers' threads do not survive a fork
     processes: dict[Connection, Any] = {}
     try:
@@ -51,7 +106,7 @@ def pool(workers: int) -> Iterator[Run]:
             processes[ours] = context.Process(target=_work, args=(theirs,), daemon=True)
             processes[ours].start()
             theirs.close()
-        yield lambda function, inputs, told: _share_out(list(processes), function, inputs, summed(told))
+        yield list(processes)
     finally:
         for pipe in processes:
             pipe.close()
@@ -61,15 +116,22 @@ def pool(workers: int) -> Iterator[Run]:
             process.kill()
 
 
+def _wait(pipes: list[Pipe]) -> list[Pipe]:
+    """Those that have something to say, one at least."""
+    while not (ready := [pipe for pipe in pipes if pipe.poll()]):
+        time.sleep(PAUSE)
+    return ready
+
+
 def _run_here(function: Task, inputs: list, told: Moved) -> list[dict]:
     moved = summed(told)
     return [function(one, moved) for one in inputs]
 
 
-def _share_out(idle: list[Connection], function: Task, inputs: list, moved: Moved) -> list[dict]:
+def _share_out(idle: list[Pipe], function: Task, inputs: list, moved: Moved) -> list[dict]:
     """Hand the inputs to idle workers, in order, until all have come back."""
     results: list = [None] * len(inputs)
-    number_at: dict[Connection, int] = {}  # of the busy ones
+    number_at: dict[Pipe, int] = {}  # of the busy ones
     given = 0
     while given < len(inputs) or number_at:
         try:
@@ -77,7 +139,7 @@ def _share_out(idle: list[Connection], function: Task, inputs: list, moved: Move
                 idle[-1].send((function, inputs[given]))
                 number_at[idle.pop()] = given
                 given += 1
-            heard = [(pipe, pipe.recv()) for pipe in wait(list(number_at))]
+            heard = [(pipe, pipe.recv()) for pipe in _wait(list(number_at))]
         except (EOFError, OSError):
             raise UserError("a worker process was killed (out of memory?); the same command goes on from what is "
                             "finished, fewer --workers take less memory") from None
@@ -92,8 +154,8 @@ def _share_out(idle: list[Connection], function: Task, inputs: list, moved: Move
     return results
 
 
-def _work(pipe: Connection) -> None:
-    """In a worker process: tasks in; counts, then a result or an error out; until the other end is gone."""
+def _work(pipe: Pipe) -> None:
+    """In a worker: tasks in; counts, then a result or an error out; until the other end is gone."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     try:
         while True:

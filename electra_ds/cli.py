@@ -87,17 +87,20 @@ def prepare(
     format: Format = "auto",
     text_field: TextField = "text",
 ) -> None:
-    """Turn text into packed rows in WebDataset tar shards, with a held-out split."""
+    """Turn text into packed rows in WebDataset tar shards, with a held-out split; alone, under mpirun or srun."""
     from data_tools.prepare import prepare
-    from data_tools.workers import console_progress
+    from data_tools.workers import console_progress, mpi_ranks
 
-    with console_progress() as progress:
-        manifest = prepare(
-            inputs, tokenizer, out, sequence_length=sequence_length, packing=packing.value,
-            valid_fraction=valid_fraction, workers=workers, seed=seed,
-            deduplicate=deduplicate, min_chars=min_chars, max_bad_fraction=max_bad_fraction,
-            units=units, format=format, text_field=text_field, progress=progress,
-        )  # fmt: skip
+    with mpi_ranks() as others:
+        if others is None:
+            return
+        with console_progress() as progress:
+            manifest = prepare(
+                inputs, tokenizer, out, sequence_length=sequence_length, packing=packing.value,
+                valid_fraction=valid_fraction, workers=workers, ranks=others, seed=seed,
+                deduplicate=deduplicate, min_chars=min_chars, max_bad_fraction=max_bad_fraction,
+                units=units, format=format, text_field=text_field, progress=progress,
+            )  # fmt: skip
     for name, split in manifest.splits.items():
         share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
         found = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows, padding {share:.2%}"
@@ -398,4 +401,6 @@ def _leave(code: int) -> NoReturn:
     # hang on them or lie about the code.
     sys.stdout.flush()
     sys.stderr.flush()
+    if code in (1, 2) and (mpi := sys.modules.get("mpi4py.MPI")):  # or srun leaves the other ranks waiting
+        mpi.COMM_WORLD.Abort(code)
     os._exit(code)

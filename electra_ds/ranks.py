@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from electra_ds.errors import UserError
 
@@ -115,21 +116,26 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
         first = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
         return first, 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
     if ranks.launcher.startswith("mpirun"):
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError):
-            raise UserError(
-                f"{ranks.launcher} started this, but mpi4py cannot load its MPI library: use this environment's mpirun "
-                "(pip install mpich), or export MASTER_ADDR and MASTER_PORT"
-            ) from None
-        if MPI.COMM_WORLD.Get_size() != ranks.world_size:
-            raise UserError(
-                f"{ranks.launcher} started {ranks.world_size} ranks, mpi4py meets {MPI.COMM_WORLD.Get_size()}: it was "
-                "built for another MPI; install the one of this mpirun, or export MASTER_ADDR and MASTER_PORT"
-            )
         here = (socket.gethostname() if ranks.local_size < ranks.world_size else "127.0.0.1", free_port())
-        return MPI.COMM_WORLD.bcast(here if ranks.rank == 0 else None)
+        return mpi_world(ranks, "export MASTER_ADDR and MASTER_PORT").bcast(here if ranks.rank == 0 else None)
     raise UserError(f"{ranks.launcher} set RANK and WORLD_SIZE but not MASTER_ADDR and MASTER_PORT: export both")
+
+
+def mpi_world(ranks: Ranks, otherwise: str) -> Any:
+    """mpi4py's communicator of all ranks; UserError when it does not meet them, with what to do `otherwise`."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        raise UserError(
+            f"{ranks.launcher} started this, but mpi4py cannot load its MPI library: use this environment's mpirun "
+            f"(pip install mpich), or {otherwise}"
+        ) from None
+    if (met := MPI.COMM_WORLD.Get_size()) != ranks.world_size:
+        raise UserError(
+            f"{ranks.launcher} started {ranks.world_size} ranks, mpi4py meets {met}: it was built for another MPI; "
+            f"install the one of this launcher (for srun --mpi=pmi2: pip install mpich), or {otherwise}"
+        )
+    return MPI.COMM_WORLD
 
 
 def restart_count(environ: MutableMapping[str, str] = os.environ) -> int:
