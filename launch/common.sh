@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the scripts that launch `electra-ds pretrain`, not run:
+# Sourced by the scripts that launch `electra-ds pretrain` and `prepare`, not run:
 #   begin "$@"                      read --out and --data from the options, set the environment of all launches
 #   show COMMAND ..., run COMMAND   print a command as it can be typed; print and run it
 #   judge CODE                      leave with 0 finished, 85 saved and stopped, else a failure
 # Variables: RANKS  ranks a node (default: its GPUs, else 1);  PYTHON  the interpreter (default: .venv's, else PATH's)
 
+finish="done" # the file in --out that is written last: manifest.json of prepare, which has no --data
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
 show() { printf '+'; printf ' %q' "$@"; echo; }
@@ -18,13 +19,13 @@ begin() {
         case $word in --out=*) out=${word#*=} ;; --data=*) data=${word#*=} ;; esac
         previous=$word
     done
-    if [ -z "$out" ] || [ -z "$data" ]; then say "usage: RUN --data DATA --out OUT [options of pretrain]"; exit 2; fi
+    if [ -z "$out" ] || { [ $finish = "done" ] && [ -z "$data" ]; }; then sed -n '2,3s/^# //p' "$0" >&2; exit 2; fi
     [ ! -x "$here/../.venv/bin/python" ] || PYTHON=${PYTHON:-$here/../.venv/bin/python}
     PYTHON=$(command -v "${PYTHON:-python}") || { say "no python: activate an environment or set PYTHON"; exit 2; }
     PATH=$(dirname "$PYTHON"):$PATH
     export PATH PYTHON PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 # a crash prints stacks, lines come at once
     # Read by judge: an earlier attempt's files must not speak for this one.
-    was_done=$([ ! -e "$out/done" ] || echo yes)
+    was_done=$([ ! -e "$out/$finish" ] || echo yes)
     stopped=$out/stopped.${SLURM_RESTART_COUNT:-0}
     rm -f -- "$stopped"
 }
@@ -39,7 +40,7 @@ free_port() { "$PYTHON" -c 'from electra_ds.ranks import free_port; print(free_p
 # Launchers lie in both directions (a rank fails, mpirun says 0; all is saved, srun passes a peer's signal on), so
 # rank 0's files decide. Only of a run that was finished before does the launcher know more.
 judge() {
-    if [ -e "$out/done" ] && { [ -z "$was_done" ] || [ "$1" -eq 0 ]; }; then say "$out is finished"; exit 0; fi
+    if [ -e "$out/$finish" ] && { [ -z "$was_done" ] || [ "$1" -eq 0 ]; }; then say "$out is finished"; exit 0; fi
     if [ -e "$stopped" ]; then say "$out is saved and stopped; the same command resumes it"; exit 85; fi
     say "failed (the launcher left with $1)"
     tail -n +1 "$out"/error-rank-*.json >&2 2>/dev/null || true

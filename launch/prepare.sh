@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Prepare data under mpirun: RANKS=65 bash launch/prepare.sh --input TEXT --tokenizer T --out D [options of prepare]
+# The same command goes on where a killed one was, with any RANKS.
+# RANKS: of all nodes; one hands out, the others work (default: one more than this machine's cores).
+# MPIRUN: words for mpirun, as for mpi.sh.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+finish=manifest.json
+begin "$@"
+read -ra words <<< "${MPIRUN:-}"
+code=0
+run mpirun ${words[@]+"${words[@]}"} -n "${RANKS:-$(($(nproc) + 1))}" "$PYTHON" -m electra_ds prepare "$@" || code=$?
+judge "$code"

@@ -1,0 +1,46 @@
+"""launch/prepare.sbatch on two virtual nodes of a real SLURM."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CPU, ROOT, needs_mpi
+from slurm import MISSING, Slurm
+from test_prepare import contents, corpus  # noqa: F401 (a fixture)
+
+from data_tools.prepare import prepare
+
+
+@needs_mpi
+@pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (apt-get install slurm-wlm munge)")
+def test_tasks_on_two_nodes_write_the_bytes_of_one_process(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "slurm").mkdir()
+    slurm = Slurm(tmp_path / "slurm", 2)
+    out = tmp_path / "my data"
+    options = ["--input", corpus / "in", "--tokenizer", corpus / "tok", "--sequence-length", 16]
+    options += ["--valid-fraction", 0.1, "--out", out]
+
+    def submit(*words: object, **environ: str) -> tuple[str, str]:
+        """(state, log) of the job at its end."""
+        queue = ["sbatch", "--parsable", "--nodes=2", "--ntasks=3", f"--output={tmp_path}/log", "--open-mode=truncate"]
+        environ = CPU | {"PYTHON": sys.executable} | environ
+        job = slurm.run(*queue, "launch/prepare.sbatch", *words, cwd=ROOT, **environ).strip()
+        slurm.until(lambda: slurm.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), 120)
+        return slurm.state(job), (tmp_path / "log").read_text()
+
+    try:
+        state, log = submit(*options, SLURM_MPI_TYPE="none")
+        assert state == "FAILED" and "srun started 3 ranks, mpi4py meets 1" in log and not out.exists(), log
+        state, log = submit(*options)
+        assert state == "COMPLETED" and "my data is finished" in log and log.count("train: ") == 1, log
+        prepare([str(corpus / "in")], corpus / "tok", tmp_path / "one", sequence_length=16, valid_fraction=0.1)
+        assert contents(out) == contents(tmp_path / "one")
+        state, log = submit(*options, "--seed", 1)
+        assert state == "FAILED" and log.count("holds other data (seed: 0 there, 1 asked for)") == 1, log
+        again = [sys.executable, "-m", "electra_ds", "prepare", *map(str, options), "--seed=1"]
+        bare = ["srun", "--mpi=pmi2", "--nodes=2", "--ntasks=3", *again]  # without --kill-on-bad-exit
+        refused = subprocess.run(bare, env=slurm.environ | CPU, capture_output=True, text=True, timeout=60)
+        assert refused.returncode != 0 and "holds other data" in refused.stderr
+    finally:
+        slurm.down()
