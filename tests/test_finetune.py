@@ -11,6 +11,7 @@ import pytest
 import run_folders
 import torch
 from conftest import CPU, ROOT, read_json, run_cli, run_ranks
+from test_lock import hold
 
 from electra_ds.glue.batches import collate, encode, epoch_batches, micro_batches, prediction_batches, swapped
 from electra_ds.glue.classifier import Classifier, layerwise
@@ -158,6 +159,11 @@ def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
     before = finished.stat().st_mtime_ns
     assert "| classes | valid | accuracy |" in run_cli(*command).stdout
     assert finished.stat().st_mtime_ns == before
+    owner = hold(out / "classes" / "seed-1")
+    refused = run_cli(*command, "--seeds", "2", check=False)
+    owner.kill()
+    owner.wait()
+    assert refused.returncode == 2 and f"seed-1/lock names process {owner.pid} on " in refused.stderr
     other = run_cli(*command, "--set", "optimizer.peak_lr=0.5", check=False)
     assert other.returncode == 2 and "Traceback" not in other.stderr
     assert "optimizer.peak_lr: 0.02 -> 0.5" in other.stderr

@@ -36,6 +36,7 @@ from electra_ds.glue.metrics import score
 from electra_ds.glue.predict import classifier, logits_of, predictions_of, write_predictions
 from electra_ds.glue.report import best_seed, read_results, write_report
 from electra_ds.glue.tasks import GLUE, Task, glue_name, load_task
+from electra_ds.lock import Lock
 from electra_ds.model import load_true_state, padded_rows
 from electra_ds.optim import learning_rate
 from electra_ds.pretrained import Pretrained, load_pretrained
@@ -78,7 +79,7 @@ def finetune(
     model: what `load_pretrained` reads. names: for `load_task`, with data: the GLUE root, or a task's own folder.
     spread: each rank takes its share of the seeds, alone. random_init: the same budget from random weights, for
     comparison. Returns the exit code (0 done, 85 saved and stopped by a signal). Raises UserError for bad data,
-    settings that do not fit, or an `out` of another suite.
+    settings that do not fit, an `out` of another suite, or a seed that another process is at.
     """
     share = slice(ranks.rank, None, ranks.world_size) if spread else slice(None)
     ranks = alone(ranks) if spread else ranks
@@ -109,7 +110,8 @@ def finetune_among(
         left = from_first(lambda: [seed for seed in own if not (_folder(out, task, seed) / "result.json").exists()])  # noqa: B023
         splits = _read(suite, task) if left else None
         for seed in left:
-            Seed(suite, task, splits, seed).run()
+            with Lock(_folder(out, task, seed), from_first):  # other ranks and jobs have other seeds of this suite
+                Seed(suite, task, splits, seed).run()
     if ranks.rank == 0 and any(out.glob("*/seed-*/result.json")):
         write_report(out)
 
@@ -184,7 +186,8 @@ def _settle(suite: Suite, name: str, asked: dict, differs: Callable[[dict], list
 
     def compare_and_write() -> None:
         listed = "; ".join(differs(read_json(path, "an earlier attempt's settings"))) if path.exists() else ""
-        if listed and any(path.parent.rglob("seed-*")):
+        trained = [*path.parent.rglob("seed-*/ckpt"), *path.parent.rglob("seed-*/result.json")]
+        if listed and trained:
             raise UserError(f"{path} is of another fine-tuning: {listed}. Take the old values, or another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asked)
