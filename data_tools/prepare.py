@@ -10,7 +10,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,9 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
            max_bad_fraction: float, run: Run, progress: Progress) -> None:
     """The stages from units to manifest, each a function of what lies on disk before it."""
     work, folder, count = out / "work", str(units), len(plan.units)
+    units_sha256, shards_sha256 = plan_hash(reading), plan_hash(settings)  # once: the plan may hold many units
     unit_tasks = [UnitTask(number, unit, tuple(plan.sources[file] for file, _, _ in unit), folder,
-                           str(out / "tokenizer"), tokenizer.fingerprint, plan_hash(reading), reading["seed"],
+                           str(out / "tokenizer"), tokenizer.fingerprint, units_sha256, reading["seed"],
                            reading["text_field"], reading["min_chars"])
                   for number, unit in enumerate(plan.units)]
     total = sum(map(unit_size, plan.units))
@@ -110,13 +110,15 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
     tokens = _split_tokens(folder, count, settings["valid_fraction"], duplicates)
     write_json(out / "prepare.json", settings)  # from here on those of the packing are settled, too
     write_bytes(work / "duplicates.npy", array_bytes(duplicates))
-    task = ShardTask("train", 0, 0, count, folder, str(work), str(out), plan_hash(settings),
-                     settings["sequence_length"], settings["packing"], settings["valid_fraction"], settings["seed"],
-                     settings["block_rows"], tokenizer.vocab_size, tokenizer.special_ids)
-    tasks = _shard_tasks(task, tokens, settings["shard_bytes"])
+    item = ids_dtype(tokenizer.vocab_size).itemsize
+    shard_counts = {split: -(-tokens[split] * item // settings["shard_bytes"]) for split in SPLITS}
+    tasks = [ShardTask(split, shard, total, count, folder, str(work), str(out), shards_sha256,
+                       settings["sequence_length"], settings["packing"], settings["valid_fraction"], settings["seed"],
+                       settings["block_rows"], tokenizer.vocab_size, tokenizer.special_ids)
+             for split, total in shard_counts.items() for shard in range(total)]
     markers = run(assemble.assemble_shard, tasks, lambda done: progress("pack", done, sum(tokens.values())))
     removed = {"too_short": sum(m["too_short"] for m in unit_markers), "duplicates": len(duplicates)}
-    _finish(plan, plan_hash(reading), tokenizer, tasks, markers, removed, bad)
+    _finish(plan, units_sha256, tokenizer, tasks, markers, removed, bad)
 
 
 def _claim(path: Path, asked: dict[str, Any], settled: dict[str, Any]) -> None:
@@ -166,14 +168,6 @@ def _split_tokens(folder: str, units: int, valid_fraction: float, duplicates: np
                         f"{tokens['train']} to train on and {tokens['valid']} held out; give more text, "
                         f"or another --valid-fraction (0: none held out)")
     return tokens
-
-
-def _shard_tasks(task: ShardTask, tokens: dict[str, int], shard_bytes: int) -> list[ShardTask]:
-    """One task per shard of about `shard_bytes`, of each split that has tokens."""
-    item = ids_dtype(task.vocab_size).itemsize
-    counts = {split: -(-tokens[split] * item // shard_bytes) for split in SPLITS}
-    return [replace(task, split=split, shard=shard, shards=count)
-            for split, count in counts.items() for shard in range(count)]
 
 
 def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[ShardTask], markers: list[dict],

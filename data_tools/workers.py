@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -87,12 +88,12 @@ def pool(workers: int, ranks: Sequence[Rank] = ()) -> Iterator[Run]:
     it notices at its next `moved` that this process is gone, and this process that a worker is.
     """
     if ranks:
-        yield lambda function, inputs, told: _share_out(list(ranks), function, inputs, summed(told))
+        yield partial(_share_out, ranks)
     elif workers == 1:
         yield _run_here
     else:
         with _processes(workers) as pipes:
-            yield lambda function, inputs, told: _share_out(list(pipes), function, inputs, summed(told))
+            yield partial(_share_out, pipes)
 
 
 @contextmanager
@@ -128,9 +129,9 @@ def _run_here(function: Task, inputs: list, told: Moved) -> list[dict]:
     return [function(one, moved) for one in inputs]
 
 
-def _share_out(idle: list[Pipe], function: Task, inputs: list, moved: Moved) -> list[dict]:
+def _share_out(pipes: Sequence[Pipe], function: Task, inputs: list, told: Moved) -> list[dict]:
     """Hand the inputs to idle workers, in order, until all have come back."""
-    results: list = [None] * len(inputs)
+    idle, moved, results = list(pipes), summed(told), [{}] * len(inputs)
     number_at: dict[Pipe, int] = {}  # of the busy ones
     given = 0
     while given < len(inputs) or number_at:
