@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from enum import Enum
 from pathlib import Path
@@ -402,5 +403,6 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if code in (1, 2) and (mpi := sys.modules.get("mpi4py.MPI")):  # or srun leaves the other ranks waiting
+        time.sleep(1)  # a launcher that is told to abort may drop what was printed just before
         mpi.COMM_WORLD.Abort(code)
     os._exit(code)

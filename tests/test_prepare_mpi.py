@@ -70,4 +70,4 @@ def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpu
     assert done.returncode == 0 and "my data is finished" in done.stderr, done.stderr
     assert done.stdout.count("train: ") == 1
     refused = mpirun(3, *options, tmp_path / "my data", "--workers", 2, script=True)  # before any work is handed out
-    assert refused.returncode == 2 and refused.stderr.count("workers = 2; expected") == 1
+    assert refused.returncode == 2 and refused.stderr.count("workers = 2; expected") == 1, refused
