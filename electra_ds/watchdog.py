@@ -155,7 +155,8 @@ class Watchdog:
                 gone = f"process {beat['pid']} is gone: killed (kill -9, out of memory), or it left without a word"
                 return Verdict(rank, beat["host"], f"{gone}; last seen at {beat['place']}")
         if missed["store"] >= (2 if self._lost else MISSES):
-            return self._without_store()
+            has_left = 0 in self._beats and self._beats[0]["left"]  # in order, and the store with it
+            return None if has_left else self._without_store()
         for rank, beat in others.items():
             if missed[rank] >= MISSES:
                 return Verdict(rank, beat["host"], self._silent(f"last seen at {beat['place']}"), is_silent=True)
@@ -177,7 +178,7 @@ class Watchdog:
         places = [(self._beats[rank]["place"], rank) for rank in sorted(self._beats)]
         self._still = self._still + 1 if places == self._places else 0
         self._places, common = places, Counter(place for place, _ in places)
-        if self._still < self._patience or len(common) == 1:
+        if self._still < self._patience or len(common) < 2:
             return None
         # Whoever waits stands in engine.py, which makes all collectives.
         place, rank = min(places, key=lambda found: (found[0].startswith("engine.py"), common[found[0]]))

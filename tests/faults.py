@@ -1,8 +1,8 @@
 """`electra-ds ARGUMENTS` with a fault on one rank: `faults.py KIND RANK NOTE ARGUMENTS`. Not a test file itself.
 
 The fault comes in this rank's twelfth step, or (`early`) while the engine is made; NOTE then holds the time.
-`faults.py meet` is two ranks that only meet, under a watchdog: rank 1 leaves long before rank 0. `faults.py groups`
-is two ranks one of which waits.
+`faults.py meet` is three ranks that only meet, under a watchdog: rank 1 leaves long before rank 0, rank 2 long after.
+`faults.py groups` is two ranks one of which waits.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def meet() -> None:
         print("met", flush=True)
         sys.stdin.readline()
         dist.barrier()
-        time.sleep(6 * (1 - ranks.rank))
+        time.sleep(8 * (1, 0, 2)[ranks.rank])
     print("left", flush=True)
 
 
