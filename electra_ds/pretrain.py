@@ -22,7 +22,7 @@ from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate, find_checkpoint
 from electra_ds.figures import BINS, own_figures, rates
 from electra_ds.guard import Guard
-from electra_ds.lock import Lock
+from electra_ds.lock import Lock, owner_of
 from electra_ds.metrics import Metrics
 from electra_ds.model import padded_rows
 from electra_ds.objective import Objective, build_objective
@@ -60,7 +60,8 @@ def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Lim
     try:
         device = start(ranks, config.train.timeout_minutes)
     except BaseException as error:
-        record(ranks.rank, error)
+        if not owner_of(out)[0]:  # such as a port that the run at work in OUT has
+            record(ranks.rank, error)
         raise
     run_folder.on_stop_signal(limits.asked.append)  # earlier a signal ends a rank at once: it may wait for lost ones
     train = config.train

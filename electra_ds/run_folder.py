@@ -102,6 +102,7 @@ def open_log(out: Path, ranks: Ranks) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.handleError = lambda _record: None  # a full disk is told by whoever saves, not by a traceback for each line
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
         old.close()

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -259,3 +260,26 @@ def test_a_lock_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "lock").exists()
+
+
+def test_a_start_that_fails_leaves_no_error_in_the_folder_of_a_run_at_work(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        place |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        command = ["pretrain", "tiny", "--data", tmp_path, "--out", tmp_path]
+        with alone(tmp_path):
+            assert "EADDRINUSE" in run_cli(*command, check=False, **place).stderr
+            assert not list(tmp_path.glob("error-rank-*"))
+        run_cli(*command, check=False, **place)
+        assert "EADDRINUSE" in read_json(tmp_path / "error-rank-0.json")["error"]
+
+
+def test_a_log_on_a_full_disk_is_no_traceback(tmp_path: Path) -> None:
+    script = "import sys\nfrom pathlib import Path\nfrom electra_ds.ranks import Ranks\n"
+    script += "from electra_ds.run_folder import open_log\nopen_log(Path(sys.argv[1]), Ranks(0, 1, 0, 1, 'none'))"
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "rank-0.log").symlink_to("/dev/full")
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], env=os.environ | CPU, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
