@@ -125,14 +125,9 @@ def _objective(config: RunConfig) -> Objective:
 
 
 def _resume(
-    engine: Engine,
-    config: RunConfig,
-    reader: ShardReader,
-    data: Path,
-    out: Path,
-    padded: dict[str, int],
+    engine: Engine, config: RunConfig, reader: ShardReader, data: Path, out: Path, padded: dict[str, int],
     limits: Limits,
-) -> Progress:
+) -> Progress:  # fmt: skip
     """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
     found = from_first(lambda: checkpoint.latest(out / "ckpt"))
     if found is None:
@@ -188,6 +183,7 @@ class Run:
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
         self.saving: checkpoint.Saving | None = None  # not yet a checkpoint
+        self._voted = self.saving  # the one that the last vote told of: a save since then committed it
         self.asked = limits.asked
         self.saved_step = -1
         self._looked: dict[str, float] = {}
@@ -211,7 +207,7 @@ class Run:
             engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
             while True:
                 agreed = engine.agreed()
-                if agreed.written == engine.ranks.world_size:
+                if agreed.written == engine.ranks.world_size and self.saving is self._voted:
                     self._commit()
                 if agreed.save:
                     self._save(progress, batches)
@@ -247,14 +243,9 @@ class Run:
         )  # fmt: skip
 
     def _advance(
-        self,
-        progress: Progress,
-        batches: Batches,
-        batch: StepBatch,
-        agreed: Agreement,
-        result: StepResult,
+        self, progress: Progress, batches: Batches, batch: StepBatch, agreed: Agreement, result: StepResult,
         losses: list[Losses],
-    ) -> Progress:
+    ) -> Progress:  # fmt: skip
         """Where the run stands after an attempt: rows are consumed, the step counts only if it was applied."""
         data = batches.state(batch.position + self.config.train.global_batch_size)
         tokens = progress.tokens + agreed.token_count
@@ -429,7 +420,7 @@ class Run:
             self.asked.append(f"--max-minutes {minutes}")
         if self._found_file("STOP"):
             self.asked.append("OUT/STOP")
-        written = self.saving is not None and self.saving.is_written()
+        self._voted, written = self.saving, self.saving is not None and self.saving.is_written()
         return {"stop": bool(self.asked), "save": self._found_file("SAVE"), "written": written}
 
     def _found_file(self, name: str) -> bool:
