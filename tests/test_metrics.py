@@ -141,8 +141,8 @@ def test_a_full_disk_costs_tensorboard_alone_and_prints_no_traceback(tmp_path, c
     pytest.importorskip("tensorboard")
     with Metrics(tmp_path, 0, 100, 1.0, tensorboard=True) as metrics:
         (events,) = (tmp_path / "tensorboard").iterdir()
-        events.unlink()
-        events.symlink_to("/dev/full")
+        (tmp_path / "full").symlink_to("/dev/full")
+        (tmp_path / "full").replace(events)  # at once: the writer's thread makes a file that is missing anew
         for step in (1, 2, 3):
             metrics.train(step, train_values(step), seconds_left=0.0)
             metrics.flush()
