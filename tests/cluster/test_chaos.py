@@ -36,7 +36,7 @@ SETS = [
     "generator.hidden_size=16", "generator.ffn_size=32", "generator.num_layers=1", f"train.global_batch_size={GLOBAL}",
     "train.micro_batch_size=4", f"train.total_steps={STEPS}", "train.eval_every=20", "train.eval_rows=24",
     f"checkpoint.every={EVERY}", "logging.every=5", "logging.tensorboard=false", "train.max_restarts=0",
-    "train.timeout_minutes=1",
+    "train.timeout_minutes=1", "train.silence_seconds=5",
 ]  # fmt: skip
 ANY = ("kill -9", "exit 3", "exception", "SIGTERM")
 # place: (weight, highest count on rank 0, on another rank, actions). Counts reach over two saves, evaluations, epochs.
@@ -50,7 +50,6 @@ PLACES = {
     "save": (4, 44, 8, (*ANY, "disk full")),
     "any time": (3, 1, 1, ("kill -9", "SIGTERM")),
 }
-WATCHED = (ROOT / "electra_ds/watchdog.py").exists()  # ends a job of which one rank is stopped
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Outcome:
 def draw(name: str, ranks: int, number: int) -> dict:
     """The fault of that number; rank -1: all ranks. A stopped rank, or one that dies alone, needs a launcher's eye."""
     dice = random.Random(f"{SEED} {name} {number}")
-    if WATCHED and ranks > 1 and number % 12 == 5:
+    if ranks > 1 and number % 12 == 5:
         return {"rank": dice.randrange(ranks), "place": "step", "count": dice.randint(1, 80), "action": "SIGSTOP",
                 "torchrun": True}  # fmt: skip
     place = dice.choices(list(PLACES), [weight for weight, *_ in PLACES.values()])[0]
