@@ -391,8 +391,6 @@ def main() -> None:
         print(f"electra-ds{rank}: error: {error}", file=sys.stderr)
         _leave(2 if isinstance(error, UserError) else 1)
     except Exception:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
         traceback.print_exc()
         _leave(1)
 

@@ -29,7 +29,7 @@ class Lock:
     heartbeat that moves is LockedOut, on every rank, with the owner named.
 
     from_first: what rank 0 finds, on every rank (default: one process, alone). took_over: from whom and why, or empty.
-    step: for the heartbeat. lost: the error to raise, once another attempt took OUT while this one was stopped.
+    step: for the heartbeat. lost: the error to raise, once the beats ended: another attempt took OUT, or one failed.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Lock:
         try:
             while not self._leaving.wait(BEAT_SECONDS):
                 self.beat()
-        except LockedOut as error:
+        except Exception as error:  # without a beat the next contender would take OUT from a run at work
             self.lost = error
 
     def _take(self) -> bool:

@@ -138,6 +138,13 @@ def test_an_attempt_that_slept_too_long_sees_that_out_is_another_s(tmp_path: Pat
     assert read_json(tmp_path / "lock") == other  # never released by a stranger
 
 
+def test_a_heart_that_fails_in_an_unforeseen_way_ends_the_run(tmp_path: Path) -> None:
+    with alone(tmp_path) as held:
+        (tmp_path / "lock").write_bytes(b"\xff")
+        wait_for(lambda: held.lost, 10.0)
+        (tmp_path / "lock").unlink()
+
+
 def test_a_later_start_of_the_same_job_takes_over_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (1, 2):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
