@@ -9,6 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 finish=manifest.json
 begin "$@"
 read -ra words <<< "${MPIRUN:-}"
-code=0
-run mpirun ${words[@]+"${words[@]}"} -n "${RANKS:-$(($(nproc) + 1))}" "$PYTHON" -m electra_ds prepare "$@" || code=$?
+ranks=$(count RANKS "${RANKS:-$(($(nproc) + 1))}") code=0
+run mpirun ${words[@]+"${words[@]}"} -n "$ranks" "$PYTHON" -m electra_ds prepare "$@" || code=$?
 judge "$code"

@@ -166,6 +166,11 @@ def test_the_other_scripts_pass_words_on(sandbox: Sandbox) -> None:
             (call,) = sandbox.run(script, *words)[1][program]
             assert contains(call, expected) and call[-2:] == options
         sandbox.run("glue.sbatch", *words, TASKS=sandbox.value())
+        options = ["--input", words[0], "--tokenizer", words[1], "--out", words[2] or "out", *words[3:]]
+        for script, program in (("prepare.sh", "mpirun"), ("prepare.sbatch", "srun")):
+            (call,) = sandbox.run(script, *options, MPIRUN=words[0], SLURM_MPI_TYPE=words[1])[1][program]
+            assert call[-len(options) - 1 :] == ["prepare", *options]
+        assert sandbox.run("prepare.sh", *options, RANKS=sandbox.value() or "-") == (2, {})
         assert sandbox.run("health.sh", sandbox.value())[0] == 1
 
 
