@@ -1,5 +1,6 @@
 """The verbs on the command line. Imports stand inside each verb, so that `--help` answers at once."""
 
+import contextlib
 import os
 import sys
 import time
@@ -388,18 +389,17 @@ def main() -> None:
         app()
     except (UserError, RunFailure) as error:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"electra-ds{rank}: error: {error}", file=sys.stderr)
-        _leave(2 if isinstance(error, UserError) else 1)
+        _leave(2 if isinstance(error, UserError) else 1, f"electra-ds{rank}: error: {error}\n")
     except Exception:
-        traceback.print_exc()
-        _leave(1)
+        _leave(1, traceback.format_exc())
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int, last_words: str = "") -> NoReturn:
     # Threads of gloo or NCCL may wait for ranks that are gone, or abort after all work is done: an ordinary exit would
     # hang on them or lie about the code.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream, text in ((sys.stdout, ""), (sys.stderr, last_words)):
+        with contextlib.suppress(OSError):  # whoever read them may be gone
+            print(text, end="", file=stream, flush=True)
     if code in (1, 2) and (mpi := sys.modules.get("mpi4py.MPI")):  # or srun leaves the other ranks waiting
         time.sleep(1)  # a launcher that is told to abort may drop what was printed just before
         mpi.COMM_WORLD.Abort(code)

@@ -107,7 +107,7 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """One line for people, above the progress bar."""
-        with contextlib.suppress(OSError):  # the console may be a file on a full disk
+        with contextlib.suppress(OSError, SystemExit):  # a file on a full disk; a pipe nobody reads: rich would leave
             self._console.print(text, highlight=False, markup=False)
 
     def flush(self) -> None:

@@ -206,8 +206,10 @@ class Watchdog:
                 time.sleep(pause)
 
     def _end(self) -> None:
-        print(f"electra-ds (rank {self._rank}): error: {self._sentence()}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            print(f"electra-ds (rank {self._rank}): error: {self._sentence()}", file=sys.stderr, flush=True)
+        finally:  # the launcher that read it may be gone
+            os._exit(1)
 
     def _sentence(self) -> str:
         path = next((to.baseFilename for to in LOG.handlers if isinstance(to, logging.FileHandler)), "standard error")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 
 import pytest
 
@@ -99,6 +101,15 @@ def test_the_console_says_what_the_record_says(tmp_path, capsys):
     assert "step 5  mlm 9.950  disc 0.1000  lr 2.00e-04  norm 1.00  12,345 tokens/s" in train
     assert train.endswith("epoch 0.05/1  ETA 1:02:05")
     assert valid.startswith("step 5  held out: mlm 5.000 (unigram 5.100)") and "fixed-corruption AUC 5.700" in valid
+
+
+def test_a_console_that_nobody_reads_any_more_stops_nothing(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        run(tmp_path, range(1, 6))
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_lines_that_a_full_disk_refuses_are_kept_and_written_later(tmp_path, capsys):
