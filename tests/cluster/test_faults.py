@@ -11,7 +11,7 @@ import pytest
 from cluster.fixtures import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
 from cluster.machines import Machines, wait_until
 
-NOTICED = 15 + 30  # seconds: train.timeout_minutes below, and half a minute
+SILENCE = 8  # train.silence_seconds
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def unfit(machines: Machines, data: Path, tmp_path: Path) -> Iterator[Path]:
     machines.run("node2", "mount", "-o", "remount,size=50%", "/dev/shm")
 
 
-@pytest.mark.parametrize("script", ["deepspeed.sh", "mpi.sh"])
+@pytest.mark.parametrize("script", ["deepspeed.sh", pytest.param("mpi.sh", marks=pytest.mark.slow)])
 def test_a_node_that_is_not_fit_is_named_before_the_run(
     script: str, unfit: Path, machines: Machines, data: Path, tmp_path: Path
 ) -> None:
@@ -49,19 +49,24 @@ def test_a_node_that_is_not_fit_is_named_before_the_run(
 def test_a_lost_node_ends_the_job(
     fault: str, victim: str, machines: Machines, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
-    out, sets = tmp_path / "run", ("train.timeout_minutes=0.25",)
+    out, sets = tmp_path / "run", (f"train.silence_seconds={SILENCE}",)
     process = start("deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path))
     wait_for(out / "ckpt/latest", process)
     began = time.monotonic()
     getattr(machines, fault)(victim)
     try:
-        wait_until(lambda: not ranks_of(out), "ranks are left", NOTICED)
+        wait_until(lambda: not ranks_of(out), "ranks are left", SILENCE + 30)
         gone = time.monotonic() - began
         said = process.communicate(timeout=60)[0]
         print(f"{fault} {victim}: ranks gone after {gone:.0f} s, launcher after {time.monotonic() - began:.0f} s")
     finally:
         (machines.heal if fault == "cut" else machines.boot)(victim)
     assert process.returncode not in (0, 85), said[-4000:]
+    lost, left = (0, 1) if victim == "node1" else (1, 0)
+    named = f"rank {lost} on {victim} went first: "
+    assert f"(rank {left}): error: {named}" in said and named in (out / f"log/rank-{left}.log").read_text()
+    if fault == "cut":  # the other side, which cannot say so, names this one
+        assert f"rank {left} on node{left + 1} went first: " in (out / f"log/rank-{lost}.log").read_text()
     again = start("deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path))
     said = again.communicate(timeout=300)[0]
     assert again.returncode == 0 and "resuming" in said and weights(out) == weights(uninterrupted), said[-4000:]

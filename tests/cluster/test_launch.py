@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster.fixtures import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
+from cluster.fixtures import BRIEF, arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
 from cluster.machines import Machines, wait_until
 from conftest import ROOT, needs_mpi, read_json
 
@@ -19,31 +19,29 @@ from electra_ds import checkpoint
 
 
 @needs_pdsh
-def test_the_nodes_of_a_hostfile_train_one_world(
-    machines: Machines, uninterrupted: Path, data: Path, tmp_path: Path
-) -> None:
-    process = start("deepspeed.sh", *arguments(data, tmp_path / "run"), on=machines.on("head"), **hostfile(tmp_path))
+def test_the_nodes_of_a_hostfile_train_one_world(machines: Machines, brief: Path, data: Path, tmp_path: Path) -> None:
+    process = start(
+        "deepspeed.sh", *arguments(data, tmp_path / "run", *BRIEF), on=machines.on("head"), **hostfile(tmp_path)
+    )
     said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and weights(tmp_path / "run") == weights(uninterrupted), said[-4000:]
+    assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), said[-4000:]
 
 
-def test_torchrun_on_each_node_trains_one_world(
-    machines: Machines, uninterrupted: Path, data: Path, tmp_path: Path
-) -> None:
+def test_torchrun_on_each_node_trains_one_world(machines: Machines, brief: Path, data: Path, tmp_path: Path) -> None:
     meeting = {"NODES": 2, "RANKS": 1, "RENDEZVOUS": "node1:29400"}
-    words = arguments(data, tmp_path / "run with a space")
+    words = arguments(data, tmp_path / "run with a space", *BRIEF)
     agents = [start("torchrun.sh", *words, on=machines.on(node), **meeting) for node in machines.nodes]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(text[-4000:] for text in said)
-    assert weights(tmp_path / "run with a space") == weights(uninterrupted)
+    assert weights(tmp_path / "run with a space") == weights(brief)
 
 
 @needs_mpi
-def test_mpirun_trains_one_world(machines: Machines, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+def test_mpirun_trains_one_world(machines: Machines, brief: Path, data: Path, tmp_path: Path) -> None:
     words = {"MPIRUN": "-hosts node1,node2 -ppn 1 -iface eth0"}
-    process = start("mpi.sh", *arguments(data, tmp_path / "run"), on=machines.on("head"), **words)
+    process = start("mpi.sh", *arguments(data, tmp_path / "run", *BRIEF), on=machines.on("head"), **words)
     said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and weights(tmp_path / "run") == weights(uninterrupted), said[-4000:]
+    assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), said[-4000:]
 
 
 @pytest.mark.slow
@@ -60,10 +58,12 @@ def test_a_run_on_two_nodes_saves_when_it_is_told_to_stop(
     (out / "STOP").touch() if stop == "STOP" else os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=100)[0]
     assert said.endswith("is saved and stopped; the same command resumes it\n"), said[-4000:]
+    assert not list(out.glob("error-rank-*"))
     assert checkpoint.latest(out / "ckpt").name == str(read_json(out / "stopped.0")["step"])
     wait_until(lambda: not ranks_of(out), "ranks are left")
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_after_the_death_of_a_rank(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start("torchrun.sh", *arguments(data, out))
