@@ -2,7 +2,7 @@
 
 The fault comes in this rank's twelfth step, or (`early`) while the engine is made; NOTE then holds the time.
 `faults.py meet` is three ranks that only meet, under a watchdog: rank 1 leaves long before rank 0, rank 2 long after.
-`faults.py groups` is two ranks one of which waits.
+`faults.py groups` is two ranks one of which waits; `faults.py unheard` one whose console is gone.
 """
 
 import contextlib
@@ -62,6 +62,20 @@ def meet() -> None:
     print("left", flush=True)
 
 
+def unheard() -> None:
+    """A rank hangs when its watchdog has found who went first."""
+    import threading
+
+    from electra_ds.ranks import Ranks
+    from electra_ds.watchdog import Verdict, Watchdog
+
+    watchdog = Watchdog(Ranks(0, 2, 0, 1, "none"), 4.0, 10.0, lambda find: find())
+    watchdog._first = Verdict(1, "node2", "silent")
+    threading.Timer(0.1, watchdog._end).start()
+    time.sleep(5)
+    os._exit(0)
+
+
 def groups(note: str) -> None:
     """Rank 0 waits in every group of an engine for rank 1, which never comes, and notes for how long."""
     import torch
@@ -91,4 +105,5 @@ def groups(note: str) -> None:
 
 
 if __name__ == "__main__":
-    {"meet": meet, "groups": groups}.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])
+    parts = {"meet": meet, "unheard": unheard, "groups": groups}
+    parts.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])

@@ -119,6 +119,15 @@ def test_an_error_names_its_rank_where_there_are_several(electra_ds, monkeypatch
     assert electra_ds() == (code, "", "electra-ds (rank 3): error: why\n")
 
 
+def test_a_mistake_that_nobody_reads_keeps_its_exit_code(electra_ds, monkeypatch, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as console:
+        monkeypatch.setattr(sys, "stderr", console)
+        assert electra_ds("inspect", tmp_path)[0] == 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # closing flushes what was left
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(electra_ds, monkeypatch):
     def fail():
         raise ZeroDivisionError

@@ -119,6 +119,15 @@ def test_whatever_ends_a_rank_is_named(
     assert f"rank {rank} on " in said and saved(out) >= 5
 
 
+def test_a_rank_that_hangs_is_ended_though_nobody_reads_its_last_words() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "tests/faults.py"), "unheard"]
+    done = subprocess.run(command, env=os.environ | CPU, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 1
+
+
 def test_ranks_that_sleep_together_or_leave_one_by_one_blame_nobody() -> None:
     environ = os.environ | CPU | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
     environ["PYTHONUNBUFFERED"] = "1"
