@@ -41,7 +41,10 @@ def electra_ds(monkeypatch, capsys):
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    return run
+    before = dict(os.environ)
+    yield run
+    for name in os.environ.keys() - before.keys():  # what a verb exports for its ranks, later tests would inherit
+        del os.environ[name]
 
 
 def test_the_verbs_are_there():
