@@ -68,7 +68,7 @@ class Watchdog:
         self._beats: dict[int, dict] = {}  # as last read
         self._exchanges, self._lost = 0, ""  # with the store; why there can be no more
         self._claim, self._first = "", None  # what this rank would say, what all say: a Verdict
-        self._places, self._still = [], 0
+        self._places, self._still, self._ends = [], 0, False
         self._wake, self._found, self._leaving = threading.Event(), threading.Event(), threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -81,6 +81,7 @@ class Watchdog:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         is_of_peers = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
         if error is not None:
+            self._ends = not is_of_peers
             LOG.error("rank %d ends", self._rank, exc_info=error)
             if not (is_of_peers and self._found.wait(self._silence + 4 * self._seconds)):
                 self._settle(Verdict(self._rank, self._me["host"], f"{type(error).__name__}: {error}"), error)
@@ -141,7 +142,8 @@ class Watchdog:
                 self._settle(verdict, verdict.error)
                 LOG.error("%s", self._first)
                 self._found.set()
-                signal.raise_signal(signal.SIGUSR2)  # the stacks of this rank, by faulthandler
+                if not self._ends:  # with a message of its own
+                    signal.raise_signal(signal.SIGUSR2)  # the stacks of this rank, by faulthandler
                 self._rouse(self._first)
                 return
 

@@ -2,7 +2,8 @@
 
 The fault comes in this rank's twelfth step, or (`early`) while the engine is made; NOTE then holds the time.
 `faults.py meet` is three ranks that only meet, under a watchdog: rank 1 leaves long before rank 0, rank 2 long after.
-`faults.py groups` is two ranks one of which waits; `faults.py unheard` one whose console is gone.
+`faults.py groups` is two ranks one of which waits; `faults.py unheard` one whose console is gone; `faults.py refuse`
+two that end by themselves.
 """
 
 import contextlib
@@ -76,6 +77,21 @@ def unheard() -> None:
     os._exit(0)
 
 
+def refuse() -> None:
+    """A mistake of the user ends both ranks, on a disk that takes a second for its record."""
+    import torch.distributed as dist
+
+    from electra_ds.engine import from_first
+    from electra_ds.errors import UserError
+    from electra_ds.ranks import find_ranks
+    from electra_ds.watchdog import Watchdog
+
+    ranks = find_ranks()
+    dist.init_process_group("gloo")
+    with contextlib.suppress(UserError), Watchdog(ranks, 1.0, 10.0, from_first, lambda *_: time.sleep(1)):
+        raise UserError("why")
+
+
 def groups(note: str) -> None:
     """Rank 0 waits in every group of an engine for rank 1, which never comes, and notes for how long."""
     import torch
@@ -105,5 +121,5 @@ def groups(note: str) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"meet": meet, "unheard": unheard, "groups": groups}
+    parts = {"meet": meet, "unheard": unheard, "refuse": refuse, "groups": groups}
     parts.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])

@@ -152,6 +152,10 @@ def test_ranks_that_sleep_together_or_leave_one_by_one_blame_nobody() -> None:
         assert (rank.returncode, said) == (0, "left\n"), errors
 
 
+def test_ranks_that_end_by_a_message_of_their_own_show_no_stacks() -> None:
+    run_ranks(2, "faults.py", "refuse")  # SIGUSR2 would end them here
+
+
 def test_a_wait_in_any_group_of_the_engine_ends_after_the_timeout(tmp_path: Path) -> None:
     run_ranks(2, "faults.py", "groups", tmp_path / "waited")
     waited = read_json(tmp_path / "waited")
