@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the scripts that launch `electra-ds pretrain` and `prepare`, not run:
-#   begin "$@"                      read --out and --data from the options, set the environment of all launches
+# Sourced by the scripts that launch ranks, not run:
+#   environment                     the interpreter, first on PATH, and what all ranks need
+#   begin "$@"                      environment; read --out and --data from the options of pretrain and prepare
 #   show COMMAND ..., run COMMAND   print a command as it can be typed; print and run it
 #   judge CODE                      leave with 0 finished, 85 saved and stopped, else a failure
 # Variables: RANKS  ranks a node (default: its GPUs, else 1);  PYTHON  the interpreter (default: .venv's, else PATH's)
@@ -11,6 +12,14 @@ say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
 show() { printf '+'; printf ' %q' "$@"; echo; }
 run() { show "$@"; "$@"; }
 
+environment() {
+    [ ! -x "$here/../.venv/bin/python" ] || PYTHON=${PYTHON:-$here/../.venv/bin/python}
+    PYTHON=$(command -v "${PYTHON:-python}") || { say "no python: activate an environment or set PYTHON"; exit 2; }
+    PATH=$(dirname "$PYTHON"):$PATH
+    export PATH PYTHON PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 # a crash prints stacks, lines come at once
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take it over
+}
+
 begin() {
     local previous="" word
     out="" data=""
@@ -20,10 +29,7 @@ begin() {
         previous=$word
     done
     if [ -z "$out" ] || { [ $finish = "done" ] && [ -z "$data" ]; }; then sed -n '2,3s/^# //p' "$0" >&2; exit 2; fi
-    [ ! -x "$here/../.venv/bin/python" ] || PYTHON=${PYTHON:-$here/../.venv/bin/python}
-    PYTHON=$(command -v "${PYTHON:-python}") || { say "no python: activate an environment or set PYTHON"; exit 2; }
-    PATH=$(dirname "$PYTHON"):$PATH
-    export PATH PYTHON PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 # a crash prints stacks, lines come at once
+    environment
     # Read by judge: an earlier attempt's files must not speak for this one.
     was_done=$([ ! -e "$out/$finish" ] || echo yes)
     stopped=$out/stopped.${SLURM_RESTART_COUNT:-0}

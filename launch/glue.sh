@@ -3,11 +3,13 @@
 # One rank per GPU (RANKS=n for another number), each with seeds of its own; the same OUT goes on where it was.
 # Nine tasks x 5 seeds, unless the options say otherwise: --tasks rte,cola --seeds 3
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -ge 4 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
 model=$1 config=$2 data=$3 out=$4
 shift 4
-ranks=${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-set -x
-torchrun --standalone --nproc_per_node "$ranks" -m electra_ds finetune "$model" "$config" --data "$data" --out "$out" \
-    --tasks glue --seeds 5 --spread "$@"
+environment
+ranks=$(ranks_here)
+run torchrun --standalone --nproc_per_node "$ranks" -m electra_ds finetune "$model" "$config" \
+    --data "$data" --out "$out" --tasks glue --seeds 5 --spread "$@"
 cat "$out/report.md"
