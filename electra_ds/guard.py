@@ -22,7 +22,10 @@ class Guard:
         mean = math.fsum(self.recent) / max(1, len(self.recent))
         self.fault = "" if math.isfinite(loss) else NOT_FINITE
         if len(self.recent) == WINDOW and loss > self.spike_factor * mean:
-            self.fault = f"a loss of {loss:.4g}, {loss / mean:.1f} times the mean of the {WINDOW} before it, most of it"
+            self.fault = (
+                f"a loss of {loss:.4g}, {loss / mean:.1f} times the mean of the {WINDOW} before it "
+                f"(train.spike_factor = {self.spike_factor:g}), most of it"
+            )
         if not self.fault:
             self.recent = [*self.recent, loss][-WINDOW:]
         return bool(self.fault)

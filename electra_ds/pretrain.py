@@ -260,8 +260,8 @@ class Run:
             raise RunFailure(
                 f"{progress.skipped_in_a_row} steps in a row after step {progress.step} were skipped, for gradients or "
                 f"losses that are not finite or spikes (train.max_skipped_steps = {self.config.train.max_skipped_steps}"
-                "): lower optimizer.peak_lr, use bf16 or fp32, or look at the rows named above; the last good "
-                f"checkpoint is {self._last_checkpoint()}"
+                "): lower optimizer.peak_lr, use bf16 or fp32, or look at the rows named above; last good "
+                f"checkpoint: {self._last_checkpoint()}"
             )
         return progress
 
@@ -278,7 +278,7 @@ class Run:
         if found and self.config.train.on_bad_loss == "stop":
             raise RunFailure(
                 f"step {progress.step + 1} has {found}. The weights were not touched; --set train.on_bad_loss=skip "
-                f"leaves out such steps; the last good checkpoint is {self._last_checkpoint()}"
+                f"leaves out such steps; last good checkpoint: {self._last_checkpoint()}"
             )
         if found and self.metrics:
             self.metrics.say(f"step {progress.step + 1} has {found}: skipped")
@@ -400,9 +400,8 @@ class Run:
         facts = {"step": progress.step, "total_steps": self.total_steps, "reason": reason}
         from_first(lambda: run_folder.finish(self.out, done, facts))
         if self.metrics:
-            self.metrics.say(
-                f"{'finished' if done else 'stopped and saved'} at step {progress.step}: {self._last_checkpoint()}"
-            )
+            ended, why = ("finished", "") if done else ("stopped and saved", f" ({reason})")
+            self.metrics.say(f"{ended} at step {progress.step}{why}: {self._last_checkpoint()}")
         return done
 
     def _other_reason(self, progress: Progress) -> str:

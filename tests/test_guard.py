@@ -20,6 +20,7 @@ def test_a_spike_is_what_lies_above_the_factor_times_the_mean():
     assert not Guard(3.0, FULL).refuses(6.0)
     guard = Guard(3.0, FULL)
     assert guard.refuses(6.1) and "a loss of 6.1, 3.0 times the mean" in guard.fault
+    assert "(train.spike_factor = 3)" in guard.fault
     assert guard.recent == FULL  # what was refused is no measure for the next
 
 
@@ -50,4 +51,4 @@ def test_the_blame_names_every_part_that_is_not_finite_or_the_largest():
     assert Guard(0.0, []).blame(parts) == f"{NOT_FINITE} on rank 1; rank 3"
     assert Guard(0.0, []).blame(parts[::2]) == ""  # the gradients alone
     guard = Guard(3.0, FULL)
-    assert guard.refuses(10.0) and guard.blame(parts[::2]).endswith("before it, most of it on rank 2")
+    assert guard.refuses(10.0) and guard.blame(parts[::2]).endswith("(train.spike_factor = 3), most of it on rank 2")
