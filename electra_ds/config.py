@@ -162,9 +162,11 @@ class TrainConfig(Section):
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
 
     @model_validator(mode="after")
-    def _one_length(self) -> "TrainConfig":
+    def _is_possible(self) -> "TrainConfig":
         if (self.total_steps is None) == (self.epochs is None):
             raise ValueError("give total_steps or epochs, exactly one (the other one null)")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor = {self.spike_factor} calls every step a spike; expected 0 or above 1")
         return self
 
 

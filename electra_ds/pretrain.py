@@ -65,15 +65,20 @@ def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Lim
         raise
     run_folder.on_stop_signal(limits.asked.append)  # earlier a signal ends a rank at once: it may wait for lost ones
     train = config.train
-    with Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first, record):
-        code = run_among(config, data, out, ranks, device, limits)
+    watchdog = Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first, record)
+    with contextlib.ExitStack() as held, watchdog:  # the lock stays until it is recorded who went first
+        code = run_among(config, data, out, ranks, device, limits, held)
     leave()
     return code
 
 
-def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: torch.device, limits: Limits) -> int:
+def run_among(
+    config: RunConfig, data: Path, out: Path, ranks: Ranks, device: torch.device, limits: Limits,
+    held: contextlib.ExitStack | None = None,
+) -> int:  # fmt: skip
     """Train among ranks that have met, until the schedule ends or a stop is agreed on. Resumes what OUT holds.
 
+    held: keeps OUT's lock after an error, until it is closed; by default the lock is given back at once.
     Raises UserError for mistakes of the user, RunFailure for a run that cannot go on; on every rank.
     """
     began = time.monotonic()
@@ -82,7 +87,8 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     total_steps = config.total_steps(reader.rows)
-    with Lock(out, from_first) as lock:
+    with contextlib.nullcontext(held) if held else contextlib.ExitStack() as held:
+        lock = held.enter_context(Lock(out, from_first))
         if from_first(lambda: run_folder.is_done(out)) and not limits.extend:
             _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
             return run_folder.DONE
@@ -99,6 +105,7 @@ def run_among(config: RunConfig, data: Path, out: Path, ranks: Ranks, device: to
         attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
         from_first(lambda: _describe(out, config, data, manifest.dataset_id, total_steps=total_steps, **attempt))
         done = run.train(progress)
+    held.close()
     engine.close()  # after the lock is given back: the first rank to leave may take rank 0 down
     return run_folder.DONE if done else run_folder.stop_exit_code()
 

@@ -365,3 +365,9 @@ def test_fp16_on_a_cpu_is_refused_with_what_to_write():
 def test_parse_run_names_where_the_config_came_from():
     with pytest.raises(UserError, match=r"^OUT/ckpt/5/meta\.json: model: missing"):
         parse_run({}, "OUT/ckpt/5/meta.json")
+
+
+def test_a_spike_factor_that_calls_every_step_a_spike_is_refused() -> None:
+    with pytest.raises(UserError, match=r"spike_factor = 1\.0 calls every step a spike"):
+        load_run("tiny", ["train.spike_factor=1"])
+    load_run("tiny", ["train.spike_factor=1.5"])

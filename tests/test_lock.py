@@ -257,6 +257,27 @@ def test_of_two_jobs_on_one_out_the_second_is_refused_and_a_dead_one_is_succeede
     assert not (out / "lock").exists() and found["step"] == int(checkpoint.latest(out / "ckpt").name)
 
 
+NOTE_LOCK = '''
+from electra_ds import cli, run_folder
+record = run_folder.record_error
+def noting(out, *arguments):
+    record(out, *arguments)
+    print("locked" if (out / "lock").exists() else "open")
+run_folder.record_error = noting
+cli.main()
+'''
+
+
+def test_the_lock_is_held_until_the_error_is_recorded(data: Path, tmp_path: Path) -> None:
+    """Else a launcher that ends the others meanwhile leaves a folder that looks as if nothing had failed."""
+    out = tmp_path / "run"
+    words = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero0-fp32", "--init-from", tmp_path]
+    command = [sys.executable, "-c", NOTE_LOCK, *map(str, words)]
+    done = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout.split() == ["locked"], done.stdout + done.stderr
+    assert list(out.glob("error-rank-0.json")) and not (out / "lock").exists()
+
+
 def test_a_lock_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
     """An empty one would have the next start wait for its heartbeat."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
