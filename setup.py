@@ -19,15 +19,21 @@ REQUIRES = [
     "numpy>=1.26",
     "safetensors>=0.8",  # 0.5 holds Python's lock while it writes: the training would stand still, and the watchdog
     "zstandard>=0.22",
+    "fsspec>=2024.2",
     "scikit-learn>=1.3",
     "scipy>=1.11",
 ]
 EXTRAS = {
-    "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "matplotlib>=3.8", "transformers>=4.40"],
+    "test": [
+        "pytest>=8", "hypothesis>=6", "ruff>=0.6", "matplotlib>=3.8", "transformers>=4.40", "pyarrow>=15",
+        "aiohttp>=3.9",
+    ],
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],
     "tf": ["tensorflow>=2.16"],  # or tensorflow-cpu; `import` reads the authors' checkpoints with it
+    "parquet": ["pyarrow>=15"],
+    "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],  # inputs at http(s) and s3; hf:// comes with huggingface_hub
     "hf": ["datasets>=2.14"],  # own tasks whose examples are a Hugging Face dataset
 }
 

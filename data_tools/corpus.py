@@ -1,41 +1,49 @@
 """How do the documents of one input file come out, from any byte range of it?
 
-Formats: text (a blank line ends a document, or the file is one), WikiExtractor `<doc>` blocks, JSONL, and builtin:docs.
-A document belongs to the range in which its first line starts, so ranges that cut a file anywhere give each document
-exactly once. Lines that cannot be read are left out and counted by class.
+Formats: text (a blank line ends a document, or the file is one), WikiText, WikiExtractor `<doc>` blocks, JSONL,
+parquet, tars of all but parquet, and builtin:docs. A document belongs to the range in which its first line (of parquet:
+its row group) starts, so ranges that cut a file anywhere give each document exactly once. Lines that cannot be read are
+left out and counted by class.
 """
 
 from __future__ import annotations
 
-import bz2
 import json
-import lzma
-import zlib
+import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from data_tools import docs
+from data_tools.streams import COMPRESSED, HEAD, TarMember, content_of, open_input
 from electra_ds.errors import UserError
+from electra_ds.tokenizer import UNKNOWN
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-UNREAD = (".json", ".parquet", ".arrow", ".tar", ".tgz", ".zip")  # names that promise something else than lines
+UNREAD = (".json", ".parquet", ".arrow", ".tar", ".zip")  # names that promise something else than lines
 BUILTIN = "builtin:docs"
 PLACES = 20  # bad lines named in messages
 _BACK = 4096  # bytes looked at before a range to see whether the line before it is blank
+_END = 1 << 62  # of a range that is all of a stream: its lines have offsets in the content, not in the file
+_TITLE = re.compile(rb"= (?!= ).*(?<! =) =")  # of a WikiText article; ` = = Title = = ` is a section's
 
 
 class Source(NamedTuple):
     """One input file."""
 
-    name: str  # relative to the input root; the only name that reaches the output
-    path: str
+    name: str  # relative to the input root, or a URL; the only name that reaches the output
+    path: str  # or URL
     size: int  # bytes on disk
-    format: str  # text, text_file (the file is the document), wiki, jsonl, docs
+    format: str  # text, text_file (the file is the document), wikitext, wiki, jsonl, parquet, docs, tar, tar:text ...
     digest: str  # of the first 64 KiB
+
+    @property
+    def is_stream(self) -> bool:
+        """Can it only be read from its beginning?"""
+        return self.format.startswith(("docs", "tar")) or Path(self.name).suffix in COMPRESSED
 
 
 @dataclass
@@ -53,30 +61,41 @@ class Tally:
             self.places.append(f"{source.name}: byte {offset}: {kind}")
 
 
-def detect_format(path: str) -> str:
-    """wiki, jsonl or text, from the name and the first line that is not blank. UserError for other things."""
-    name = Path(path)
-    while name.suffix in COMPRESSED:
-        name = name.with_suffix("")
-    if name.suffix in (".jsonl", ".ndjson"):
+def detect_format(name: str, head: bytes, asked: str = "auto") -> str:
+    """The format of a file (see Source), from its name and first bytes. UserError when it is none of ours.
+
+    `asked` is how the user wants lines to be read: it holds for a tar's members, and does not change what a parquet is.
+    """
+    if head[257:262] == b"ustar":
+        return "tar" if asked == "auto" else f"tar:{asked}"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if asked != "auto":
+        return asked
+    plain = Path(name)
+    while plain.suffix in COMPRESSED:
+        plain = plain.with_suffix("")
+    if plain.suffix in (".jsonl", ".ndjson"):
         return "jsonl"
-    with open(path, "rb") as raw:
-        first = next((line for _, line in _lines(Source(path, path, 0, "", ""), raw, 0) if line.strip()), b"")
-    if first.startswith(b"<doc ") or first.startswith(b"<doc>"):
+    lines = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    first = next((line for line in lines if line.strip()), b"")
+    if first.startswith((b"<doc ", b"<doc>")):
         return "wiki"
-    if first.startswith(b"{") and first.rstrip().endswith(b"}"):
+    goes_on = first is lines[-1]  # behind the head
+    if first.startswith(b"{") and (first.rstrip().endswith(b"}") or goes_on):
         return "jsonl"
-    if name.suffix in UNREAD or b"\0" in first:
-        raise UserError(f"{path}: not text; expected plain text, WikiExtractor output or JSONL (one object per line), "
-                        f"also {' '.join(COMPRESSED)}; convert it, or leave it out")
-    return "text"
+    if plain.suffix in UNREAD or b"\0" in first:
+        raise UserError(f"{name}: not text; expected plain text, WikiText, WikiExtractor output, JSONL (one object per "
+                        f"line), parquet or a tar of text, also {' '.join(COMPRESSED)}; convert it, or leave it out")
+    return "wikitext" if _TITLE.fullmatch(first.strip()) else "text"
 
 
 def documents(source: Source, start: int, end: int, *, text_field: str, tally: Tally,
               moved: Callable[[int], None]) -> Iterator[str]:
     """The texts of the documents that start in bytes [start, end) of a file; `moved` hears of bytes read, in sum.
 
-    Raises UserError with file and offset when a compressed file is broken.
+    Raises UserError with file and offset when a compressed file, a tar or a parquet is broken; OSError when a remote
+    file cannot be read any more.
     """
     if source.format == "docs":
         for _, size, text in docs.documents():
@@ -85,62 +104,39 @@ def documents(source: Source, start: int, end: int, *, text_field: str, tally: T
             if text:
                 yield text
         return
-    read = {"text": _text, "text_file": _whole, "wiki": _wiki, "jsonl": _jsonl}[source.format]
-    whole = Path(source.path).suffix in COMPRESSED  # one unit: lines have offsets in the content, not in the file
-    with open(source.path, "rb") as raw:
-        told = start
-        for text in read(source, raw, start, 1 << 62 if whole else end, tally, text_field):
-            if raw.tell() - told >= 1 << 18:  # raw: bytes on disk, also of a compressed file
-                moved(min(raw.tell(), end) - told)
-                told = min(raw.tell(), end)
-            yield text
-        moved(end - told)
-
-
-def _lines(source: Source, raw: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) from the first line that starts at `start` or later."""
-    offset, suffix = 0, Path(source.path).suffix
-    if start:
-        raw.seek(start - 1)
-        offset = start - 1 + len(raw.readline())
     try:
-        for line in raw if suffix not in COMPRESSED else _decompressed_lines(raw, suffix):
-            yield offset, line if offset else line.removeprefix(b"\xef\xbb\xbf")
-            offset += len(line)
-    except UserError:
+        with open_input(source.path) as raw:
+            told = start
+            content = content_of(raw, source.name)
+            for text in _documents(source, content, start, _END if source.is_stream else end, tally, text_field):
+                if raw.tell() - told >= 1 << 18:  # raw: bytes on disk, also of a compressed file
+                    moved(min(raw.tell(), end) - told)
+                    told = min(raw.tell(), end)
+                yield text
+            moved(end - told)
+    except (UserError, OSError):
         raise
-    except Exception as error:  # each decompressor has errors of its own
-        if suffix not in COMPRESSED:
+    except Exception as error:  # each file system has errors of its own
+        if "://" not in source.path:
             raise
-        raise UserError(f"{source.name}: broken after byte {offset} of its content ({error}); expected a whole "
-                        f"{suffix} file; copy it again or leave it out") from None
+        raise OSError(f"{source.name}: {error or type(error).__name__}") from error
 
 
-def _decompressed_lines(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
-    """Lines of a compressed file of one or more streams; raises when the last one is not whole."""
-    stream, tail = None, b""
-    while data := raw.read(1 << 16):
-        while data := data if stream is not None and not stream.eof else data.lstrip(b"\0"):  # padding between streams
-            if stream is None or stream.eof:
-                stream = _decompressor(suffix)
-            tail += stream.decompress(data)
-            data = stream.unused_data if stream.eof else b""
-        *lines, tail = tail.split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if stream is not None and not stream.eof:
-        raise EOFError("the file ends inside its compressed stream")
-    if tail:
-        yield tail
+def _documents(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
+    formats = {"text": _text, "text_file": _whole, "wikitext": _wikitext, "wiki": _wiki, "jsonl": _jsonl,
+               "parquet": _parquet, "tar": _tar}
+    return formats[source.format.partition(":")[0]](source, content, start, end, tally, text_field)
 
 
-def _decompressor(suffix: str) -> Any:
-    if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("reading .zst needs the zstandard package: pip install zstandard") from None
-        return zstandard.ZstdDecompressor().decompressobj()
-    return {".gz": lambda: zlib.decompressobj(31), ".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}[suffix]()
+def _lines(content: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) from the first line that starts at `start` or later."""
+    offset = 0
+    if start:
+        content.seek(start - 1)
+        offset = start - 1 + len(content.readline())
+    for line in content:
+        yield offset, line if offset else line.removeprefix(b"\xef\xbb\xbf")
+        offset += len(line)
 
 
 def _decode(lines: list[tuple[int, bytes]], source: Source, tally: Tally) -> str:
@@ -158,10 +154,10 @@ def _decode(lines: list[tuple[int, bytes]], source: Source, tally: Tally) -> str
         return "".join(kept)
 
 
-def _text(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
-    blank_before = start == 0 or _blank_before(raw, start)
+def _text(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
+    blank_before = start == 0 or _blank_before(content, start)
     document: list[tuple[int, bytes]] = []
-    for offset, line in chain(_lines(source, raw, start), [(end, b"")]):  # a blank line more ends the last document
+    for offset, line in chain(_lines(content, start), [(end, b"")]):  # a blank line more ends the last document
         blank = not line.strip()
         if document and blank:
             yield _decode(document, source, tally)
@@ -175,22 +171,39 @@ def _text(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: 
         blank_before = blank
 
 
-def _blank_before(raw: BinaryIO, start: int) -> bool:
+def _blank_before(content: BinaryIO, start: int) -> bool:
     """Is the line blank that ends before the first line starting at `start` or later? (Uncompressed files only.)"""
-    raw.seek(start - 1)
-    first = start - 1 + len(raw.readline())
+    content.seek(start - 1)
+    first = start - 1 + len(content.readline())
     back = max(0, first - _BACK)
-    raw.seek(back)
-    return not raw.read(first - back)[:-1].rpartition(b"\n")[2].strip()
+    content.seek(back)
+    return not content.read(first - back)[:-1].rpartition(b"\n")[2].strip()
 
 
-def _whole(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
-    yield _decode(list(_lines(source, raw, 0)), source, tally)
+def _whole(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
+    yield _decode(list(_lines(content, 0)), source, tally)
 
 
-def _wiki(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
+def _wikitext(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
+    document: list[tuple[int, bytes]] = []
+    begun = start == 0  # what stands before the first title is a document, too
+    blank_before = start == 0 or _blank_before(content, start)
+    for offset, line in chain(_lines(content, start), [(end, b""), (end, b"= . =")]):  # a title more: ends the last one
+        stripped = line.strip()
+        if blank_before and _TITLE.fullmatch(stripped):
+            if document:
+                yield _decode(document, source, tally).replace("<unk>", f" {UNKNOWN} ")
+            if offset >= end:
+                return
+            document, begun = [], True
+        if begun and stripped:
+            document.append((offset, stripped + b"\n"))
+        blank_before = not stripped
+
+
+def _wiki(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
     document: list[tuple[int, bytes]] | None = None
-    for offset, line in chain(_lines(source, raw, start), [(end, b"<doc>")]):  # one <doc> more ends the last document
+    for offset, line in chain(_lines(content, start), [(end, b"<doc>")]):  # one <doc> more ends the last document
         begins = line.startswith((b"<doc ", b"<doc>"))
         if document is not None and (begins or line.startswith(b"</doc>")):
             if begins:
@@ -205,8 +218,8 @@ def _wiki(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, _: 
             document.append((offset, line))
 
 
-def _jsonl(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
-    for offset, line in _lines(source, raw, start):
+def _jsonl(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
+    for offset, line in _lines(content, start):
         if offset >= end:
             return
         if not line.strip():
@@ -224,3 +237,58 @@ def _jsonl(source: Source, raw: BinaryIO, start: int, end: int, tally: Tally, te
             tally.add_bad("half a surrogate pair", source, offset)
         else:
             yield text
+
+
+def _parquet(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{source.name}: reading parquet needs pyarrow: pip install 'electra_ds[parquet]'") from None
+    try:
+        table = ParquetFile(content, buffer_size=1 << 20)  # pages, not whole row groups, in memory
+        column = table.schema_arrow.field(text_field)
+        for group in range(table.num_row_groups):
+            first = table.metadata.row_group(group).column(0)
+            offset = first.dictionary_page_offset or first.data_page_offset
+            if not start <= offset < end:
+                continue
+            for batch in table.iter_batches(256, [group], [column.name], use_threads=False):
+                for text in batch.column(0).to_pylist():
+                    tally.lines += 1
+                    if isinstance(text, str):
+                        yield text
+                    else:
+                        tally.add_bad(f"no text in field {text_field!r}", source, offset)
+    except KeyError:
+        raise UserError(f"{source.name}: no column {text_field!r}; expected --text-field to be one of "
+                        f"{', '.join(table.schema_arrow.names)}") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        if "://" in source.path:
+            raise
+        raise UserError(f"{source.name}: broken ({' '.join(str(error).split())}); expected a whole parquet file; copy "
+                        f"it again or leave it out") from None
+
+
+def _tar(source: Source, content: BinaryIO, _: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
+    """Of a tar every regular member that is not hidden, read as a file of its own; text is one document."""
+    asked, name = source.format.partition(":")[2] or "auto", source.name
+    try:
+        with tarfile.open(fileobj=content, mode="r|", tarinfo=TarMember) as tar:
+            for member in iter(tar.next, None):
+                tar.members.clear()  # there may be millions
+                if not member.isfile() or not member.size or "/." in f"/{member.name.removeprefix('./')}":
+                    continue
+                name = f"{source.name}/{member.name}"
+                inside = content_of(tar.extractfile(member), name)
+                found = detect_format(name, inside.peek(HEAD), asked)
+                if found == "parquet":
+                    raise UserError(f"{name}: parquet in a tar; unpack the tar, or leave it out")
+                found = "text_file" if (found, asked) == ("text", "auto") else found
+                yield from _documents(Source(name, "", member.size, found, ""), inside, 0, end, tally, text_field)
+            while rest := content.read(HEAD):  # to the end, where a compressed stream has its checksum
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("more data after its end")
+    except tarfile.TarError as error:
+        raise UserError(f"{source.name}: broken, last read {name} ({error}); expected a whole tar; copy it again or "
+                        f"leave it out") from None

@@ -10,17 +10,21 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools import docs
-from data_tools.corpus import BUILTIN, COMPRESSED, Source, detect_format
+from data_tools.corpus import BUILTIN, Source, detect_format
+from data_tools.streams import COMPRESSED, HEAD, content_of, open_input
 from electra_ds.errors import UserError
 
 Unit = tuple[tuple[int, int, int], ...]  # (file, start, end) in bytes; more than one for small files
 UNIT_BYTES = 32 << 20
-FORMATS = ("auto", "text", "text_file", "wiki", "jsonl")
+FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl")
+CARDS = {"README.md", "dataset_info.json", "dataset_infos.json"}  # that describe a folder of data
 
 
 @dataclass(frozen=True)
@@ -46,42 +50,83 @@ def plan_hash(value: object) -> str:
 
 
 def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = UNIT_BYTES) -> Plan:
-    """Find the files behind paths, folders, globs and builtin:docs, and cut them. UserError: nothing there."""
+    """Find the files behind paths, folders, globs, URLs and builtin:docs, and cut them. UserError: nothing there."""
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
-    files = sorted({file for given in inputs if given != BUILTIN for file in _expand(given)})
-    root = os.path.commonpath([file.parent for file in files]) if files else ""
+    files = sorted({f for given in inputs if given != BUILTIN for f in _expand(given)}, key=lambda f: f.split("/"))
+    folders = [os.path.dirname(file) for file in files if "://" not in file]
+    root = os.path.commonpath(folders) if folders else ""
     sources = [_source(file, root, format) for file in files]
     if BUILTIN in inputs:
         sources.append(_docs_source())
     if not sources:
-        raise UserError("no input; give files, folders, globs or builtin:docs")
+        raise UserError("no input; give files, folders, globs, URLs or builtin:docs")
     if not any(source.size for source in sources):
         raise UserError(f"{', '.join(inputs)}: all {len(sources)} input files are empty")
     return Plan(tuple(sources), tuple(_cut(sources, unit_bytes)))
 
 
-def _expand(given: str) -> list[Path]:
-    """The real paths of the files that one argument names."""
-    path = Path(given).expanduser()
-    if path.is_dir():
-        found = [f for f in path.rglob("*") if f.is_file() and "/." not in f"/{f.relative_to(path).as_posix()}"]
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(f) for f in glob.glob(str(path), recursive=True) if os.path.isfile(f)]
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What is inside reads from `name`, whose file system may have errors of its own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        extra = "; pip install 'electra_ds[remote]'" if isinstance(error, ImportError) else ""
+        raise UserError(f"{name}: cannot be read ({error or type(error).__name__}){extra}") from error
+
+
+def _expand(given: str) -> list[str]:
+    """The real paths, or URLs, of the files that one argument names."""
+    given = given.removeprefix("file://")
+    with _readable(given):
+        if "://" in given:
+            found = _remote(given)
+        elif (path := Path(given).expanduser()).is_dir():
+            found = [str(f) for f in path.rglob("*") if f.is_file() and _is_data(f.relative_to(path).as_posix())]
+        elif path.is_file():
+            found = [str(path)]
+        else:
+            found = [f for f in glob.glob(str(path), recursive=True) if os.path.isfile(f)]
     if not found:
-        raise UserError(f"{given}: no such file, and no file matches it; expected text, WikiExtractor or JSONL files "
-                        f"(also {' '.join(COMPRESSED)}), folders or globs of them, or {BUILTIN}")
-    return [f.resolve() for f in found]
+        raise UserError(f"{given}: no such file, and no file matches it; expected text, WikiText, WikiExtractor, JSONL "
+                        f"or parquet files, tars of text (also {' '.join(COMPRESSED)}), folders, globs or URLs of "
+                        f"them, or {BUILTIN}")
+    return [f if "://" in f else os.path.realpath(f) for f in found]
 
 
-def _source(file: Path, root: str, format: str) -> Source:
-    with open(file, "rb") as opened:
-        digest = hashlib.sha256(opened.read(1 << 16)).hexdigest()[:16]
-    size = file.stat().st_size
-    found = detect_format(str(file)) if format == "auto" and size else "text" if format == "auto" else format
-    return Source(os.path.relpath(file, root), str(file), size, found, digest)
+def _remote(given: str) -> list[str]:
+    """The URLs of the files that a URL means: a folder ends with a slash, `*` makes a glob."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(given)
+    if given.endswith("/"):
+        path = path.rstrip("/")
+        found = [f for f in system.find(path) if _is_data(f.removeprefix(f"{path}/"))]
+    elif "*" in given:
+        found = [f for f, info in system.glob(path, detail=True).items() if info["type"] == "file"]
+    else:
+        return [given]
+    return [system.unstrip_protocol(f) for f in found]
+
+
+def _is_data(name: str) -> bool:
+    """Does a file of a folder, given by its name there, count as input?"""
+    return "/." not in f"/{name}" and os.path.basename(name) not in CARDS
+
+
+def _source(file: str, root: str, format: str) -> Source:
+    url = re.sub("//[^/]*@", "//", file.partition("?")[0])  # passwords and signatures stay out of the name
+    name = url if "://" in file else os.path.relpath(file, root)
+    with _readable(name), open_input(file) as raw:
+        digest = hashlib.sha256(raw.read(HEAD)).hexdigest()[:16]
+        size = raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+        head = content_of(raw, name).read(HEAD)
+        found = detect_format(name, head, format) if size else "text"
+    return Source(name, file, size, found, digest)
 
 
 def _docs_source() -> Source:
@@ -90,18 +135,17 @@ def _docs_source() -> Source:
 
 
 def _cut(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
-    """Big plain files in byte ranges, a compressed file whole, neighbouring small files together."""
+    """Big files in byte ranges, a stream (compressed, tar) whole, neighbouring small files together."""
     units: list[Unit] = []
     small: list[tuple[int, int, int]] = []
     held = 0  # bytes of the small ones
     for number, source in enumerate(sources):
-        whole = source.format == "docs" or Path(source.name).suffix in COMPRESSED
-        alone = whole or source.size > unit_bytes
+        alone = source.is_stream or source.size > unit_bytes
         if small and (alone or held + source.size > unit_bytes):
             units.append(tuple(small))
             small, held = [], 0
         if alone:
-            step = max(1, source.size) if whole or source.format == "text_file" else unit_bytes
+            step = max(1, source.size) if source.is_stream or source.format == "text_file" else unit_bytes
             units += [((number, at, min(at + step, source.size)),) for at in range(0, source.size, step)]
         elif source.size:
             small.append((number, 0, source.size))

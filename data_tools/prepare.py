@@ -43,7 +43,7 @@ def prepare(
 ) -> Manifest:
     """Prepare a data folder; returns its manifest. Called again after a stop, it goes on; when complete, it returns.
 
-    inputs:         files, folders, globs, "builtin:docs"
+    inputs:         files, folders, globs, URLs, "builtin:docs"
     tokenizer:      a Tokenizer, or what load_tokenizer takes
     valid_fraction: share of documents held out, chosen by the hash of their text
     workers, ranks: as for `pool`

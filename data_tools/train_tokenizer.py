@@ -14,7 +14,7 @@ from data_tools.corpus import Tally, documents
 from data_tools.plan import make_plan
 from data_tools.workers import Progress, summed
 from electra_ds.errors import UserError
-from electra_ds.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
+from electra_ds.tokenizer import SPECIAL_NAMES, UNKNOWN, SentencePiece, Tokenizer, WordPiece
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
@@ -64,7 +64,7 @@ def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Progre
     moved = summed(lambda done: progress("read", done, total))
     for source in plan.sources:
         for text in documents(source, 0, source.size, text_field=text_field, tally=Tally(), moved=moved):
-            for line in clean_lines(text):
+            for line in clean_lines(text.replace(UNKNOWN, "")):
                 found = True
                 yield line
     if not found:

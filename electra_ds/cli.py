@@ -22,10 +22,10 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder (its 
 Data = Annotated[Path, typer.Option(help="Folder that `prepare` wrote.")]
 Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
-Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob or builtin:docs; may be repeated.")]
-Format = Annotated[str, typer.Option(help="auto, text, text_file (each file a document), wiki, jsonl.")]
+Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob, URL or builtin:docs; repeatable.")]
+Format = Annotated[str, typer.Option(help="auto, text, text_file (each file a document), wikitext, wiki, jsonl.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the checkpoint's model.factory run its code.")]
-TextField = Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")]
+TextField = Annotated[str, typer.Option(help="Field of a JSONL line, column of a parquet, with the text.")]
 
 
 class Kind(str, Enum):

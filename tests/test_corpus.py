@@ -68,7 +68,7 @@ def test_formats_are_found_by_name_and_content(tmp_path):
 
 @pytest.mark.parametrize(("name", "content"), [
     ("a.json", b'[{"text": "x"},\n'), ("b.tar.gz", gzip.compress(b"x.txt\0\0\0")),
-    ("c", b"\x7fELF\0\0"), ("d.parquet", b"PAR1")])
+    ("c", b"\x7fELF\0\0"), ("d.arrow", b"ARROW1")])
 def test_files_that_are_no_lines_of_text_are_refused(tmp_path, name, content):
     with pytest.raises(UserError, match=rf"{name}: not text"):
         source_of(tmp_path / name, content)

@@ -1,0 +1,230 @@
+"""Inputs beside plain files: WikiText, tars, parquet, URLs. Each document once, whatever is broken is named."""
+
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from data_tools.corpus import Tally, documents
+from data_tools.plan import make_plan
+from data_tools.prepare import prepare
+from data_tools.train_tokenizer import train_tokenizer
+from electra_ds.errors import UserError
+from electra_ds.shards import ShardReader
+from electra_ds.tokenizer import UNKNOWN, load_tokenizer
+
+TEXTS = [f"word{i} " * (i % 7 + 1) + f"\n\n end{i}" for i in range(200)]
+
+
+def read(plan, tally=None) -> list[str]:
+    """The documents of all units, each as its words."""
+    return [" ".join(text.split()) for unit in plan.units for file, start, end in unit
+            for text in documents(plan.sources[file], start, end, text_field="text", tally=tally or Tally(),
+                                  moved=lambda count: None)]
+
+
+def words(texts) -> list[str]:
+    return [" ".join(text.split()) for text in texts]
+
+
+def tar_of(members: dict[str, bytes], **options) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def as_wikitext(texts) -> bytes:
+    return "".join(f" \n = Title {i} = \n \n {text} \n = = Part = = \n \n <unk> {i} \n = 7 = \n"
+                   for i, text in enumerate(texts)).encode()
+
+
+def write_parquet(path, texts, **options):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), path, **options)
+
+
+def test_any_cut_of_wikitext_gives_each_article_once(tmp_path):
+    (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS[:20]))
+    articles = words(f"= Title {i} = {text} = = Part = = {UNKNOWN} {i} = 7 =" for i, text in enumerate(TEXTS[:20]))
+    for step in (1, 2, 3, 7, 50, 300, 10000):
+        plan = make_plan([str(tmp_path)], unit_bytes=step)
+        assert plan.sources[0].format == "wikitext"
+        assert read(plan) == articles
+
+
+def test_the_unknown_word_of_wikitext_becomes_the_unknown_token(tmp_path):
+    (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS))
+    for kind, size in (("wordpiece", 300), ("unigram", 90)):
+        made = train_tokenizer([str(tmp_path / "wiki.tokens")], tmp_path / kind, kind=kind, vocab_size=size)
+        assert UNKNOWN not in "".join(made.names)
+        tokenizer = load_tokenizer(tmp_path / kind)
+        ids = tokenizer.encode_batch([f"word1 {UNKNOWN} end2"])[0]
+        assert tokenizer.decode(ids).split() == ["word1", "[UNK]", "end2"]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tgz", "a.xz"])
+def test_a_tar_is_read_as_the_files_in_it(tmp_path, name):
+    texts = {f"{i:04}.txt": text.encode() for i, text in enumerate(TEXTS[:50])}
+    content = tar_of({
+        "owt/urlsf_subset00-1_data.xz": lzma.compress(tar_of(texts)),  # a tar by another name
+        "._owt": b"\0\1", "./.hidden/x": b"\0", "empty.txt": b"",
+        "rows.jsonl.gz": gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[50:100]).encode()),
+        "wiki": as_wikitext(["x"]), "long.txt": "\n\n".join(TEXTS[100:]).encode()})
+    packed = gzip.compress(content) if name.endswith("gz") else lzma.compress(content) if "xz" in name else content
+    (tmp_path / name).write_bytes(packed)
+    plan = make_plan([str(tmp_path / name)], unit_bytes=100)
+    assert len(plan.units) == 1
+    rest = ["= Title 0 = x = = Part = = " + UNKNOWN + " 0 = 7 =", " ".join(words(TEXTS[100:]))]
+    assert read(plan) == words(TEXTS[:100]) + rest
+    lines = [part for text in TEXTS[:50] for part in text.split("\n\n")]
+    asked = make_plan([str(tmp_path / name)], format="text")
+    assert read(asked)[:100] == words(lines)  # the format asked for holds inside
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress)])
+def test_a_broken_tar_is_an_error_wherever_it_is_broken(tmp_path, suffix, pack):
+    whole = tar_of({f"{i}.txt": text.encode() for i, text in enumerate(TEXTS[:30])}, format=tarfile.USTAR_FORMAT)
+    path = tmp_path / f"a.tar{suffix}"
+    half = 1024 * 10  # each member has a block of header and one of data
+    flipped = bytearray(whole)
+    flipped[half + 5] ^= 1
+    zeroed = whole[:half] + bytes(1024) + whole[half + 1024:]
+    for content in (whole[:half], whole[:half + 100], whole[:half + 512], whole[:half + 600], flipped, zeroed):
+        path.write_bytes(pack(bytes(content)))
+        with pytest.raises(UserError, match=rf"a.tar{suffix}: broken, last read a.tar{suffix}/"):
+            read(make_plan([str(path)]))
+    if suffix:
+        path.write_bytes(pack(whole)[:-4])  # in the checksum behind the last member
+        with pytest.raises(UserError, match="broken after byte"):
+            read(make_plan([str(path)]))
+
+
+def test_what_is_no_text_in_a_tar_is_named(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of({"pic/b.jpg": b"\xff\xd8\0"}))
+    with pytest.raises(UserError, match=r"^a.tar/pic/b.jpg: not text"):
+        read(make_plan([str(tmp_path)]))
+    (tmp_path / "a.tar").write_bytes(tar_of({"b.txt": b"one\n\xfftwo"}))
+    tally = Tally()
+    assert read(make_plan([str(tmp_path)]), tally) == ["one"]
+    assert tally.places == ["a.tar/b.txt: byte 4: not UTF-8"]
+
+
+def test_any_cut_of_a_parquet_gives_each_row_once(tmp_path):
+    write_parquet(tmp_path / "a.parquet", TEXTS, row_group_size=7)
+    for step in (50, 700, 100000):
+        plan = make_plan([str(tmp_path)], unit_bytes=step)
+        assert read(plan) == words(TEXTS)
+    sizes = [len(read(type(plan)(plan.sources, (((0, a, b),),)))) for a, b in pairwise([4, 700, 1500, 1 << 30])]
+    assert sum(sizes) == len(TEXTS) and all(size % 7 == 0 for size in sizes[:2]) and all(sizes)
+
+
+def test_bad_parquet_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ["one", None, "two"])
+    tally = Tally()
+    assert read(make_plan([str(path)]), tally) == ["one", "two"]
+    assert tally.bad == {"no text in field 'text'": 1} and tally.lines == 3
+    whole = path.read_bytes()
+    with pytest.raises(UserError, match=r"a.parquet: no column 'body'; expected --text-field to be one of id, text"):
+        list(documents(make_plan([str(path)]).sources[0], 0, 1 << 30, text_field="body", tally=tally, moved=print))
+    for content in (whole[:-20], whole[:4] + b"\xff" * 200 + whole[204:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a.parquet: broken .*; expected a whole parquet file"):
+            read(make_plan([str(path)]))
+    path.write_bytes(whole)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"a.parquet: reading parquet needs pyarrow: pip install"):
+        read(make_plan([str(path)]))
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Files of a folder, with ranges of bytes as object stores give them."""
+
+    def send_head(self):
+        asked, path = self.headers.get("Range"), Path(self.translate_path(self.path))
+        if not asked or not path.is_file():
+            return super().send_head()
+        content = path.read_bytes()
+        start, _, end = asked.removeprefix("bytes=").partition("-")
+        part = content[int(start):int(end or len(content)) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        return io.BytesIO(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(folder, its URL) of a web server."""
+    pytest.importorskip("aiohttp", reason="needs the extra [remote]")
+    (tmp_path / "web").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path / "web")))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path / "web", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_inputs_of_all_kinds_in_one_call_give_the_same_rows_for_any_workers(tmp_path, served):
+    web, url = served
+    local = tmp_path / "local"
+    (web / "part").mkdir()
+    local.mkdir()
+    (local / "README.md").write_text("a card of the folder")
+    (local / "a.tar.xz").write_bytes(lzma.compress(tar_of({f"{i}.txt": t.encode() for i, t in enumerate(TEXTS[:40])})))
+    (local / "b.tokens").write_bytes(as_wikitext(TEXTS[40:80]))
+    write_parquet(local / "c.parquet", TEXTS[80:120], row_group_size=9)
+    (web / "part" / "d.txt").write_text("\n\n".join(words(TEXTS[120:160])))
+    write_parquet(web / "part" / "e.parquet", TEXTS[160:180], row_group_size=9)
+    (web / "f.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[180:]).encode()))
+    inputs = [str(local), str(local / "*.tokens"), f"file://{local}/a.tar.xz", f"{url}/part/", f"{url}/part/*.txt",
+              f"{url}/f.jsonl.gz?signature=secret"]
+    tokenizer = train_tokenizer([str(local / "b.tokens")], tmp_path / "tok", vocab_size=200)
+    made = [prepare(inputs, tmp_path / "tok", tmp_path / f"out{workers}", workers=workers, unit_bytes=600,
+                    sequence_length=32, valid_fraction=0) for workers in (1, 2)]
+    assert made[0] == made[1]
+    assert made[0].source.files == ("a.tar.xz", "b.tokens", "c.parquet", f"{url}/f.jsonl.gz", f"{url}/part/d.txt",
+                                    f"{url}/part/e.parquet")
+    assert made[0].splits["train"].documents == len(TEXTS) and not made[0].bad_lines
+
+    plan, reader = make_plan(inputs, unit_bytes=600), ShardReader(tmp_path / "out1", "train")
+    units = [read(type(plan)(plan.sources, (unit,))) for unit in plan.units]
+    for block in range(len(reader.blocks)):
+        ids = reader.block(block)
+        for row, start, length, unit, number, token in reader.pieces(block).tolist():
+            piece = [i for i in ids[row, start:start + length].tolist() if i not in (2, 3)]  # [CLS], [SEP]
+            found = tokenizer.encode_batch([units[unit][number]])[0][token:token + len(piece)]
+            assert found == piece  # a piece lies where its provenance says
+
+
+def test_a_url_that_cannot_be_read_is_named(served):
+    web, url = served
+    for given, message in ((f"{url}/none.txt", "cannot be read"), ("s4://x/y", "cannot be read"),
+                           (f"{url}/*.txt", "no such file"), ("http://127.0.0.1:9/x", "cannot be read")):
+        with pytest.raises(UserError, match=f"^{re.escape(given)}: {message}"):
+            make_plan([given])
+    (web / "a.txt").write_text("text")
+    plan = make_plan([f"{url}/a.txt"])
+    (web / "a.txt").unlink()
+    with pytest.raises(OSError, match=f"{url}/a.txt"):
+        read(plan)
