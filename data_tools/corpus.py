@@ -240,6 +240,8 @@ def _jsonl(source: Source, content: BinaryIO, start: int, end: int, tally: Tally
 
 
 def _parquet(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
+    if end == _END:
+        raise UserError(f"{source.name}: parquet compressed or in a tar cannot be read; unpack it, or leave it out")
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -282,8 +284,6 @@ def _tar(source: Source, content: BinaryIO, _: int, end: int, tally: Tally, text
                 name = f"{source.name}/{member.name}"
                 inside = content_of(tar.extractfile(member), name)
                 found = detect_format(name, inside.peek(HEAD), asked)
-                if found == "parquet":
-                    raise UserError(f"{name}: parquet in a tar; unpack the tar, or leave it out")
                 found = "text_file" if (found, asked) == ("text", "auto") else found
                 yield from _documents(Source(name, "", member.size, found, ""), inside, 0, end, tally, text_field)
             while rest := content.read(HEAD):  # to the end, where a compressed stream has its checksum

@@ -119,6 +119,9 @@ def test_what_is_no_text_in_a_tar_is_named(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of({"pic/b.jpg": b"\xff\xd8\0"}))
     with pytest.raises(UserError, match=r"^a.tar/pic/b.jpg: not text"):
         read(make_plan([str(tmp_path)]))
+    (tmp_path / "a.tar").write_bytes(tar_of({"b.parquet": b"PAR1"}))
+    with pytest.raises(UserError, match=r"^a.tar/b.parquet: parquet compressed or in a tar"):
+        read(make_plan([str(tmp_path)]))
     (tmp_path / "a.tar").write_bytes(tar_of({"b.txt": b"one\n\xfftwo"}))
     tally = Tally()
     assert read(make_plan([str(tmp_path)]), tally) == ["one"]
