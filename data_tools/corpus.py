@@ -21,10 +21,10 @@ from typing import BinaryIO, NamedTuple
 from data_tools import docs
 from data_tools.streams import COMPRESSED, HEAD, TarMember, content_of, open_input
 from electra_ds.errors import UserError
-from electra_ds.tokenizer import UNKNOWN
 
 UNREAD = (".json", ".parquet", ".arrow", ".tar", ".zip")  # names that promise something else than lines
 BUILTIN = "builtin:docs"
+UNKNOWN = "\ufdd0"  # the <unk> of WikiText: a noncharacter, which no text carries, so every vocabulary makes it [UNK]
 PLACES = 20  # bad lines named in messages
 _BACK = 4096  # bytes looked at before a range to see whether the line before it is blank
 _END = 1 << 62  # of a range that is all of a stream: its lines have offsets in the content, not in the file

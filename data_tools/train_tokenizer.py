@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.clean import clean_lines
-from data_tools.corpus import Tally, documents
+from data_tools.corpus import UNKNOWN, Tally, documents
 from data_tools.plan import make_plan
 from data_tools.workers import Progress, summed
 from electra_ds.errors import UserError
-from electra_ds.tokenizer import SPECIAL_NAMES, UNKNOWN, SentencePiece, Tokenizer, WordPiece
+from electra_ds.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4

@@ -1,8 +1,8 @@
 """Text <-> ids: WordPiece vocab.txt files and SentencePiece models behind one face.
 
-No special token is ever added here, and text cannot make one but [UNK]: a literal "[MASK]" in a corpus is punctuation
-and letters. The word cache follows from BERT's pre-tokenisation: white space always splits, so the ids of a text are
-the ids of its words one after the other, and each distinct word is tokenized once.
+No special token is ever added here, and text cannot make one: a literal "[MASK]" in a corpus is five characters of
+punctuation and letters. The word cache follows from BERT's pre-tokenisation: white space always splits, so the ids of
+a text are the ids of its words one after the other, and each distinct word is tokenized once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ SPECIAL_NAMES = {  # role -> spellings looked for in a vocabulary, ours first
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
-UNKNOWN = "\ufdd0"  # a word of a corpus that stands for [UNK]: a noncharacter, which text does not carry
 FILES = ("vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 CACHE_WORDS = 1_000_000  # about 200 MB; the cache starts again when it is full
 GROUP = 256  # unknown words tokenized in one call: twice as fast as one by one
@@ -141,7 +140,6 @@ class WordPiece(Tokenizer):
             ids = np.array(encoding.ids, np.uint32).tobytes()
             cuts = np.searchsorted(encoding.word_ids, np.arange(len(group) + 1)).tolist()
             self._cache.update((word, ids[4 * a:4 * b]) for word, a, b in zip(group, cuts, cuts[1:], strict=False))
-        self._cache[UNKNOWN] = np.uint32(self.special_ids.unk).tobytes()
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.fast.encode(text, add_special_tokens=False)

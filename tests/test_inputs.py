@@ -15,13 +15,13 @@ from threading import Thread
 
 import pytest
 
-from data_tools.corpus import Tally, documents
+from data_tools.corpus import UNKNOWN, Tally, documents
 from data_tools.plan import make_plan
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.errors import UserError
 from electra_ds.shards import ShardReader
-from electra_ds.tokenizer import UNKNOWN, load_tokenizer
+from electra_ds.tokenizer import load_tokenizer
 
 TEXTS = [f"word{i} " * (i % 7 + 1) + f"\n\n end{i}" for i in range(200)]
 
