@@ -25,7 +25,12 @@ REQUIRES = [
 ]
 EXTRAS = {
     "test": [
-        "pytest>=8", "hypothesis>=6", "ruff>=0.6", "matplotlib>=3.8", "transformers>=4.40", "pyarrow>=15",
+        "pytest>=8",
+        "hypothesis>=6",
+        "ruff>=0.6",
+        "matplotlib>=3.8",
+        "transformers>=4.40",
+        "pyarrow>=15",
         "aiohttp>=3.9",
     ],
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch

@@ -52,8 +52,10 @@ class _Decompressed(io.RawIOBase):
         except UserError:
             raise
         except Exception as error:  # each decompressor has errors of its own
-            raise UserError(f"{self.name}: broken after byte {self.given} of its content ({error}); expected a whole "
-                            f"{self.suffix} file; copy it again or leave it out") from None
+            raise UserError(
+                f"{self.name}: broken after byte {self.given} of its content ({error}); expected a whole "
+                f"{self.suffix} file; copy it again or leave it out"
+            ) from None
         count = min(len(buffer), len(self.held))
         buffer[:count], self.held = self.held[:count], self.held[count:]
         self.given += count

@@ -28,9 +28,14 @@ TEXTS = [f"word{i} " * (i % 7 + 1) + f"\n\n end{i}" for i in range(200)]
 
 def read(plan, tally=None) -> list[str]:
     """The documents of all units, each as its words."""
-    return [" ".join(text.split()) for unit in plan.units for file, start, end in unit
-            for text in documents(plan.sources[file], start, end, text_field="text", tally=tally or Tally(),
-                                  moved=lambda count: None)]
+    return [
+        " ".join(text.split())
+        for unit in plan.units
+        for file, start, end in unit
+        for text in documents(
+            plan.sources[file], start, end, text_field="text", tally=tally or Tally(), moved=lambda count: None
+        )
+    ]
 
 
 def words(texts) -> list[str]:
@@ -48,8 +53,9 @@ def tar_of(members: dict[str, bytes], **options) -> bytes:
 
 
 def as_wikitext(texts) -> bytes:
-    return "".join(f" \n = Title {i} = \n \n {text} \n = = Part = = \n \n <unk> {i} \n = 7 = \n"
-                   for i, text in enumerate(texts)).encode()
+    return "".join(
+        f" \n = Title {i} = \n \n {text} \n = = Part = = \n \n <unk> {i} \n = 7 = \n" for i, text in enumerate(texts)
+    ).encode()
 
 
 def write_parquet(path, texts, **options):
@@ -81,11 +87,17 @@ def test_the_unknown_word_of_wikitext_becomes_the_unknown_token(tmp_path):
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tgz", "a.xz"])
 def test_a_tar_is_read_as_the_files_in_it(tmp_path, name):
     texts = {f"{i:04}.txt": text.encode() for i, text in enumerate(TEXTS[:50])}
-    content = tar_of({
-        "owt/urlsf_subset00-1_data.xz": lzma.compress(tar_of(texts)),  # a tar by another name
-        "._owt": b"\0\1", "./.hidden/x": b"\0", "empty.txt": b"",
-        "rows.jsonl.gz": gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[50:100]).encode()),
-        "wiki": as_wikitext(["x"]), "long.txt": "\n\n".join(TEXTS[100:]).encode()})
+    content = tar_of(
+        {
+            "owt/urlsf_subset00-1_data.xz": lzma.compress(tar_of(texts)),  # a tar by another name
+            "._owt": b"\0\1",
+            "./.hidden/x": b"\0",
+            "empty.txt": b"",
+            "rows.jsonl.gz": gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[50:100]).encode()),
+            "wiki": as_wikitext(["x"]),
+            "long.txt": "\n\n".join(TEXTS[100:]).encode(),
+        }
+    )
     packed = gzip.compress(content) if name.endswith("gz") else lzma.compress(content) if "xz" in name else content
     (tmp_path / name).write_bytes(packed)
     plan = make_plan([str(tmp_path / name)], unit_bytes=100)
@@ -104,8 +116,8 @@ def test_a_broken_tar_is_an_error_wherever_it_is_broken(tmp_path, suffix, pack):
     half = 1024 * 10  # each member has a block of header and one of data
     flipped = bytearray(whole)
     flipped[half + 5] ^= 1
-    zeroed = whole[:half] + bytes(1024) + whole[half + 1024:]
-    for content in (whole[:half], whole[:half + 100], whole[:half + 512], whole[:half + 600], flipped, zeroed):
+    zeroed = whole[:half] + bytes(1024) + whole[half + 1024 :]
+    for content in (whole[:half], whole[: half + 100], whole[: half + 512], whole[: half + 600], flipped, zeroed):
         path.write_bytes(pack(bytes(content)))
         with pytest.raises(UserError, match=rf"a.tar{suffix}: broken, last read a.tar{suffix}/"):
             read(make_plan([str(path)]))
@@ -165,7 +177,7 @@ class Ranges(SimpleHTTPRequestHandler):
             return super().send_head()
         content = path.read_bytes()
         start, _, end = asked.removeprefix("bytes=").partition("-")
-        part = content[int(start):int(end or len(content)) + 1]
+        part = content[int(start) : int(end or len(content)) + 1]
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(part)))
@@ -200,14 +212,36 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_rows_for_any_workers(tmp_
     (web / "part" / "d.txt").write_text("\n\n".join(words(TEXTS[120:160])))
     write_parquet(web / "part" / "e.parquet", TEXTS[160:180], row_group_size=9)
     (web / "f.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[180:]).encode()))
-    inputs = [str(local), str(local / "*.tokens"), f"file://{local}/a.tar.xz", f"{url}/part/", f"{url}/part/*.txt",
-              f"{url}/f.jsonl.gz?signature=secret"]
+    inputs = [
+        str(local),
+        str(local / "*.tokens"),
+        f"file://{local}/a.tar.xz",
+        f"{url}/part/",
+        f"{url}/part/*.txt",
+        f"{url}/f.jsonl.gz?signature=secret",
+    ]
     tokenizer = train_tokenizer([str(local / "b.tokens")], tmp_path / "tok", vocab_size=200)
-    made = [prepare(inputs, tmp_path / "tok", tmp_path / f"out{workers}", workers=workers, unit_bytes=600,
-                    sequence_length=32, valid_fraction=0) for workers in (1, 2)]
+    made = [
+        prepare(
+            inputs,
+            tmp_path / "tok",
+            tmp_path / f"out{workers}",
+            workers=workers,
+            unit_bytes=600,
+            sequence_length=32,
+            valid_fraction=0,
+        )
+        for workers in (1, 2)
+    ]
     assert made[0] == made[1]
-    assert made[0].source.files == ("a.tar.xz", "b.tokens", "c.parquet", f"{url}/f.jsonl.gz", f"{url}/part/d.txt",
-                                    f"{url}/part/e.parquet")
+    assert made[0].source.files == (
+        "a.tar.xz",
+        "b.tokens",
+        "c.parquet",
+        f"{url}/f.jsonl.gz",
+        f"{url}/part/d.txt",
+        f"{url}/part/e.parquet",
+    )
     assert made[0].splits["train"].documents == len(TEXTS) and not made[0].bad_lines
 
     plan, reader = make_plan(inputs, unit_bytes=600), ShardReader(tmp_path / "out1", "train")
@@ -215,15 +249,19 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_rows_for_any_workers(tmp_
     for block in range(len(reader.blocks)):
         ids = reader.block(block)
         for row, start, length, unit, number, token in reader.pieces(block).tolist():
-            piece = [i for i in ids[row, start:start + length].tolist() if i not in (2, 3)]  # [CLS], [SEP]
-            found = tokenizer.encode_batch([units[unit][number]])[0][token:token + len(piece)]
+            piece = [i for i in ids[row, start : start + length].tolist() if i not in (2, 3)]  # [CLS], [SEP]
+            found = tokenizer.encode_batch([units[unit][number]])[0][token : token + len(piece)]
             assert found == piece  # a piece lies where its provenance says
 
 
 def test_a_url_that_cannot_be_read_is_named(served):
     web, url = served
-    for given, message in ((f"{url}/none.txt", "cannot be read"), ("s4://x/y", "cannot be read"),
-                           (f"{url}/*.txt", "no such file"), ("http://127.0.0.1:9/x", "cannot be read")):
+    for given, message in (
+        (f"{url}/none.txt", "cannot be read"),
+        ("s4://x/y", "cannot be read"),
+        (f"{url}/*.txt", "no such file"),
+        ("http://127.0.0.1:9/x", "cannot be read"),
+    ):
         with pytest.raises(UserError, match=f"^{re.escape(given)}: {message}"):
             make_plan([given])
     (web / "a.txt").write_text("text")
