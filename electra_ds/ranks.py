@@ -123,9 +123,8 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
 
 def mpi_world(ranks: Ranks, otherwise: str) -> Any:
     """mpi4py's communicator of all ranks; UserError when it does not meet them, with what to do `otherwise`."""
-    # MPICH names its shared memory by SLURM's job and step, so a requeued job would meet what its killed attempt left,
-    # and hang. Our messages are few: it does without.
-    os.environ.setdefault("MPIR_CVAR_NOLOCAL", "1")
+    if ranks.launcher == "srun":  # MPICH's ucx writes addresses that are now and then too long for srun's pmi2
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):

@@ -6,6 +6,7 @@ partition `urgent` takes the nodes of one in `main`, which is queued again. Noth
 """
 
 import os
+import secrets
 import shutil
 import subprocess
 import time
@@ -20,6 +21,7 @@ TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue"
 MISSING = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 CONF = """
 ClusterName=virtual
+FirstJobId={first_job}
 SlurmctldHost={controller}
 SlurmctldPort={port}
 SlurmUser={user}
@@ -68,7 +70,9 @@ class Slurm:
         (folder / "state").mkdir()
         controller = "head" if machines else f"{host}(127.0.0.1)"
         self._socket = "/run/munge.socket" if machines else f"{folder}/munge.socket"
-        conf = CONF.format(controller=controller, user=user, folder=folder, socket=self._socket, port=free_port())
+        first_job = secrets.randbelow(60_000_000) + 1  # a killed MPICH leaves shared memory named by job and step
+        values = {"controller": controller, "user": user, "folder": folder, "socket": self._socket}
+        conf = CONF.format(first_job=first_job, port=free_port(), **values)
         for node in self.nodes:
             place = "" if machines else f"NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()}"
             conf += NODE.format(node=node, place=place)
