@@ -91,6 +91,16 @@ def killed_at(call: int, folder: Path) -> None:
     checkpoint.prune(folder, CheckpointConfig(), 2)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A forked process hangs where it waits for OpenMP's threads, which it does not have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("again", [False, True])  # True: an attempt killed before saved it, but `latest` names step 1
 def test_a_kill_before_any_call_leaves_a_checkpoint_that_loads(tmp_path: Path, again: bool) -> None:
     fork, found = multiprocessing.get_context("fork"), []
@@ -111,12 +121,12 @@ def test_a_kill_before_any_call_leaves_a_checkpoint_that_loads(tmp_path: Path, a
     assert found == sorted(found) and set(found) == {1, 2} and len(found) > 10
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_kills_at_any_moment_leave_a_checkpoint_that_loads(tmp_path: Path) -> None:
     """The seed of the moments is in the output of a failure; a kill hits a write, a rename or a prune."""
     folder, step, seed = tmp_path / "ckpt", 0, random.randrange(10**6)
     print("seed", seed)
     moments, fork = random.Random(seed), multiprocessing.get_context("fork")
-    torch.set_num_threads(1)
     left_over = 0
     for _ in range(15):
         at_work = fork.Event()
