@@ -269,8 +269,8 @@ def latest(folder: Path) -> Path | None:
 def read_meta(path: Path) -> Meta:
     """Read meta.json and check format, version, and that every file is there with its size; UserError if not."""
     values = read_json(path / "meta.json", "a checkpoint of electra_ds")
-    if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
-        found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
+    found = (values.get("format"), values.get("version"))
+    if found != (FORMAT, VERSION):
         raise UserError(f"{path}/meta.json: expected {FORMAT!r} version {VERSION}, found {found}")
     values.setdefault("recent_losses", [])  # checkpoints of earlier days have none
     try:
