@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,33 @@ from torch import Tensor
 from electra_ds import order
 from electra_ds.config import SpecialIds
 from electra_ds.errors import UserError
-from electra_ds.shards import Manifest, ShardReader
+from electra_ds.shards import Manifest
 from electra_ds.values import Batch
 
 READ_TOKENS = 1 << 18  # gathered at once: several rows of each block then, about 8 MB as tensors
 COLUMN_BITS = np.uint64(24)  # of a sorting key; 32 random bits lie above them
+
+
+class Rows(Protocol):
+    """The rows of one split, by number."""
+
+    manifest: Manifest  # what they mean
+    rows: int
+    sequence_length: int
+    dtype: np.dtype
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """[n] row numbers -> [n, S] unsigned."""
+
+
+class RowOrder(Protocol):
+    """Which row is the n-th, endlessly."""
+
+    def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] positions -> ([n] row numbers, [n] epochs), int64."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to go on from a position, JSON values."""
 
 
 class Recipe(NamedTuple):
@@ -123,7 +145,8 @@ class Batches:
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: Rows,
+        row_order: RowOrder,
         *,
         seed: int,
         mask_prob: float,
@@ -133,13 +156,11 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         position: int = 0,
-        window: int = 64,
         pin_memory: bool = False,
     ) -> None:
         assert global_batch_size % (world_size * micro_batch_size) == 0 and 0 <= rank < world_size
-        self.reader, self.seed, self.window, self.pin_memory = reader, seed, window, pin_memory
+        self.reader, self.order, self.pin_memory = reader, row_order, pin_memory
         self.recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, seed)
-        self.order = order.Order(reader.blocks["rows"], seed, window)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank_rows = global_batch_size // world_size
         self.first = rank * self.rank_rows
@@ -165,8 +186,7 @@ class Batches:
 
     def state(self, position: int) -> dict[str, Any]:
         """The data's part of a checkpoint, the same on every rank; `position` is the next global batch's."""
-        dataset_id = self.reader.manifest.dataset_id
-        return _state_head(dataset_id, self.seed, self.window) | {"position": position}
+        return _state_head(self.reader, self.order) | {"position": position}
 
     def close(self) -> None:
         """End the thread; batches made ahead are dropped."""
@@ -213,13 +233,13 @@ class Batches:
             )
 
 
-def _state_head(dataset_id: str, seed: int, window: int) -> dict[str, Any]:
-    return {"kind": "shards", "version": order.ORDER_VERSION, "dataset_id": dataset_id, "seed": seed, "window": window}
+def _state_head(reader: Rows, row_order: RowOrder) -> dict[str, Any]:
+    return row_order.state() | {"dataset_id": reader.manifest.dataset_id}
 
 
-def position_from_state(state: dict[str, Any], reader: ShardReader, seed: int, window: int = 64) -> int:
+def position_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder) -> int:
     """The position to go on from. UserError lists every difference between the state and this run's data."""
-    expected = _state_head(reader.manifest.dataset_id, seed, window)
+    expected = _state_head(reader, row_order)
     differ = [
         f"{key}: checkpoint {state.get(key)!r}, now {value!r}"
         for key, value in expected.items()
@@ -236,7 +256,7 @@ def position_from_state(state: dict[str, Any], reader: ShardReader, seed: int, w
 
 
 def evaluation_batches(
-    reader: ShardReader,
+    reader: Rows,
     *,
     mask_prob: float,
     mask_token_prob: float = 0.85,

@@ -19,7 +19,7 @@ app = typer.Typer(
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="tiny, small, base, large, small++, or a RUN.json.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder (its latest checkpoint) or a checkpoint.")]
-Data = Annotated[Path, typer.Option(help="Folder that `prepare` wrote.")]
+Data = Annotated[str, typer.Option(help="Folder that `prepare` wrote.")]
 Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
 Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob, URL or builtin:docs; repeatable.")]
@@ -147,7 +147,7 @@ def check(
     run: Run,
     engine: Engine = None,
     world_size: Annotated[int, typer.Option(help="Ranks the run is meant for.")] = 1,
-    data: Annotated[Path | None, typer.Option(help="Prepared data, for epochs and the vocabulary.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prepared data, for epochs and the vocabulary.")] = None,
     sets: Sets = None,
 ) -> None:
     """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
@@ -156,9 +156,9 @@ def check(
 
     from electra_ds.check import PRECISIONS, check
     from electra_ds.config import load_run
-    from electra_ds.shards import read_manifest
+    from electra_ds.sources import open_data
 
-    report = check(load_run(run, sets or [], engine), world_size, read_manifest(data) if data else None)
+    report = check(load_run(run, sets or [], engine), world_size, open_data(data).manifest if data else None)
     console = Console()
     for title, lines in (("config", report.fields), (f"derived, {world_size} rank(s)", report.derived)):
         table = Table("key", "value", "scope", "meaning", title=title, title_justify="left")

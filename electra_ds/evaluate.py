@@ -15,7 +15,7 @@ from electra_ds.errors import UserError
 from electra_ds.figures import BINS, auc, histogram, own_figures, rates, share
 from electra_ds.model import load_true_state
 from electra_ds.objective import Objective, build_objective
-from electra_ds.shards import ShardReader, read_unigrams
+from electra_ds.sources import open_data
 from electra_ds.values import Batch, Counts
 
 
@@ -107,16 +107,20 @@ def load_module(
     return module.to(device).eval(), config
 
 
-def evaluate_checkpoint(path: Path, data: Path, max_rows: int | None, trust_code: bool = False) -> dict[str, float]:
+def evaluate_checkpoint(
+    path: Path, data: str | Path, max_rows: int | None, trust_code: bool = False
+) -> dict[str, float]:
     """The verb: figures of one checkpoint on the held-out split of `data`, in fp32, on CUDA where it is at hand."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module, config = load_module(find_checkpoint(path), device, trust_code)
-    reader = ShardReader(data, "valid")
-    manifest = reader.manifest
+    source = open_data(data)
+    manifest = source.manifest
+    if not (held_out := source.held_out()):
+        raise UserError(f"{data}: no rows are held out; prepare it with a --valid-fraction above 0")
     config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     batches = evaluation_batches(
-        reader, mask_prob=config.objective.mask_prob, mask_token_prob=config.objective.mask_token_prob,
+        held_out[""], mask_prob=config.objective.mask_prob, mask_token_prob=config.objective.mask_token_prob,
         batch_rows=64, max_rows=max_rows,
     )  # fmt: skip
     with torch.no_grad():
-        return evaluate(module, batches, read_unigrams(data, config.model.vocab_size), config.data.special_ids, device)
+        return evaluate(module, batches, source.unigrams(), config.data.special_ids, device)

@@ -6,6 +6,7 @@ here that changes an answer raises ORDER_VERSION. Letters: n positions or words,
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,10 @@ class Order:
         self.total_rows = int(self.block_rows.sum())
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to go on from a position."""
+        return {"kind": "shards", "version": ORDER_VERSION, "seed": self.seed, "window": self.window}
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the windows touched, not the history."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from electra_ds import checkpoint, run_folder
-from electra_ds.batches import Batches, StepBatch, evaluation_batches, position_from_state
+from electra_ds.batches import Batches, RowOrder, Rows, StepBatch, evaluation_batches, position_from_state
 from electra_ds.checkpoint import Progress
 from electra_ds.config import RunConfig, differences, load_engine, parse_run
 from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, precision_name, start
@@ -29,7 +29,7 @@ from electra_ds.objective import Objective, build_objective
 from electra_ds.optim import learning_rate
 from electra_ds.pretrained import tokenizer_of
 from electra_ds.ranks import Ranks
-from electra_ds.shards import ShardReader, read_unigrams
+from electra_ds.sources import Data, open_data
 from electra_ds.tokenizer import load_tokenizer
 from electra_ds.values import Counts, Losses
 from electra_ds.watchdog import Watchdog
@@ -51,7 +51,7 @@ class Limits:
     asked: list[str] = field(default_factory=list)
 
 
-def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Limits) -> int:
+def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limits: Limits) -> int:
     """The verb: meet the other ranks, run, leave together; returns the exit code (0 done, 85 saved and stopped).
 
     Raises UserError or RunFailure; what went first is left in OUT/error-rank-N.json.
@@ -73,7 +73,7 @@ def pretrain(config: RunConfig, data: Path, out: Path, ranks: Ranks, limits: Lim
 
 
 def run_among(
-    config: RunConfig, data: Path, out: Path, ranks: Ranks, device: torch.device, limits: Limits,
+    config: RunConfig, data: str | Path, out: Path, ranks: Ranks, device: torch.device, limits: Limits,
     held: contextlib.ExitStack | None = None,
 ) -> int:  # fmt: skip
     """Train among ranks that have met, until the schedule ends or a stop is agreed on. Resumes what OUT holds.
@@ -82,10 +82,11 @@ def run_among(
     Raises UserError for mistakes of the user, RunFailure for a run that cannot go on; on every rank.
     """
     began = time.monotonic()
-    reader = ShardReader(data, "train")
-    manifest = reader.manifest
+    source = open_data(data)
+    manifest = source.manifest
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
+    reader, row_order = source.training(config.train.seed, config.train.global_batch_size)
     total_steps = config.total_steps(reader.rows)
     with contextlib.nullcontext(held) if held else contextlib.ExitStack() as held:
         lock = held.enter_context(Lock(out, from_first))
@@ -100,21 +101,21 @@ def run_among(
         run_folder.open_log(out, ranks)
         from_first(lambda: checkpoint.sweep(out / "ckpt"))
         padded = padded_rows(engine.module)
-        progress = _resume(engine, config, reader, data, out, padded, limits)
-        run = Run(config, engine, reader, data, out, total_steps, padded, limits, began, lock)
+        progress = _resume(engine, config, source, reader, row_order, out, padded, limits)
+        run = Run(config, engine, source, reader, row_order, out, total_steps, padded, limits, began, lock)
         attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
-        from_first(lambda: _describe(out, config, data, manifest.dataset_id, total_steps=total_steps, **attempt))
+        from_first(lambda: _describe(out, config, source, total_steps=total_steps, **attempt))
         done = run.train(progress)
     held.close()
     engine.close()  # after the lock is given back: the first rank to leave may take rank 0 down
     return run_folder.DONE if done else run_folder.stop_exit_code()
 
 
-def _describe(out: Path, config: RunConfig, data: Path, dataset_id: str, **attempt: Any) -> None:
+def _describe(out: Path, config: RunConfig, source: Data, **attempt: Any) -> None:
     (out / "done").unlink(missing_ok=True)
-    run_folder.write_config(out, config, dataset_id, **attempt)
-    if (data / "tokenizer").is_dir():  # so that the run folder alone is enough for detect and export
-        shutil.copytree(data / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    run_folder.write_config(out, config, source.manifest.dataset_id, **attempt)
+    if source.tokenizer.is_dir():  # so that the run folder alone is enough for detect and export
+        shutil.copytree(source.tokenizer, out / "tokenizer", dirs_exist_ok=True)
 
 
 def _count_failures(out: Path, limit: int, silent: str) -> None:
@@ -132,15 +133,15 @@ def _objective(config: RunConfig) -> Objective:
 
 
 def _resume(
-    engine: Engine, config: RunConfig, reader: ShardReader, data: Path, out: Path, padded: dict[str, int],
-    limits: Limits,
+    engine: Engine, config: RunConfig, data: Data, reader: Rows, row_order: RowOrder, out: Path,
+    padded: dict[str, int], limits: Limits,
 ) -> Progress:  # fmt: skip
     """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
     found = from_first(lambda: checkpoint.latest(out / "ckpt"))
     if found is None:
         if limits.init_from is not None:
             source = find_checkpoint(limits.init_from)
-            _refuse_other_words(source, data)
+            _refuse_other_words(source, data.tokenizer)
             checkpoint.load(engine, source, padded, weights_only=True)
             _say(engine.ranks, f"weights of {source}; new schedule, position 0")
         return Progress()
@@ -153,7 +154,7 @@ def _resume(
             f"{found} was trained with another config: {'; '.join(science)}. Take the old values back, choose another "
             "--out, or start from its weights with --init-from"
         )
-    position_from_state(meta.progress.data, reader, config.train.seed)
+    position_from_state(meta.progress.data, reader, row_order)
     checkpoint.load(engine, found, padded)
     if limits.extend and found.name == checkpoint.FINAL:
         checkpoint.rename_final(engine, found, meta.progress.step)
@@ -162,11 +163,13 @@ def _resume(
     return meta.progress
 
 
-def _refuse_other_words(source: Path, data: Path) -> None:
+def _refuse_other_words(source: Path, ours: Path) -> None:
     """Two vocabularies of one size fit each other's tables: compare the words, where both are at hand."""
-    theirs, ours = tokenizer_of(source), data / "tokenizer"
+    theirs = tokenizer_of(source)
     if theirs.is_dir() and ours.is_dir() and load_tokenizer(theirs).names != load_tokenizer(ours).names:
-        raise UserError(f"--init-from {source}: its vocabulary ({theirs}) is not that of {data}; prepare with that one")
+        raise UserError(
+            f"--init-from {source}: its vocabulary ({theirs}) is not that of the data ({ours}); prepare with that one"
+        )
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -179,13 +182,13 @@ class Run:
     """One attempt at a run on this rank."""
 
     def __init__(
-        self, config: RunConfig, engine: Engine, reader: ShardReader, data: Path, out: Path, total_steps: int,
-        padded: dict[str, int], limits: Limits, began: float, lock: Lock,
+        self, config: RunConfig, engine: Engine, data: Data, reader: Rows, row_order: RowOrder, out: Path,
+        total_steps: int, padded: dict[str, int], limits: Limits, began: float, lock: Lock,
     ):  # fmt: skip
-        self.config, self.engine, self.reader, self.out, self.total_steps = config, engine, reader, out, total_steps
+        self.config, self.engine, self.out, self.total_steps = config, engine, out, total_steps
+        self.reader, self.row_order = reader, row_order
         self.padded, self.limits, self.began, self.lock = padded, limits, began, lock
-        self.held_out = ShardReader(data, "valid") if "valid" in reader.manifest.splits else None
-        self.unigrams = read_unigrams(data, config.model.vocab_size)
+        self.held_out, self.unigrams = data.held_out(), data.unigrams()
         self.is_first = engine.ranks.rank == 0
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
@@ -243,7 +246,8 @@ class Run:
     def _batches(self, progress: Progress) -> Batches:
         train, objective = self.config.train, self.config.objective
         return Batches(
-            self.reader, seed=train.seed, mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
+            self.reader, self.row_order, seed=train.seed, mask_prob=objective.mask_prob,
+            mask_token_prob=objective.mask_token_prob,
             global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size,
             rank=self.engine.ranks.rank, world_size=self.engine.ranks.world_size,
             position=progress.data.get("position", 0), pin_memory=self.engine.device.type == "cuda",
@@ -348,11 +352,11 @@ class Run:
         self._waited, self._interval_tokens, self._pause, self._steps_here = 0.0, 0, 0.0, 0
 
     def _evaluate(self, step: int) -> None:
-        if self.held_out is None:
+        if not self.held_out:
             return
         train, objective, ranks = self.config.train, self.config.objective, self.engine.ranks
         batches = evaluation_batches(
-            self.held_out, mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
+            self.held_out[""], mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
             batch_rows=train.micro_batch_size, rank=ranks.rank, world_size=ranks.world_size, max_rows=train.eval_rows,
         )  # fmt: skip
         with self.engine.evaluating() as module:

@@ -18,6 +18,7 @@ from electra_ds.batches import (
     position_from_state,
 )
 from electra_ds.errors import UserError
+from electra_ds.order import Order
 from electra_ds.shards import ShardReader
 
 VOCAB = 600
@@ -30,6 +31,14 @@ def reader(tmp_path_factory):
     return ShardReader(
         write_data(tmp_path_factory.mktemp("data"), [best_fit_rows(90, 32), best_fit_rows(41, 32, 1)]), "train"
     )
+
+
+def order_of(reader, seed=7):
+    return Order(reader.blocks["rows"], seed)
+
+
+def batches_of(reader, **options):
+    return Batches(reader, order_of(reader), **options)
 
 
 def take(loader, steps):
@@ -118,11 +127,11 @@ def test_a_row_is_masked_the_same_in_any_company():
 
 
 def test_any_world_size_micro_size_and_restart_see_one_stream(reader):
-    whole = take(Batches(reader, **RUN), 70)  # 840 rows, 6 epochs; more steps than are read at once
+    whole = take(batches_of(reader, **RUN), 70)  # 840 rows, 6 epochs; more steps than are read at once
     assert [step.position for step in whole] == list(range(0, 840, 12))
     for world, micro, start in [(2, 3, 0), (3, 1, 5), (6, 2, 17), (1, 12, 60)]:
         run = RUN | {"micro_batch_size": micro, "world_size": world, "position": start * 12}
-        ranks = [take(Batches(reader, rank=rank, **run), 6) for rank in range(world)]
+        ranks = [take(batches_of(reader, rank=rank, **run), 6) for rank in range(world)]
         for step in range(6):
             expected, found = whole[start + step], [rank[step] for rank in ranks]
             assert {f.position for f in found} == {expected.position} == {(start + step) * 12}
@@ -134,16 +143,16 @@ def test_any_world_size_micro_size_and_restart_see_one_stream(reader):
 
 
 def test_counts_are_those_of_the_tensors(reader):
-    for step in take(Batches(reader, **RUN), 3):
+    for step in take(batches_of(reader, **RUN), 3):
         assert step.chosen_count == joined([step], "chosen_weights").sum()
         assert step.token_count == (joined([step], "piece_ids") > 0).sum()
         assert np.array_equal(reader.read(step.rows), joined([step], "input_ids").numpy())
 
 
 def test_reading_ahead_by_many_steps_changes_nothing(reader, monkeypatch):
-    many = take(Batches(reader, **RUN), 10)
+    many = take(batches_of(reader, **RUN), 10)
     monkeypatch.setattr(batches, "READ_TOKENS", 1)
-    for a, b in zip(many, take(Batches(reader, **RUN), 10), strict=True):
+    for a, b in zip(many, take(batches_of(reader, **RUN), 10), strict=True):
         assert torch.equal(joined([a], "input_ids"), joined([b], "input_ids"))
         assert torch.equal(joined([a], "chosen"), joined([b], "chosen"))
 
@@ -153,7 +162,7 @@ def test_an_error_in_the_thread_reaches_the_caller(reader, monkeypatch):
         raise UserError("shard 3, block 4")
 
     monkeypatch.setattr(reader, "read", damaged)
-    loader = Batches(reader, **RUN)
+    loader = batches_of(reader, **RUN)
     for _ in range(2):
         with pytest.raises(UserError, match="shard 3, block 4"):
             next(loader)
@@ -161,22 +170,22 @@ def test_an_error_in_the_thread_reaches_the_caller(reader, monkeypatch):
 
 
 def test_closing_ends_the_thread_while_it_waits(reader):
-    loader = Batches(reader, **RUN)
+    loader = batches_of(reader, **RUN)
     next(loader)
     loader.close()
     assert not loader._thread.is_alive()
 
 
 def test_state_is_small_plain_and_refused_for_other_data(reader):
-    loader = Batches(reader, **RUN)
+    loader = batches_of(reader, **RUN)
     state = loader.state(240)
     loader.close()
     assert set(state) == {"kind", "version", "dataset_id", "position", "seed", "window"}
-    assert position_from_state(state, reader, seed=7) == 240
+    assert position_from_state(state, reader, order_of(reader)) == 240
     with pytest.raises(UserError, match="seed: checkpoint 7, now 8"):
-        position_from_state(state, reader, seed=8)
+        position_from_state(state, reader, order_of(reader, 8))
     with pytest.raises(UserError, match="dataset_id: checkpoint 'other'"):
-        position_from_state(state | {"dataset_id": "other"}, reader, seed=7)
+        position_from_state(state | {"dataset_id": "other"}, reader, order_of(reader))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

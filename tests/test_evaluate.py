@@ -9,7 +9,7 @@ import torch
 from shard_data import SPECIAL
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-from electra_ds import checkpoint, evaluate
+from electra_ds import checkpoint, evaluate, sources
 from electra_ds.batches import evaluation_batches, fixed_corruption
 from electra_ds.checkpoint import Progress
 from electra_ds.config import load_run
@@ -124,7 +124,7 @@ def test_no_held_out_rows_are_said_to_be_none(run):
 
 
 def test_the_verb_gives_the_figures_of_training(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "ShardReader", lambda data, _split: ShardReader(data, "train"))
+    monkeypatch.setattr(sources.Folder, "held_out", lambda self: {"": ShardReader(self.folder, "train")})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = evaluate.evaluate_checkpoint(run.out, run.data, 40)
     assert found == pytest.approx(figures(run, batches(run)), nan_ok=True)

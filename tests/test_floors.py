@@ -14,7 +14,7 @@ FLOORS = {
     0: "errors files values config ops",
     1: "tokenizer shards order model optim ranks adapters figures",
     2: "objective batches engine checkpoint guard metrics run_folder lock watchdog interop data_tools",
-    3: "pretrain evaluate detect check plot status pretrained wrapper glue export import_weights",
+    3: "pretrain evaluate detect check plot status pretrained sources wrapper glue export import_weights",
     4: "cli __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
@@ -25,6 +25,7 @@ SHARED = {
     "lock": "prepare's folder has one owner at a time, as a run's has",
     "evaluate": "training evaluates as the verb does, and detect loads a checkpoint as evaluate does",
     "pretrained": "what every verb that takes MODEL reads",
+    "sources": "what every verb that takes --data reads",
     "cli": "__main__ is its other name",
 }
 
