@@ -21,6 +21,9 @@ from electra_ds.values import Batch
 
 READ_TOKENS = 1 << 18  # gathered at once: several rows of each block then, about 8 MB as tensors
 COLUMN_BITS = np.uint64(24)  # of a sorting key; 32 random bits lie above them
+SPAN_WORDS = 10  # at most (SpanBERT, section 3.1)
+# Words of a span by 12 random bits, the inverse of 1 - .8 ** length: geometric with p = .2, 3.8 on average.
+SPAN_LENGTHS = (1 + np.log1p(np.arange(4096) / -4096 * (1 - 0.8**SPAN_WORDS)) / np.log(0.8)).astype(np.uint8)
 
 
 class Rows(Protocol):
@@ -53,6 +56,8 @@ class Recipe(NamedTuple):
     mask_prob: float
     mask_token_prob: float  # of a chosen place to become [MASK]
     seed: int
+    masking: str = "token"  # or whole_word, span
+    begins_word: np.ndarray | None = None  # [V] bool, the tokenizer's; not needed to draw tokens
 
 
 def max_chosen(mask_prob: float, sequence_length: int) -> int:
@@ -80,23 +85,49 @@ def layout(ids: np.ndarray, packing: str, special: SpecialIds) -> tuple[np.ndarr
     return segments, pieces, positions
 
 
-def choose(ids: np.ndarray, special: SpecialIds, mask_prob: float, random_words: np.ndarray) -> tuple[np.ndarray, ...]:
+def choose(ids: np.ndarray, recipe: Recipe, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Exactly k distinct places per row, k = min(candidates, max(1, min(K, round(mask_prob * real tokens)))).
 
-    ids: [B, S]; random_words: [B, S] uint32. Candidates are the real tokens but [CLS], [SEP], [MASK]; the k with the
-    smallest words are chosen. Returns chosen [B, K] int64, ascending, 0 where unused, and used [B, K] bool.
+    ids: [B, S]; numbers: [B, S] uint32, random. Candidates are the real tokens but [CLS], [SEP], [MASK]; the k with
+    the smallest numbers are chosen. With masking whole_word or span, a token takes the number of its word or span:
+    these are drawn in random order, and the last one is cut where the k-th place is reached.
+    Returns chosen [B, K] int64, ascending, 0 where unused, and used [B, K] bool.
     """
-    n = ids.shape[1]
-    slots = max_chosen(mask_prob, n)
+    n, special = ids.shape[1], recipe.special_ids
+    slots = max_chosen(recipe.mask_prob, n)
     barred = np.isin(ids, (special.pad, special.cls, special.sep, special.mask))
-    wanted = np.rint(mask_prob * (ids != special.pad).sum(1))  # halves to even
+    if recipe.masking != "token":
+        numbers = numbers_of_words(numbers, recipe.begins_word[ids], barred, recipe.masking == "span")
+    wanted = np.rint(recipe.mask_prob * (ids != special.pad).sum(1))  # halves to even
     k = np.minimum((~barred).sum(1), np.clip(wanted, 1, slots))
-    keys = (random_words.astype(np.uint64) << COLUMN_BITS) | np.arange(n, dtype=np.uint64)
+    keys = (numbers.astype(np.uint64) << COLUMN_BITS) | np.arange(n, dtype=np.uint64)
     keys |= barred.astype(np.uint64) << np.uint64(63)
     smallest = np.sort(np.partition(keys, slots - 1, axis=1)[:, :slots], axis=1)
     used = np.arange(slots) < k[:, None]
     columns = (smallest & np.uint64((1 << int(COLUMN_BITS)) - 1)).astype(np.int64)
     return np.sort(np.where(used, columns, n), axis=1) * used, used
+
+
+def numbers_of_words(numbers: np.ndarray, begins: np.ndarray, barred: np.ndarray, spans: bool) -> np.ndarray:
+    """The random number of each token's word, which is that of the word's first token; [B, S] uint32.
+
+    numbers: [B, S] uint32; begins: [B, S] bool, by spelling; barred: [B, S] bool, no candidates: no word goes past.
+    spans: each word also starts a span of 1 to 10 words, cut before what is barred, and a word takes the smallest
+    number of the spans that cover it: that of the first one drawn, starts being drawn uniformly, each once.
+    """
+    edges = barred.copy()
+    edges[:, 1:] |= barred[:, :-1]
+    edges[:, 0] = True
+    starts = (begins | edges).ravel()
+    own = numbers.ravel()[starts]  # [words of all rows]
+    drawn = own.copy()
+    if spans:
+        lengths = SPAN_LENGTHS[own & 4095]  # the order is that of the upper bits, but for ties
+        pieces = np.cumsum(edges, dtype=np.int32)[starts]
+        for d in range(1, SPAN_WORDS):
+            beyond = (lengths[:-d] <= d) | (pieces[:-d] != pieces[d:])
+            np.minimum(drawn[d:], own[:-d] | -beyond.astype(np.uint32), out=drawn[d:])  # all ones: never the smallest
+    return drawn[np.cumsum(starts) - 1].reshape(numbers.shape)
 
 
 def make_batch(ids: np.ndarray, rows: np.ndarray, epochs: np.ndarray | int, recipe: Recipe) -> Batch:
@@ -109,7 +140,7 @@ def make_batch(ids: np.ndarray, rows: np.ndarray, epochs: np.ndarray | int, reci
         return order.words(recipe.seed, epochs, rows, n, purpose)
 
     segments, pieces, positions = layout(ids, recipe.packing, recipe.special_ids)
-    chosen, used = choose(ids, recipe.special_ids, recipe.mask_prob, words(ids.shape[1], order.CHOSEN))
+    chosen, used = choose(ids, recipe, words(ids.shape[1], order.CHOSEN))
     keep = order.uniforms(words(used.shape[1], order.KEEP)) >= np.float32(recipe.mask_token_prob)
     uniforms = order.uniforms(words(used.shape[1], order.UNIFORMS))
     arrays = (ids.astype(np.int64), segments, pieces, positions, chosen, used.astype(np.float32), keep, uniforms)
@@ -151,6 +182,8 @@ class Batches:
         seed: int,
         mask_prob: float,
         mask_token_prob: float = 0.85,
+        masking: str = "token",
+        begins_word: np.ndarray | None = None,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int = 0,
@@ -160,7 +193,8 @@ class Batches:
     ) -> None:
         assert global_batch_size % (world_size * micro_batch_size) == 0 and 0 <= rank < world_size
         self.reader, self.order, self.pin_memory = reader, row_order, pin_memory
-        self.recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, seed)
+        recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, seed)
+        self.recipe = recipe._replace(masking=masking, begins_word=begins_word)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank_rows = global_batch_size // world_size
         self.first = rank * self.rank_rows
@@ -267,8 +301,9 @@ def evaluation_batches(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """The split's first `max_rows` rows (all: None), each once over the ranks, with the row numbers [batch_rows] int64.
 
-    Masked with the constant evaluation key, so that every run and checkpoint sees the same. Every rank gets the
-    same number of batches; rows that fill up are padding throughout (number -1, piece_ids 0, chosen_weights 0).
+    Masked with the constant evaluation key and by tokens, whatever the run's masking, so that every run and checkpoint
+    sees the same. Every rank gets the same number of batches; rows that fill up are padding throughout (number -1,
+    piece_ids 0, chosen_weights 0).
     """
     recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, order.EVALUATION_SEED)
     total = reader.rows if max_rows is None else min(max_rows, reader.rows)

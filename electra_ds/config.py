@@ -98,6 +98,9 @@ class ObjectiveConfig(Section):
     generator: Literal["model", "uniform"] = science("model", "replacements: a network's, or any token alike")
     disallow_correct: bool = science(False, "a replacement never equals the original")
     mask_prob: float = science(0.15, "share of the real tokens that is chosen per row", gt=0, lt=1)
+    masking: Literal["token", "whole_word", "span"] = science(
+        "token", "what is drawn until so many are chosen: tokens, words, or spans of 1 to 10 words (SpanBERT)"
+    )
     mask_token_prob: float = science(
         0.85, "share of the chosen places that becomes [MASK]; the rest keeps its token", ge=0, le=1
     )

@@ -189,6 +189,8 @@ class Run:
         self.reader, self.row_order = reader, row_order
         self.padded, self.limits, self.began, self.lock = padded, limits, began, lock
         self.held_out, self.unigrams = data.held_out(), data.unigrams()
+        masks_words = config.objective.masking != "token"
+        self.begins_word = load_tokenizer(data.tokenizer).begins_word() if masks_words else None
         self.is_first = engine.ranks.rank == 0
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
@@ -247,7 +249,7 @@ class Run:
         train, objective = self.config.train, self.config.objective
         return Batches(
             self.reader, self.row_order, seed=train.seed, mask_prob=objective.mask_prob,
-            mask_token_prob=objective.mask_token_prob,
+            mask_token_prob=objective.mask_token_prob, masking=objective.masking, begins_word=self.begins_word,
             global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size,
             rank=self.engine.ranks.rank, world_size=self.engine.ranks.world_size,
             position=progress.data.get("position", 0), pin_memory=self.engine.device.type == "cuda",

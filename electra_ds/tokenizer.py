@@ -65,6 +65,10 @@ class Tokenizer(ABC):
         """Ids of one text with the (start, end) characters that each token covers."""
 
     @abstractmethod
+    def begins_word(self) -> np.ndarray:
+        """Whether a token begins a word by its spelling, [V] bool; the others go on with the word before them."""
+
+    @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
         """Readable text of ids without special tokens."""
 
@@ -145,6 +149,9 @@ class WordPiece(Tokenizer):
         encoding = self.fast.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def begins_word(self) -> np.ndarray:
+        return np.array([not name.startswith("##") for name in self.names])
+
     def _decode_plain(self, ids: list[int]) -> str:
         return " ".join(self.names[i] for i in ids).replace(" ##", "")
 
@@ -176,6 +183,9 @@ class SentencePiece(Tokenizer):
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self._model.encode(text, return_type="offset_mapping")
         return list(found["ids"]), [tuple(span) for span in found["offsets"]]
+
+    def begins_word(self) -> np.ndarray:
+        return np.array([name.startswith("\u2581") for name in self.names])
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._model.decode(ids)

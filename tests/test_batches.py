@@ -88,7 +88,7 @@ def test_exactly_k_distinct_candidates_are_chosen(mask_prob):
     ids[10] = SPECIAL.pad
     ids[10, :2] = SPECIAL.cls, SPECIAL.sep  # no candidates
     words = np.random.default_rng(0).integers(0, 2**32, ids.shape, np.uint32)
-    chosen, used = choose(ids, SPECIAL, mask_prob, words)
+    chosen, used = choose(ids, RECIPE._replace(mask_prob=mask_prob), words)
     for row, places, weights in zip(ids, chosen, used, strict=True):
         candidates = np.flatnonzero(~np.isin(row, [SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask]))
         real = (row != SPECIAL.pad).sum()
@@ -100,7 +100,7 @@ def test_exactly_k_distinct_candidates_are_chosen(mask_prob):
 def test_each_candidate_is_chosen_equally_often():
     ids = np.tile(np.r_[2, np.full(18, 9), 3], (20_000, 1))
     words = np.random.default_rng(1).integers(0, 2**32, ids.shape, np.uint32)
-    chosen, used = choose(ids, SPECIAL, 0.15, words)  # 3 of 18
+    chosen, used = choose(ids, RECIPE, words)  # 3 of 18
     share = np.bincount(chosen[used], minlength=20) / 20_000
     assert share[0] == share[19] == 0
     assert abs(share[1:19] - 3 / 18).max() < 0.012  # standard deviation .0026
