@@ -58,20 +58,32 @@ def rows_with_numbers(draw):
     return np.array(ids, np.uint16), np.random.default_rng(seed).integers(0, 2**32, (n, length), np.uint32)
 
 
+def check(ids, numbers, recipe):
+    """What is chosen are the first k columns drawn, k being that of token masking."""
+    chosen, used = choose(ids, recipe, numbers)
+    by_token, counts = choose(ids, recipe._replace(masking="token"), numbers)
+    assert chosen.shape == by_token.shape and np.array_equal(used, counts)
+    for row, own, places, weights in zip(ids.tolist(), numbers.tolist(), chosen, used, strict=True):
+        expected = drawn(row, own, BEGINS, recipe.masking)[: weights.sum()]
+        assert places[weights].tolist() == sorted(expected) and len(set(expected)) == weights.sum()
+        if recipe.masking == "whole_word":
+            words = [set(word) for stretch in words_of(row, BEGINS) for word in stretch]
+            assert sum(0 < len(word & set(expected)) < len(word) for word in words) <= 1  # the last one drawn
+
+
 @pytest.mark.parametrize("masking", ["whole_word", "span"])
 @given(pair=rows_with_numbers(), mask_prob=st.sampled_from([0.05, 0.15, 0.4, 0.9]))
 @settings(max_examples=150, deadline=None)
 def test_the_first_k_places_of_the_drawn_words_are_chosen(masking, pair, mask_prob):
-    ids, numbers = pair
-    chosen, used = choose(ids, RECIPE._replace(masking=masking, mask_prob=mask_prob), numbers)
-    by_token, counts = choose(ids, RECIPE._replace(mask_prob=mask_prob), numbers)
-    assert chosen.shape == by_token.shape and np.array_equal(used, counts)  # the same k, whatever is drawn
-    for row, own, places, weights in zip(ids.tolist(), numbers.tolist(), chosen, used, strict=True):
-        expected = drawn(row, own, BEGINS, masking)[: weights.sum()]
-        assert places[weights].tolist() == sorted(expected) and len(set(expected)) == weights.sum()
-        if masking == "whole_word":
-            words = [set(word) for stretch in words_of(row, BEGINS) for word in stretch]
-            assert sum(0 < len(word & set(expected)) < len(word) for word in words) <= 1  # the last one drawn
+    check(*pair, RECIPE._replace(masking=masking, mask_prob=mask_prob))
+
+
+@pytest.mark.parametrize("masking", ["whole_word", "span"])
+def test_the_rule_holds_in_long_pieces(masking):
+    """Room for spans of ten words, which short rows seldom have."""
+    ids = best_fit_rows(400, 128, vocab_size=VOCAB)
+    numbers = np.random.default_rng(2).integers(0, 2**32, ids.shape, np.uint32)
+    check(ids, numbers, RECIPE._replace(masking=masking))
 
 
 @pytest.mark.parametrize("masking", ["token", "whole_word", "span"])
