@@ -1,20 +1,20 @@
-"""How is an encoder of the user's own called? Its arguments, its hidden layer, its output; the factory that makes it.
+"""How is an encoder of the user's own called? Its arguments, its hidden layer, its output.
 
 Letters: B rows, S sequence, H hidden, V vocabulary.
 """
 
-import importlib
 import inspect
-import os
 import re
-import sys
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from electra_ds.config import load_function
 from electra_ds.errors import UserError
+
+load_factory = partial(load_function, "model.factory")  # (name) -> the function that makes both encoders
 
 
 def takes(module: nn.Module, name: str, by_name: bool = False) -> bool:
@@ -124,17 +124,3 @@ def _ends_in_sigmoid(found: Tensor) -> bool:
 
 def _shape(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def load_factory(name: str) -> Callable:
-    """The function of "package.module:function", looked for as Python does and in the current folder. Runs its code."""
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"model.factory = {name!r}: {error}; expected package.module:function, found from the current folder or by "
-            "PYTHONPATH"
-        ) from error

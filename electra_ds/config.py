@@ -4,7 +4,11 @@ Scope `science`: a resume with another value is refused. Scope `machine`: said, 
 """
 
 import difflib
+import importlib
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -473,6 +477,20 @@ def load_engine(engine: str | dict) -> dict:
     if len(chosen) > 1 and any(enabled is True for enabled in switches.values()):  # two "auto" are one choice
         raise UserError(f"{where}: {' and '.join(chosen)} are both enabled; choose one precision")
     return values
+
+
+def load_function(setting: str, name: str) -> Callable:
+    """The function of "package.module:function", looked for as Python does and in the current folder. Runs its code."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{setting} = {name!r}: {error}; expected package.module:function, found from the current folder or by "
+            "PYTHONPATH"
+        ) from error
 
 
 def differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
