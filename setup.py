@@ -32,12 +32,14 @@ EXTRAS = {
         "transformers>=4.40",
         "pyarrow>=15",
         "aiohttp>=3.9",
+        "rensa>=0.5,<0.6",
     ],
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],
     "tf": ["tensorflow>=2.16"],  # or tensorflow-cpu; `import` reads the authors' checkpoints with it
     "parquet": ["pyarrow>=15"],
+    "clean": ["rensa>=0.5,<0.6"],  # prepare --near-duplicates; its signatures may change between minor versions
     "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],  # inputs at http(s) and s3; hf:// comes with huggingface_hub
     "hf": ["datasets>=2.14"],  # own tasks whose examples are a Hugging Face dataset
 }

@@ -10,19 +10,22 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools import assemble
+from data_tools import assemble, clean
 from data_tools.assemble import SPLITS, ShardTask
 from data_tools.corpus import PLACES
+from data_tools.near import find_near_duplicates
 from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
-from data_tools.units import UnitTask, array_bytes, tokenize_unit
+from data_tools.units import REMOVED, UnitTask, array_bytes, tokenize_unit
 from data_tools.workers import Progress, Rank, Run, pool
 from electra_ds import shards
+from electra_ds.config import load_function
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.files import read_json, write_bytes, write_json
 from electra_ds.lock import Lock
@@ -30,14 +33,15 @@ from electra_ds.shards import INDEX_DTYPE, Manifest, SourcePlan, SplitInfo, Toke
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 64 << 20
-UNIT_FORMAT = 1  # raise it when the output of a unit changes
+UNIT_FORMAT = 2  # raise it when the output of a unit changes
 
 
 def prepare(
     inputs: Sequence[str], tokenizer: str | Path | Tokenizer, out: str | Path, *, sequence_length: int = 128,
     packing: str = "best_fit", valid_fraction: float = 0.005, workers: int = 1, ranks: Sequence[Rank] = (),
     seed: int = 0, block_rows: int = 256, shard_bytes: int = SHARD_BYTES, unit_bytes: int = UNIT_BYTES,
-    format: str = "auto", text_field: str = "text", min_chars: int = 1, deduplicate: bool = True,
+    format: str = "auto", text_field: str = "text", min_chars: int = 1, drop_repeated_lines: bool = False,
+    keep: str | None = None, deduplicate: bool = True, near_duplicates: float | None = None,
     max_bad_fraction: float = 0.001, units: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Manifest:
@@ -46,9 +50,15 @@ def prepare(
     inputs:         files, folders, globs, URLs, "builtin:docs"
     tokenizer:      a Tokenizer, or what load_tokenizer takes
     valid_fraction: share of documents held out, chosen by the hash of their text
+    min_chars:      shorter documents are left out
+    drop_repeated_lines: leave out a line that stood already in the same document
+    keep:           "package.module:function" of a function (text) -> bool, False for a document to leave out
+    deduplicate:    leave out documents whose text, but for case and white space, stood before
+    near_duplicates: leave out documents whose similarity to an earlier one that stays is estimated as so much or more
     workers, ranks: as for `pool`
     units:          folder in which tokenized units stay for other lengths or packings; without it they are removed
-    progress:       hears (stage, done, total) of plan, tokenize (bytes), deduplicate (documents), pack (tokens)
+    progress:       hears (stage, done, total) of plan, tokenize (bytes), deduplicate (documents), near-duplicates
+                    (parts of the work), pack (tokens)
     Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines,
     while another `prepare` is at work in `out` or `units`; RunFailure for a disk that is full.
     """
@@ -60,14 +70,21 @@ def prepare(
         raise UserError(f"valid_fraction = {valid_fraction}; expected at least 0 and less than 1")
     if workers < 1 or (workers > 1 and ranks):
         raise UserError(f"workers = {workers}; expected at least 1 process, and 1 where MPI's ranks are the workers")
+    if near_duplicates is not None and not 0.5 <= near_duplicates <= 1:
+        raise UserError(f"near_duplicates = {near_duplicates}; expected a similarity of 0.5 to 1")
+    if keep:
+        load_function("keep", keep)  # a mistake is told before any work
+    signatures = clean.minhash().ALGORITHM_VERSION if near_duplicates else None
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     progress("plan", 0, 1)
     plan = make_plan(inputs, format=format, unit_bytes=unit_bytes)
     progress("plan", 1, 1)
     reading = {"unit_format": UNIT_FORMAT, "tokenizer": tokenizer.fingerprint, "seed": seed, "text_field": text_field,
-               "min_chars": min_chars, **plan.identity()}
+               "min_chars": min_chars, "drop_repeated_lines": drop_repeated_lines, "keep": keep,
+               "signatures": signatures, **plan.identity()}
     settings = reading | {"sequence_length": sequence_length, "packing": packing, "valid_fraction": valid_fraction,
-                          "block_rows": block_rows, "shard_bytes": shard_bytes, "deduplicate": deduplicate}
+                          "block_rows": block_rows, "shard_bytes": shard_bytes, "deduplicate": deduplicate,
+                          "near_duplicates": near_duplicates}
     out = Path(out)
     work = out / "work"
     units = Path(units) if units is not None else work / "units"
@@ -95,18 +112,28 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
     units_sha256, shards_sha256 = plan_hash(reading), plan_hash(settings)  # once: the plan may hold many units
     unit_tasks = [UnitTask(number, unit, tuple(plan.sources[file] for file, _, _ in unit), folder,
                            str(out / "tokenizer"), tokenizer.fingerprint, units_sha256, reading["seed"],
-                           reading["text_field"], reading["min_chars"])
+                           reading["text_field"], reading["min_chars"], reading["drop_repeated_lines"], reading["keep"],
+                           bool(reading["signatures"]))
                   for number, unit in enumerate(plan.units)]
     total = sum(map(unit_size, plan.units))
     unit_markers = run(tokenize_unit, unit_tasks, lambda done: progress("tokenize", done, total))
     bad = _check_bad_lines(unit_markers, max_bad_fraction)
+    removed = {key: sum(marker["removed"][key] for marker in unit_markers) for key in REMOVED}
     documents = sum(marker["documents"] for marker in unit_markers)
     if not documents:
+        gone = ", ".join(f"{number} {reason}" for reason, number in removed.items())
         raise UserError(f"no text in {len(plan.sources)} input file(s) read as "
-                        f"{', '.join(sorted({s.format for s in plan.sources}))}; --format says how to read them")
-    duplicates = assemble.NO_DUPLICATES
+                        f"{', '.join(sorted({s.format for s in plan.sources}))} (removed: {gone}); --format says how "
+                        f"to read them")
+    duplicates = near = assemble.NO_DUPLICATES
     if settings["deduplicate"]:
         duplicates = assemble.find_duplicates(folder, count, lambda done: progress("deduplicate", done, documents))
+    if threshold := settings["near_duplicates"]:
+        write_bytes(work / "duplicates.npy", array_bytes(duplicates))
+        near = find_near_duplicates(folder, count, str(work), threshold, run, partial(progress, "near-duplicates"))
+    removed |= {"duplicates": len(duplicates), "near_duplicates": len(near)}
+    duplicates = np.concatenate([duplicates, near])
+    duplicates = duplicates[np.lexsort(duplicates.T[::-1])]
     tokens = _split_tokens(folder, count, settings["valid_fraction"], duplicates)
     write_json(out / "prepare.json", settings)  # from here on those of the packing are settled, too
     write_bytes(work / "duplicates.npy", array_bytes(duplicates))
@@ -117,7 +144,6 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
                        settings["block_rows"], tokenizer.vocab_size, tokenizer.special_ids)
              for split, total in shard_counts.items() for shard in range(total)]
     markers = run(assemble.assemble_shard, tasks, lambda done: progress("pack", done, sum(tokens.values())))
-    removed = {"too_short": sum(m["too_short"] for m in unit_markers), "duplicates": len(duplicates)}
     _finish(plan, units_sha256, tokenizer, tasks, markers, removed, bad)
 
 

@@ -64,7 +64,7 @@ def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Progre
     moved = summed(lambda done: progress("read", done, total))
     for source in plan.sources:
         for text in documents(source, 0, source.size, text_field=text_field, tally=Tally(), moved=moved):
-            for line in clean_lines(text.replace(UNKNOWN, "")):
+            for line in clean_lines(text.replace(UNKNOWN, ""))[0]:
                 found = True
                 yield line
     if not found:

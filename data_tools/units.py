@@ -1,7 +1,8 @@
 """How does one unit of input become token ids on disk? Cleaned, tokenized, shuffled in runs, written with a marker.
 
 A unit's output depends on the unit and the options only: unit-000003.ids holds documents one after the other, each
-line of a document ended by [SEP] (text cannot make that id); unit-000003.documents.npy says what lies where. Within a
+line of a document ended by [SEP] (text cannot make that id); unit-000003.documents.npy says what lies where;
+unit-000003.signatures, where near-duplicates are looked for, holds the signatures in the order of that table. Within a
 run of at most RUN_TOKENS the documents are sorted by their shuffling key, so that any range of keys, whatever the
 number of shards, is one stretch per run. Letters: D documents.
 """
@@ -18,13 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.clean import clean_lines, text_hash
+from data_tools.clean import clean_lines, signatures, text_hash
 from data_tools.corpus import Source, Tally, documents
 from data_tools.plan import Unit, unit_size
+from electra_ds.config import load_function
+from electra_ds.errors import UserError
 from electra_ds.files import fsync_folder, read_json, sha256_file, write_bytes, write_json
 from electra_ds.shards import ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 
+REMOVED = ("control_characters", "repeated_lines", "too_short", "filtered")  # what cleaning counts, in its order
 BATCH_CHARS = 4 << 20  # text tokenized at a time
 RUN_TOKENS = 32 << 20  # ids held in memory at a time
 DOCUMENT = np.dtype([
@@ -51,6 +55,9 @@ class UnitTask:
     seed: int
     text_field: str
     min_chars: int
+    drop_repeated_lines: bool
+    keep: str | None  # "package.module:function"
+    signatures: bool
 
 
 @lru_cache(maxsize=2)
@@ -59,10 +66,10 @@ def _cached_tokenizer(folder: str, fingerprint: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def unit_paths(folder: str | Path, number: int) -> tuple[Path, Path, Path]:
-    """(ids, document table, marker) of a unit."""
+def unit_paths(folder: str | Path, number: int) -> tuple[Path, Path, Path, Path]:
+    """(ids, document table, marker, signatures) of a unit."""
     stem = Path(folder) / f"unit-{number:06d}"
-    return stem.with_suffix(".ids"), stem.with_suffix(".documents.npy"), stem.with_suffix(".json")
+    return tuple(map(stem.with_suffix, (".ids", ".documents.npy", ".json", ".signatures")))
 
 
 def array_bytes(array: np.ndarray) -> bytes:
@@ -94,30 +101,55 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
         moved(unit_size(task.unit))
         return found
     tokenizer, tally = _cached_tokenizer(task.tokenizer, task.fingerprint), Tally()
-    texts = (text for source, (_, start, end) in zip(task.sources, task.unit, strict=True)
-             for text in documents(source, start, end, text_field=task.text_field, tally=tally, moved=moved))
-    read = 0
+    removed = dict.fromkeys(REMOVED, 0)
     with _Writer(task, ids_dtype(tokenizer.vocab_size)) as writer:
-        for batch in _batches(texts):
-            kept = [(read + i, lines) for i, text in enumerate(batch)
-                    if (lines := clean_lines(text)) and sum(map(len, lines)) >= task.min_chars]
-            read += len(batch)
-            for (number, lines), own in zip(kept, _encode(tokenizer, [lines for _, lines in kept]), strict=True):
-                if tokens := int(np.count_nonzero(own != tokenizer.special_ids.sep)):
-                    writer.add(number, text_hash(lines), own, tokens)
+        for batch in _batches(_cleaned(task, tally, removed, moved)):
+            encoded = _encode(tokenizer, [lines for _, lines in batch])
+            texts = [own[own != tokenizer.special_ids.sep] for own in encoded]
+            signed = signatures(texts) if task.signatures else [None] * len(batch)
+            for (number, lines), own, text, signature in zip(batch, encoded, texts, signed, strict=True):
+                if len(text):
+                    writer.add(number, text_hash(lines), own, len(text), signature)
+                else:
+                    removed["too_short"] += 1
         counts = writer.close()
-    counts |= {"plan_sha256": task.plan_sha256, "too_short": read - counts["documents"], "lines": tally.lines,
+    counts |= {"plan_sha256": task.plan_sha256, "removed": removed, "lines": tally.lines,
                "bad_lines": dict(sorted(tally.bad.items())), "places": tally.places}
     write_json(marker, counts)
     return counts
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def _cleaned(task: UnitTask, tally: Tally, removed: dict[str, int], moved: Callable[[int], None],
+             ) -> Iterator[tuple[int, list[str]]]:
+    """(number, lines) of the documents that the cleaning leaves; `removed` counts what it does not."""
+    keep = task.keep and load_function("keep", task.keep)
+    texts = ((source, text) for source, (_, start, end) in zip(task.sources, task.unit, strict=True)
+             for text in documents(source, start, end, text_field=task.text_field, tally=tally, moved=moved))
+    for number, (source, text) in enumerate(texts):
+        lines, characters = clean_lines(text)
+        removed["control_characters"] += characters
+        if task.drop_repeated_lines:
+            removed["repeated_lines"] += len(lines) - len(lines := list(dict.fromkeys(lines)))
+        if not lines or sum(map(len, lines)) < task.min_chars:
+            removed["too_short"] += 1
+            continue
+        try:
+            stays = not keep or keep("\n".join(lines))
+        except Exception as error:
+            raise UserError(f"{source.name}: keep = {task.keep!r} raised {type(error).__name__}: {error}; document "
+                            f"{number} of unit {task.number}, it begins {lines[0][:60]!r}") from error
+        if stays:
+            yield number, lines
+        else:
+            removed["filtered"] += 1
+
+
+def _batches(documents: Iterator[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
     """Documents of about BATCH_CHARS together."""
     batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for number, lines in documents:
+        batch.append((number, lines))
+        size += sum(map(len, lines))
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
@@ -127,8 +159,6 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 def _encode(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarray]:
     """The ids of each document, given as lines, a [SEP] after each line."""
-    if not texts:
-        return []
     ids, lengths = tokenizer.encode_flat([line for lines in texts for line in lines])
     ids = np.insert(ids, np.cumsum(lengths), tokenizer.special_ids.sep)
     ends = np.cumsum(lengths + 1)[np.cumsum([len(lines) for lines in texts]) - 1]
@@ -140,48 +170,54 @@ class _Writer:
 
     def __init__(self, task: UnitTask, dtype: np.dtype) -> None:
         self.task, self.dtype = task, dtype
-        self.ids_path, self.table_path, marker = unit_paths(task.folder, task.number)
+        ids, self.table_path, marker, signed = unit_paths(task.folder, task.number)
         marker.unlink(missing_ok=True)  # whatever is there is not whole
-        self.temporary = self.ids_path.with_name(f".{self.ids_path.name}.{os.getpid()}.tmp")
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed by __exit__)
+        self.paths = [ids, signed] if task.signatures else [ids]
+        self.temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self.paths]
+        self.files = [open(temporary, "wb") for temporary in self.temporaries]  # noqa: SIM115 (closed by __exit__)
         self.written = self.held = 0  # ids
-        self.run: list[tuple] = []  # (a row of DOCUMENT but for its start, ids)
+        self.run: list[tuple] = []  # (a row of DOCUMENT but for its start, ids, signature)
         self.tables: list[np.ndarray] = []
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)  # nothing is there after `close`
+        for file, temporary in zip(self.files, self.temporaries, strict=True):
+            file.close()
+            temporary.unlink(missing_ok=True)  # nothing is there after `close`
 
-    def add(self, number: int, hashed: tuple[int, int], ids: np.ndarray, tokens: int) -> None:
+    def add(self, number: int, hashed: tuple[int, int], ids: np.ndarray, tokens: int,
+            signature: np.ndarray | None) -> None:
         word = f"{self.task.seed}/{self.task.number}/{number}".encode()
         key = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
-        self.run.append(((key, hashed, 0, len(ids), tokens, number), ids.astype(self.dtype)))
+        self.run.append(((key, hashed, 0, len(ids), tokens, number), ids.astype(self.dtype), signature))
         self.held += len(ids)
         if self.held >= RUN_TOKENS:
             self._flush()
 
     def _flush(self) -> None:
         self.run.sort(key=lambda document: (document[0][0], document[0][5]))  # by key, then number
-        table = np.array([row for row, _ in self.run], DOCUMENT)
+        table = np.array([row for row, _, _ in self.run], DOCUMENT)
         ends = self.written + np.cumsum(table["stored"], dtype=np.uint64)
         table["start"] = ends - table["stored"]
         self.tables.append(table)
-        self.file.writelines(ids.data for _, ids in self.run)
+        for file, part in zip(self.files, (1, 2), strict=False):
+            file.writelines(document[part].data for document in self.run)
         self.written += self.held
         self.run, self.held = [], 0
 
     def close(self) -> dict:
-        """Finish both files; returns their part of the marker."""
+        """Finish the files; returns their part of the marker."""
         self._flush()
-        self.file.flush()
-        os.fsync(self.file.fileno())
         table = np.concatenate(self.tables)
         content = array_bytes(table)
         write_bytes(self.table_path, content)
-        os.replace(self.temporary, self.ids_path)
-        fsync_folder(self.ids_path.parent)
-        files = {self.ids_path.name: sha256_file(self.ids_path), self.table_path.name: sha256(content).hexdigest()}
+        for file, temporary, path in zip(self.files, self.temporaries, self.paths, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        fsync_folder(self.table_path.parent)
+        files = {path.name: sha256_file(path) for path in self.paths}
+        files[self.table_path.name] = sha256(content).hexdigest()
         return {"files": files, "documents": len(table), "tokens": int(table["tokens"].sum(dtype=np.int64))}

@@ -27,6 +27,9 @@ Format = Annotated[str, typer.Option(help="auto, text, text_file (each file a do
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the checkpoint's model.factory run its code.")]
 TextField = Annotated[str, typer.Option(help="Field of a JSONL line, column of a parquet, with the text.")]
 
+RepeatedLines = Annotated[bool, typer.Option("--drop-repeated-lines", help="Of a document's equal lines keep one.")]
+NearDuplicates = Annotated[float | None, typer.Option(help="Drop documents so similar to an earlier one: 0.5 to 1.")]
+
 
 class Kind(str, Enum):
     """Tokenizer kinds."""
@@ -83,7 +86,10 @@ def prepare(
     workers: Annotated[int, typer.Option(help="Processes; the bytes written are the same for any number.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the document shuffle.")] = 0,
     deduplicate: Annotated[bool, typer.Option(help="Drop documents whose text was seen before.")] = True,
+    near_duplicates: NearDuplicates = None,
     min_chars: Annotated[int, typer.Option(help="Drop shorter documents.")] = 1,
+    drop_repeated_lines: RepeatedLines = False,
+    keep: Annotated[str | None, typer.Option(help="package.module:function, (text) -> bool: what stays.")] = None,
     max_bad_fraction: Annotated[float, typer.Option(help="Fail when more of the lines cannot be read.")] = 0.001,
     units: Annotated[Path | None, typer.Option(help="Keep tokenized units here, for other lengths.")] = None,
     format: Format = "auto",
@@ -100,7 +106,8 @@ def prepare(
             manifest = prepare(
                 inputs, tokenizer, out, sequence_length=sequence_length, packing=packing.value,
                 valid_fraction=valid_fraction, workers=workers, ranks=others, seed=seed,
-                deduplicate=deduplicate, min_chars=min_chars, max_bad_fraction=max_bad_fraction,
+                deduplicate=deduplicate, near_duplicates=near_duplicates, min_chars=min_chars,
+                drop_repeated_lines=drop_repeated_lines, keep=keep, max_bad_fraction=max_bad_fraction,
                 units=units, format=format, text_field=text_field, progress=progress,
             )  # fmt: skip
     for name, split in manifest.splits.items():

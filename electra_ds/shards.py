@@ -91,7 +91,7 @@ class Manifest(_Part):
     tokenizer: TokenizerInfo
     source: SourcePlan
     splits: dict[str, SplitInfo]
-    removed: dict[str, int] = {}  # documents or tokens by reason: duplicates, too_short, ...
+    removed: dict[str, int] = {}  # by reason: documents, unless the reason names lines or characters
     bad_lines: dict[str, int] = {}  # unreadable input lines by class
 
     def content_id(self) -> str:

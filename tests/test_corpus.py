@@ -156,8 +156,8 @@ def test_inputs_that_are_not_there_are_refused(tmp_path, monkeypatch, inputs, fo
 
 
 def test_cleaning_keeps_the_text_and_drops_what_is_none():
-    lines = clean_lines("caf\x01e\u200b\u0301 \x00one\x07\r\n\n \ttwo\u200b\x85three\u2028four\ufeff\ufffd")
-    assert lines == ["caf\u00e9 one", "two", "three", "four"]
+    lines, removed = clean_lines("caf\x01e\u200b\u0301 \x00one\x07\r\n\n \ttwo\u200b\x85three\u2028four\ufeff\ufffd")
+    assert removed == 7 and lines == ["caf\u00e9 one", "two", "three", "four"]
     assert all(unicodedata.is_normalized("NFC", line) for line in lines)
 
 

@@ -88,7 +88,8 @@ def test_every_token_of_every_document_is_in_one_row_and_its_place_is_known(corp
     every = [ids for split in found.values() for ids in split.values()]
     assert sorted(map(tuple, every)) == sorted(map(tuple, tokenizer.encode_batch([text_of(i) for i in range(300)])))
     assert not {ids[0] for ids in found["train"].values()} & {ids[0] for ids in found["valid"].values()}
-    assert manifest.removed == {"too_short": 0, "duplicates": 30}
+    assert manifest.removed == {"control_characters": 0, "repeated_lines": 0, "too_short": 0, "filtered": 0,
+                                "duplicates": 30, "near_duplicates": 0}
     assert len(manifest.splits["train"].shards) > 2 and len(manifest.source.units) > 5
     assert verify(tmp_path / "data") == []
     for split, info in manifest.splits.items():
@@ -236,7 +237,7 @@ def test_units_of_an_older_version_are_refused_and_its_markers_are_made_again(co
     plan = json.loads((tmp_path / "units" / "plan.json").read_text())
     del plan["unit_format"]
     (tmp_path / "units" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(UserError, match="unit_format: null there, 1 asked for"):
+    with pytest.raises(UserError, match="unit_format: null there, 2 asked for"):
         run(corpus, tmp_path / "c", units=tmp_path / "units")
 
 
