@@ -281,7 +281,8 @@ def position_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder
     ]
     if differ:
         raise UserError(
-            "the checkpoint belongs to other data: " + "; ".join(differ) + "; give the data it was made with"
+            "the checkpoint belongs to other data: " + "; ".join(differ) + "; give the data it was made with, or "
+            "start from its weights with --init-from"
         )
     return int(state["position"])
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from electra_ds.batches import max_chosen
 from electra_ds.config import RunConfig, Section, load_engine
 from electra_ds.objective import VOCAB_SIZE, parameter_count
-from electra_ds.shards import Manifest
+from electra_ds.sources import Data
 
 PRECISIONS = ("fp32", "half (bf16, fp16)")
 
@@ -27,17 +27,17 @@ class Report(NamedTuple):
     memory: dict[tuple[int, str], int]  # (ZeRO stage, precision) -> bytes per rank
 
 
-def check(config: RunConfig, world_size: int, manifest: Manifest | None = None) -> Report:
-    """Refuse (UserError) what would fail later, else report. With a manifest also epochs and the vocabulary's size."""
+def check(config: RunConfig, world_size: int, data: Data | None = None) -> Report:
+    """Refuse (UserError) what would fail later, else report. With data also epochs and the vocabulary's size."""
     load_engine(config.engine)
-    if manifest is not None:
-        info = manifest.tokenizer
-        config = config.with_data(info.vocab_size, info.special_ids, manifest.sequence_length)
-    rows = manifest.splits["train"].rows if manifest is not None else None
+    rows, portions = None, {}
+    if data is not None:
+        info, rows, portions = data.manifest.tokenizer, data.manifest.splits["train"].rows, data.portions
+        config = config.with_data(info.vocab_size, info.special_ids, data.manifest.sequence_length)
     parameters = parameter_count(config)
     return Report(
         list(_fields(config)),
-        list(_derived(config, world_size, rows, config.model.vocab_size or VOCAB_SIZE, parameters)),
+        list(_derived(config, world_size, rows, portions, config.model.vocab_size or VOCAB_SIZE, parameters)),
         model_state_bytes(parameters.joint, world_size),
     )
 
@@ -51,7 +51,7 @@ def _fields(section, prefix: str = ""):
             yield Line(f"{prefix}{name}", str(value), info.json_schema_extra["scope"], info.description)
 
 
-def _derived(config: RunConfig, world_size: int, rows: int | None, vocab_size: int, parameters):
+def _derived(config: RunConfig, world_size: int, rows: int | None, portions, vocab_size: int, parameters):
     train, length = config.train, config.data.sequence_length
     accumulation = config.accumulation(world_size)
     slots = max_chosen(config.objective.mask_prob, length)
@@ -65,6 +65,10 @@ def _derived(config: RunConfig, world_size: int, rows: int | None, vocab_size: i
         yield Line("tokens", f"{steps * train.global_batch_size * length:,}", "derived", "seen in the whole run")
         if rows:
             yield Line("epochs", f"{steps * train.global_batch_size / rows:.3f}", "derived", f"over {rows:,} rows")
+        for name, part in portions.items():
+            epochs = f"{part.epochs(steps * train.global_batch_size):.2f} epochs"
+            has = f"{part.rows:,} rows, {part.tokens:,} tokens"
+            yield Line(f"source {name}", epochs, "derived", f"{part.share:.2%} (weight {part.weight:.6f}); has {has}")
     yield Line("vocab_size", f"{vocab_size:,}", "derived", "the data's; 30,522 is assumed without --data")
     yield Line("discriminator", f"{parameters.discriminator:,}", "derived", "parameters of the main encoder and head")
     yield Line("trained", f"{parameters.joint:,}", "derived", "parameters in all")

@@ -19,7 +19,7 @@ app = typer.Typer(
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="tiny, small, base, large, small++, or a RUN.json.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder (its latest checkpoint) or a checkpoint.")]
-Data = Annotated[str, typer.Option(help="Folder that `prepare` wrote.")]
+Data = Annotated[str, typer.Option(help="Folder that `prepare` wrote, or a MIX.json of several.")]
 Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
 Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob, URL or builtin:docs; repeatable.")]
@@ -165,7 +165,7 @@ def check(
     from electra_ds.config import load_run
     from electra_ds.sources import open_data
 
-    report = check(load_run(run, sets or [], engine), world_size, open_data(data).manifest if data else None)
+    report = check(load_run(run, sets or [], engine), world_size, open_data(data) if data else None)
     console = Console()
     for title, lines in (("config", report.fields), (f"derived, {world_size} rank(s)", report.derived)):
         table = Table("key", "value", "scope", "meaning", title=title, title_justify="left")
@@ -245,7 +245,7 @@ def evaluate(
         return
     print(f"{find_checkpoint(model)}, held-out rows of {data}")
     for key, value in values.items():
-        print(f"  {key:24} {value:,.0f}" if key in ("tokens", "chosen") else f"  {key:24} {value:.4f}")
+        print(f"  {key:24} {value:,.0f}" if key.endswith(("tokens", "chosen")) else f"  {key:24} {value:.4f}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from electra_ds.errors import UserError
 from electra_ds.figures import BINS, auc, histogram, own_figures, rates, share
 from electra_ds.model import load_true_state
 from electra_ds.objective import Objective, build_objective
-from electra_ds.sources import open_data
+from electra_ds.sources import HeldOut, open_data
 from electra_ds.values import Batch, Counts
 
 
@@ -51,6 +51,32 @@ def evaluate(
             fixed += histogram(logits, is_replaced.to(device), (batch.piece_ids > 0).double())
     figures = _figures(sum_over_ranks(sums.cpu()), sum_over_ranks(fixed.cpu()), module.objective.counts_all_tokens)
     return own_figures(figures, module.objective)
+
+
+def evaluate_sources(
+    module: nn.Module, held_out: dict[str, HeldOut], config: RunConfig, device: torch.device, *, batch_rows: int,
+    max_rows: int | None, rank: int = 0, world_size: int = 1,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+) -> dict[str, float]:  # fmt: skip
+    """`evaluate` on at most `max_rows` rows of each source, as source/figure; plain figures are those of the mixture.
+
+    That is the mean over the sources by their shares in training, so that it compares with the training's own figures
+    and does not depend on how many rows a source holds out; tokens and chosen are sums.
+    """
+    figures, objective = {}, config.objective
+    for name, (rows, unigrams, _) in held_out.items():
+        batches = evaluation_batches(
+            rows, mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
+            batch_rows=batch_rows, rank=rank, world_size=world_size, max_rows=max_rows,
+        )  # fmt: skip
+        figures[name] = evaluate(module, batches, unigrams, config.data.special_ids, device, sum_over_ranks)
+    whole = sum(source.share for source in held_out.values())
+    weights = {name: source.share / whole for name, source in held_out.items()}
+    found = {
+        key: sum(own[key] * (1.0 if key in ("tokens", "chosen") else weights[name]) for name, own in figures.items())
+        for key in next(iter(figures.values()))
+    }
+    return found | {f"{name}/{key}": value for name, own in figures.items() if name for key, value in own.items()}
 
 
 def _figures(sums: Tensor, fixed: Tensor, counts_all_tokens: bool) -> dict[str, float]:
@@ -118,9 +144,5 @@ def evaluate_checkpoint(
     if not (held_out := source.held_out()):
         raise UserError(f"{data}: no rows are held out; prepare it with a --valid-fraction above 0")
     config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
-    batches = evaluation_batches(
-        held_out[""], mask_prob=config.objective.mask_prob, mask_token_prob=config.objective.mask_token_prob,
-        batch_rows=64, max_rows=max_rows,
-    )  # fmt: skip
     with torch.no_grad():
-        return evaluate(module, batches, source.unigrams(), config.data.special_ids, device)
+        return evaluate_sources(module, held_out, config, device, batch_rows=64, max_rows=max_rows)

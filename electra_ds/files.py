@@ -44,17 +44,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a JSON object. UserError names the file and `what` was expected when it is missing, broken or no object."""
+def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict) -> Any:
+    """Read a JSON object (or another of `kinds`). UserError names the file and `what` was expected when it is missing,
+    broken or something else.
+    """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: not found; expected {what}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; expected {what}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); expected {what}") from None
-    if not isinstance(value, dict):
+    if not isinstance(value, kinds):
         raise UserError(f"{path}: found a JSON {type(value).__name__}; expected {what}, a JSON object")
     return value
 

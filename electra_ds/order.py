@@ -13,7 +13,7 @@ import numpy as np
 ORDER_VERSION = 1
 EVALUATION_SEED = 0x454C_4543_5452_41  # "ELECTRA": held-out rows are masked alike for every run and every checkpoint
 # What a word is for: the low 8 bits of the counter's second word, so that no two uses share a number.
-BLOCKS, WINDOW, CHOSEN, KEEP, UNIFORMS, CORRUPTION, EXAMPLES = range(7)
+BLOCKS, WINDOW, CHOSEN, KEEP, UNIFORMS, CORRUPTION, EXAMPLES, MIXTURE = range(8)
 WINDOWS_KEPT = 4
 LOW32 = np.uint64(0xFFFF_FFFF)
 

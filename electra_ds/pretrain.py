@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from electra_ds import checkpoint, run_folder
-from electra_ds.batches import Batches, RowOrder, Rows, StepBatch, evaluation_batches, position_from_state
+from electra_ds.batches import Batches, RowOrder, Rows, StepBatch, position_from_state
 from electra_ds.checkpoint import Progress
 from electra_ds.config import RunConfig, differences, load_engine, parse_run
 from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, precision_name, start
 from electra_ds.errors import RunFailure, UserError
-from electra_ds.evaluate import evaluate, find_checkpoint
+from electra_ds.evaluate import evaluate_sources, find_checkpoint
 from electra_ds.figures import BINS, own_figures, rates
 from electra_ds.guard import Guard
 from electra_ds.lock import Lock, owner_of
@@ -188,7 +188,7 @@ class Run:
         self.config, self.engine, self.out, self.total_steps = config, engine, out, total_steps
         self.reader, self.row_order = reader, row_order
         self.padded, self.limits, self.began, self.lock = padded, limits, began, lock
-        self.held_out, self.unigrams = data.held_out(), data.unigrams()
+        self.held_out, self.portions = data.held_out(), data.portions
         masks_words = config.objective.masking != "token"
         self.begins_word = load_tokenizer(data.tokenizer).begins_word() if masks_words else None
         self.is_first = engine.ranks.rank == 0
@@ -356,15 +356,13 @@ class Run:
     def _evaluate(self, step: int) -> None:
         if not self.held_out:
             return
-        train, objective, ranks = self.config.train, self.config.objective, self.engine.ranks
-        batches = evaluation_batches(
-            self.held_out[""], mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
-            batch_rows=train.micro_batch_size, rank=ranks.rank, world_size=ranks.world_size, max_rows=train.eval_rows,
-        )  # fmt: skip
-        with self.engine.evaluating() as module:
-            values = evaluate(
-                module, batches, self.unigrams, self.config.data.special_ids, self.engine.device, self.engine.sum
-            )
+        train, engine = self.config.train, self.engine
+        with engine.evaluating() as module:
+            values = evaluate_sources(
+                module, self.held_out, self.config, engine.device, batch_rows=train.micro_batch_size,
+                max_rows=train.eval_rows, rank=engine.ranks.rank, world_size=engine.ranks.world_size,
+                sum_over_ranks=engine.sum,
+            )  # fmt: skip
         if self.metrics:
             self.metrics.valid(step, values)
 
@@ -463,3 +461,7 @@ class Run:
             f"of {self.config.data.sequence_length} tokens ({engine.accumulation} x {train.micro_batch_size} a rank); "
             f"{self.total_steps} steps, from step {progress.step}"
         )
+        rows = self.total_steps * train.global_batch_size
+        parts = [f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in self.portions.items()]
+        if parts:
+            self.metrics.say(f"mixture: {'; '.join(parts)}")

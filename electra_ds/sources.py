@@ -1,13 +1,22 @@
 """What is behind --data? The rows to train on with their order, the rows held out, and what they were made with."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from electra_ds.batches import RowOrder, Rows
+from electra_ds.mixture import MixtureOrder, MixtureRows, Portion, join_manifests, read_mixture, window_rows
 from electra_ds.order import Order
 from electra_ds.shards import Manifest, ShardReader, read_manifest, read_unigrams
+
+
+class HeldOut(NamedTuple):
+    """The held-out rows of one source."""
+
+    rows: Rows
+    unigrams: np.ndarray  # token counts of its training rows, [V] int64
+    share: float  # of the source in training, of 1
 
 
 class Data(Protocol):
@@ -15,15 +24,13 @@ class Data(Protocol):
 
     manifest: Manifest
     tokenizer: Path  # folder
+    portions: dict[str, Portion]  # of a mixture's sources, by name; {}: one source
 
     def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
         """The training rows and the order in which a run of this seed takes them."""
 
-    def held_out(self) -> dict[str, Rows]:
-        """The held-out rows of each source by its name, "" where there is one source; {}: none."""
-
-    def unigrams(self) -> np.ndarray:
-        """Token counts of the training rows, [V] int64."""
+    def held_out(self) -> dict[str, HeldOut]:
+        """The held-out rows of each source that has any, by its name, "" where there is one source."""
 
 
 class Folder:
@@ -31,18 +38,53 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tokenizer, self.manifest = folder, folder / "tokenizer", read_manifest(folder)
+        self.portions: dict[str, Portion] = {}
 
     def training(self, seed: int, global_batch_size: int) -> tuple[ShardReader, Order]:
         reader = ShardReader(self.folder, "train")
         return reader, Order(reader.blocks["rows"], seed)
 
-    def held_out(self) -> dict[str, ShardReader]:
-        return {"": ShardReader(self.folder, "valid")} if "valid" in self.manifest.splits else {}
+    def held_out(self) -> dict[str, HeldOut]:
+        if "valid" not in self.manifest.splits:
+            return {}
+        unigrams = read_unigrams(self.folder, self.manifest.tokenizer.vocab_size)
+        return {"": HeldOut(ShardReader(self.folder, "valid"), unigrams, 1.0)}
 
-    def unigrams(self) -> np.ndarray:
-        return read_unigrams(self.folder, self.manifest.tokenizer.vocab_size)
+
+class Mixture:
+    """Several sources in fixed shares, listed by a MIX.json; a source may be a mixture itself."""
+
+    def __init__(self, path: Path) -> None:
+        config = read_mixture(path)
+        found = [source.data if "://" in source.data else path.parent / source.data for source in config.sources]
+        self.parts = dict(zip(config.names, map(open_data, found), strict=True))
+        manifests = {name: part.manifest for name, part in self.parts.items()}
+        splits = [manifest.splits["train"] for manifest in manifests.values()]
+        weights = config.weights([split.tokens for split in splits])
+        self.counts = window_rows(weights)
+        self.manifest = join_manifests(path, manifests, self.counts.tolist())
+        self.tokenizer = self.parts[config.names[0]].tokenizer
+        shares = (self.counts / self.counts.sum()).tolist()
+        self.portions = {
+            name: Portion(split.rows, split.tokens, weight, share)
+            for name, split, weight, share in zip(self.parts, splits, weights.tolist(), shares, strict=True)
+        }
+
+    def training(self, seed: int, global_batch_size: int) -> tuple[MixtureRows, MixtureOrder]:
+        found = {name: part.training(seed, global_batch_size) for name, part in self.parts.items()}
+        rows = MixtureRows(self.manifest, [part for part, _ in found.values()])
+        orders = {name: row_order for name, (_, row_order) in found.items()}
+        return rows, MixtureOrder(orders, self.counts, rows.starts, seed)
+
+    def held_out(self) -> dict[str, HeldOut]:
+        return {
+            f"{name}/{inner}".rstrip("/"): held._replace(share=held.share * self.portions[name].share)
+            for name, part in self.parts.items()
+            for inner, held in part.held_out().items()
+        }
 
 
 def open_data(data: str | Path) -> Data:
-    """Open what --data names. UserError when it is no complete data folder."""
-    return Folder(Path(data))
+    """Open what --data names. UserError when it is no complete data folder, or a mixture that cannot be."""
+    path = Path(data)
+    return Mixture(path) if path.suffix == ".json" else Folder(path)

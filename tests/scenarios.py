@@ -115,6 +115,24 @@ def evaluated() -> None:
         assert train(f"evaluated-cut-z{stage}", f"zero{stage}-fp32", *sets) == 0
 
 
+def mixed() -> None:
+    """Two folders in shares: whole and resumed, with TensorBoard; the first alone; and a resume with other shares."""
+
+    def mixture(name: str, *weights: int) -> Path:
+        sources = [{"data": f"{DATA.with_name(DATA.name + end)}", "name": source, "weight": weight}
+                   for end, source, weight in zip(("", "-other"), ("de", "ja"), weights, strict=False)]  # fmt: skip
+        (OUTS / name).write_text(json.dumps(sources))
+        return OUTS / name
+
+    sets = ["train.eval_every=10", "train.eval_rows=30", "logging.tensorboard=true"]
+    both = mixture(f"mixture-{RANKS.rank}.json", 7, 3)
+    assert train("mixed", "zero2-fp32", *sets, data=both) == 0
+    assert train("mixed-cut", "zero2-fp32", *sets, data=both, stop_at_step=CUT) in (0, 85)
+    note("mixed", train("mixed-cut", "zero2-fp32", *sets, data=mixture(f"other-{RANKS.rank}.json", 6, 4)))
+    assert train("mixed-cut", "zero2-fp32", *sets, data=both) == 0
+    assert train("mixed-one", "zero1-fp32", data=mixture(f"one-{RANKS.rank}.json", 1)) == 0
+
+
 def refused_resumes() -> None:
     copy("for-one-z1", "refused")
     found = {
@@ -359,6 +377,7 @@ PHASES = {
         wrong_split,
         interrupted,
         evaluated,
+        mixed,
         refused_resumes,
         not_finite,
         bad_losses,

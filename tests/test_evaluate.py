@@ -124,7 +124,9 @@ def test_no_held_out_rows_are_said_to_be_none(run):
 
 
 def test_the_verb_gives_the_figures_of_training(run, monkeypatch):
-    monkeypatch.setattr(sources.Folder, "held_out", lambda self: {"": ShardReader(self.folder, "train")})
+    rows = ShardReader(run.data, "train")
+    held_out = {"": sources.HeldOut(rows, read_unigrams(run.data, 600), 1.0)}
+    monkeypatch.setattr(sources.Folder, "held_out", lambda self: held_out)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = evaluate.evaluate_checkpoint(run.out, run.data, 40)
     assert found == pytest.approx(figures(run, batches(run)), nan_ok=True)

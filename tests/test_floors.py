@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "errors files values config ops",
     1: "tokenizer shards order model optim ranks adapters figures",
-    2: "objective batches engine checkpoint guard metrics run_folder lock watchdog interop data_tools",
+    2: "objective batches engine checkpoint guard metrics run_folder lock watchdog interop mixture data_tools",
     3: "pretrain evaluate detect check plot status pretrained sources wrapper glue export import_weights",
     4: "cli __main__",
 }
@@ -23,6 +23,7 @@ SHARED = {
     "errors": "what every module raises",
     "files": "config reads its files as every other module does",
     "lock": "prepare's folder has one owner at a time, as a run's has",
+    "batches": "the Protocols of rows and of their order, which a mixture is made of and fulfils",
     "evaluate": "training evaluates as the verb does, and detect loads a checkpoint as evaluate does",
     "pretrained": "what every verb that takes MODEL reads",
     "sources": "what every verb that takes --data reads",

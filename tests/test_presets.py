@@ -9,7 +9,7 @@ from electra_ds.check import check
 from electra_ds.config import Section, config_folder, load_engine, load_run
 from electra_ds.errors import UserError
 from electra_ds.objective import parameter_count
-from electra_ds.shards import read_manifest
+from electra_ds.sources import open_data
 
 PRESETS = sorted(path.stem for path in config_folder("pretrain").glob("*.json"))
 ENGINES = sorted(path.stem for path in config_folder("engine").glob("*.json"))
@@ -134,14 +134,14 @@ def test_check_lists_every_field_with_its_scope_and_meaning():
 
 
 def test_check_with_data_counts_epochs_and_the_vocabulary(data):
-    manifest = read_manifest(data)  # 300 rows of 32, vocabulary 600
-    derived = {line.key: line.value for line in check(load_run("tiny"), 2, manifest).derived}
+    source = open_data(data)  # 300 rows of 32, vocabulary 600
+    derived = {line.key: line.value for line in check(load_run("tiny"), 2, source).derived}
     assert (derived["epochs"], derived["vocab_size"]) == ("320.000", "600")  # 3000 steps x 32 rows / 300
     by_epochs = load_run("tiny", ["train.total_steps=null", "train.epochs=75"])
-    derived = {line.key: line.value for line in check(by_epochs, 2, manifest).derived}
+    derived = {line.key: line.value for line in check(by_epochs, 2, source).derived}
     assert (derived["total_steps"], derived["epochs"]) == ("703", "74.987")  # 75 x 300 / 32 = 703.1
     with pytest.raises(UserError, match="prepare with --sequence-length 128"):
-        check(load_run("small"), 1, manifest)
+        check(load_run("small"), 1, source)
 
 
 def test_model_states_shrink_with_the_stage_and_the_ranks():

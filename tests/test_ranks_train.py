@@ -24,7 +24,8 @@ def outs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outs")
     other = data.with_name(data.name + "-other")
     other.mkdir()
-    shard_data.write_data(other, [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3, 6)])
+    shards = [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3, 6)]
+    shard_data.write_data(other, shards, valid=shard_data.best_fit_rows(40, 32, seed=8))
     run_ranks(2, "scenarios.py", "two", data, folder)
     for kind in KILLS:
         assert run_ranks(2, "scenarios.py", "die", data, folder, kind, check=False).returncode != 0
@@ -248,6 +249,29 @@ def test_held_out_figures_are_the_same_at_every_stage_and_after_a_resume(outs: P
     assert [record["step"] for record in whole] == [4, 8, 12, 16, 20]
     assert [record["mlm_loss"] for record in whole] == pytest.approx([r["mlm_loss"] for r in first], rel=1e-5)
     assert curve(outs / f"evaluated-cut-z{stage}") == curve(outs / f"evaluated-z{stage}")
+
+
+def test_a_mixture_resumes_bit_exact_and_one_source_trains_as_its_folder(outs: Path) -> None:
+    assert is_bit_equal(outs / "mixed-cut", outs / "mixed") and curve(outs / "mixed-cut") == curve(outs / "mixed")
+    assert distance(outs / "mixed", outs / "full-z2") > 1e-2
+    assert is_bit_equal(outs / "mixed-one", outs / "full-z1")
+    for rank in (0, 1):
+        refused = json.loads((outs / f"mixed-{rank}.json").read_text())
+        assert "rows_per_window: checkpoint {'de': 7000, 'ja': 3000}, now {'de': 6000, 'ja': 4000}" in refused
+
+
+def test_a_mixture_tells_the_held_out_figures_of_each_source(outs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(outs / "mixed-cut" / "tensorboard"))
+    events.Reload()
+    records = [record for record in curve(outs / "mixed-cut") if record["split"] == "valid"]
+    for key in ("mlm_loss", "de/mlm_loss", "ja/mlm_loss", "ja/unigram_loss", "de/fixed_auc"):
+        logged = [(record["step"], pytest.approx(record[key])) for record in records]
+        assert [(event.step, event.value) for event in events.Scalars(f"valid/{key}")] == logged and len(logged) == 2
+    for record in records:
+        assert record["mlm_loss"] == pytest.approx(0.7 * record["de/mlm_loss"] + 0.3 * record["ja/mlm_loss"])
+        assert record["de/mlm_loss"] != record["ja/mlm_loss"]
 
 
 def test_tensorboard_of_a_resumed_run_holds_every_curve_without_overlap(outs: Path) -> None:
