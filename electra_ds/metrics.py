@@ -93,10 +93,11 @@ class Metrics:
         )
 
     def valid(self, step: int, values: dict[str, float]) -> None:
-        """Log one held-out evaluation."""
+        """Log one held-out evaluation; figures of a mixture's sources are called source/figure."""
         self._record(step, "valid", values)
-        for source, figures in by_source(values).items():
-            self.say(f"step {step}  held out{source and f', {source}'}: {summary(figures)}")
+        for source in dict.fromkeys(key.rpartition("/")[0] for key in values):
+            own = {key.rpartition("/")[2]: value for key, value in values.items() if key.rpartition("/")[0] == source}
+            self.say(f"step {step}  held out{source and f', {source}'}: {summary(own)}")
 
     def saved(self, step: int, pause_seconds: float) -> None:
         """How long the training stood still for the checkpoint of `step`; metrics.jsonl has the sum of an interval."""
@@ -161,15 +162,6 @@ def _except_tensorboard(failure: threading.ExceptHookArgs) -> None:
 def summary(values: dict[str, float], line: str = VALID) -> str:
     """The figures of VALID or TRAIN in one line; those that the kind of objective does not have are left out."""
     return "  ".join(part.format(**values) for part in line.split("  ") if part.split("{")[1].split(":")[0] in values)
-
-
-def by_source(values: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Held-out figures apart by source: those of source/figure under its name, the others under ""."""
-    found: dict[str, dict[str, float]] = {}
-    for key, value in values.items():
-        source, _, figure = key.rpartition("/")
-        found.setdefault(source, {})[figure] = value
-    return found
 
 
 def _duration(seconds: float) -> str:
