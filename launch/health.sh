@@ -5,7 +5,8 @@ set -uo pipefail
 [ "${MPI_LOCALRANKID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}" = 0 ] || exit 0 # mpirun starts one per rank; one per node looks
 data=$1 node=${SLURMD_NODENAME:-$(hostname)} bad=0
 complain() { echo "bad node $node: $*" >&2; bad=1; }
-[ -r "$data/manifest.json" ] || complain "does not see $data/manifest.json; --data is a folder that prepare wrote, shared by all nodes"
+case $data in *.json) file=$data ;; *) file=$data/manifest.json ;; esac
+[ -r "$file" ] || complain "does not see $file; --data is a folder that prepare wrote, or a MIX.json of several, shared by all nodes"
 [ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 65536 ] || complain "less than 64 MiB left in /dev/shm"
 if command -v nvidia-smi > /dev/null; then
     timeout 60 nvidia-smi > /dev/null || complain "nvidia-smi fails; drain the node or reset its GPUs"

@@ -1,6 +1,9 @@
 """Mixtures: exact shares in every window, each source's own order, one stream for any cut, figures by source."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from electra_ds.objective import ElectraObjective
 from electra_ds.order import Order
 from electra_ds.sources import open_data
 
+HEALTH = Path(__file__).resolve().parent.parent / "launch" / "health.sh"
 RUN = {"seed": 7, "mask_prob": 0.15, "global_batch_size": 12, "micro_batch_size": 1}
 
 
@@ -218,12 +222,19 @@ def test_a_temperature_takes_from_large_sources_less_than_they_have():
         (weighted(nowhere=1), r"nowhere/manifest\.json: not found"),
         (weighted(de=1, odd=1), r"different kinds \(de: 32 tokens, best_fit, tokenizer 0{12}; odd: 16 tokens"),
         (3, "found a JSON int; expected a mixture of data folders"),
+        ([{"data": "mixture.json.bak", "weight": 1}], r"mixture\.json\.bak/manifest\.json: not found"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(folders, content, message):
-    with pytest.raises(UserError, match=r"mixture\.json: |nowhere") as caught:
+    (folders / "mixture.json.bak").touch()
+    with pytest.raises(UserError, match=message):
         open_data(mixture(folders, content))
-    assert caught.match(message)
+
+
+def test_the_health_check_of_a_node_knows_mixtures(folders):
+    for place, is_seen in ((mixture(folders, []), True), (folders / "de", True), (folders, False), ("x.json", False)):
+        said = subprocess.run(["bash", HEALTH, place], env=os.environ | {"PYTHON": "true"}, capture_output=True).stderr
+        assert (b"does not see" in said) != is_seen, said
 
 
 def test_check_shows_the_share_and_the_epochs_of_each_source(folders):
