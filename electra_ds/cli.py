@@ -230,7 +230,7 @@ def status(
 def evaluate(
     model: Model,
     data: Data,
-    max_rows: Annotated[int | None, typer.Option(help="Held-out rows to read (default: all).")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Held-out rows to read of each source (default: all).")] = None,
     trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

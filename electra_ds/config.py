@@ -155,7 +155,7 @@ class TrainConfig(Section):
     micro_batch_size: int = machine(..., "rows per forward and backward on one rank", ge=1)
     seed: int = science(0, "of initialisation, order, masking, sampling, dropout", ge=0, lt=2**32)
     eval_every: int = machine(0, "steps between held-out evaluations; 0: at the end only", ge=0)
-    eval_rows: int = machine(2048, "held-out rows per evaluation during training", ge=1)
+    eval_rows: int = machine(2048, "held-out rows of each source per evaluation during training", ge=1)
     # Machine, although rows are left out: a run that stopped over a bad loss could not go on otherwise.
     on_bad_loss: Literal["stop", "skip"] = machine(
         "stop", "a loss that is not finite, or a spike: end the run, or leave out the step"
