@@ -4,8 +4,9 @@ Raw Philox words and a shuffle of our own, since libraries do not promise the st
 here that changes an answer raises ORDER_VERSION. Letters: n positions or words, B rows.
 """
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ EVALUATION_SEED = 0x454C_4543_5452_41  # "ELECTRA": held-out rows are masked ali
 # What a word is for: the low 8 bits of the counter's second word, so that no two uses share a number.
 BLOCKS, WINDOW, CHOSEN, KEEP, UNIFORMS, CORRUPTION, EXAMPLES, MIXTURE = range(8)
 WINDOWS_KEPT = 4
+PIECE = 4096  # counters at a time: their words stay in the processor's cache
 LOW32 = np.uint64(0xFFFF_FFFF)
 
 
@@ -43,11 +45,15 @@ def words(seed: int, epochs: np.ndarray | int, rows: np.ndarray, n: int, purpose
     """
     rows = np.asarray(rows).astype(np.uint64)
     stream = (np.broadcast_to(epochs, rows.shape).astype(np.uint64) << 8) | np.uint64(purpose)
-    counter = [part[:, None] for part in (stream, rows & LOW32, rows >> 32)]
+    counter = np.stack([stream, rows & LOW32, rows >> 32])[..., None]  # [3, B, 1]
     quads = np.arange(-(-n // 4), dtype=np.uint64)
-    cuts = range(0, len(quads), 8192)  # pieces that stay in the processor's cache
-    parts = [philox((quads[cut : cut + 8192], *counter), seed) for cut in cuts]  # each [B, 8192, 4]
-    return np.concatenate(parts, axis=1).reshape(len(rows), -1)[:, :n]
+    found = np.empty((len(rows), len(quads), 4), np.uint32)
+    high, wide = max(1, PIECE // len(quads)), min(PIECE, len(quads))
+    for row in range(0, len(rows), high):
+        for quad in range(0, len(quads), wide):
+            here = slice(row, row + high), slice(quad, quad + wide)
+            found[here] = philox((quads[here[1]], *counter[:, here[0]]), seed)
+    return found.reshape(len(rows), -1)[:, :n]
 
 
 def uniforms(random_words: np.ndarray) -> np.ndarray:
@@ -57,11 +63,20 @@ def uniforms(random_words: np.ndarray) -> np.ndarray:
 
 def permutation(n: int, seed: int, epoch: int, stream: int, purpose: int) -> np.ndarray:
     """A random order of 0..n-1, [n] int64: numbers sorted by random keys that carry them in their low bits."""
-    halves = words(seed, epoch, np.array([stream]), 2 * n, purpose)[0].astype(np.uint64)
-    bits = np.uint64(max(1, n - 1).bit_length())
-    keys = ((halves[0::2] << 32 | halves[1::2]) >> bits << bits) | np.arange(n, dtype=np.uint64)
+    pairs = words(seed, epoch, np.array([stream]), 2 * n, purpose).reshape(n, 2)
+    low = np.uint64((1 << max(1, n - 1).bit_length()) - 1)
+    keys = pairs[:, ::-1].copy().view("<u8")[:, 0]  # the first word of a pair is the high one
+    keys &= ~low
+    keys |= np.arange(n, dtype=np.uint64)
     keys.sort()  # all keys differ, so every sorting method gives this order
-    return (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    return (keys & low).astype(np.int64)
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """The stretches of equal values (>= 0), in order: (value, where)."""
+    cuts = np.flatnonzero(np.diff(values, prepend=-1)).tolist()
+    for first, last in itertools.pairwise([*cuts, len(values)]):
+        yield int(values[first]), slice(first, last)
 
 
 class Order:
@@ -89,13 +104,12 @@ class Order:
         positions = np.asarray(positions, np.int64)
         epochs, offsets = np.divmod(positions, self.total_rows)
         rows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = np.flatnonzero(epochs == epoch)
-            _, window_starts = self._blocks(int(epoch))
-            windows = np.searchsorted(window_starts, offsets[here], side="right") - 1
-            for window in np.unique(windows):
-                chosen = here[windows == window]
-                rows[chosen] = self._window(int(epoch), int(window))[offsets[chosen] - window_starts[window]]
+        for epoch, part in _runs(epochs):
+            _, window_starts = self._blocks(epoch)
+            windows = np.searchsorted(window_starts, offsets[part], side="right") - 1
+            offsets[part] -= window_starts[windows]
+            for window, own in _runs(windows):
+                rows[part][own] = self._window(epoch, window)[offsets[part][own]]
         return rows, epochs
 
     def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +125,8 @@ class Order:
         """The rows of a window in their order, [rows of the window]."""
         if (epoch, window) not in self._windows:
             blocks = self._blocks(epoch)[0][window * self.window : (window + 1) * self.window]
-            rows = np.concatenate([np.arange(self.block_rows[b]) + self.block_starts[b] for b in blocks])
+            sizes = self.block_rows[blocks]
+            rows = np.repeat(self.block_starts[blocks] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
             self._windows[epoch, window] = rows[permutation(len(rows), self.seed, epoch, window, WINDOW)]
             if len(self._windows) > WINDOWS_KEPT:
                 self._windows.popitem(last=False)

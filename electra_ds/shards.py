@@ -6,6 +6,7 @@ link, a device, a foreign name or an object array is simply a difference. Letter
 """
 
 import hashlib
+import itertools
 import mmap
 import tarfile
 import zlib
@@ -260,19 +261,19 @@ class ShardReader:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Rows by number: [n] integers -> [n, S] of the stored type. Gathered by block, so many at once is faster."""
         rows = np.asarray(rows, np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
-            raise IndexError(f"rows {rows.min()}..{rows.max()} asked of {self.rows}")
+        order = np.argsort(rows)
+        rows = rows[order]
+        if len(rows) and not (rows[0] >= 0 and rows[-1] < self.rows):
+            raise IndexError(f"rows {rows[0]}..{rows[-1]} asked of {self.rows}")
         blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
-        order = np.argsort(blocks, kind="stable")
-        blocks = blocks[order]
-        inside = rows[order] - self.block_starts[blocks]
+        inside = rows - self.block_starts[blocks]
         found = np.empty((len(rows), self.sequence_length), self.dtype)
-        cuts = np.flatnonzero(np.diff(blocks, prepend=-1))  # where another block begins
-        for first, last, block in zip(cuts, [*cuts[1:], len(rows)], blocks[cuts].tolist(), strict=False):
-            np.take(self.block(block), inside[first:last], axis=0, out=found[first:last], mode="clip")
-        out = np.empty_like(found)
-        out[order] = found
-        return out
+        cuts = np.flatnonzero(np.diff(blocks, prepend=-1)).tolist()  # where another block begins
+        for first, last in itertools.pairwise([*cuts, len(rows)]):
+            self.block(int(blocks[first])).take(inside[first:last], axis=0, out=found[first:last], mode="clip")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return found.take(back, axis=0)
 
     def block(self, block: int) -> np.ndarray:
         """A view of one block's rows [n, S]; its headers and crc32 are checked when it is first touched."""
