@@ -17,6 +17,7 @@ from electra_ds.shards import (
     write_manifest,
     write_shard,
 )
+from electra_ds.tokenizer import load_tokenizer
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -71,6 +72,17 @@ def write_data(
         ),
     )
     return data_dir
+
+
+def write_tokenizer(folder: Path) -> str:
+    """A tokenizer of 600 words for the rows; returns its fingerprint."""
+    vocab = folder.with_name("vocab.txt")
+    folder.mkdir(parents=True)
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 600))]))
+    tokenizer = load_tokenizer(vocab)
+    tokenizer.save(folder)
+    vocab.unlink()
+    return tokenizer.fingerprint
 
 
 def token_counts(rows: np.ndarray, vocab_size: int) -> np.ndarray:
