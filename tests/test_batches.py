@@ -1,8 +1,14 @@
 """Batches: exactly k places, the layout of each packing, one stream for any cut, errors that reach the caller."""
 
+import tempfile
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from shard_data import SPECIAL, best_fit_rows, write_data
 
 from electra_ds import batches
@@ -126,20 +132,55 @@ def test_a_row_is_masked_the_same_in_any_company():
     assert not torch.equal(whole.chosen, other.chosen) and not torch.equal(whole.uniforms, other.uniforms)
 
 
-def test_any_world_size_micro_size_and_restart_see_one_stream(reader):
-    whole = take(batches_of(reader, **RUN), 70)  # 840 rows, 6 epochs; more steps than are read at once
-    assert [step.position for step in whole] == list(range(0, 840, 12))
-    for world, micro, start in [(2, 3, 0), (3, 1, 5), (6, 2, 17), (1, 12, 60)]:
-        run = RUN | {"micro_batch_size": micro, "world_size": world, "position": start * 12}
-        ranks = [take(batches_of(reader, rank=rank, **run), 6) for rank in range(world)]
-        for step in range(6):
-            expected, found = whole[start + step], [rank[step] for rank in ranks]
-            assert {f.position for f in found} == {expected.position} == {(start + step) * 12}
-            assert sum(f.chosen_count for f in found) == expected.chosen_count
-            assert sum(f.token_count for f in found) == expected.token_count
-            assert [p for f in found for p in f.micro_positions] == [expected.position + p for p in range(0, 12, micro)]
-            for field in expected.micros[0]._fields:
-                assert torch.equal(joined(found, field), joined([expected], field)), field
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@st.composite
+def runs(draw):
+    """Rows of each shard, of a block; blocks of a window; global batch; (world, micro, steps) of each start."""
+    shards = draw(st.lists(st.integers(1, 25), min_size=1, max_size=3))
+    batch = draw(st.sampled_from([1, 2, 4, 6, 12]))
+    starts, left = [], -(-3 * sum(shards) // batch)
+    while left:
+        world = draw(st.sampled_from(divisors(batch)))
+        steps = draw(st.integers(min(left, 3), left))
+        starts.append((world, draw(st.sampled_from(divisors(batch // world))), steps))
+        left -= steps
+    return shards, draw(st.sampled_from([1, 4, 16])), draw(st.integers(1, 5)), batch, starts
+
+
+@given(run=runs(), read_tokens=st.sampled_from([1, 500, 1 << 18]))
+@example(run=([20], 16, 2, 12, [(4, 1, 2), (12, 1, 3)]), read_tokens=1 << 18)  # fewer shards than ranks
+@example(run=([13], 4, 2, 12, [(2, 3, 1), (3, 2, 3)]), read_tokens=1)  # one row more than a batch
+@example(run=([1], 16, 1, 4, [(2, 2, 1)]), read_tokens=500)  # a single row
+@settings(max_examples=25, deadline=None)
+def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_restarts(run, read_tokens):
+    shards, block_rows, window, batch, starts = run
+    total = sum(shards)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(batches, "READ_TOKENS", read_tokens):
+        rows = [best_fit_rows(n, 32, seed) for seed, n in enumerate(shards)]
+        reader = ShardReader(write_data(Path(folder), rows, block_rows), "train")
+        order = Order(reader.blocks["rows"], 7, window)
+        options = {"seed": 7, "mask_prob": 0.15, "global_batch_size": batch}
+        whole = take(Batches(reader, order, **options, micro_batch_size=batch), sum(steps for *_, steps in starts))
+        seen, position = np.concatenate([step.rows for step in whole]), 0
+        assert (np.sort(seen[: 3 * total].reshape(3, total)) == np.arange(total)).all()
+        assert np.array_equal(np.concatenate(rows)[seen], joined(whole, "input_ids").numpy())
+        for world, micro, steps in starts:
+            ranks = []
+            for rank in range(world):
+                place = {"rank": rank, "world_size": world, "micro_batch_size": micro, "position": position * batch}
+                ranks.append(take(Batches(reader, Order(reader.blocks["rows"], 7, window), **options, **place), steps))
+            for expected, *found in zip(whole[position : position + steps], *ranks, strict=True):
+                assert {f.position for f in found} == {expected.position} == {position * batch}
+                assert sum(f.chosen_count for f in found) == expected.chosen_count
+                assert sum(f.token_count for f in found) == expected.token_count
+                firsts = [expected.position + first for first in range(0, batch, micro)]
+                assert [first for f in found for first in f.micro_positions] == firsts
+                for field in expected.micros[0]._fields:
+                    assert torch.equal(joined(found, field), joined([expected], field)), field
+                position += 1
 
 
 def test_counts_are_those_of_the_tensors(reader):
@@ -147,14 +188,6 @@ def test_counts_are_those_of_the_tensors(reader):
         assert step.chosen_count == joined([step], "chosen_weights").sum()
         assert step.token_count == (joined([step], "piece_ids") > 0).sum()
         assert np.array_equal(reader.read(step.rows), joined([step], "input_ids").numpy())
-
-
-def test_reading_ahead_by_many_steps_changes_nothing(reader, monkeypatch):
-    many = take(batches_of(reader, **RUN), 10)
-    monkeypatch.setattr(batches, "READ_TOKENS", 1)
-    for a, b in zip(many, take(batches_of(reader, **RUN), 10), strict=True):
-        assert torch.equal(joined([a], "input_ids"), joined([b], "input_ids"))
-        assert torch.equal(joined([a], "chosen"), joined([b], "chosen"))
 
 
 def test_an_error_in_the_thread_reaches_the_caller(reader, monkeypatch):

@@ -86,23 +86,6 @@ def test_each_row_comes_once_per_epoch(block_rows, window, seed):
         assert np.array_equal(np.sort(epoch), np.arange(total))
 
 
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_any_world_size_and_any_restart_see_one_stream(data):
-    block_rows = np.array(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=30)))
-    window = data.draw(st.integers(1, 5))
-    stream, _ = Order(block_rows, 3, window).rows(np.arange(4 * block_rows.sum()))
-    position, batch = 0, 12
-    while position + batch <= len(stream):
-        world = data.draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
-        each = batch // world
-        found = [
-            Order(block_rows, 3, window).rows(position + rank * each + np.arange(each))[0] for rank in range(world)
-        ]
-        assert np.array_equal(np.concatenate(found), stream[position : position + batch])
-        position += batch
-
-
 def test_epochs_and_seeds_are_ordered_differently():
     block_rows = np.full(20, 16)
     first, second = Order(block_rows, 1, 4).rows(np.arange(640))[0].reshape(2, 320)
