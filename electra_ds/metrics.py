@@ -21,6 +21,7 @@ from electra_ds.files import write_bytes
 SCHEMA = {"schema": "electra_ds metrics", "version": 1}
 # Keys that depend on the machine's speed: left out where runs are compared bit for bit.
 TIMED = frozenset({"tokens_per_second", "data_wait_share", "seconds", "checkpoint_pause_seconds"})
+TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard's names where they are not SPLIT/KEY
 
 # What people read, as far as the run has it: parts are two blanks apart.
 TRAIN = "mlm {mlm_loss:.3f}  disc {disc_loss:.4f}"
@@ -126,7 +127,8 @@ class Metrics:
         except OSError as error:
             self.say(f"step {step}: not logged yet, tried again with the next line and by the next checkpoint: {error}")
         for key, value in values.items():
-            self._tensorboard(lambda writer, key=key, value=value: writer.add_scalar(f"{split}/{key}", value, step))
+            tag = TAGS.get(key, f"{split}/{key}")
+            self._tensorboard(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))
 
     def _write(self) -> None:
         try:

@@ -34,6 +34,7 @@ from electra_ds.tokenizer import load_tokenizer
 from electra_ds.values import Counts, Losses
 from electra_ds.watchdog import Watchdog
 
+WAIT_SHARE = 0.05  # of an interval's time: more is said aloud
 LOOK_SECONDS = 1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a far file system
 
 
@@ -215,7 +216,7 @@ class Run:
         from_first(lambda: self._open_metrics(progress.step))
         with self.metrics or contextlib.nullcontext():
             self._greet(progress)
-            batch = next(batches)
+            batch = next(batches)._replace(wait_seconds=0.0)  # nothing was ahead of it, nor could be
             engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
             while True:
                 agreed = engine.agreed()
@@ -325,12 +326,12 @@ class Run:
         """Losses averaged over the interval, rates of its last step. Ours alone syncs here; DeepSpeed reads norms."""
         counts = sum(torch.cat([torch.stack(loss.counts[:8]), loss.counts.histogram.flatten()]) for loss in losses)
         timed = torch.tensor([self._waited, float(self._interval_tokens)], dtype=torch.float64)
-        sums = self.engine.sum(torch.cat([self.interval.cpu(), timed, counts.cpu()]))
-        mlm, disc, steps, waited, tokens = sums[:5].tolist()
+        ranks = torch.stack(self.engine.gather(torch.cat([self.interval.cpu(), timed, counts.cpu()])))
+        sums, waited = ranks.sum(0), ranks[:, 3]
+        mlm, disc, steps, _, tokens = sums[:5].tolist()
         now = time.perf_counter()
         seconds, self._interval_began = now - self._interval_began, now
         gen_weight, disc_weight = self.config.objective.loss_weights
-        world_size = self.engine.ranks.world_size
         if self.metrics:
             values = {
                 "loss": (gen_weight * mlm + disc_weight * disc) / steps,
@@ -344,12 +345,17 @@ class Run:
                 "tokens": float(progress.tokens),
                 "epoch": progress.data["position"] / self.reader.rows,
                 "tokens_per_second": tokens / seconds,
-                "data_wait_share": waited / world_size / seconds,
+                "data_wait_share": float(waited.max()) / seconds,  # the others wait for that rank
                 "checkpoint_pause_seconds": self._pause,
                 "seconds": time.monotonic() - self.began,
             }
             values = own_figures(values, self.config.objective)
             self.metrics.train(progress.step, values, seconds / self._steps_here * (self.total_steps - progress.step))
+            if values["data_wait_share"] > WAIT_SHARE:
+                self.metrics.say(
+                    f"WARNING: rank {int(waited.argmax())} waited for data in {values['data_wait_share']:.0%} of the "
+                    "time since the last line: stage the data on local disks, or give each rank one more CPU core"
+                )
         self.interval.zero_()
         self._waited, self._interval_tokens, self._pause, self._steps_here = 0.0, 0, 0.0, 0
 

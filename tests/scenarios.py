@@ -3,6 +3,7 @@
 The tests in test_ranks_train.py read what the runs left in OUTS/<name>.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,15 +14,16 @@ from pathlib import Path
 
 import torch
 
-from electra_ds import checkpoint, guard, lock, pretrain, run_folder
+from electra_ds import batches, checkpoint, guard, lock, pretrain, run_folder
 from electra_ds import engine as engine_module
-from electra_ds.batches import Batches
+from electra_ds.batches import READ_TOKENS, Batches
 from electra_ds.config import find_config, load_run
 from electra_ds.engine import Engine, leave, start
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.objective import ElectraObjective
 from electra_ds.pretrain import Limits, run_among
 from electra_ds.ranks import find_ranks
+from electra_ds.shards import ShardReader
 from electra_ds.status import status
 
 STEPS, CUT = 20, 7
@@ -88,6 +90,20 @@ def wrong_split() -> None:
     train("full-broken", "zero1-fp32")
     train("full-broken-bf16", "zero1-bf16", "train.total_steps=60")
     Batches.__init__ = original
+
+
+def slow_reader() -> None:
+    """Rank 1's rows come from a disk that takes longer than the steps do."""
+    original = ShardReader.read
+
+    def read(self, rows):
+        time.sleep(0.25 if RANKS.rank == 1 else 0)
+        return original(self, rows)
+
+    ShardReader.read, batches.READ_TOKENS = read, 1  # one step at a time
+    with open(OUTS / f"slow-console-{RANKS.rank}", "w") as console, contextlib.redirect_stdout(console):
+        assert train("slow", "zero1-fp32", "train.total_steps=6", "logging.every=2") == 0
+    ShardReader.read, batches.READ_TOKENS = original, READ_TOKENS
 
 
 def interrupted() -> None:
@@ -375,6 +391,7 @@ PHASES = {
     "two": (
         uninterrupted,
         wrong_split,
+        slow_reader,
         interrupted,
         evaluated,
         mixed,

@@ -74,6 +74,15 @@ def test_a_broken_data_split_is_seen_in_the_curve(outs: Path) -> None:
     assert distance(outs / "full-broken-bf16", outs / "full-bf16-z1") > 1e-2
 
 
+def test_waiting_for_data_is_said_with_the_rank_that_waits(outs: Path) -> None:
+    said = [line for line in (outs / "slow-console-0").read_text().splitlines() if "WARNING" in line]
+    shares = [r["data_wait_share"] for r in read_metrics(outs / "slow/metrics.jsonl") if r["split"] == "train"]
+    long = [share for share in shares if share > 0.05]
+    assert len(shares) == 3 and long[-2:] == shares[1:]  # the first interval holds the start
+    for line, share in zip(said, long, strict=True):
+        assert f"rank 1 waited for data in {share:.0%} of the time" in line and "stage the data" in line
+
+
 def test_dropout_changes_the_curve(outs: Path) -> None:
     assert distance(outs / "full-dropout", outs / "full-z1") > 1e-3
 
@@ -280,11 +289,12 @@ def test_tensorboard_of_a_resumed_run_holds_every_curve_without_overlap(outs: Pa
     events = EventAccumulator(str(outs / "evaluated-cut-z1" / "tensorboard"))
     events.Reload()
     train = "mlm_loss disc_loss mlm_accuracy replaced_fraction disc_auc disc_precision disc_recall lr grad_norm"
-    train += " loss_scale skipped_steps tokens tokens_per_second data_wait_share"
+    train += " loss_scale skipped_steps tokens tokens_per_second"
     valid = "mlm_loss disc_loss mlm_accuracy replaced_fraction disc_auc fixed_auc unigram_loss base_rate_loss"
     for split, keys, steps in (("train", train, [3, 6, 9, 12, 15, 18, 20]), ("valid", valid, [4, 8, 12, 16, 20])):
         for key in keys.split():
             assert [event.step for event in events.Scalars(f"{split}/{key}")] == steps, key
+    assert [event.step for event in events.Scalars("data/wait_share")] == [3, 6, 9, 12, 15, 18, 20]
     written = {event.step: event.value for event in events.Scalars("train/loss")}
     logged = {r["step"]: r["loss"] for r in curve(outs / "evaluated-cut-z1") if r["split"] == "train"}
     assert written == pytest.approx(logged, rel=1e-6)
