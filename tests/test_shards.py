@@ -3,7 +3,10 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,13 +89,34 @@ def test_members_are_plain_npy_files_on_64_byte_boundaries(data):
         assert sum(len(array) for array in arrays[1::2]) == len(pieces_of(rows))
 
 
-def test_plain_webdataset_reads_our_shards(data):
-    webdataset = pytest.importorskip("webdataset")
-    urls = [str(data / shard_file("train", shard)) for shard in range(3)]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in samples[:2]] == ["train-000000-000000", "train-000000-000001"]
-    assert np.array_equal(np.concatenate([sample["ids.npy"] for sample in samples]), np.concatenate(ROWS))
-    assert samples[0]["pieces.npy"].shape[1] == 6
+PLAIN = """
+import sys, numpy
+assert "electra_ds" not in sys.modules
+found = {row["__key__"]: row["input_ids"] for row in dataset}
+numpy.save("found.npy", [found[key] for key in sorted(found)])
+for hostile in ("hostile.tar", "pipe:touch executed"):
+    try:
+        print(list(webdataset.WebDataset(hostile, shardshuffle=False).decode()))
+    except Exception as error:
+        print(repr(error), repr(error.__cause__))
+"""
+
+
+def test_plain_webdataset_reads_our_shards_as_the_page_says(data):
+    """The snippet of docs/webdataset.md, in a process of its own."""
+    pytest.importorskip("webdataset")
+    page = (Path(__file__).parent.parent / "docs" / "webdataset.md").read_text()
+    snippet = page.split("```python\n")[1].split("```")[0].replace('"D/', f'"{data}/')
+    with tarfile.open(data / "hostile.tar", "w") as tar:
+        tar.add(__file__, "block.pkl")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet + PLAIN], cwd=data, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(data / "found.npy"), np.concatenate(ROWS))
+    unpickled, executed = done.stdout.splitlines()
+    assert "Unpickling is not allowed" in unpickled, unpickled
+    assert "cannot open pipe URLs" in executed and not (data / "executed").exists(), executed
 
 
 def test_dataset_id_follows_the_rows_alone(tmp_path):
