@@ -63,19 +63,18 @@ def uniforms(random_words: np.ndarray) -> np.ndarray:
 
 def permutation(n: int, seed: int, epoch: int, stream: int, purpose: int) -> np.ndarray:
     """A random order of 0..n-1, [n] int64: numbers sorted by random keys that carry them in their low bits."""
-    pairs = words(seed, epoch, np.array([stream]), 2 * n, purpose).reshape(n, 2)
+    pairs = words(seed, epoch, np.array([stream]), 2 * n, purpose)[0].view("<u8")
     low = np.uint64((1 << max(1, n - 1).bit_length()) - 1)
-    keys = pairs[:, ::-1].copy().view("<u8")[:, 0]  # the first word of a pair is the high one
-    keys &= ~low
+    keys = (pairs << 32 | pairs >> 32) & ~low  # the first word of a pair is the high one
     keys |= np.arange(n, dtype=np.uint64)
     keys.sort()  # all keys differ, so every sorting method gives this order
     return (keys & low).astype(np.int64)
 
 
 def _runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The stretches of equal values (>= 0), in order: (value, where)."""
-    cuts = np.flatnonzero(np.diff(values, prepend=-1)).tolist()
-    for first, last in itertools.pairwise([*cuts, len(values)]):
+    """The stretches of equal values, in order: (value, where)."""
+    cuts = np.flatnonzero(values[1:] != values[:-1]) + 1
+    for first, last in itertools.pairwise([0, *cuts.tolist(), len(values)][: len(values) + 1]):  # none if empty
         yield int(values[first]), slice(first, last)
 
 

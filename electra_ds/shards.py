@@ -268,8 +268,8 @@ class ShardReader:
         blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
         inside = rows - self.block_starts[blocks]
         found = np.empty((len(rows), self.sequence_length), self.dtype)
-        cuts = np.flatnonzero(np.diff(blocks, prepend=-1)).tolist()  # where another block begins
-        for first, last in itertools.pairwise([*cuts, len(rows)]):
+        cuts = np.flatnonzero(blocks[1:] != blocks[:-1]) + 1  # where another block begins
+        for first, last in itertools.pairwise([0, *cuts.tolist(), len(rows)][: len(rows) + 1]):  # none if no rows
             self.block(int(blocks[first])).take(inside[first:last], axis=0, out=found[first:last], mode="clip")
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
