@@ -231,10 +231,11 @@ class Batches:
 
     def _produce(self, position: int) -> None:
         try:
+            steps = 1  # at first, so that the first batch waits for no others
             while not self._stop.is_set():
-                for step in self._read(position):
+                for step in self._read(position, steps):
                     self._put(step)
-                position += self.steps_at_once * self.global_batch_size
+                position, steps = position + steps * self.global_batch_size, self.steps_at_once
         except Exception as error:  # handed to the caller of next()
             self._put(error)
 
@@ -245,10 +246,10 @@ class Batches:
             except queue.Full:
                 pass
 
-    def _read(self, position: int) -> Iterator[StepBatch]:
-        """The next `steps_at_once` steps, gathered and masked as one."""
+    def _read(self, position: int, steps: int) -> Iterator[StepBatch]:
+        """The next `steps` steps, gathered and masked as one."""
         own, micro = self.rank_rows, self.micro_batch_size
-        firsts = position + np.arange(self.steps_at_once) * self.global_batch_size
+        firsts = position + np.arange(steps) * self.global_batch_size
         rows, epochs = self.order.rows((firsts[:, None] + self.first + np.arange(own)).ravel())
         batch = make_batch(self.reader.read(rows), rows, epochs, self.recipe)
         if self.pin_memory:
