@@ -11,9 +11,11 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +31,9 @@ SPECIAL_NAMES = {  # role -> spellings looked for in a vocabulary, ours first
     "mask": ("[MASK]", "<mask>"),
 }
 FILES = ("vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-CACHE_WORDS = 1_000_000  # about 200 MB; the cache starts again when it is full
-GROUP = 256  # unknown words tokenized in one call: twice as fast as one by one
+CACHE_WORDS = 500_000  # about 100 MB; the cache starts again when it is full, which costs little
 MEAN_WORD = 24  # longer "words" on average mean a script without spaces: those texts are tokenized whole
+_PARTS = re.compile("[^!-/:-@[-`{-~]+|.")  # of a word: BERT makes each ASCII punctuation character a word of its own
 # Characters that str.split() takes for white space and BERT's cleaning deletes or keeps: such texts go whole, too.
 _UNLIKE_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 
@@ -100,6 +102,27 @@ class Tokenizer(ABC):
         })
 
 
+class _Words(dict[str, bytes]):
+    """Word -> its ids as uint32 bytes, found out when it is first asked for, so that the ids of a text are one join."""
+
+    def __init__(self, fast: Any, lowercase: bool) -> None:
+        self.fast, self.model, self.lowercase = fast, fast.model, lowercase
+
+    def __missing__(self, word: str) -> bytes:
+        parts = _PARTS.findall(word)
+        ids = b"".join(map(self.__getitem__, parts)) if parts != [word] else self.encode(word)
+        self[word] = ids
+        return ids
+
+    def encode(self, text: str) -> bytes:
+        """The ids of any text; those of ASCII letters and digits need no more than the model."""
+        if text.isalnum() and text.isascii():
+            found = [token.id for token in self.model.tokenize(text.lower() if self.lowercase else text)]
+        else:
+            found = self.fast.encode(text, add_special_tokens=False).ids
+        return array("I", found).tobytes()
+
+
 class WordPiece(Tokenizer):
     """BERT's WordPiece: cleaning, optional lower-casing and accent stripping, greedy longest match in each word."""
 
@@ -123,27 +146,20 @@ class WordPiece(Tokenizer):
             clean_text=True, handle_chinese_chars=True,
             lowercase=options["lowercase"], strip_accents=options["strip_accents"])
         self.fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # splits "[MASK]"; no added tokens exist
-        self._cache: dict[str, bytes] = {}  # word -> its ids as uint32 bytes, so that a text is one join
+        self._cache = _Words(self.fast, options["lowercase"])
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        words = [text.split() if not _UNLIKE_SPACES.search(text) else None for text in texts]
-        words = [w if w is not None and len(w) * MEAN_WORD > len(text) else [text]
-                 for w, text in zip(words, texts, strict=True)]
-        self._learn(set().union(*words))
-        parts = [b"".join(map(self._cache.__getitem__, w)) for w in words]
+        if len(self._cache) > CACHE_WORDS:
+            self._cache.clear()
+        parts = [self._encode(text) for text in texts]
         lengths = np.fromiter((len(part) // 4 for part in parts), np.int64, len(parts))
         return np.frombuffer(b"".join(parts), np.uint32), lengths
 
-    def _learn(self, words: set[str]) -> None:
-        if len(self._cache) + len(words) > CACHE_WORDS:
-            self._cache.clear()
-        missing = [word for word in words if word not in self._cache]
-        groups = [missing[i:i + GROUP] for i in range(0, len(missing), GROUP)]
-        encodings = self.fast.encode_batch(groups, is_pretokenized=True, add_special_tokens=False)
-        for group, encoding in zip(groups, encodings, strict=True):
-            ids = np.array(encoding.ids, np.uint32).tobytes()
-            cuts = np.searchsorted(encoding.word_ids, np.arange(len(group) + 1)).tolist()
-            self._cache.update((word, ids[4 * a:4 * b]) for word, a, b in zip(group, cuts, cuts[1:], strict=False))
+    def _encode(self, text: str) -> bytes:
+        words = text.split()
+        if _UNLIKE_SPACES.search(text) or len(words) * MEAN_WORD < len(text):
+            return self._cache.encode(text)
+        return b"".join(map(self._cache.__getitem__, words))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.fast.encode(text, add_special_tokens=False)
@@ -178,7 +194,7 @@ class SentencePiece(Tokenizer):
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts = self._model.encode(list(texts), num_threads=1)
         lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
-        return np.fromiter((i for part in parts for i in part), np.uint32, int(lengths.sum())), lengths
+        return np.fromiter(chain.from_iterable(parts), np.uint32, int(lengths.sum())), lengths
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self._model.encode(text, return_type="offset_mapping")

@@ -16,7 +16,7 @@ TEXTS = ["Hello, WORLD!", "the [MASK] and [CLS] [SEP] [PAD]", "caf\u00e9 cafe\u0
          "a\x85b\x0bc\u2028d", "x" * 120 + " hello", "hel\u200blo wor\x00ld", "hello\tworld\r\nthe\u3000a\u00a0b"]
 
 
-CHARACTERS = "aAbeh\u00e9\u0301 \t\n\r\x0b\x0c\x1c\x85\u00a0\u2028\u3000\u65e5[M]!\u200b\u0130\ufffd"
+CHARACTERS = "aAbeh_5.\x7f\u00e9\u0301 \t\n\r\x0b\x0c\x1c\x85\u00a0\u2028\u3000\u65e5[M]!\u200b\u0130\ufffd"
 
 
 @pytest.fixture
