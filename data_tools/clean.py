@@ -12,7 +12,6 @@ import numpy as np
 
 from electra_ds.errors import UserError
 
-_BREAKS = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # what ends a line in some alphabet or system
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]")  # carries no text; tab and newline stay
 SHINGLE = 5  # tokens
 SLOTS = 128  # of a signature: the standard error of a similarity estimated as 0.8 is at most 0.035
@@ -24,7 +23,7 @@ def clean_lines(text: str) -> tuple[list[str], int]:
 
     With them the number of control characters removed.
     """
-    text, removed = _CONTROL.subn("", _BREAKS.sub("\n", text))
+    text, removed = _CONTROL.subn("", "\n".join(text.splitlines()))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)  # last: what was deleted may have stood before an accent
     return [stripped for line in text.split("\n") if (stripped := line.strip())], removed
@@ -32,7 +31,10 @@ def clean_lines(text: str) -> tuple[list[str], int]:
 
 def text_hash(lines: list[str]) -> tuple[int, int]:
     """128 bits that are equal for texts equal but for case and white space, as two unsigned 64-bit halves."""
-    digest = blake2b(" ".join(" ".join(lines).lower().split()).encode(), digest_size=16).digest()
+    text = " ".join(lines).lower()
+    if "  " in text or not text.isprintable():  # of white space, a single space alone is printable
+        text = " ".join(text.split())
+    digest = blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
