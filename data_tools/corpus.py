@@ -233,7 +233,7 @@ def _jsonl(source: Source, content: BinaryIO, start: int, end: int, tally: Tally
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             tally.add_bad(f"no text in field {text_field!r}", source, offset)
-        elif any("\ud800" <= c <= "\udfff" for c in set(text)):
+        elif not text.isascii() and re.search("[\ud800-\udfff]", text):
             tally.add_bad("half a surrogate pair", source, offset)
         else:
             yield text

@@ -152,7 +152,7 @@ def fill(layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, specia
     step = max(1, (1 << 20) // width)  # pieces at a time: bounded index arrays
     for first in range(0, len(layout.pieces), step):
         row, start, length, document, token = layout.pieces[first : first + step].T
-        inside = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-        places, origins = row * width + start, begins[document] + token
-        rows[np.repeat(places, length) + inside] = ids[np.repeat(origins, length) + inside]
+        place, origin = row * width + start, begins[document] + token
+        targets = np.arange(int(length.sum())) + np.repeat(place - np.cumsum(length) + length, length)
+        rows[targets] = ids[targets + np.repeat(origin - place, length)]
     return rows.reshape(layout.rows, width)
