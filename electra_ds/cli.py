@@ -141,11 +141,12 @@ def inspect(
     rows: Annotated[list[int] | None, typer.Argument(metavar="ROW", help="Row numbers (default: 0 1 2).")] = None,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
     source: Annotated[bool, typer.Option("--source", help="Say where each piece comes from.")] = False,
+    input: Annotated[list[str] | None, typer.Option(help="As for prepare: show how documents begin.")] = None,
 ) -> None:
     """Show rows decoded, with the boundaries of their pieces."""
     from data_tools.inspect import describe_rows
 
-    for line in describe_rows(data, split, rows or range(3), source=source):
+    for line in describe_rows(data, split, rows or range(3), source=source, inputs=input or ()):
         print(line)
 
 

@@ -16,6 +16,7 @@ from threading import Thread
 import pytest
 
 from data_tools.corpus import UNKNOWN, Tally, documents
+from data_tools.inspect import reread
 from data_tools.plan import make_plan
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
@@ -244,8 +245,9 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_rows_for_any_workers(tmp_
     )
     assert made[0].splits["train"].documents == len(TEXTS) and not made[0].bad_lines
 
-    plan, reader = make_plan(inputs, unit_bytes=600), ShardReader(tmp_path / "out1", "train")
-    units = [read(type(plan)(plan.sources, (unit,))) for unit in plan.units]
+    reader = ShardReader(tmp_path / "out1", "train")
+    texts_of = reread(tmp_path / "out1", inputs)
+    units = [list(texts_of(unit)) for unit in range(len(made[0].source.units))]
     for block in range(len(reader.blocks)):
         ids = reader.block(block)
         for row, start, length, unit, number, token in reader.pieces(block).tolist():

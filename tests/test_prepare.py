@@ -16,6 +16,7 @@ import pytest
 
 from data_tools import units as units_module
 from data_tools.assemble import HASHES_AT_ONCE
+from data_tools.inspect import describe_rows, reread
 from data_tools.pack import best_fit, concat
 from data_tools.prepare import prepare
 from data_tools.verify import verify
@@ -82,18 +83,29 @@ def documents_of(data) -> dict[str, dict[tuple[int, int], list[int]]]:
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_every_token_of_every_document_is_in_one_row_and_its_place_is_known(corpus, tmp_path, packing):
+def test_every_token_of_every_document_is_in_one_row_and_its_place_in_the_source_is_known(corpus, tmp_path, packing):
     manifest = run(corpus, tmp_path / "data", packing=packing)
     tokenizer, found = load_tokenizer(tmp_path / "data" / "tokenizer"), documents_of(tmp_path / "data")
-    every = [ids for split in found.values() for ids in split.values()]
-    assert sorted(map(tuple, every)) == sorted(map(tuple, tokenizer.encode_batch([text_of(i) for i in range(300)])))
-    assert not {ids[0] for ids in found["train"].values()} & {ids[0] for ids in found["valid"].values()}
+    texts_of = reread(tmp_path / "data", [str(corpus / "in")])
+    texts = {(unit, number): text for unit in range(len(manifest.source.units))
+             for number, text in enumerate(texts_of(unit))}
+    source = dict(zip(texts, tokenizer.encode_batch(list(texts.values())), strict=True))
+    first = {tuple(ids): key for key, ids in reversed(source.items())}  # of equal documents
+    assert (len(source), len(first)) == (330, 300)
+    assert found["train"] | found["valid"] == {key: list(ids) for ids, key in first.items()}
+    assert not found["train"].keys() & found["valid"].keys()
     assert manifest.removed == {"control_characters": 0, "repeated_lines": 0, "too_short": 0, "filtered": 0,
                                 "duplicates": 30, "near_duplicates": 0}
     assert len(manifest.splits["train"].shards) > 2 and len(manifest.source.units) > 5
     assert verify(tmp_path / "data") == []
     for split, info in manifest.splits.items():
         assert info.tokens == sum(map(len, found[split].values())) and info.documents == len(found[split])
+    _, *lines = describe_rows(tmp_path / "data", "train", [0], inputs=[str(corpus / "in")])
+    for piece, origin, document in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
+        begins = document.removeprefix("    which begins: ").lower().split()
+        assert not origin.endswith(" token 0") or begins[0] == piece.split()[1]
+    with pytest.raises(UserError, match=r"b\.txt: not among the files of --input"):
+        reread(tmp_path / "data", [str(corpus / "in" / "*.wiki")])
 
 
 def test_rows_look_as_their_packing_says(corpus, tmp_path):
