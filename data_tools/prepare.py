@@ -22,7 +22,8 @@ from data_tools.corpus import PLACES
 from data_tools.near import find_near_duplicates
 from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
-from data_tools.units import REMOVED, UnitTask, array_bytes, tokenize_unit
+from data_tools.units import REMOVED, UnitTask, array_bytes, tokenize_unit, unit_paths
+from data_tools.unknowns import sum_unknowns
 from data_tools.workers import Progress, Rank, Run, pool
 from electra_ds import shards
 from electra_ds.config import load_function
@@ -210,9 +211,11 @@ def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[Shar
                                       shards=[marker["shard"] for marker in own])
     unigrams = sum(np.load(assemble.marker_path(task).with_suffix(".npy")) for task in tasks if task.split == "train")
     write_bytes(out / "unigrams.npy", array_bytes(unigrams))
+    unknowns = sum_unknowns(unit_paths(first.units_folder, unit)[4] for unit in range(first.units))
     shards.write_manifest(out, Manifest(
         sequence_length=first.sequence_length, dtype=ids_dtype(tokenizer.vocab_size).name, seed=first.seed,
         block_rows=first.block_rows, packing=first.packing, splits=splits, removed=removed, bad_lines=bad,
+        unknowns=unknowns,
         tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
                                 special_ids=tokenizer.special_ids),
         source=SourcePlan(sha256=plan_sha256, files=tuple(s.name for s in plan.sources), units=plan.units)))

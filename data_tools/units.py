@@ -22,6 +22,7 @@ import numpy as np
 from data_tools.clean import clean_lines, signatures, text_hash
 from data_tools.corpus import Source, Tally, documents
 from data_tools.plan import Unit, unit_size
+from data_tools.unknowns import Unknowns
 from electra_ds.config import load_function
 from electra_ds.errors import UserError
 from electra_ds.files import fsync_folder, read_json, sha256_file, write_bytes, write_json
@@ -66,10 +67,10 @@ def _cached_tokenizer(folder: str, fingerprint: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def unit_paths(folder: str | Path, number: int) -> tuple[Path, Path, Path, Path]:
-    """(ids, document table, marker, signatures) of a unit."""
+def unit_paths(folder: str | Path, number: int) -> tuple[Path, ...]:
+    """(ids, document table, marker, signatures, unknown words) of a unit."""
     stem = Path(folder) / f"unit-{number:06d}"
-    return tuple(map(stem.with_suffix, (".ids", ".documents.npy", ".json", ".signatures")))
+    return tuple(map(stem.with_suffix, (".ids", ".documents.npy", ".json", ".signatures", ".unknowns")))
 
 
 def array_bytes(array: np.ndarray) -> bytes:
@@ -96,15 +97,15 @@ def finished(marker: Path, plan_sha256: str) -> dict | None:
 
 def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
     """Make a unit's files unless they are there and whole; returns its marker. `moved` hears of input bytes done."""
-    marker = unit_paths(task.folder, task.number)[2]
+    _, _, marker, _, words = unit_paths(task.folder, task.number)
     if found := finished(marker, task.plan_sha256):
         moved(unit_size(task.unit))
         return found
-    tokenizer, tally = _cached_tokenizer(task.tokenizer, task.fingerprint), Tally()
+    tokenizer, tally, unknowns = _cached_tokenizer(task.tokenizer, task.fingerprint), Tally(), Unknowns()
     removed = dict.fromkeys(REMOVED, 0)
     with _Writer(task, ids_dtype(tokenizer.vocab_size)) as writer:
         for batch in _batches(_cleaned(task, tally, removed, moved)):
-            encoded = _encode(tokenizer, [lines for _, lines in batch])
+            encoded = _encode(tokenizer, [lines for _, lines in batch], unknowns)
             texts = [own[own != tokenizer.special_ids.sep] for own in encoded]
             signed = signatures(texts) if task.signatures else [None] * len(batch)
             for (number, lines), own, text, signature in zip(batch, encoded, texts, signed, strict=True):
@@ -113,6 +114,8 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
                 else:
                     removed["too_short"] += 1
         counts = writer.close()
+    write_json(words, unknowns.record())
+    counts["files"][words.name] = sha256_file(words)
     counts |= {"plan_sha256": task.plan_sha256, "removed": removed, "lines": tally.lines,
                "bad_lines": dict(sorted(tally.bad.items())), "places": tally.places}
     write_json(marker, counts)
@@ -157,9 +160,11 @@ def _batches(documents: Iterator[tuple[int, list[str]]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarray]:
+def _encode(tokenizer: Tokenizer, texts: list[list[str]], unknowns: Unknowns) -> list[np.ndarray]:
     """The ids of each document, given as lines, a [SEP] after each line."""
-    ids, lengths = tokenizer.encode_flat([line for lines in texts for line in lines])
+    flat = [line for lines in texts for line in lines]
+    ids, lengths = tokenizer.encode_flat(flat)
+    unknowns.look(tokenizer, flat, ids, lengths)
     ids = np.insert(ids, np.cumsum(lengths), tokenizer.special_ids.sep)
     ends = np.cumsum(lengths + 1)[np.cumsum([len(lines) for lines in texts]) - 1]
     return np.split(ids, ends[:-1])
@@ -170,7 +175,7 @@ class _Writer:
 
     def __init__(self, task: UnitTask, dtype: np.dtype) -> None:
         self.task, self.dtype = task, dtype
-        ids, self.table_path, marker, signed = unit_paths(task.folder, task.number)
+        ids, self.table_path, marker, signed, _ = unit_paths(task.folder, task.number)
         marker.unlink(missing_ok=True)  # whatever is there is not whole
         self.paths = [ids, signed] if task.signatures else [ids]
         self.temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self.paths]

@@ -136,6 +136,38 @@ def verify(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder tha
 
 
 @app.command()
+def stats(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")],
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page with plots, too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Documents, lengths, vocabulary coverage, unknown words and what was removed, of a data folder."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from data_tools.stats import page, stats, tables
+    from data_tools.workers import console_progress, summed
+    from electra_ds.files import write_bytes
+    from electra_ds.shards import read_manifest
+
+    total = sum(shard.bytes for split in read_manifest(data).splits.values() for shard in split.shards)
+    with contextlib.nullcontext(lambda *_: None) if as_json else console_progress() as progress:
+        facts = stats(data, summed(lambda done: progress("read", done, total)))
+    if html:
+        write_bytes(html, page(facts, str(data)).encode())
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for title, head, rows in tables(facts):
+        table = Table(*(Column(name, overflow="fold") for name in head), show_header=bool(head))
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False, highlight=False).print(f"\n{title}", table, sep="\n")
+
+
+@app.command()
 def inspect(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")],
     rows: Annotated[list[int] | None, typer.Argument(metavar="ROW", help="Row numbers (default: 0 1 2).")] = None,

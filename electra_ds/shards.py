@@ -57,6 +57,14 @@ class SourcePlan(_Part):
     units: tuple[tuple[tuple[int, int, int], ...], ...]  # each ((file, start, end), ...)
 
 
+class UnknownWords(_Part):
+    """What became [UNK] in the input, duplicates included."""
+
+    found: int  # [UNK]s
+    looked_at: int  # of them
+    words: dict[str, int]  # how often the most frequent ones stood there, the first one most often
+
+
 class ShardInfo(_Part):
     """One tar file of a split."""
 
@@ -94,6 +102,7 @@ class Manifest(_Part):
     splits: dict[str, SplitInfo]
     removed: dict[str, int] = {}  # by reason: documents, unless the reason names lines or characters
     bad_lines: dict[str, int] = {}  # unreadable input lines by class
+    unknowns: UnknownWords | None = None  # None: prepared before they were recorded
 
     def content_id(self) -> str:
         """Fingerprint of the rows and of what they mean; the same for the same rows, whatever the input's names."""

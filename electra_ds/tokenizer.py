@@ -71,6 +71,10 @@ class Tokenizer(ABC):
         """Whether a token begins a word by its spelling, [V] bool; the others go on with the word before them."""
 
     @abstractmethod
+    def unknown_parts(self, text: str) -> list[str]:
+        """The parts of a text that become [UNK]: as written (WordPiece), or as normalised (SentencePiece)."""
+
+    @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
         """Readable text of ids without special tokens."""
 
@@ -161,6 +165,13 @@ class WordPiece(Tokenizer):
             return self._cache.encode(text)
         return b"".join(map(self._cache.__getitem__, words))
 
+    def unknown_parts(self, text: str) -> list[str]:
+        unk = self.special_ids.unk
+        some = np.uint32(unk).tobytes()  # only words that may hold it are tokenized again
+        words = [word for word in text.split() if some in self._cache.get(word, some)]
+        return [word[start:end] for word in words
+                for i, (start, end) in zip(*self.encode_with_offsets(word), strict=True) if i == unk]
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.fast.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
@@ -202,6 +213,9 @@ class SentencePiece(Tokenizer):
 
     def begins_word(self) -> np.ndarray:
         return np.array([name.startswith("\u2581") for name in self.names])
+
+    def unknown_parts(self, text: str) -> list[str]:
+        return [piece for piece in self._model.encode(text, out_type=str) if piece not in self.ids]
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._model.decode(ids)

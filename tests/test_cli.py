@@ -78,6 +78,7 @@ MISTAKES = {
     "no data to check against": (["check", "tiny", "--data", "nowhere"], "nowhere"),
     "no data to verify": (["verify", "nowhere"], "nowhere"),
     "no data to inspect": (["inspect", "nowhere"], "nowhere"),
+    "no data to tell of": (["stats", "nowhere"], "nowhere"),
     "no tokenizer": (["prepare", "--input", "x", "--tokenizer", "nowhere", "--out", "data"], "nowhere: not found"),
     "no text for a tokenizer": (["train-tokenizer", "--input", "nowhere.txt", "--out", "tok"], "nowhere.txt"),
     "no checkpoint to evaluate": (["evaluate", "nowhere", "--data", "data"], "nowhere: no checkpoint here"),
