@@ -11,7 +11,7 @@ from electra_ds.files import read_json
 from electra_ds.shards import UnknownWords
 from electra_ds.tokenizer import Tokenizer
 
-FIRST_TOKENS, SHARE = 1 << 14, 256  # lines are looked at while they have at most so many, and 1 / SHARE of the unit's
+FIRST_TOKENS, SHARE = 1 << 13, 256  # lines are looked at while they have at most so many, and 1 / SHARE of the unit's
 WORD_CHARS = 100  # kept of a word
 WORDS_AT_ONCE = 1 << 18  # in memory, of one unit and of their sum
 MOST_FREQUENT = 100
