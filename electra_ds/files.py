@@ -49,11 +49,18 @@ def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict
     broken or something else.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: not found; expected {what}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; expected {what}") from None
+    return parse_json(content, path, what, kinds)
+
+
+def parse_json(content: bytes, path: str | Path, what: str, kinds: type | tuple[type, ...] = dict) -> Any:
+    """As `read_json`, of the content of `path`, which may be a URL."""
+    try:
+        value = json.loads(content.decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); expected {what}") from None
     if not isinstance(value, kinds):

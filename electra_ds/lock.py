@@ -85,7 +85,7 @@ class Lock:
             self._out.mkdir(parents=True, exist_ok=True)
             taken = self._make() or self._take_over()
         except OSError as error:
-            raise UserError(f"--out {self._out}: not writable ({error}); give one with room and rights") from None
+            raise UserError(f"{self._out}: not writable ({error}); give a folder with room and rights") from None
         if taken:
             self.beat()
             self._thread.start()

@@ -21,6 +21,7 @@ from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
 
 FORMAT, VERSION = "electra_ds shards", 1
+MANIFEST = "a data folder's manifest (`prepare` writes it last: run it again, it resumes)"
 # A piece is a stretch of one document's text tokens in one row (start, length: without [CLS] and [SEP]); `row` counts
 # from the block's first row, `document` within its unit, `token` within its document.
 PIECE_FIELDS = ("row", "start", "length", "unit", "document", "token")
@@ -123,7 +124,11 @@ def write_manifest(data_dir: str | Path, manifest: Manifest) -> Manifest:
 def read_manifest(data_dir: str | Path) -> Manifest:
     """Read DATA/manifest.json. UserError when it is missing, of another format or version, or malformed."""
     path = Path(data_dir) / "manifest.json"
-    raw = read_json(path, "a data folder's manifest (`prepare` writes it last: run it again, it resumes)")
+    return check_manifest(read_json(path, MANIFEST), path)
+
+
+def check_manifest(raw: dict, path: str | Path) -> Manifest:
+    """The manifest in `raw`, the JSON of `path`. UserError when it is of another format or version, or malformed."""
     found = raw.get("format"), raw.get("version")
     if found != (FORMAT, VERSION):
         raise UserError(f"{path}: format and version {found}, this program reads {(FORMAT, VERSION)}; prepare again")

@@ -206,4 +206,4 @@ def test_a_failing_disk_stops_all_ranks_and_the_same_command_goes_on(disk: Path,
 
 def test_a_start_on_a_full_disk_is_refused(disk: Path) -> None:
     message = read_json(disk / "full-0.json")[1]
-    assert message.startswith("UserError: --out ") and "not writable" in message and "No space left" in message
+    assert message.startswith("UserError: ") and "not writable" in message and "No space left" in message
