@@ -43,7 +43,7 @@ class Source(NamedTuple):
     @property
     def is_stream(self) -> bool:
         """Can it only be read from its beginning?"""
-        return self.format.startswith(("docs", "tar")) or Path(self.name).suffix in COMPRESSED
+        return self.format.startswith(("docs", "tar", "tfrecord")) or Path(self.name).suffix in COMPRESSED
 
 
 @dataclass

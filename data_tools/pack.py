@@ -12,7 +12,7 @@ import numpy as np
 
 from electra_ds.config import SpecialIds
 
-PACKINGS = ("best_fit", "concat", "google")
+PACKINGS = ("best_fit", "concat", "google", "as_rows")
 SHORTEST = 3  # [CLS] token [SEP]: less room is padding
 SINGLE_SEGMENT, SHORT_TARGET = .1, .05  # the authors' probabilities of a row without B, of a shorter target
 SHORTEST_TARGET = 5  # tokens
@@ -42,6 +42,8 @@ def lay_out(packing: str, line_lengths: np.ndarray, document_lines: np.ndarray, 
         return best_fit(lengths, width)
     if packing == "concat":
         return concat(lengths, width)
+    if packing == "as_rows":
+        return as_rows(line_lengths, document_lines, width)
     assert packing == "google"
     return google(line_lengths, document_lines, width, chance)
 
@@ -138,6 +140,19 @@ def google(line_lengths: np.ndarray, document_lines: np.ndarray, width: int, cha
             at, row = end, row + 1
     table = np.array(pieces, np.int64).reshape(-1, 5)
     return Layout(row, table, np.arange(row) * width, np.array(sep, np.int64))
+
+
+def as_rows(line_lengths: np.ndarray, document_lines: np.ndarray, width: int) -> Layout:
+    """A row [CLS] A [SEP] or [CLS] A [SEP] B [SEP] for each document: A and B are its lines."""
+    rows = np.arange(len(document_lines))
+    row = np.repeat(rows, document_lines)
+    first = (np.cumsum(document_lines) - document_lines)[row]  # line of the same document
+    before = np.cumsum(line_lengths) - line_lengths
+    token = before - before[first]
+    start = 1 + token + np.arange(len(row)) - first
+    assert (start + line_lengths < width).all()
+    pieces = np.stack([row, start, line_lengths, row, token], axis=1)
+    return Layout(len(rows), pieces, rows * width, row * width + start + line_lengths)
 
 
 def chances_needed(tokens: int, documents: int) -> int:

@@ -23,7 +23,7 @@ from electra_ds.errors import UserError
 
 Unit = tuple[tuple[int, int, int], ...]  # (file, start, end) in bytes; more than one for small files
 UNIT_BYTES = 32 << 20
-FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl")
+FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "tfrecord")
 CARDS = {"README.md", "dataset_info.json", "dataset_infos.json"}  # that describe a folder of data
 
 
@@ -67,7 +67,7 @@ def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = 
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Iterator[None]:
     """What is inside reads from `name`, whose file system may have errors of its own."""
     try:
         yield
@@ -81,7 +81,7 @@ def _readable(name: str) -> Iterator[None]:
 def _expand(given: str) -> list[str]:
     """The real paths, or URLs, of the files that one argument names."""
     given = given.removeprefix("file://")
-    with _readable(given):
+    with readable(given):
         if "://" in given:
             found = _remote(given)
         elif (path := Path(given).expanduser()).is_dir():
@@ -120,7 +120,7 @@ def _is_data(name: str) -> bool:
 def _source(file: str, root: str, format: str) -> Source:
     url = re.sub("//[^/]*@", "//", file.partition("?")[0])  # passwords and signatures stay out of the name
     name = url if "://" in file else os.path.relpath(file, root)
-    with _readable(name), open_input(file) as raw:
+    with readable(name), open_input(file) as raw:
         digest = hashlib.sha256(raw.read(HEAD)).hexdigest()[:16]
         size = raw.seek(0, os.SEEK_END)
         raw.seek(0)

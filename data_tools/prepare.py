@@ -24,7 +24,7 @@ from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
 from data_tools.units import REMOVED, UnitTask, array_bytes, tokenize_unit, unit_paths
 from data_tools.unknowns import sum_unknowns
-from data_tools.workers import Progress, Rank, Run, pool
+from data_tools.workers import Progress, Rank, Run, Task, pool
 from electra_ds import shards
 from electra_ds.config import load_function
 from electra_ds.errors import RunFailure, UserError
@@ -43,7 +43,7 @@ def prepare(
     seed: int = 0, block_rows: int = 256, shard_bytes: int = SHARD_BYTES, unit_bytes: int = UNIT_BYTES,
     format: str = "auto", text_field: str = "text", min_chars: int = 1, drop_repeated_lines: bool = False,
     keep: str | None = None, deduplicate: bool = True, near_duplicates: float | None = None,
-    max_bad_fraction: float = 0.001, units: str | Path | None = None,
+    max_bad_fraction: float = 0.001, units: str | Path | None = None, read_unit: Task = tokenize_unit,
     progress: Progress = lambda stage, done, total: None,
 ) -> Manifest:
     """Prepare a data folder; returns its manifest. Called again after a stop, it goes on; when complete, it returns.
@@ -58,6 +58,7 @@ def prepare(
     near_duplicates: leave out documents whose similarity to an earlier one that stays is estimated as so much or more
     workers, ranks: as for `pool`
     units:          folder in which tokenized units stay for other lengths or packings; without it they are removed
+    read_unit:      makes a unit's files, of what is no text
     progress:       hears (stage, done, total) of plan, tokenize (bytes), deduplicate (documents), near-duplicates
                     (parts of the work), pack (tokens)
     Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines,
@@ -99,7 +100,7 @@ def prepare(
                     for stale in folder.glob(".*.tmp"):
                         stale.unlink(missing_ok=True)  # our own heartbeat's comes and goes
                 tokenizer.save(out / "tokenizer")
-                _write(plan, tokenizer, out, units, reading, settings, max_bad_fraction, run, progress)
+                _write(plan, tokenizer, out, units, reading, settings, max_bad_fraction, run, read_unit, progress)
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise RunFailure(f"{out}: {error}; the same command goes on from what is finished") from error
@@ -107,7 +108,7 @@ def prepare(
 
 
 def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: dict, settings: dict,
-           max_bad_fraction: float, run: Run, progress: Progress) -> None:
+           max_bad_fraction: float, run: Run, read_unit: Task, progress: Progress) -> None:
     """The stages from units to manifest, each a function of what lies on disk before it."""
     work, folder, count = out / "work", str(units), len(plan.units)
     units_sha256, shards_sha256 = plan_hash(reading), plan_hash(settings)  # once: the plan may hold many units
@@ -117,7 +118,7 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
                            bool(reading["signatures"]))
                   for number, unit in enumerate(plan.units)]
     total = sum(map(unit_size, plan.units))
-    unit_markers = run(tokenize_unit, unit_tasks, lambda done: progress("tokenize", done, total))
+    unit_markers = run(read_unit, unit_tasks, lambda done: progress("tokenize", done, total))
     bad = _check_bad_lines(unit_markers, max_bad_fraction)
     removed = {key: sum(marker["removed"][key] for marker in unit_markers) for key in REMOVED}
     documents = sum(marker["documents"] for marker in unit_markers)
@@ -214,8 +215,8 @@ def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[Shar
     unknowns = sum_unknowns(unit_paths(first.units_folder, unit)[4] for unit in range(first.units))
     shards.write_manifest(out, Manifest(
         sequence_length=first.sequence_length, dtype=ids_dtype(tokenizer.vocab_size).name, seed=first.seed,
-        block_rows=first.block_rows, packing=first.packing, splits=splits, removed=removed, bad_lines=bad,
-        unknowns=unknowns,
+        block_rows=first.block_rows, packing="google" if first.packing == "as_rows" else first.packing,
+        splits=splits, removed=removed, bad_lines=bad, unknowns=unknowns,
         tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
                                 special_ids=tokenizer.special_ids),
         source=SourcePlan(sha256=plan_sha256, files=tuple(s.name for s in plan.sources), units=plan.units)))

@@ -103,7 +103,7 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
         return found
     tokenizer, tally, unknowns = _cached_tokenizer(task.tokenizer, task.fingerprint), Tally(), Unknowns()
     removed = dict.fromkeys(REMOVED, 0)
-    with _Writer(task, ids_dtype(tokenizer.vocab_size)) as writer:
+    with UnitWriter(task, ids_dtype(tokenizer.vocab_size)) as writer:
         for batch in _batches(_cleaned(task, tally, removed, moved)):
             encoded = _encode(tokenizer, [lines for _, lines in batch], unknowns)
             texts = [own[own != tokenizer.special_ids.sep] for own in encoded]
@@ -170,7 +170,7 @@ def _encode(tokenizer: Tokenizer, texts: list[list[str]], unknowns: Unknowns) ->
     return np.split(ids, ends[:-1])
 
 
-class _Writer:
+class UnitWriter:
     """Collects documents, writes them in sorted runs, renames the finished file into place."""
 
     def __init__(self, task: UnitTask, dtype: np.dtype) -> None:
@@ -184,7 +184,7 @@ class _Writer:
         self.run: list[tuple] = []  # (a row of DOCUMENT but for its start, ids, signature)
         self.tables: list[np.ndarray] = []
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> UnitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,7 +193,7 @@ class _Writer:
             temporary.unlink(missing_ok=True)  # nothing is there after `close`
 
     def add(self, number: int, hashed: tuple[int, int], ids: np.ndarray, tokens: int,
-            signature: np.ndarray | None) -> None:
+            signature: np.ndarray | None = None) -> None:
         word = f"{self.task.seed}/{self.task.number}/{number}".encode()
         key = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
         self.run.append(((key, hashed, 0, len(ids), tokens, number), ids.astype(self.dtype), signature))

@@ -7,11 +7,14 @@ import time
 import traceback
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from electra_ds.errors import RunFailure, UserError
+
+if TYPE_CHECKING:
+    from electra_ds.shards import Manifest
 
 app = typer.Typer(
     name="electra-ds", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -110,12 +113,51 @@ def prepare(
                 drop_repeated_lines=drop_repeated_lines, keep=keep, max_bad_fraction=max_bad_fraction,
                 units=units, format=format, text_field=text_field, progress=progress,
             )  # fmt: skip
+    _print_splits(out, manifest)
+    gone = {**manifest.removed, **manifest.bad_lines}
+    print(f"removed: {', '.join(f'{count:,} {reason}' for reason, count in gone.items()) or 'nothing'}")
+
+
+def _print_splits(out: Path, manifest: "Manifest") -> None:
     for name, split in manifest.splits.items():
         share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
         found = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows, padding {share:.2%}"
         print(f"{out} {name}: {found}")
-    gone = {**manifest.removed, **manifest.bad_lines}
-    print(f"removed: {', '.join(f'{count:,} {reason}' for reason, count in gone.items()) or 'nothing'}")
+
+
+@app.command()
+def convert(
+    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="TFRecords: files, folders, globs, URLs.")],
+    tokenizer: Annotated[Path, typer.Option(help="The vocabulary that the rows were made with.")],
+    out: Annotated[Path, typer.Option(help="Data folder; an unfinished one is gone on with.")],
+    valid_fraction: Annotated[float, typer.Option(help="Share of the rows held out.")] = 0.005,
+    workers: Annotated[int, typer.Option(help="Processes; the bytes written are the same for any number.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+) -> None:
+    """Turn the pretraining TFRecords of google-research/electra into shards, row by row, without TensorFlow."""
+    from data_tools.convert import convert
+    from data_tools.workers import console_progress
+
+    with console_progress() as progress:
+        manifest = convert(
+            sources, tokenizer, out, valid_fraction=valid_fraction, workers=workers, seed=seed, progress=progress
+        )
+    _print_splits(out, manifest)
+
+
+@app.command()
+def stage(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Data folder, or its URL.")],
+    to: Annotated[str, typer.Option(help="Where the copy goes: a folder of this node, or a URL.")],
+    workers: Annotated[int, typer.Option(min=1, help="Files copied at a time.")] = 4,
+) -> None:
+    """Copy a data folder, checked by sha256: to a node's own disk, once however many ranks ask, or to a URL."""
+    from data_tools.stage import stage
+    from data_tools.workers import console_progress
+
+    with console_progress() as progress:
+        copied = stage(source, to, workers=workers, progress=progress)
+    print(f"{to}: {f'{copied:,} bytes copied' if copied else 'was complete'}")
 
 
 @app.command()
