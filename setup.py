@@ -20,6 +20,7 @@ REQUIRES = [
     "safetensors>=0.8",  # 0.5 holds Python's lock while it writes: the training would stand still, and the watchdog
     "zstandard>=0.22",
     "fsspec>=2024.2",
+    "braceexpand>=0.1.7",
     "google-crc32c>=1.5",  # of TFRecords
     "protobuf>=4.21",
     "scikit-learn>=1.3",

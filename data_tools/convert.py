@@ -80,13 +80,12 @@ def _problem(row: list[np.ndarray], width: int, tokenizer: Tokenizer) -> str:
     ids, mask, segments = row
     if (lengths := [len(part) for part in row]) != [width] * 3:
         return f"{lengths} numbers in {', '.join(FEATURES)}; expected {width}, as in the first record of all"
-    vocabulary = f"the vocabulary has {tokenizer.vocab_size} entries, {tokenizer.special_ids}; give the rows' own"
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-        return f"ids from {ids.min()} to {ids.max()}; {vocabulary}"
     roles = {i: role[0].encode() for role, i in tokenizer.special_ids.model_dump().items()}
     letters = b"".join(roles.get(i, b"t") for i in ids[mask != 0].tolist())
-    if not re.fullmatch(b"c[tu]+s([tu]+s)?", letters):
-        return f"{letters.decode()} is no [CLS] A [SEP] and no [CLS] A [SEP] B [SEP]; {vocabulary}"
+    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size or not re.fullmatch(b"c[tu]+s([tu]+s)?", letters):
+        return (f"ids from {ids.min()} to {ids.max()}, in order {letters.decode()}; expected [CLS] A [SEP] or [CLS] A "
+                f"[SEP] B [SEP] (ctts, cttsts), and {tokenizer.special_ids} of {tokenizer.vocab_size} entries; give "
+                f"the rows' own vocabulary")
     places = np.arange(width)
     in_row, in_b = places < len(letters), (places > letters.index(b"s")) & (places < len(letters))
     if (mask != in_row).any() or (segments != in_b).any():

@@ -14,6 +14,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -70,6 +71,8 @@ def detect_format(name: str, head: bytes, asked: str = "auto") -> str:
         return "tar" if asked == "auto" else f"tar:{asked}"
     if head.startswith(b"PAR1"):
         return "parquet"
+    if asked == "webdataset":
+        raise UserError(f"{name}: not a tar, which --format webdataset reads; leave it out")
     if asked != "auto":
         return asked
     plain = Path(name)
@@ -123,6 +126,8 @@ def documents(source: Source, start: int, end: int, *, text_field: str, tally: T
 
 
 def _documents(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
+    if source.format == "tfrecord":
+        raise UserError(f"{source.name}: holds rows, not text; `electra-ds convert` takes it")
     formats = {"text": _text, "text_file": _whole, "wikitext": _wikitext, "wiki": _wiki, "jsonl": _jsonl,
                "parquet": _parquet, "tar": _tar}
     return formats[source.format.partition(":")[0]](source, content, start, end, tally, text_field)
@@ -272,9 +277,26 @@ def _parquet(source: Source, content: BinaryIO, start: int, end: int, tally: Tal
                         f"it again or leave it out") from None
 
 
+def _member(name: str, content: BinaryIO, asked: str, text_field: str) -> tuple[str, BinaryIO, str] | None:
+    """(format, content, text field) of a tar's member; None for what is not asked for of a webdataset sample.
+
+    Of webdataset samples the text is KEY.txt for the text_field txt, and the field f of KEY.json for json.f.
+    """
+    if asked != "webdataset":
+        found = detect_format(name, content.peek(HEAD), asked)
+        return "text_file" if (found, asked) == ("text", "auto") else found, content, text_field
+    extension = name.rpartition("/")[2].partition(".")[2].lower()
+    if extension == text_field:
+        return "text_file", content, ""
+    if text_field.startswith(f"{extension}."):  # an object on several lines is one of JSONL without the line ends
+        return "jsonl", BytesIO(content.read().replace(b"\n", b" ")), text_field.removeprefix(f"{extension}.")
+    return None
+
+
 def _tar(source: Source, content: BinaryIO, _: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
     """Of a tar every regular member that is not hidden, read as a file of its own; text is one document."""
     asked, name = source.format.partition(":")[2] or "auto", source.name
+    met = asked != "webdataset"
     try:
         with tarfile.open(fileobj=content, mode="r|", tarinfo=TarMember) as tar:
             for member in iter(tar.next, None):
@@ -283,12 +305,15 @@ def _tar(source: Source, content: BinaryIO, _: int, end: int, tally: Tally, text
                     continue
                 name = f"{source.name}/{member.name}"
                 inside = content_of(tar.extractfile(member), name)
-                found = detect_format(name, inside.peek(HEAD), asked)
-                found = "text_file" if (found, asked) == ("text", "auto") else found
-                yield from _documents(Source(name, "", member.size, found, ""), inside, 0, end, tally, text_field)
+                if own := _member(name, inside, asked, text_field):
+                    met, (found, inside, asked_field) = True, own
+                    yield from _documents(Source(name, "", member.size, found, ""), inside, 0, end, tally, asked_field)
             while rest := content.read(HEAD):  # to the end, where a compressed stream has its checksum
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("more data after its end")
+            if not met:
+                raise UserError(f"{name}: nothing for --text-field {text_field} in this tar; expected the extension of "
+                                f"a member with text, or of a JSON member and its field (txt, json.text)")
     except tarfile.TarError as error:
         raise UserError(f"{source.name}: broken, last read {name} ({error}); expected a whole tar; copy it again or "
                         f"leave it out") from None

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from braceexpand import braceexpand
+
 from data_tools import docs
 from data_tools.corpus import BUILTIN, Source, detect_format
 from data_tools.streams import COMPRESSED, HEAD, content_of, open_input
@@ -23,7 +25,7 @@ from electra_ds.errors import UserError
 
 Unit = tuple[tuple[int, int, int], ...]  # (file, start, end) in bytes; more than one for small files
 UNIT_BYTES = 32 << 20
-FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "tfrecord")
+FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "webdataset", "tfrecord")
 CARDS = {"README.md", "dataset_info.json", "dataset_infos.json"}  # that describe a folder of data
 
 
@@ -50,7 +52,7 @@ def plan_hash(value: object) -> str:
 
 
 def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = UNIT_BYTES) -> Plan:
-    """Find the files behind paths, folders, globs, URLs and builtin:docs, and cut them. UserError: nothing there."""
+    """Find the files behind paths, folders, globs, braces, URLs, builtin:docs; cut them. UserError: nothing there."""
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
     files = sorted({f for given in inputs if given != BUILTIN for f in _expand(given)}, key=lambda f: f.split("/"))
@@ -82,6 +84,8 @@ def _expand(given: str) -> list[str]:
     """The real paths, or URLs, of the files that one argument names."""
     given = given.removeprefix("file://")
     with readable(given):
+        if not os.path.exists(given) and len(names := list(braceexpand(given, escape=False))) > 1:
+            return [file for name in names for file in _expand(name)]
         if "://" in given:
             found = _remote(given)
         elif (path := Path(given).expanduser()).is_dir():
@@ -92,8 +96,8 @@ def _expand(given: str) -> list[str]:
             found = [f for f in glob.glob(str(path), recursive=True) if os.path.isfile(f)]
     if not found:
         raise UserError(f"{given}: no such file, and no file matches it; expected text, WikiText, WikiExtractor, JSONL "
-                        f"or parquet files, tars of text (also {' '.join(COMPRESSED)}), folders, globs or URLs of "
-                        f"them, or {BUILTIN}")
+                        f"or parquet files, tars of text (also {' '.join(COMPRESSED)}), folders, globs, {{00..09}} or "
+                        f"URLs of them, or {BUILTIN}")
     return [f if "://" in f else os.path.realpath(f) for f in found]
 
 

@@ -26,9 +26,9 @@ Data = Annotated[str, typer.Option(help="Folder that `prepare` wrote, or a MIX.j
 Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
 Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob, URL or builtin:docs; repeatable.")]
-Format = Annotated[str, typer.Option(help="auto, text, text_file (each file a document), wikitext, wiki, jsonl.")]
+Format = Annotated[str, typer.Option(help="auto, text, text_file (one document), wikitext, wiki, jsonl, webdataset.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the checkpoint's model.factory run its code.")]
-TextField = Annotated[str, typer.Option(help="Field of a JSONL line, column of a parquet, with the text.")]
+TextField = Annotated[str, typer.Option(help="Field of JSONL, column of parquet; of webdataset txt, json.FIELD.")]
 
 RepeatedLines = Annotated[bool, typer.Option("--drop-repeated-lines", help="Of a document's equal lines keep one.")]
 NearDuplicates = Annotated[float | None, typer.Option(help="Drop documents so similar to an earlier one: 0.5 to 1.")]

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import webdataset
 
 from data_tools.corpus import UNKNOWN, Tally, documents
 from data_tools.inspect import reread
@@ -27,14 +28,14 @@ from electra_ds.tokenizer import load_tokenizer
 TEXTS = [f"word{i} " * (i % 7 + 1) + f"\n\n end{i}" for i in range(200)]
 
 
-def read(plan, tally=None) -> list[str]:
+def read(plan, tally=None, field="text") -> list[str]:
     """The documents of all units, each as its words."""
     return [
         " ".join(text.split())
         for unit in plan.units
         for file, start, end in unit
         for text in documents(
-            plan.sources[file], start, end, text_field="text", tally=tally or Tally(), moved=lambda count: None
+            plan.sources[file], start, end, text_field=field, tally=tally or Tally(), moved=lambda count: None
         )
     ]
 
@@ -271,3 +272,27 @@ def test_a_url_that_cannot_be_read_is_named(served):
     (web / "a.txt").unlink()
     with pytest.raises(OSError, match=f"{url}/a.txt"):
         read(plan)
+
+
+def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path):
+    for shard in range(3):
+        with webdataset.TarWriter(str(tmp_path / f"x-{shard:03}.tar")) as tar:
+            for i, text in enumerate(TEXTS[shard * 10 : shard * 10 + 10]):
+                key = f"part.{shard}/{i:04}"  # a folder may have a dot
+                tar.write({"__key__": key, "jpg": b"\xff\xd8\0", "seg.txt": text, "json": {"c": {}, "caption": text}})
+    tar = str(tmp_path / "x-{000..002}.tar")
+    pretty = tmp_path / "y.tar"
+    with webdataset.TarWriter(str(pretty)) as writer:
+        writer.write({"__key__": "a", "json": json.dumps({"caption": "one\ntwo"}, indent=2).encode(), "cls": 3})
+    plan = make_plan([tar], format="webdataset")
+    assert [source.name for source in plan.sources] == [f"x-00{i}.tar" for i in range(3)]
+    assert read(plan, field="seg.txt") == read(plan, field="json.caption") == words(TEXTS[:30])
+    assert read(make_plan([str(pretty)], format="webdataset"), field="json.caption") == ["one two"]
+    with pytest.raises(UserError, match=r"x-000.tar/part.0/0009.seg.txt: nothing for --text-field txt in this tar"):
+        read(plan, field="txt")
+    with pytest.raises(UserError, match=f"^{tmp_path}/x-003.tar: no such file"):
+        make_plan([str(tmp_path / "x-{000..003}.tar")])
+    (tmp_path / "a{1.txt").write_text("one")
+    assert read(make_plan([str(tmp_path / "a{1.txt")])) == ["one"]
+    with pytest.raises(UserError, match=r"1\.txt: not a tar"):
+        make_plan([str(tmp_path / "a{1.txt")], format="webdataset")
