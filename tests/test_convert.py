@@ -87,7 +87,7 @@ def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
     path.write_bytes(good * 3)
     convert([str(path)], RECORDS, tmp_path / "data", valid_fraction=0)
     assert rows_of(tmp_path / "data").tolist() == [ids] * 3
-    with pytest.raises(UserError, match="^rows: holds rows, not text; `electra-ds convert` takes it"):
+    with pytest.raises(UserError, match=r"^rows: holds rows, not text; .electra-ds convert. takes it"):
         prepare([str(path)], RECORDS, tmp_path / "text", format="tfrecord")
     flipped = bytearray(good)
     flipped[40] ^= 1
