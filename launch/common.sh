@@ -5,6 +5,7 @@
 #   show COMMAND ..., run COMMAND   print a command as it can be typed; print and run it
 #   judge CODE                      leave with 0 finished, 85 saved and stopped, else a failure
 # Variables: RANKS  ranks a node (default: its GPUs, else 1);  PYTHON  the interpreter (default: .venv's, else PATH's)
+#   STAGE  a folder of each node's own (/local/D): --data, which may be a URL then, is copied there and read there
 
 finish="done" # the file in --out that is written last: manifest.json of prepare, which has no --data
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

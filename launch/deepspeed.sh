@@ -17,7 +17,8 @@ while read -r host slots; do
     hosts+=${hosts:+,}$host ranks=$((ranks + ${slots#slots=}))
 done < <(tr '\r' '\n' < "$hostfile" | sed -e 's/#.*//' -e '/^[[:space:]]*$/d')
 [ -n "$hosts" ] || { say "no nodes in HOSTFILE '$hostfile'"; exit 2; }
-for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-.}" "${MASTER_ADDR:-.}" "$@"; do # the remote shells read them again
+# The remote shells read these again.
+for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-.}" "${MASTER_ADDR:-.}" "${STAGE:-.}" "$@"; do
     if ! [[ $word =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
         say "'$word' cannot go through ssh: letters, digits and _@+=:,./- only; a RUN.json holds what --set cannot say"
         exit 2
@@ -33,8 +34,9 @@ done < <(env -0 | grep -zE '^(PYTHON|MLFLOW|MV2|UCX|NCCL)'; cat -- "$HOME/$varia
 # A node that falls silent ends its ssh after 3 x 10 s; without it pdsh waits for ever.
 export PDSH_RCMD_TYPE=ssh
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} bash $here/health.sh $data"
+run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} STAGE=${STAGE:-} bash $here/health.sh $data"
 code=0
 run deepspeed --hostfile "$hostfile" --force_multi --no_ssh_check --master_addr="${MASTER_ADDR:-${hosts%%,*}}" \
-    --master_port "$(free_port)" --no_local_rank --module electra_ds pretrain "$@" --world-size "$ranks" || code=$?
+    --master_port "$(free_port)" --no_local_rank --module electra_ds pretrain "$@" \
+    ${STAGE:+--data "$STAGE"} --world-size "$ranks" || code=$?
 judge "$code"

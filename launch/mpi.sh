@@ -10,5 +10,5 @@ read -ra words <<< "${MPIRUN:-}"
 ranks=$(ranks_here) code=0
 run mpirun ${words[@]+"${words[@]}"} -n "$ranks" bash "$here/health.sh" "$data"
 run mpirun ${words[@]+"${words[@]}"} -n "$ranks" "$PYTHON" -m electra_ds \
-    pretrain "$@" --world-size "$ranks" || code=$?
+    pretrain "$@" ${STAGE:+--data "$STAGE"} --world-size "$ranks" || code=$?
 judge "$code"

@@ -13,5 +13,5 @@ nodes=$(count NODES "${NODES:-1}")
 ranks=$(ranks_here) code=0
 run torchrun --nnodes "$nodes" --nproc_per_node "$ranks" --max_restarts "${RESTARTS:-3}" --rdzv_backend c10d \
     --rdzv_endpoint "${RENDEZVOUS:-localhost:0}" --rdzv_id "${JOB:-electra}" -m electra_ds \
-    pretrain "$@" --world-size $((nodes * ranks)) || code=$?
+    pretrain "$@" ${STAGE:+--data "$STAGE"} --world-size $((nodes * ranks)) || code=$?
 judge "$code"

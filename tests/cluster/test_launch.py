@@ -19,12 +19,21 @@ from electra_ds import checkpoint
 
 
 @needs_pdsh
-def test_the_nodes_of_a_hostfile_train_one_world(machines: Machines, brief: Path, data: Path, tmp_path: Path) -> None:
-    process = start(
-        "deepspeed.sh", *arguments(data, tmp_path / "run", *BRIEF), on=machines.on("head"), **hostfile(tmp_path)
-    )
+def test_the_nodes_of_a_hostfile_train_one_world_from_disks_of_their_own(
+    machines: Machines, brief: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/tokenizer").mkdir()
+    for name in ("vocab.txt", "options.json"):
+        (tmp_path / "data/tokenizer" / name).write_text("{}\n")
+    words, own = arguments(tmp_path / "data", tmp_path / "run", *BRIEF), "/dev/shm/data"  # of each machine
+    process = start("deepspeed.sh", *words, on=machines.on("head"), STAGE=own, **hostfile(tmp_path))
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), said[-4000:]
+    for node in machines.nodes:
+        assert f"{node}: {own}: " in said and machines.run(node, "ls", own).split()[-1] == "unigrams.npy"
+        machines.run(node, "rm", "-r", own)
+    assert f"--data {own} --world-size 2" in said
 
 
 def test_torchrun_on_each_node_trains_one_world(machines: Machines, brief: Path, data: Path, tmp_path: Path) -> None:
