@@ -82,7 +82,7 @@ def train_tokenizer(
 def prepare(
     inputs: Inputs,
     tokenizer: Annotated[Path, typer.Option(help="vocab.txt, spm.model, or a folder with one.")],
-    out: Annotated[Path, typer.Option(help="Data folder; an unfinished one is gone on with.")],
+    out: Annotated[str, typer.Option(help="Data folder, an unfinished one is gone on with; or a URL, with --work.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
     packing: Annotated[Packing, typer.Option(help="How pieces of documents fill rows.")] = Packing.best_fit,
     valid_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.005,
@@ -95,30 +95,36 @@ def prepare(
     keep: Annotated[str | None, typer.Option(help="package.module:function, (text) -> bool: what stays.")] = None,
     max_bad_fraction: Annotated[float, typer.Option(help="Fail when more of the lines cannot be read.")] = 0.001,
     units: Annotated[Path | None, typer.Option(help="Keep tokenized units here, for other lengths.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Of an --out at a URL: prepare here, then copy there.")] = None,
     format: Format = "auto",
     text_field: TextField = "text",
 ) -> None:
     """Turn text into packed rows in WebDataset tar shards, with a held-out split; alone, under mpirun or srun."""
     from data_tools.prepare import prepare
+    from data_tools.stage import stage
     from data_tools.workers import console_progress, mpi_ranks
 
+    if ("://" in out) != (work is not None):
+        raise UserError(f"--out {out}, --work {work}: a URL, and nothing else, needs a local folder to work in")
     with mpi_ranks() as others:
         if others is None:
             return
         with console_progress() as progress:
             manifest = prepare(
-                inputs, tokenizer, out, sequence_length=sequence_length, packing=packing.value,
+                inputs, tokenizer, work or out, sequence_length=sequence_length, packing=packing.value,
                 valid_fraction=valid_fraction, workers=workers, ranks=others, seed=seed,
                 deduplicate=deduplicate, near_duplicates=near_duplicates, min_chars=min_chars,
                 drop_repeated_lines=drop_repeated_lines, keep=keep, max_bad_fraction=max_bad_fraction,
                 units=units, format=format, text_field=text_field, progress=progress,
             )  # fmt: skip
+            if work:
+                stage(str(work), out, progress=progress)
     _print_splits(out, manifest)
     gone = {**manifest.removed, **manifest.bad_lines}
     print(f"removed: {', '.join(f'{count:,} {reason}' for reason, count in gone.items()) or 'nothing'}")
 
 
-def _print_splits(out: Path, manifest: "Manifest") -> None:
+def _print_splits(out: str | Path, manifest: "Manifest") -> None:
     for name, split in manifest.splits.items():
         share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
         found = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows, padding {share:.2%}"

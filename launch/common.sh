@@ -47,6 +47,7 @@ free_port() { "$PYTHON" -c 'from electra_ds.ranks import free_port; print(free_p
 # Launchers lie in both directions (a rank fails, mpirun says 0; all is saved, srun passes a peer's signal on), so
 # rank 0's files decide. Only of a run that was finished before does the launcher know more.
 judge() {
+    case $out in *://*) [ "$1" -ne 0 ] || { say "$out is finished"; exit 0; } ;; esac # no file of it is seen from here
     if [ -e "$out/$finish" ] && { [ -z "$was_done" ] || [ "$1" -eq 0 ]; }; then say "$out is finished"; exit 0; fi
     if [ -e "$stopped" ]; then say "$out is saved and stopped; the same command resumes it"; exit 85; fi
     say "failed (the launcher left with $1)"

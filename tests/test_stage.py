@@ -162,3 +162,15 @@ def test_a_disk_without_room_is_told_before_anything_is_copied(made: Path, tmp_p
         subprocess.run(["umount", str(tmp_path)], check=True)
     needed = sum(path.stat().st_size for path in made.glob("shards/*"))
     assert done.returncode == 1 and f"{needed:,} bytes of shards are missing here and " in done.stderr and left == []
+
+
+def test_prepare_writes_to_a_url_by_way_of_a_folder(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    to, work = f"file://{tmp_path}/bucket/data", ("--work", tmp_path / "work")
+    options = ("--input", corpus / "in", "--tokenizer", corpus / "tok", "--valid-fraction", 0.1, "--out", to)
+    refused = run_cli("prepare", *options, check=False)
+    assert refused.returncode == 2 and f"--out {to}, --work None: a URL, and nothing else" in refused.stderr
+    run_cli("prepare", *options, *work)
+    (tmp_path / "bucket/data/manifest.json").unlink()  # killed before the last act
+    run_cli("prepare", *options, *work)
+    assert verify(tmp_path / "bucket/data") == []
+    assert contents(tmp_path / "bucket/data") | contents(tmp_path / "work") == contents(tmp_path / "work")
