@@ -40,11 +40,12 @@ class Place:
     def __init__(self, given: str) -> None:
         self.name = given.rstrip("/")
         try:
-            self._system, self._root = fsspec.core.url_to_fs(self.name)
+            self._system, root = fsspec.core.url_to_fs(given)
         except (ImportError, ValueError) as error:
             raise UserError(f"{given}: {error}; expected a folder or a URL (http, s3: pip install "
                             f"'electra_ds[remote]')") from None
-        self.folder = Path(self._root) if isinstance(self._system, LocalFileSystem) else None
+        self._root = root.rstrip("/")
+        self.folder = Path(root) if isinstance(self._system, LocalFileSystem) else None
 
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
