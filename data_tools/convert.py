@@ -47,9 +47,10 @@ def convert(inputs: Sequence[str], tokenizer: str | Path, out: str | Path, **opt
     record. inputs, options: as for `prepare`. Raises UserError, with file and record, for a record that is damaged, or
     no row of this vocabulary and of the first row's length.
     """
-    _, (ids, *_) = next(_rows(make_plan(inputs, format="tfrecord").sources[0]))
-    return prepare(inputs, tokenizer, out, format="tfrecord", packing="as_rows", sequence_length=len(ids),
-                   deduplicate=False, read_unit=partial(_convert_unit, len(ids)), **options)
+    sources = make_plan(inputs, format="tfrecord").sources
+    width = next((len(ids) for source in sources for _, (ids, *_) in _rows(source)), 0)
+    return prepare(inputs, tokenizer, out, format="tfrecord", packing="as_rows", sequence_length=width,
+                   deduplicate=False, read_unit=partial(_convert_unit, width), **options)
 
 
 def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> dict:
