@@ -14,7 +14,7 @@ from threading import Event, Thread
 import fsspec
 import pytest
 from cluster.machines import wait_until
-from conftest import CPU, run_cli
+from conftest import CPU, read_json, run_cli
 from test_prepare import contents, corpus, run  # noqa: F401 (corpus: a fixture)
 
 from data_tools.stage import stage
@@ -99,6 +99,9 @@ def test_of_processes_at_once_one_copies_and_when_it_is_killed_another_goes_on(
     wait_until(lambda: (tmp_path / "to/shards/train-000002.tar").exists(), "the other thread does not go on")
     others = [start(web, tmp_path / "to") for _ in range(2)]
     wait_until(lambda: web.asked["/manifest.json"] == 3, "the others do not start")
+    beats = read_json(tmp_path / "to/heartbeat.json")["beats"]  # which the others see
+    wait_until(lambda: read_json(tmp_path / "to/heartbeat.json")["beats"] > beats + 1, "the first has no heartbeat")
+    assert [other.poll() for other in others] == [None, None]
     (tmp_path / "to/shards/.train-000001.tar.00.tmp").write_text("cut short by the kill")
     damaged = tmp_path / "to/shards/train-000000.tar"
     damaged.write_bytes(bytes(damaged.stat().st_size))
