@@ -19,13 +19,13 @@ import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from data_tools.corpus import Source
+from data_tools.corpus import Source, Tally
 from data_tools.plan import make_plan, readable, unit_size
 from data_tools.prepare import prepare
 from data_tools.streams import content_of, open_input
-from data_tools.units import REMOVED, UnitTask, UnitWriter, finished, unit_paths
+from data_tools.units import REMOVED, UnitTask, UnitWriter, finished, mark_unit, unit_paths
+from data_tools.unknowns import Unknowns
 from electra_ds.errors import UserError
-from electra_ds.files import write_json
 from electra_ds.shards import Manifest, ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,11 +55,10 @@ def convert(inputs: Sequence[str], tokenizer: str | Path, out: str | Path, **opt
 
 def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> dict:
     """As `tokenize_unit`, of a file of rows of `width` ids."""
-    marker = unit_paths(task.folder, task.number)[2]
-    if found := finished(marker, task.plan_sha256):
+    if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
         moved(unit_size(task.unit))
         return found
-    tokenizer, (source,), told = load_tokenizer(task.tokenizer), task.sources, 0
+    tokenizer, (source,), told, unknowns = load_tokenizer(task.tokenizer), task.sources, 0, Unknowns()
     with UnitWriter(task, ids_dtype(tokenizer.vocab_size)) as writer:
         for number, (at, row) in enumerate(_rows(source)):
             if problem := _problem(row, width, tokenizer):
@@ -67,13 +66,10 @@ def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> d
             own = row[0][1 : row[1].sum()]  # A [SEP] B [SEP]
             hashed = struct.unpack("<QQ", blake2b(own.tobytes(), digest_size=16).digest())
             writer.add(number, hashed, own, int((own != tokenizer.special_ids.sep).sum()))
+            unknowns.found += int((own == tokenizer.special_ids.unk).sum())
             moved(at - told)
             told = at
-        counts = writer.close()
-    counts |= {"plan_sha256": task.plan_sha256, "removed": dict.fromkeys(REMOVED, 0), "lines": 0,
-               "bad_lines": {}, "places": []}
-    write_json(marker, counts)
-    return counts
+        return mark_unit(task, writer.close(), dict.fromkeys(REMOVED, 0), Tally(), unknowns)
 
 
 def _problem(row: list[np.ndarray], width: int, tokenizer: Tokenizer) -> str:

@@ -97,8 +97,7 @@ def finished(marker: Path, plan_sha256: str) -> dict | None:
 
 def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
     """Make a unit's files unless they are there and whole; returns its marker. `moved` hears of input bytes done."""
-    _, _, marker, _, words = unit_paths(task.folder, task.number)
-    if found := finished(marker, task.plan_sha256):
+    if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
         moved(unit_size(task.unit))
         return found
     tokenizer, tally, unknowns = _cached_tokenizer(task.tokenizer, task.fingerprint), Tally(), Unknowns()
@@ -113,7 +112,12 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
                     writer.add(number, text_hash(lines), own, len(text), signature)
                 else:
                     removed["too_short"] += 1
-        counts = writer.close()
+        return mark_unit(task, writer.close(), removed, tally, unknowns)
+
+
+def mark_unit(task: UnitTask, counts: dict, removed: dict[str, int], tally: Tally, unknowns: Unknowns) -> dict:
+    """Write what else a unit leaves, its marker last, and return that; counts: what its writer closed with."""
+    _, _, marker, _, words = unit_paths(task.folder, task.number)
     write_json(words, unknowns.record())
     counts["files"][words.name] = sha256_file(words)
     counts |= {"plan_sha256": task.plan_sha256, "removed": removed, "lines": tally.lines,

@@ -54,6 +54,7 @@ def test_the_rows_of_the_authors_program_are_ours(tmp_path: Path) -> None:
     manifest = convert(FILES, RECORDS, tmp_path / "data", valid_fraction=0)
     found = rows_of(tmp_path / "data")
     assert manifest.packing == "google" and manifest.sequence_length == 24
+    assert not any(manifest.removed.values())
     assert sorted(found.tolist()) == sorted(ROWS.tolist()) and found.tolist() != ROWS.tolist()
     assert verify(tmp_path / "data") == []
     reader = ShardReader(tmp_path / "data", "train")
@@ -86,7 +87,7 @@ def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
     good = record(ids, mask, segments)
     path = tmp_path / "rows"
     path.write_bytes(good * 3)
-    convert([str(path)], RECORDS, tmp_path / "data", valid_fraction=0)
+    assert convert([str(path)], RECORDS, tmp_path / "data", valid_fraction=0).unknowns.found == 3
     assert rows_of(tmp_path / "data").tolist() == [ids] * 3
     with pytest.raises(UserError, match=r"^rows: holds rows, not text; .electra-ds convert. takes it"):
         prepare([str(path)], RECORDS, tmp_path / "text", format="tfrecord")
