@@ -33,7 +33,7 @@ EXTRAS = {
         "ruff>=0.6",
         "matplotlib>=3.8",
         "transformers>=4.40",
-        "pyarrow>=15",
+        "datasets>=4",  # brings pyarrow
         "aiohttp>=3.9",
         "rensa>=0.5,<0.6",
     ],
@@ -41,10 +41,10 @@ EXTRAS = {
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],
     "tf": ["tensorflow>=2.16"],  # or tensorflow-cpu; `import` reads the authors' checkpoints with it
-    "parquet": ["pyarrow>=15"],
+    "parquet": ["pyarrow>=15"],  # and .arrow
     "clean": ["rensa>=0.5,<0.6"],  # prepare --near-duplicates; its signatures may change between minor versions
     "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],  # inputs at http(s) and s3; hf:// comes with huggingface_hub
-    "hf": ["datasets>=2.14"],  # own tasks whose examples are a Hugging Face dataset
+    "hf": ["datasets>=4"],  # Hugging Face datasets as inputs and own tasks; earlier versions run a dataset's code
 }
 
 setup(

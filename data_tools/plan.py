@@ -14,19 +14,19 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from braceexpand import braceexpand
 
 from data_tools import docs
 from data_tools.corpus import BUILTIN, Source, detect_format
-from data_tools.streams import COMPRESSED, HEAD, content_of, open_input
+from data_tools.hub import DATASET, find_shards
+from data_tools.streams import COMPRESSED, HEAD, content_of, fingerprint, open_input
 from electra_ds.errors import UserError
 
 Unit = tuple[tuple[int, int, int], ...]  # (file, start, end) in bytes; more than one for small files
 UNIT_BYTES = 32 << 20
 FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "webdataset", "tfrecord")
-CARDS = {"README.md", "dataset_info.json", "dataset_infos.json"}  # that describe a folder of data
+CARDS = {"README.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of a folder
 
 
 @dataclass(frozen=True)
@@ -52,32 +52,39 @@ def plan_hash(value: object) -> str:
 
 
 def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = UNIT_BYTES) -> Plan:
-    """Find the files behind paths, folders, globs, braces, URLs, builtin:docs; cut them. UserError: nothing there."""
+    """Find the files behind paths, folders, globs, braces, URLs, datasets and builtin:docs, and cut them.
+
+    UserError: nothing there, or it cannot be read.
+    """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
-    files = sorted({f for given in inputs if given != BUILTIN for f in _expand(given)}, key=lambda f: f.split("/"))
+    datasets = {given for given in inputs if given.startswith(DATASET)}
+    files = {f for given in {*inputs} - datasets - {BUILTIN} for f in _expand(given)}
+    files = sorted(files, key=lambda f: f.split("/"))
     folders = [os.path.dirname(file) for file in files if "://" not in file]
     root = os.path.commonpath(folders) if folders else ""
     sources = [_source(file, root, format) for file in files]
+    for shards in sorted({_shards(given) for given in datasets}, key=lambda shards: (shards[0].name, shards[0].digest)):
+        sources += shards
     if BUILTIN in inputs:
         sources.append(_docs_source())
     if not sources:
-        raise UserError("no input; give files, folders, globs, URLs or builtin:docs")
+        raise UserError("no input; give files, folders, globs, URLs, dataset:NAME or builtin:docs")
     if not any(source.size for source in sources):
         raise UserError(f"{', '.join(inputs)}: all {len(sources)} input files are empty")
     return Plan(tuple(sources), tuple(_cut(sources, unit_bytes)))
 
 
 @contextmanager
-def readable(name: str) -> Iterator[None]:
-    """What is inside reads from `name`, whose file system may have errors of its own."""
+def readable(name: str, extra: str = "remote") -> Iterator[None]:
+    """What is inside reads from `name`, whose file system may have errors of its own; `extra` installs it."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        extra = "; pip install 'electra_ds[remote]'" if isinstance(error, ImportError) else ""
-        raise UserError(f"{name}: cannot be read ({error or type(error).__name__}){extra}") from error
+        install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
+        raise UserError(f"{name}: cannot be read ({error or type(error).__name__}){install}") from error
 
 
 def _expand(given: str) -> list[str]:
@@ -88,17 +95,26 @@ def _expand(given: str) -> list[str]:
             return [file for name in names for file in _expand(name)]
         if "://" in given:
             found = _remote(given)
-        elif (path := Path(given).expanduser()).is_dir():
-            found = [str(f) for f in path.rglob("*") if f.is_file() and _is_data(f.relative_to(path).as_posix())]
-        elif path.is_file():
-            found = [str(path)]
         else:
-            found = [f for f in glob.glob(str(path), recursive=True) if os.path.isfile(f)]
+            path = os.path.expanduser(given)
+            there = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+            found = [file for one in there for file in _local(one)]
     if not found:
-        raise UserError(f"{given}: no such file, and no file matches it; expected text, WikiText, WikiExtractor, JSONL "
-                        f"or parquet files, tars of text (also {' '.join(COMPRESSED)}), folders, globs, {{00..09}} or "
-                        f"URLs of them, or {BUILTIN}")
-    return [f if "://" in f else os.path.realpath(f) for f in found]
+        raise UserError(f"{given}: no such file, and no file matches it; expected text, WikiText, WikiExtractor, "
+                        f"JSONL, parquet, arrow or tars of text (also {' '.join(COMPRESSED)}), folders, globs, "
+                        f"{{00..09}} or URLs of them, {DATASET}NAME or {BUILTIN}")
+    return found
+
+
+def _local(path: str, above: tuple[str, ...] = ()) -> list[str]:
+    """The real paths of a file, or of the files that count as input in a folder; links are followed, once."""
+    real = os.path.realpath(path)
+    if os.path.isfile(real):
+        return [real]
+    if not os.path.isdir(real):
+        raise UserError(f"{path}: neither a file nor a folder, or a link to nothing; expected text; remove it")
+    names = [name for name in os.listdir(real) if _is_data(name)] if real not in above else []
+    return [file for name in names for file in _local(os.path.join(real, name), (*above, real))]
 
 
 def _remote(given: str) -> list[str]:
@@ -107,12 +123,17 @@ def _remote(given: str) -> list[str]:
 
     system, path = fsspec.core.url_to_fs(given)
     if given.endswith("/"):
-        path = path.rstrip("/")
-        found = [f for f in system.find(path) if _is_data(f.removeprefix(f"{path}/"))]
+        there = {path.rstrip("/"): {"type": "directory"}}
     elif "*" in given:
-        found = [f for f, info in system.glob(path, detail=True).items() if info["type"] == "file"]
+        there = system.glob(path, detail=True)
     else:
         return [given]
+    found = []
+    for one, info in there.items():
+        if info["type"] == "directory":
+            found += [f for f in system.find(one) if _is_data(f.removeprefix(f"{one}/"))]
+        else:
+            found.append(one)
     return [system.unstrip_protocol(f) for f in found]
 
 
@@ -125,12 +146,15 @@ def _source(file: str, root: str, format: str) -> Source:
     url = re.sub("//[^/]*@", "//", file.partition("?")[0])  # passwords and signatures stay out of the name
     name = url if "://" in file else os.path.relpath(file, root)
     with readable(name), open_input(file) as raw:
-        digest = hashlib.sha256(raw.read(HEAD)).hexdigest()[:16]
-        size = raw.seek(0, os.SEEK_END)
-        raw.seek(0)
+        size, digest = fingerprint(raw)
         head = content_of(raw, name).read(HEAD)
         found = detect_format(name, head, format) if size else "text"
     return Source(name, file, size, found, digest)
+
+
+def _shards(given: str) -> tuple[Source, ...]:
+    with readable(given, "hf"):
+        return tuple(Source(*shard) for shard in find_shards(given))
 
 
 def _docs_source() -> Source:
@@ -139,7 +163,7 @@ def _docs_source() -> Source:
 
 
 def _cut(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
-    """Big files in byte ranges, a stream (compressed, tar) whole, neighbouring small files together."""
+    """Big files in byte ranges, a stream (compressed, tar, arrow) whole, neighbouring small files together."""
     units: list[Unit] = []
     small: list[tuple[int, int, int]] = []
     held = 0  # bytes of the small ones

@@ -7,7 +7,9 @@ shards have markers with sizes and hashes, and the manifest is written last.
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -48,7 +50,7 @@ def prepare(
 ) -> Manifest:
     """Prepare a data folder; returns its manifest. Called again after a stop, it goes on; when complete, it returns.
 
-    inputs:         files, folders, globs, URLs, "builtin:docs"
+    inputs:         files, folders, globs, URLs, "dataset:NAME", "builtin:docs"
     tokenizer:      a Tokenizer, or what load_tokenizer takes
     valid_fraction: share of documents held out, chosen by the hash of their text
     min_chars:      shorter documents are left out
@@ -220,3 +222,8 @@ def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[Shar
         tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
                                 special_ids=tokenizer.special_ids),
         source=SourcePlan(sha256=plan_sha256, files=tuple(s.name for s in plan.sources), units=plan.units)))
+
+
+if __name__ == "__main__":  # `python -m data_tools.prepare ...` is `electra-ds prepare ...`
+    sys.argv.insert(1, "prepare")
+    runpy.run_module("electra_ds", run_name="__main__", alter_sys=True)

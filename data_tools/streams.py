@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import hashlib
 import io
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +26,14 @@ def open_input(path: str) -> io.BufferedReader:
     import fsspec
 
     return io.BufferedReader(fsspec.open(path, "rb").open(), 1 << 20)
+
+
+def fingerprint(raw: BinaryIO) -> tuple[int, str]:
+    """(bytes, digest of the first HEAD of them) of an open file, which is left at its beginning."""
+    digest = hashlib.sha256(raw.read(HEAD)).hexdigest()[:16]
+    size = raw.seek(0, os.SEEK_END)
+    raw.seek(0)
+    return size, digest
 
 
 def content_of(raw: BinaryIO, name: str) -> BinaryIO:

@@ -25,10 +25,11 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder (its 
 Data = Annotated[str, typer.Option(help="Folder that `prepare` wrote, or a MIX.json of several.")]
 Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
-Inputs = Annotated[list[str], typer.Option("--input", help="File, folder, glob, URL or builtin:docs; repeatable.")]
+INPUT = "File, folder, glob, URL, dataset:NAME?config=C&split=S or builtin:docs; repeatable."
+Inputs = Annotated[list[str], typer.Option("--input", help=INPUT)]
 Format = Annotated[str, typer.Option(help="auto, text, text_file (one document), wikitext, wiki, jsonl, webdataset.")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Let the checkpoint's model.factory run its code.")]
-TextField = Annotated[str, typer.Option(help="Field of JSONL, column of parquet; of webdataset txt, json.FIELD.")]
+TextField = Annotated[str, typer.Option(help="Field of JSONL, column of a table; of webdataset txt, json.FIELD.")]
 
 RepeatedLines = Annotated[bool, typer.Option("--drop-repeated-lines", help="Of a document's equal lines keep one.")]
 NearDuplicates = Annotated[float | None, typer.Option(help="Drop documents so similar to an earlier one: 0.5 to 1.")]

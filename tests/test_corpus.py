@@ -4,15 +4,18 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import sys
+import tempfile
 import unicodedata
+from pathlib import Path
 
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import docs
+from data_tools import corpus, docs
 from data_tools.clean import clean_lines, text_hash
 from data_tools.corpus import Source, Tally, documents
 from data_tools.plan import make_plan
@@ -58,6 +61,31 @@ def test_any_cut_of_a_file_gives_each_document_once(tmp_path_factory, format, wr
     assert [text for start, end in ranges for text in read(source, start, end)] == texts
 
 
+@pytest.mark.parametrize(("format", "write"), [
+    ("text", plain), ("wiki", wiki), ("wikitext", plain), ("text_file", plain)])
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.lists(TEXT, min_size=1).map("\n".join), min_size=1), step=st.integers(1, 60))
+def test_a_long_text_comes_in_bounded_parts_for_any_cut(tmp_path_factory, format, write, texts, step):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "LONGEST", 40)
+        source, tally = source_of(tmp_path_factory.mktemp("cut") / "file", write(texts), format), Tally()
+        step = source.size if format == "text_file" else step
+        found = [text for at in range(0, source.size, step)
+                 for text in documents(source, at, min(at + step, source.size), text_field="", tally=tally, moved=str)]
+    assert not tally.bad  # no character was cut
+    assert "".join("".join(found).split()) == "".join("".join(texts).split())
+    assert all(len(text.encode()) < 2 * (40 + 3) for text in found)  # what is not yet long, and a part more
+
+
+def test_rows_that_are_too_long_are_cut_or_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST", 10)
+    monkeypatch.setattr(corpus, "LONGEST_LINE", 1 << 20)
+    tally, long = Tally(), jsonl(["x" * (2 << 20)])
+    assert read(source_of(tmp_path / "a.jsonl", jsonl(["x" * 25, ""]) + long + jsonl(["y"])), tally=tally) == [
+        "x" * 10, "x" * 10, "x" * 5, "", "y"]
+    assert tally.bad == {"longer than 1 MiB": 2, "not JSON": 1}  # in three parts
+
+
 def test_formats_are_found_by_name_and_content(tmp_path):
     found = {name: source_of(tmp_path / name, content).format for name, content in {
         "a.txt": b"some text", "b.txt": wiki(["x"]), "c.jsonl": b"broken", "d.json": jsonl(["x"]),
@@ -88,20 +116,16 @@ def test_compressed_files_read_like_plain_ones(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_a_truncated_file_is_an_error_with_its_name(tmp_path, suffix):
     packed = PACKERS[suffix](wiki([f"document {i * i}" for i in range(5000)]))
-    source = source_of(tmp_path / f"file{suffix}", packed)
-    (tmp_path / f"file{suffix}").write_bytes(packed[: len(packed) - 9])
     with pytest.raises(UserError, match=rf"file{suffix}: broken after byte \d+"):
-        read(source)
+        read(source_of(tmp_path / f"file{suffix}", packed[: len(packed) - 9]))
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_a_damaged_file_is_an_error_with_its_name(tmp_path, suffix):
     packed = bytearray(PACKERS[suffix](wiki([f"document {i * i}" for i in range(5000)])))
-    source = source_of(tmp_path / f"file{suffix}", packed)
     packed[16:80] = b"\xff" * 64
-    (tmp_path / f"file{suffix}").write_bytes(packed)
     with pytest.raises(UserError, match=rf"file{suffix}: broken after byte \d+"):
-        read(source)
+        read(source_of(tmp_path / f"file{suffix}", packed))
 
 
 def test_zst_without_its_package_says_what_to_install(tmp_path, monkeypatch):
@@ -144,6 +168,63 @@ def test_big_files_are_cut_and_compressed_ones_are_not(tmp_path):
     size = (tmp_path / "c.txt.gz").stat().st_size
     assert make_plan([str(tmp_path)], unit_bytes=40).units == (
         ((0, 0, 40),), ((0, 40, 80),), ((0, 80, 100),), ((1, 0, 5),), ((2, 0, size),))
+
+
+def test_links_lead_to_each_file_once_and_a_folder_of_a_glob_is_read(tmp_path, monkeypatch):
+    for name in ("in/a.txt", "in/sub.txt/b.txt", "other/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "in" / "again.txt").symlink_to("a.txt")
+    (tmp_path / "in" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "linked").symlink_to("../other")
+    monkeypatch.chdir(tmp_path / "other")
+    names = ["in/a.txt", "in/sub.txt/b.txt", "other/c.txt"]
+    for inputs in (["../in"], ["../in/*"], ["../in/**"], ["../in/*.txt", "c.txt", "../in/up/up/linked/c.txt"]):
+        plan = make_plan([*inputs, str(tmp_path / "in" / "a.txt"), f"file://{tmp_path}/in/again.txt"])
+        assert [source.name for source in plan.sources] == names, inputs
+    (tmp_path / "in" / "gone.txt").symlink_to("nothing")
+    for name in ("../in", "../in/*", "../in/gone.txt"):
+        with pytest.raises(UserError, match=r"in/gone.txt: neither a file nor a folder, or a link to nothing"):
+            make_plan([name])
+
+
+@pytest.mark.parametrize("closed", ["in/a.txt", "in"])
+def test_what_may_not_be_read_is_named(closed):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "in").mkdir()
+        (Path(folder) / "in" / "a.txt").write_text("text")
+        os.chmod(folder, 0o755)
+        os.chmod(Path(folder) / closed, 0)
+        if root := os.geteuid() == 0:
+            os.seteuid(65534)  # nobody
+        try:
+            with pytest.raises(UserError, match=rf"cannot be read \(.*Permission denied: '{folder}/{closed}'"):
+                make_plan([f"{folder}/in"])
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(Path(folder) / closed, 0o755)
+
+
+@pytest.mark.parametrize(("change", "start"), [
+    (lambda text: text[:-1], 0), (lambda text: text[:-1], 50), (lambda text: text + b"x", 0),
+    (lambda text: b"x" + text[1:], 0)])
+def test_a_file_that_changes_after_the_plan_is_named(tmp_path, change, start):
+    text = b"0123456789" * 10
+    source = source_of(tmp_path / "a.txt", text)
+    (tmp_path / "a.txt").write_bytes(change(text))
+    with pytest.raises(UserError, match=rf"^a.txt: changed since the start: {len(change(text))} bytes, 100 then"):
+        read(source, start)
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_empty_files_hold_no_document(tmp_path, suffix):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, content in ((f"a{suffix}", b""), (f"a.jsonl{suffix}", b"\n")):
+        (tmp_path / name).write_bytes(PACKERS[suffix](content))
+    plan = make_plan([str(tmp_path)])
+    assert len(plan.sources) == 4 and [text for source in plan.sources for text in read(source)] == []
 
 
 @pytest.mark.parametrize(("inputs", "found"), [

@@ -158,7 +158,7 @@ def test_bad_parquet_is_named(tmp_path, monkeypatch):
     assert read(make_plan([str(path)]), tally) == ["one", "two"]
     assert tally.bad == {"no text in field 'text'": 1} and tally.lines == 3
     whole = path.read_bytes()
-    with pytest.raises(UserError, match=r"a.parquet: no column 'body'; expected --text-field to be one of id, text"):
+    with pytest.raises(UserError, match=r"a.parquet: no column 'body' of text; expected .* one of id, text"):
         list(documents(make_plan([str(path)]).sources[0], 0, 1 << 30, text_field="body", tally=tally, moved=print))
     for content in (whole[:-20], whole[:4] + b"\xff" * 200 + whole[204:]):
         path.write_bytes(content)
@@ -168,6 +168,113 @@ def test_bad_parquet_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"a.parquet: reading parquet needs pyarrow: pip install"):
         read(make_plan([str(path)]))
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_is_read_whole_or_named(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    path, ends = tmp_path / "a.arrow", []
+    values = [
+        pyarrow.array(["one", None, "two"]),
+        pyarrow.array([b"\xff", b"x"]).view(pyarrow.string()),
+        pyarrow.array(["three"] * 300),
+    ]
+    schema = pyarrow.schema([("text", pyarrow.string()), ("id", pyarrow.int64())])
+    with open(path, "wb") as file, getattr(pyarrow.ipc, f"new_{kind}")(file, schema) as writer:
+        for column in values:
+            writer.write_batch(pyarrow.record_batch([column, pyarrow.array(range(len(column)))], schema=schema))
+            ends.append(file.tell())
+    whole, tally = path.read_bytes(), Tally()
+    plan = make_plan([str(path)], unit_bytes=100)
+    assert (plan.sources[0].format, len(plan.units)) == ("arrow", 1)
+    assert read(plan, tally) == ["one", "two", "x", *["three"] * 300]
+    assert tally.bad == {"no text in field 'text'": 1, "not UTF-8": 1} and tally.lines == 305
+    for field in ("body", "id"):
+        with pytest.raises(UserError, match=rf"^a.arrow: no column '{field}' of text; expected .* one of text, id"):
+            list(documents(plan.sources[0], 0, 1 << 30, text_field=field, tally=tally, moved=print))
+    offsets = whole.index(b"\0\0\0\0\3\0\0\0\3\0\0\0\6\0\0\0") + 4
+    broken = [whole[: ends[1]], whole[: ends[1] + 50], whole[:-8], whole[:offsets] + b"\x7f" * 8 + whole[offsets + 8 :]]
+    for content in broken:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^a.arrow: broken .*; expected a whole arrow file"):
+            read(make_plan([str(path)]))
+    path.unlink()
+    for name, content in (("b.arrow.gz", gzip.compress(whole)), ("b.tar", tar_of({"a.arrow": whole}))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"^b.*: arrow compressed or in a tar cannot be read"):
+            read(make_plan([str(tmp_path / name)]))
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """Writes a folder that is a dataset: two shards in one configuration, a test split in another."""
+    pytest.importorskip("datasets", reason="needs the extra [hf]")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+    def write(folder, texts):
+        folder.mkdir(parents=True)
+        for part in range(2):
+            write_parquet(folder / f"part-{part}.parquet", texts[part::2], row_group_size=9)
+        write_parquet(folder / "test.parquet", ["held out"])
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: all\n  data_files: part-*.parquet\n"
+            "- config_name: few\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
+        )
+        return folder
+
+    return write
+
+
+def test_a_dataset_is_its_shards_wherever_it_lies(tmp_path, dataset, monkeypatch):
+    plans = []
+    for place in ("here", "there"):
+        folder = dataset(tmp_path / place / "set", TEXTS[:30])
+        plans.append(make_plan([f"dataset:{folder}?config=all", f"dataset:{folder}/?split=train&config=all"]))
+    assert plans[0].identity() == plans[1].identity()
+    names = [f"dataset:set?config=all&split=train shard {shard}" for shard in range(2)]
+    assert [source.name for source in plans[0].sources] == names and len(plans[0].units) == 2
+    moved = []
+    for source in plans[0].sources:
+        list(documents(source, 0, source.size, text_field="text", tally=Tally(), moved=moved.append))
+    assert sum(moved) == sum(source.size for source in plans[0].sources)
+    assert read(plans[0]) == words(TEXTS[:30:2] + TEXTS[1:30:2])
+    assert read(make_plan([f"dataset:{folder}?config=few&split=test"])) == ["held out"]
+    write_parquet(folder / "part-1.parquet", TEXTS[2:30:2])
+    assert make_plan([f"dataset:{folder}?config=all"]).identity() != plans[0].identity()
+
+
+def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(tmp_path, dataset, monkeypatch):
+    folder = dataset(tmp_path / "set", TEXTS[:30])
+    for given, message in (
+        ("", "expected dataset:NAME"),
+        (f"{folder}?confg=all", "expected dataset:NAME"),
+        (f"{folder}?config=none", "cannot be read .*'none' not found. Available: ..all', 'few'"),
+        (f"{folder}?config=few", "cannot be read .*Bad split: train. Available splits: ..test'"),
+    ):
+        with pytest.raises(UserError, match=rf"^dataset:{re.escape(given)}: {message}"):
+            make_plan([f"dataset:{given}"])
+    for name, found in (("parquet", "body.*text"), ("jsonl", "Missing a name")):
+        own = tmp_path / name
+        own.mkdir()
+        (own / "a.jsonl").write_text('{"body": "good"}\n{broken\n')
+        plan = make_plan([f"dataset:{folder}?config=all" if name == "parquet" else f"dataset:{own}"])
+        with pytest.raises(UserError, match=f"^dataset:.* shard 0: .*{found}.*; expected rows with a text in"):
+            list(documents(plan.sources[0], 0, 99, text_field="body", tally=Tally(), moved=print))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(UserError, match=r"^dataset:.*code: cannot be read .*scripts are no longer supported"):
+        make_plan([f"dataset:{tmp_path / 'code'}"])
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"; pip install 'electra_ds\[hf\]'$"):
+        make_plan(["dataset:other"])
+
+
+def test_what_a_dataset_saved_to_disk_is_read_as_a_folder(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    made = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})})
+    made.save_to_disk(tmp_path / "saved", num_shards={"train": 3})
+    assert read(make_plan([str(tmp_path / "saved")])) == words(TEXTS)
 
 
 class Ranges(SimpleHTTPRequestHandler):
