@@ -25,7 +25,7 @@ from electra_ds.shards import ids_dtype, shard_file, write_shard
 SPLITS = ("train", "valid")
 ROWS, SEGMENTS = 32, 33  # purposes of random words, beside those of order.py
 NO_DUPLICATES = np.empty((0, 2), np.int64)  # what find_duplicates gives when every text is new
-HASHES_AT_ONCE = 8 << 20  # documents compared at a time, 32 bytes each
+HASHES_AT_ONCE = 4 << 20  # documents compared at a time, 104 bytes each
 KEYS = 1 << 64
 
 
@@ -106,20 +106,29 @@ def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.uint64(task.shard * KEYS // task.shards), np.uint64((task.shard + 1) * KEYS // task.shards - 1)
     duplicates = np.load(Path(task.work) / "duplicates.npy", allow_pickle=False)
     dtype = ids_dtype(task.vocab_size)
-    tables, texts = [], []
+    tables = []
     for unit in range(task.units):
         table = read_table(task.units_folder, unit)
         table = table[(table["key"] >= low) & (table["key"] <= high)]
         table = table[in_split(table, task.split, task.valid_fraction) & ~is_duplicate(duplicates, unit, table)]
-        ids = np.memmap(unit_paths(task.units_folder, unit)[0], dtype, "r") if len(table) else np.empty(0, dtype)
-        ends = table["start"] + table["stored"]
-        texts += [np.array(ids[start:end]) for start, end in zip(table["start"].tolist(), ends.tolist(), strict=True)]
         both = np.zeros(len(table), [("unit", "<u4"), ("own", DOCUMENT)])
         both["unit"], both["own"] = unit, table
         tables.append(both)
+    ends = np.cumsum([len(table) for table in tables])
     joined = np.concatenate(tables)
+    del tables  # as large
     by_key = np.lexsort((joined["own"]["document"], joined["unit"], joined["own"]["key"]))
-    return joined[by_key], np.concatenate([texts[i] for i in by_key]) if texts else np.empty(0, dtype)
+    lengths = joined["own"]["stored"].astype(np.int64)
+    places = np.empty_like(lengths)  # of the documents, in the result
+    places[by_key] = np.cumsum(lengths[by_key]) - lengths[by_key]
+    stored = np.empty(lengths.sum(), dtype)
+    for unit in np.flatnonzero(np.diff(ends, prepend=0)).tolist():
+        ids = np.asarray(np.memmap(unit_paths(task.units_folder, unit)[0], dtype, "r"))
+        own = slice(ends[unit - 1] if unit else 0, ends[unit])
+        found = joined["own"]["start"][own], lengths[own], places[own]
+        for start, length, place in zip(*(part.tolist() for part in found), strict=True):
+            stored[place : place + length] = ids[start : start + length]
+    return joined[by_key], stored
 
 
 def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
@@ -128,6 +137,21 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     if found := finished(marker, task.plan_sha256):
         moved(found["tokens"])
         return found
+    rows, pieces, unigrams, counts = _pack(task)
+    file = shard_file(task.split, task.shard)
+    info, blocks = write_shard(Path(task.out) / file, task.split, task.shard, rows, pieces, task.block_rows)
+    content = array_bytes(unigrams)
+    write_bytes(marker.with_suffix(".npy"), content)
+    files = {os.path.relpath(Path(task.out) / file, marker.parent): info.sha256,
+             marker.with_suffix(".npy").name: sha256(content).hexdigest()}
+    counts |= {"plan_sha256": task.plan_sha256, "files": files, "shard": info.model_dump(), "blocks": blocks.tolist()}
+    write_json(marker, counts)
+    moved(counts["tokens"])
+    return counts
+
+
+def _pack(task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
+    """(rows in their order, pieces, unigram counts, what else is counted) of a shard."""
     table, stored = collect(task)
     if not len(table):
         raise UserError(f"shard {task.shard} of {task.shards} of the {task.split} split would hold no document: they "
@@ -139,6 +163,7 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     lines_before = np.searchsorted(line_ends, document_ends)
     tokens = table["own"]["tokens"].astype(np.int64)
     ids = stored[stored != special.sep]
+    del stored  # as large as the shard
     chance = np.empty(0, np.float32)
     if task.packing == "google":
         needed = chances_needed(len(ids), len(table))
@@ -152,17 +177,8 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     source = table[document]
     pieces = np.stack([new_row[row], start, length, source["unit"], source["own"]["document"], token], axis=1)
     pieces = pieces[np.lexsort((start, pieces[:, 0]))].astype("<i4")
-    file = shard_file(task.split, task.shard)
-    info, blocks = write_shard(Path(task.out) / file, task.split, task.shard, permuted, pieces, task.block_rows)
     unigrams = np.bincount(ids, minlength=task.vocab_size).astype(np.int64)
     unigrams[list(special.model_dump().values())] = 0
-    content = array_bytes(unigrams)
-    write_bytes(marker.with_suffix(".npy"), content)
-    files = {os.path.relpath(Path(task.out) / file, marker.parent): info.sha256,
-             marker.with_suffix(".npy").name: sha256(content).hexdigest()}
-    counts = {"plan_sha256": task.plan_sha256, "files": files, "shard": info.model_dump(), "blocks": blocks.tolist(),
-              "documents": len(table), "tokens": len(ids), "pieces": len(pieces),
-              "pad": rows.size - len(ids) - len(layout.cls) - len(layout.sep)}
-    write_json(marker, counts)
-    moved(len(ids))
-    return counts
+    return permuted, pieces, unigrams, {
+        "documents": len(table), "tokens": len(ids), "pieces": len(pieces),
+        "pad": rows.size - len(ids) - len(layout.cls) - len(layout.sep)}

@@ -202,7 +202,7 @@ class UnitWriter:
         key = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
         self.run.append(((key, hashed, 0, len(ids), tokens, number), ids.astype(self.dtype), signature))
         self.held += len(ids)
-        if self.held >= RUN_TOKENS:
+        if self.held + 128 * len(self.run) >= RUN_TOKENS:  # a document takes some 350 bytes beside its ids
             self._flush()
 
     def _flush(self) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import re
+import shutil
 import sys
 import tarfile
 from functools import partial
@@ -15,6 +16,8 @@ from threading import Thread
 
 import pytest
 import webdataset
+from conftest import has_mpi
+from test_prepare_mpi import mpirun
 
 from data_tools.corpus import UNKNOWN, Tally, documents
 from data_tools.inspect import reread
@@ -309,7 +312,24 @@ def served(tmp_path):
     server.server_close()
 
 
-def test_inputs_of_all_kinds_in_one_call_give_the_same_rows_for_any_workers(tmp_path, served):
+JOB = """
+import json, sys
+from data_tools.prepare import prepare
+from data_tools.workers import mpi_ranks
+with mpi_ranks() as others:
+    if others is not None:
+        prepare(**json.loads(sys.argv[1]), ranks=others)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a data folder by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("processes", [(1, 2, 7), pytest.param((3, 4), marks=pytest.mark.slow)])
+def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(tmp_path, served, processes):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
     web, url = served
     local = tmp_path / "local"
     (web / "part").mkdir()
@@ -317,7 +337,9 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_rows_for_any_workers(tmp_
     (local / "README.md").write_text("a card of the folder")
     (local / "a.tar.xz").write_bytes(lzma.compress(tar_of({f"{i}.txt": t.encode() for i, t in enumerate(TEXTS[:40])})))
     (local / "b.tokens").write_bytes(as_wikitext(TEXTS[40:80]))
-    write_parquet(local / "c.parquet", TEXTS[80:120], row_group_size=9)
+    write_parquet(local / "c.parquet", TEXTS[80:110], row_group_size=9)
+    saved = tmp_path / "cache" / "set"
+    datasets.Dataset.from_dict({"text": TEXTS[110:120]}).save_to_disk(saved, num_shards=2)
     (web / "part" / "d.txt").write_text("\n\n".join(words(TEXTS[120:160])))
     write_parquet(web / "part" / "e.parquet", TEXTS[160:180], row_group_size=9)
     (web / "f.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[180:]).encode()))
@@ -328,30 +350,34 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_rows_for_any_workers(tmp_
         f"{url}/part/",
         f"{url}/part/*.txt",
         f"{url}/f.jsonl.gz?signature=secret",
+        f"dataset:{saved}",
     ]
     tokenizer = train_tokenizer([str(local / "b.tokens")], tmp_path / "tok", vocab_size=200)
-    made = [
-        prepare(
-            inputs,
-            tmp_path / "tok",
-            tmp_path / f"out{workers}",
-            workers=workers,
-            unit_bytes=600,
-            sequence_length=32,
-            valid_fraction=0,
-        )
-        for workers in (1, 2)
-    ]
-    assert made[0] == made[1]
-    assert made[0].source.files == (
+    options = dict(unit_bytes=600, shard_bytes=1200, block_rows=16, sequence_length=32, valid_fraction=0)
+    settings = dict(inputs=inputs, tokenizer=str(tmp_path / "tok"), **options)
+    made = prepare(**settings, out=tmp_path / "out1")
+    whole = contents(tmp_path / "out1")
+    assert len(made.source.units) > 20 and len(made.splits["train"].shards) > 5
+    assert made.source.files == (
         "a.tar.xz",
         "b.tokens",
         "c.parquet",
         f"{url}/f.jsonl.gz",
         f"{url}/part/d.txt",
         f"{url}/part/e.parquet",
+        "dataset:set?split=train shard 0",
+        "dataset:set?split=train shard 1",
     )
-    assert made[0].splits["train"].documents == len(TEXTS) and not made[0].bad_lines
+    assert made.splits["train"].documents == len(TEXTS) and not made.bad_lines
+    for workers in processes:
+        prepare(**settings, workers=workers, out=tmp_path / "data")
+        assert contents(tmp_path / "data") == whole
+        shutil.rmtree(tmp_path / "data")
+    (tmp_path / "job.py").write_text(JOB)
+    for ranks in processes if has_mpi() else ():
+        done = mpirun(ranks, tmp_path / "job.py", json.dumps(settings | {"out": str(tmp_path / "data")}))
+        assert done.returncode == 0 and contents(tmp_path / "data") == whole, done.stderr
+        shutil.rmtree(tmp_path / "data")
 
     reader = ShardReader(tmp_path / "out1", "train")
     texts_of = reread(tmp_path / "out1", inputs)
