@@ -171,14 +171,16 @@ def _pack(task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
     layout = lay_out(task.packing, line_lengths, np.diff(lines_before, prepend=0), width, chance)
     rows = fill(layout, ids, np.cumsum(tokens) - tokens, width, special)
     new_row = order.permutation(layout.rows, task.seed, split, task.shard, ROWS)
-    permuted = np.empty_like(rows)
-    permuted[new_row] = rows
+    rows = rows[np.argsort(new_row)]
     row, start, length, document, token = layout.pieces.T
-    source = table[document]
-    pieces = np.stack([new_row[row], start, length, source["unit"], source["own"]["document"], token], axis=1)
-    pieces = pieces[np.lexsort((start, pieces[:, 0]))].astype("<i4")
-    unigrams = np.bincount(ids, minlength=task.vocab_size).astype(np.int64)
+    by_row = np.lexsort((start, new_row[row]))
+    pieces = np.empty((len(by_row), 6), "<i4")
+    for column, values in enumerate([new_row[row], start, length, table["unit"][document],
+                                     table["own"]["document"][document], token]):
+        pieces[:, column] = values[by_row]
+    parts = np.array_split(ids, 64)  # each becomes int64
+    unigrams = np.sum([np.bincount(part, minlength=task.vocab_size) for part in parts], axis=0, dtype=np.int64)
     unigrams[list(special.model_dump().values())] = 0
-    return permuted, pieces, unigrams, {
+    return rows, pieces, unigrams, {
         "documents": len(table), "tokens": len(ids), "pieces": len(pieces),
         "pad": rows.size - len(ids) - len(layout.cls) - len(layout.sep)}

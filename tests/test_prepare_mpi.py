@@ -1,11 +1,15 @@
 """`prepare` on MPI ranks: the bytes of one process, errors and deaths that end all ranks, and going on after them."""
 
+import contextlib
 import gzip
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from conftest import CPU, ROOT, needs_mpi
@@ -28,6 +32,17 @@ def progress(stage, done, total):
 with mpi_ranks() as others:
     if others is not None:
         run(Path(sys.argv[1]), Path(sys.argv[2]), ranks=others, progress=progress)
+"""
+KILLED = """
+import sys
+from pathlib import Path
+from data_tools.workers import mpi_ranks
+from tests.test_prepare import run
+if __name__ == "__main__":
+    corpus, out, units = map(Path, sys.argv[1:4])
+    with mpi_ranks() as others:
+        if others is not None:
+            run(corpus, out, units=units, unit_bytes=1000, workers=int(sys.argv[4]), ranks=others)
 """
 
 
@@ -52,6 +67,52 @@ def test_the_death_of_a_rank_ends_all_and_another_number_goes_on(corpus, tmp_pat
     done = mpirun(2, tmp_path / "job.py", corpus, tmp_path / "data", 0, "never")
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def processes_of(word: str) -> list[int]:
+    """The processes, of all launchers, whose environment holds a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += [int(path.parent.name)] if word.encode() in path.read_bytes() else []
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["workers", "ranks"])
+def test_20_random_kills_cost_only_what_was_not_finished(corpus, tmp_path, driver):  # noqa: F811
+    """Of one process or of all, each followed by another number of them; now and then a finished unit is damaged."""
+    random, kills, launches, kept = Random(int(os.environ.get("CHAOS_SEED", "1"))), 0, 0, {}
+    whole, out, units, job = tmp_path / "whole", tmp_path / "data", tmp_path / "units", tmp_path / "job.py"
+    manifest = run(corpus, whole, unit_bytes=1000)
+    job.write_text(KILLED)
+    while not (out / "manifest.json").exists():
+        launches += 1
+        count, word = random.choice([1, 2, 3, 4, 7]), f"{tmp_path}/{launches}."
+        launcher = ["mpirun", "-n", str(count)] if driver == "ranks" else []
+        command = [*launcher, sys.executable, job, corpus, out, units, str(1 if launcher else count)]
+        process = subprocess.Popen(command, env=os.environ | CPU | {"WORD": word}, stderr=subprocess.DEVNULL)
+        last = kills == 20
+        wanted = random.randrange(1, 2 * len(manifest.source.units) + 10)  # files when the kill comes
+        while process.poll() is None and (last or len([*out.rglob("*.*"), *units.glob("unit-*")]) < wanted):
+            time.sleep(0.002)
+        if process.poll() is None:
+            victims = processes_of(word)
+            for pid in victims if random.random() < 0.4 else [random.choice(victims)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            kills += 1
+        process.wait(30)
+        while processes_of(word):
+            time.sleep(0.01)
+        assert all(marker.stat().st_mtime_ns == written for marker, written in kept.items())  # none was made again
+        if not last and (out / "manifest.json").exists():
+            shutil.rmtree(out)  # the kill came too late: once more from the units
+        if not last and random.random() < 0.3 and (finished := sorted(units.glob("unit-*.json"))):
+            random.choice(finished).with_suffix(".ids").write_bytes(b"damaged")
+        kept = {marker: marker.stat().st_mtime_ns for marker in units.glob("unit-*.json")
+                if marker.with_suffix(".ids").read_bytes() != b"damaged"}
+    assert kills == 20 and contents(out) == contents(whole)
 
 
 def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpus, tmp_path):  # noqa: F811
