@@ -91,7 +91,8 @@ def test_20_random_kills_cost_only_what_was_not_finished(corpus, tmp_path, drive
         count, word = random.choice([1, 2, 3, 4, 7]), f"{tmp_path}/{launches}."
         launcher = ["mpirun", "-n", str(count)] if driver == "ranks" else []
         command = [*launcher, sys.executable, job, corpus, out, units, str(1 if launcher else count)]
-        process = subprocess.Popen(command, env=os.environ | CPU | {"WORD": word}, stderr=subprocess.DEVNULL)
+        environ = os.environ | CPU | {"WORD": word}
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         last = kills == 20
         wanted = random.randrange(1, 2 * len(manifest.source.units) + 10)  # files when the kill comes
         while process.poll() is None and (last or len([*out.rglob("*.*"), *units.glob("unit-*")]) < wanted):
@@ -99,7 +100,7 @@ def test_20_random_kills_cost_only_what_was_not_finished(corpus, tmp_path, drive
         if process.poll() is None:
             victims = processes_of(word)
             own = [pid for pid in victims if "python" in os.path.realpath(f"/proc/{pid}/exe")]  # not the launcher's
-            for pid in victims if random.random() < 0.4 else [random.choice(own)]:
+            for pid in victims if not own or random.random() < 0.4 else [random.choice(own)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             kills += 1
