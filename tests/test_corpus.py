@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_tools import corpus, docs
@@ -65,6 +65,7 @@ def test_any_cut_of_a_file_gives_each_document_once(tmp_path_factory, format, wr
     ("text", plain), ("wiki", wiki), ("wikitext", plain), ("text_file", plain)])
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.lists(TEXT, min_size=1).map("\n".join), min_size=1), step=st.integers(1, 60))
+@example(texts=["x" + "a" * 38 + "y\nxy"], step=1)  # a part ends where its line does
 def test_a_long_text_comes_in_bounded_parts_for_any_cut(tmp_path_factory, format, write, texts, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "LONGEST", 40)
