@@ -381,7 +381,7 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(t
 
     reader = ShardReader(tmp_path / "out1", "train")
     texts_of = reread(tmp_path / "out1", inputs)
-    units = [list(texts_of(unit)) for unit in range(len(made[0].source.units))]
+    units = [list(texts_of(unit)) for unit in range(len(made.source.units))]
     for block in range(len(reader.blocks)):
         ids = reader.block(block)
         for row, start, length, unit, number, token in reader.pieces(block).tolist():
