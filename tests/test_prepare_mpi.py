@@ -134,3 +134,11 @@ def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpu
     assert done.stdout.count("train: ") == 1
     refused = mpirun(3, *options, tmp_path / "my data", "--workers", 2, script=True)  # before any work is handed out
     assert refused.returncode == 2 and refused.stderr.count("workers = 2; expected") == 1, refused
+
+
+def test_the_module_under_mpi4py_is_the_verb(corpus, tmp_path):  # noqa: F811
+    command = ["-m", "mpi4py", "-m", "data_tools.prepare", "--tokenizer", corpus / "tok", "--out", tmp_path / "data"]
+    done = mpirun(2, *command, "--input", corpus / "in", "--valid-fraction", 0.1)
+    assert done.returncode == 0 and (tmp_path / "data" / "manifest.json").exists(), done.stderr
+    refused = mpirun(2, *command, "--input", tmp_path / "none")
+    assert refused.returncode == 2 and refused.stderr.count("none: no such file") == 1, refused.stderr
