@@ -15,7 +15,7 @@ ORDER_VERSION = 1
 EVALUATION_SEED = 0x454C_4543_5452_41  # "ELECTRA": held-out rows are masked alike for every run and every checkpoint
 # What a word is for: the low 8 bits of the counter's second word, so that no two uses share a number.
 BLOCKS, WINDOW, CHOSEN, KEEP, UNIFORMS, CORRUPTION, EXAMPLES, MIXTURE = range(8)
-WINDOWS_KEPT = 4
+MAX_LANES = 256
 PIECE = 4096  # counters at a time: their words stay in the processor's cache
 LOW32 = np.uint64(0xFFFF_FFFF)
 
@@ -85,6 +85,8 @@ class Order:
     rows of a window are permuted among themselves. Positions run on across epochs; each row comes once per epoch.
     """
 
+    windows_kept = 4  # in memory
+
     def __init__(self, block_rows: np.ndarray, seed: int, window: int = 64) -> None:
         """block_rows: [blocks] rows in each block, in the reader's numbering of rows."""
         self.seed, self.window = seed, window
@@ -127,6 +129,39 @@ class Order:
             sizes = self.block_rows[blocks]
             rows = np.repeat(self.block_starts[blocks] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
             self._windows[epoch, window] = rows[permutation(len(rows), self.seed, epoch, window, WINDOW)]
-            if len(self._windows) > WINDOWS_KEPT:
+            if len(self._windows) > self.windows_kept:
                 self._windows.popitem(last=False)
         return self._windows[epoch, window]
+
+
+class LaneOrder(Order):
+    """The order of streamed rows: position -> (row, epoch), where a rank reads from few chunks at a time.
+
+    The rows of an epoch, chunk after permuted chunk and permuted within each, are cut into lanes of T // lanes rows or
+    one more. Every global batch takes its next rows from each lane, lane after lane, so that neighbouring slices of
+    all batches come from neighbouring lanes; a lane goes through its rows of one epoch, then of the next. So each row
+    comes once per epoch, and the epoch ends in one lane up to a row earlier than in another.
+    """
+
+    def __init__(self, chunk_rows: np.ndarray, seed: int, global_batch_size: int) -> None:
+        """chunk_rows: [chunks] rows in each chunk, in the reader's numbering of rows."""
+        super().__init__(chunk_rows, seed, window=1)
+        most = min(MAX_LANES, global_batch_size, self.total_rows)
+        self.lanes = next(lanes for lanes in range(most, 0, -1) if global_batch_size % lanes == 0)
+        self.global_batch_size, self.lane_rows = global_batch_size, global_batch_size // self.lanes  # of a batch
+        self.lane_starts = np.arange(self.lanes + 1) * self.total_rows // self.lanes  # in the rows of an epoch
+        self.windows_kept = 2 * self.lanes
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to go on from a position."""
+        return {"kind": "stream", "version": ORDER_VERSION, "seed": self.seed, "lanes": self.lanes}
+
+    def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the chunks touched, not the history."""
+        batches, slots = np.divmod(np.asarray(positions, np.int64), self.global_batch_size)
+        lanes, turns = np.divmod(slots, self.lane_rows)
+        epochs, offsets = np.divmod(batches * self.lane_rows + turns, np.diff(self.lane_starts)[lanes])
+        places = epochs * self.total_rows + self.lane_starts[lanes] + offsets
+        by_place, rows = np.argsort(places), np.empty_like(places)
+        rows[by_place] = super().rows(places[by_place])[0]
+        return rows, epochs

@@ -182,7 +182,8 @@ def npy_header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
     return b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little") + text.ljust(NPY_HEADER - 11).encode() + b"\n"
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """The bytes that a payload takes in a tar."""
     return -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
@@ -209,7 +210,7 @@ def write_shard(
             data += tar_header(f"{block_name(split, shard, block)}.{kind}.npy", len(payload))
             if kind == "ids":
                 blocks.append((shard, len(own), len(data), len(payload), zlib.crc32(payload), 0))
-            data += payload.ljust(_padded(len(payload)), b"\0")
+            data += payload.ljust(padded(len(payload)), b"\0")
     data += bytes(2 * TAR_BLOCK)
     write_bytes(path, data)
     digest = hashlib.sha256(data).hexdigest()
@@ -243,8 +244,39 @@ def read_index(path: str | Path, sha256: str) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-class ShardReader:
-    """The rows of one split, by number, through mmap: shard order, then block order, then place in the block.
+class SplitIndex:
+    """What manifest and index say about the rows of one split: in shard order, then block order, then place there."""
+
+    def __init__(self, data_dir: str | Path, split: str, location: str | Path) -> None:
+        """location: what messages call the data folder."""
+        self.location, self.split, self.manifest = location, split, read_manifest(data_dir)
+        if split not in self.manifest.splits:
+            have = ", ".join(self.manifest.splits)
+            raise UserError(f"{location}: no split {split!r}, it holds {have}; `prepare --valid-fraction` makes valid")
+        self.info = self.manifest.splits[split]
+        self.rows, self.sequence_length = self.info.rows, self.manifest.sequence_length
+        self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self.blocks = read_index(Path(data_dir) / index_file(split), self.info.index_sha256)
+        self.block_starts = np.concatenate([[0], np.cumsum(self.blocks["rows"], dtype=np.int64)])  # [blocks + 1]
+        self.shard_starts = np.searchsorted(self.blocks["shard"], np.arange(len(self.info.shards) + 1))  # in blocks
+        if self.block_starts[-1] != self.rows or not self.rows:
+            indexed = self.block_starts[-1]
+            raise UserError(f"{location}: split {split} has {self.rows} rows, {indexed} of them indexed; prepare again")
+
+    def place(self, block: int) -> tuple[int, int]:
+        """(shard, block within the shard) of a block."""
+        shard = int(self.blocks["shard"][block])
+        return shard, block - int(self.shard_starts[shard])
+
+    def damage(self, block: int, what: str) -> UserError:
+        """The error for a damaged block, by file and block."""
+        shard, number = self.place(block)
+        path = f"{self.location}/{shard_file(self.split, shard)}"
+        return UserError(f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)")
+
+
+class ShardReader(SplitIndex):
+    """The rows of one split, by number, through mmap.
 
     Opening compares names and sizes of the files with the manifest; a block's headers and crc32 are compared when
     it is first touched. Damage is a UserError with shard and block. `check_files=False` leaves the first part to
@@ -252,19 +284,8 @@ class ShardReader:
     """
 
     def __init__(self, data_dir: str | Path, split: str, *, check_files: bool = True) -> None:
-        self.data_dir, self.split, self.manifest = Path(data_dir), split, read_manifest(data_dir)
-        if split not in self.manifest.splits:
-            have = ", ".join(self.manifest.splits)
-            raise UserError(f"{data_dir}: no split {split!r}, it holds {have}; `prepare --valid-fraction` makes valid")
-        self.info = self.manifest.splits[split]
-        self.rows, self.sequence_length = self.info.rows, self.manifest.sequence_length
-        self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self.blocks = read_index(self.data_dir / index_file(split), self.info.index_sha256)
-        self.block_starts = np.concatenate([[0], np.cumsum(self.blocks["rows"], dtype=np.int64)])  # [blocks + 1]
-        self.shard_starts = np.searchsorted(self.blocks["shard"], np.arange(len(self.info.shards) + 1))  # in blocks
-        if self.block_starts[-1] != self.rows or not self.rows:
-            indexed = self.block_starts[-1]
-            raise UserError(f"{data_dir}: split {split} has {self.rows} rows, {indexed} of them indexed; prepare again")
+        super().__init__(data_dir, split, location=data_dir)
+        self.data_dir = Path(data_dir)
         self._maps: dict[int, np.ndarray] = {}  # shard -> [bytes] uint8
         self._views: dict[int, np.ndarray] = {}  # block -> [n, S]
         self._checked = np.zeros(len(self.blocks), bool)
@@ -306,7 +327,7 @@ class ShardReader:
     def pieces(self, block: int) -> np.ndarray:
         """Where one block's pieces come from: [P, 6] int32, PIECE_FIELDS, `row` from the block's start."""
         _, _, offset, size, _, _ = self.blocks[block].item()
-        data, start = self._map(block), offset + _padded(size)
+        data, start = self._map(block), offset + padded(size)
         try:
             payload = int(data[start + 124 : start + 135].tobytes(), 8)  # USTAR's size field; compared just below
         except ValueError:
@@ -330,17 +351,6 @@ class ShardReader:
         widths = NPY_HEADER + own["rows"] * (self.sequence_length * self.dtype.itemsize)
         if own["rows"].sum() != info.rows or (own["bytes"] != widths).any() or (ends > size).any():
             raise UserError(f"{path}: index-{self.split}.bin and manifest disagree about its rows; prepare again")
-
-    def place(self, block: int) -> tuple[int, int]:
-        """(shard, block within the shard) of a block."""
-        shard = int(self.blocks["shard"][block])
-        return shard, block - int(self.shard_starts[shard])
-
-    def damage(self, block: int, what: str) -> UserError:
-        """The error for a damaged block, by file and block."""
-        shard, number = self.place(block)
-        path = self.data_dir / shard_file(self.split, shard)
-        return UserError(f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)")
 
     def _check_header(self, block: int, kind: str, found: bytes, rows: int) -> None:
         dtype, width = (self.dtype, self.sequence_length) if kind == "ids" else (np.dtype("<i4"), 6)

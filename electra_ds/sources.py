@@ -1,14 +1,18 @@
 """What is behind --data? The rows to train on with their order, the rows held out, and what they were made with."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from electra_ds.batches import RowOrder, Rows
+from electra_ds.errors import UserError
 from electra_ds.mixture import MixtureOrder, MixtureRows, Portion, join_manifests, read_mixture, window_rows
-from electra_ds.order import Order
-from electra_ds.shards import Manifest, ShardReader, read_manifest, read_unigrams
+from electra_ds.order import LaneOrder, Order
+from electra_ds.shards import Manifest, ShardReader, index_file, read_manifest, read_unigrams
+
+VOCABULARIES = {"wordpiece": "vocab.txt", "sentencepiece": "spm.model"}
 
 
 class HeldOut(NamedTuple):
@@ -41,14 +45,18 @@ class Folder:
         self.portions: dict[str, Portion] = {}
 
     def training(self, seed: int, global_batch_size: int) -> tuple[ShardReader, Order]:
-        reader = ShardReader(self.folder, "train")
+        reader = self.reader("train")
         return reader, Order(reader.blocks["rows"], seed)
 
     def held_out(self) -> dict[str, HeldOut]:
         if "valid" not in self.manifest.splits:
             return {}
         unigrams = read_unigrams(self.folder, self.manifest.tokenizer.vocab_size)
-        return {"": HeldOut(ShardReader(self.folder, "valid"), unigrams, 1.0)}
+        return {"": HeldOut(self.reader("valid"), unigrams, 1.0)}
+
+    def reader(self, split: str) -> ShardReader:
+        """The rows of one split."""
+        return ShardReader(self.folder, split)
 
 
 class Mixture:
@@ -84,7 +92,32 @@ class Mixture:
         }
 
 
+class Stream(Folder):
+    """A folder behind a URL: rows are read where they lie, the small files copied for this process."""
+
+    def __init__(self, url: str) -> None:
+        from electra_ds.remote import Place, RemoteReader
+
+        place, self._copies = Place(url), TemporaryDirectory(prefix="electra_ds-")  # goes with this object
+        copies = Path(self._copies.name)
+        self.reader = lambda split: RemoteReader(place, split, copies)
+        place.copy({"manifest.json": None}, copies)
+        try:
+            super().__init__(copies)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copies), place.url)) from None
+        tokenizer = ("options.json", VOCABULARIES[self.manifest.tokenizer.kind])
+        place.copy(dict.fromkeys(("unigrams.npy", *(f"tokenizer/{name}" for name in tokenizer))), copies)
+        place.copy({index_file(name): split.index_sha256 for name, split in self.manifest.splits.items()}, copies)
+
+    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, LaneOrder]:
+        reader = self.reader("train")
+        return reader, LaneOrder(reader.chunk_rows, seed, global_batch_size)
+
+
 def open_data(data: str | Path) -> Data:
     """Open what --data names. UserError when it is no complete data folder, or a mixture that cannot be."""
-    path = Path(data)
-    return Mixture(path) if path.suffix == ".json" else Folder(path)
+    name, path = str(data), Path(data)
+    if name.startswith("pipe:"):
+        raise UserError(f"--data {name}: commands are not run; expected a folder, or a URL such as https://host/D")
+    return Stream(name) if "://" in name else Mixture(path) if path.suffix == ".json" else Folder(path)

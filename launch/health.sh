@@ -11,7 +11,10 @@ if [ -n "${STAGE:-}" ]; then
     data=$STAGE
 fi
 case $data in *.json) file=$data ;; *) file=$data/manifest.json ;; esac
-[ -r "$file" ] || complain "does not see $file; --data is a folder that prepare wrote, or a MIX.json of several, shared by all nodes"
+case $data in
+    *://*) timeout 60 "${PYTHON:-python}" -c 'import fsspec, sys; fsspec.open(sys.argv[1]).open().read(1)' "$file" ;;
+    *) [ -r "$file" ] ;;
+esac || complain "does not see $file; --data is a folder that prepare wrote, or a MIX.json of several, shared by all nodes, or a folder's URL"
 [ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 65536 ] || complain "less than 64 MiB left in /dev/shm"
 if command -v nvidia-smi > /dev/null; then
     timeout 60 nvidia-smi > /dev/null || complain "nvidia-smi fails; drain the node or reset its GPUs"

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import torch
+from shard_data import write_tokenizer
+from web import served
 
 from electra_ds import batches, checkpoint, guard, lock, pretrain, run_folder
 from electra_ds import engine as engine_module
@@ -47,7 +49,7 @@ DEVICE = start(RANKS, timeout_minutes=2)
 guard.WINDOW = 4  # runs are short here
 
 
-def train(name: str, engine: str, *sets: str, data: Path = DATA, **limits) -> int | str:
+def train(name: str, engine: str, *sets: str, data: Path | str = DATA, **limits) -> int | str:
     """One run in OUTS/name; the exit code, or the message of the error that ended it."""
     config, limits = load_run("tiny", [*SMALL, *sets], engine), Limits(**limits)
     run_folder.on_stop_signal(limits.asked.append)
@@ -120,6 +122,23 @@ def interrupted() -> None:
         name = f"cut-bf16-z{stage}"
         assert train(name, f"zero{stage}-bf16", "train.total_steps=60", stop_at_step=CUT) in (0, 85)
         assert train(name, f"zero{stage}-bf16", "train.total_steps=60") == 0
+
+
+def streamed() -> None:
+    """Rows over http, from a server of each rank's own: whole, stopped and resumed, and kept for one rank."""
+    web_data = OUTS / f"served-{RANKS.rank}-of-{RANKS.world_size}"
+    shutil.copytree(DATA, web_data)
+    write_tokenizer(web_data)
+    options = ("zero1-fp32", "train.eval_every=10")
+    with served(web_data) as web:
+        assert train("streamed", *options, data=web.url) == 0
+        assert train("streamed-cut", *options, data=web.url, stop_at_step=CUT) in (0, 85)
+        copy("streamed-cut", "streamed-for-one")
+        assert train("streamed-cut", *options, data=web.url) == 0
+
+
+def streamed_for_one() -> None:
+    assert train("streamed-for-one", "zero1-fp32", "train.eval_every=10", data=f"file://{OUTS}/served-0-of-2") == 0
 
 
 def evaluated() -> None:
@@ -390,6 +409,7 @@ PHASES = {
     "kinds": (kinds, own_encoders),
     "two": (
         uninterrupted,
+        streamed,
         wrong_split,
         slow_reader,
         interrupted,
@@ -401,7 +421,7 @@ PHASES = {
         signals_and_files,
         sharing,
     ),
-    "one": (on_one_rank, half_precision_overflow),
+    "one": (on_one_rank, streamed_for_one, half_precision_overflow),
     "two-again": (one_to_two, after_death),
 }
 

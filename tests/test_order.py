@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.order import Order, permutation, philox, uniforms, words
+from electra_ds.order import LaneOrder, Order, permutation, philox, uniforms, words
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,47 @@ def test_each_row_comes_once_per_epoch(block_rows, window, seed):
         assert np.array_equal(np.sort(epoch), np.arange(total))
 
 
+@given(
+    chunk_rows=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    batch=st.integers(1, 60),
+    seed=st.integers(0, 2**64 - 1),
+)
+@settings(max_examples=40, deadline=None)
+def test_each_row_comes_once_per_epoch_in_lanes(chunk_rows, batch, seed):
+    order, total = LaneOrder(np.array(chunk_rows), seed, batch), sum(chunk_rows)
+    assert order.lanes <= min(batch, total) and batch % order.lanes == 0
+    rows, epochs = order.rows(np.arange(batch * (3 * -(-total // order.lanes) // order.lane_rows + 1)))
+    for epoch in range(3):
+        assert np.array_equal(np.sort(rows[epochs == epoch]), np.arange(total))
+    for lane in epochs.reshape(-1, order.lanes, order.lane_rows).swapaxes(0, 1):
+        assert (np.diff(lane.ravel()) >= 0).all()
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_world_size_and_any_restart_see_one_stream_of_lanes(data):
+    chunk_rows, batch = np.array(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=30))), 24
+    stream, epochs = LaneOrder(chunk_rows, 3, batch).rows(np.arange(10 * batch))
+    for position in range(0, 10 * batch, batch):
+        world = data.draw(st.sampled_from([1, 2, 3, 4, 6, 24]))
+        slices = np.split(np.arange(position, position + batch), world)
+        found = [LaneOrder(chunk_rows, 3, batch).rows(own) for own in slices]
+        here = slice(position, position + batch)
+        assert np.array_equal(np.concatenate(found, axis=1), [stream[here], epochs[here]])
+
+
+@pytest.mark.parametrize("world", [1, 2, 8, 64, 5, 256])
+def test_a_rank_reads_the_chunks_of_its_lanes(world):
+    """100 chunks of 1000 rows, batches of 320 in 160 lanes of 625 rows: what a rank reads at once, and in an epoch."""
+    order, batch = LaneOrder(np.full(100, 1000), 0, 320), 320
+    assert order.lanes == 160
+    own = np.arange(batch // world)
+    rows = np.stack([order.rows(step * batch + own)[0] // 1000 for step in range(312)])  # chunks [steps, G / world]
+    lanes = -(-160 // world)
+    assert len(np.unique(rows)) <= lanes * 0.625 + 2
+    assert max(len(np.unique(step)) for step in rows) <= lanes + 1
+
+
 def test_epochs_and_seeds_are_ordered_differently():
     block_rows = np.full(20, 16)
     first, second = Order(block_rows, 1, 4).rows(np.arange(640))[0].reshape(2, 320)
@@ -94,6 +135,7 @@ def test_epochs_and_seeds_are_ordered_differently():
 
 
 GOLDEN_ROWS = [10, 8, 9, 9, 10, 15, 8, 16]
+GOLDEN_LANES = [3, 10, 15, 9, 7, 8, 16, 4]
 GOLDEN_WORDS = [3079650199, 1989135678, 867544247]
 
 
@@ -102,6 +144,8 @@ def test_version_1_keeps_its_order():
     rows, _ = Order(np.array([4, 4, 3, 4, 2]), 42, 2).rows(np.arange(14, 22))
     assert rows.tolist() == GOLDEN_ROWS
     assert words(42, 1, np.array([5]), 3, 2)[0].tolist() == GOLDEN_WORDS
+    rows, _ = LaneOrder(np.array([4, 4, 3, 4, 2]), 42, 4).rows(np.arange(14, 22))
+    assert rows.tolist() == GOLDEN_LANES
 
 
 def test_a_batch_far_in_a_large_corpus_needs_no_history():
@@ -111,3 +155,7 @@ def test_a_batch_far_in_a_large_corpus_needs_no_history():
     rows, epochs = order.rows(np.arange(position, position + 256))
     assert (epochs == 5).all() and len(set(rows.tolist())) == 256
     assert len(order._windows) <= 2
+    order = LaneOrder(np.full(48_829, 4096), 0, 256)
+    rows, epochs = order.rows(np.arange(5 * order.total_rows, 5 * order.total_rows + 256))
+    assert (epochs == 5).all() and len(set((rows // 4096).tolist())) > 250  # rows from almost as many chunks
+    assert len(order._windows) <= 256

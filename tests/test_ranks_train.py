@@ -99,6 +99,14 @@ def test_a_stop_and_resume_is_bit_exact(outs: Path, name: str) -> None:
     assert curve(outs / f"cut-{name}") == curve(outs / f"full-{name}")
 
 
+def test_a_streamed_run_resumes_bit_for_bit_at_any_world_size(outs: Path) -> None:
+    assert len(curve(outs / "streamed")) == 22 and (outs / "streamed/tokenizer/vocab.txt").exists()
+    assert is_bit_equal(outs / "streamed-cut", outs / "streamed")
+    assert curve(outs / "streamed-cut") == curve(outs / "streamed")
+    assert distance(outs / "streamed-for-one", outs / "streamed") < 1e-5
+    assert distance(outs / "streamed", outs / "one") > 1e-3  # another order
+
+
 @pytest.mark.parametrize("kind", KILLS)
 def test_kill_9_then_resume_is_bit_exact(outs: Path, kind: str) -> None:
     stage = kind.split("-")[0]
