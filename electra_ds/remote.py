@@ -59,8 +59,7 @@ class Place:
         What does not come, or is found wrong by `take`, is asked for again after a pause; if that never helps the last
         error is raised: that of `take`, or RunFailure. UserError at once when a file is not there or may not be read.
         """
-        for pause in (0, *PAUSES):
-            time.sleep(pause)
+        for pause in (*PAUSES, None):
             troubles = {}
             for group in (parts[start : start + REQUESTS] for start in range(0, len(parts), REQUESTS)):
                 names, starts, ends = map(list, zip(*group, strict=True))
@@ -71,8 +70,10 @@ class Place:
                         troubles[part] = trouble
             if not troubles:
                 return
+            if pause is None:
+                raise next(iter(troubles.values()))
             parts = list(troubles)
-        raise troubles[parts[0]]
+            time.sleep(pause)
 
     def copy(self, names: dict[str, str | None], to: Path) -> None:
         """Copy small files into the folder `to`, whole; names: with their sha256 where it is known."""
@@ -87,25 +88,16 @@ class Place:
 
     def _trouble(self, part: Part, answer: bytes | Exception) -> Exception | None:
         """What is wrong with an answer and may pass; UserError for what does not."""
-        status, where = getattr(answer, "status", 0), f"{self.url}/{part.name}"
+        name, status = f"{self.url}/{part.name}", getattr(answer, "status", 0)
+        found = f"{type(answer).__name__}: {answer}" if isinstance(answer, Exception) else f"{len(answer):,} bytes"
         if isinstance(answer, FileNotFoundError | PermissionError) or (400 <= status < 500 and status not in PASSING):
-            raise UserError(f"{where}: {type(answer).__name__}: {answer}; expected a file of a data folder")
-        if isinstance(answer, Exception):
-            found = f"{type(answer).__name__}: {answer}"
-        elif part.end is None or len(answer) == part.end - part.start:
+            raise UserError(f"{name}: {found}; expected a file of a data folder")
+        if isinstance(answer, bytes) and (part.end is None or len(answer) == part.end - part.start):
             return None
-        elif len(answer) > part.end - part.start:
-            raise UserError(
-                f"{where}: answers with more than the bytes asked for; expected a server that knows ranges of bytes "
-                "(Range: bytes=...); copy the data to a disk instead"
-            )
-        else:
-            found = f"{len(answer):,} bytes came"
-        asked = f"bytes {part.start:,} to {part.end:,}: " if part.end else ""
-        return RunFailure(
-            f"{where}: {asked}{found} (asked {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s and more); the same "
-            "command resumes once it can be read"
-        )
+        asked = f"asked for {'all' if part.end is None else f'bytes {part.start:,} to {part.end:,}'}, found {found}"
+        if isinstance(answer, bytes) and len(answer) > part.end - part.start:
+            raise UserError(f"{name}: {asked}; expected a server that knows Range requests; copy the data to a disk")
+        return RunFailure(f"{name}: {asked}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s; the same command resumes")
 
 
 class RemoteReader(SplitIndex):
@@ -130,12 +122,12 @@ class RemoteReader(SplitIndex):
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Rows by number: [n] integers -> [n, S] of the stored type."""
         rows = np.asarray(rows, np.int64)
-        chunks = np.searchsorted(self.chunk_starts, rows, side="right") - 1
-        needed = np.unique(chunks).tolist()
-        self._fetch([chunk for chunk in needed if chunk not in self._chunks])
+        by_row = np.argsort(rows)
+        chunks = np.searchsorted(self.chunk_starts, rows[by_row], side="right") - 1
+        needed, firsts = np.unique(chunks, return_index=True)
+        self._fetch([chunk for chunk in needed.tolist() if chunk not in self._chunks])
         found = np.empty((len(rows), self.sequence_length), self.dtype)
-        for chunk in needed:
-            here = chunks == chunk
+        for chunk, here in zip(needed.tolist(), np.split(by_row, firsts[1:]), strict=True):
             found[here] = self._chunks[chunk][rows[here] - self.chunk_starts[chunk]]
             self._chunks.move_to_end(chunk)
         while len(self._chunks) > max(CHUNKS_KEPT, len(needed)):
@@ -143,7 +135,12 @@ class RemoteReader(SplitIndex):
         return found
 
     def _fetch(self, chunks: list[int]) -> None:
-        wanted = {self._part(chunk): chunk for chunk in chunks}
+        """From the tar header of a chunk's first block to the end of the rows of its last."""
+        wanted = {}
+        for chunk in chunks:
+            first, last = self.blocks[self.chunk_blocks[chunk : chunk + 2] - [0, 1]]
+            end = int(last["offset"]) + padded(int(last["bytes"]))
+            wanted[Part(shard_file(self.split, first["shard"]), int(first["offset"]) - TAR_BLOCK, end)] = chunk
 
         def take(part: Part, content: bytes) -> UserError | None:
             try:
@@ -153,24 +150,18 @@ class RemoteReader(SplitIndex):
 
         self.folder.read(list(wanted), take)
 
-    def _part(self, chunk: int) -> Part:
-        """From the tar header of the chunk's first block to the end of the rows of its last."""
-        first, last = self.blocks[self.chunk_blocks[chunk : chunk + 2] - [0, 1]]
-        end = int(last["offset"]) + padded(int(last["bytes"]))
-        return Part(shard_file(self.split, first["shard"]), int(first["offset"]) - TAR_BLOCK, end)
-
     def _parse(self, chunk: int, content: bytes) -> np.ndarray:
         """The chunk's rows [n, S]. UserError: damage."""
         members = tar_file_iterator(io.BytesIO(content), select_files=lambda name: name.endswith(".ids.npy"))
         found = []
         for block in range(*self.chunk_blocks[chunk : chunk + 2]):
             try:
-                member = next(members, {"fname": "nothing"})
+                name, data = next(members, {"fname": "nothing", "data": b""}).values()
             except tarfile.TarError as error:
                 raise self.damage(block, str(error)) from None
-            if member["fname"] != f"{block_name(self.split, *self.place(block))}.ids.npy":
-                raise self.damage(block, f"{member['fname']} stands in its place")
-            if zlib.crc32(member["data"]) != self.blocks["crc32"][block]:
+            if name != f"{block_name(self.split, *self.place(block))}.ids.npy":
+                raise self.damage(block, f"{name} stands in its place")
+            if zlib.crc32(data) != self.blocks["crc32"][block]:
                 raise self.damage(block, "its rows differ from their crc32")
-            found.append(np.frombuffer(member["data"], self.dtype, offset=NPY_HEADER).reshape(-1, self.sequence_length))
+            found.append(np.frombuffer(data, self.dtype, offset=NPY_HEADER).reshape(-1, self.sequence_length))
         return np.concatenate(found)

@@ -27,11 +27,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.server.folder / self.path.lstrip("/")
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.server.knows_ranges else None
-        content = path.read_bytes() if path.is_file() else None
-        if asked and content is not None:
-            content = content[int(asked[1]) : int(asked[2]) + 1 if asked[2] else None]
-        self.server.asked.append((self.path, int(asked[1]) if asked else 0))
-        content = 404 if content is None else self.server.change(self.path, content)
+        start = int(asked[1]) if asked else 0
+        content = 404
+        if path.is_file():
+            with open(path, "rb") as file:
+                file.seek(start)
+                content = file.read(int(asked[2]) + 1 - start if asked and asked[2] else -1)
+        self.server.asked.append((self.path, start))
+        content = content if content == 404 else self.server.change(self.path, content)
         self.send_response(content if isinstance(content, int) else 206 if asked else 200)
         content = b"" if isinstance(content, int) else content
         self.send_header("Content-Length", str(len(content)))
