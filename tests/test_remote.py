@@ -1,5 +1,6 @@
 """Rows behind a URL: the same as from the disk, asked for once, checked, asked for again; nothing is read twice."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -67,11 +68,12 @@ def test_rows_are_those_of_the_disk(folder, web):
     for url in (web.url, web.url + "/", f"file://{folder}", name):
         source = open_data(url)
         reader, _ = source.training(0, 12)
-        assert source.manifest == disk.manifest and np.array_equal(source.unigrams(), disk.unigrams())
+        assert source.manifest == disk.manifest
+        assert np.array_equal(source.held_out()[""].unigrams, disk.held_out()[""].unigrams)
         assert sorted(path.name for path in source.tokenizer.iterdir()) == ["options.json", "vocab.txt"]
         assert np.array_equal(reader.read(rows), disk.training(0, 12)[0].read(rows))
         for (ours, _), (theirs, _) in zip(*(
-            evaluation_batches(data.held_out()[""], mask_prob=0.15, batch_rows=8) for data in (source, disk)
+            evaluation_batches(data.held_out()[""].rows, mask_prob=0.15, batch_rows=8) for data in (source, disk)
         ), strict=True):  # fmt: skip
             assert all(map(np.array_equal, ours, theirs))
 
@@ -96,6 +98,15 @@ def test_ranks_share_the_chunks_and_a_resume_asks_for_nothing_that_is_done(web):
     web.asked.clear()
     assert steps_of(source, 2, position=100 * 12) == steps[100:102]
     assert len(chunks_asked(web)) <= 12 + 6  # one for each lane, and the following one where it ends
+
+
+def test_a_mixture_takes_urls(folder, web, tmp_path):
+    sources = [{"data": data, "name": name, "weight": 1} for name, data in (("here", str(folder)), ("there", web.url))]
+    (tmp_path / "mix.json").write_text(json.dumps(sources))
+    steps = steps_of(open_data(tmp_path / "mix.json"), 20)
+    assert {row >= ROWS for rows, _, _ in steps for row in rows} == {True, False}
+    halves = [steps_of(open_data(tmp_path / "mix.json"), 20, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [a[1] + b[1] for a, b in zip(*halves, strict=True)] == [ids for _, ids, _ in steps]
 
 
 def test_what_fails_once_is_asked_for_again(folder, web):
@@ -134,8 +145,8 @@ def test_what_stays_wrong_is_named(folder, web):
         (lambda content: flip(content, -700), UserError, f"{name}: block 5: its rows differ from their crc32; copy"),
         (lambda content: flip(content, 0), UserError, f"{name}: block 4: bad checksum; copy"),
         (lambda content: b"\0" * len(content), UserError, f"{name}: block 4: nothing stands in its place; copy"),
-        (lambda content: content[:700], RunFailure, f"{name}: bytes .*: 700 bytes came .asked {count} times in 0 s"),
-        (lambda content: 500, RunFailure, f"{name}: bytes .* to .*: ClientResponseError: 500"),
+        (lambda content: content[:700], RunFailure, f"{name}: asked for bytes .*, found 700 bytes, {count} times"),
+        (lambda content: 500, RunFailure, f"{name}: asked for bytes .*, found ClientResponseError: 500"),
         (lambda content: 403, UserError, f"{name}: ClientResponseError: 403"),
         (lambda content: 404, UserError, f"{name}: FileNotFoundError: "),
     ):
@@ -144,11 +155,11 @@ def test_what_stays_wrong_is_named(folder, web):
             reader.read(np.array([row]))
         assert len(web.asked) == (1 if "403" in message or "NotFound" in message else count)
     web.change, web.knows_ranges = (lambda path, content: content), False
-    with pytest.raises(UserError, match=f"^{name}: answers with more than the bytes asked for; expected a server"):
+    with pytest.raises(UserError, match=f"^{name}: asked for .*, found .* bytes; expected a server that knows Range"):
         reader.read(np.array([row]))
     web.shutdown()
     web.server_close()
-    with pytest.raises(RunFailure, match=f"^{name}: bytes .*: ClientConnectorError: .*resumes once"):
+    with pytest.raises(RunFailure, match=f"^{name}: asked for bytes .*, found ClientConnectorError: .*resumes"):
         reader.read(np.array([row]))
 
 
@@ -188,4 +199,4 @@ def test_the_check_of_a_node_asks_the_url(web):
     found = subprocess.run([*command, web.url], capture_output=True, text=True)
     assert found.returncode == 0 and ("/manifest.json", 0) in web.asked, found.stderr
     lost = subprocess.run([*command, web.url + "/none"], capture_output=True, text=True)
-    assert lost.returncode == 1 and f"cannot read {web.url}/none/manifest.json" in lost.stderr
+    assert lost.returncode == 1 and f"does not see {web.url}/none/manifest.json" in lost.stderr
