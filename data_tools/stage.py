@@ -23,8 +23,6 @@ from electra_ds.files import parse_json, write_bytes
 from electra_ds.lock import Lock
 from electra_ds.shards import MANIFEST, Manifest, check_manifest, index_file
 
-VOCABULARIES = {"wordpiece": "vocab.txt", "sentencepiece": "spm.model"}
-
 
 class File(NamedTuple):
     """What the manifest says of a file; None where it says nothing."""
@@ -114,8 +112,7 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = lambda
 
 def _files(manifest: Manifest) -> list[File]:
     """All files of a data folder but the manifest."""
-    files = [File("unigrams.npy"), File("tokenizer/options.json")]
-    files.append(File(f"tokenizer/{VOCABULARIES[manifest.tokenizer.kind]}"))
+    files = [File("unigrams.npy"), *map(File, manifest.tokenizer.files)]
     for name, split in manifest.splits.items():
         files.append(File(index_file(name), split.index_sha256))
         files += [File(shard.file, shard.sha256, shard.bytes) for shard in split.shards]

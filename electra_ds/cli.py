@@ -22,7 +22,7 @@ app = typer.Typer(
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="tiny, small, base, large, small++, or a RUN.json.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder (its latest checkpoint) or a checkpoint.")]
-Data = Annotated[str, typer.Option(help="Folder that `prepare` wrote, or a MIX.json of several.")]
+Data = Annotated[str, typer.Option(help="Folder that `prepare` wrote, a URL of one, or a MIX.json of several.")]
 Engine = Annotated[str | None, typer.Option(help="zero0 to zero3, with -fp32, -bf16, -fp16, or a DeepSpeed JSON.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="section.field=value; may be repeated.")]
 INPUT = "File, folder, glob, URL, dataset:NAME?config=C&split=S or builtin:docs; repeatable."

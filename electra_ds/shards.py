@@ -49,6 +49,11 @@ class TokenizerInfo(_Part):
     vocab_size: int
     special_ids: SpecialIds
 
+    @property
+    def files(self) -> tuple[str, str]:
+        """Relative to DATA."""
+        return "tokenizer/options.json", f"tokenizer/{'vocab.txt' if self.kind == 'wordpiece' else 'spm.model'}"
+
 
 class SourcePlan(_Part):
     """How the input was cut: a unit is the documents that start in bytes [start, end) of files[file], file by file."""

@@ -12,8 +12,6 @@ from electra_ds.mixture import MixtureOrder, MixtureRows, Portion, join_manifest
 from electra_ds.order import LaneOrder, Order
 from electra_ds.shards import Manifest, ShardReader, index_file, read_manifest, read_unigrams
 
-VOCABULARIES = {"wordpiece": "vocab.txt", "sentencepiece": "spm.model"}
-
 
 class HeldOut(NamedTuple):
     """The held-out rows of one source."""
@@ -106,9 +104,8 @@ class Stream(Folder):
             super().__init__(copies)
         except UserError as error:
             raise UserError(str(error).replace(str(copies), place.url)) from None
-        tokenizer = ("options.json", VOCABULARIES[self.manifest.tokenizer.kind])
-        place.copy(dict.fromkeys(("unigrams.npy", *(f"tokenizer/{name}" for name in tokenizer))), copies)
-        place.copy({index_file(name): split.index_sha256 for name, split in self.manifest.splits.items()}, copies)
+        indexes = {index_file(name): split.index_sha256 for name, split in self.manifest.splits.items()}
+        place.copy(dict.fromkeys(("unigrams.npy", *self.manifest.tokenizer.files)) | indexes, copies)
 
     def training(self, seed: int, global_batch_size: int) -> tuple[Rows, LaneOrder]:
         reader = self.reader("train")

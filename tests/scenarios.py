@@ -128,7 +128,7 @@ def streamed() -> None:
     """Rows over http, from a server of each rank's own: whole, stopped and resumed, and kept for one rank."""
     web_data = OUTS / f"served-{RANKS.rank}-of-{RANKS.world_size}"
     shutil.copytree(DATA, web_data)
-    write_tokenizer(web_data)
+    write_tokenizer(web_data / "tokenizer")
     options = ("zero1-fp32", "train.eval_every=10")
     with served(web_data) as web:
         assert train("streamed", *options, data=web.url) == 0

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with what streaming needs."""
     folder = tmp_path_factory.mktemp("data")
     write_data(folder, np.split(best_fit_rows(ROWS, 32), [400, 800, 1200, 1584]), valid=best_fit_rows(50, 32, seed=9))
-    write_tokenizer(folder)
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 
