@@ -127,7 +127,7 @@ class RemoteReader(SplitIndex):
         needed, firsts = np.unique(chunks, return_index=True)
         self._fetch([chunk for chunk in needed.tolist() if chunk not in self._chunks])
         found = np.empty((len(rows), self.sequence_length), self.dtype)
-        for chunk, here in zip(needed.tolist(), np.split(by_row, firsts[1:]), strict=True):
+        for chunk, here in zip(needed.tolist(), np.split(by_row, firsts)[1:], strict=True):
             found[here] = self._chunks[chunk][rows[here] - self.chunk_starts[chunk]]
             self._chunks.move_to_end(chunk)
         while len(self._chunks) > max(CHUNKS_KEPT, len(needed)):
