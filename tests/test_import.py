@@ -193,13 +193,13 @@ def test_pretraining_goes_on_from_an_import(data, tmp_path):
 @torch.no_grad()
 def test_weights_of_another_vocabulary_are_refused(tmp_path):
     run_folders.pretrained(tmp_path / "o")
-    run_folders.vocabulary(tmp_path / "d" / "tokenizer")
+    run_folders.vocabulary(tmp_path / "tokenizer")
     final = tmp_path / "o" / "ckpt" / "final"
-    _refuse_other_words(final, tmp_path / "d")
-    words = (tmp_path / "d" / "tokenizer" / "vocab.txt").read_text().replace("\naa\nab\n", "\nab\naa\n")
-    (tmp_path / "d" / "tokenizer" / "vocab.txt").write_text(words)
+    _refuse_other_words(final, tmp_path / "tokenizer")
+    words = (tmp_path / "tokenizer" / "vocab.txt").read_text().replace("\naa\nab\n", "\nab\naa\n")
+    (tmp_path / "tokenizer" / "vocab.txt").write_text(words)
     with pytest.raises(UserError, match=r"its vocabulary .* is not that of"):
-        _refuse_other_words(final, tmp_path / "d")
+        _refuse_other_words(final, tmp_path / "tokenizer")
 
 
 def test_a_tensorflow_checkpoint_gives_the_authors_logits(tmp_path):
