@@ -23,15 +23,21 @@ def clean_lines(text: str) -> tuple[list[str], int]:
 
     With them the number of control characters removed.
     """
-    text, removed = _CONTROL.subn("", "\n".join(text.splitlines()))
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)  # last: what was deleted may have stood before an accent
-    return [stripped for line in text.split("\n") if (stripped := line.strip())], removed
+    lines, removed = [], 0
+    for line in text.splitlines():  # one by one: most are ASCII, where all of this is quick
+        if not line.isprintable() or "\ufffd" in line:  # control characters are not printable, but for U+FFFD
+            line, count = _CONTROL.subn("", line)
+            removed += count
+        if not line.isascii():
+            line = unicodedata.normalize("NFC", line)  # last: what was deleted may have stood before an accent
+        if stripped := line.strip():
+            lines.append(stripped)
+    return lines, removed
 
 
 def text_hash(lines: list[str]) -> tuple[int, int]:
     """128 bits that are equal for texts equal but for case and white space, as two unsigned 64-bit halves."""
-    text = " ".join(lines).lower()
+    text = " ".join(map(str.lower, lines))
     if "  " in text or not text.isprintable():  # of white space, a single space alone is printable
         text = " ".join(text.split())
     digest = blake2b(text.encode(), digest_size=16).digest()

@@ -164,7 +164,7 @@ def fill(layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, specia
     """The rows [n, S] of `ids.dtype`: document d's tokens are ids[begins[d]:]."""
     rows = np.full(layout.rows * width, special.pad, ids.dtype)
     rows[layout.cls], rows[layout.sep] = special.cls, special.sep
-    step = max(1, (1 << 20) // width)  # pieces at a time: bounded index arrays
+    step = max(1, (1 << 16) // width)  # pieces at a time: index arrays stay in the cache
     for first in range(0, len(layout.pieces), step):
         row, start, length, document, token = layout.pieces[first : first + step].T
         place, origin = row * width + start, begins[document] + token

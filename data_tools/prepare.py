@@ -24,7 +24,7 @@ from data_tools.corpus import PLACES
 from data_tools.near import find_near_duplicates
 from data_tools.pack import PACKINGS
 from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
-from data_tools.units import REMOVED, UnitTask, array_bytes, tokenize_unit, unit_paths
+from data_tools.units import REMOVED, UnitTask, array_bytes, tokenize_unit, tokenizers, unit_paths
 from data_tools.unknowns import sum_unknowns
 from data_tools.workers import Progress, Rank, Run, Task, pool
 from electra_ds import shards
@@ -80,6 +80,8 @@ def prepare(
         load_function("keep", keep)  # a mistake is told before any work
     signatures = clean.minhash().ALGORITHM_VERSION if near_duplicates else None
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    tokenizers.clear()  # those of earlier calls
+    tokenizers[tokenizer.fingerprint] = tokenizer  # for `tokenize_unit` in this process
     progress("plan", 0, 1)
     plan = make_plan(inputs, format=format, unit_bytes=unit_bytes)
     progress("plan", 1, 1)

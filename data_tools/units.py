@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b, sha256
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +31,7 @@ from electra_ds.tokenizer import Tokenizer, load_tokenizer
 REMOVED = ("control_characters", "repeated_lines", "too_short", "filtered")  # what cleaning counts, in its order
 BATCH_CHARS = 4 << 20  # text tokenized at a time
 RUN_TOKENS = 32 << 20  # ids held in memory at a time
+tokenizers: dict[str, Tokenizer] = {}  # of this process by fingerprint, with their word caches
 DOCUMENT = np.dtype([
     ("key", "<u8"),  # place in the shuffled corpus
     ("hash", "<u8", 2),  # of the normalised text
@@ -59,12 +59,6 @@ class UnitTask:
     drop_repeated_lines: bool
     keep: str | None  # "package.module:function"
     signatures: bool
-
-
-@lru_cache(maxsize=2)
-def _cached_tokenizer(folder: str, fingerprint: str) -> Tokenizer:
-    """One tokenizer, with its word cache, per process."""
-    return load_tokenizer(folder)
 
 
 def unit_paths(folder: str | Path, number: int) -> tuple[Path, ...]:
@@ -100,12 +94,13 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
     if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
         moved(unit_size(task.unit))
         return found
-    tokenizer, tally, unknowns = _cached_tokenizer(task.tokenizer, task.fingerprint), Tally(), Unknowns()
+    if task.fingerprint not in tokenizers:
+        tokenizers[task.fingerprint] = load_tokenizer(task.tokenizer)
+    tokenizer, tally, unknowns = tokenizers[task.fingerprint], Tally(), Unknowns()
     removed = dict.fromkeys(REMOVED, 0)
     with UnitWriter(task, ids_dtype(tokenizer.vocab_size)) as writer:
         for batch in _batches(_cleaned(task, tally, removed, moved)):
-            encoded = _encode(tokenizer, [lines for _, lines in batch], unknowns)
-            texts = [own[own != tokenizer.special_ids.sep] for own in encoded]
+            encoded, texts = _encode(tokenizer, [lines for _, lines in batch], unknowns)
             signed = signatures(texts) if task.signatures else [None] * len(batch)
             for (number, lines), own, text, signature in zip(batch, encoded, texts, signed, strict=True):
                 if len(text):
@@ -164,14 +159,16 @@ def _batches(documents: Iterator[tuple[int, list[str]]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, texts: list[list[str]], unknowns: Unknowns) -> list[np.ndarray]:
-    """The ids of each document, given as lines, a [SEP] after each line."""
+def _encode(tokenizer: Tokenizer, texts: list[list[str]],
+            unknowns: Unknowns) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The ids of each document, given as lines: as stored, a [SEP] after each line; and without."""
     flat = [line for lines in texts for line in lines]
     ids, lengths = tokenizer.encode_flat(flat)
     unknowns.look(tokenizer, flat, ids, lengths)
-    ids = np.insert(ids, np.cumsum(lengths), tokenizer.special_ids.sep)
-    ends = np.cumsum(lengths + 1)[np.cumsum([len(lines) for lines in texts]) - 1]
-    return np.split(ids, ends[:-1])
+    line_ends, lines = np.cumsum(lengths), np.cumsum([len(lines) for lines in texts])[:-1]
+    stored = np.insert(ids.astype(ids_dtype(tokenizer.vocab_size)), line_ends, tokenizer.special_ids.sep)
+    ends = line_ends[lines - 1]
+    return np.split(stored, ends + lines), np.split(ids, ends)
 
 
 class UnitWriter:
@@ -200,7 +197,7 @@ class UnitWriter:
             signature: np.ndarray | None = None) -> None:
         word = f"{self.task.seed}/{self.task.number}/{number}".encode()
         key = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
-        self.run.append(((key, hashed, 0, len(ids), tokens, number), ids.astype(self.dtype), signature))
+        self.run.append(((key, hashed, 0, len(ids), tokens, number), ids.astype(self.dtype, copy=False), signature))
         self.held += len(ids)
         if self.held + 128 * len(self.run) >= RUN_TOKENS:  # a document takes some 350 bytes beside its ids
             self._flush()

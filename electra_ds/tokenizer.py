@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class _Words(dict[str, bytes]):
         self.fast, self.model, self.lowercase = fast, fast.model, lowercase
 
     def __missing__(self, word: str) -> bytes:
-        parts = _PARTS.findall(word)
+        parts = [word] if word.isalnum() else _PARTS.findall(word)
         ids = b"".join(map(self.__getitem__, parts)) if parts != [word] else self.encode(word)
         self[word] = ids
         return ids
@@ -161,7 +161,7 @@ class WordPiece(Tokenizer):
 
     def _encode(self, text: str) -> bytes:
         words = text.split()
-        if _UNLIKE_SPACES.search(text) or len(words) * MEAN_WORD < len(text):
+        if len(words) * MEAN_WORD < len(text) or (not text.isprintable() and _UNLIKE_SPACES.search(text)):
             return self._cache.encode(text)
         return b"".join(map(self._cache.__getitem__, words))
 
@@ -203,9 +203,9 @@ class SentencePiece(Tokenizer):
                                 f"expected control_symbols; train the model with `electra-ds train-tokenizer`")
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        parts = self._model.encode(list(texts), num_threads=1)
-        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
-        return np.fromiter(chain.from_iterable(parts), np.uint32, int(lengths.sum())), lengths
+        parts = self._model.encode(list(texts), num_threads=1, return_type="numpy")
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return np.concatenate([np.empty(0, np.int32), *parts]).view(np.uint32), lengths
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self._model.encode(text, return_type="offset_mapping")
