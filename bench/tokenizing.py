@@ -1,6 +1,6 @@
 """How fast is `prepare`, text in, shards out, beside bare tokenizers that do nothing else?
 
-    python bench/tokenizing.py                             10 MB of builtin:docs, a vocabulary made of them
+    python bench/tokenizing.py --scratch S                 10 MB of builtin:docs, a vocabulary made of them
     python bench/tokenizing.py --input wiki.txt.xz --tokenizer vocab.txt --megabytes 20 --scratch S
     python bench/tokenizing.py wordpiece workers --input wiki.txt.xz --megabytes 0 --scratch S
 
