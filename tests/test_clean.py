@@ -1,13 +1,16 @@
 """What cleaning takes out: counted as a plain recount finds it, the same for any workers, and nothing else."""
 
 import sys
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_tools import near
-from data_tools.clean import SHINGLE, signatures
+from data_tools.clean import _CONTROL, SHINGLE, clean_lines, signatures, text_hash
 from data_tools.prepare import prepare
 from electra_ds.errors import UserError
 from electra_ds.shards import ShardReader, read_manifest
@@ -186,3 +189,13 @@ def test_other_cleaning_than_that_of_kept_units_is_refused(corpus, tmp_path):
             prepare([str(corpus[0] / "in")], corpus[0] / "vocab.txt", tmp_path / "b", units=tmp_path / "units",
                     **OPTIONS, **options)  # fmt: skip
         (tmp_path / "b" / "prepare.json").unlink()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("aE\u0301\u00e9\u03a3\u1100\u1161 \t\n\x85\u2028\x00\x1f\x7f\u200b\ufeff\ufffd")))
+def test_lines_one_by_one_come_out_as_those_of_the_whole_text(text):
+    whole, removed = _CONTROL.subn("", "\n".join(text.splitlines()))
+    stripped = [line.strip() for line in unicodedata.normalize("NFC", whole).split("\n")]
+    lines = [line for line in stripped if line]
+    assert clean_lines(text) == (lines, removed)
+    assert text_hash(lines) == text_hash([" ".join(lines).lower()])
