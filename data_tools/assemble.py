@@ -64,7 +64,7 @@ def in_split(table: np.ndarray, split: str, valid_fraction: float) -> np.ndarray
 
 
 def marker_path(task: ShardTask) -> Path:
-    """Where a shard's marker goes; its unigram counts lie beside it as .npy."""
+    """Where a shard's marker goes; its unigram counts lie beside it as .npy, its part of the index as .index."""
     return Path(task.work) / f"{task.split}-{task.shard:06d}.json"
 
 
@@ -104,7 +104,7 @@ def is_duplicate(duplicates: np.ndarray, unit: int, table: np.ndarray) -> np.nda
 def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     """This shard's documents in key order: (their table with a `unit` beside it [D], their ids with line ends)."""
     low, high = np.uint64(task.shard * KEYS // task.shards), np.uint64((task.shard + 1) * KEYS // task.shards - 1)
-    duplicates = np.load(Path(task.work) / "duplicates.npy", allow_pickle=False)
+    duplicates = np.load(Path(task.work) / "duplicates.npy", mmap_mode="r", allow_pickle=False)
     dtype = ids_dtype(task.vocab_size)
     tables = []
     for unit in range(task.units):
@@ -132,7 +132,7 @@ def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
-    """Write one shard unless it is there and whole; returns its marker, beside which its unigram counts lie."""
+    """Write one shard unless it is there and whole; returns its marker."""
     marker = marker_path(task)
     if found := finished(marker, task.plan_sha256):
         moved(found["tokens"])
@@ -140,11 +140,11 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
     rows, pieces, unigrams, counts = _pack(task)
     file = shard_file(task.split, task.shard)
     info, blocks = write_shard(Path(task.out) / file, task.split, task.shard, rows, pieces, task.block_rows)
-    content = array_bytes(unigrams)
-    write_bytes(marker.with_suffix(".npy"), content)
-    files = {os.path.relpath(Path(task.out) / file, marker.parent): info.sha256,
-             marker.with_suffix(".npy").name: sha256(content).hexdigest()}
-    counts |= {"plan_sha256": task.plan_sha256, "files": files, "shard": info.model_dump(), "blocks": blocks.tolist()}
+    files = {os.path.relpath(Path(task.out) / file, marker.parent): info.sha256}
+    for suffix, content in ((".npy", array_bytes(unigrams)), (".index", blocks.tobytes())):
+        write_bytes(marker.with_suffix(suffix), content)
+        files[marker.with_suffix(suffix).name] = sha256(content).hexdigest()
+    counts |= {"plan_sha256": task.plan_sha256, "files": files, "shard": info.model_dump()}
     write_json(marker, counts)
     moved(counts["tokens"])
     return counts

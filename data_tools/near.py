@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -27,15 +26,15 @@ def _signatures(folder: str, unit: int) -> np.ndarray:
     return np.memmap(unit_paths(folder, unit)[3], np.uint16, "r").reshape(-1, SLOTS)
 
 
-def similar_pairs(folder: str, units: int, work: str, threshold: float, parts: int, band: slice, part: int,
+def similar_pairs(folder: str, units: int, left_out: str, threshold: float, parts: int, band: slice, part: int,
                   moved: Callable[[int], None]) -> dict:
     """`pairs` [n, 2] uint64: places of documents whose similarity reaches the threshold, the earlier one first.
 
     Of one band of slots, and of those whose first slot of it lies in one of equal parts of its values; the documents
-    in work/duplicates.npy are left out. Each is compared with the first of its group; those unlike it are then a group
+    in the .npy `left_out` do not count. Each is compared with the first of its group; those unlike it are then a group
     of their own, and so on.
     """
-    duplicates = np.load(Path(work) / "duplicates.npy", allow_pickle=False)
+    duplicates = np.load(left_out, mmap_mode="r", allow_pickle=False)
     found = [np.empty((0, 3), np.uint64)]
     for unit in range(units):
         table = read_table(folder, unit)
@@ -66,7 +65,7 @@ def similar_pairs(folder: str, units: int, work: str, threshold: float, parts: i
     return {"pairs": np.concatenate(pairs)}
 
 
-def find_near_duplicates(folder: str, units: int, work: str, threshold: float, run: Run,
+def find_near_duplicates(folder: str, units: int, left_out: str, threshold: float, run: Run,
                          progress: Callable[[int, int], None]) -> np.ndarray:
     """[n, 2] int64 (unit, document), sorted: documents similar to an earlier one that is not among them itself.
 
@@ -77,7 +76,7 @@ def find_near_duplicates(folder: str, units: int, work: str, threshold: float, r
     bands = [slice(first, first + width) for first in range(0, SLOTS - width + 1, width)]
     pairs, gone = np.empty((0, 2), np.uint64), [np.empty(0, np.uint64)]
     for i, band in enumerate(bands):
-        pairs_of = partial(similar_pairs, folder, units, work, threshold, parts, band)
+        pairs_of = partial(similar_pairs, folder, units, left_out, threshold, parts, band)
         results = run(pairs_of, [*range(parts)], lambda done, i=i: progress(i * parts + done, len(bands) * parts))
         pairs = np.unique(np.concatenate([pairs, *(result["pairs"] for result in results)]), axis=0)
     while len(pairs):

@@ -135,8 +135,8 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
     if settings["deduplicate"]:
         duplicates = assemble.find_duplicates(folder, count, lambda done: progress("deduplicate", done, documents))
     if threshold := settings["near_duplicates"]:
-        write_bytes(work / "duplicates.npy", array_bytes(duplicates))
-        near = find_near_duplicates(folder, count, str(work), threshold, run, partial(progress, "near-duplicates"))
+        write_bytes(exact := work / "exact_duplicates.npy", array_bytes(duplicates))
+        near = find_near_duplicates(folder, count, str(exact), threshold, run, partial(progress, "near-duplicates"))
     removed |= {"duplicates": len(duplicates), "near_duplicates": len(near)}
     duplicates = np.concatenate([duplicates, near])
     duplicates = duplicates[np.lexsort(duplicates.T[::-1])]
@@ -208,8 +208,9 @@ def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[Shar
     first, out, splits = tasks[0], Path(tasks[0].out), {}
     for split in SPLITS:
         own = [marker for task, marker in zip(tasks, markers, strict=True) if task.split == split]
+        files = [assemble.marker_path(task).with_suffix(".index") for task in tasks if task.split == split]
         if own:
-            blocks = np.array([tuple(block) for marker in own for block in marker["blocks"]], INDEX_DTYPE)
+            blocks = np.concatenate([np.fromfile(file, INDEX_DTYPE) for file in files])
             digest = shards.write_index(out / shards.index_file(split), blocks)
             counts = {key: sum(m[key] for m in own) for key in ("documents", "pieces", "tokens", "pad")}
             splits[split] = SplitInfo(**counts, rows=int(blocks["rows"].sum()), index_sha256=digest,
