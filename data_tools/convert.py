@@ -48,7 +48,9 @@ def convert(inputs: Sequence[str], tokenizer: str | Path, out: str | Path, **opt
     no row of this vocabulary and of the first row's length.
     """
     sources = make_plan(inputs, format="tfrecord").sources
-    width = next((len(ids) for source in sources for _, (ids, *_) in _rows(source)), 0)
+    width = next((len(ids) for source in sources for _, (ids, *_) in _rows(source)), None)
+    if width is None:
+        raise UserError(f"{', '.join(inputs)}: no record in {len(sources)} input file(s)")
     return prepare(inputs, tokenizer, out, format="tfrecord", packing="as_rows", sequence_length=width,
                    deduplicate=False, read_unit=partial(_convert_unit, width), **options)
 

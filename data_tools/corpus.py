@@ -395,8 +395,8 @@ def _tar(source: Source, content: BinaryIO, _: int, end: int, tally: Tally, text
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("more data after its end")
             if not met:
-                raise UserError(f"{name}: nothing for --text-field {text_field} in this tar; expected the extension of "
-                                f"a member with text, or of a JSON member and its field (txt, json.text)")
+                raise UserError(f"{source.name}: nothing for --text-field {text_field}, the last member is {name}; "
+                                f"expected the extension of one with text, or of JSON and its field (txt, json.text)")
     except tarfile.TarError as error:
         raise UserError(f"{source.name}: broken, last read {name} ({error}); expected a whole tar; copy it again or "
                         f"leave it out") from None

@@ -52,7 +52,7 @@ def reread(data_dir: str | Path, inputs: Sequence[str]) -> Callable[[int], Itera
     UserError: they hold no file of a name that `prepare` read, or it is damaged.
     """
     settings = read_json(Path(data_dir) / "prepare.json", "the settings of `prepare`")
-    paths = {source.name: source.path for source in make_plan(inputs).sources}
+    paths = {source.name: source.path for source in make_plan(inputs, format="text").sources}  # each has its own there
     sources = [Source(name, paths.get(name, ""), *rest) for name, *rest in settings["files"]]
     if missing := [source.name for source in sources if not source.path]:
         raise UserError(f"{missing[0]}: not among the files of --input; expected the inputs that `prepare` was given")

@@ -84,7 +84,7 @@ def readable(name: str, extra: str = "remote") -> Iterator[None]:
         raise
     except Exception as error:
         install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
-        raise UserError(f"{name}: cannot be read ({error or type(error).__name__}){install}") from error
+        raise UserError(f"{name}: cannot be read ({type(error).__name__}: {error}){install}") from error
 
 
 def _expand(given: str) -> list[str]:

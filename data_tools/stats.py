@@ -69,7 +69,7 @@ def _scan(reader: ShardReader, moved: Callable[[int], None]) -> tuple[np.ndarray
         for block in range(*reader.shard_starts[shard : shard + 2]):
             rows, pieces = reader.block(block), reader.pieces(block)
             counts += np.bincount(rows.ravel(), minlength=len(counts))
-            per_row.update(np.bincount(pieces[:, 0]).tolist())
+            per_row.update(np.bincount(pieces[:, 0], minlength=len(rows)).tolist())
             tables.append(pieces[:, 2:5])
         length, unit, document = np.concatenate(tables).astype(np.int64).T  # all pieces of a document are in one shard
         _, number = np.unique(unit << 32 | document, return_inverse=True)

@@ -64,6 +64,11 @@ def test_the_rows_of_the_authors_program_are_ours(tmp_path: Path) -> None:
         assert text[token : token + length].tolist() == found[row, start : start + length].tolist()
     lines = "\n".join(describe_rows(tmp_path / "data", "train", range(6), source=True))
     assert "the ferry leaves the harbour at seven ." in lines and "from unit 1 (pretrain_data.tfrecord-1-of-2" in lines
+    with pytest.raises(UserError, match=r"^pretrain_data.tfrecord-\d-of-2: holds rows, not text"):
+        list(describe_rows(tmp_path / "data", "train", [0], inputs=FILES))
+    (tmp_path / "none.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(UserError, match=r"none.gz: no record in 1 input file"):
+        convert([str(tmp_path / "none.gz")], RECORDS, tmp_path / "none")
 
 
 def test_the_bytes_are_the_same_for_any_workers_and_equal_rows_stay(tmp_path: Path) -> None:
@@ -111,7 +116,7 @@ def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
                 record(ids, mask, segments, b"label_ids"),
                 r"record 1: no segment_ids among \['input_ids', 'input_mask', 'label_ids'\]",
             ),
-            (framed(b"text"), "cannot be read .Error parsing message"),
+            (framed(b"text"), "cannot be read .DecodeError: Error parsing message"),
             (bytes(flipped), "record 1: damaged or cut short"),
             (good[:-1], "record 1: damaged or cut short"),
             (good[:7], "record 1: damaged or cut short"),

@@ -421,7 +421,7 @@ def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path
     assert [source.name for source in plan.sources] == [f"x-00{i}.tar" for i in range(3)]
     assert read(plan, field="seg.txt") == read(plan, field="json.caption") == words(TEXTS[:30])
     assert read(make_plan([str(pretty)], format="webdataset"), field="json.caption") == ["one two"]
-    with pytest.raises(UserError, match=r"x-000.tar/part.0/0009.seg.txt: nothing for --text-field txt in this tar"):
+    with pytest.raises(UserError, match=r"^x-000.tar: nothing for --text-field txt, .*is .*/0009.seg.txt"):
         read(plan, field="txt")
     with pytest.raises(UserError, match=f"^{tmp_path}/x-003.tar: no such file"):
         make_plan([str(tmp_path / "x-{000..003}.tar")])
