@@ -15,7 +15,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -153,7 +153,7 @@ def _read(source: Source, start: int, end: int, tally: Tally, text_field: str) -
 def _documents(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, text_field: str) -> Iterator[str]:
     if source.format == "tfrecord":
         raise UserError(f"{source.name}: holds rows, not text; `electra-ds convert` takes it")
-    formats = {"text": _text, "text_file": _whole, "wikitext": _wikitext, "wiki": _wiki, "jsonl": _jsonl,
+    formats = {"text": _text, "text_file": _text, "wikitext": _wikitext, "wiki": _wiki, "jsonl": _jsonl,
                "parquet": _table, "arrow": _table, "tar": _tar}
     return formats[source.format.partition(":")[0]](source, content, start, end, tally, text_field)
 
@@ -193,10 +193,11 @@ def _decode(lines: list[tuple[int, bytes]], source: Source, tally: Tally) -> str
 
 
 def _text(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
+    """Documents up to a blank line, or the whole file as one."""
     blank_before = start == 0 or _blank_before(content, start)
     document: list[tuple[int, bytes]] = []
     for offset, line in chain(_lines(content, start, LONGEST), [(end, b"")]):  # a blank line more ends the last
-        blank = not line.strip()
+        blank = not (line if source.format == "text_file" else line.strip())
         if document and (blank or _is_long(document, offset)):
             yield _decode(document, source, tally)
             document = [] if blank else [(offset, line)]
@@ -220,16 +221,6 @@ def _blank_before(content: BinaryIO, start: int) -> bool:
     back = max(0, first - _BACK)
     content.seek(back)
     return not content.read(first - back)[:-1].rpartition(b"\n")[2].strip()
-
-
-def _whole(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
-    document: list[tuple[int, bytes]] = []
-    for offset, line in _lines(content, 0, LONGEST):
-        if document and _is_long(document, offset):
-            yield _decode(document, source, tally)
-            document = []
-        document.append((offset, line))
-    yield _decode(document, source, tally)
 
 
 def _wikitext(source: Source, content: BinaryIO, start: int, end: int, tally: Tally, _: str) -> Iterator[str]:
@@ -344,7 +335,8 @@ def _member(name: str, content: BinaryIO, asked: str, text_field: str) -> tuple[
     if extension == text_field:
         return "text_file", content, ""
     if text_field.startswith(f"{extension}."):  # an object on several lines is one of JSONL without the line ends
-        return "jsonl", BytesIO(content.read().replace(b"\n", b" ")), text_field.removeprefix(f"{extension}.")
+        line = BytesIO(content.read(LONGEST_LINE).replace(b"\n", b" "))
+        return "jsonl", BufferedReader(line), text_field.removeprefix(f"{extension}.")
     return None
 
 

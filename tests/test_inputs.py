@@ -407,7 +407,7 @@ def test_a_url_that_cannot_be_read_is_named(served):
         read(plan)
 
 
-def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path):
+def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path, monkeypatch):
     for shard in range(3):
         with webdataset.TarWriter(str(tmp_path / f"x-{shard:03}.tar")) as tar:
             for i, text in enumerate(TEXTS[shard * 10 : shard * 10 + 10]):
@@ -421,6 +421,11 @@ def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path
     assert [source.name for source in plan.sources] == [f"x-00{i}.tar" for i in range(3)]
     assert read(plan, field="seg.txt") == read(plan, field="json.caption") == words(TEXTS[:30])
     assert read(make_plan([str(pretty)], format="webdataset"), field="json.caption") == ["one two"]
+    with monkeypatch.context() as patched:
+        patched.setattr("data_tools.corpus.LONGEST_LINE", 16)
+        tally = Tally()
+        assert read(make_plan([str(pretty)], format="webdataset"), tally=tally, field="json.caption") == []
+        assert tally.lines == tally.bad.total() == 1
     with pytest.raises(UserError, match=r"^x-000.tar: nothing for --text-field txt, .*is .*/0009.seg.txt"):
         read(plan, field="txt")
     with pytest.raises(UserError, match=f"^{tmp_path}/x-003.tar: no such file"):
