@@ -23,7 +23,7 @@ from data_tools.corpus import Source, Tally
 from data_tools.plan import make_plan, readable, unit_size
 from data_tools.prepare import prepare
 from data_tools.streams import content_of, open_input
-from data_tools.units import REMOVED, UnitTask, UnitWriter, finished, mark_unit, unit_paths
+from data_tools.units import REMOVED, UnitTask, UnitWriter, finished, unit_paths
 from data_tools.unknowns import Unknowns
 from electra_ds.errors import UserError
 from electra_ds.shards import Manifest, ids_dtype
@@ -71,7 +71,7 @@ def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> d
             unknowns.found += int((own == tokenizer.special_ids.unk).sum())
             moved(at - told)
             told = at
-        return mark_unit(task, writer.close(), dict.fromkeys(REMOVED, 0), Tally(), unknowns)
+        return writer.close(dict.fromkeys(REMOVED, 0), Tally(), unknowns)
 
 
 def _problem(row: list[np.ndarray], width: int, tokenizer: Tokenizer) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
@@ -107,18 +107,7 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
                     writer.add(number, text_hash(lines), own, len(text), signature)
                 else:
                     removed["too_short"] += 1
-        return mark_unit(task, writer.close(), removed, tally, unknowns)
-
-
-def mark_unit(task: UnitTask, counts: dict, removed: dict[str, int], tally: Tally, unknowns: Unknowns) -> dict:
-    """Write what else a unit leaves, its marker last, and return that; counts: what its writer closed with."""
-    _, _, marker, _, words = unit_paths(task.folder, task.number)
-    write_json(words, unknowns.record())
-    counts["files"][words.name] = sha256_file(words)
-    counts |= {"plan_sha256": task.plan_sha256, "removed": removed, "lines": tally.lines,
-               "bad_lines": dict(sorted(tally.bad.items())), "places": tally.places}
-    write_json(marker, counts)
-    return counts
+        return writer.close(removed, tally, unknowns)
 
 
 def _cleaned(task: UnitTask, tally: Tally, removed: dict[str, int], moved: Callable[[int], None],
@@ -172,12 +161,12 @@ def _encode(tokenizer: Tokenizer, texts: list[list[str]],
 
 
 class UnitWriter:
-    """Collects documents, writes them in sorted runs, renames the finished file into place."""
+    """Collects documents, writes them in sorted runs, renames the finished files into place, the marker last."""
 
     def __init__(self, task: UnitTask, dtype: np.dtype) -> None:
         self.task, self.dtype = task, dtype
-        ids, self.table_path, marker, signed, _ = unit_paths(task.folder, task.number)
-        marker.unlink(missing_ok=True)  # whatever is there is not whole
+        ids, self.table, self.marker, signed, self.words = unit_paths(task.folder, task.number)
+        self.marker.unlink(missing_ok=True)  # whatever is there is not whole
         self.paths = [ids, signed] if task.signatures else [ids]
         self.temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self.paths]
         self.files = [open(temporary, "wb") for temporary in self.temporaries]  # noqa: SIM115 (closed by __exit__)
@@ -213,17 +202,20 @@ class UnitWriter:
         self.written += self.held
         self.run, self.held = [], 0
 
-    def close(self) -> dict:
-        """Finish the files; returns their part of the marker."""
+    def close(self, removed: dict[str, int], tally: Tally, unknowns: Unknowns) -> dict:
+        """Finish the files; returns the marker."""
         self._flush()
         table = np.concatenate(self.tables)
-        content = array_bytes(table)
-        write_bytes(self.table_path, content)
+        write_bytes(self.table, array_bytes(table))
+        write_json(self.words, unknowns.record())
         for file, temporary, path in zip(self.files, self.temporaries, self.paths, strict=True):
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
-        fsync_folder(self.table_path.parent)
-        files = {path.name: sha256_file(path) for path in self.paths}
-        files[self.table_path.name] = sha256(content).hexdigest()
-        return {"files": files, "documents": len(table), "tokens": int(table["tokens"].sum(dtype=np.int64))}
+        fsync_folder(self.marker.parent)
+        found = {"plan_sha256": self.task.plan_sha256, "removed": removed, "lines": tally.lines,
+                 "files": {path.name: sha256_file(path) for path in [*self.paths, self.table, self.words]},
+                 "documents": len(table), "tokens": int(table["tokens"].sum(dtype=np.int64)),
+                 "bad_lines": dict(sorted(tally.bad.items())), "places": tally.places}
+        write_json(self.marker, found)
+        return found
