@@ -52,6 +52,7 @@ def reread(data_dir: str | Path, inputs: Sequence[str]) -> Callable[[int], Itera
     UserError: they hold no file of a name that `prepare` read, or it is damaged.
     """
     settings = read_json(Path(data_dir) / "prepare.json", "the settings of `prepare`")
+    field = settings["text_field"]
     paths = {source.name: source.path for source in make_plan(inputs, format="text").sources}  # each has its own there
     sources = [Source(name, paths.get(name, ""), *rest) for name, *rest in settings["files"]]
     if missing := [source.name for source in sources if not source.path]:
@@ -59,10 +60,7 @@ def reread(data_dir: str | Path, inputs: Sequence[str]) -> Callable[[int], Itera
 
     def texts(unit: int) -> Iterator[str]:
         for file, start, end in settings["units"][unit]:
-            text_field, tally = settings["text_field"], Tally()
-            yield from documents(
-                sources[file], start, end, text_field=text_field, tally=tally, moved=lambda count: None
-            )
+            yield from documents(sources[file], start, end, text_field=field, tally=Tally(), moved=lambda count: None)
 
     return texts
 

@@ -16,14 +16,13 @@ PACKINGS = ("best_fit", "concat", "google", "as_rows")
 SHORTEST = 3  # [CLS] token [SEP]: less room is padding
 SINGLE_SEGMENT, SHORT_TARGET = .1, .05  # the authors' probabilities of a row without B, of a shorter target
 SHORTEST_TARGET = 5  # tokens
-FIELDS = ("row", "start", "length", "document", "token")
 
 
 class Layout(NamedTuple):
     """Rows before their ids are filled in."""
 
     rows: int
-    pieces: np.ndarray  # [P, 5] int64, FIELDS
+    pieces: np.ndarray  # [P, 5] int64: row, start, length, document, token
     cls: np.ndarray  # [.] int64, places row * S + column of the [CLS]
     sep: np.ndarray  # [.] the same of the [SEP]
 
