@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +164,18 @@ def _claim(path: Path, asked: dict[str, Any], settled: dict[str, Any]) -> None:
         write_json(path, settled)
         return
     found, asked = read_json(path, "the settings of an earlier `prepare`"), json.loads(json.dumps(asked))
-    differences = [f"{key}: {_short(found.get(key))} there, {_short(asked.get(key))} asked for"
+    differences = [f"{key}: {_differing(found.get(key), asked.get(key))}"
                    for key in sorted({*found, *settled}) if found.get(key) != asked.get(key)]
     if differences:
         raise UserError(f"{path.parent} holds other data ({'; '.join(differences)}); give another folder or remove it")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:50]}... ({len(text)} characters)"
+def _differing(found: Any, asked: Any) -> str:
+    """Two values, or the first entries that differ of two lists, which may be long."""
+    if isinstance(found, list) and isinstance(asked, list):
+        found, asked = next(pair for pair in zip_longest(found, asked) if pair[0] != pair[1])
+    texts = [text if len(text) < 100 else f"{text[:90]}..." for text in map(json.dumps, (found, asked))]
+    return f"{texts[0]} there, {texts[1]} asked for"
 
 
 def _check_bad_lines(markers: list[dict], max_bad_fraction: float) -> dict[str, int]:

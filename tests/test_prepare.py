@@ -286,6 +286,11 @@ def test_a_finished_folder_is_returned_and_another_data_set_is_refused(corpus, t
     assert run(corpus, tmp_path / "data") == manifest and contents(tmp_path / "data") == before
     with pytest.raises(UserError, match="sequence_length: 16 there, 32 asked for"):
         run(corpus, tmp_path / "data", sequence_length=32)
+    shutil.copytree(corpus, tmp_path / "other")
+    last = max(path for path in (tmp_path / "other" / "in").rglob("*") if path.is_file())
+    last.unlink()
+    with pytest.raises(UserError, match=rf'files: \["{last.name}", .*\] there, null asked for; units: \[\['):
+        run(tmp_path / "other", tmp_path / "data")
 
 
 def test_settings_of_the_packing_may_change_until_it_begins(corpus, tmp_path):
