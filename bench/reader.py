@@ -24,8 +24,8 @@ import torch
 import webdataset
 
 from electra_ds import shards
-from electra_ds.batches import READ_TOKENS, Batches
-from electra_ds.config import SpecialIds
+from electra_ds.batches import READ_TOKENS, Batches, recipe_for
+from electra_ds.config import ObjectiveConfig, SpecialIds
 from electra_ds.order import Order
 
 BLOCK_ROWS = 256
@@ -202,9 +202,9 @@ def first_batch(folder: Path, sequence_length: int = 128) -> None:
     began = time.perf_counter()
     reader = shards.ShardReader(folder, "train")
     opened = time.perf_counter()
-    order, masking = Order(reader.blocks["rows"], 0), {"seed": 0, "mask_prob": 0.15}
+    order, recipe = Order(reader.blocks["rows"], 0), recipe_for(reader.manifest, ObjectiveConfig(), 0)
     sizes = {"global_batch_size": 128, "micro_batch_size": 128, "position": 3 * reader.rows - 128}
-    batches = Batches(reader, order, **masking, **sizes)
+    batches = Batches(reader, order, recipe, **sizes)
     next(batches)
     found = time.perf_counter()
     batches.close()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from electra_ds import order
-from electra_ds.config import SpecialIds
+from electra_ds.config import ObjectiveConfig, SpecialIds
 from electra_ds.errors import UserError
 from electra_ds.shards import Manifest
 from electra_ds.values import Batch
@@ -49,13 +49,13 @@ class RowOrder(Protocol):
 
 
 class Recipe(NamedTuple):
-    """What turns a row into a batch row beside its ids: the data's facts, the objective's masking and the key."""
+    """What turns a row into a batch row beside its ids: the data's facts, the objective's masking, the seed."""
 
     packing: str  # best_fit, concat or google
     special_ids: SpecialIds
     mask_prob: float
     mask_token_prob: float  # of a chosen place to become [MASK]
-    seed: int
+    seed: int  # the key
     masking: str = "token"  # or whole_word, span
     begins_word: np.ndarray | None = None  # [V] bool, the tokenizer's; not needed to draw tokens
 
@@ -147,9 +147,14 @@ def make_batch(ids: np.ndarray, rows: np.ndarray, epochs: np.ndarray | int, reci
     return Batch(*map(torch.from_numpy, arrays))
 
 
-def recipe_for(manifest: Manifest, mask_prob: float, mask_token_prob: float, seed: int) -> Recipe:
-    """The recipe of a data folder's rows."""
-    return Recipe(manifest.packing, manifest.tokenizer.special_ids, mask_prob, mask_token_prob, seed)
+def recipe_for(
+    manifest: Manifest, objective: ObjectiveConfig, seed: int, begins_word: np.ndarray | None = None
+) -> Recipe:
+    """The recipe of a run on these rows."""
+    return Recipe(
+        manifest.packing, manifest.tokenizer.special_ids, objective.mask_prob, objective.mask_token_prob, seed,
+        objective.masking, begins_word,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -178,12 +183,8 @@ class Batches:
         self,
         reader: Rows,
         row_order: RowOrder,
+        recipe: Recipe,
         *,
-        seed: int,
-        mask_prob: float,
-        mask_token_prob: float = 0.85,
-        masking: str = "token",
-        begins_word: np.ndarray | None = None,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int = 0,
@@ -192,9 +193,7 @@ class Batches:
         pin_memory: bool = False,
     ) -> None:
         assert global_batch_size % (world_size * micro_batch_size) == 0 and 0 <= rank < world_size
-        self.reader, self.order, self.pin_memory = reader, row_order, pin_memory
-        recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, seed)
-        self.recipe = recipe._replace(masking=masking, begins_word=begins_word)
+        self.reader, self.order, self.recipe, self.pin_memory = reader, row_order, recipe, pin_memory
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank_rows = global_batch_size // world_size
         self.first = rank * self.rank_rows
@@ -292,22 +291,15 @@ def position_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder
 
 
 def evaluation_batches(
-    reader: Rows,
-    *,
-    mask_prob: float,
-    mask_token_prob: float = 0.85,
-    batch_rows: int,
-    rank: int = 0,
-    world_size: int = 1,
-    max_rows: int | None = None,
+    reader: Rows, recipe: Recipe, *, batch_rows: int, rank: int = 0, world_size: int = 1, max_rows: int | None = None
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """The split's first `max_rows` rows (all: None), each once over the ranks, with the row numbers [batch_rows] int64.
 
-    Masked with the constant evaluation key and by tokens, whatever the run's masking, so that every run and checkpoint
-    sees the same. Every rank gets the same number of batches; rows that fill up are padding throughout (number -1,
-    piece_ids 0, chosen_weights 0).
+    Masked with the constant evaluation seed and by tokens, whatever the run's recipe says, so that every run and
+    checkpoint sees the same. Every rank gets the same number of batches; rows that fill up are padding throughout
+    (number -1, piece_ids 0, chosen_weights 0).
     """
-    recipe = recipe_for(reader.manifest, mask_prob, mask_token_prob, order.EVALUATION_SEED)
+    recipe = recipe._replace(seed=order.EVALUATION_SEED, masking="token")
     total = reader.rows if max_rows is None else min(max_rows, reader.rows)
     for start in range(rank * batch_rows, total + rank * batch_rows, world_size * batch_rows):
         rows = np.arange(start, start + batch_rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from electra_ds import checkpoint
-from electra_ds.batches import evaluation_batches, fixed_corruption
+from electra_ds.batches import Recipe, evaluation_batches, fixed_corruption, recipe_for
 from electra_ds.config import FactoryConfig, RunConfig, SpecialIds, parse_run
 from electra_ds.errors import UserError
 from electra_ds.figures import BINS, auc, histogram, own_figures, rates, share
@@ -54,7 +54,7 @@ def evaluate(
 
 
 def evaluate_sources(
-    module: nn.Module, held_out: dict[str, HeldOut], config: RunConfig, device: torch.device, *, batch_rows: int,
+    module: nn.Module, held_out: dict[str, HeldOut], recipe: Recipe, device: torch.device, *, batch_rows: int,
     max_rows: int | None, rank: int = 0, world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, float]:  # fmt: skip
@@ -63,13 +63,10 @@ def evaluate_sources(
     That is the mean over the sources by their shares in training, so that it compares with the training's own figures
     and does not depend on how many rows a source holds out; tokens and chosen are sums.
     """
-    figures, objective = {}, config.objective
+    figures, place = {}, {"batch_rows": batch_rows, "rank": rank, "world_size": world_size, "max_rows": max_rows}
     for name, (rows, unigrams, _) in held_out.items():
-        batches = evaluation_batches(
-            rows, mask_prob=objective.mask_prob, mask_token_prob=objective.mask_token_prob,
-            batch_rows=batch_rows, rank=rank, world_size=world_size, max_rows=max_rows,
-        )  # fmt: skip
-        figures[name] = evaluate(module, batches, unigrams, config.data.special_ids, device, sum_over_ranks)
+        batches = evaluation_batches(rows, recipe, **place)
+        figures[name] = evaluate(module, batches, unigrams, recipe.special_ids, device, sum_over_ranks)
     whole = sum(source.share for source in held_out.values())
     weights = {name: source.share / whole for name, source in held_out.items()}
     found = {
@@ -144,5 +141,6 @@ def evaluate_checkpoint(
     if not (held_out := source.held_out()):
         raise UserError(f"{data}: no rows are held out; prepare it with a --valid-fraction above 0")
     config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
+    recipe = recipe_for(manifest, config.objective, config.train.seed)
     with torch.no_grad():
-        return evaluate_sources(module, held_out, config, device, batch_rows=64, max_rows=max_rows)
+        return evaluate_sources(module, held_out, recipe, device, batch_rows=64, max_rows=max_rows)

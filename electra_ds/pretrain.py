@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from electra_ds import checkpoint, run_folder
-from electra_ds.batches import Batches, RowOrder, Rows, StepBatch, position_from_state
+from electra_ds.batches import Batches, RowOrder, Rows, StepBatch, position_from_state, recipe_for
 from electra_ds.checkpoint import Progress
 from electra_ds.config import RunConfig, differences, load_engine, parse_run
 from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, precision_name, start
@@ -101,9 +101,8 @@ def run_among(
         nodes = run_folder.open_folder(out, ranks.rank, engine.exchange)
         run_folder.open_log(out, ranks)
         from_first(lambda: checkpoint.sweep(out / "ckpt"))
-        padded = padded_rows(engine.module)
-        progress = _resume(engine, config, source, reader, row_order, out, padded, limits)
-        run = Run(config, engine, source, reader, row_order, out, total_steps, padded, limits, began, lock)
+        run = Run(config, engine, source, reader, row_order, out, total_steps, limits, began, lock)
+        progress = run.resume()
         attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
         from_first(lambda: _describe(out, config, source, total_steps=total_steps, **attempt))
         done = run.train(progress)
@@ -133,37 +132,6 @@ def _objective(config: RunConfig) -> Objective:
     return objective
 
 
-def _resume(
-    engine: Engine, config: RunConfig, data: Data, reader: Rows, row_order: RowOrder, out: Path,
-    padded: dict[str, int], limits: Limits,
-) -> Progress:  # fmt: skip
-    """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
-    found = from_first(lambda: checkpoint.latest(out / "ckpt"))
-    if found is None:
-        if limits.init_from is not None:
-            source = find_checkpoint(limits.init_from)
-            _refuse_other_words(source, data.tokenizer)
-            checkpoint.load(engine, source, padded, weights_only=True)
-            _say(engine.ranks, f"weights of {source}; new schedule, position 0")
-        return Progress()
-    meta = checkpoint.read_meta(found)
-    science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), config)
-    if limits.extend:
-        science = [line for line in science if not line.startswith(("train.total_steps:", "train.epochs:"))]
-    if science:
-        raise UserError(
-            f"{found} was trained with another config: {'; '.join(science)}. Take the old values back, choose another "
-            "--out, or start from its weights with --init-from"
-        )
-    position_from_state(meta.progress.data, reader, row_order)
-    checkpoint.load(engine, found, padded)
-    if limits.extend and found.name == checkpoint.FINAL:
-        checkpoint.rename_final(engine, found, meta.progress.step)
-    changed = f"; now {', '.join(machine)}" if machine else ""
-    _say(engine.ranks, f"resuming {found} at step {meta.progress.step}{changed}")
-    return meta.progress
-
-
 def _refuse_other_words(source: Path, ours: Path) -> None:
     """Two vocabularies of one size fit each other's tables: compare the words, where both are at hand."""
     theirs = tokenizer_of(source)
@@ -184,14 +152,15 @@ class Run:
 
     def __init__(
         self, config: RunConfig, engine: Engine, data: Data, reader: Rows, row_order: RowOrder, out: Path,
-        total_steps: int, padded: dict[str, int], limits: Limits, began: float, lock: Lock,
+        total_steps: int, limits: Limits, began: float, lock: Lock,
     ):  # fmt: skip
         self.config, self.engine, self.out, self.total_steps = config, engine, out, total_steps
-        self.reader, self.row_order = reader, row_order
-        self.padded, self.limits, self.began, self.lock = padded, limits, began, lock
-        self.held_out, self.portions = data.held_out(), data.portions
+        self.data, self.reader, self.row_order, self.held_out = data, reader, row_order, data.held_out()
+        self.limits, self.began, self.lock = limits, began, lock
+        self.padded = padded_rows(engine.module)
         masks_words = config.objective.masking != "token"
-        self.begins_word = load_tokenizer(data.tokenizer).begins_word() if masks_words else None
+        begins_word = load_tokenizer(data.tokenizer).begins_word() if masks_words else None
+        self.recipe = recipe_for(data.manifest, config.objective, config.train.seed, begins_word)
         self.is_first = engine.ranks.rank == 0
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
@@ -202,6 +171,34 @@ class Run:
         self._looked: dict[str, float] = {}
         self._interval_began, self._waited, self._interval_tokens, self._pause = time.perf_counter(), 0.0, 0, 0.0
         self._steps_here = 0
+
+    def resume(self) -> Progress:
+        """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
+        engine, limits = self.engine, self.limits
+        found = from_first(lambda: checkpoint.latest(self.out / "ckpt"))
+        if found is None:
+            if limits.init_from is not None:
+                source = find_checkpoint(limits.init_from)
+                _refuse_other_words(source, self.data.tokenizer)
+                checkpoint.load(engine, source, self.padded, weights_only=True)
+                _say(engine.ranks, f"weights of {source}; new schedule, position 0")
+            return Progress()
+        meta = checkpoint.read_meta(found)
+        science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), self.config)
+        if limits.extend:
+            science = [line for line in science if not line.startswith(("train.total_steps:", "train.epochs:"))]
+        if science:
+            raise UserError(
+                f"{found} was trained with another config: {'; '.join(science)}. Take the old values back, choose "
+                "another --out, or start from its weights with --init-from"
+            )
+        position_from_state(meta.progress.data, self.reader, self.row_order)
+        checkpoint.load(engine, found, self.padded)
+        if limits.extend and found.name == checkpoint.FINAL:
+            checkpoint.rename_final(engine, found, meta.progress.step)
+        changed = f"; now {', '.join(machine)}" if machine else ""
+        _say(engine.ranks, f"resuming {found} at step {meta.progress.step}{changed}")
+        return meta.progress
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -247,12 +244,10 @@ class Run:
             return self._leave(progress, batches)
 
     def _batches(self, progress: Progress) -> Batches:
-        train, objective = self.config.train, self.config.objective
+        train, ranks = self.config.train, self.engine.ranks
         return Batches(
-            self.reader, self.row_order, seed=train.seed, mask_prob=objective.mask_prob,
-            mask_token_prob=objective.mask_token_prob, masking=objective.masking, begins_word=self.begins_word,
+            self.reader, self.row_order, self.recipe, rank=ranks.rank, world_size=ranks.world_size,
             global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size,
-            rank=self.engine.ranks.rank, world_size=self.engine.ranks.world_size,
             position=progress.data.get("position", 0), pin_memory=self.engine.device.type == "cuda",
         )  # fmt: skip
 
@@ -365,7 +360,7 @@ class Run:
         train, engine = self.config.train, self.engine
         with engine.evaluating() as module:
             values = evaluate_sources(
-                module, self.held_out, self.config, engine.device, batch_rows=train.micro_batch_size,
+                module, self.held_out, self.recipe, engine.device, batch_rows=train.micro_batch_size,
                 max_rows=train.eval_rows, rank=engine.ranks.rank, world_size=engine.ranks.world_size,
                 sum_over_ranks=engine.sum,
             )  # fmt: skip
@@ -467,7 +462,7 @@ class Run:
             f"of {self.config.data.sequence_length} tokens ({engine.accumulation} x {train.micro_batch_size} a rank); "
             f"{self.total_steps} steps, from step {progress.step}"
         )
-        rows = self.total_steps * train.global_batch_size
-        parts = [f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in self.portions.items()]
+        rows, portions = self.total_steps * train.global_batch_size, self.data.portions.items()
+        parts = [f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in portions]
         if parts:
             self.metrics.say(f"mixture: {'; '.join(parts)}")

@@ -29,7 +29,7 @@ from electra_ds.shards import ShardReader
 
 VOCAB = 600
 RECIPE = Recipe("best_fit", SPECIAL, 0.15, 0.85, 7)
-RUN = {"seed": 7, "mask_prob": 0.15, "global_batch_size": 12, "micro_batch_size": 2}
+RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_rest
         rows = [best_fit_rows(n, 32, seed) for seed, n in enumerate(shards)]
         reader = ShardReader(write_data(Path(folder), rows, block_rows), "train")
         order = Order(reader.blocks["rows"], 7, window)
-        options = {"seed": 7, "mask_prob": 0.15, "global_batch_size": batch}
+        options = {"recipe": RECIPE, "global_batch_size": batch}
         whole = take(Batches(reader, order, **options, micro_batch_size=batch), sum(steps for *_, steps in starts))
         seen, position = np.concatenate([step.rows for step in whole]), 0
         assert (np.sort(seen[: 3 * total].reshape(3, total)) == np.arange(total)).all()
@@ -225,8 +225,9 @@ def test_state_is_small_plain_and_refused_for_other_data(reader):
 @pytest.mark.parametrize("max_rows", [None, 50, 1])
 def test_evaluation_sees_each_row_once_and_alike(reader, world, max_rows):
     total = 131 if max_rows is None else max_rows
+    recipe = RECIPE._replace(seed=8, masking="whole_word")  # a run's own; held-out rows are masked alike for all
     ranks = [
-        list(evaluation_batches(reader, mask_prob=0.15, batch_rows=8, rank=r, world_size=world, max_rows=max_rows))
+        list(evaluation_batches(reader, recipe, batch_rows=8, rank=r, world_size=world, max_rows=max_rows))
         for r in range(world)
     ]
     assert len({len(rank) for rank in ranks}) == 1
@@ -246,7 +247,7 @@ def test_fixed_corruption_draws_unigrams_at_the_chosen_places(reader):
     unigrams[[0, 2, 3, 4]] = 1000  # never drawn
     unigrams[[10, 20]] = 300, 100
     drawn = []
-    for batch, rows in evaluation_batches(reader, mask_prob=0.15, batch_rows=16):
+    for batch, rows in evaluation_batches(reader, RECIPE, batch_rows=16):
         corrupted, replaced = fixed_corruption(batch, rows, unigrams, SPECIAL)
         used = batch.chosen_weights > 0
         drawn.append(corrupted.gather(1, batch.chosen)[used])

@@ -10,7 +10,7 @@ from shard_data import SPECIAL
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from electra_ds import checkpoint, evaluate, sources
-from electra_ds.batches import evaluation_batches, fixed_corruption
+from electra_ds.batches import evaluation_batches, fixed_corruption, recipe_for
 from electra_ds.checkpoint import Progress
 from electra_ds.config import load_run
 from electra_ds.detect import Detector, TokenScore, table
@@ -51,8 +51,8 @@ def run(tmp_path_factory, data):
 
 
 def batches(run, rows=40, **options):
-    options = {"mask_prob": 0.16, "mask_token_prob": 0.4, "batch_rows": 16} | options
-    return evaluation_batches(ShardReader(run.data, "train"), max_rows=rows, **options)
+    reader, options = ShardReader(run.data, "train"), {"batch_rows": 16} | options
+    return evaluation_batches(reader, recipe_for(reader.manifest, run.config.objective, 0), max_rows=rows, **options)
 
 
 def figures(run, found):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_data import SPECIAL, best_fit_rows, write_data
 
-from electra_ds.batches import Batches, position_from_state
+from electra_ds.batches import Batches, Recipe, position_from_state
 from electra_ds.check import check
 from electra_ds.config import load_run
 from electra_ds.errors import UserError
@@ -23,7 +23,8 @@ from electra_ds.order import Order
 from electra_ds.sources import open_data
 
 HEALTH = Path(__file__).resolve().parent.parent / "launch" / "health.sh"
-RUN = {"seed": 7, "mask_prob": 0.15, "global_batch_size": 12, "micro_batch_size": 1}
+RECIPE = Recipe("best_fit", SPECIAL, 0.15, 0.85, 7)
+RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +267,9 @@ def test_held_out_figures_are_those_of_each_folder_and_their_mean_by_the_shares(
     module = ElectraObjective(config.model, config.generator, config.objective, config.data.special_ids, seed=1).eval()
     device, options = torch.device("cpu"), {"batch_rows": 8, "max_rows": 24}
     with torch.no_grad():
-        found = evaluate_sources(module, held_out, config, device, **options)
+        found = evaluate_sources(module, held_out, RECIPE, device, **options)
         alone = {
-            name: evaluate_sources(module, open_data(folders / folder).held_out(), config, device, **options)
+            name: evaluate_sources(module, open_data(folders / folder).held_out(), RECIPE, device, **options)
             for name, folder in (("west/de", "de"), ("ja", "ja"))
         }
     for key in alone["ja"]:

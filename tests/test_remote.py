@@ -12,16 +12,17 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import ROOT
-from shard_data import best_fit_rows, write_data, write_tokenizer
+from shard_data import SPECIAL, best_fit_rows, write_data, write_tokenizer
 from web import Web, served
 
 from electra_ds import batches, remote
-from electra_ds.batches import Batches, evaluation_batches
+from electra_ds.batches import Batches, Recipe, evaluation_batches
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.sources import open_data
 
 pytest.importorskip("aiohttp", reason="needs the extra [remote]")
-RUN = {"seed": 7, "mask_prob": 0.15, "global_batch_size": 12, "micro_batch_size": 2}
+RECIPE = Recipe("best_fit", SPECIAL, 0.15, 0.85, 7)
+RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 2}
 ROWS = 1600  # in 100 blocks of 16 rows; 5 shards, the last with one block
 
 
@@ -74,7 +75,7 @@ def test_rows_are_those_of_the_disk(folder, web):
         for asked in (rows, rows[:0]):
             assert np.array_equal(reader.read(asked), disk.training(0, 12)[0].read(asked))
         for (ours, _), (theirs, _) in zip(*(
-            evaluation_batches(data.held_out()[""].rows, mask_prob=0.15, batch_rows=8) for data in (source, disk)
+            evaluation_batches(data.held_out()[""].rows, RECIPE, batch_rows=8) for data in (source, disk)
         ), strict=True):  # fmt: skip
             assert all(map(np.array_equal, ours, theirs))
 
