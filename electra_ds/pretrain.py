@@ -101,6 +101,7 @@ def run_among(
         nodes = run_folder.open_folder(out, ranks.rank, engine.exchange)
         run_folder.open_log(out, ranks)
         from_first(lambda: checkpoint.sweep(out / "ckpt"))
+        _check_data_is_one(source, engine, nodes)
         run = Run(config, engine, source, reader, row_order, out, total_steps, limits, began, lock)
         progress = run.resume()
         attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
@@ -116,6 +117,14 @@ def _describe(out: Path, config: RunConfig, source: Data, **attempt: Any) -> Non
     run_folder.write_config(out, config, source.manifest.dataset_id, **attempt)
     if source.tokenizer.is_dir():  # so that the run folder alone is enough for detect and export
         shutil.copytree(source.tokenizer, out / "tokenizer", dirs_exist_ok=True)
+
+
+def _check_data_is_one(source: Data, engine: Engine, nodes: list[str]) -> None:
+    """Each node may have a copy of its own. UserError on every rank when they differ."""
+    found = dict(zip(engine.exchange(source.manifest.dataset_id), nodes, strict=True))
+    if len(found) > 1:
+        listed = ", ".join(f"{dataset_id} on {node}" for dataset_id, node in found.items())
+        raise UserError(f"--data is not the same for all ranks: dataset_id {listed}; copy the same data to every node")
 
 
 def _count_failures(out: Path, limit: int, silent: str) -> None:

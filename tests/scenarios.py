@@ -178,6 +178,7 @@ def refused_resumes() -> None:
     found["done"] = train("extended", "zero1-fp32")
     found["extend"] = train("extended", "zero1-fp32", "train.total_steps=24", extend=True)
     found["data"] = train("refused", "zero1-fp32", data=OTHER)
+    found["copies"] = train("refused-copies", "zero0-fp32", data=(DATA, OTHER)[RANKS.rank])
     if RANKS.rank == 0:
         failures = {"failures": 5, "in_a_row": 3, "step": CUT, "errors": [{"rank": 1, "host": "node7", "error": "why"}]}
         (OUTS / "refused" / "restarts.json").write_text(json.dumps(failures))

@@ -177,6 +177,12 @@ def test_other_science_is_refused_and_other_machine_is_not(outs: Path) -> None:
     assert found["machine"] == 0
 
 
+def test_ranks_with_other_data_than_the_first_are_refused(outs: Path) -> None:
+    for rank in (0, 1):
+        found = json.loads((outs / f"refused-{rank}.json").read_text())
+        assert "--data is not the same for all ranks" in found["copies"]
+
+
 def test_failures_in_a_row_end_a_run(outs: Path) -> None:
     for rank in (0, 1):
         found = json.loads((outs / f"refused-{rank}.json").read_text())
