@@ -5,9 +5,9 @@ import os
 import sys
 import time
 import traceback
-from enum import Enum
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -33,22 +33,8 @@ TextField = Annotated[str, typer.Option(help="Field of JSONL, column of a table;
 
 RepeatedLines = Annotated[bool, typer.Option("--drop-repeated-lines", help="Of a document's equal lines keep one.")]
 NearDuplicates = Annotated[float | None, typer.Option(help="Drop documents so similar to an earlier one: 0.5 to 1.")]
-
-
-class Kind(str, Enum):
-    """Tokenizer kinds."""
-
-    wordpiece = "wordpiece"
-    unigram = "unigram"
-    bpe = "bpe"
-
-
-class Packing(str, Enum):
-    """How pieces of documents fill rows."""
-
-    best_fit = "best_fit"
-    concat = "concat"
-    google = "google"
+Kind = Annotated[Literal["wordpiece", "unigram", "bpe"], typer.Option(help="WordPiece, or a SentencePiece model.")]
+Packing = Annotated[Literal["best_fit", "concat", "google"], typer.Option(help="How pieces of documents fill rows.")]
 
 
 @app.callback()
@@ -60,7 +46,7 @@ def root() -> None:
 def train_tokenizer(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for the vocabulary.")],
-    kind: Annotated[Kind, typer.Option(help="WordPiece, or SentencePiece unigram or bpe.")] = Kind.wordpiece,
+    kind: Kind = "wordpiece",
     vocab_size: Annotated[int, typer.Option(help="Entries, special tokens included.")] = 30522,
     lowercase: Annotated[bool, typer.Option(help="Lower-case the text.")] = True,
     strip_accents: Annotated[bool | None, typer.Option(help="Strip accents (default: as lower-case).")] = None,
@@ -73,7 +59,7 @@ def train_tokenizer(
 
     with console_progress() as progress:
         tokenizer = train_tokenizer(
-            inputs, out, kind=kind.value, vocab_size=vocab_size, lowercase=lowercase, strip_accents=strip_accents,
+            inputs, out, kind=kind, vocab_size=vocab_size, lowercase=lowercase, strip_accents=strip_accents,
             format=format, text_field=text_field, progress=progress,
         )  # fmt: skip
     print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} entries")
@@ -85,7 +71,7 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option(help="vocab.txt, spm.model, or a folder with one.")],
     out: Annotated[str, typer.Option(help="Data folder, an unfinished one is gone on with; or a URL, with --work.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
-    packing: Annotated[Packing, typer.Option(help="How pieces of documents fill rows.")] = Packing.best_fit,
+    packing: Packing = "best_fit",
     valid_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.005,
     workers: Annotated[int, typer.Option(help="Processes; the bytes written are the same for any number.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the document shuffle.")] = 0,
@@ -112,7 +98,7 @@ def prepare(
             return
         with console_progress() as progress:
             manifest = prepare(
-                inputs, tokenizer, work or out, sequence_length=sequence_length, packing=packing.value,
+                inputs, tokenizer, work or out, sequence_length=sequence_length, packing=packing,
                 valid_fraction=valid_fraction, workers=workers, ranks=others, seed=seed,
                 deduplicate=deduplicate, near_duplicates=near_duplicates, min_chars=min_chars,
                 drop_repeated_lines=drop_repeated_lines, keep=keep, max_bad_fraction=max_bad_fraction,
@@ -193,9 +179,6 @@ def stats(
     """Documents, lengths, vocabulary coverage, unknown words and what was removed, of a data folder."""
     import json
 
-    from rich.console import Console
-    from rich.table import Column, Table
-
     from data_tools.stats import page, stats, tables
     from data_tools.workers import console_progress, summed
     from electra_ds.files import write_bytes
@@ -210,10 +193,7 @@ def stats(
         print(json.dumps(facts))
         return
     for title, head, rows in tables(facts):
-        table = Table(*(Column(name, overflow="fold") for name in head), show_header=bool(head))
-        for row in rows:
-            table.add_row(*row)
-        Console(markup=False, highlight=False).print(f"\n{title}", table, sep="\n")
+        _print_table(title, head, rows)
 
 
 @app.command()
@@ -240,25 +220,25 @@ def check(
     sets: Sets = None,
 ) -> None:
     """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from electra_ds.check import PRECISIONS, check
+    from electra_ds.check import PRECISIONS, Line, check
     from electra_ds.config import load_run
     from electra_ds.sources import open_data
 
     report = check(load_run(run, sets or [], engine), world_size, open_data(data) if data else None)
-    console = Console()
     for title, lines in (("config", report.fields), (f"derived, {world_size} rank(s)", report.derived)):
-        table = Table("key", "value", "scope", "meaning", title=title, title_justify="left")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
-    title = "model states, GiB a rank (activations come on top)"
-    table = Table("ZeRO stage", *PRECISIONS, title=title, title_justify="left")
-    for stage in range(4):
-        table.add_row(str(stage), *(f"{report.memory[stage, name] / 2**30:.3f}" for name in PRECISIONS))
-    console.print(table)
+        _print_table(title, Line._fields, lines)
+    stages = ((str(s), *(f"{report.memory[s, name] / 2**30:.3f}" for name in PRECISIONS)) for s in range(4))
+    _print_table("model states, GiB a rank (activations come on top)", ("ZeRO stage", *PRECISIONS), stages)
+
+
+def _print_table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(*(Column(name, overflow="fold") for name in head), show_header=bool(head))
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(f"\n{title}", table, sep="\n")
 
 
 @app.command()
@@ -293,19 +273,13 @@ def status(
     """What a run is doing, from its files alone: step, ETA, losses, checkpoint, failures, what to do next."""
     import json
 
-    from rich.console import Console
-    from rich.table import Table
-
     from electra_ds.status import lines, status
 
     for facts in map(status, runs):
         if as_json:
             print(json.dumps(facts))
-            continue
-        table = Table(title=facts["out"], title_justify="left", show_header=False)
-        for line in lines(facts).items():
-            table.add_row(*line)
-        Console(markup=False, highlight=False).print(table)
+        else:
+            _print_table(facts["out"], (), lines(facts).items())
 
 
 @app.command()
@@ -391,9 +365,7 @@ def submit(
 def detect(
     model: Model,
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="A text; without it, standard input.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Read the text from this file.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Read the text from it.")] = None,
     original: Annotated[str | None, typer.Option(help="The text before the change, shown beside it.")] = None,
     threshold: Annotated[float, typer.Option(help="Mark tokens from this probability on.")] = 0.5,
     tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer (default: the run folder's).")] = None,
