@@ -354,11 +354,9 @@ class Engine:
 
         parameter = self.parameters[name]
         if self._sharded(parameter):
-            return (
-                safe_get_full_fp32_param(parameter)
-                if kind == "master"
-                else safe_get_full_optimizer_state(parameter, kind)
-            )
+            if kind == "master":
+                return safe_get_full_fp32_param(parameter)
+            return safe_get_full_optimizer_state(parameter, kind)
         master = self._half_masters.get(name, parameter)
         return master.detach() if kind == "master" else self.optimizer.state[master][kind]
 
@@ -463,19 +461,15 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 def _set_sharded(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     from deepspeed import utils
 
-    if not hasattr(parameter, "ds_id"):
-        (
-            utils.safe_set_full_fp32_param(parameter, value)
-            if kind == "master"
-            else utils.safe_set_full_optimizer_state(parameter, value, kind)
-        )
-        return
-    # Stage 3 pads a parameter to a multiple of the ranks, which DeepSpeed's own whole-tensor setter does not.
-    share = parameter.ds_tensor.ds_numel
-    padded = torch.zeros(share * dist.get_world_size(), dtype=value.dtype, device=value.device)
-    padded[: value.numel()] = value.flatten()
-    part = padded.narrow(0, share * dist.get_rank(), share)
+    set_master, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+    if hasattr(parameter, "ds_id"):
+        # Stage 3 pads a parameter to a multiple of the ranks, which DeepSpeed's own whole-tensor setter does not.
+        set_master, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        share = parameter.ds_tensor.ds_numel
+        padded = torch.zeros(share * dist.get_world_size(), dtype=value.dtype, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        value = padded.narrow(0, share * dist.get_rank(), share)
     if kind == "master":
-        utils.safe_set_local_fp32_param(parameter, part)
+        set_master(parameter, value)
     else:
-        utils.safe_set_local_optimizer_state(parameter, part, kind)
+        set_moment(parameter, value, kind)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from electra_ds.errors import UserError
 from electra_ds.files import write_bytes
@@ -40,10 +40,9 @@ def read_metrics(path: Path) -> list[dict]:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
                 raise UserError(f"{path}: line {number} is not JSON; remove it") from None
-    if not records or records[0] != SCHEMA:
-        raise UserError(
-            f"{path}: expected the schema line {SCHEMA}, found {lines[0].strip() if lines else 'an empty file'}"
-        )
+    if records[:1] != [SCHEMA]:
+        found = lines[0].strip() if lines else "an empty file"
+        raise UserError(f"{path}: expected the schema line {SCHEMA}, found {found}")
     return records[1:]
 
 
@@ -63,13 +62,7 @@ class Metrics:
             self._writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
         self._console = Console(soft_wrap=True)
         self._epochs = f"/{total_epochs:.4g}" if total_epochs else ""
-        columns = (
-            "{task.description}",
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
+        columns = "{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), "ETA", TimeRemainingColumn()
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("pretrain", total=total_steps, completed=step)
 
@@ -147,12 +140,9 @@ class Metrics:
             self.say(f"TensorBoard's file is given up until the next start: {error}")
 
     def _cut_back(self, path: Path, step: int) -> None:
-        records = (
-            [record for record in read_metrics(path) if record["step"] <= step]
-            if path.exists() and path.stat().st_size
-            else []
-        )
-        write_bytes(path, "".join(json.dumps(record) + "\n" for record in (SCHEMA, *records)).encode())
+        found = read_metrics(path) if path.exists() and path.stat().st_size else []
+        records = (SCHEMA, *(record for record in found if record["step"] <= step))
+        write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def _except_tensorboard(failure: threading.ExceptHookArgs) -> None:

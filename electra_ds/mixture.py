@@ -24,7 +24,7 @@ WINDOW = 10_000  # positions over which the shares are exact
 
 
 class SourceConfig(Section):
-    """One source: what --data takes, relative to the mixture's file; named after its folder."""
+    """One source: what --data takes, relative to the mixture's file; named after its folder or MIX.json."""
 
     data: str
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -45,7 +45,7 @@ class MixtureConfig(Section):
     @property
     def names(self) -> list[str]:
         """What the sources are called in metrics."""
-        return [source.name or Path(source.data).name for source in self.sources]
+        return [source.name or Path(source.data).name.removesuffix(".json") for source in self.sources]
 
     @model_validator(mode="after")
     def _is_possible(self) -> "MixtureConfig":

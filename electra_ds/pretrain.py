@@ -83,11 +83,11 @@ def run_among(
     Raises UserError for mistakes of the user, RunFailure for a run that cannot go on; on every rank.
     """
     began = time.monotonic()
-    source = open_data(data)
-    manifest = source.manifest
+    data = open_data(data)
+    manifest = data.manifest
     config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
     config = config.model_copy(update={"engine": load_engine(config.engine)})
-    reader, row_order = source.training(config.train.seed, config.train.global_batch_size)
+    reader, row_order = data.training(config.train.seed, config.train.global_batch_size)
     total_steps = config.total_steps(reader.rows)
     with contextlib.nullcontext(held) if held else contextlib.ExitStack() as held:
         lock = held.enter_context(Lock(out, from_first))
@@ -101,27 +101,27 @@ def run_among(
         nodes = run_folder.open_folder(out, ranks.rank, engine.exchange)
         run_folder.open_log(out, ranks)
         from_first(lambda: checkpoint.sweep(out / "ckpt"))
-        _check_data_is_one(source, engine, nodes)
-        run = Run(config, engine, source, reader, row_order, out, total_steps, limits, began, lock)
+        _check_data_is_one(data, engine, nodes)
+        run = Run(config, engine, data, reader, row_order, out, total_steps, limits, began, lock)
         progress = run.resume()
         attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
-        from_first(lambda: _describe(out, config, source, total_steps=total_steps, **attempt))
+        from_first(lambda: _describe(out, config, data, total_steps=total_steps, **attempt))
         done = run.train(progress)
     held.close()
     engine.close()  # after the lock is given back: the first rank to leave may take rank 0 down
     return run_folder.DONE if done else run_folder.stop_exit_code()
 
 
-def _describe(out: Path, config: RunConfig, source: Data, **attempt: Any) -> None:
+def _describe(out: Path, config: RunConfig, data: Data, **attempt: Any) -> None:
     (out / "done").unlink(missing_ok=True)
-    run_folder.write_config(out, config, source.manifest.dataset_id, **attempt)
-    if source.tokenizer.is_dir():  # so that the run folder alone is enough for detect and export
-        shutil.copytree(source.tokenizer, out / "tokenizer", dirs_exist_ok=True)
+    run_folder.write_config(out, config, data.manifest.dataset_id, **attempt)
+    if data.tokenizer.is_dir():  # so that the run folder alone is enough for detect and export
+        shutil.copytree(data.tokenizer, out / "tokenizer", dirs_exist_ok=True)
 
 
-def _check_data_is_one(source: Data, engine: Engine, nodes: list[str]) -> None:
+def _check_data_is_one(data: Data, engine: Engine, nodes: list[str]) -> None:
     """Each node may have a copy of its own. UserError on every rank when they differ."""
-    found = dict(zip(engine.exchange(source.manifest.dataset_id), nodes, strict=True))
+    found = dict(zip(engine.exchange(data.manifest.dataset_id), nodes, strict=True))
     if len(found) > 1:
         listed = ", ".join(f"{dataset_id} on {node}" for dataset_id, node in found.items())
         raise UserError(f"--data is not the same for all ranks: dataset_id {listed}; copy the same data to every node")
@@ -417,16 +417,14 @@ class Run:
         self._save(progress, batches, final=done)
         self._commit()
         batches.close()
-        reason = "" if done else self.asked[0] if self.asked else self._other_reason(progress)
+        otherwise = f"--stop-at-step {self.last_step}" if progress.step >= self.last_step else "asked on another rank"
+        reason = "" if done else [*self.asked, otherwise][0]
         facts = {"step": progress.step, "total_steps": self.total_steps, "reason": reason}
         from_first(lambda: run_folder.finish(self.out, done, facts))
         if self.metrics:
             ended, why = ("finished", "") if done else ("stopped and saved", f" ({reason})")
             self.metrics.say(f"{ended} at step {progress.step}{why}: {self._last_checkpoint()}")
         return done
-
-    def _other_reason(self, progress: Progress) -> str:
-        return f"--stop-at-step {self.last_step}" if progress.step >= self.last_step else "asked on another rank"
 
     # ---------------------------------------------------------------------------------------------------------- votes
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from electra_ds.batches import RowOrder, Rows
 from electra_ds.errors import UserError
 from electra_ds.mixture import MixtureOrder, MixtureRows, Portion, join_manifests, read_mixture, window_rows
 from electra_ds.order import LaneOrder, Order
-from electra_ds.shards import Manifest, ShardReader, index_file, read_manifest, read_unigrams
+from electra_ds.shards import ShardReader, index_file, read_manifest, read_unigrams
 
 
 class HeldOut(NamedTuple):
@@ -21,32 +21,20 @@ class HeldOut(NamedTuple):
     share: float  # of the source in training, of 1
 
 
-class Data(Protocol):
-    """What the verbs know of --data."""
-
-    manifest: Manifest
-    tokenizer: Path  # folder
-    portions: dict[str, Portion]  # of a mixture's sources, by name; {}: one source
-
-    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
-        """The training rows and the order in which a run of this seed takes them."""
-
-    def held_out(self) -> dict[str, HeldOut]:
-        """The held-out rows of each source that has any, by its name, "" where there is one source."""
-
-
 class Folder:
-    """A folder that `prepare` wrote, on a file system that every rank sees."""
+    """A folder that `prepare` wrote, on a disk of this machine or a file system that all share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tokenizer, self.manifest = folder, folder / "tokenizer", read_manifest(folder)
-        self.portions: dict[str, Portion] = {}
+        self.portions: dict[str, Portion] = {}  # of a mixture's sources, by name
 
-    def training(self, seed: int, global_batch_size: int) -> tuple[ShardReader, Order]:
+    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
+        """The training rows and the order in which a run of this seed takes them."""
         reader = self.reader("train")
         return reader, Order(reader.blocks["rows"], seed)
 
     def held_out(self) -> dict[str, HeldOut]:
+        """The held-out rows of each source that has any, by its name, "" where there is one source."""
         if "valid" not in self.manifest.splits:
             return {}
         unigrams = read_unigrams(self.folder, self.manifest.tokenizer.vocab_size)
@@ -76,13 +64,15 @@ class Mixture:
             for name, split, weight, share in zip(self.parts, splits, weights.tolist(), shares, strict=True)
         }
 
-    def training(self, seed: int, global_batch_size: int) -> tuple[MixtureRows, MixtureOrder]:
+    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
+        """The training rows of all sources and the order in which a run of this seed takes them."""
         found = {name: part.training(seed, global_batch_size) for name, part in self.parts.items()}
         rows = MixtureRows(self.manifest, [part for part, _ in found.values()])
         orders = {name: row_order for name, (_, row_order) in found.items()}
         return rows, MixtureOrder(orders, self.counts, rows.starts, seed)
 
     def held_out(self) -> dict[str, HeldOut]:
+        """The held-out rows of each source that has any, by its name, `name/inner` in a mixture of mixtures."""
         return {
             f"{name}/{inner}".rstrip("/"): held._replace(share=held.share * self.portions[name].share)
             for name, part in self.parts.items()
@@ -107,9 +97,12 @@ class Stream(Folder):
         indexes = {index_file(name): split.index_sha256 for name, split in self.manifest.splits.items()}
         place.copy(dict.fromkeys(("unigrams.npy", *self.manifest.tokenizer.files)) | indexes, copies)
 
-    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, LaneOrder]:
+    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
         reader = self.reader("train")
         return reader, LaneOrder(reader.chunk_rows, seed, global_batch_size)
+
+
+Data = Folder | Mixture
 
 
 def open_data(data: str | Path) -> Data:

@@ -257,8 +257,8 @@ def test_check_shows_the_share_and_the_epochs_of_each_source(folders):
 
 def test_held_out_figures_are_those_of_each_folder_and_their_mean_by_the_shares(folders):
     """A group of sources is a mixture in a mixture; en has no held-out rows, so it counts for nothing."""
-    mixture(folders, weighted(de=1, en=3), "group.json")
-    content = [{"data": "group.json", "weight": 4, "name": "west"}, {"data": "ja", "weight": 1}]
+    mixture(folders, weighted(de=1, en=3), "west.json")
+    content = [{"data": "west.json", "weight": 4}, {"data": "ja", "weight": 1}]
     held_out = open_data(mixture(folders, content)).held_out()
     assert {name: source.share for name, source in held_out.items()} == pytest.approx({"west/de": 0.2, "ja": 0.2})
     held_out["ja"] = held_out["ja"]._replace(share=0.6)
