@@ -180,18 +180,9 @@ class Batches:
     """
 
     def __init__(
-        self,
-        reader: Rows,
-        row_order: RowOrder,
-        recipe: Recipe,
-        *,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        position: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
+        self, reader: Rows, row_order: RowOrder, recipe: Recipe, *, global_batch_size: int, micro_batch_size: int,
+        rank: int = 0, world_size: int = 1, position: int = 0, pin_memory: bool = False,
+    ) -> None:  # fmt: skip
         assert global_batch_size % (world_size * micro_batch_size) == 0 and 0 <= rank < world_size
         self.reader, self.order, self.recipe, self.pin_memory = reader, row_order, recipe, pin_memory
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size

@@ -163,14 +163,9 @@ class Engine:
     """A DeepSpeed engine around a module that returns losses, with the votes and whole weights that training needs."""
 
     def __init__(
-        self,
-        objective: nn.Module,
-        config: RunConfig,
-        engine_config: dict,
-        ranks: Ranks,
-        device: torch.device,
+        self, objective: nn.Module, config: RunConfig, engine_config: dict, ranks: Ranks, device: torch.device,
         lr_scale: Callable[[str], float] = lambda name: 1.0,
-    ):
+    ):  # fmt: skip
         """config: a RunConfig, or whatever has its `train`, `optimizer` and `accumulation`. engine_config: as
         `config.load_engine` gives it; `precision` is resolved here. lr_scale: factor of a parameter's learning rate.
         """
@@ -215,13 +210,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- the step
 
     def forward_backward(
-        self,
-        micros: list[NamedTuple],
-        positions: list[int],
-        normalisers: tuple[float, ...],
-        refuses: Callable[[float], bool] | None = None,
-        **options: Any,
-    ) -> list[NamedTuple]:
+        self, micros: list[NamedTuple], positions: list[int], normalisers: tuple[float, ...],
+        refuses: Callable[[float], bool] | None = None, **options: Any,
+    ) -> list[NamedTuple]:  # fmt: skip
         """Forward and backward over this rank's micro-batches of one step; gradients are reduced with the last.
 
         micros: tuples of tensors. positions: row counter of each micro-batch's first row, which seeds its dropout.

@@ -20,13 +20,9 @@ from electra_ds.values import Batch, Counts
 
 
 def evaluate(
-    module: nn.Module,
-    batches: Iterable[tuple[Batch, np.ndarray]],
-    unigrams: np.ndarray,
-    special_ids: SpecialIds,
-    device: torch.device,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
-) -> dict[str, float]:
+    module: nn.Module, batches: Iterable[tuple[Batch, np.ndarray]], unigrams: np.ndarray, special_ids: SpecialIds,
+    device: torch.device, sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
+) -> dict[str, float]:  # fmt: skip
     """Held-out losses and rates, against the run's own generator and against a fixed corruption.
 
     module: an `Objective` in eval mode, under no_grad. unigrams: [V] training counts, behind the fixed

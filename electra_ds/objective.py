@@ -31,14 +31,9 @@ class Objective(nn.Module):
         self.objective, self.special_ids, self.vocab_size = objective, special_ids, vocab_size
 
     def forward(
-        self,
-        batch: Batch,
-        chosen_count: Tensor | float = 1.0,
-        token_count: Tensor | float = 1.0,
-        *,
-        with_counts: bool = False,
-        task: str = "losses",
-    ) -> Losses | Tensor:
+        self, batch: Batch, chosen_count: Tensor | float = 1.0, token_count: Tensor | float = 1.0, *,
+        with_counts: bool = False, task: str = "losses",
+    ) -> Losses | Tensor:  # fmt: skip
         """The losses of one micro-batch, or with task="discriminate" the logits [B, S] of batch.input_ids as they are.
 
         chosen_count, token_count: what the sums over chosen places and over real tokens are divided by, the counts
@@ -98,13 +93,9 @@ class ElectraObjective(Objective):
     """
 
     def __init__(
-        self,
-        model: ModelConfig,
-        generator: GeneratorConfig,
-        objective: ObjectiveConfig,
-        special_ids: SpecialIds,
+        self, model: ModelConfig, generator: GeneratorConfig, objective: ObjectiveConfig, special_ids: SpecialIds,
         seed: int | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__(objective, special_ids, model.vocab_size)
         self.sharing = model.sharing
         width, eps = model.embedding_size, model.layer_norm_eps
@@ -178,13 +169,9 @@ class FactoryObjective(Objective):
     """
 
     def __init__(
-        self,
-        generator: nn.Module | None,
-        discriminator: nn.Module,
-        model: FactoryConfig,
-        objective: ObjectiveConfig,
+        self, generator: nn.Module | None, discriminator: nn.Module, model: FactoryConfig, objective: ObjectiveConfig,
         special_ids: SpecialIds,
-    ):
+    ):  # fmt: skip
         super().__init__(objective, special_ids, model.vocab_size)
         self.discriminator = Discriminator(discriminator, model.discr_dim, model.discr_layer)
         if objective.has_generator:
