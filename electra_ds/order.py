@@ -154,7 +154,8 @@ class LaneOrder(Order):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must agree on to go on from a position."""
-        return {"kind": "stream", "version": ORDER_VERSION, "seed": self.seed, "lanes": self.lanes}
+        chunks = len(self.block_rows)
+        return {"kind": "stream", "version": ORDER_VERSION, "seed": self.seed, "lanes": self.lanes, "chunks": chunks}
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the chunks touched, not the history."""

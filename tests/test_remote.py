@@ -102,6 +102,15 @@ def test_ranks_share_the_chunks_and_a_resume_asks_for_nothing_that_is_done(web):
     assert len(chunks_asked(web)) <= 12 + 6  # one for each lane, and the following one where it ends
 
 
+def test_a_checkpoint_goes_on_with_chunks_of_the_same_size_alone(web, monkeypatch):
+    reader, row_order = open_data(web.url).training(7, 12)
+    state = row_order.state() | {"dataset_id": reader.manifest.dataset_id, "position": 240}
+    assert batches.position_from_state(state, reader, row_order) == 240
+    monkeypatch.setattr(remote, "CHUNK_BYTES", 4 * 16 * 32 * 2)
+    with pytest.raises(UserError, match="chunks: checkpoint 52, now 28"):
+        batches.position_from_state(state, *open_data(web.url).training(7, 12))
+
+
 def test_a_mixture_takes_urls(folder, web, tmp_path):
     sources = [{"data": data, "name": name, "weight": 1} for name, data in (("here", str(folder)), ("there", web.url))]
     (tmp_path / "mix.json").write_text(json.dumps(sources))
