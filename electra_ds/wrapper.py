@@ -44,23 +44,12 @@ class Electra(nn.Module):
     """
 
     def __init__(
-        self,
-        generator: nn.Module,
-        discriminator: nn.Module,
-        *,
-        num_tokens: int | None = None,
-        discr_dim: int = -1,
-        discr_layer: str | int = -1,
-        mask_prob: float = 0.15,
-        replace_prob: float = 0.85,
-        random_token_prob: float = 0.0,
-        mask_token_id: int = 2,
-        pad_token_id: int = 0,
-        mask_ignore_token_ids: tuple[int, ...] | list[int] | set[int] = (),
-        disc_weight: float = 50.0,
-        gen_weight: float = 1.0,
-        temperature: float = 1.0,
-    ):
+        self, generator: nn.Module, discriminator: nn.Module, *, num_tokens: int | None = None, discr_dim: int = -1,
+        discr_layer: str | int = -1, mask_prob: float = 0.15, replace_prob: float = 0.85,
+        random_token_prob: float = 0.0, mask_token_id: int = 2, pad_token_id: int = 0,
+        mask_ignore_token_ids: tuple[int, ...] | list[int] | set[int] = (), disc_weight: float = 50.0,
+        gen_weight: float = 1.0, temperature: float = 1.0,
+    ):  # fmt: skip
         super().__init__()
         shares = {"mask_prob": mask_prob, "replace_prob": replace_prob, "random_token_prob": random_token_prob}
         if odd := [name for name, share in shares.items() if not 0 <= share <= 1]:

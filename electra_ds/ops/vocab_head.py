@@ -70,20 +70,10 @@ def _first_above(running: Tensor, aim: Tensor) -> Tensor:
 
 
 def vocab_head(
-    x: Tensor,
-    table: Tensor,
-    bias: Tensor,
-    *,
-    targets: Tensor,
-    weights: Tensor,
-    uniforms: Tensor,
-    vocab_size: int,
-    temperature: float = 1.0,
-    with_best: bool = False,
-    disallow: bool = False,
-    gate: Tensor | None = None,
+    x: Tensor, table: Tensor, bias: Tensor, *, targets: Tensor, weights: Tensor, uniforms: Tensor, vocab_size: int,
+    temperature: float = 1.0, with_best: bool = False, disallow: bool = False, gate: Tensor | None = None,
     copied: Tensor | None = None,
-) -> HeadResult:
+) -> HeadResult:  # fmt: skip
     """Loss and samples at the chosen places, block by block; a block's logits become their own gradient in place.
 
     x:       [..., E] in the compute dtype; table [P, E] and bias [P] in that dtype or fp32
