@@ -71,7 +71,7 @@ def permutation(n: int, seed: int, epoch: int, stream: int, purpose: int) -> np.
     return (keys & low).astype(np.int64)
 
 
-def _runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
+def runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
     """The stretches of equal values, in order: (value, where)."""
     cuts = np.flatnonzero(values[1:] != values[:-1]) + 1
     for first, last in itertools.pairwise([0, *cuts.tolist(), len(values)][: len(values) + 1]):  # none if empty
@@ -105,11 +105,11 @@ class Order:
         positions = np.asarray(positions, np.int64)
         epochs, offsets = np.divmod(positions, self.total_rows)
         rows = np.empty_like(positions)
-        for epoch, part in _runs(epochs):
+        for epoch, part in runs(epochs):
             _, window_starts = self._blocks(epoch)
             windows = np.searchsorted(window_starts, offsets[part], side="right") - 1
             offsets[part] -= window_starts[windows]
-            for window, own in _runs(windows):
+            for window, own in runs(windows):
                 rows[part][own] = self._window(epoch, window)[offsets[part][own]]
         return rows, epochs
 

@@ -20,6 +20,7 @@ import fsspec
 import numpy as np
 
 from electra_ds.errors import RunFailure, UserError
+from electra_ds.order import runs
 from electra_ds.shards import NPY_HEADER, TAR_BLOCK, SplitIndex, block_name, padded, shard_file
 
 os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no commands behind URLs, no unpickling
@@ -124,10 +125,10 @@ class RemoteReader(SplitIndex):
         rows = np.asarray(rows, np.int64)
         by_row = np.argsort(rows)
         chunks = np.searchsorted(self.chunk_starts, rows[by_row], side="right") - 1
-        needed, firsts = np.unique(chunks, return_index=True)
-        self._fetch([chunk for chunk in needed.tolist() if chunk not in self._chunks])
+        needed = {chunk: by_row[here] for chunk, here in runs(chunks)}
+        self._fetch([chunk for chunk in needed if chunk not in self._chunks])
         found = np.empty((len(rows), self.sequence_length), self.dtype)
-        for chunk, here in zip(needed.tolist(), np.split(by_row, firsts)[1:], strict=True):
+        for chunk, here in needed.items():
             found[here] = self._chunks[chunk][rows[here] - self.chunk_starts[chunk]]
             self._chunks.move_to_end(chunk)
         while len(self._chunks) > max(CHUNKS_KEPT, len(needed)):

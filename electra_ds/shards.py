@@ -6,7 +6,6 @@ link, a device, a foreign name or an object array is simply a difference. Letter
 """
 
 import hashlib
-import itertools
 import mmap
 import tarfile
 import zlib
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from electra_ds.config import SpecialIds
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_bytes, write_json
+from electra_ds.order import runs
 
 FORMAT, VERSION = "electra_ds shards", 1
 MANIFEST = "a data folder's manifest (`prepare` writes it last: run it again, it resumes)"
@@ -301,18 +301,17 @@ class ShardReader(SplitIndex):
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Rows by number: [n] integers -> [n, S] of the stored type. Gathered by block, so many at once is faster."""
         rows = np.asarray(rows, np.int64)
-        order = np.argsort(rows)
-        rows = rows[order]
+        by_row = np.argsort(rows)
+        rows = rows[by_row]
         if len(rows) and not (rows[0] >= 0 and rows[-1] < self.rows):
             raise IndexError(f"rows {rows[0]}..{rows[-1]} asked of {self.rows}")
         blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
         inside = rows - self.block_starts[blocks]
         found = np.empty((len(rows), self.sequence_length), self.dtype)
-        cuts = np.flatnonzero(blocks[1:] != blocks[:-1]) + 1  # where another block begins
-        for first, last in itertools.pairwise([0, *cuts.tolist(), len(rows)][: len(rows) + 1]):  # none if no rows
-            self.block(int(blocks[first])).take(inside[first:last], axis=0, out=found[first:last], mode="clip")
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
+        for block, here in runs(blocks):
+            self.block(block).take(inside[here], axis=0, out=found[here], mode="clip")
+        back = np.empty_like(by_row)
+        back[by_row] = np.arange(len(by_row))
         return found.take(back, axis=0)
 
     def block(self, block: int) -> np.ndarray:

@@ -23,6 +23,7 @@ SHARED = {
     "errors": "what every module raises",
     "files": "config reads its files as every other module does",
     "lock": "prepare's folder has one owner at a time, as a run's has",
+    "order": "its stretches of equal numbers, by which shards gathers rows",
     "batches": "the Protocols of rows and of their order, which a mixture is made of and fulfils",
     "evaluate": "training evaluates as the verb does, and detect loads a checkpoint as evaluate does",
     "pretrained": "what every verb that takes MODEL reads",
