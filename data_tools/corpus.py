@@ -78,7 +78,8 @@ def detect_format(name: str, head: bytes, asked: str = "auto") -> str:
     if head.startswith((b"PAR1", *ARROW)):
         return "arrow" if head.startswith(ARROW) else "parquet"
     if asked == "webdataset":
-        raise UserError(f"{name}: not a tar, which --format webdataset reads; leave it out")
+        raise UserError(f"{name}: not a tar, and --format webdataset reads nothing else; prepare it by itself and "
+                        f"train on both with --data MIX.json")
     if asked != "auto":
         return asked
     plain = Path(name)

@@ -84,7 +84,8 @@ def readable(name: str, extra: str = "remote") -> Iterator[None]:
         raise
     except Exception as error:
         install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
-        raise UserError(f"{name}: cannot be read ({type(error).__name__}: {error}){install}") from error
+        found = error.__cause__ or error  # fsspec's http says only that there is no file, whatever went wrong
+        raise UserError(f"{name}: cannot be read ({type(found).__name__}: {found}){install}") from error
 
 
 def _expand(given: str) -> list[str]:

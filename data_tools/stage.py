@@ -55,7 +55,7 @@ class Place:
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None: it is not there."""
-        with self._told(name), suppress(FileNotFoundError):
+        with self._told(name), suppress(FileNotFoundError, NotADirectoryError):
             return self._system.cat_file(f"{self._root}/{name}")
 
     def write(self, name: str, content: bytes) -> None:

@@ -92,7 +92,7 @@ def prepare(
     from data_tools.workers import console_progress, mpi_ranks
 
     if ("://" in out) != (work is not None):
-        raise UserError(f"--out {out}, --work {work}: a URL, and nothing else, needs a local folder to work in")
+        raise UserError(f"--out {out}, --work {work}: expected --work DIR, to prepare in, for an --out at a URL alone")
     with mpi_ranks() as others:
         if others is None:
             return

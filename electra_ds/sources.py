@@ -48,10 +48,13 @@ class Folder:
 class Mixture:
     """Several sources in fixed shares, listed by a MIX.json; a source may be a mixture itself."""
 
-    def __init__(self, path: Path) -> None:
-        config = read_mixture(path)
+    def __init__(self, path: Path, above: tuple[Path, ...]) -> None:
+        """above: the mixtures that it is a source of."""
+        if path.resolve() in above:
+            raise UserError(f"{path}: it is a source of itself; expected a folder, a URL, or another mixture")
+        config, above = read_mixture(path), (*above, path.resolve())
         found = [source.data if "://" in source.data else path.parent / source.data for source in config.sources]
-        self.parts = dict(zip(config.names, map(open_data, found), strict=True))
+        self.parts = {name: open_data(data, above) for name, data in zip(config.names, found, strict=True)}
         manifests = {name: part.manifest for name, part in self.parts.items()}
         splits = [manifest.splits["train"] for manifest in manifests.values()]
         weights = config.weights([split.tokens for split in splits])
@@ -105,9 +108,9 @@ class Stream(Folder):
 Data = Folder | Mixture
 
 
-def open_data(data: str | Path) -> Data:
+def open_data(data: str | Path, above: tuple[Path, ...] = ()) -> Data:
     """Open what --data names. UserError when it is no complete data folder, or a mixture that cannot be."""
     name, path = str(data), Path(data)
     if name.startswith("pipe:"):
         raise UserError(f"--data {name}: commands are not run; expected a folder, or a URL such as https://host/D")
-    return Stream(name) if "://" in name else Mixture(path) if path.suffix == ".json" else Folder(path)
+    return Stream(name) if "://" in name else Mixture(path, above) if path.suffix == ".json" else Folder(path)

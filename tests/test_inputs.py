@@ -393,10 +393,10 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(t
 def test_a_url_that_cannot_be_read_is_named(served):
     web, url = served
     for given, message in (
-        (f"{url}/none.txt", "cannot be read"),
+        (f"{url}/none.txt", r"cannot be read \(ClientResponseError: 404"),
         ("s4://x/y", "cannot be read"),
         (f"{url}/*.txt", "no such file"),
-        ("http://127.0.0.1:9/x", "cannot be read"),
+        ("http://127.0.0.1:9/x", r"cannot be read \(ClientConnectorError: Cannot connect"),
     ):
         with pytest.raises(UserError, match=f"^{re.escape(given)}: {message}"):
             make_plan([given])

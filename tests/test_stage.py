@@ -142,6 +142,7 @@ def test_what_cannot_be_copied_is_told_in_one_line(made: Path, web: Web, tmp_pat
     run_to = str(tmp_path / "to")
     for source, to, message in (
         (str(tmp_path), run_to, f"{tmp_path}/manifest.json: not found; expected a data folder's manifest"),
+        (str(made / "manifest.json"), run_to, f"{made}/manifest.json/manifest.json: not found"),
         (web.url + "/none", run_to, f"{web.url}/none/manifest.json: not found"),
         ("s4://x/y", run_to, "s4://x/y: .*expected a folder or a URL"),
         (str(made), web.url + "/new", f"{web.url}/new/"),
@@ -171,7 +172,7 @@ def test_prepare_writes_to_a_url_by_way_of_a_folder(corpus: Path, tmp_path: Path
     to, work = f"file://{tmp_path}/bucket/data", ("--work", tmp_path / "work")
     options = ("--input", corpus / "in", "--tokenizer", corpus / "tok", "--valid-fraction", 0.1, "--out", to)
     refused = run_cli("prepare", *options, check=False)
-    assert refused.returncode == 2 and f"--out {to}, --work None: a URL, and nothing else" in refused.stderr
+    assert refused.returncode == 2 and f"--out {to}, --work None: expected --work DIR" in refused.stderr
     run_cli("prepare", *options, *work)
     (tmp_path / "bucket/data/manifest.json").unlink()  # killed before the last act
     run_cli("prepare", *options, *work)
