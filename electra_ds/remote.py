@@ -82,8 +82,11 @@ class Place:
         def take(part: Part, content: bytes) -> UserError | None:
             if names[part.name] not in (None, hashlib.sha256(content).hexdigest()):
                 return UserError(f"{self.url}/{part.name}: its sha256 is not the manifest's; copy the data there again")
-            (to / part.name).parent.mkdir(exist_ok=True)
-            (to / part.name).write_bytes(content)
+            try:
+                (to / part.name).parent.mkdir(exist_ok=True)
+                (to / part.name).write_bytes(content)
+            except OSError as error:
+                raise RunFailure(f"{to / part.name}: {error}; make room, or set TMPDIR to another folder") from error
 
         self.read([Part(name) for name in names], take)
 
@@ -97,7 +100,7 @@ class Place:
             return None
         asked = f"asked for {'all' if part.end is None else f'bytes {part.start:,} to {part.end:,}'}, found {found}"
         if isinstance(answer, bytes) and len(answer) > part.end - part.start:
-            raise UserError(f"{name}: {asked}; expected a server that knows Range requests; copy the data to a disk")
+            raise UserError(f"{name}: {asked}; expected a server that knows Range requests; else stage the data")
         return RunFailure(f"{name}: {asked}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s; the same command resumes")
 
 
