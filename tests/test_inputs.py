@@ -409,13 +409,13 @@ def test_a_url_that_cannot_be_read_is_named(served):
 
 def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path, monkeypatch):
     for shard in range(3):
-        with webdataset.TarWriter(str(tmp_path / f"x-{shard:03}.tar")) as tar:
+        with open(tmp_path / f"x-{shard:03}.tar", "wb") as file, webdataset.TarWriter(file) as tar:
             for i, text in enumerate(TEXTS[shard * 10 : shard * 10 + 10]):
                 key = f"part.{shard}/{i:04}"  # a folder may have a dot
                 tar.write({"__key__": key, "jpg": b"\xff\xd8\0", "seg.txt": text, "json": {"c": {}, "caption": text}})
     tar = str(tmp_path / "x-{000..002}.tar")
     pretty = tmp_path / "y.tar"
-    with webdataset.TarWriter(str(pretty)) as writer:
+    with open(pretty, "wb") as file, webdataset.TarWriter(file) as writer:
         writer.write({"__key__": "a", "json": json.dumps({"caption": "one\ntwo"}, indent=2).encode(), "cls": 3})
     plan = make_plan([tar], format="webdataset")
     assert [source.name for source in plan.sources] == [f"x-00{i}.tar" for i in range(3)]
