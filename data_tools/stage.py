@@ -93,6 +93,8 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = lambda
 
     def complete() -> bool:
         found = target.read("manifest.json")
+        if found is None and target.holds(File("prepare.json")):
+            raise UserError(f"{to}: holds an unfinished `prepare`; give another folder, or finish that first")
         if found not in (None, content):
             raise UserError(f"{to}: holds other data than {source}; give another folder, or remove it")
         return found is not None and all(threads.map(target.holds, files))

@@ -164,7 +164,8 @@ def test_what_stays_wrong_is_named(folder, web):
         web.change, _ = (lambda path, content, change=change: change(content)), web.asked.clear()
         with pytest.raises(error, match=f"^{message}"):
             reader.read(np.array([row]))
-        assert len(web.asked) == (1 if "403" in message or "NotFound" in message else count)
+        least = 1 if "403" in message or "NotFound" in message else count
+        assert least <= len(web.asked) <= 2 * least  # aiohttp asks once more itself where a kept connection was closed
     web.change, web.knows_ranges = (lambda path, content: content), False
     with pytest.raises(UserError, match=f"^{name}: asked for .*, found .* bytes; expected a server that knows Range"):
         reader.read(np.array([row]))

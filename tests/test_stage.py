@@ -153,6 +153,11 @@ def test_what_cannot_be_copied_is_told_in_one_line(made: Path, web: Web, tmp_pat
     (tmp_path / "to/manifest.json").write_text("{}")
     with pytest.raises(UserError, match=f"^{run_to}: holds other data than {made}"):
         stage(str(made), run_to)
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "prepare.json").write_text("{}")
+    with pytest.raises(UserError, match=f"^{unfinished}: holds an unfinished `prepare`"):
+        stage(str(made), str(unfinished))
 
 
 def test_a_disk_without_room_is_told_before_anything_is_copied(made: Path, tmp_path: Path) -> None:
