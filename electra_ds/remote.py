@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import os
+import sys
 import tarfile
 import time
 import zlib
@@ -73,6 +74,9 @@ class Place:
                 return
             if pause is None:
                 raise next(iter(troubles.values()))
+            if pause == PAUSES[0]:  # a minute without a word would look like a hang
+                first = f"{self.url}/{next(iter(troubles)).name}"
+                print(f"{first}: no whole answer yet, asked for again for {sum(PAUSES):.0f} s", file=sys.stderr)
             parts = list(troubles)
             time.sleep(pause)
 

@@ -143,7 +143,7 @@ def test_what_fails_once_is_asked_for_again(folder, web):
         assert steps_of(source, 3) == expected
 
 
-def test_what_stays_wrong_is_named(folder, web):
+def test_what_stays_wrong_is_named(folder, web, capsys):
     source = open_data(web.url)
     reader, _ = source.training(7, 12)
     name, count = f"{web.url}/shards/train-000002.tar", len(remote.PAUSES) + 1
@@ -165,6 +165,7 @@ def test_what_stays_wrong_is_named(folder, web):
         with pytest.raises(error, match=f"^{message}"):
             reader.read(np.array([row]))
         least = 1 if "403" in message or "NotFound" in message else count
+        assert capsys.readouterr().err.count(f"{name}: no whole answer yet") == (least > 1)
         assert least <= len(web.asked) <= 2 * least  # aiohttp asks once more itself where a kept connection was closed
     web.change, web.knows_ranges = (lambda path, content: content), False
     with pytest.raises(UserError, match=f"^{name}: asked for .*, found .* bytes; expected a server that knows Range"):
