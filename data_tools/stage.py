@@ -14,12 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from data_tools.workers import Progress
 from electra_ds.errors import LockedOut, RunFailure, UserError
-from electra_ds.files import parse_json, write_bytes
+from electra_ds.files import file_system, parse_json, write_bytes
 from electra_ds.lock import Lock
 from electra_ds.shards import MANIFEST, Manifest, check_manifest, index_file
 
@@ -37,11 +36,7 @@ class Place:
 
     def __init__(self, given: str) -> None:
         self.name = given.rstrip("/")
-        try:
-            self._system, root = fsspec.core.url_to_fs(given)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{given}: {error}; expected a folder or a URL (http, s3: pip install "
-                            f"'electra_ds[remote]')") from None
+        self._system, root = file_system(given)
         self._root = root.rstrip("/")
         self.folder = Path(root) if isinstance(self._system, LocalFileSystem) else None
 

@@ -1,4 +1,4 @@
-"""How is a file written whole or not at all? Temporary name, fsync, rename, fsync of the folder."""
+"""How is a folder reached, and a file written whole or not at all? Temporary name, fsync, rename, of its folder."""
 
 import contextlib
 import hashlib
@@ -9,6 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.errors import UserError
+
+
+def file_system(place: str) -> tuple[Any, str]:
+    """The file system of a folder or of a URL that fsspec knows, and the path there.
+
+    UserError when fsspec knows no such URL, or lacks a package for it.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(place)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{place}: {error}; expected a folder, or a URL of one (http, s3: pip install 'electra_ds[remote]')"
+        ) from None
 
 
 def fsync_folder(path: str | Path) -> None:

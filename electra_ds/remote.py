@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 
 from electra_ds.errors import RunFailure, UserError
+from electra_ds.files import file_system
 from electra_ds.order import runs
 from electra_ds.shards import NPY_HEADER, TAR_BLOCK, SplitIndex, block_name, padded, shard_file
 
@@ -42,18 +42,12 @@ class Part(NamedTuple):
     end: int | None = None
 
 
-class Place:
+class RemoteFolder:
     """A folder behind a URL of any kind that fsspec knows."""
 
     def __init__(self, url: str) -> None:
-        """UserError when fsspec knows no such URL, or lacks a package for it."""
         self.url = url.rstrip("/")
-        try:
-            self._system, self._root = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"{url}: {error}; expected a folder, or a URL of one (http, s3: pip install 'electra_ds[remote]')"
-            ) from None
+        self._system, self._root = file_system(self.url)
 
     def read(self, parts: Sequence[Part], take: Callable[[Part, bytes], Exception | None]) -> None:
         """Hand the content of each part to `take`, several being asked for at once.
@@ -115,7 +109,7 @@ class RemoteReader(SplitIndex):
     for again is a UserError with shard and block.
     """
 
-    def __init__(self, folder: Place, split: str, small_files: Path) -> None:
+    def __init__(self, folder: RemoteFolder, split: str, small_files: Path) -> None:
         """small_files: where copies of the manifest and the index are."""
         super().__init__(small_files, split, location=folder.url)
         self.folder = folder

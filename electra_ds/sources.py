@@ -87,9 +87,9 @@ class Stream(Folder):
     """A folder behind a URL: rows are read where they lie, the small files copied for this process."""
 
     def __init__(self, url: str) -> None:
-        from electra_ds.remote import Place, RemoteReader
+        from electra_ds.remote import RemoteFolder, RemoteReader
 
-        place, self._copies = Place(url), TemporaryDirectory(prefix="electra_ds-")  # goes with this object
+        place, self._copies = RemoteFolder(url), TemporaryDirectory(prefix="electra_ds-")  # goes with this object
         copies = Path(self._copies.name)
         self.reader = lambda split: RemoteReader(place, split, copies)
         place.copy({"manifest.json": None}, copies)

@@ -196,7 +196,7 @@ def test_what_is_no_data_folder_is_named(folder, web, tmp_path):
 def test_copies_that_cannot_be_written_are_told_with_where_they_go(web, tmp_path):
     (tmp_path / "tokenizer").touch()  # a file where a folder goes: an OSError, as of a full disk
     with pytest.raises(RunFailure, match=f"^{tmp_path}/tokenizer/vocab.txt: .*; make room, or set TMPDIR"):
-        remote.Place(web.url).copy({"tokenizer/vocab.txt": None}, tmp_path)
+        remote.RemoteFolder(web.url).copy({"tokenizer/vocab.txt": None}, tmp_path)
 
 
 def test_nothing_is_run_and_nothing_unpickled():

@@ -144,7 +144,7 @@ def test_what_cannot_be_copied_is_told_in_one_line(made: Path, web: Web, tmp_pat
         (str(tmp_path), run_to, f"{tmp_path}/manifest.json: not found; expected a data folder's manifest"),
         (str(made / "manifest.json"), run_to, f"{made}/manifest.json/manifest.json: not found"),
         (web.url + "/none", run_to, f"{web.url}/none/manifest.json: not found"),
-        ("s4://x/y", run_to, "s4://x/y: .*expected a folder or a URL"),
+        ("s4://x/y", run_to, "s4://x/y: .*expected a folder, or a URL"),
         (str(made), web.url + "/new", f"{web.url}/new/"),
     ):
         with pytest.raises((UserError, RunFailure), match=f"^{message}"):
