@@ -5,8 +5,6 @@ python bench/objectives.py --data D --out O [--glue GLUE] [--steps N] [--run tin
 --steps are those of electra; mlm takes as many more as its step is cheaper. Everything else is equal: rows, order,
 chosen places, rates, warmup. Run again it goes on where it was. Without --glue it pretrains only. O/objectives.json,
 O/objectives.md: median of the seeds on the development sets.
-
-Letters: S tokens a row, K chosen places, H hidden, E embedding, F feed-forward, V vocabulary.
 """
 
 import argparse
@@ -16,39 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from electra_ds.batches import max_chosen
-from electra_ds.config import EncoderConfig, RunConfig, load_run
+from electra_ds.config import load_run
+from electra_ds.cost import step_flops
 from electra_ds.files import write_bytes, write_json
 from electra_ds.metrics import read_metrics
 from electra_ds.shards import read_manifest
 
 KINDS = ("electra", "mlm")
 TASKS = ("stsb", "cola")
-
-
-def flops(config: RunConfig) -> float:
-    """Floating-point operations of one training step: those of the matrix products, 2 a multiply-add, backward twice
-    the forward. Rows count as full; look-ups, norms and the optimizer are left out."""
-    model, length = config.model, config.data.sequence_length
-    places = max_chosen(config.objective.mask_prob, length)
-
-    def encoder(sizes: EncoderConfig) -> int:
-        hidden = sizes.hidden_size
-        layer = 4 * hidden**2 + 2 * hidden * sizes.ffn_size + 2 * length * hidden  # multiply-adds a token
-        project = model.embedding_size * hidden if model.embedding_size != hidden else 0
-        return length * (sizes.num_layers * layer + project)
-
-    def words(sizes: EncoderConfig) -> int:
-        return places * (sizes.hidden_size + model.vocab_size) * model.embedding_size
-
-    row = encoder(model)
-    if config.objective.kind == "mlm":
-        row += words(model)
-    else:
-        row += (
-            encoder(config.generator) + words(config.generator) + length * (model.hidden_size + 1) * model.hidden_size
-        )
-    return 3 * 2 * row * config.train.global_batch_size
 
 
 def call(*arguments: object) -> None:
@@ -74,7 +47,7 @@ def main() -> None:
 
     vocab_size = read_manifest(options.data).tokenizer.vocab_size
     own = {kind: [*options.set, f"objective.kind={kind}"] for kind in KINDS}
-    cost = {kind: flops(load_run(options.run, [*own[kind], f"model.vocab_size={vocab_size}"])) for kind in KINDS}
+    cost = {kind: step_flops(load_run(options.run, [*own[kind], f"model.vocab_size={vocab_size}"])) for kind in KINDS}
     found = {}
     for kind in KINDS:
         steps, run = round(options.steps * cost["electra"] / cost[kind]), options.out / kind

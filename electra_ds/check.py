@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 from electra_ds.batches import max_chosen
 from electra_ds.config import RunConfig, Section, load_engine
+from electra_ds.cost import model_state_bytes
 from electra_ds.objective import VOCAB_SIZE, parameter_count
 from electra_ds.sources import Data
-
-PRECISIONS = ("fp32", "half (bf16, fp16)")
 
 
 class Line(NamedTuple):
@@ -72,19 +71,3 @@ def _derived(config: RunConfig, world_size: int, rows: int | None, portions, voc
     yield Line("vocab_size", f"{vocab_size:,}", "derived", "the data's; 30,522 is assumed without --data")
     yield Line("discriminator", f"{parameters.discriminator:,}", "derived", "parameters of the main encoder and head")
     yield Line("trained", f"{parameters.joint:,}", "derived", "parameters in all")
-
-
-def model_state_bytes(parameters: int, world_size: int) -> dict[tuple[int, str], int]:
-    """Weights, gradients, fp32 master weights and two moments per rank, as DeepSpeed holds them at each stage.
-
-    Activations, buckets and the word table's padding come on top. fp32 keeps a second copy of the weights from
-    stage 1 on (the flat master shards).
-    """
-    found = {}
-    for precision, width in zip(PRECISIONS, (4, 2), strict=True):
-        moments = 8 if width == 4 else 12  # stage 0 in fp32 updates the weights in place
-        found[0, precision] = (2 * width + moments) * parameters
-        for stage, (weights, gradients) in {1: (1, 1), 2: (1, world_size), 3: (world_size, world_size)}.items():
-            per_parameter = width / weights + width / gradients + 12 / world_size
-            found[stage, precision] = round(per_parameter * parameters)
-    return found

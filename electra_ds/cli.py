@@ -220,8 +220,9 @@ def check(
     sets: Sets = None,
 ) -> None:
     """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
-    from electra_ds.check import PRECISIONS, Line, check
+    from electra_ds.check import Line, check
     from electra_ds.config import load_run
+    from electra_ds.cost import PRECISIONS
     from electra_ds.sources import open_data
 
     report = check(load_run(run, sets or [], engine), world_size, open_data(data) if data else None)

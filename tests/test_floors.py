@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     0: "errors files values config ops",
     1: "tokenizer shards order model optim ranks adapters figures",
-    2: "objective batches engine checkpoint guard metrics run_folder lock watchdog interop mixture remote data_tools",
+    2: "objective batches cost engine checkpoint guard metrics run_folder lock watchdog interop mixture remote "
+    "data_tools",
     3: "pretrain evaluate detect check plot status pretrained sources wrapper glue export import_weights",
     4: "cli __main__",
 }
