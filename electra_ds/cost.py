@@ -47,3 +47,17 @@ def model_state_bytes(parameters: int, world_size: int) -> dict[tuple[int, str],
             per_parameter = width / weights + width / gradients + 12 / world_size
             found[stage, precision] = round(per_parameter * parameters)
     return found
+
+
+def step_traffic(parameters: int, stage: int, world_size: int, accumulation: int, width: int) -> float:
+    """Bytes that one rank sends for the weights in an optimizer step, as DeepSpeed 0.19 runs each ZeRO stage.
+
+    width: bytes of a number on the wire (4: fp32 and torch_autocast, 2: bf16 and fp16).
+    A ring sends parameters x (n - 1)/n for a reduce-scatter or an all-gather; an all-reduce is both. Stage 0 reduces
+    once a step, stage 1 gathers the new weights as well, stage 2 reduces every micro-batch, stage 3 gathers and
+    reduce-scatters every micro-batch (below 1e9 parameters it keeps the forward's weights for the backward).
+    Stages 1 and 2 all-reduce where a reduce-scatter would do; "use_multi_rank_bucket_allreduce": false sends that third
+    less in a call per owner of a bucket. On top come padding, norms and votes: some hundred bytes.
+    """
+    shares = {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: 2 * accumulation}
+    return shares[stage] * parameters * width * (world_size - 1) / world_size

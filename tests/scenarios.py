@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from shard_data import write_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from web import served
 
 from electra_ds import batches, checkpoint, guard, lock, pretrain, run_folder
@@ -79,6 +81,44 @@ def uninterrupted() -> None:
     assert train("full-dropout", "zero1-fp32", "model.hidden_dropout=0.1", "generator.attention_dropout=0.1") == 0
     for stage in STAGES:
         assert train(f"full-bf16-z{stage}", f"zero{stage}-bf16", "train.total_steps=60") == 0
+
+
+class Collectives(TorchDispatchMode):
+    """Every collective of this thread, as [name, dtype, elements of the largest tensor]."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            largest = max((t for t in tree_leaves(args) if isinstance(t, torch.Tensor)), key=torch.Tensor.numel)
+            self.seen.append([func._opname.strip("_"), str(largest.dtype).removeprefix("torch."), largest.numel()])
+        return func(*args, **(kwargs or {}))
+
+
+def traffic() -> None:
+    """What the whole loop sends between the ends of its fourth and its fifth step, and the parameters' sizes."""
+    owners = {"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": False}}
+    (OUTS / "zero1-owners.json").write_text(json.dumps(owners))
+    runs = [(f"zero{stage}-{kind}", a) for stage in STAGES for kind, a in (("fp32", 1), ("fp32", 2), ("bf16", 2))]
+    runs += [("zero1-autocast", 1), (str(OUTS / "zero1-owners.json"), 1)]
+    original = Engine.step
+    for engine, accumulation in runs:
+        ends, shapes = [], []
+
+        def step(self, lr, ends=ends, shapes=shapes):
+            result = original(self, lr)
+            ends.append(len(sent.seen))
+            shapes[:] = [list(self.shape(name)) for name in self.parameters]
+            return result
+
+        Engine.step, name = step, f"traffic-{Path(engine).stem}-{accumulation}"
+        limits = ["train.total_steps=6", "logging.every=1000", f"train.micro_batch_size={8 // accumulation}"]
+        with Collectives() as sent:
+            assert train(name, engine, *limits) == 0
+        note(name, {"sent": sent.seen[ends[3] : ends[4]], "shapes": shapes})
+    Engine.step = original
 
 
 def wrong_split() -> None:
@@ -410,6 +450,7 @@ PHASES = {
     "kinds": (kinds, own_encoders),
     "two": (
         uninterrupted,
+        traffic,
         streamed,
         wrong_split,
         slow_reader,

@@ -1,6 +1,7 @@
 """Training on real ranks: the same curve anywhere, exact resumes, refusals, stops, kills (runs by scenarios.py)."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from conftest import run_ranks
 
 from electra_ds import checkpoint
+from electra_ds.cost import step_traffic
 from electra_ds.metrics import TIMED, read_metrics
 from electra_ds.status import status
 
@@ -63,6 +65,47 @@ def distance(run: Path, other: Path) -> float:
 def test_two_ranks_train_like_one_at_every_stage(outs: Path, stage: int) -> None:
     assert len(curve(outs / "one")) == 21  # twenty steps and the evaluation at the end
     assert distance(outs / f"full-z{stage}", outs / "one") < 1e-5
+
+
+def sent(outs: Path, name: str) -> tuple[list[list], list[int], int]:
+    """What both ranks sent in a step, in order of names; the sizes of the parameters; of the matrices together."""
+    found, other = (json.loads((outs / f"traffic-{name}-{rank}.json").read_text()) for rank in (0, 1))
+    assert found == other
+    sizes = [math.prod(shape) for shape in found["shapes"]]
+    matrices = sum(size for size, shape in zip(sizes, found["shapes"], strict=True) if len(shape) > 1)
+    return sorted(found["sent"]), sizes, matrices
+
+
+def even(size: int, to: int = 2) -> int:
+    """The next multiple."""
+    return -(-size // to) * to
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("kind", "accumulation"), [("fp32", 1), ("fp32", 2), ("bf16", 2)])
+def test_a_step_sends_what_theory_says_and_one_vote(outs: Path, stage: int, kind: str, accumulation: int) -> None:
+    found, sizes, matrices = sent(outs, f"zero{stage}-{kind}-{accumulation}")
+    number, width = {"fp32": ("float32", 4), "bf16": ("bfloat16", 2)}[kind]
+    reduced = ["allreduce", number, sum(sizes)]
+    # Stages 1 and 2 gather the two groups of the optimizer, stage 3 halves each parameter.
+    groups = [["allgather_base", number, even(size, to=4)] for size in (matrices, sum(sizes) - matrices)]
+    halves = [[name, number, sum(map(even, sizes))] for name in ("allgather_base", "reduce_scatter_base")]
+    weights = {0: [reduced], 1: [reduced, *groups], 2: [reduced] * accumulation + groups, 3: halves * accumulation}
+    norms = {0: [], 3: [["allreduce", "float64", 1]] * 2}.get(stage, [["allreduce", "float32", 1]] * 2)
+    finite = [["allreduce", "uint8", 1]] if kind == "bf16" and stage in (1, 2) else []
+    assert found == sorted([*weights[stage], *norms, *finite, ["allreduce", "int64", 5]])
+    shares = {"allreduce": 2, "allgather_base": 1, "reduce_scatter_base": 1}  # of (n - 1) / n, by a ring
+    moved = sum(shares[name] * elements * width / 2 for name, _, elements in weights[stage])
+    assert moved == pytest.approx(step_traffic(sum(sizes), stage, 2, accumulation, width), rel=1e-4)  # but for padding
+
+
+def test_autocast_sends_fp32_and_reducing_to_owners_sends_a_third_less(outs: Path) -> None:
+    found, _, _ = sent(outs, "zero1-autocast-1")
+    assert found == sent(outs, "zero1-fp32-1")[0]
+    owned, sizes, _ = sent(outs, "zero1-owners-1")
+    parts = [elements for name, _, elements in owned if name == "reduce"]
+    assert len(parts) == 2 and sum(parts) == sum(sizes)  # in place of one all-reduce, twice as much on the wire
+    assert [call for call in owned if call[0] != "reduce"] == [call for call in found if call[2] != sum(sizes)]
 
 
 def test_one_micro_batch_equals_two_halves(outs: Path) -> None:
