@@ -81,6 +81,11 @@ def uninterrupted() -> None:
     assert train("full-dropout", "zero1-fp32", "model.hidden_dropout=0.1", "generator.attention_dropout=0.1") == 0
     for stage in STAGES:
         assert train(f"full-bf16-z{stage}", f"zero{stage}-bf16", "train.total_steps=60") == 0
+    for stage in (1, 2, 3):
+        engine = json.loads(find_config(f"zero{stage}-fp32", "engine").read_text())
+        engine["zero_optimization"]["reduce_bucket_size"] = 5000  # a third of the word table
+        (OUTS / f"buckets-z{stage}.json").write_text(json.dumps(engine))
+        assert train(f"buckets-z{stage}", str(OUTS / f"buckets-z{stage}.json")) == 0
 
 
 class Collectives(TorchDispatchMode):

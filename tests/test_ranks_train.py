@@ -67,6 +67,11 @@ def test_two_ranks_train_like_one_at_every_stage(outs: Path, stage: int) -> None
     assert distance(outs / f"full-z{stage}", outs / "one") < 1e-5
 
 
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_buckets_smaller_than_the_word_table_change_nothing(outs: Path, stage: int) -> None:
+    assert is_bit_equal(outs / f"buckets-z{stage}", outs / f"full-z{stage}")
+
+
 def sent(outs: Path, name: str) -> tuple[list[list], list[int], int]:
     """What both ranks sent in a step, in order of names; the sizes of the parameters; of the matrices together."""
     found, other = (json.loads((outs / f"traffic-{name}-{rank}.json").read_text()) for rank in (0, 1))
