@@ -178,8 +178,9 @@ def _pack(task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
     for column, values in enumerate([new_row[row], start, length, table["unit"][document],
                                      table["own"]["document"][document], token]):
         pieces[:, column] = values[by_row]
-    parts = np.array_split(ids, 64)  # each becomes int64
-    unigrams = np.sum([np.bincount(part, minlength=task.vocab_size) for part in parts], axis=0, dtype=np.int64)
+    unigrams = np.zeros(task.vocab_size, np.int64)
+    for first in range(0, len(ids), 1 << 20):  # which become int64
+        unigrams += np.bincount(ids[first : first + (1 << 20)], minlength=task.vocab_size)
     unigrams[list(special.model_dump().values())] = 0
     return rows, pieces, unigrams, {
         "documents": len(table), "tokens": len(ids), "pieces": len(pieces),

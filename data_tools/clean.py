@@ -37,11 +37,14 @@ def clean_lines(text: str) -> tuple[list[str], int]:
 
 def text_hash(lines: list[str]) -> tuple[int, int]:
     """128 bits that are equal for texts equal but for case and white space, as two unsigned 64-bit halves."""
-    text = " ".join(map(str.lower, lines))
-    if "  " in text or not text.isprintable():  # of white space, a single space alone is printable
-        text = " ".join(text.split())
-    digest = blake2b(text.encode(), digest_size=16).digest()
+    digest = blake2b(" ".join(map(_normalised, lines)).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _normalised(line: str) -> str:
+    """A cleaned line without upper case, its white space single spaces, which alone of white space are printable."""
+    lower = line.lower()
+    return lower if lower.isprintable() and "  " not in lower else " ".join(lower.split())
 
 
 def minhash() -> Any:

@@ -283,13 +283,13 @@ def _checked(value: object, source: Source, offset: int, tally: Tally, text_fiel
     """The text of a row; nothing, counted as a bad line, when it has none."""
     try:
         text = value.decode() if isinstance(value, bytes) else value
+        str.encode(text)
     except UnicodeDecodeError:
         tally.add_bad("not UTF-8", source, offset)
-        return
-    if not isinstance(text, str):
-        tally.add_bad(f"no text in field {text_field!r}", source, offset)
-    elif not text.isascii() and re.search("[\ud800-\udfff]", text):
+    except UnicodeEncodeError:
         tally.add_bad("half a surrogate pair", source, offset)
+    except TypeError:
+        tally.add_bad(f"no text in field {text_field!r}", source, offset)
     else:
         yield from (text[at : at + LONGEST] for at in range(0, len(text) or 1, LONGEST))
 

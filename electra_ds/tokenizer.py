@@ -205,7 +205,7 @@ class SentencePiece(Tokenizer):
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts = self._model.encode(list(texts), num_threads=1, return_type="numpy")
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-        return np.concatenate([np.empty(0, np.int32), *parts]).view(np.uint32), lengths
+        return np.frombuffer(b"".join(parts), np.uint32), lengths
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self._model.encode(text, return_type="offset_mapping")
