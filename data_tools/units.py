@@ -154,16 +154,10 @@ def _encode(tokenizer: Tokenizer, texts: list[list[str]],
     flat = [line for lines in texts for line in lines]
     ids, lengths = tokenizer.encode_flat(flat)
     unknowns.look(tokenizer, flat, ids, lengths)
-    line_ends, lines = np.cumsum(lengths), np.cumsum([len(lines) for lines in texts])
+    line_ends, lines = np.cumsum(lengths), np.cumsum([len(lines) for lines in texts])[:-1]
     stored = np.insert(ids.astype(ids_dtype(tokenizer.vocab_size)), line_ends, tokenizer.special_ids.sep)
     ends = line_ends[lines - 1]
-    return _cut(stored, ends + lines), _cut(ids, ends)
-
-
-def _cut(flat: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """The parts of `flat` that end there; np.split takes ten times as long, 3 % of `prepare`."""
-    ends = ends.tolist()
-    return [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return np.split(stored, ends + lines), np.split(ids, ends)
 
 
 class UnitWriter:
