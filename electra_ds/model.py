@@ -61,15 +61,18 @@ class Layer(nn.Module):
         self.ffn_out = Linear(sizes.ffn_size, hidden)
         self.ffn_norm = nn.LayerNorm(hidden, eps)
 
-    def forward(self, x: Tensor, pieces: Pieces) -> Tensor:  # [B, S, H]
+    def forward(self, x: Tensor, pieces: Pieces, places: Tensor | None = None) -> Tensor:  # [B, S, H]
         seen = attention(self.qkv(x), self.num_heads, pieces, self.attention_dropout if self.training else 0.0)
+        if places is not None:  # [N] in the flattened batch: the result is needed there alone, [N, H]
+            x, seen = (t.flatten(0, 1).index_select(0, places) for t in (x, seen))
         x = self.attention_norm(x + dropout(self.out(seen), self.dropout, self.training))
         change = self.ffn_out(F.gelu(self.ffn_in(x)))
         return self.ffn_norm(x + dropout(change, self.dropout, self.training))
 
 
 class Encoder(nn.Module):
-    """Embedded rows [B, S, E] -> hidden [B, S, H]; a projection first where E != H."""
+    """Embedded rows [B, S, E] -> hidden [B, S, H], or at places [N] of the flattened batch alone [N, H]; a projection
+    first where E != H."""
 
     def __init__(self, sizes: EncoderConfig, embedding_size: int, eps: float):
         super().__init__()
@@ -79,15 +82,16 @@ class Encoder(nn.Module):
         self.project = None if same else Linear(embedding_size, sizes.hidden_size)
         self.layers = nn.ModuleList(Layer(sizes, eps) for _ in range(sizes.num_layers))
 
-    def forward(self, x: Tensor, piece_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, piece_ids: Tensor, places: Tensor | None = None) -> Tensor:
         dtype = compute_dtype(x)
         x = x.to(dtype) if self.project is None else self.project(x)
         pieces = pieces_of(piece_ids, dtype, self.attention_dropout if self.training else 0.0)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers, 1):
+            at = places if i == len(self.layers) else None
             if self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, pieces, use_reentrant=False)
+                x = checkpoint(layer, x, pieces, at, use_reentrant=False)
             else:
-                x = layer(x, pieces)
+                x = layer(x, pieces, at)
         return x
 
 

@@ -106,6 +106,8 @@ if RANKS.world_size == 1:
     check_best()
     check_schedule()
     run("half", "classes", "zero0-bf16", keep="all", epochs=1.0)
+    run("padded", "classes", epochs=1.0, dropout=0.0, batching="padded")
+    run("packed", "classes", epochs=1.0, dropout=0.0, batching="packed")
     run("random", "classes", random_init=True, keep="none", epochs=0.5)
     run("blown", "classes", peak_lr=1e30, max_skipped_steps=2)
 leave()

@@ -19,6 +19,8 @@ from electra_ds.glue.config import load_finetune
 from electra_ds.glue.examples import Example, read_examples
 from electra_ds.glue.predict import logits_of, predictions_of
 from electra_ds.glue.tasks import Task, load_task
+from electra_ds.interop.hf import classifier_to_hf, hf_config, to_hf
+from electra_ds.model import true_state
 from electra_ds.tokenizer import load_tokenizer
 
 WORDS = run_folders.VOCABULARY[5:305]
@@ -113,6 +115,14 @@ def test_an_interrupted_seed_goes_on_from_its_epoch_bit_for_bit(suites):
         assert (cut / f"predictions-{split}.tsv").read_text() == (whole / f"predictions-{split}.tsv").read_text()
     assert result(suites / "one" / "cut")["train_loss"] == result(suites / "one" / "classes")["train_loss"]
     assert not (cut / "ckpt").exists()
+
+
+def test_packed_batches_teach_what_padded_ones_teach(suites):
+    padded, packed = (suites / "one" / name for name in ("padded", "packed"))
+    assert result(padded)["train_loss"] == pytest.approx(result(packed)["train_loss"], rel=1e-5)
+    texts = [next(path.glob("*/seed-0/predictions-test.tsv")).read_text() for path in (padded, packed)]
+    said = [np.array([line.split("\t")[2:] for line in text.split("\n")[1:-1]], float) for text in texts]
+    assert np.abs(said[0] - said[1]).max() < 1e-4
 
 
 def test_the_best_epoch_is_said_and_random_weights_too(suites):
@@ -240,6 +250,60 @@ def test_micro_batches_are_the_global_batch_in_order_and_empty_ones_weigh_nothin
     micros = micro_batches(np.arange(5), 2, 4, encoded, 0, "classification")
     assert [tuple(m.input_ids.shape) for m in micros] == [(2, 5), (2, 7), (1, 8), (1, 2)]
     assert [m.weights.sum().item() for m in micros] == [2, 2, 1, 0] and micros[1].labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
+def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(tmp_path, kind):
+    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    model = run_folders.config().model.model_copy(update={"max_positions": 128})
+    per_token, regression = kind == "token_classification", kind == "regression"
+    module = run_folders.drawn(Classifier(model, 1 if regression else 3, per_token, regression))
+    random = np.random.default_rng(0)
+    sizes = [9, 9, 9, 4, 17, 17, 23, 9]  # stretches of equal lengths, and lengths that come again
+
+    def text(size: int) -> list[str]:
+        return [WORDS[i] for i in random.integers(0, 300, size)]
+
+    if per_token:
+        examples = [Example("", text(size), None, [i % 3 for i in range(size)]) for size in sizes]
+    else:
+        examples = [Example("", " ".join(text(size)), " ".join(text(5)), i % 3) for i, size in enumerate(sizes)]
+    asked = task(kind, labels=None if regression else ["a", "b", "c"], label_range=(0.0, 2.0) if regression else None)
+    encoded = encode(examples, asked, words_tokenizer(tmp_path), 128)
+    lengths = [len(example.ids) for example in encoded]
+    name, state = classifier_to_hf(true_state(module), kind)
+    stock = getattr(transformers, name)(transformers.ElectraConfig(
+        **hf_config(model, None, "discriminator", 0), num_labels=1 if regression else 3)).eval()  # fmt: skip
+    assert not stock.load_state_dict(state, strict=False).missing_keys
+    fixed = collate([*encoded, encoded[0]._replace(ids=[2] * 128, second=128, label=[-1] * 128 if per_token else 0)],
+                    0, kind)  # fmt: skip
+    ids, segments, real = (x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.piece_ids))  # padded to 128
+    theirs = stock(ids, attention_mask=real, token_type_ids=segments).logits
+    expected = torch.cat([x[:size] for x, size in zip(theirs, lengths, strict=True)]) if per_token else theirs
+    expected.square().sum().backward()
+    expected_grads = {name: p.grad for name, p in stock.named_parameters()}
+    largest = max(float(grad.abs().max()) for grad in expected_grads.values())
+    for packed in (False, True):
+        batch = collate(encoded, 0, kind, packed)
+        assert batch.input_ids.shape == ((1, sum(lengths)) if packed else (len(sizes), max(lengths)))
+        module.zero_grad()
+        logits = module(batch, predict=True)
+        logits = logits[batch.piece_ids.flatten() > 0] if per_token else logits
+        logits.square().sum().backward()
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        grads = {name: p.grad[: len(value)] for (name, p), value in
+                 zip(module.named_parameters(), true_state(module).values(), strict=True)}  # fmt: skip
+        for name, grad in to_hf(grads, "discriminator").items():
+            torch.testing.assert_close(grad, expected_grads[name], atol=1e-6 * largest, rtol=1e-4, msg=name)
+        alone = sum(module(collate(one, 0, kind, packed)).total for one in [[], *([one] for one in encoded)])
+        torch.testing.assert_close(alone, module(batch).total)
+
+
+def test_a_micro_batch_is_at_most_a_ranks_share_of_the_global_batch():
+    config = load_finetune("small")
+    sizes = [config.of("cola", None, 0, world_size).train.micro_batch_size for world_size in (1, 2, 16)]
+    assert sizes == [32, 16, 2]
+    assert config.of("cola", None, 0, 16).accumulation(16) == 1
 
 
 def test_predictions_do_not_depend_on_batching(tmp_path):

@@ -1,6 +1,6 @@
 """The fine-tuned model: a pretrained encoder with one linear head (ELECTRA, appendix B), and its loss.
 
-Letters: B examples, S tokens, H hidden, C outputs (classes, or 1 in regression).
+Letters: N examples in B rows of S tokens, H hidden, C outputs (classes, or 1 in regression).
 """
 
 import re
@@ -45,20 +45,20 @@ class Classifier(nn.Module):
     def forward(self, batch: TaskBatch, count: float = 1.0, *, predict: bool = False) -> TaskLoss | Tensor:
         """The loss summed over the labels and divided by count, or with predict the logits.
 
-        Logits: [B, C] (per token [B, S, C]) fp32. count: labels of the whole global batch. Cross-entropy, in
+        Logits: [N, C] (per token [B * S, C]) fp32. count: labels of the whole global batch. Cross-entropy, in
         regression the squared error on labels in [0, 1].
         """
         embedded = self.embeddings(batch.input_ids, batch.segment_ids, batch.position_ids)
-        hidden = self.discriminator(embedded, batch.real)  # [B, S, H]
-        seen = hidden if self.per_token else hidden[:, 0]
-        logits = self.head(dropout(seen, self.dropout, self.training)).float()
+        # Behind attention the last layer works at [CLS] alone: 6 % of a sentence's step on a CPU.
+        seen = self.discriminator(embedded, batch.piece_ids, None if self.per_token else batch.first)
+        logits = self.head(dropout(seen, self.dropout, self.training)).float().view(len(batch.labels), -1)
         if predict:
             return logits
         if self.regression:
             losses = (logits.squeeze(-1) - batch.labels) ** 2
         else:
-            losses = F.cross_entropy(logits.flatten(0, -2), batch.labels.flatten(), reduction="none")
-        return TaskLoss((losses * batch.weights.flatten()).sum() / count)
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        return TaskLoss((losses * batch.weights).sum() / count)
 
 
 def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:

@@ -13,7 +13,10 @@ class FinetuneTrain(Section):
     epochs: float = science(3.0, "passes over the training examples", gt=0)
     max_length: int = science(128, "tokens of an example, [CLS] and [SEP] included; longer ones are cut", ge=8)
     global_batch_size: int = science(32, "examples per optimizer step, over all ranks", ge=1)
-    micro_batch_size: int = machine(16, "examples per forward and backward on one rank", ge=1)
+    micro_batch_size: int = machine(16, "most examples per forward and backward; never above a rank's share", ge=1)
+    batching: Literal["auto", "padded", "packed"] = machine(
+        "auto", "rows of a micro-batch: padded to its longest, or packed into one; auto: packed on a CPU"
+    )
     dropout: float = science(0.1, "in the encoder and before the head, whatever pretraining had", ge=0, lt=1)
     seed: int = science(0, "first seed: of the head, the order and dropout; --seeds counts on from it", ge=0, lt=2**31)
     select: Literal["last", "best"] = science(
@@ -57,12 +60,17 @@ class FinetuneConfig(Section):
         """`config.accumulation` of this suite."""
         return accumulation(self.train, world_size)
 
-    def of(self, task: str, own_epochs: float | None, seed: int) -> "FinetuneConfig":
-        """The config of one task and seed. own_epochs: what the description of a user's own task asks for."""
+    def of(self, task: str, own_epochs: float | None, seed: int, world_size: int = 1) -> "FinetuneConfig":
+        """The config of one task and seed. own_epochs: what the description of a user's own task asks for.
+
+        micro_batch_size is at most a rank's share of the global batch.
+        """
         found = self.tasks.get(task, TaskOverrides()).model_dump(exclude_none=True)
         optimizer = {"peak_lr": found.pop("peak_lr", self.optimizer.peak_lr)}
-        train = {"epochs": own_epochs or self.train.epochs} | found | {"seed": seed}
-        sections = {"train": self.train.model_copy(update=train), "tasks": {}}
+        train = self.train.model_copy(update={"epochs": own_epochs or self.train.epochs} | found | {"seed": seed})
+        share = max(1, train.global_batch_size // world_size)
+        train = train.model_copy(update={"micro_batch_size": min(train.micro_batch_size, share)})
+        sections = {"train": train, "tasks": {}}
         return self.model_copy(update=sections | {"optimizer": self.optimizer.model_copy(update=optimizer)})
 
 

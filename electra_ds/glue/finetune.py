@@ -28,7 +28,7 @@ from electra_ds.config import CheckpointConfig, differences, load_engine, neares
 from electra_ds.engine import Engine, from_first, leave, start
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_json
-from electra_ds.glue.batches import Encoded, TaskBatch, encode, epoch_batches, micro_batches, swapped
+from electra_ds.glue.batches import Encoded, TaskBatch, encode, epoch_batches, is_packed, micro_batches, swapped
 from electra_ds.glue.classifier import layerwise
 from electra_ds.glue.config import FinetuneConfig
 from electra_ds.glue.examples import Example, read_examples
@@ -132,7 +132,7 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
     if odd := [name for name in config.tasks if name not in known]:
         raise UserError(f"tasks.{odd[0]}: no task of that name{nearest(glue_name(odd[0]), known)}")
     for task in tasks:
-        own = config.of(task.name, task.epochs, 0)
+        own = config.of(task.name, task.epochs, 0, suite.ranks.world_size)
         own.accumulation(suite.ranks.world_size)
         if own.train.max_length > model.max_positions:
             raise UserError(f"train.max_length = {own.train.max_length}, but the model has {model.max_positions} "
@@ -203,7 +203,7 @@ class Seed:
 
     def __init__(self, suite: Suite, task: Task, splits: Splits, seed: int):
         self.suite, self.task, self.splits, self.seed = suite, task, splits, seed
-        self.config = suite.config.of(task.name, task.epochs, seed)
+        self.config = suite.config.of(task.name, task.epochs, seed, suite.ranks.world_size)
         self.folder = _folder(suite.out, task, seed)
         self.pad_id = suite.pretrained.tokenizer.special_ids.pad
         self.lengths = np.array([len(example.ids) for example in splits.encoded["train"]])
@@ -306,7 +306,8 @@ class Seed:
         examples, share = self.splits.encoded["train"], train.micro_batch_size * accumulation
         first = self.suite.ranks.rank * share
         mine = batch[first : first + share]
-        micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, self.pad_id, self.task.kind)
+        form = self.pad_id, self.task.kind, is_packed(train.batching, self.suite.device)
+        micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, *form)
         positions = [number * train.global_batch_size + first + i * train.micro_batch_size for i in range(accumulation)]
         labels = (examples[i].label for i in batch)
         count = sum(sum(v >= 0 for v in label) if isinstance(label, list) else 1 for label in labels)

@@ -17,21 +17,26 @@ SHORTEST_PIECE = 2  # [CLS] and [SEP]; bounds how many pieces a row can hold
 
 
 class Pieces(NamedTuple):
-    """Who attends to whom, made once per micro-batch. Both None: every token of a row sees the whole row."""
+    """Who attends to whom, made once per micro-batch. All None: every token of a row sees the whole row."""
 
     bias: Tensor | None = None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
     bounds: Tensor | None = None  # [B * (S // 2 + 1) + 1] int32, starts of the pieces in the flattened batch
+    runs: list[tuple[int, int]] | None = None  # of one row: (pieces, tokens of each) of each stretch of equal lengths
 
 
 def pieces_of(piece_ids: Tensor, dtype: torch.dtype, dropout: float = 0.0) -> Pieces:
     """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
 
-    dtype is the one attention will compute in. On a CPU rows of a single piece take the path without a mask;
-    on other devices nothing is read back, so that the step has no host sync.
+    dtype is the one attention will compute in. On a CPU rows of a single piece take the path without a mask, and one
+    row alone goes piece by piece; on other devices nothing is read back, so that the step has no host sync.
     """
     if not piece_ids.is_cuda:
         if bool((piece_ids == 1).all()):
             return Pieces()
+        if len(piece_ids) == 1:
+            sizes = torch.unique_consecutive(piece_ids[0], return_counts=True)[1]
+            stretches = torch.unique_consecutive(sizes, return_counts=True)
+            return Pieces(runs=list(zip(stretches[1].tolist(), stretches[0].tolist(), strict=True)))
     elif _has_varlen(piece_ids.device, dtype) and not dropout:
         return Pieces(bounds=_bounds(piece_ids))
     apart = piece_ids[:, None, :, None] != piece_ids[:, None, None, :]
@@ -50,6 +55,13 @@ def attention(
     """
     if backend == "auto":
         backend = "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
+    if backend == "bmm" and pieces.runs is not None:
+        parts = qkv[0].split([count * size for count, size in pieces.runs])
+        seen = [
+            _BmmAttention.apply(part.view(*run, -1), num_heads, None, dropout).flatten(0, 1)
+            for part, run in zip(parts, pieces.runs, strict=True)
+        ]
+        return torch.cat(seen)[None]
     if backend == "bmm":
         return _BmmAttention.apply(qkv, num_heads, pieces.bias, dropout)
     batch, length, width = qkv.shape
