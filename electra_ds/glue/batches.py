@@ -110,12 +110,6 @@ def micro_batches(
     ]
 
 
-def is_packed(batching: str, device: torch.device) -> bool:
-    """What train.batching asks for. Packed, a step takes 4 to 10 % less time on a CPU; elsewhere one long row has
-    attention of its own only in half precision and without dropout (ops.attention)."""
-    return batching == "packed" or (batching == "auto" and device.type == "cpu")
-
-
 def collate(examples: list[Encoded], pad_id: int, kind: str, packed: bool = False) -> TaskBatch:
     """Examples of a kind of task, each a row padded to the longest, or packed: one after the other in a single row.
 

@@ -49,7 +49,7 @@ class Classifier(nn.Module):
         regression the squared error on labels in [0, 1].
         """
         embedded = self.embeddings(batch.input_ids, batch.segment_ids, batch.position_ids)
-        # Behind attention the last layer works at [CLS] alone: 6 % of a sentence's step on a CPU.
+        # Behind attention the last layer works at [CLS] alone: 1 (CoLA) to 7 % (RTE) less time of Small on a CPU.
         seen = self.discriminator(embedded, batch.piece_ids, None if self.per_token else batch.first)
         logits = self.head(dropout(seen, self.dropout, self.training)).float().view(len(batch.labels), -1)
         if predict:

@@ -14,8 +14,8 @@ class FinetuneTrain(Section):
     max_length: int = science(128, "tokens of an example, [CLS] and [SEP] included; longer ones are cut", ge=8)
     global_batch_size: int = science(32, "examples per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = machine(16, "most examples per forward and backward; never above a rank's share", ge=1)
-    batching: Literal["auto", "padded", "packed"] = machine(
-        "auto", "rows of a micro-batch: padded to its longest, or packed into one; auto: packed on a CPU"
+    batching: Literal["padded", "packed"] = machine(
+        "padded", "a micro-batch: a row per example, padded to its longest, or one row without padding"
     )
     dropout: float = science(0.1, "in the encoder and before the head, whatever pretraining had", ge=0, lt=1)
     seed: int = science(0, "first seed: of the head, the order and dropout; --seeds counts on from it", ge=0, lt=2**31)

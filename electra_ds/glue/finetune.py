@@ -28,7 +28,7 @@ from electra_ds.config import CheckpointConfig, differences, load_engine, neares
 from electra_ds.engine import Engine, from_first, leave, start
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_json
-from electra_ds.glue.batches import Encoded, TaskBatch, encode, epoch_batches, is_packed, micro_batches, swapped
+from electra_ds.glue.batches import Encoded, TaskBatch, encode, epoch_batches, micro_batches, swapped
 from electra_ds.glue.classifier import layerwise
 from electra_ds.glue.config import FinetuneConfig
 from electra_ds.glue.examples import Example, read_examples
@@ -306,7 +306,7 @@ class Seed:
         examples, share = self.splits.encoded["train"], train.micro_batch_size * accumulation
         first = self.suite.ranks.rank * share
         mine = batch[first : first + share]
-        form = self.pad_id, self.task.kind, is_packed(train.batching, self.suite.device)
+        form = self.pad_id, self.task.kind, train.batching == "packed"
         micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, *form)
         positions = [number * train.global_batch_size + first + i * train.micro_batch_size for i in range(accumulation)]
         labels = (examples[i].label for i in batch)

@@ -15,7 +15,7 @@ from torch import nn
 from electra_ds.config import ModelConfig
 from electra_ds.errors import UserError
 from electra_ds.files import write_bytes
-from electra_ds.glue.batches import Encoded, TaskBatch, collate, encode, is_packed, prediction_batches
+from electra_ds.glue.batches import Encoded, TaskBatch, collate, encode, prediction_batches
 from electra_ds.glue.classifier import Classifier
 from electra_ds.glue.examples import Example, read_examples, read_file
 from electra_ds.glue.metrics import score
@@ -41,12 +41,11 @@ def logits_of(
     """Logits of each example, [C] or [S, C] fp32, on every rank; module: a Classifier in eval mode. Collective."""
     mine, device = {}, next(module.parameters()).device
     for numbers in prediction_batches(examples, BATCH, ranks.rank, ranks.world_size):
-        made = collate([examples[i] for i in numbers], pad_id, kind, is_packed("auto", device))
-        batch = TaskBatch(*(tensor.to(device) for tensor in made))
+        batch = TaskBatch(*(tensor.to(device) for tensor in collate([examples[i] for i in numbers], pad_id, kind)))
         found = module(batch, predict=True).cpu().numpy()
-        for row, (i, start) in enumerate(zip(numbers, made.first.tolist(), strict=False)):  # an empty batch has padding
-            per_token = kind == "token_classification"
-            mine[i] = found[start : start + len(examples[i].ids)] if per_token else found[row]
+        found = found.reshape(*batch.piece_ids.shape, -1) if kind == "token_classification" else found
+        for i, row in zip(numbers, found, strict=False):  # an empty batch holds a row of padding
+            mine[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
     whole = {i: row for part in exchange(mine) for i, row in part.items()}
     return [whole[i] for i in range(len(examples))]
 
