@@ -36,9 +36,9 @@ def value_and_grads(function, *inputs):
 
 
 @pytest.mark.parametrize("backend", ["bmm", "sdpa"])
-@pytest.mark.parametrize("piece_ids", [PACKED, torch.ones_like(PACKED)], ids=["packed", "full"])
+@pytest.mark.parametrize("piece_ids", [PACKED, PACKED[1:2], torch.ones_like(PACKED)], ids=["packed", "one row", "full"])
 def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
-    qkv = torch.randn(3, 9, 3 * 8)
+    qkv = torch.randn(*piece_ids.shape, 3 * 8)
     pieces = pieces_of(piece_ids, qkv.dtype)
     ours = value_and_grads(lambda t: attention(t, 2, pieces, backend=backend), qkv)
     theirs = value_and_grads(lambda t: written_out_attention(t, 2, piece_ids), qkv)
@@ -49,6 +49,8 @@ def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
 def test_rows_of_one_piece_need_no_mask():
     assert pieces_of(torch.ones(2, 5, dtype=torch.long), torch.float32) == Pieces()
     assert pieces_of(PACKED, torch.float32).bias is not None
+    alone = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
+    assert pieces_of(alone, torch.float32) == Pieces(runs=[(2, 2), (1, 3), (1, 2)])
 
 
 def test_attention_with_dropout_has_the_gradient_of_what_it_computes():

@@ -53,15 +53,15 @@ def attention(
     backend: "bmm" (plain products, one autograd function: the fast one on CPUs), "sdpa", "varlen", or "auto"
     Returns [B, S, H] in qkv's dtype.
     """
-    if backend == "auto":
-        backend = "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
-    if backend == "bmm" and pieces.runs is not None:
+    if pieces.runs is not None:
         parts = qkv[0].split([count * size for count, size in pieces.runs])
         seen = [
             _BmmAttention.apply(part.view(*run, -1), num_heads, None, dropout).flatten(0, 1)
             for part, run in zip(parts, pieces.runs, strict=True)
         ]
         return torch.cat(seen)[None]
+    if backend == "auto":
+        backend = "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
     if backend == "bmm":
         return _BmmAttention.apply(qkv, num_heads, pieces.bias, dropout)
     batch, length, width = qkv.shape
