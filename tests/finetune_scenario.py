@@ -99,7 +99,7 @@ def check_best() -> None:
 
 
 run("classes", "classes", seeds=2)
-run("pairs", "pairs", "zero2-fp32" if RANKS.world_size > 1 else "zero0-fp32", epochs=2.0)
+run("pairs", "pairs", "zero2-fp32" if RANKS.world_size > 1 else "zero0-fp32", epochs=2.0, dropout=0.0)
 run("words", "words", "zero3-fp32" if RANKS.world_size > 1 else "zero1-fp32", epochs=3.5, peak_lr=1e-3)
 if RANKS.world_size == 1:
     interrupted("cut", "classes")
