@@ -16,6 +16,7 @@ from torch import Tensor
 from electra_ds import order
 from electra_ds.config import ObjectiveConfig, SpecialIds
 from electra_ds.errors import UserError
+from electra_ds.ops.attention import piece_bounds
 from electra_ds.shards import Manifest
 from electra_ds.values import Batch
 
@@ -243,19 +244,23 @@ class Batches:
         rows, epochs = self.order.rows((firsts[:, None] + self.first + np.arange(own)).ravel())
         batch = make_batch(self.reader.read(rows), rows, epochs, self.recipe)
         if self.pin_memory:
-            batch = Batch(*(tensor.pin_memory() for tensor in batch))
+            batch = batch.map(Tensor.pin_memory)
         chosen, tokens = batch.chosen_weights.numpy().sum(1), (batch.piece_ids.numpy() > 0).sum(1)
         for i, first in enumerate(firsts.tolist()):
             here = slice(i * own, (i + 1) * own)
             yield StepBatch(
                 position=first,
                 micro_positions=[first + self.first + start for start in range(0, own, micro)],
-                micros=[Batch(*(t[a : a + micro] for t in batch)) for a in range(here.start, here.stop, micro)],
+                micros=[self._micro(batch, slice(a, a + micro)) for a in range(here.start, here.stop, micro)],
                 chosen_count=int(chosen[here].sum()),
                 token_count=int(tokens[here].sum()),
                 rows=rows[here],
                 wait_seconds=0.0,
             )
+
+    def _micro(self, batch: Batch, rows: slice) -> Batch:
+        own = batch.map(lambda tensor: tensor[rows])
+        return own._replace(bounds=piece_bounds(own.piece_ids).pin_memory()) if self.pin_memory else own
 
 
 def _state_head(reader: Rows, row_order: RowOrder) -> dict[str, Any]:

@@ -167,6 +167,7 @@ class TrainConfig(Section):
     timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
     silence_seconds: float = machine(15.0, "without a word of a rank, until the others end the run", ge=1)
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
+    deterministic: bool = machine(False, "on GPUs, too, the same bits from the same run again; slower")
 
     @model_validator(mode="after")
     def _is_possible(self) -> "TrainConfig":

@@ -51,8 +51,10 @@ class StepResult(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- start
 
 
-def start(ranks: Ranks, timeout_minutes: float) -> torch.device:
+def start(ranks: Ranks, timeout_minutes: float, deterministic: bool = False) -> torch.device:
     """Pick the device, meet the other ranks (NCCL on CUDA, gloo on a CPU). Call once, before `Engine`.
+
+    deterministic: CUDA kernels that sum in any order are replaced, or raise where there is no other.
 
     From here on SIGUSR2 prints the stacks of this rank: where does it hang?
     """
@@ -74,6 +76,10 @@ def start(ranks: Ranks, timeout_minutes: float) -> torch.device:
     else:
         device, backend = _cuda_device(ranks), "nccl"
         torch.cuda.set_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first matrix product runs
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # finds mistakes, changes no result
     deepspeed.init_distributed(dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
     if dist.get_world_size() != ranks.world_size:
         raise UserError(f"{ranks.launcher} promised {ranks.world_size} ranks, but {dist.get_world_size()} met")
@@ -272,10 +278,10 @@ class Engine:
         torch.manual_seed(((self.config.train.seed << 40) ^ position * 0x9E3779B97F4A7C15) & (2**63 - 1))
 
     def to_device(self, batch: NamedTuple) -> NamedTuple:
-        """A tuple of CPU tensors on this rank's device."""
+        """A tuple of CPU tensors (or None) on this rank's device; the copy of pinned ones overlaps what runs there."""
         if self.device.type == "cpu":
             return batch
-        return type(batch)(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+        return type(batch)(*(value if value is None else value.to(self.device, non_blocking=True) for value in batch))
 
     @property
     def module(self) -> nn.Module:

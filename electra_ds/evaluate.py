@@ -35,7 +35,7 @@ def evaluate(
     sums = torch.zeros(3 + 8 + 2 * BINS, dtype=torch.float64, device=device)  # mlm, disc, unigram, counts
     fixed = torch.zeros(2, BINS, dtype=torch.float64, device=device)
     for rows_of, rows in batches:
-        batch = Batch(*(tensor.to(device) for tensor in rows_of))
+        batch = rows_of.map(lambda tensor: tensor.to(device))
         losses = module(batch, 1.0, 1.0, with_counts=True)
         targets = batch.input_ids.gather(1, batch.chosen)
         unigram = -(log_unigram[targets] * batch.chosen_weights).sum()

@@ -77,15 +77,16 @@ class Encoder(nn.Module):
     def __init__(self, sizes: EncoderConfig, embedding_size: int, eps: float):
         super().__init__()
         self.recompute_layers = False  # activation checkpointing: less memory, the same numbers
-        self.attention_dropout = sizes.attention_dropout
         same = sizes.hidden_size == embedding_size
         self.project = None if same else Linear(embedding_size, sizes.hidden_size)
         self.layers = nn.ModuleList(Layer(sizes, eps) for _ in range(sizes.num_layers))
 
-    def forward(self, x: Tensor, piece_ids: Tensor, places: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, piece_ids: Tensor, bounds: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
         dtype = compute_dtype(x)
         x = x.to(dtype) if self.project is None else self.project(x)
-        pieces = pieces_of(piece_ids, dtype, self.attention_dropout if self.training else 0.0)
+        pieces = pieces_of(piece_ids, dtype, bounds)
         for i, layer in enumerate(self.layers, 1):
             at = places if i == len(self.layers) else None
             if self.recompute_layers and torch.is_grad_enabled():

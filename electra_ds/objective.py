@@ -68,6 +68,9 @@ class Objective(nn.Module):
 
     def compile_layers(self) -> None:
         """torch.compile every layer in place, before DeepSpeed wraps the module; parameter names stay."""
+        # Two encoders, with and without gradient, each in the few sizes of `piece_bounds`: past the limit, which is 8,
+        # layers would run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
         for part in self.modules():
             if isinstance(part, Layer):
                 part.compile(dynamic=False)
@@ -123,7 +126,7 @@ class ElectraObjective(Objective):
         encoder = self.discriminator if is_main or self.sharing == "all" else self.generator
         embeddings = self.generator_embeddings if self.sharing == "untied" and not is_main else self.embeddings
         head = self.mlm_head if is_main else self.generator_head
-        hidden = encoder(embeddings(masked_ids, batch.segment_ids, batch.position_ids), batch.piece_ids)
+        hidden = encoder(embeddings(masked_ids, batch.segment_ids, batch.position_ids), batch.piece_ids, batch.bounds)
         return head(gather_places(hidden, batch.chosen), embeddings.word, self._at_chosen(batch, with_best))
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
@@ -146,7 +149,7 @@ class ElectraObjective(Objective):
 
     def _encode(self, input_ids: Tensor, batch: Batch) -> Tensor:  # [B, S, H]
         embedded = self.embeddings(input_ids, batch.segment_ids, batch.position_ids)
-        return self.discriminator(embedded, batch.piece_ids)
+        return self.discriminator(embedded, batch.piece_ids, batch.bounds)
 
     def _at_chosen(self, batch: Batch, with_best: bool) -> dict:
         return {

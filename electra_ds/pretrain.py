@@ -59,7 +59,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
     """
     record = functools.partial(run_folder.record_error, out)
     try:
-        device = start(ranks, config.train.timeout_minutes)
+        device = start(ranks, config.train.timeout_minutes, config.train.deterministic)
     except BaseException as error:
         if not owner_of(out)[0]:  # such as a port that the run at work in OUT has
             record(ranks.rank, error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -19,6 +21,11 @@ class Batch(NamedTuple):
     chosen_weights: Tensor  # [B, K] float32, 1 or 0
     keep: Tensor  # [B, K] bool, True: the place keeps its token instead of [MASK]
     uniforms: Tensor  # [B, K] float32 in [0, 1), one number per draw from the generator
+    bounds: Tensor | None = None  # int32, `ops.attention.piece_bounds` of piece_ids; made for CUDA alone
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of function(tensor) for each tensor that is there."""
+        return Batch(*(value if value is None else function(value) for value in self))
 
 
 class Counts(NamedTuple):

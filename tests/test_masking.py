@@ -116,7 +116,7 @@ def test_spans_are_as_long_as_those_of_spanbert():
 def test_token_masking_is_what_it_was():
     """Golden values from before words could be drawn: a change here is another experiment under the same name."""
     batch = make_batch(best_fit_rows(1000, 128), np.arange(1000), 3, RECIPE._replace(begins_word=None))
-    digests = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] for tensor in batch[4:]]
+    digests = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] for tensor in batch[4:8]]
     assert digests == ["cb6d0ff88af1a075", "3a241a22c0aafd67", "b38adfbd1e9e8b13", "a21556bccfb5f0cc"]
 
 

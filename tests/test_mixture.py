@@ -159,7 +159,7 @@ def stream(data, steps, **options):
         ranks.append([next(loader) for _ in range(steps)])
         loader.close()
     parts = [part for step in zip(*ranks, strict=True) for part in step]
-    micros = [micro for part in parts for micro in part.micros]
+    micros = [micro[:8] for part in parts for micro in part.micros]
     return [np.concatenate([part.rows for part in parts])] + [torch.cat(field) for field in zip(*micros, strict=True)]
 
 

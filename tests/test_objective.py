@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from electra_ds.config import GeneratorConfig, ModelConfig, ObjectiveConfig, SpecialIds
 from electra_ds.figures import BINS, auc, histogram
 from electra_ds.objective import ElectraObjective, mask_input, put
+from electra_ds.ops.attention import piece_bounds
 from electra_ds.values import Batch
 
 IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -50,11 +51,24 @@ def make_batch(rows=4, length=20, chosen=4, seed=0) -> Batch:
 
 
 def part(batch: Batch, rows) -> Batch:
-    return Batch(*(value[rows] for value in batch))
+    return batch.map(lambda value: value[rows])
 
 
 def counts_of(batch: Batch):
     return batch.chosen_weights.sum(), (batch.piece_ids > 0).sum()
+
+
+@pytest.mark.parametrize("pieces", [None, torch.ones(4, 20, dtype=torch.long)], ids=["packed", "full"])
+@pytest.mark.parametrize("with_counts", [False, True])
+def test_a_step_on_a_device_reads_nothing_back(pieces, with_counts, monkeypatch):
+    """Tensors without numbers: whatever the host asks of one raises, as it would wait for a GPU."""
+    monkeypatch.setattr("electra_ds.model.compute_dtype", lambda x: x.dtype)  # there is no autocast for them
+    module, batch = build(dropout=0.1), make_batch()
+    batch = batch if pieces is None else batch._replace(piece_ids=pieces)
+    batch = batch._replace(bounds=piece_bounds(batch.piece_ids)).map(lambda value: value.to("meta"))
+    losses = module.to("meta")(batch, 12, 70, with_counts=with_counts)
+    losses.total.backward()
+    assert losses.total.device.type == "meta" and all(p.grad is not None for p in module.parameters())
 
 
 def test_masking_hides_the_chosen_places_that_do_not_keep_their_token():

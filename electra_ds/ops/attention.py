@@ -4,7 +4,6 @@ Letters: B rows, S sequence, H hidden, N heads, D = H / N.
 """
 
 import math
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -13,32 +12,49 @@ from torch import Tensor
 
 from electra_ds.ops.dropout import dropout_factors
 
-SHORTEST_PIECE = 2  # [CLS] and [SEP]; bounds how many pieces a row can hold
-
 
 class Pieces(NamedTuple):
     """Who attends to whom, made once per micro-batch. All None: every token of a row sees the whole row."""
 
     bias: Tensor | None = None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
-    bounds: Tensor | None = None  # [B * (S // 2 + 1) + 1] int32, starts of the pieces in the flattened batch
+    bounds: Tensor | None = None  # int32, starts of the pieces in the flattened batch (`piece_bounds`)
     runs: list[tuple[int, int]] | None = None  # of one row: (pieces, tokens of each) of each stretch of equal lengths
 
 
-def pieces_of(piece_ids: Tensor, dtype: torch.dtype, dropout: float = 0.0) -> Pieces:
+def piece_bounds(piece_ids: Tensor) -> Tensor:
+    """Starts of the pieces of piece_ids [B, S] in the flattened batch, and its length; int32, made on the host.
+
+    Filled up with the length to B x 1, 2, 4, ... starts (and one), so that compiled layers meet few sizes: B x 1 says
+    that every row is one piece. Not to the most that could be: the flash kernel starts blocks for every piece and holds
+    128 rows of fp32 more in backward, 26 MB a row of Base at S = 128 were each of 2 tokens.
+    """
+    batch, length = piece_ids.shape
+    begins = torch.ones_like(piece_ids, dtype=torch.bool)
+    begins[:, 1:] = piece_ids[:, 1:] != piece_ids[:, :-1]
+    starts = begins.view(-1).nonzero().view(-1)
+    size = batch << (-(-len(starts) // batch) - 1).bit_length()
+    return F.pad(starts, (0, size + 1 - len(starts)), value=batch * length).to(torch.int32)
+
+
+def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = None) -> Pieces:
     """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
 
-    dtype is the one attention will compute in. On a CPU rows of a single piece take the path without a mask, and one
-    row alone goes piece by piece; on other devices nothing is read back, so that the step has no host sync.
+    dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks (one
+    row alone goes piece by piece there); elsewhere the size of `bounds` tells, and nothing is read back, so that the
+    step has no host sync.
     """
-    if not piece_ids.is_cuda:
+    if piece_ids.device.type == "cpu":
         if bool((piece_ids == 1).all()):
             return Pieces()
         if len(piece_ids) == 1:
             sizes = torch.unique_consecutive(piece_ids[0], return_counts=True)[1]
             stretches = torch.unique_consecutive(sizes, return_counts=True)
             return Pieces(runs=list(zip(stretches[1].tolist(), stretches[0].tolist(), strict=True)))
-    elif _has_varlen(piece_ids.device, dtype) and not dropout:
-        return Pieces(bounds=_bounds(piece_ids))
+    elif bounds is not None:
+        if len(bounds) == len(piece_ids) + 1:
+            return Pieces()
+        if _has_varlen(piece_ids.device, dtype):
+            return Pieces(bounds=bounds)
     apart = piece_ids[:, None, :, None] != piece_ids[:, None, None, :]
     return Pieces(bias=torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf))
 
@@ -67,28 +83,20 @@ def attention(
     batch, length, width = qkv.shape
     heads = qkv.view(batch, length, 3, num_heads, width // 3 // num_heads)
     if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
         q, k, v = heads.flatten(0, 1).unbind(1)  # [B*S, N, D] each
-        return varlen_attn(q, k, v, pieces.bounds, pieces.bounds, length, length).reshape(batch, length, -1)
+        # What torch's varlen_attn and jagged attention call; the first of these has no dropout.
+        bounds = (pieces.bounds, pieces.bounds, length, length)
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout, False, False)[0]
+        return out.reshape(batch, length, -1)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, S, D] each
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=pieces.bias, dropout_p=dropout)
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
 def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Flash attention over packed pieces: half precision on Ampere or later, in a torch that has it."""
-    is_fit = dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0)
-    return is_fit and find_spec("torch.nn.attention.varlen") is not None
-
-
-def _bounds(piece_ids: Tensor) -> Tensor:
-    """Starts of the pieces in the flattened batch, filled up with its length to a size that B and S alone decide."""
-    batch, length = piece_ids.shape
-    starts = torch.ones_like(piece_ids, dtype=torch.bool)
-    starts[:, 1:] = piece_ids[:, 1:] != piece_ids[:, :-1]
-    most = batch * (length // SHORTEST_PIECE + 1) + 1
-    return torch.nonzero_static(starts.view(-1), size=most, fill_value=batch * length).view(-1).to(torch.int32)
+    """Flash attention over packed pieces: half precision on Ampere or later (heads of 8, 16, ... 256)."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _BmmAttention(torch.autograd.Function):

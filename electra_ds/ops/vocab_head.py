@@ -46,12 +46,20 @@ def sample_weights(weights: Tensor, uniforms: Tensor) -> Tensor:
     if weights.shape[-1] % CHUNK:
         weights = F.pad(weights, (0, -weights.shape[-1] % CHUNK))
     chunks = weights.view(len(weights), -1, CHUNK)
-    sums = chunks.sum(-1).cumsum(-1)  # [M, P/64]
+    sums = running_sums(chunks.sum(-1))  # [M, P/64]
     aim = uniforms.float()[:, None] * sums[:, -1:]
     chunk = _first_above(sums, aim)
     before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp(min=0)), 0.0)
-    inside = chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1).cumsum(-1)  # [M, 64]
+    inside = running_sums(chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1))  # [M, 64]
     return (chunk * CHUNK + _first_above(inside, aim - before)).squeeze(1)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """cumsum over the last axis of x [M, N] fp32; in deterministic mode, which CUDA's cumsum refuses, by a product."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    ones = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device).triu()
+    return (x.double() @ ones).float()
 
 
 def most_likely(logits: Tensor) -> Tensor:
