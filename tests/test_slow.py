@@ -3,9 +3,11 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CPU, ROOT, run_cli
 
 from electra_ds.metrics import read_metrics
@@ -47,3 +49,37 @@ def test_recomputed_layers_give_the_same_bits(data: Path, tmp_path: Path) -> Non
     sets = ["model.hidden_dropout=0.1", "generator.hidden_dropout=0.1", "model.attention_dropout=0.1"]
     recomputed = curve(data, tmp_path / "a", "zero1-fp32", "train.activation_checkpointing=true", *sets)
     assert recomputed == curve(data, tmp_path / "b", "zero1-fp32", *sets)
+
+
+def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
+    """No graph breaks; other numbers in the same shapes, rows in pieces or not, training or not, compile no more."""
+    import test_objective
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    module = test_objective.build(dropout=0.1)
+    module.compile_layers()
+    packed = test_objective.make_batch()
+    full = packed._replace(piece_ids=torch.ones_like(packed.piece_ids))
+
+    def pass_through() -> int:
+        for batch in (packed, full):
+            module.train()(batch, 12, 70).total.backward()
+            with torch.no_grad():
+                module.eval()(batch, 12, 70)
+        return counters["stats"]["unique_graphs"]
+
+    assert pass_through() == pass_through() == 8  # two encoders x in pieces or not x training or not
+    assert not counters["graph_break"]
+
+
+def test_the_gpu_bench_runs_on_a_cpu(tmp_path: Path) -> None:
+    names = [f"tiny-32-fp32-{plan}" for plan in ("zero1-eager", "zero2", "zero1-packed", "hf")]
+    options = ["--rows", "4", "--seconds", "0.1", "--json", str(tmp_path / "found.json"), "--cases", *names]
+    subprocess.run([sys.executable, ROOT / "bench/gpu.py", *options], env=os.environ | CPU, check=True, timeout=600)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["case"] for row in found["rows"]] == names and not found["left_out"]
+    losses = [row["first_loss"] for row in found["rows"]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] != losses[0]
+    assert all(0 < row["share_of_peak"] < 2 for row in found["rows"])
