@@ -65,7 +65,9 @@ def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
 
     def pass_through() -> int:
         for batch in (packed, full):
-            module.train()(batch, 12, 70).total.backward()
+            losses = module.train()(batch, 12, 70)
+            losses.total.backward()
+            assert losses.total.isfinite()  # torch 2.13's inductor made NaN of bernoulli_ beside a bias
             with torch.no_grad():
                 module.eval()(batch, 12, 70)
         return counters["stats"]["unique_graphs"]
@@ -75,11 +77,11 @@ def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
 
 
 def test_the_gpu_bench_runs_on_a_cpu(tmp_path: Path) -> None:
-    names = [f"tiny-32-fp32-{plan}" for plan in ("zero1-eager", "zero2", "zero1-packed", "hf")]
+    names = [f"tiny-32-fp32-{plan}" for plan in ("zero1-eager", "zero2-eager", "zero1-packed", "hf")]
     options = ["--rows", "4", "--seconds", "0.1", "--json", str(tmp_path / "found.json"), "--cases", *names]
     subprocess.run([sys.executable, ROOT / "bench/gpu.py", *options], env=os.environ | CPU, check=True, timeout=600)
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["case"] for row in found["rows"]] == names and not found["left_out"]
     losses = [row["first_loss"] for row in found["rows"]]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2:] == pytest.approx(losses[:2], rel=0.2)
     assert all(0 < row["share_of_peak"] < 2 for row in found["rows"])

@@ -19,8 +19,8 @@ def dropout_factors(like: Tensor, p: float) -> Tensor:
 
     On a CPU p is rounded to a multiple of 2**-16, in the factor too, so that the mean stays 1.
     """
-    if like.device.type != "cpu":
-        return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+    if like.device.type != "cpu" or torch.compiler.is_compiling():  # random_ would break the graph
+        return (torch.rand_like(like, dtype=torch.float32) >= p).to(like.dtype).div_(1 - p)
     dropped = round(p * LEVELS)
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = words.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - LEVELS // 2
