@@ -77,6 +77,7 @@ class Encoder(nn.Module):
     def __init__(self, sizes: EncoderConfig, embedding_size: int, eps: float):
         super().__init__()
         self.recompute_layers = False  # activation checkpointing: less memory, the same numbers
+        self.head_size = sizes.hidden_size // sizes.num_heads
         same = sizes.hidden_size == embedding_size
         self.project = None if same else Linear(embedding_size, sizes.hidden_size)
         self.layers = nn.ModuleList(Layer(sizes, eps) for _ in range(sizes.num_layers))
@@ -86,7 +87,7 @@ class Encoder(nn.Module):
     ) -> Tensor:
         dtype = compute_dtype(x)
         x = x.to(dtype) if self.project is None else self.project(x)
-        pieces = pieces_of(piece_ids, dtype, bounds)
+        pieces = pieces_of(piece_ids, dtype, bounds, self.head_size)
         for i, layer in enumerate(self.layers, 1):
             at = places if i == len(self.layers) else None
             if self.recompute_layers and torch.is_grad_enabled():

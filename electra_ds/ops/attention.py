@@ -36,7 +36,7 @@ def piece_bounds(piece_ids: Tensor) -> Tensor:
     return F.pad(starts, (0, size + 1 - len(starts)), value=batch * length).to(torch.int32)
 
 
-def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = None) -> Pieces:
+def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = None, head_size: int = 64) -> Pieces:
     """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
 
     dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks (one
@@ -53,7 +53,7 @@ def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = Non
     elif bounds is not None:
         if len(bounds) == len(piece_ids) + 1:
             return Pieces()
-        if _has_varlen(piece_ids.device, dtype):
+        if _has_varlen(piece_ids.device, dtype, head_size):
             return Pieces(bounds=bounds)
     apart = piece_ids[:, None, :, None] != piece_ids[:, None, None, :]
     return Pieces(bias=torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf))
@@ -93,10 +93,10 @@ def attention(
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
-def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Flash attention over packed pieces: half precision on Ampere or later (heads of 8, 16, ... 256)."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def _has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Flash attention over packed pieces: half precision on Ampere or later."""
+    is_fit = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
+    return is_fit and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _BmmAttention(torch.autograd.Function):
