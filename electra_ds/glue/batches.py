@@ -13,6 +13,7 @@ from torch import Tensor
 from electra_ds import order
 from electra_ds.glue.examples import Example
 from electra_ds.glue.tasks import Task
+from electra_ds.ops.attention import piece_bounds
 from electra_ds.tokenizer import Tokenizer
 
 BUCKET_BATCHES = 32  # batches sorted by length together: padding 1 to 3 % on GLUE, the order still random
@@ -36,6 +37,7 @@ class TaskBatch(NamedTuple):
     first: Tensor  # [N] int64, where each example's [CLS] is in the flattened rows
     labels: Tensor  # [N] or, for token classification, [B * S]: float32 in regression, else int64
     weights: Tensor  # like labels, float32: 1 where a label counts, else 0
+    bounds: Tensor  # int32, `ops.attention.piece_bounds` of piece_ids
 
 
 # --------------------------------------------------------------------------------------------------------- encoding
@@ -133,7 +135,8 @@ def collate(examples: list[Encoded], pad_id: int, kind: str, packed: bool = Fals
         else:
             labels[i], weights[i] = example.label, 1
     grid = [array.reshape(rows, length) for array in (ids, segments, pieces, positions)]
-    return TaskBatch(*map(torch.from_numpy, (*grid, first, labels, weights)))
+    tensors = [torch.from_numpy(array) for array in (*grid, first, labels, weights)]
+    return TaskBatch(*tensors, piece_bounds(tensors[2]))
 
 
 def prediction_batches(examples: list[Encoded], batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
