@@ -72,18 +72,23 @@ class HuggingFace:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, eps=1e-6, fused=tuned or None)
 
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
-        ids, real = batch.input_ids, batch.piece_ids
-        mask = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, batch.chosen, True)
-        masked = mask_input(batch, IDS.mask)
-        logits = self.module["generator"](masked, attention_mask=real, token_type_ids=batch.segment_ids).logits
-        at_chosen = logits[mask]  # [B*K, V]
+        chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(1, batch.chosen, True)
+        rows = batch.input_ids, mask_input(batch, IDS.mask), chosen, batch.piece_ids, batch.segment_ids
+        return self.joined_loss(*rows, samples)
+
+    def joined_loss(
+        self, ids: Tensor, masked: Tensor, chosen: Tensor, real: Tensor, segments: Tensor, samples: Tensor | None = None
+    ) -> Tensor:
+        """Rows [B, S] and what stands at their chosen places (bool) -> both losses; samples: in place of drawn ones."""
+        logits = self.module["generator"](masked, attention_mask=real, token_type_ids=segments).logits
+        at_chosen = logits[chosen]  # [chosen places, V]
         with torch.no_grad():
             noise = -torch.empty_like(at_chosen, dtype=torch.float32).exponential_().log()
             drawn = (at_chosen.float() + noise).argmax(-1) if samples is None else samples.flatten()
             corrupted = ids.clone()
-            corrupted[mask] = drawn
-        guess = self.module["discriminator"](corrupted, attention_mask=real, token_type_ids=batch.segment_ids).logits
-        mlm_loss = F.cross_entropy(at_chosen.float(), ids[mask])
+            corrupted[chosen] = drawn
+        guess = self.module["discriminator"](corrupted, attention_mask=real, token_type_ids=segments).logits
+        mlm_loss = F.cross_entropy(at_chosen.float(), ids[chosen])
         label = (corrupted != ids).float()
         return mlm_loss + 50 * F.binary_cross_entropy_with_logits(guess.float()[real > 0], label[real > 0])
 
