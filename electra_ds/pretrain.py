@@ -343,7 +343,7 @@ class Run:
                 "disc_loss": disc / steps,
                 **rates(Counts(*sums[5:13], sums[13:].view(2, BINS))),
                 "lr": lr,
-                "grad_norm": result.grad_norm,
+                "grad_norm": float(result.grad_norm),
                 "loss_scale": result.loss_scale,
                 "skipped_steps": float(progress.skipped),
                 "tokens": float(progress.tokens),

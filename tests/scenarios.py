@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import host_reads
 import torch
 from shard_data import write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -389,6 +390,32 @@ def lose_the_lock(name: str, every: int, beat: float) -> str:
     return ended
 
 
+def alone() -> None:
+    """Who reads tensors between two log lines, without a save; and one rank with the switches that several need."""
+    sets = ("logging.every=100", "train.total_steps=10")
+    for stage in STAGES:
+        found = set()
+        with host_reads.during(7, 9, host_reads.Operators(found), host_reads.Calls(found)):
+            assert train(f"alone-z{stage}", f"zero{stage}-fp32", *sets) == 0
+        note(f"reads-z{stage}", sorted(found))
+    switches, engine_module.ALONE = engine_module.ALONE, {}
+    for stage in (1, 2):
+        assert train(f"as-many-z{stage}", f"zero{stage}-fp32", *sets) == 0
+    engine_module.ALONE = switches
+
+
+def never_waits() -> None:
+    """On CUDA: torch raises where our part of a step waits for the device; DeepSpeed's step and reductions may."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    for name in ("step", "_backward_epilogue"):
+        setattr(DeepSpeedEngine, name, host_reads.waiting("default")(getattr(DeepSpeedEngine, name)))
+    for precision in ("bf16", "fp16"):
+        with host_reads.during(7, 9, host_reads.waiting("error")):
+            sets = ("logging.every=100", "train.total_steps=10")
+            assert train(f"never-waits-{precision}", f"zero1-{precision}", *sets) == 0
+
+
 def one_to_two() -> None:
     for stage in STAGES:
         copy("one-cut", f"one-to-two-z{stage}")
@@ -468,8 +495,9 @@ PHASES = {
         signals_and_files,
         sharing,
     ),
-    "one": (on_one_rank, streamed_for_one, half_precision_overflow),
+    "one": (on_one_rank, alone, streamed_for_one, half_precision_overflow),
     "two-again": (one_to_two, after_death),
+    "never-waits": (never_waits,),
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ from electra_ds.metrics import TIMED, read_metrics
 from electra_ds.status import status
 
 STAGES = (0, 1, 2, 3)
+# Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on CPUs alone.
+# Stage 0 in fp32 has no finite check but ours (and clipping reads on a CPU, where it has no fused kernel).
+READS = {"electra_ds/engine.py:agreed", "electra_ds/ops/attention.py:pieces_of"}
+READS_AT_STAGE_0 = {"electra_ds/engine.py:step", "electra_ds/engine.py:_clip"}
 # Killed in a random step of 1 to 20 at each stage (the names of the tests say which), and inside the second save.
 KILLS = (*(f"{stage}-step{random.randint(1, 20)}" for stage in STAGES), "1-tensors", "1-latest")
 
@@ -288,6 +292,19 @@ def test_fp16_on_a_cpu_is_refused_with_a_sentence(outs: Path) -> None:
 def test_old_checkpoints_are_pruned_and_no_temporary_is_left(outs: Path) -> None:
     for run in (outs / "full-z0", outs / "killed-1-tensors"):
         assert sorted(path.name for path in (run / "ckpt").iterdir()) == ["10", "15", "final", "latest"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_step_between_log_lines_reads_from_the_device(outs: Path, stage: int) -> None:
+    found = json.loads((outs / f"reads-z{stage}-0.json").read_text())
+    ours = {reader for reader in found if not reader.startswith("deepspeed/")}
+    assert "electra_ds/engine.py:agreed" in ours and ours <= READS | (set() if stage else READS_AT_STAGE_0)
+    assert stage == 0 or "deepspeed/runtime/utils.py:is_invalid_grad_norm" in found  # the probe reaches everywhere
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_one_rank_trains_bit_exact_without_what_several_need(outs: Path, stage: int) -> None:
+    assert is_bit_equal(outs / f"alone-z{stage}", outs / f"as-many-z{stage}")
 
 
 @pytest.mark.parametrize("stage", (0, 1))

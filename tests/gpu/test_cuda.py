@@ -224,6 +224,12 @@ def test_two_gpus_train_like_one(data: Path, tmp_path: Path, stage: int) -> None
     assert ours[:20] == pytest.approx(theirs[:20], rel=1e-4)
 
 
+@needs_cuda
+def test_no_step_between_log_lines_waits_for_the_device(data: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    call(*launcher, ROOT / "tests/scenarios.py", "never-waits", data, tmp_path)
+
+
 @pytest.mark.parametrize("engine", ("zero0-fp32", *(("zero0-bf16", "zero1-fp16", "zero3-bf16") if IS_CUDA else ())))
 def test_fine_tuning_learns_in_every_precision(tmp_path: Path, engine: str) -> None:
     import run_folders
