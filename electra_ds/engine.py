@@ -168,8 +168,8 @@ def precision_name(engine_config: dict) -> str:
 
 # DeepSpeed's throughput timer, which nobody reads here, waits for the device at every forward and every step.
 NO_TIMER = {"timers": {"throughput": {"enabled": False}}}
-# For one rank at stages 1 and 2, whose gradients go nowhere: no copies into buckets and out (11 of 33 ms that stage 1 adds
-# to a step of Small on one core; the same bit for bit), no buckets in memory, no waiting for the device.
+# For one rank at stages 1 and 2, whose gradients go nowhere: no copies into buckets and out (11 of 33 ms that stage 1
+# adds to a step of Small on one core; the same bit for bit), no buckets in memory, no waiting for the device.
 ALONE = {"overlap_comm": False, "reduce_scatter": False, "contiguous_gradients": False}
 
 

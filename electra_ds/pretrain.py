@@ -462,13 +462,17 @@ class Run:
         if not self.metrics:
             return
         train, engine = self.config.train, self.engine
+        precision = precision_name(engine.deepspeed_config)
         count = sum(engine.shape(name).numel() for name in engine.parameters)
         self.metrics.say(
             f"{count:,} parameters, {engine.ranks.world_size} rank(s) under {engine.ranks.launcher}, "
-            f"ZeRO {engine.stage}, {precision_name(engine.deepspeed_config)}; a step is {train.global_batch_size} rows "
+            f"ZeRO {engine.stage}, {precision}; a step is {train.global_batch_size} rows "
             f"of {self.config.data.sequence_length} tokens ({engine.accumulation} x {train.micro_batch_size} a rank); "
             f"{self.total_steps} steps, from step {progress.step}"
         )
+        offloads = "offload_optimizer" in engine.deepspeed_config.get("zero_optimization", {})
+        if engine.ranks.world_size == 1 and engine.stage and precision not in ("bf16", "fp16") and not offloads:
+            self.metrics.say(f"ZeRO {engine.stage} divides nothing on one rank: --engine zero0 is faster and smaller")
         rows, portions = self.total_steps * train.global_batch_size, self.data.portions.items()
         parts = [f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in portions]
         if parts:

@@ -16,7 +16,7 @@ from electra_ds.metrics import TIMED, read_metrics
 from electra_ds.status import status
 
 STAGES = (0, 1, 2, 3)
-# Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on CPUs alone.
+# Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on a CPU.
 # Stage 0 in fp32 has no finite check but ours (and clipping reads on a CPU, where it has no fused kernel).
 READS = {"electra_ds/engine.py:agreed", "electra_ds/ops/attention.py:pieces_of"}
 READS_AT_STAGE_0 = {"electra_ds/engine.py:step", "electra_ds/engine.py:_clip"}
@@ -300,6 +300,11 @@ def test_no_step_between_log_lines_reads_from_the_device(outs: Path, stage: int)
     ours = {reader for reader in found if not reader.startswith("deepspeed/")}
     assert "electra_ds/engine.py:agreed" in ours and ours <= READS | (set() if stage else READS_AT_STAGE_0)
     assert stage == 0 or "deepspeed/runtime/utils.py:is_invalid_grad_norm" in found  # the probe reaches everywhere
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_is_told_of_stage_0(outs: Path, stage: int) -> None:
+    assert ("--engine zero0" in (outs / f"alone-console-z{stage}").read_text()) == (stage > 0)
 
 
 @pytest.mark.parametrize("stage", (1, 2))
