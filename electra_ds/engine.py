@@ -206,6 +206,8 @@ class Engine:
         objective.to(device)
         self.optimizer = self._make_optimizer(parameter_groups(objective, config.optimizer.weight_decay, lr_scale))
         self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=merged)
+        if ranks.world_size == 1 and self.stage == 0:
+            self._engine.enable_backward_allreduce = False  # which copies all gradients twice, for nobody
         self.optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         self.parameters = dict(self._engine.module.named_parameters())
         self._half_masters = self._find_half_masters()

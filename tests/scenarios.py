@@ -395,8 +395,8 @@ def alone() -> None:
     sets = ("logging.every=100", "train.total_steps=10")
     for stage in STAGES:
         found = set()
-        console = contextlib.redirect_stdout(open(OUTS / f"alone-console-z{stage}", "w"))  # noqa: SIM115
-        with console, host_reads.during(7, 9, host_reads.Operators(found), host_reads.Calls(found)):
+        probe = host_reads.during(7, 9, host_reads.Operators(found), host_reads.Calls(found))
+        with open(OUTS / f"alone-console-z{stage}", "w") as console, contextlib.redirect_stdout(console), probe:
             assert train(f"alone-z{stage}", f"zero{stage}-fp32", *sets) == 0
         note(f"reads-z{stage}", sorted(found))
     switches, engine_module.ALONE = engine_module.ALONE, {}
