@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from electra_ds.batches import max_chosen
 from electra_ds.config import RunConfig, Section, load_engine
-from electra_ds.cost import model_state_bytes
 from electra_ds.objective import VOCAB_SIZE, parameter_count
 from electra_ds.sources import Data
 
@@ -19,11 +18,11 @@ class Line(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check` found: the config's values, derived ones, and model states in bytes per rank."""
+    """What `check` found: the config's values, derived ones, and the config with what the data decides."""
 
     fields: list[Line]
     derived: list[Line]
-    memory: dict[tuple[int, str], int]  # (ZeRO stage, precision) -> bytes per rank
+    config: RunConfig  # `cost.memory` says what it needs
 
 
 def check(config: RunConfig, world_size: int, data: Data | None = None) -> Report:
@@ -37,7 +36,7 @@ def check(config: RunConfig, world_size: int, data: Data | None = None) -> Repor
     return Report(
         list(_fields(config)),
         list(_derived(config, world_size, rows, portions, config.model.vocab_size or VOCAB_SIZE, parameters)),
-        model_state_bytes(parameters.joint, world_size),
+        config,
     )
 
 

@@ -221,15 +221,20 @@ def check(
 ) -> None:
     """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
     from electra_ds.check import Line, check
-    from electra_ds.config import load_run
-    from electra_ds.cost import PRECISIONS
+    from electra_ds.config import FactoryRun, load_run
+    from electra_ds.cost import memory
     from electra_ds.sources import open_data
 
     report = check(load_run(run, sets or [], engine), world_size, open_data(data) if data else None)
     for title, lines in (("config", report.fields), (f"derived, {world_size} rank(s)", report.derived)):
         _print_table(title, Line._fields, lines)
-    stages = ((str(s), *(f"{report.memory[s, name] / 2**30:.3f}" for name in PRECISIONS)) for s in range(4))
-    _print_table("model states, GiB a rank (activations come on top)", ("ZeRO stage", *PRECISIONS), stages)
+    needs = memory(report.config, world_size) if not isinstance(report.config, FactoryRun) else {}
+    head = ("ZeRO stage", "precision", "states", "buckets", "activations", "peak")
+    rows = (
+        (str(stage), name, *(f"{n / 2**30:.3f}" for n in (need.states, need.buckets, need.activations, need.peak)))
+        for (stage, name), need in needs.items()
+    )
+    _print_table("GiB a rank at most", head, rows)
 
 
 def _print_table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -286,14 +286,17 @@ class ParameterCount(NamedTuple):
     joint: int
 
 
-def parameter_count(config: RunConfig) -> ParameterCount:
-    """Parameters of the main encoder with its head, and of everything trained; of a built-in model no tensor is made.
-
-    VOCAB_SIZE is assumed where the data has not said it yet.
-    """
+def blueprint(config: RunConfig) -> Objective:
+    """The module of a config, of a built-in model with shapes alone (torch's device "meta"); VOCAB_SIZE is assumed
+    where the data has not said it yet."""
     special_ids = config.data.special_ids or SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
     config = config.with_data(config.model.vocab_size or VOCAB_SIZE, special_ids, config.data.sequence_length)
     with torch.device("cpu" if isinstance(config.model, FactoryConfig) else "meta"):
-        sizes = {name: value.numel() for name, value in true_state(build_objective(config)).items()}
+        return build_objective(config)
+
+
+def parameter_count(config: RunConfig) -> ParameterCount:
+    """Parameters of the main encoder with its head, and of everything trained."""
+    sizes = {name: value.numel() for name, value in true_state(blueprint(config)).items()}
     own = sum(size for name, size in sizes.items() if not name.startswith("generator"))
     return ParameterCount(own, sum(sizes.values()))

@@ -4,6 +4,7 @@ The tests in test_ranks_train.py read what the runs left in OUTS/<name>.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import host_reads
 import torch
+from engine_memory import engine_memory
+from engine_memory import run as known_run
 from shard_data import write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +25,7 @@ from web import served
 from electra_ds import batches, checkpoint, guard, lock, pretrain, run_folder
 from electra_ds import engine as engine_module
 from electra_ds.batches import READ_TOKENS, Batches
-from electra_ds.config import find_config, load_run
+from electra_ds.config import find_config, load_engine, load_run
 from electra_ds.engine import Engine, leave, start
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.objective import ElectraObjective
@@ -45,6 +48,12 @@ SMALL = [
     "optimizer.warmup_steps=4", "optimizer.peak_lr=0.003", "checkpoint.every=5", "logging.every=1",
     "logging.tensorboard=false",
 ]  # fmt: skip
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+MEMORY_CASES = {  # sequence length, rows a micro-batch, settings
+    "long": (128, 8),
+    "recomputed": (128, 8, "train.activation_checkpointing=true"),
+    "short": (32, 16, "generator.hidden_dropout=0.1", "model.attention_dropout=0.1"),
+}
 DATA, OUTS = Path(sys.argv[2]), Path(sys.argv[3])
 OTHER = DATA.with_name(DATA.name + "-other")  # the same sizes, other rows
 RANKS = find_ranks()
@@ -362,6 +371,21 @@ def half_precision_overflow() -> None:
     engine_module.precision = original
 
 
+def needed_memory() -> None:
+    """Model states and the peak of a step, measured and predicted, at every stage and precision."""
+    found, cases = {}, itertools.cycle(MEMORY_CASES)
+    micros = ["model.vocab_size=3000", f"train.global_batch_size={16 * RANKS.world_size}"]
+    buckets = {"reduce_bucket_size": 3_000_000, "stage3_prefetch_bucket_size": 3_000_000}
+    for kind, switch in (("fp32", {}), ("bf16", {"bf16": {"enabled": True}}), ("autocast", AUTOCAST)):
+        for stage in STAGES:
+            zero = load_engine(f"zero{stage}-fp32")["zero_optimization"] | buckets
+            engine, case = {"zero_optimization": zero} | switch, next(cases)
+            length, rows, *sets = MEMORY_CASES[case]
+            config = known_run("tiny", engine, length, rows, *micros, *sets)
+            found[f"{case} z{stage} {kind}"] = engine_memory(config, RANKS, DEVICE)
+    note(f"memory-of-{RANKS.world_size}", found)
+
+
 def on_one_rank() -> None:
     assert train("one", "zero0-fp32") == 0
     assert train("one-cut", "zero1-fp32", stop_at_step=CUT) in (0, 85)
@@ -495,8 +519,10 @@ PHASES = {
         bad_losses,
         signals_and_files,
         sharing,
+        needed_memory,
     ),
-    "one": (on_one_rank, alone, streamed_for_one, half_precision_overflow),
+    "one": (on_one_rank, needed_memory, alone, streamed_for_one, half_precision_overflow),
+    "memory": (needed_memory,),  # alone: torchrun tests/scenarios.py memory DATA OUTS
     "two-again": (one_to_two, after_death),
     "never-waits": (never_waits,),
 }

@@ -26,6 +26,7 @@ SHARED = {
     "lock": "prepare's folder has one owner at a time, as a run's has",
     "order": "its stretches of equal numbers, by which shards gathers rows",
     "batches": "the Protocols of rows and of their order, which a mixture is made of and fulfils",
+    "objective": "what a step costs is counted by running it on tensors without data",
     "evaluate": "training evaluates as the verb does, and detect loads a checkpoint as evaluate does",
     "pretrained": "what every verb that takes MODEL reads",
     "sources": "what every verb that takes --data reads",

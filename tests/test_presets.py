@@ -7,7 +7,7 @@ import pytest
 from electra_ds import check as check_module
 from electra_ds.check import check
 from electra_ds.config import Section, config_folder, load_engine, load_run
-from electra_ds.cost import PRECISIONS, model_state_bytes
+from electra_ds.cost import PRECISIONS, memory, model_state_bytes
 from electra_ds.errors import UserError
 from electra_ds.objective import parameter_count
 from electra_ds.sources import open_data
@@ -146,11 +146,17 @@ def test_check_with_data_counts_epochs_and_the_vocabulary(data):
 
 
 def test_model_states_shrink_with_the_stage_and_the_ranks():
-    one = model_state_bytes(1000, 1)
-    assert one[0, "fp32"] == 16_000  # weights, gradients and two moments, 4 bytes each
-    assert one[0, "half (bf16, fp16)"] == 16_000  # 2 + 2 bytes, and 12 of fp32 master weights and moments
-    eight = model_state_bytes(8000, 8)
-    assert eight[3, "half (bf16, fp16)"] == 16_000  # all of it in eight shares
+    one = model_state_bytes([[1000]], 1)
+    assert one[0, "fp32"] == (16_004, 4000)  # weights, gradients and two moments, 4 bytes each, and a step counter
+    assert one[0, "half (bf16, fp16)"] == (16_004, 2000)  # 2 + 2 bytes, and 12 of fp32 master weights and moments
+    eight = model_state_bytes([[1000] * 8], 8)
+    assert eight[3, "half (bf16, fp16)"][0] == 16_004  # all of it in eight shares
     for precision in PRECISIONS:
-        sizes = [eight[stage, precision] for stage in range(4)]
-        assert sizes == sorted(sizes, reverse=True)
+        states = [eight[stage, precision][0] for stage in range(4)]
+        assert states == sorted(states, reverse=True)
+
+
+def test_peaks_are_told_for_every_preset():
+    for preset in PRESETS:
+        for (stage, precision), need in memory(load_run(preset), 8).items():
+            assert need.peak > need.states - need.gradients + need.activations > 0, (preset, stage, precision)

@@ -1,0 +1,88 @@
+"""How much memory does the bare training step take beside Hugging Face's classes?
+
+    python bench/memory.py                    every case and contender
+    python bench/memory.py small-bf16 --json memory.json
+
+Each contender in a process of its own, one step to warm up and one that counts: forward, backward, clipping, AdamW on
+random full rows. "allocated" is the most that PyTorch's allocator holds at once (on a CPU by its profiler), weights and
+moments included, and counts no page; "resident" the rise of VmHWM since before the model, in a step without a profiler,
+glibc trimming as it does by default. Who the contenders are: bench/peers.py.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peers import HuggingFace, Ours, random_batch, run_config, step
+
+from electra_ds.cost import allocated
+
+CASES = {  # size, tokens a row, rows, bf16 autocast, recomputed layers
+    "small-bf16": ("small", 128, 64, True, False),
+    "small-fp32": ("small", 128, 64, False, False),
+    "small-512-bf16": ("small", 512, 16, True, False),
+    "small-512-bf16-recomputed": ("small", 512, 16, True, True),
+    "base-bf16": ("base", 128, 16, True, False),
+}
+CONTENDERS = {"ours": lambda ours: ours, "HF": HuggingFace, "tuned HF": lambda ours: HuggingFace(ours, tuned=True)}
+
+
+def status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measure(case: str, name: str) -> dict[str, int]:
+    """Bytes of one contender, in this process."""
+    size, length, rows, bf16, recomputed = CASES[case]
+    torch.manual_seed(0)
+    before, made = status("VmRSS"), []
+
+    def make():
+        made.append(CONTENDERS[name](Ours(run_config(size, length, rows, 0.0))))
+        if recomputed and name == "ours":
+            made[0].module.recompute_layers()
+        elif recomputed:
+            for part in made[0].module.values():
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+
+    held, _ = allocated(make)
+    batch = random_batch(rows, length)
+    step(made[0], batch, bf16)
+    resident = status("VmHWM") - before
+    _, during = allocated(lambda: step(made[0], batch, bf16))
+    moments = 2 * sum(p.numel() * 4 for p in made[0].module.parameters())
+    return {"allocated": held + moments + during, "resident": resident, "states": held + moments}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--contender", choices=CONTENDERS, help="measure this one here, print its numbers as JSON")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - CASES.keys():
+        parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
+    if options.contender:
+        return print(json.dumps(measure(options.cases[0], options.contender)))
+    print("| case | contender | allocated MB | ours / it | resident MB | ours / it |\n|---|---|---|---|---|---|")
+    found = {}
+    for case in options.cases or CASES:
+        _, length, rows, *_ = CASES[case]
+        for name in CONTENDERS:
+            command = [sys.executable, __file__, case, "--contender", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            mine = found.setdefault(case, {})[name] = json.loads(done.stdout.splitlines()[-1])
+            ours = found[case]["ours"]
+            cells = (f"{mine[k] / 1e6:.0f} | {ours[k] / mine[k]:.2f}" for k in ("allocated", "resident"))
+            print(f"| {case} (S{length} B{rows}) | {name} | {' | '.join(cells)} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
