@@ -32,7 +32,7 @@ def packed_batch(config: RunConfig) -> Batch:
 
 
 def held() -> dict[int, int]:
-    """Address -> bytes of every storage of a tensor of this process (a profiler does not see what gloo's threads free)."""
+    """Address -> bytes of every storage of a tensor of this process (profilers miss what gloo's threads free)."""
     gc.collect()  # engines are made of cycles
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
@@ -68,8 +68,8 @@ def engine_memory(config: RunConfig, ranks: Ranks, device: torch.device) -> dict
     zero = engine.deepspeed_config["zero_optimization"]
     engine.close()
     peak, states = resting + max(during, gradients + update), predicted.states
-    if zero["stage"] == 3:  # keeps its bucket for good, and a flag
-        states += int(zero["reduce_bucket_size"]) * (2 if precision == PRECISIONS[2] else 4) + 1
+    if zero["stage"] == 3:  # keeps its bucket for good
+        states += int(zero["reduce_bucket_size"]) * (2 if precision == PRECISIONS[2] else 4)
     return {"states": [measured, states], "peak": [peak, predicted.peak]}
 
 

@@ -156,7 +156,12 @@ def test_model_states_shrink_with_the_stage_and_the_ranks():
         assert states == sorted(states, reverse=True)
 
 
-def test_peaks_are_told_for_every_preset():
-    for preset in PRESETS:
-        for (stage, precision), need in memory(load_run(preset), 8).items():
-            assert need.peak > need.states - need.gradients + need.activations > 0, (preset, stage, precision)
+def test_rows_cost_activations_and_recomputing_spares_them():
+    def needs(*sets):
+        return memory(load_run("tiny", ["data.sequence_length=128", *sets]), 1, [1], ["fp32"])[1, "fp32"]
+
+    plain, half = needs(), needs("train.micro_batch_size=8")
+    spared = needs("train.activation_checkpointing=true")
+    assert plain.states == half.states == spared.states and plain.buckets == spared.buckets
+    assert plain.activations > half.activations and plain.activations > spared.activations
+    assert plain.peak - half.peak == plain.activations - half.activations

@@ -390,7 +390,6 @@ def test_check_tells_the_model_states_exactly_and_the_peak_nearly(outs: Path, wo
     assert len(ranks[0]) == 12
     for case in ranks[0]:
         measured, predicted = (max(found[case]["states"][i] for found in ranks) for i in (0, 1))
-        # At two ranks DeepSpeed has one number more; stage 3 keeps small parameters whole once they were gathered.
-        assert 0 <= measured - predicted <= (50_000 if "z3" in case else 4 * (world_size - 1)), case
+        assert 0 <= measured - predicted <= 8, case  # a number or two of DeepSpeed's own
         measured, predicted = (max(found[case]["peak"][i] for found in ranks) for i in (0, 1))
         assert predicted == pytest.approx(measured, rel=0.15), case
