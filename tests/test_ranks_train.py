@@ -390,6 +390,6 @@ def test_check_tells_the_model_states_exactly_and_the_peak_nearly(outs: Path, wo
     assert len(ranks[0]) == 12
     for case in ranks[0]:
         measured, predicted = (max(found[case]["states"][i] for found in ranks) for i in (0, 1))
-        assert 0 <= measured - predicted <= 8, case  # a number or two of DeepSpeed's own
+        assert 0 <= measured - predicted < 16, case  # bytes: a few numbers of DeepSpeed's own
         measured, predicted = (max(found[case]["peak"][i] for found in ranks) for i in (0, 1))
         assert predicted == pytest.approx(measured, rel=0.15), case
