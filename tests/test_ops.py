@@ -46,9 +46,9 @@ def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_of_one_piece_need_no_mask():
+def test_only_rows_of_several_pieces_have_a_mask():
     assert pieces_of(torch.ones(2, 5, dtype=torch.long), torch.float32) == Pieces()
-    assert pieces_of(PACKED, torch.float32).bias is not None
+    assert pieces_of(PACKED[[2, 0, 2, 1]], torch.float32).rows == [1, 3]
     alone = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
     assert pieces_of(alone, torch.float32) == Pieces(runs=[(2, 2), (1, 3), (1, 2)])
 

@@ -18,6 +18,7 @@ class Pieces(NamedTuple):
 
     bias: Tensor | None = None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
     bounds: Tensor | None = None  # int32, starts of the pieces in the flattened batch (`piece_bounds`)
+    rows: list[int] | None = None  # on a CPU those whose bias is not 0
     runs: list[tuple[int, int]] | None = None  # of one row: (pieces, tokens of each) of each stretch of equal lengths
 
 
@@ -39,12 +40,14 @@ def piece_bounds(piece_ids: Tensor) -> Tensor:
 def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = None, head_size: int = 64) -> Pieces:
     """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
 
-    dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks (one
-    row alone goes piece by piece there); elsewhere the size of `bounds` tells, and nothing is read back, so that the
-    step has no host sync.
+    dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks at
+    each (one row alone goes piece by piece there); elsewhere the size of `bounds` tells, and nothing is read back, so
+    that the step has no host sync.
     """
+    rows = None
     if piece_ids.device.type == "cpu":
-        if bool((piece_ids == 1).all()):
+        rows = (piece_ids != 1).any(1).nonzero().flatten().tolist()
+        if not rows:
             return Pieces()
         if len(piece_ids) == 1:
             sizes = torch.unique_consecutive(piece_ids[0], return_counts=True)[1]
@@ -56,7 +59,8 @@ def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = Non
         if _has_varlen(piece_ids.device, dtype, head_size):
             return Pieces(bounds=bounds)
     apart = piece_ids[:, None, :, None] != piece_ids[:, None, None, :]
-    return Pieces(bias=torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf))
+    bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf)
+    return Pieces(bias, rows=rows)
 
 
 def attention(
@@ -72,14 +76,15 @@ def attention(
     if pieces.runs is not None:
         parts = qkv[0].split([count * size for count, size in pieces.runs])
         seen = [
-            _BmmAttention.apply(part.view(*run, -1), num_heads, None, dropout).flatten(0, 1)
+            _BmmAttention.apply(part.view(*run, -1), num_heads, None, None, dropout).flatten(0, 1)
             for part, run in zip(parts, pieces.runs, strict=True)
         ]
         return torch.cat(seen)[None]
     if backend == "auto":
         backend = "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
     if backend == "bmm":
-        return _BmmAttention.apply(qkv, num_heads, pieces.bias, dropout)
+        rows = None if torch.compiler.is_compiling() else pieces.rows  # compiled code may not depend on their numbers
+        return _BmmAttention.apply(qkv, num_heads, pieces.bias, rows, dropout)
     batch, length, width = qkv.shape
     heads = qkv.view(batch, length, 3, num_heads, width // 3 // num_heads)
     if backend == "varlen":
@@ -103,13 +108,16 @@ class _BmmAttention(torch.autograd.Function):
     """Batched products on contiguous heads; the probabilities stay in the compute dtype (speed.md, 2)."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, num_heads: int, bias: Tensor | None, dropout: float) -> Tensor:
+    def forward(ctx, qkv: Tensor, num_heads: int, bias: Tensor | None, rows: list[int] | None, dropout: float):
         batch, length, width = qkv.shape
         size = width // 3 // num_heads
         heads = qkv.view(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4).contiguous()
         q, k, v = heads.view(3, batch * num_heads, length, size)
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(size))  # [B*N, S, S]
-        if bias is not None:
+        if rows is not None:
+            for row in rows:
+                scores[row * num_heads : (row + 1) * num_heads].add_(bias[row])
+        elif bias is not None:
             scores.view(batch, num_heads, length, length).add_(bias)
         probs = torch.softmax(scores, -1)
         kept = dropout_factors(probs, dropout) if dropout else None
@@ -133,4 +141,4 @@ class _BmmAttention(torch.autograd.Function):
         scale = 1 / math.sqrt(size)
         torch.baddbmm(q.new_empty(1), dscores, k, beta=0, alpha=scale, out=dq)
         torch.baddbmm(q.new_empty(1), dscores.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
-        return grads.permute(1, 3, 0, 2, 4).reshape(batch, length, -1), None, None, None
+        return grads.permute(1, 3, 0, 2, 4).reshape(batch, length, -1), None, None, None, None
