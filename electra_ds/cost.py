@@ -157,7 +157,7 @@ def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
     module = blueprint(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
     module.recompute_layers(config.train.activation_checkpointing)
     rows, length = config.train.micro_batch_size, config.data.sequence_length
-    with FakeTensorMode(allow_non_fake_inputs=True), Live(bool_is=False) as live, torch.device(device):
+    with FakeTensorMode(allow_non_fake_inputs=True), Live(bool_is=True) as live, torch.device(device):
         module.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.long)
         places = torch.zeros(rows, max_chosen(config.objective.mask_prob, length), dtype=torch.long)

@@ -39,7 +39,7 @@ def value_and_grads(function, *inputs):
 @pytest.mark.parametrize("piece_ids", [PACKED, PACKED[1:2], torch.ones_like(PACKED)], ids=["packed", "one row", "full"])
 def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
     qkv = torch.randn(*piece_ids.shape, 3 * 8)
-    pieces = pieces_of(piece_ids, qkv.dtype)
+    pieces = pieces_of(piece_ids, qkv.dtype, piece_bounds(piece_ids))
     ours = value_and_grads(lambda t: attention(t, 2, pieces, backend=backend), qkv)
     theirs = value_and_grads(lambda t: written_out_attention(t, 2, piece_ids), qkv)
     for a, b in zip(ours, theirs, strict=True):
@@ -50,7 +50,7 @@ def test_only_rows_of_several_pieces_have_a_mask():
     assert pieces_of(torch.ones(2, 5, dtype=torch.long), torch.float32) == Pieces()
     assert pieces_of(PACKED[[2, 0, 2, 1]], torch.float32).rows == [1, 3]
     alone = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
-    assert pieces_of(alone, torch.float32) == Pieces(runs=[(2, 2), (1, 3), (1, 2)])
+    assert pieces_of(alone, torch.float32, piece_bounds(alone)) == Pieces(runs=[(2, 2), (1, 3), (1, 2)])
 
 
 def test_attention_with_dropout_has_the_gradient_of_what_it_computes():

@@ -41,18 +41,17 @@ def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = Non
     """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
 
     dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks at
-    each (one row alone goes piece by piece there); elsewhere the size of `bounds` tells, and nothing is read back, so
-    that the step has no host sync.
+    each (with `bounds`, one row alone goes piece by piece there); elsewhere the size of `bounds` tells, and nothing is
+    read back, so that the step has no host sync.
     """
     rows = None
     if piece_ids.device.type == "cpu":
-        rows = (piece_ids != 1).any(1).nonzero().flatten().tolist()
+        rows = [row for row, is_packed in enumerate((piece_ids != 1).any(1).tolist()) if is_packed]
         if not rows:
             return Pieces()
-        if len(piece_ids) == 1:
-            sizes = torch.unique_consecutive(piece_ids[0], return_counts=True)[1]
-            stretches = torch.unique_consecutive(sizes, return_counts=True)
-            return Pieces(runs=list(zip(stretches[1].tolist(), stretches[0].tolist(), strict=True)))
+        if len(piece_ids) == 1 and bounds is not None:
+            sizes, counts = torch.unique_consecutive(bounds.diff(), return_counts=True)
+            return Pieces(runs=[run for run in zip(counts.tolist(), sizes.tolist(), strict=True) if run[1]])
     elif bounds is not None:
         if len(bounds) == len(piece_ids) + 1:
             return Pieces()
