@@ -12,7 +12,7 @@ from electra_ds.config import EncoderConfig, ModelConfig
 from electra_ds.errors import UserError
 from electra_ds.ops.attention import Pieces, attention, pieces_of
 from electra_ds.ops.dropout import dropout
-from electra_ds.ops.linear import Linear, linear
+from electra_ds.ops.linear import GeluLinear, Linear, linear
 from electra_ds.ops.vocab_head import CHUNK, HeadResult, vocab_head
 
 
@@ -58,7 +58,7 @@ class Layer(nn.Module):
         self.out = Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden, eps)
         self.ffn_in = Linear(hidden, sizes.ffn_size)
-        self.ffn_out = Linear(sizes.ffn_size, hidden)
+        self.ffn_out = GeluLinear(sizes.ffn_size, hidden)
         self.ffn_norm = nn.LayerNorm(hidden, eps)
 
     def forward(self, x: Tensor, pieces: Pieces, places: Tensor | None = None) -> Tensor:  # [B, S, H]
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         if places is not None:  # [N] in the flattened batch: the result is needed there alone, [N, H]
             x, seen = (t.flatten(0, 1).index_select(0, places) for t in (x, seen))
         x = self.attention_norm(x + dropout(self.out(seen), self.dropout, self.training))
-        change = self.ffn_out(F.gelu(self.ffn_in(x)))
+        change = self.ffn_out(self.ffn_in(x))
         return self.ffn_norm(x + dropout(change, self.dropout, self.training))
 
 

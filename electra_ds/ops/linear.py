@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] times weight [O, I] transposed, plus bias [O]; the same as F.linear but for rounding."""
     if uses_onednn(x, weight):
-        return _OneDnnLinear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias, False)
     return F.linear(x, weight, bias)
 
 
@@ -23,6 +23,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class GeluLinear(Linear):
+    """Linear of gelu(x) that keeps x alone and makes gelu(x) again in backward: the same bit for bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which decides by itself what to keep
+            return linear(F.gelu(x), self.weight, self.bias)
+        return _Linear.apply(x, self.weight, self.bias, True)
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -47,21 +56,29 @@ _has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn
 _product = torch.ops.mkldnn._linear_pointwise.default if _has_product else None
 
 
-class _OneDnnLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """linear of x, or of gelu(x), in the dtype of x, whatever autocast says when backward comes."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, with_gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        ctx.with_gelu = with_gelu
+        return product(F.gelu(x) if with_gelu else x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])  # [M, O]
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        dx = product(flat, weight.T).view(x.shape) if wants_x else None
-        dweight = _outer(flat, x.reshape(-1, x.shape[-1])) if wants_weight else None
-        return dx, dweight, flat.sum(0) if wants_bias else None
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        dweight = dx = None
+        if wants_weight:
+            dweight = _outer(flat, (F.gelu(x) if ctx.with_gelu else x).reshape(-1, x.shape[-1]))
+        if wants_x:
+            dx = product(flat, weight.to(x.dtype).T).view(x.shape)
+            if ctx.with_gelu:
+                torch.ops.aten.gelu_backward.grad_input(dx, x, grad_input=dx)
+        return dx, dweight, flat.sum(0) if wants_bias else None, None  # autograd casts them to the parameters' dtype
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:
