@@ -4,7 +4,7 @@ Letters: B rows, S tokens a row, K chosen places, H hidden, E embedding, F feed-
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -99,6 +99,8 @@ def _at_stage(stage, precision, sizes, config, world_size, zero, activations) ->
     states, gradients = model_state_bytes(sizes, world_size)[stage, precision]
     largest, count = max(map(sum, sizes)), sum(map(sum, sizes))
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * width if zero.get("contiguous_gradients", True) else 0
+    if world_size == 1 and stage in (1, 2):
+        bucket = 0  # engine.ALONE
     buckets, update = 0, (4 + width % 4) * largest // world_size  # a flat copy, for half precision one in fp32 too
     if stage == 0:
         update = 4 * count if width == 2 else 0
@@ -201,18 +203,3 @@ class Live(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._held.pop(key)
-
-
-def allocated(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that work() leaves allocated on a CPU, and the most at once, as PyTorch's allocator tells its profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        kept = work()
-    events = (event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    del kept
-    return now, peak

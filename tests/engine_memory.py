@@ -5,12 +5,14 @@ python tests/engine_memory.py          tiny, small, and small with recomputed la
 
 import gc
 import sys
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from electra_ds.batches import max_chosen
 from electra_ds.config import RunConfig, SpecialIds, load_engine, load_run
-from electra_ds.cost import PRECISIONS, allocated, memory
+from electra_ds.cost import PRECISIONS, memory
 from electra_ds.engine import Engine, start
 from electra_ds.objective import build_objective
 from electra_ds.ranks import Ranks, find_ranks
@@ -29,6 +31,19 @@ def packed_batch(config: RunConfig) -> Batch:
     uniforms = torch.rand(rows, k)
     places = torch.arange(length).expand(rows, -1) % (length // 2)
     return Batch(ids, torch.zeros_like(ids), pieces, places, chosen, torch.ones(rows, k), uniforms > 0.85, uniforms)
+
+
+def allocated(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that work() leaves allocated on a CPU, and the most at once, as PyTorch's allocator tells its profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        kept = work()
+    events = (event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    del kept
+    return now, peak
 
 
 def held() -> dict[int, int]:
