@@ -4,9 +4,10 @@
     python bench/memory.py small-bf16 --json memory.json
 
 Each contender in a process of its own, one step to warm up and one that counts: forward, backward, clipping, AdamW on
-random full rows. "allocated" is the most that PyTorch's allocator holds at once (on a CPU by its profiler), weights and
-moments included, and counts no page; "resident" the rise of VmHWM since before the model, in a step without a profiler,
-glibc trimming as it does by default. Who the contenders are: bench/peers.py.
+random full rows, after the same small batch has given ours and HF the same loss. "allocated" is the most that PyTorch's
+allocator holds at once in a step (by its profiler, in the second one), weights and moments included. "resident" is the
+rise of VmHWM from before the model to the end of the first step: pages, so what glibc keeps, the kernels that oneDNN
+and the compiler make, and the import of what is loaded late come on top. Who the contenders are: bench/peers.py.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-from peers import HuggingFace, Ours, random_batch, run_config, step
+from peers import HuggingFace, Ours, contenders_of, random_batch, run_config, step
 
-from electra_ds.cost import allocated
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from engine_memory import allocated
 
 CASES = {  # size, tokens a row, rows, bf16 autocast, recomputed layers
     "small-bf16": ("small", 128, 64, True, False),
@@ -40,23 +42,19 @@ def measure(case: str, name: str) -> dict[str, int]:
     """Bytes of one contender, in this process."""
     size, length, rows, bf16, recomputed = CASES[case]
     torch.manual_seed(0)
-    before, made = status("VmRSS"), []
-
-    def make():
-        made.append(CONTENDERS[name](Ours(run_config(size, length, rows, 0.0))))
-        if recomputed and name == "ours":
-            made[0].module.recompute_layers()
-        elif recomputed:
-            for part in made[0].module.values():
-                part.gradient_checkpointing_enable({"use_reentrant": False})
-
-    held, _ = allocated(make)
+    before = status("VmRSS")
+    contender = CONTENDERS[name](Ours(run_config(size, length, rows, 0.0)))
+    if recomputed and name == "ours":
+        contender.module.recompute_layers()
+    elif recomputed:
+        for part in contender.module.values():
+            part.gradient_checkpointing_enable({"use_reentrant": False})
     batch = random_batch(rows, length)
-    step(made[0], batch, bf16)
+    step(contender, batch, bf16)
     resident = status("VmHWM") - before
-    _, during = allocated(lambda: step(made[0], batch, bf16))
-    moments = 2 * sum(p.numel() * 4 for p in made[0].module.parameters())
-    return {"allocated": held + moments + during, "resident": resident, "states": held + moments}
+    _, during = allocated(lambda: step(contender, batch, bf16))
+    states = 3 * sum(p.nbytes for p in contender.module.parameters())  # weights and two moments
+    return {"allocated": states + during, "resident": resident, "states": states}
 
 
 def main() -> None:
@@ -72,7 +70,8 @@ def main() -> None:
     print("| case | contender | allocated MB | ours / it | resident MB | ours / it |\n|---|---|---|---|---|---|")
     found = {}
     for case in options.cases or CASES:
-        _, length, rows, *_ = CASES[case]
+        size, length, rows, *_ = CASES[case]
+        contenders_of(run_config(size, length, rows, 0.0), ["HF"])  # stops where the losses differ
         for name in CONTENDERS:
             command = [sys.executable, __file__, case, "--contender", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

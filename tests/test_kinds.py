@@ -3,12 +3,14 @@
 import math
 
 import pytest
+import test_objective
 import torch
 import torch.nn.functional as F
 from conftest import run_ranks
 from test_objective import IDS, VOCAB, build, counts_of, make_batch
 
 from electra_ds.config import ObjectiveConfig, load_run
+from electra_ds.cost import Live
 from electra_ds.detect import Detector
 from electra_ds.errors import UserError
 from electra_ds.evaluate import evaluate_checkpoint
@@ -40,6 +42,22 @@ def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, gener
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == wanted
     module(batch, *counts_of(batch)).total.backward()
     assert not [name for name, p in module.named_parameters() if not p.grad.any()]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_logits_are_never_there_for_the_whole_batch(kind, monkeypatch):
+    """Training, evaluation and detect make no tensor as large as [B, S, V], even in fp32."""
+    monkeypatch.setattr(test_objective, "VOCAB", 1000)  # more than anything else is wide
+    monkeypatch.setattr(vocab_head, "ROWS_ON_CPU", 8)
+    monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 places
+    module, batch = build(kind=kind), make_batch()
+    with Live() as live:
+        module(batch, *counts_of(batch)).total.backward()
+        with torch.no_grad():
+            module.eval()(batch, 1.0, 1.0, with_counts=True)
+            if module.objective.detects:
+                module(batch, task="discriminate")
+    assert 0 < live.largest < batch.input_ids.numel() * 1000 * 4
 
 
 def test_parameters_are_counted_kind_by_kind():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from electra_ds.ops import linear as linear_op
 from electra_ds.ops.attention import Pieces, attention, piece_bounds, pieces_of
 from electra_ds.ops.dropout import dropout
-from electra_ds.ops.linear import linear
+from electra_ds.ops.linear import GeluLinear, linear
 from electra_ds.ops.vocab_head import logits_head, running_sums, sample_tokens, sample_weights, vocab_head
 
 PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3], [1] * 9])
@@ -117,6 +117,28 @@ def test_linear_follows_autocast_and_other_dtypes(monkeypatch):
     assert linear(x.double(), weight.double()).dtype == torch.float64
     monkeypatch.setattr(linear_op, "_product", None)  # a build without the operator
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
+def test_gelu_linear_is_linear_of_gelu_and_keeps_its_input_alone(kind):
+    torch.manual_seed(0)
+    layer, found = GeluLinear(24, 40).to(torch.bfloat16 if kind == "bf16" else torch.float32), []
+    x = torch.randn(5, 7, 24, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
+
+    def saved(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    for function in (layer, lambda x: linear(F.gelu(x), layer.weight, layer.bias)):
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            out = function(inputs := x.clone().requires_grad_())
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))
+        found.append([out, inputs.grad, layer.weight.grad, layer.bias.grad])
+        assert kept.count(x.numel()) == (1 if function is layer else 2)
+        layer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
