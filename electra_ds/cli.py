@@ -228,13 +228,14 @@ def check(
     report = check(load_run(run, sets or [], engine), world_size, open_data(data) if data else None)
     for title, lines in (("config", report.fields), (f"derived, {world_size} rank(s)", report.derived)):
         _print_table(title, Line._fields, lines)
-    needs = memory(report.config, world_size) if not isinstance(report.config, FactoryRun) else {}
+    if isinstance(report.config, FactoryRun):
+        return  # what code of the user's own keeps for backward is not known
     head = ("ZeRO stage", "precision", "states", "buckets", "activations", "peak")
     rows = (
         (str(stage), name, *(f"{n / 2**30:.3f}" for n in (need.states, need.buckets, need.activations, need.peak)))
-        for (stage, name), need in needs.items()
+        for (stage, name), need in memory(report.config, world_size).items()
     )
-    _print_table("GiB a rank at most", head, rows)
+    _print_table("GiB a rank at most, on a device of the kind found here, without offload", head, rows)
 
 
 def _print_table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -1,9 +1,9 @@
 """The only door to DeepSpeed: start the ranks, run a step, agree among ranks, read and set whole weights.
 
 DeepSpeed 0.19's private names in use, held by tests/test_ranks_train.py at every stage: ops.__compatible_ops__,
-parameter._hp_mapping, FP16_UnfusedOptimizer.fp16_groups and fp32_groups, optimizer._hp_optimizer_states_linked and
-_lazy_init_hp_params_optimizer_state (stages 1 and 2), optimizer.fp32_partitioned_groups_flat and
-parameter_offload.FWD_MODULE_STACK (stage 3).
+parameter._hp_mapping, engine.enable_backward_allreduce, FP16_UnfusedOptimizer.fp16_groups and fp32_groups (stage 0),
+optimizer._hp_optimizer_states_linked and _lazy_init_hp_params_optimizer_state (stages 1 and 2),
+optimizer.fp32_partitioned_groups_flat and parameter_offload.FWD_MODULE_STACK (stage 3).
 """
 
 import contextlib

@@ -472,7 +472,8 @@ class Run:
         )
         offloads = "offload_optimizer" in engine.deepspeed_config.get("zero_optimization", {})
         if engine.ranks.world_size == 1 and engine.stage and precision not in ("bf16", "fp16") and not offloads:
-            self.metrics.say(f"ZeRO {engine.stage} divides nothing on one rank: --engine zero0 is faster and smaller")
+            same = "zero0-fp32" if precision == "fp32" else "zero0"
+            self.metrics.say(f"ZeRO {engine.stage} divides nothing on one rank: --engine {same} is faster and smaller")
         rows, portions = self.total_steps * train.global_batch_size, self.data.portions.items()
         parts = [f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in portions]
         if parts:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import host_reads
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from engine_memory import engine_memory
 from engine_memory import run as known_run
 from shard_data import write_tokenizer
@@ -415,14 +416,23 @@ def lose_the_lock(name: str, every: int, beat: float) -> str:
 
 
 def alone() -> None:
-    """Who reads tensors between two log lines, without a save; and one rank with the switches that several need."""
-    sets = ("logging.every=100", "train.total_steps=10")
+    """Who reads tensors between two log lines, without a save; whether gradients are reduced; and one rank with the
+    switches that several need."""
+    sets, reduce, reduced = ("logging.every=100", "train.total_steps=10"), DeepSpeedEngine.allreduce_gradients, []
+
+    def counted(self, *arguments, **options):
+        reduced.append(self.zero_optimization_stage())
+        return reduce(self, *arguments, **options)
+
+    DeepSpeedEngine.allreduce_gradients = counted
     for stage in STAGES:
         found = set()
         probe = host_reads.during(7, 9, host_reads.Operators(found), host_reads.Calls(found))
         with open(OUTS / f"alone-console-z{stage}", "w") as console, contextlib.redirect_stdout(console), probe:
             assert train(f"alone-z{stage}", f"zero{stage}-fp32", *sets) == 0
         note(f"reads-z{stage}", sorted(found))
+    DeepSpeedEngine.allreduce_gradients = reduce
+    note("reduced-at", sorted(set(reduced)))
     switches, engine_module.ALONE = engine_module.ALONE, {}
     for stage in (1, 2):
         assert train(f"as-many-z{stage}", f"zero{stage}-fp32", *sets) == 0
@@ -431,8 +441,6 @@ def alone() -> None:
 
 def never_waits() -> None:
     """On CUDA: torch raises where our part of a step waits for the device; DeepSpeed's step and reductions may."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
     for name in ("step", "_backward_epilogue"):
         setattr(DeepSpeedEngine, name, host_reads.waiting("default")(getattr(DeepSpeedEngine, name)))
     for precision in ("bf16", "fp16"):

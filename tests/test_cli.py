@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_factory
 import typer
 
 from electra_ds import cli
@@ -175,3 +176,10 @@ def test_check_shows_values_meanings_and_derived_numbers(electra_ds, monkeypatch
     assert any(line.startswith("train.micro_batch_size 4 machine") for line in lines)
     assert any(line.startswith("accumulation 4 derived") for line in lines)  # 128 rows / (8 ranks x 4)
     assert any(line.startswith("discriminator 13,549,057 derived") for line in lines)
+    assert any(line.startswith("GiB a rank") for line in lines)
+
+
+def test_check_says_nothing_of_the_memory_of_the_users_own_code(electra_ds, tmp_path):
+    test_factory.run(tmp_path)
+    code, out, _ = electra_ds("check", tmp_path / "run.json")
+    assert code == 0 and "parameters in all" in out and "GiB" not in out

@@ -304,7 +304,12 @@ def test_no_step_between_log_lines_reads_from_the_device(outs: Path, stage: int)
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_rank_is_told_of_stage_0(outs: Path, stage: int) -> None:
-    assert ("--engine zero0" in (outs / f"alone-console-z{stage}").read_text()) == (stage > 0)
+    said = (outs / f"alone-console-z{stage}").read_text()
+    assert ("--engine zero0-fp32 is" in said) == (stage > 0)  # of the same precision
+
+
+def test_one_rank_reduces_nothing_at_stage_0(outs: Path) -> None:
+    assert json.loads((outs / "reduced-at-0.json").read_text()) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("stage", (1, 2))
