@@ -170,7 +170,14 @@ def precision_name(engine_config: dict) -> str:
 NO_TIMER = {"timers": {"throughput": {"enabled": False}}}
 # For one rank at stages 1 and 2, whose gradients go nowhere: no copies into buckets and out (11 of 33 ms that stage 1
 # adds to a step of Small on one core; the same bit for bit), no buckets in memory, no waiting for the device.
+# Not where the optimizer is offloaded: there they go to the host, on a stream of their own beside the backward.
 ALONE = {"overlap_comm": False, "reduce_scatter": False, "contiguous_gradients": False}
+
+
+def zero_options(zero: dict, world_size: int) -> dict:
+    """An engine's zero_optimization as this many ranks run it."""
+    is_idle = world_size == 1 and zero.get("stage") in (1, 2) and "offload_optimizer" not in zero
+    return zero | ALONE if is_idle else zero
 
 
 class Engine:
@@ -201,8 +208,7 @@ class Engine:
             "zero_allow_untested_optimizer": True,
         }
         merged = NO_TIMER | self.deepspeed_config | owned
-        if ranks.world_size == 1 and self.stage in (1, 2):
-            merged["zero_optimization"] = merged["zero_optimization"] | ALONE
+        merged["zero_optimization"] = zero_options(merged.get("zero_optimization", {}), ranks.world_size)
         objective.to(device)
         self.optimizer = self._make_optimizer(parameter_groups(objective, config.optimizer.weight_decay, lr_scale))
         self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=merged)

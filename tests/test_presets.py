@@ -8,6 +8,7 @@ from electra_ds import check as check_module
 from electra_ds.check import check
 from electra_ds.config import Section, config_folder, load_engine, load_run
 from electra_ds.cost import PRECISIONS, memory, model_state_bytes
+from electra_ds.engine import zero_options
 from electra_ds.errors import UserError
 from electra_ds.objective import parameter_count
 from electra_ds.sources import open_data
@@ -86,7 +87,10 @@ def test_an_engine_file_is_what_its_name_says(engine):
     automatic = {"bf16": "auto"}
     special = {"": automatic, "offload": automatic, "fp32": {}, "autocast": {"torch_autocast": True}}
     assert enabled == special.get(kind, {kind: True})
-    assert ("offload_optimizer" in values["zero_optimization"]) == (kind == "offload")
+    zero = values["zero_optimization"]
+    assert ("offload_optimizer" in zero) == (kind == "offload")
+    # one rank alone overlaps nothing, but for gradients on their way to the host
+    assert (zero_options(zero, 1) == zero) == (stage in "03" or kind == "offload") and zero_options(zero, 2) == zero
 
 
 @pytest.mark.parametrize(
