@@ -1,6 +1,6 @@
 """What does a run cost? Floating-point operations of a step, bytes on a rank.
 
-Letters: B rows, S tokens a row, K chosen places, H hidden, E embedding, F feed-forward, V vocabulary.
+Letters: B rows, S tokens a row.
 """
 
 import weakref
@@ -11,9 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from electra_ds.batches import max_chosen
-from electra_ds.config import EncoderConfig, RunConfig, load_engine
+from electra_ds.config import RunConfig, load_engine
 from electra_ds.objective import blueprint
 from electra_ds.optim import parameter_groups
 from electra_ds.values import Batch
@@ -22,27 +23,12 @@ PRECISIONS = ("fp32", "bf16 autocast", "half (bf16, fp16)")
 
 
 def step_flops(config: RunConfig) -> float:
-    """Floating-point operations of one training step of a config with its vocabulary: those of the matrix products, 2 a
-    multiply-add, backward twice the forward. Rows count as full; look-ups, norms and the optimizer are left out."""
-    model, length = config.model, config.data.sequence_length
-    places = max_chosen(config.objective.mask_prob, length)
-
-    def encoder(sizes: EncoderConfig) -> int:
-        hidden = sizes.hidden_size
-        layer = 4 * hidden**2 + 2 * hidden * sizes.ffn_size + 2 * length * hidden  # multiply-adds a token
-        project = model.embedding_size * hidden if model.embedding_size != hidden else 0
-        return length * (sizes.num_layers * layer + project)
-
-    def words(sizes: EncoderConfig) -> int:
-        return places * (sizes.hidden_size + model.vocab_size) * model.embedding_size
-
-    row = encoder(model)
-    if config.objective.kind == "mlm":
-        row += words(model)
-    else:
-        row += encoder(config.generator) + words(config.generator)
-        row += length * (model.hidden_size + 1) * model.hidden_size
-    return 3 * 2 * row * config.train.global_batch_size
+    """Floating-point operations of one training step: those of the matrix products, 2 a multiply-add, as torch counts
+    them while the objective runs on tensors that have shapes alone. Rows count as full; look-ups, norms, recomputing
+    (activation checkpointing) and the optimizer are left out."""
+    with FlopCounterMode(display=False) as counter:
+        _run(config, PRECISIONS[2], "cpu", Live(bool_is=True))
+    return counter.get_total_flops() * config.train.global_batch_size / config.train.micro_batch_size
 
 
 def step_traffic(parameters: int, stage: int, world_size: int, accumulation: int, width: int) -> float:
@@ -151,15 +137,21 @@ def _gradients_kept(group: list[int], padded: int, rank: int, world_size: int) -
 
 def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
     """Most bytes alive beside the weights in forward and backward of one micro-batch, each gradient given away as soon
-    as it is there, and all kept. Counted by running the objective on tensors that have shapes alone, so that it holds
-    for any kind, size and way of computing; on the kind of device that is here (attention on a CPU keeps its
-    probabilities, [B, heads, S, S] a layer; flash attention does not). Rows hold several pieces.
+    as it is there, and all kept. On the kind of device that is here: attention on a CPU keeps its probabilities,
+    [B, heads, S, S] a layer, flash attention does not. Rows hold several pieces.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    live = Live(bool_is=True)
+    at_rest = _run(config, precision, "cuda" if torch.cuda.is_available() else "cpu", live)
+    return live.peak_without - at_rest, live.peak - at_rest
+
+
+def _run(config: RunConfig, precision: str, device: str, live: "Live") -> int:
+    """Forward and backward of one micro-batch on tensors that have shapes alone: what is counted meanwhile holds for any
+    kind, size and way of computing. Returns the bytes that were there before."""
     module = blueprint(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
     module.recompute_layers(config.train.activation_checkpointing)
     rows, length = config.train.micro_batch_size, config.data.sequence_length
-    with FakeTensorMode(allow_non_fake_inputs=True), Live(bool_is=True) as live, torch.device(device):
+    with FakeTensorMode(allow_non_fake_inputs=True), live, torch.device(device):
         module.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.long)
         places = torch.zeros(rows, max_chosen(config.objective.mask_prob, length), dtype=torch.long)
@@ -170,7 +162,7 @@ def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
         with torch.autocast(device, torch.bfloat16, enabled=precision == PRECISIONS[1]):
             loss = module(batch).total
         loss.backward()
-    return live.peak_without - at_rest, live.peak - at_rest
+    return at_rest
 
 
 class Live(TorchDispatchMode):

@@ -15,6 +15,7 @@ from electra_ds.errors import UserError
 from electra_ds.figures import BINS, auc, histogram, own_figures, rates, share
 from electra_ds.model import load_true_state
 from electra_ds.objective import Objective, build_objective
+from electra_ds.ops.attention import piece_bounds
 from electra_ds.sources import HeldOut, open_data
 from electra_ds.values import Batch, Counts
 
@@ -35,7 +36,7 @@ def evaluate(
     sums = torch.zeros(3 + 8 + 2 * BINS, dtype=torch.float64, device=device)  # mlm, disc, unigram, counts
     fixed = torch.zeros(2, BINS, dtype=torch.float64, device=device)
     for rows_of, rows in batches:
-        batch = rows_of.map(lambda tensor: tensor.to(device))
+        batch = rows_of._replace(bounds=piece_bounds(rows_of.piece_ids)).map(lambda tensor: tensor.to(device))
         losses = module(batch, 1.0, 1.0, with_counts=True)
         targets = batch.input_ids.gather(1, batch.chosen)
         unigram = -(log_unigram[targets] * batch.chosen_weights).sum()

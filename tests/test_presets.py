@@ -5,9 +5,10 @@ import json
 import pytest
 
 from electra_ds import check as check_module
+from electra_ds.batches import max_chosen
 from electra_ds.check import check
 from electra_ds.config import Section, config_folder, load_engine, load_run
-from electra_ds.cost import PRECISIONS, memory, model_state_bytes
+from electra_ds.cost import PRECISIONS, memory, model_state_bytes, step_flops
 from electra_ds.engine import zero_options
 from electra_ds.errors import UserError
 from electra_ds.objective import parameter_count
@@ -169,3 +170,30 @@ def test_rows_cost_activations_and_recomputing_spares_them():
     assert plain.states == half.states == spared.states and plain.buckets == spared.buckets
     assert plain.activations > half.activations and plain.activations > spared.activations
     assert plain.peak - half.peak == plain.activations - half.activations
+
+
+def test_a_step_costs_the_products_that_its_kind_makes():
+    sets = ["data.sequence_length=128", "train.global_batch_size=4", "train.micro_batch_size=2"]
+    cost = {kind: step_flops(load_run("tiny", [*sets, f"objective.kind={kind}"])) for kind in ("electra", "mlm")}
+    cost["all"] = step_flops(load_run("tiny", [*sets, "objective.kind=all_tokens_mlm"]))
+    cost["uniform"] = step_flops(load_run("tiny", [*sets, "objective.generator=uniform"]))
+    run = load_run("tiny", sets)
+    main, small, width = run.model, run.generator, run.model.embedding_size
+
+    def encoder(e):  # multiply-adds a token
+        project = 0 if e.hidden_size == width else width * e.hidden_size
+        layer = 4 * e.hidden_size**2 + 2 * e.hidden_size * e.ffn_size + 2 * 128 * e.hidden_size
+        return e.num_layers * layer + project
+
+    def words(e):  # a place
+        return (e.hidden_size + 30528) * width
+
+    places, binary = max_chosen(run.objective.mask_prob, 128), (main.hidden_size + 1) * main.hidden_size
+    alone = 128 * (encoder(main) + binary)
+    written = {
+        "electra": alone + 128 * encoder(small) + places * words(small),
+        "mlm": 128 * encoder(main) + places * words(main),
+        "all": 128 * (encoder(main) + encoder(small) + words(main) + main.hidden_size) + places * words(small),
+        "uniform": alone,
+    }
+    assert cost == pytest.approx({kind: 4 * 3 * 2 * row for kind, row in written.items()}, rel=1e-4)
