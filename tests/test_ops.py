@@ -28,7 +28,7 @@ def written_out_attention(qkv, heads, piece_ids):
 def value_and_grads(function, *inputs):
     inputs = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(*inputs)
-    out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))
+    out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype))
     return out.detach(), *(t.grad for t in inputs)
 
 
