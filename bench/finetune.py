@@ -11,12 +11,9 @@ shuffled, ours ordered as `finetune` orders an epoch. What counts is the ratio o
 "an epoch of each" adds the tasks up by their examples. Before any timing the same weights must give all equal logits.
 """
 
-import argparse
-import json
+import functools
 import os
-import statistics
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -24,13 +21,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import numpy as np
 import torch
 import transformers
-from peers import IDS, autocast, keep_memory, multiplies_bf16, run_config, seconds
+from peers import IDS, autocast, run_config, seconds, update
+from report import bench, heading, parser_of, reached, row, spread
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from electra_ds.config import load_engine
-from electra_ds.engine import Engine, leave, start
+from electra_ds.engine import Engine, cpu_multiplies_bf16, leave, start
+from electra_ds.files import write_json
 from electra_ds.glue.batches import Encoded, collate, encode, epoch_batches
 from electra_ds.glue.classifier import layerwise
 from electra_ds.glue.config import load_finetune
@@ -46,6 +44,7 @@ FIXED, PER_BATCH = "HF, padded to 128", "HF, padded per batch"
 GOALS = {FIXED: (3.0, 3.8, 4.3), PER_BATCH: (1.5, 1.8, 2.0)}  # floor, target, stretch
 EXAMPLES, LENGTH = 32, 128  # of a step; the longest
 PAIRS = [(ours, theirs) for ours in ("packed", "padded", "padded, engine") for theirs in GOALS]
+MODEL = run_config("small", LENGTH, EXAMPLES, 0.1).model
 SAMPLE = 2  # steps that FIXED takes, for the time of all: one is like the other
 
 
@@ -55,7 +54,7 @@ class Ours:
     def __init__(self, task: Task, packed: bool):
         self.module = classifier(MODEL, task).start(MODEL, None, 0)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)
-        self.collate = partial(collate, pad_id=IDS.pad, kind=task.kind, packed=packed)
+        self.collate = functools.partial(collate, pad_id=IDS.pad, kind=task.kind, packed=packed)
 
     def logits(self, examples: list[Encoded]) -> Tensor:
         return self.module.eval()(self.collate(examples), predict=True)
@@ -66,9 +65,12 @@ class Ours:
             with autocast(bf16):
                 loss = self.module(self.collate(examples), len(examples)).total
             loss.backward()
-            clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            update(self)
+
+
+@functools.cache
+def device() -> torch.device:
+    return start(find_ranks(), timeout_minutes=2)
 
 
 class OurEngine(Ours):
@@ -78,7 +80,7 @@ class OurEngine(Ours):
         super().__init__(task, packed)
         config = load_finetune("small", [f"train.global_batch_size={EXAMPLES}", f"train.micro_batch_size={EXAMPLES}"])
         engine = load_engine("zero0" if bf16 else "zero0-fp32")
-        self.engine = Engine(self.module, config, engine, RANKS, DEVICE, layerwise(MODEL.num_layers, 0.8))
+        self.engine = Engine(self.module, config, engine, find_ranks(), device(), layerwise(MODEL.num_layers, 0.8))
 
     def train(self, batches: list[list[Encoded]], bf16: bool) -> None:
         for examples in batches:
@@ -117,9 +119,7 @@ class HuggingFace:
             with autocast(bf16):
                 loss = self.module(**batch).loss
             loss.backward()
-            clip_grad_norm_(self.module.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            update(self)
 
 
 def contenders_of(task: Task, bf16: bool) -> dict[str, Ours | HuggingFace]:
@@ -149,7 +149,7 @@ def measure(task: Task, encoded: list[Encoded], bf16: bool, rounds: int, steps: 
     lengths = np.array([len(example.ids) for example in encoded])
     for number in range(rounds + 1):
         ordered = [batch for batch in epoch_batches(lengths, EXAMPLES, number, 0) if len(batch) == EXAMPLES][:steps]
-        shuffled = np.split(np.random.default_rng(number).permutation(np.concatenate(ordered)), steps)
+        shuffled = np.split(np.random.default_rng(number).permutation(np.concatenate(ordered)), len(ordered))
         for name in np.roll(list(contenders), number):  # the first of a round finds colder caches
             orders = {FIXED: shuffled[:SAMPLE], PER_BATCH: shuffled}.get(name, ordered)
             batches = [[encoded[i] for i in batch] for batch in orders]
@@ -159,27 +159,23 @@ def measure(task: Task, encoded: list[Encoded], bf16: bool, rounds: int, steps: 
     return {name: values[1:] for name, values in taken.items()}  # the first round warms up
 
 
-def ratios(taken: Iterable[dict], weights: list[int], ours: str, theirs: str) -> list[tuple[float, float]]:
-    """Per round (CPU, wall) time of theirs over ours, both summed over the tasks by weights."""
+def ratios(taken: Iterable[dict], weights: list[int], ours: str, theirs: str) -> np.ndarray:
+    """[rounds, 2] (CPU, wall) time of theirs over ours, both summed over the tasks by weights."""
     sums = [np.tensordot(weights, np.array([task[name] for task in taken]), 1) for name in (theirs, ours)]
-    return list(map(tuple, sums[0] / sums[1]))  # [rounds, 2]
+    return sums[0] / sums[1]
 
 
-def row(task: str, precision: str, ours: str, theirs: str, found: list[tuple[float, float]]) -> dict:
+def compared(task: str, precision: str, ours: str, theirs: str, found: np.ndarray) -> dict:
     """One comparison, printed as a row of the table."""
-    cpu, (middle, wall) = [x for x, _ in found], (statistics.median(values) for values in zip(*found, strict=True))
-    goals = GOALS[theirs]
-    reached = [name for name, goal in zip(("floor", "target", "stretch"), goals, strict=True) if middle >= goal]
-    values = {"task": task, "precision": precision, "ours": ours, "against": theirs, "cpu_ratio": middle,
-              "spread": [min(cpu), max(cpu)], "wall_ratio": wall, "goals": goals}  # fmt: skip
-    said = [task, precision, ours, theirs, f"{middle:.2f}", f"{min(cpu):.2f}-{max(cpu):.2f}", f"{wall:.2f}",
-            " / ".join(map(str, goals)), reached[-1] if reached else "BELOW"]  # fmt: skip
-    print(f"| {' | '.join(said)} |", flush=True)
-    return values
+    (middle, low, high), wall, goals = spread(found[:, 0].tolist()), float(np.median(found[:, 1])), GOALS[theirs]
+    row(task, precision, ours, theirs, f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{wall:.2f}",
+        " / ".join(map(str, goals)), reached(middle, goals))  # fmt: skip
+    return {"task": task, "precision": precision, "ours": ours, "against": theirs, "ratio": middle,
+            "spread": (low, high), "wall_ratio": wall, "goals": goals}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--glue", type=Path, required=True, help="the folder with CoLA/, RTE/, ...")
     parser.add_argument("--vocab", type=Path, help="a vocab.txt (default: bert-base-uncased-vocab.txt in ../vocab)")
     parser.add_argument("--tasks", default="cola,mrpc,rte,stsb")
@@ -187,37 +183,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds per task and precision")
     parser.add_argument("--steps", type=int, default=8, help="steps of 32 examples in a round")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args()
-    keep_memory()
+    device()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     words = load_tokenizer(options.vocab or options.glue.resolve().parent / "vocab" / "bert-base-uncased-vocab.txt")
     rows = []
-    print("| task (mean tokens) | precision | ours | against | CPU-time ratio, median | spread | wall ratio | "
-          "floor / target / stretch | reached |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     tasks = {name: load_task(name, options.glue) for name in options.tasks.split(",")}
     encoded = {name: encode(read_examples(task, "train"), task, words, LENGTH) for name, task in tasks.items()}
     tokens = {name: sum(len(example.ids) for example in found) for name, found in encoded.items()}
+    heading("task (mean tokens)", "precision", "ours", "against", "CPU-time ratio, median", "spread", "wall ratio",
+            "floor / target / stretch", "reached")  # fmt: skip
     for precision in options.precisions.split(","):
-        if precision == "bf16" and not multiplies_bf16():
-            print("| | bf16 | this processor has no bf16 products | | | | | | |")
+        if precision == "bf16" and not cpu_multiplies_bf16():
+            row("", "bf16", "this processor has no bf16 products", *[""] * 6)
             continue
         taken = {}
         for name, task in tasks.items():
             taken[name] = measure(task, encoded[name], precision == "bf16", options.rounds, options.steps)
             title = f"{name} ({tokens[name] / len(encoded[name]):.0f})"
-            rows += [row(title, precision, *pair, ratios([taken[name]], [1], *pair)) for pair in PAIRS]
+            rows += [compared(title, precision, *pair, ratios([taken[name]], [1], *pair)) for pair in PAIRS]
         epoch = [len(found) for found in encoded.values()]
         title = f"an epoch of each ({sum(tokens.values()) / sum(epoch):.0f})"
-        rows += [row(title, precision, *pair, ratios(taken.values(), epoch, *pair)) for pair in PAIRS]
+        rows += [compared(title, precision, *pair, ratios(taken.values(), epoch, *pair)) for pair in PAIRS]
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(options.json, rows)
     leave()
 
 
 if __name__ == "__main__":
-    MODEL = run_config("small", LENGTH, EXAMPLES, 0.1).model
-    RANKS = find_ranks()
-    DEVICE = start(RANKS, 2)
-    main()
+    bench(main)

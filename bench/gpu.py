@@ -13,24 +13,25 @@ tiny-32-fp32-zero1 --rows 4 tries the bench itself. The peak is the datasheet's 
 Letters: B rows, S sequence.
 """
 
-import argparse
 import copy
 import fnmatch
 import functools
 import gc
 import itertools
-import json
 import math
+import re
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peers import HuggingFace, Ours, random_batch, run_config
+from peers import HuggingFace, Ours, check_losses, random_batch, run_config
+from report import bench, heading, parser_of, row
 
 from electra_ds.config import RunConfig, load_engine
 from electra_ds.cost import step_flops
 from electra_ds.engine import Engine, leave, start
+from electra_ds.errors import UserError
+from electra_ds.files import write_json
 from electra_ds.objective import build_objective
 from electra_ds.ops.attention import piece_bounds
 from electra_ds.ranks import Ranks, find_ranks
@@ -64,9 +65,14 @@ def every_case() -> list[Case]:
     return found + [Case(*shape, precision, plan) for precision, plan, shape in stages]
 
 
-def parse(name: str) -> Case:
-    size, length, precision, plan = name.split("-", 3)
-    return Case(size, int(length), precision, plan)
+def cases_of(word: str) -> list[Case]:
+    """Those that a pattern matches, or the case of a full name, known or not."""
+    found = [case for case in every_case() if fnmatch.fnmatch(case.name, word)]
+    if not found and (parts := re.fullmatch(r"(.+)-(\d+)-(bf16|fp16|fp32)-(zero[0-3](-eager|-packed)?|hf)", word)):
+        found = [Case(parts[1], int(parts[2]), parts[3], parts[4])]
+    if not found:
+        raise UserError(f"no case is called {word}: --list names them, others are SIZE-LENGTH-PRECISION-PLAN")
+    return found
 
 
 def two_pieces(batch: Batch) -> Batch:
@@ -101,21 +107,25 @@ class WithEngine:
         if variant != "eager":
             module.compile_layers()
         self.engine = Engine(module, config, load_engine(f"{stage}-{case.precision}"), ranks, device)
-        self.close = self.engine.close
+        self.close, self.skipped = self.engine.close, 0
 
     def step(self, batch: Batch) -> torch.Tensor:
         counts = batch.chosen.numel(), batch.input_ids.numel()
         losses = self.engine.forward_backward([batch], [0], counts)
-        self.engine.step(1e-5)
+        self.skipped += not self.engine.step(1e-5).applied
         return losses[0].total
 
 
 class WithHuggingFace:
-    """The stock classes, their layers compiled, fused AdamW, fp32 weights under autocast."""
+    """The stock classes with our weights and, on a CPU, our losses; compiled, fused AdamW, autocast."""
+
+    skipped = None  # the scaler tells nobody without a wait for the device
 
     def __init__(self, case: Case, config: RunConfig, ranks: Ranks, device: torch.device):
         self.device, self.dtype = device, DTYPES[case.precision]
-        self.theirs = HuggingFace(Ours(config))
+        ours = Ours(config)
+        self.theirs = HuggingFace(ours)
+        check_losses({"ours": ours, "HF": self.theirs}, case.length)
         self.theirs.module.to(device)
         for part in self.theirs.module.values():
             for layer in part.electra.encoder.layer:
@@ -167,6 +177,7 @@ def measure(case: Case, rows: int, seconds: float, ranks: Ranks, device: torch.d
         "tokens_per_second": rows * case.length / taken,
         "share_of_peak": step_flops(config) / taken / peak(case.precision, device)[0],
         "step_ms": 1000 * taken,
+        "skipped_steps": contender.skipped,
         "first_loss": float(first_loss),
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
         "seconds_before": before,
@@ -200,23 +211,19 @@ def peak(precision: str, device: torch.device) -> tuple[float, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--rows", type=int, help="of a micro-batch (default: by size and memory)")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no case after what is left for one")
     parser.add_argument("--seconds", type=float, default=2.0, help="measured per case")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases that match")
     options = parser.parse_args()
-    known = every_case()
-    cases = [case for word in options.cases for case in known if fnmatch.fnmatch(case.name, word)]
-    cases += [parse(word) for word in options.cases if "*" not in word and parse(word) not in cases]
+    cases = dict.fromkeys(case for word in options.cases for case in cases_of(word))
     if options.list:
         return print("\n".join(case.name for case in cases))
     began, ranks = time.perf_counter(), find_ranks()
     device = start(ranks, timeout_minutes=2)
-    print("| case | rows | tokens/s | share of peak | ms a step | first loss | GB | seconds before |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    heading("case", "rows", "tokens/s", "share of peak", "ms a step", "skipped", "first loss", "GB", "seconds before")
     found, longest, left_out = [], 0.0, []
     for case in cases:
         at = time.perf_counter()
@@ -226,11 +233,11 @@ def main() -> None:
         rows = options.rows or rows_of(case, device)
         try:
             found.append(measure(case, rows, options.seconds, ranks, device))
-            line = "| {case} | {rows} | {tokens_per_second:,.0f} | {share_of_peak:.1%} | {step_ms:.1f} | "
-            line += "{first_loss:.4f} | {memory_gb:.1f} | {seconds_before:.0f} |"
-            print(line.format(**found[-1]), flush=True)
+            cells = "{case}/{rows}/{tokens_per_second:,.0f}/{share_of_peak:.1%}/{step_ms:.1f}/{skipped_steps}/"
+            cells += "{first_loss:.4f}/{memory_gb:.1f}/{seconds_before:.0f}"
+            row(*cells.format(**found[-1]).split("/"))
         except torch.OutOfMemoryError:
-            print(f"| {case.name} | {rows} | out of memory: give --rows | | | | | |", flush=True)
+            row(case.name, rows, "out of memory: give --rows", *[""] * 6)
         gc.collect()
         longest = max(longest, time.perf_counter() - at)
     leave()
@@ -240,8 +247,8 @@ def main() -> None:
         print(f"No time was left for {', '.join(left_out)}.")
     if options.json:
         values = {"peak": sources, "torch": torch.__version__, "rows": found, "left_out": left_out}
-        options.json.write_text(json.dumps(values, indent=2))
+        write_json(options.json, values)
 
 
 if __name__ == "__main__":
-    main()
+    bench(main)

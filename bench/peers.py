@@ -8,10 +8,8 @@ All get our weights, and before any timing the same rows, masks and samples must
 Letters: B rows, S sequence, K chosen places.
 """
 
-import ctypes
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +169,11 @@ def step(contender, batch: Batch, bf16: bool) -> None:
     with autocast(bf16):
         loss = contender.loss(batch)
     loss.backward()
+    update(contender)
+
+
+def update(contender) -> None:
+    """Clipping, AdamW."""
     torch.nn.utils.clip_grad_norm_(contender.module.parameters(), 1.0)
     contender.optimizer.step()
     contender.optimizer.zero_grad(set_to_none=True)
@@ -196,15 +199,3 @@ def seconds(work) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def keep_memory() -> None:
-    """Stop glibc from handing large blocks back to the system, which costs the contenders with large logits most."""
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        ctypes.CDLL("libc.so.6").mallopt(option, ctypes.c_int(2**31 - 1))
-
-
-def multiplies_bf16() -> bool:
-    """Whether this processor has bf16 matrix instructions."""
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and any(word in flags.read_text() for word in ("avx512_bf16", "amx_bf16"))

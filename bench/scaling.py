@@ -13,17 +13,16 @@ The model: step = accumulation x micro-batch + what communication the backward d
 are those of `cost.step_traffic`, which tests/test_ranks_train.py holds against the counted collectives.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peers import VOCAB, keep_memory, random_batch, run_config
+from peers import VOCAB, random_batch, run_config
+from report import bench, heading, parser_of, row, spread
 
 from electra_ds.config import load_engine, load_run
 from electra_ds.cost import step_flops, step_traffic
@@ -42,7 +41,6 @@ def rank(pipe, place: dict[str, str], stages: list[int]) -> None:
     """A process: takes a stage from the pipe, trains a step, gives back [loss, seconds of each measure]."""
     os.environ.update(place | {"DS_ACCELERATOR": "cpu"})
     torch.set_num_threads(1)
-    keep_memory()
     ranks = find_ranks()
     device = start(ranks, timeout_minutes=10)
     world = ranks.world_size
@@ -76,6 +74,7 @@ class Job:
             ours, theirs = spawn.Pipe()
             own = {key: str(value) for key, value in (place | {"RANK": index, "LOCAL_RANK": index}).items()}
             spawn.Process(target=rank, args=(theirs, own, stages), daemon=True).start()
+            theirs.close()  # so that a rank that dies ends the wait for it
             self.pipes.append(ours)
         for pipe in self.pipes:
             pipe.recv()
@@ -102,21 +101,20 @@ def measure(stages: list[int], rounds: int) -> list[dict]:
                 taken[stage].append((alone, paired))
     for pipe in one.pipes + two.pipes:
         pipe.send(None)
-    rows = []
+    found = []
     for stage, pairs in taken.items():
-        row = {"stage": stage, "ms": 1000 * statistics.median(alone[0] for alone, _ in pairs)}
+        found.append({"stage": stage, "ms": 1000 * statistics.median(alone[0] for alone, _ in pairs)})
         for index, name in enumerate(MEASURES):
-            row[name] = sorted(alone[index] / paired[index] for alone, paired in pairs)
-        rows.append(row)
-    return rows
+            found[-1][name] = sorted(alone[index] / paired[index] for alone, paired in pairs)
+    return found
 
 
-def print_measured(rows: list[dict]) -> None:
+def print_measured(found: list[dict]) -> None:
     """The markdown table; efficiencies as median and spread over the rounds."""
-    print("| ZeRO | CPU of one rank's step | compute | compute and communication | wall |\n|---|---|---|---|---|")
-    for row in rows:
-        cells = [f"{statistics.median(row[m]):.2f} ({row[m][0]:.2f}-{row[m][-1]:.2f})" for m in MEASURES]
-        print(f"| {row['stage']} | {row['ms']:.0f} ms | {' | '.join(cells)} |")
+    heading("ZeRO", "CPU of one rank's step", "compute", "compute and communication", "wall")
+    for stage in found:
+        cells = ["{:.2f} ({:.2f}-{:.2f})".format(*spread(stage[measure])) for measure in MEASURES]
+        row(stage["stage"], f"{stage['ms']:.0f} ms", *cells)
 
 
 # ------------------------------------------------------------------------------------------------------------ on paper
@@ -210,13 +208,13 @@ def model_rows(stages: list[int]) -> list[dict]:
     return rows
 
 
-def print_model(rows: list[dict]) -> None:
+def print_model(found: list[dict]) -> None:
     """The markdown table, and what the published scaling of another implementation says of the model."""
-    print(f"| node | run | ZeRO | {' | '.join(f'{n} GPUs' for n in GPUS)} |\n|---|---|---|{'---|' * len(GPUS)}")
-    for row in rows:
-        batch = f"batch {row['global_batch_size']:,}" if row["global_batch_size"] else "weak"
-        cells = ["-" if found is None else f"{found:.0%}" for found in row["efficiency"].values()]
-        print(f"| {row['node']} | {row['size']} S{row['length']} {batch} | {row['stage']} | {' | '.join(cells)} |")
+    heading("node", "run", "ZeRO", *(f"{n} GPUs" for n in GPUS))
+    for case in found:
+        batch = f"batch {case['global_batch_size']:,}" if case["global_batch_size"] else "weak"
+        cells = ["-" if share is None else f"{share:.0%}" for share in case["efficiency"].values()]
+        row(case["node"], f"{case['size']} S{case['length']} {batch}", case["stage"], *cells)
     print("\n" + check_published())
 
 
@@ -235,17 +233,16 @@ def check_published() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", action="store_true", help="the model on paper")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(3), help="of ZeRO")
+    parser.add_argument("--rounds", type=int, default=7, help="paired rounds per stage")
     options = parser.parse_args()
-    rows = model_rows(options.stages) if options.model else measure(options.stages, options.rounds)
-    (print_model if options.model else print_measured)(rows)
+    found = model_rows(options.stages) if options.model else measure(options.stages, options.rounds)
+    (print_model if options.model else print_measured)(found)
     if options.json:
-        write_json(options.json, rows)
+        write_json(options.json, found)
 
 
 if __name__ == "__main__":
-    main()
+    bench(main)

@@ -15,7 +15,6 @@ costs it is measured apart and added. Every tenth step logs; its cost counts as 
 
 import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import threading
@@ -25,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import IDS, VOCAB, HuggingFace, Ours, autocast, contenders_of, run_config
+from peers import IDS, VOCAB, HuggingFace, Ours, autocast, contenders_of, run_config, update
+from report import bench, heading, parser_of, row, spread
 from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, DataCollatorForLanguageModeling
 
@@ -33,6 +33,7 @@ from electra_ds import shards
 from electra_ds.checkpoint import Progress
 from electra_ds.config import load_engine, load_run
 from electra_ds.engine import Engine, from_first, leave, precision_name, start
+from electra_ds.files import write_json
 from electra_ds.lock import Lock
 from electra_ds.objective import build_objective
 from electra_ds.pretrain import Limits, Run
@@ -113,9 +114,7 @@ def bare_step(ours: Ours, batch: Batch, bf16: bool) -> tuple[dict[str, np.ndarra
         loss = ours.loss(batch)
     loss.backward()
     parts = {"forward_backward": clock.lap()}
-    torch.nn.utils.clip_grad_norm_(ours.module.parameters(), 1.0)
-    ours.optimizer.step()
-    ours.optimizer.zero_grad(set_to_none=True)
+    update(ours)
     return parts | {"step": clock.lap()}, float(loss.detach())
 
 
@@ -138,10 +137,8 @@ def peer_loop(name: str, peer, rows: np.ndarray, tokenizer: BertTokenizerFast, b
                 else:
                     loss = peer.module(batch["ids"], attention_mask=batch["real"]).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(peer.module.parameters(), 1.0)
-            peer.optimizer.step()
+            update(peer)
             schedule.step()
-            peer.optimizer.zero_grad(set_to_none=True)
             yield loss.item()
 
 
@@ -229,9 +226,8 @@ def summary(found: dict) -> dict:
     def middle(seconds: list[np.ndarray], of: list[int] = quiet) -> float:
         return 1000 * statistics.median(seconds[i][0] for i in of)
 
-    def ratios(theirs: list[np.ndarray], mine: list[np.ndarray], clock: int) -> list[float]:
-        values = sorted((theirs[i] / mine[i])[clock] for i in quiet)
-        return [statistics.median(values), values[0], values[-1]]
+    def ratios(theirs: list[np.ndarray], mine: list[np.ndarray], clock: int) -> tuple[float, float, float]:
+        return spread([float((theirs[i] / mine[i])[clock]) for i in quiet])
 
     extra = {part: middle([parts[part] for parts in ours]) for part in PARTS}
     for part in bare[0]:
@@ -257,39 +253,33 @@ def summary(found: dict) -> dict:
 
 def report(results: list[dict]) -> None:
     """The markdown tables."""
-    print("| engine | precision | bare step, CPU | loop over bare, median | spread | wall | reached |")
-    print("|---|---|---|---|---|---|---|")
+    heading("engine", "precision", "bare step, CPU", "loop over bare, median", "spread", "wall", "reached")
     for r in results:
         middle, low, high = (value - 1 for value in r["over_bare"])
         reached = next((name for goal, name in GOALS if middle <= goal), "BELOW")
-        print(f"| {r['engine']} | {r['precision']} | {r['bare_ms']:.0f} ms | {middle:+.1%} | {low:+.1%} to {high:+.1%} "
-              f"| {r['over_bare_wall'][0] - 1:+.1%} | {reached} |")  # fmt: skip
-    columns = list(results[0]["extra_ms"])
+        row(r["engine"], r["precision"], f"{r['bare_ms']:.0f} ms", f"{middle:+.1%}", f"{low:+.1%} to {high:+.1%}",
+            f"{r['over_bare_wall'][0] - 1:+.1%}", reached)  # fmt: skip
     print("\nCPU ms of a step beyond the bare step's, of a log line when there is one:\n")
-    print("| engine |", " | ".join(columns), "| data, votes, logging |")
-    print("|---" * (len(columns) + 2) + "|")
+    heading("engine", *results[0]["extra_ms"], "data, votes, logging")
     for r in results:
-        cells = " | ".join(f"{value:.1f}" for value in r["extra_ms"].values())
-        print(f"| {r['engine']} | {cells} | {r['data_votes_logging_share']:.2%} |")
+        extra = (f"{value:.1f}" for value in r["extra_ms"].values())
+        row(r["engine"], *extra, f"{r['data_votes_logging_share']:.2%}")
     if any(r["peers"] for r in results):
-        print(
-            "\n| engine | peer in its own loop | tokens/s of ours over it, CPU | spread | wall |\n|---|---|---|---|---|"
-        )
+        print()
+        heading("engine", "peer in its own loop", "tokens/s of ours over it, CPU", "spread", "wall")
     for r in results:
-        for peer, (cpu, wall) in r["peers"].items():
-            print(f"| {r['engine']} | {peer} | {cpu[0]:.2f} | {cpu[1]:.2f}-{cpu[2]:.2f} | {wall[0]:.2f} |")
+        for peer, ((middle, low, high), (wall, *_)) in r["peers"].items():
+            row(r["engine"], peer, f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{wall:.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"engine files (default: {' '.join(ENGINES)})")
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds per engine")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--data", type=Path, help=f"a data folder of rows of {LENGTH} tokens instead of random rows")
-    parser.add_argument(
-        "--peers", action="store_const", const=["HF", "wrapper"], default=[], help="their loops as well"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    peers = ["HF", "tuned HF", "wrapper"]
+    parser.add_argument("--peers", action="store_const", const=peers, default=[], help="their loops as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ranks, results = find_ranks(), []
@@ -302,9 +292,9 @@ def main() -> None:
             results.append(summary(measure(name, data, out, options, device, ranks)))
     report(results)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.json, results)
     leave()
 
 
 if __name__ == "__main__":
-    main()
+    bench(main)

@@ -71,7 +71,7 @@ def start(ranks: Ranks, timeout_minutes: float, deterministic: bool = False) -> 
         # Building this op takes a minute, gloo training never calls it, and a process killed meanwhile leaves a lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device, backend = torch.device("cpu"), "gloo"
-        _keep_freed_memory()
+        keep_freed_memory()
         if ranks.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
     else:
@@ -121,8 +121,8 @@ def from_first(read: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _keep_freed_memory() -> None:
-    # glibc gives large freed blocks back to the system at once; a step that asks for them again pays in page faults.
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks, which else go back at once: a step that asks again pays in page faults."""
     with contextlib.suppress(OSError, AttributeError):
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL("libc.so.6").mallopt(option, ctypes.c_int(2**31 - 1))
