@@ -76,11 +76,27 @@ def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
     assert not counters["graph_break"]
 
 
+def bench(name: str, folder: Path, *options: str) -> dict | list:
+    """What bench/NAME.py writes as JSON."""
+    command = [sys.executable, ROOT / f"bench/{name}.py", "--json", folder / "found.json", *options]
+    subprocess.run(command, env=os.environ | CPU, check=True, timeout=600)
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_benches_run(tmp_path: Path) -> None:
+    """Each checks the losses of all contenders by itself."""
+    pytest.importorskip("transformers", reason="needs the extra [bench]")
+    against = {record["against"] for record in bench("step", tmp_path, "small-fp32", "--rounds", "1")}
+    assert against >= {"HF", "GEMM ceiling"}
+    (loop,) = bench("trainer", tmp_path, "zero1-fp32", "--rounds", "2", "--peers")
+    assert loop["precision"] == "fp32" and {"HF", "tuned HF"} <= loop["peers"].keys()
+    assert [row["stage"] for row in bench("scaling", tmp_path, "--rounds", "1", "--stages", "1")] == [1]
+    assert all(0 < row["efficiency"]["8"] <= 1 for row in bench("scaling", tmp_path, "--model"))
+
+
 def test_the_gpu_bench_runs_on_a_cpu(tmp_path: Path) -> None:
     names = [f"tiny-32-fp32-{plan}" for plan in ("zero1-eager", "zero2-eager", "zero1-packed", "hf")]
-    options = ["--rows", "4", "--seconds", "0.1", "--json", str(tmp_path / "found.json"), "--cases", *names]
-    subprocess.run([sys.executable, ROOT / "bench/gpu.py", *options], env=os.environ | CPU, check=True, timeout=600)
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = bench("gpu", tmp_path, "--rows", "4", "--seconds", "0.1", "--cases", *names)
     assert [row["case"] for row in found["rows"]] == names and not found["left_out"]
     losses = [row["first_loss"] for row in found["rows"]]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2:] == pytest.approx(losses[:2], rel=0.2)
