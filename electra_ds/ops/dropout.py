@@ -23,6 +23,6 @@ def dropout_factors(like: Tensor, p: float) -> Tensor:
         return (torch.rand_like(like, dtype=torch.float32) >= p).to(like.dtype).div_(1 - p)
     dropped = round(p * LEVELS)
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    # compared in place: ten times as fast as by way of bools, 5 % of a small bf16 step
+    # compared in place: ten times as fast as by way of bools, 3.6 % of a small bf16 step
     kept = words.view(torch.int16)[: like.numel()].view(like.shape).ge_(dropped - LEVELS // 2)
     return kept.to(like.dtype).mul_(LEVELS / (LEVELS - dropped))
