@@ -146,7 +146,7 @@ def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
 
 
 def _run(config: RunConfig, precision: str, device: str, live: "Live") -> int:
-    """Forward and backward of one micro-batch on tensors that have shapes alone: what is counted meanwhile holds for any
+    """Forward and backward of one micro-batch on tensors that have shapes alone: what is counted holds for any
     kind, size and way of computing. Returns the bytes that were there before."""
     module = blueprint(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
     module.recompute_layers(config.train.activation_checkpointing)

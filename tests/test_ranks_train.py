@@ -390,7 +390,7 @@ def test_tensorboard_of_a_resumed_run_holds_every_curve_without_overlap(outs: Pa
 
 
 @pytest.mark.parametrize("world_size", (1, 2))
-def test_check_tells_the_model_states_exactly_and_the_peak_nearly(outs: Path, world_size: int) -> None:
+def test_check_tells_the_model_states_to_a_few_bytes_and_the_peak_nearly(outs: Path, world_size: int) -> None:
     ranks = [json.loads((outs / f"memory-of-{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
     assert len(ranks[0]) == 12
     for case in ranks[0]:
