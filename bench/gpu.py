@@ -214,7 +214,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--rows", type=int, help="of a micro-batch (default: by size and memory)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="start no case after what is left for one")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all cases; what does not fit is named")
     parser.add_argument("--seconds", type=float, default=2.0, help="measured per case")
     parser.add_argument("--list", action="store_true", help="print the names of the cases that match")
     options = parser.parse_args()

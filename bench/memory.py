@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 from peers import HuggingFace, Ours, contenders_of, random_batch, run_config, step
+from report import bench, parser_of
+
+from electra_ds.files import write_json
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from engine_memory import allocated
@@ -58,10 +61,9 @@ def measure(case: str, name: str) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--json", type=Path, help="write the numbers here, too")
-    parser.add_argument("--contender", choices=CONTENDERS, help="measure this one here, print its numbers as JSON")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.cases) - CASES.keys():
         parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
@@ -80,8 +82,8 @@ def main() -> None:
             cells = (f"{mine[k] / 1e6:.0f} | {ours[k] / mine[k]:.2f}" for k in ("allocated", "resident"))
             print(f"| {case} (S{length} B{rows}) | {name} | {' | '.join(cells)} |", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        write_json(options.json, found)
 
 
 if __name__ == "__main__":
-    main()
+    bench(main)

@@ -198,18 +198,20 @@ def model_rows(stages: list[int]) -> list[dict]:
     """The table of the model: efficiency at each number of GPUs."""
     rows = []
     for kind, adapters in (("A100", 8), ("H100", 8), ("A100", 1)):
+        node = f"{kind}, {adapters} adapter{'s' * (adapters > 1)} a node"
         for size, (length, preset) in PRESETS.items():
             model = Model(size, length, kind, adapters)
             for stage in stages:
                 for batch in dict.fromkeys((preset, 2048, None)):
                     found = [model.strong(stage, n, batch) if batch else model.weak(stage, n) for n in GPUS]
-                    case = {"node": f"{kind}, {adapters} adapters", "size": size, "length": length, "stage": stage}
+                    case = {"node": node, "size": size, "length": length, "stage": stage}
                     rows.append(case | {"global_batch_size": batch, "efficiency": dict(zip(GPUS, found, strict=True))})
     return rows
 
 
 def print_model(found: list[dict]) -> None:
     """The markdown table, and what the published scaling of another implementation says of the model."""
+    print("Efficiency against one GPU, on paper. batch: rows of all GPUs; weak: a full micro-batch each\n")
     heading("node", "run", "ZeRO", *(f"{n} GPUs" for n in GPUS))
     for case in found:
         batch = f"batch {case['global_batch_size']:,}" if case["global_batch_size"] else "weak"
@@ -226,8 +228,9 @@ def check_published() -> str:
     predicted = rows / eight / 48 / (micro + fixed)
     model = Model("base", 128, "A100")
     return (
-        f"Published: 8 GPUs 7.87 x 1, 48 nodes 56 % of one. Both fit {1000 * micro:.0f} ms a micro-batch and a fixed "
-        f"{1000 * fixed:.0f} ms a step, which predicts {predicted:.0%} for 48 nodes; what is sent takes "
+        f"Published: 8 GPUs 7.87 x 1, 48 nodes (384 GPUs) 56 % of one node's rate a node. Both fit "
+        f"{1000 * micro:.0f} ms a micro-batch and a fixed {1000 * fixed:.0f} ms a step, which predicts {predicted:.0%} "
+        f"for 48 nodes; what is sent takes "
         f"{1000 * model.send(2, 1, 384):.1f} ms in this model."
     )
 

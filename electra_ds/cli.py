@@ -220,6 +220,8 @@ def check(
     sets: Sets = None,
 ) -> None:
     """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
+    import torch
+
     from electra_ds.check import Line, check
     from electra_ds.config import FactoryRun, load_run
     from electra_ds.cost import memory
@@ -235,7 +237,8 @@ def check(
         (str(stage), name, *(f"{n / 2**30:.3f}" for n in (need.states, need.buckets, need.activations, need.peak)))
         for (stage, name), need in memory(report.config, world_size).items()
     )
-    _print_table("GiB a rank at most, on a device of the kind found here, without offload", head, rows)
+    where = "a GPU" if torch.cuda.is_available() else "a CPU (a GPU keeps less of attention)"
+    _print_table(f"GiB a rank at most, activations as on {where}, not compiled, without offload", head, rows)
 
 
 def _print_table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

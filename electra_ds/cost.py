@@ -96,7 +96,8 @@ def _at_stage(stage, precision, sizes, config, world_size, zero, activations) ->
         update += bucket
     else:
         buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-    accumulated = gradients if config.accumulation(world_size) > 1 else 0
+    whole = width * count if stage == 1 else gradients  # stage 1 reduces at the last micro-batch alone
+    accumulated = whole if config.accumulation(world_size) > 1 else 0
     return Memory(states, gradients, buckets, accumulated + activations[stage == 0], update)
 
 
