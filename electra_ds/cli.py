@@ -220,11 +220,9 @@ def check(
     sets: Sets = None,
 ) -> None:
     """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
-    import torch
-
     from electra_ds.check import Line, check
     from electra_ds.config import FactoryRun, load_run
-    from electra_ds.cost import memory
+    from electra_ds.cost import device_here, memory
     from electra_ds.sources import open_data
 
     report = check(load_run(run, sets or [], engine), world_size, open_data(data) if data else None)
@@ -237,7 +235,7 @@ def check(
         (str(stage), name, *(f"{n / 2**30:.3f}" for n in (need.states, need.buckets, need.activations, need.peak)))
         for (stage, name), need in memory(report.config, world_size).items()
     )
-    where = "a GPU" if torch.cuda.is_available() else "a CPU (a GPU keeps less of attention)"
+    where = "a GPU" if device_here() == "cuda" else "a CPU (a GPU keeps less of attention)"
     _print_table(f"GiB a rank at most, activations as on {where}, not compiled, without offload", head, rows)
 
 

@@ -142,8 +142,13 @@ def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
     [B, heads, S, S] a layer, flash attention does not. Rows hold several pieces.
     """
     live = Live(bool_is=True)
-    at_rest = _run(config, precision, "cuda" if torch.cuda.is_available() else "cpu", live)
+    at_rest = _run(config, precision, device_here(), live)
     return live.peak_without - at_rest, live.peak - at_rest
+
+
+def device_here() -> str:
+    """The kind of device whose activations are counted: cuda or cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _run(config: RunConfig, precision: str, device: str, live: "Live") -> int:
