@@ -40,11 +40,20 @@ EXTRAS = {
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],
-    "tf": ["tensorflow>=2.16"],  # or tensorflow-cpu; `import` reads the authors' checkpoints with it
+    "tf": [
+        "tensorflow>=2.16"
+    ],  # or tensorflow-cpu; `import` reads the authors' checkpoints with it
     "parquet": ["pyarrow>=15"],  # and .arrow
-    "clean": ["rensa>=0.5,<0.6"],  # prepare --near-duplicates; its signatures may change between minor versions
-    "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],  # inputs at http(s) and s3; hf:// comes with huggingface_hub
-    "hf": ["datasets>=4"],  # Hugging Face datasets as inputs and own tasks; earlier versions run a dataset's code
+    "clean": [
+        "rensa>=0.5,<0.6"
+    ],  # prepare --near-duplicates; its signatures may change between minor versions
+    "remote": [
+        "aiohttp>=3.9",
+        "s3fs>=2024.2",
+    ],  # inputs at http(s) and s3; hf:// comes with huggingface_hub
+    "hf": [
+        "datasets>=4"
+    ],  # Hugging Face datasets as inputs and own tasks; earlier versions run a dataset's code
 }
 
 setup(
@@ -56,8 +65,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
-        "electra_ds", "electra_ds.ops", "electra_ds.interop", "electra_ds.glue", "electra_ds.ds_configs",
-        "electra_ds.ds_configs.pretrain", "electra_ds.ds_configs.engine", "electra_ds.ds_configs.glue", "data_tools",
+        "electra_ds",
+        "electra_ds.ops",
+        "electra_ds.interop",
+        "electra_ds.glue",
+        "electra_ds.ds_configs",
+        "electra_ds.ds_configs.pretrain",
+        "electra_ds.ds_configs.engine",
+        "electra_ds.ds_configs.glue",
+        "data_tools",
     ],
     package_dir={
         "electra_ds.ds_configs": "ds_configs",
@@ -65,8 +81,10 @@ setup(
         "electra_ds.ds_configs.engine": "ds_configs/engine",
         "electra_ds.ds_configs.glue": "ds_configs/glue",
     },
-    package_data={f"electra_ds.ds_configs.{kind}": ["*.json"] for kind in ("pretrain", "engine", "glue")},
+    package_data={
+        f"electra_ds.ds_configs.{kind}": ["*.json"] for kind in ("pretrain", "engine", "glue")
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["electra-ds = electra_ds.cli:main"]},
-)  # fmt: skip
+)

@@ -78,9 +78,13 @@ class OurEngine(Ours):
 
     def __init__(self, task: Task, packed: bool, bf16: bool):
         super().__init__(task, packed)
-        config = load_finetune("small", [f"train.global_batch_size={EXAMPLES}", f"train.micro_batch_size={EXAMPLES}"])
+        config = load_finetune(
+            "small", [f"train.global_batch_size={EXAMPLES}", f"train.micro_batch_size={EXAMPLES}"]
+        )
         engine = load_engine("zero0" if bf16 else "zero0-fp32")
-        self.engine = Engine(self.module, config, engine, find_ranks(), device(), layerwise(MODEL.num_layers, 0.8))
+        self.engine = Engine(
+            self.module, config, engine, find_ranks(), device(), layerwise(MODEL.num_layers, 0.8)
+        )
 
     def train(self, batches: list[list[Encoded]], bf16: bool) -> None:
         for examples in batches:
@@ -92,9 +96,13 @@ class HuggingFace:
     """The stock class with our weights, in a plain loop over a DataLoader."""
 
     def __init__(self, task: Task, length: int | None):
-        name, state = classifier_to_hf(true_state(classifier(MODEL, task).start(MODEL, None, 0)), task.kind)
+        name, state = classifier_to_hf(
+            true_state(classifier(MODEL, task).start(MODEL, None, 0)), task.kind
+        )
         labels = 1 if task.kind == "regression" else len(task.labels)
-        config = transformers.ElectraConfig(**hf_config(MODEL, None, "discriminator", IDS.pad), num_labels=labels)
+        config = transformers.ElectraConfig(
+            **hf_config(MODEL, None, "discriminator", IDS.pad), num_labels=labels
+        )
         self.module = getattr(transformers, name)(config)
         self.module.load_state_dict(state, strict=False)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
@@ -102,12 +110,23 @@ class HuggingFace:
 
     def collate(self, examples: list[Encoded]) -> dict[str, Tensor]:
         length = self.length or max(len(example.ids) for example in examples)
-        ids, segments, real = (torch.zeros(len(examples), length, dtype=torch.long) for _ in range(3))
+        ids, segments, real = (
+            torch.zeros(len(examples), length, dtype=torch.long) for _ in range(3)
+        )
         for i, example in enumerate(examples):
             size = len(example.ids)
-            ids[i, :size], segments[i, example.second : size], real[i, :size] = torch.tensor(example.ids), 1, 1
+            ids[i, :size], segments[i, example.second : size], real[i, :size] = (
+                torch.tensor(example.ids),
+                1,
+                1,
+            )
         labels = torch.tensor([example.label for example in examples])
-        return {"input_ids": ids, "token_type_ids": segments, "attention_mask": real, "labels": labels}
+        return {
+            "input_ids": ids,
+            "token_type_ids": segments,
+            "attention_mask": real,
+            "labels": labels,
+        }
 
     def logits(self, examples: list[Encoded]) -> Tensor:
         return self.module.eval()(**self.collate(examples)).logits
@@ -139,17 +158,25 @@ def check_logits(contenders: dict, examples: list[Encoded]) -> None:
     expected = contenders["packed"].logits(examples)
     for name, contender in contenders.items():
         if not torch.allclose(found := contender.logits(examples), expected, atol=1e-5):
-            raise SystemExit(f"{name}: logits differ from ours by {float((found - expected).abs().max())}")
+            raise SystemExit(
+                f"{name}: logits differ from ours by {float((found - expected).abs().max())}"
+            )
 
 
-def measure(task: Task, encoded: list[Encoded], bf16: bool, rounds: int, steps: int) -> dict[str, list]:
+def measure(
+    task: Task, encoded: list[Encoded], bf16: bool, rounds: int, steps: int
+) -> dict[str, list]:
     """Per contender the (CPU, wall) seconds of a step in each round."""
     contenders, taken = contenders_of(task, bf16), {}
     check_logits(contenders, encoded[:EXAMPLES])
     lengths = np.array([len(example.ids) for example in encoded])
     for number in range(rounds + 1):
-        ordered = [batch for batch in epoch_batches(lengths, EXAMPLES, number, 0) if len(batch) == EXAMPLES][:steps]
-        shuffled = np.split(np.random.default_rng(number).permutation(np.concatenate(ordered)), len(ordered))
+        ordered = [
+            batch for batch in epoch_batches(lengths, EXAMPLES, number, 0) if len(batch) == EXAMPLES
+        ][:steps]
+        shuffled = np.split(
+            np.random.default_rng(number).permutation(np.concatenate(ordered)), len(ordered)
+        )
         for name in np.roll(list(contenders), number):  # the first of a round finds colder caches
             orders = {FIXED: shuffled[:SAMPLE], PER_BATCH: shuffled}.get(name, ordered)
             batches = [[encoded[i] for i in batch] for batch in orders]
@@ -161,51 +188,101 @@ def measure(task: Task, encoded: list[Encoded], bf16: bool, rounds: int, steps: 
 
 def ratios(taken: Iterable[dict], weights: list[int], ours: str, theirs: str) -> np.ndarray:
     """[rounds, 2] (CPU, wall) time of theirs over ours, both summed over the tasks by weights."""
-    sums = [np.tensordot(weights, np.array([task[name] for task in taken]), 1) for name in (theirs, ours)]
+    sums = [
+        np.tensordot(weights, np.array([task[name] for task in taken]), 1)
+        for name in (theirs, ours)
+    ]
     return sums[0] / sums[1]
 
 
 def compared(task: str, precision: str, ours: str, theirs: str, found: np.ndarray) -> dict:
     """One comparison, printed as a row of the table."""
-    (middle, low, high), wall, goals = spread(found[:, 0].tolist()), float(np.median(found[:, 1])), GOALS[theirs]
-    row(task, precision, ours, theirs, f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{wall:.2f}",
-        " / ".join(map(str, goals)), reached(middle, goals))  # fmt: skip
-    return {"task": task, "precision": precision, "ours": ours, "against": theirs, "ratio": middle,
-            "spread": (low, high), "wall_ratio": wall, "goals": goals}  # fmt: skip
+    (middle, low, high), wall, goals = (
+        spread(found[:, 0].tolist()),
+        float(np.median(found[:, 1])),
+        GOALS[theirs],
+    )
+    row(
+        task,
+        precision,
+        ours,
+        theirs,
+        f"{middle:.2f}",
+        f"{low:.2f}-{high:.2f}",
+        f"{wall:.2f}",
+        " / ".join(map(str, goals)),
+        reached(middle, goals),
+    )
+    return {
+        "task": task,
+        "precision": precision,
+        "ours": ours,
+        "against": theirs,
+        "ratio": middle,
+        "spread": (low, high),
+        "wall_ratio": wall,
+        "goals": goals,
+    }
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--glue", type=Path, required=True, help="the folder with CoLA/, RTE/, ...")
-    parser.add_argument("--vocab", type=Path, help="a vocab.txt (default: bert-base-uncased-vocab.txt in ../vocab)")
+    parser.add_argument(
+        "--vocab", type=Path, help="a vocab.txt (default: bert-base-uncased-vocab.txt in ../vocab)"
+    )
     parser.add_argument("--tasks", default="cola,mrpc,rte,stsb")
     parser.add_argument("--precisions", default="fp32,bf16")
-    parser.add_argument("--rounds", type=int, default=5, help="paired rounds per task and precision")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="paired rounds per task and precision"
+    )
     parser.add_argument("--steps", type=int, default=8, help="steps of 32 examples in a round")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     options = parser.parse_args()
     device()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    words = load_tokenizer(options.vocab or options.glue.resolve().parent / "vocab" / "bert-base-uncased-vocab.txt")
+    words = load_tokenizer(
+        options.vocab or options.glue.resolve().parent / "vocab" / "bert-base-uncased-vocab.txt"
+    )
     rows = []
     tasks = {name: load_task(name, options.glue) for name in options.tasks.split(",")}
-    encoded = {name: encode(read_examples(task, "train"), task, words, LENGTH) for name, task in tasks.items()}
+    encoded = {
+        name: encode(read_examples(task, "train"), task, words, LENGTH)
+        for name, task in tasks.items()
+    }
     tokens = {name: sum(len(example.ids) for example in found) for name, found in encoded.items()}
-    heading("task (mean tokens)", "precision", "ours", "against", "CPU-time ratio, median", "spread", "wall ratio",
-            "floor / target / stretch", "reached")  # fmt: skip
+    heading(
+        "task (mean tokens)",
+        "precision",
+        "ours",
+        "against",
+        "CPU-time ratio, median",
+        "spread",
+        "wall ratio",
+        "floor / target / stretch",
+        "reached",
+    )
     for precision in options.precisions.split(","):
         if precision == "bf16" and not cpu_multiplies_bf16():
             row("", "bf16", "this processor has no bf16 products", *[""] * 6)
             continue
         taken = {}
         for name, task in tasks.items():
-            taken[name] = measure(task, encoded[name], precision == "bf16", options.rounds, options.steps)
+            taken[name] = measure(
+                task, encoded[name], precision == "bf16", options.rounds, options.steps
+            )
             title = f"{name} ({tokens[name] / len(encoded[name]):.0f})"
-            rows += [compared(title, precision, *pair, ratios([taken[name]], [1], *pair)) for pair in PAIRS]
+            rows += [
+                compared(title, precision, *pair, ratios([taken[name]], [1], *pair))
+                for pair in PAIRS
+            ]
         epoch = [len(found) for found in encoded.values()]
         title = f"an epoch of each ({sum(tokens.values()) / sum(epoch):.0f})"
-        rows += [compared(title, precision, *pair, ratios(taken.values(), epoch, *pair)) for pair in PAIRS]
+        rows += [
+            compared(title, precision, *pair, ratios(taken.values(), epoch, *pair))
+            for pair in PAIRS
+        ]
     if options.json:
         write_json(options.json, rows)
     leave()

@@ -38,9 +38,22 @@ from electra_ds.ranks import Ranks, find_ranks
 from electra_ds.values import Batch
 
 # Dense bf16 or fp16 TFLOP/s by the vendor's datasheets; the first name that the device's holds.
-PEAKS = {"B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
+PEAKS = {
+    "B200": 2250,
+    "H200": 989,
+    "GH200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+}
 PEAKS |= {"A10": 125, "RTX 4090": 165, "V100": 125, "T4": 65}
-TOKENS = {"small": 65536, "base": 32768, "large": 16384}  # of a micro-batch where the device has 80 GB or more
+TOKENS = {
+    "small": 65536,
+    "base": 32768,
+    "large": 16384,
+}  # of a micro-batch where the device has 80 GB or more
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP, LEAST_STEPS, DROPOUT = 3, 3, 0.1
 
@@ -60,7 +73,11 @@ def every_case() -> list[Case]:
     """What matters most comes first; those that share compiled layers stand together."""
     shapes = list(itertools.product(TOKENS, (128, 512)))
     found = [Case(*shape, precision, "zero1") for precision in ("bf16", "fp16") for shape in shapes]
-    found += [Case(size, 128, "bf16", plan) for plan in ("zero1-eager", "zero1-packed", "hf") for size in TOKENS]
+    found += [
+        Case(size, 128, "bf16", plan)
+        for plan in ("zero1-eager", "zero1-packed", "hf")
+        for size in TOKENS
+    ]
     stages = itertools.product(("bf16", "fp16"), ("zero0", "zero2"), shapes)
     return found + [Case(*shape, precision, plan) for precision, plan, shape in stages]
 
@@ -68,10 +85,14 @@ def every_case() -> list[Case]:
 def cases_of(word: str) -> list[Case]:
     """Those that a pattern matches, or the case of a full name, known or not."""
     found = [case for case in every_case() if fnmatch.fnmatch(case.name, word)]
-    if not found and (parts := re.fullmatch(r"(.+)-(\d+)-(bf16|fp16|fp32)-(zero[0-3](-eager|-packed)?|hf)", word)):
+    if not found and (
+        parts := re.fullmatch(r"(.+)-(\d+)-(bf16|fp16|fp32)-(zero[0-3](-eager|-packed)?|hf)", word)
+    ):
         found = [Case(parts[1], int(parts[2]), parts[3], parts[4])]
     if not found:
-        raise UserError(f"no case is called {word}: --list names them, others are SIZE-LENGTH-PRECISION-PLAN")
+        raise UserError(
+            f"no case is called {word}: --list names them, others are SIZE-LENGTH-PRECISION-PLAN"
+        )
     return found
 
 
@@ -86,7 +107,9 @@ def two_pieces(batch: Batch) -> Batch:
 def host_batches(config: RunConfig, packed: bool, pin: bool) -> list[Batch]:
     """Four micro-batches as the loader leaves them, the same for every case of a shape."""
     torch.manual_seed(0)
-    drawn = [random_batch(config.train.micro_batch_size, config.data.sequence_length) for _ in range(4)]
+    drawn = [
+        random_batch(config.train.micro_batch_size, config.data.sequence_length) for _ in range(4)
+    ]
     drawn = [two_pieces(batch) if packed else batch for batch in drawn]
     drawn = [batch._replace(bounds=piece_bounds(batch.piece_ids)) for batch in drawn]
     return [batch.map(torch.Tensor.pin_memory) for batch in drawn] if pin else drawn
@@ -106,7 +129,9 @@ class WithEngine:
         module = copy.deepcopy(drawn(case.size))
         if variant != "eager":
             module.compile_layers()
-        self.engine = Engine(module, config, load_engine(f"{stage}-{case.precision}"), ranks, device)
+        self.engine = Engine(
+            module, config, load_engine(f"{stage}-{case.precision}"), ranks, device
+        )
         self.close, self.skipped = self.engine.close, 0
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -130,7 +155,9 @@ class WithHuggingFace:
         for part in self.theirs.module.values():
             for layer in part.electra.encoder.layer:
                 layer.compile(dynamic=False)
-        self.optimizer = torch.optim.AdamW(self.theirs.module.parameters(), lr=1e-5, eps=1e-6, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.theirs.module.parameters(), lr=1e-5, eps=1e-6, fused=True
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -185,7 +212,9 @@ def measure(case: Case, rows: int, seconds: float, ranks: Ranks, device: torch.d
 
 
 def rows_of(case: Case, device: torch.device) -> int:
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80e9
+    memory = (
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80e9
+    )
     tokens = TOKENS.get(case.size, 4096) * min(1.0, memory / 80e9)
     return max(1, int(tokens) // case.length)
 
@@ -214,16 +243,30 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--rows", type=int, help="of a micro-batch (default: by size and memory)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all cases; what does not fit is named")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="for all cases; what does not fit is named"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="measured per case")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases that match")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of the cases that match"
+    )
     options = parser.parse_args()
     cases = dict.fromkeys(case for word in options.cases for case in cases_of(word))
     if options.list:
         return print("\n".join(case.name for case in cases))
     began, ranks = time.perf_counter(), find_ranks()
     device = start(ranks, timeout_minutes=2)
-    heading("case", "rows", "tokens/s", "share of peak", "ms a step", "skipped", "first loss", "GB", "seconds before")
+    heading(
+        "case",
+        "rows",
+        "tokens/s",
+        "share of peak",
+        "ms a step",
+        "skipped",
+        "first loss",
+        "GB",
+        "seconds before",
+    )
     found, longest, left_out = [], 0.0, []
     for case in cases:
         at = time.perf_counter()

@@ -32,12 +32,18 @@ CASES = {  # size, tokens a row, rows, bf16 autocast, recomputed layers
     "small-512-bf16-recomputed": ("small", 512, 16, True, True),
     "base-bf16": ("base", 128, 16, True, False),
 }
-CONTENDERS = {"ours": lambda ours: ours, "HF": HuggingFace, "tuned HF": lambda ours: HuggingFace(ours, tuned=True)}
+CONTENDERS = {
+    "ours": lambda ours: ours,
+    "HF": HuggingFace,
+    "tuned HF": lambda ours: HuggingFace(ours, tuned=True),
+}
 
 
 def status(key: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -62,14 +68,18 @@ def measure(case: str, name: str) -> dict[str, int]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (default: all)"
+    )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.cases) - CASES.keys():
         parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
     if options.contender:
         return print(json.dumps(measure(options.cases[0], options.contender)))
-    print("| case | contender | allocated MB | ours / it | resident MB | ours / it |\n|---|---|---|---|---|---|")
+    print(
+        "| case | contender | allocated MB | ours / it | resident MB | ours / it |\n|---|---|---|---|---|---|"
+    )
     found = {}
     for case in options.cases or CASES:
         size, length, rows, *_ = CASES[case]
@@ -79,7 +89,9 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             mine = found.setdefault(case, {})[name] = json.loads(done.stdout.splitlines()[-1])
             ours = found[case]["ours"]
-            cells = (f"{mine[k] / 1e6:.0f} | {ours[k] / mine[k]:.2f}" for k in ("allocated", "resident"))
+            cells = (
+                f"{mine[k] / 1e6:.0f} | {ours[k] / mine[k]:.2f}" for k in ("allocated", "resident")
+            )
             print(f"| {case} (S{length} B{rows}) | {name} | {' | '.join(cells)} |", flush=True)
     if options.json:
         write_json(options.json, found)

@@ -32,7 +32,9 @@ def call(*arguments: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--glue", type=Path)
@@ -47,14 +49,34 @@ def main() -> None:
 
     vocab_size = read_manifest(options.data).tokenizer.vocab_size
     own = {kind: [*options.set, f"objective.kind={kind}"] for kind in KINDS}
-    cost = {kind: step_flops(load_run(options.run, [*own[kind], f"model.vocab_size={vocab_size}"])) for kind in KINDS}
+    cost = {
+        kind: step_flops(load_run(options.run, [*own[kind], f"model.vocab_size={vocab_size}"]))
+        for kind in KINDS
+    }
     found = {}
     for kind in KINDS:
         steps, run = round(options.steps * cost["electra"] / cost[kind]), options.out / kind
-        sets = [part for setting in [*own[kind], f"train.total_steps={steps}"] for part in ("--set", setting)]
-        call("pretrain", options.run, "--data", options.data, "--out", run, "--engine", options.engine, *sets)
+        sets = [
+            part
+            for setting in [*own[kind], f"train.total_steps={steps}"]
+            for part in ("--set", setting)
+        ]
+        call(
+            "pretrain",
+            options.run,
+            "--data",
+            options.data,
+            "--out",
+            run,
+            "--engine",
+            options.engine,
+            *sets,
+        )
         records = read_metrics(run / "metrics.jsonl")
-        last = {split: next(r for r in reversed(records) if r["split"] == split) for split in ("train", "valid")}
+        last = {
+            split: next(r for r in reversed(records) if r["split"] == split)
+            for split in ("train", "valid")
+        }
         found[kind] = {
             "steps": steps,
             "flops": steps * cost[kind],
@@ -66,12 +88,28 @@ def main() -> None:
     for kind in KINDS if options.glue else ():
         tuned = options.out / f"{kind}-glue"
         sets = [part for setting in options.finetune_set for part in ("--set", setting)]
-        call("finetune", options.out / kind, options.finetune, "--tasks", ",".join(TASKS), "--data", options.glue,
-             "--out", tuned, "--seeds", options.seeds, *sets)  # fmt: skip
+        call(
+            "finetune",
+            options.out / kind,
+            options.finetune,
+            "--tasks",
+            ",".join(TASKS),
+            "--data",
+            options.glue,
+            "--out",
+            tuned,
+            "--seeds",
+            options.seeds,
+            *sets,
+        )
         for task in TASKS:
             paths = [tuned / task / f"seed-{seed}" / "result.json" for seed in range(options.seeds)]
             results = [json.loads(path.read_text()) for path in paths]
-            scores = [next(iter(result["scores"].values())) for result in results if result["status"] == "done"]
+            scores = [
+                next(iter(result["scores"].values()))
+                for result in results
+                if result["status"] == "done"
+            ]
             found[kind][f"{task} seeds"] = len(scores)  # the others diverged and count nowhere
             for metric in scores[0] if scores else ():
                 values = [100 * score[metric] for score in scores]
@@ -80,7 +118,10 @@ def main() -> None:
     write_json(options.out / "objectives.json", found)
     keys = [key for key, value in found["electra"].items() if not isinstance(value, list)]
     table = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
-    table += [f"| {kind} | {' | '.join(f'{values[key]:.4g}' for key in keys)} |" for kind, values in found.items()]
+    table += [
+        f"| {kind} | {' | '.join(f'{values[key]:.4g}' for key in keys)} |"
+        for kind, values in found.items()
+    ]
     write_bytes(options.out / "objectives.md", ("\n".join(table) + "\n").encode())
     print("\n".join(table))
 

@@ -34,9 +34,19 @@ VOCAB = 30522
 
 def run_config(size: str, length: int, rows: int, dropout: float) -> RunConfig:
     """A shipped run at another length and batch; the length of its rows is full."""
-    values = {"data.sequence_length": length, "train.global_batch_size": rows, "train.micro_batch_size": rows}
-    values |= {f"{part}.{kind}_dropout": dropout for part in ("model", "generator") for kind in ("hidden", "attention")}
-    return load_run(size, [f"{key}={value}" for key, value in values.items()]).with_data(VOCAB, IDS, length)
+    values = {
+        "data.sequence_length": length,
+        "train.global_batch_size": rows,
+        "train.micro_batch_size": rows,
+    }
+    values |= {
+        f"{part}.{kind}_dropout": dropout
+        for part in ("model", "generator")
+        for kind in ("hidden", "attention")
+    }
+    return load_run(size, [f"{key}={value}" for key, value in values.items()]).with_data(
+        VOCAB, IDS, length
+    )
 
 
 class Ours:
@@ -59,36 +69,60 @@ class HuggingFace:
             ("generator", transformers.ElectraForMaskedLM),
             ("discriminator", transformers.ElectraForPreTraining),
         ):
-            config = transformers.ElectraConfig(**hf_config(ours.config.model, ours.config.generator, part, IDS.pad))
+            config = transformers.ElectraConfig(
+                **hf_config(ours.config.model, ours.config.generator, part, IDS.pad)
+            )
             config._attn_implementation = "eager" if tuned else "sdpa"
             parts[part] = kind(config)
             parts[part].load_state_dict(to_hf(true_state(ours.module), part), strict=False)
         parts["discriminator"].electra.embeddings = parts["generator"].electra.embeddings
-        for layer in (layer for part in parts.values() for layer in part.electra.encoder.layer if tuned):
+        for layer in (
+            layer for part in parts.values() for layer in part.electra.encoder.layer if tuned
+        ):
             layer.compile()
         self.module = torch.nn.ModuleDict(parts)
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, eps=1e-6, fused=tuned or None)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), lr=1e-4, eps=1e-6, fused=tuned or None
+        )
 
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
         chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(1, batch.chosen, True)
-        rows = batch.input_ids, mask_input(batch, IDS.mask), chosen, batch.piece_ids, batch.segment_ids
+        rows = (
+            batch.input_ids,
+            mask_input(batch, IDS.mask),
+            chosen,
+            batch.piece_ids,
+            batch.segment_ids,
+        )
         return self.joined_loss(*rows, samples)
 
     def joined_loss(
-        self, ids: Tensor, masked: Tensor, chosen: Tensor, real: Tensor, segments: Tensor, samples: Tensor | None = None
+        self,
+        ids: Tensor,
+        masked: Tensor,
+        chosen: Tensor,
+        real: Tensor,
+        segments: Tensor,
+        samples: Tensor | None = None,
     ) -> Tensor:
         """Rows [B, S] and what stands at their chosen places (bool) -> both losses; samples: in place of drawn ones."""
-        logits = self.module["generator"](masked, attention_mask=real, token_type_ids=segments).logits
+        logits = self.module["generator"](
+            masked, attention_mask=real, token_type_ids=segments
+        ).logits
         at_chosen = logits[chosen]  # [chosen places, V]
         with torch.no_grad():
             noise = -torch.empty_like(at_chosen, dtype=torch.float32).exponential_().log()
             drawn = (at_chosen.float() + noise).argmax(-1) if samples is None else samples.flatten()
             corrupted = ids.clone()
             corrupted[chosen] = drawn
-        guess = self.module["discriminator"](corrupted, attention_mask=real, token_type_ids=segments).logits
+        guess = self.module["discriminator"](
+            corrupted, attention_mask=real, token_type_ids=segments
+        ).logits
         mlm_loss = F.cross_entropy(at_chosen.float(), ids[chosen])
         label = (corrupted != ids).float()
-        return mlm_loss + 50 * F.binary_cross_entropy_with_logits(guess.float()[real > 0], label[real > 0])
+        return mlm_loss + 50 * F.binary_cross_entropy_with_logits(
+            guess.float()[real > 0], label[real > 0]
+        )
 
 
 class Logits(torch.nn.Module):
@@ -138,7 +172,11 @@ class Wrapper:
 def contenders_of(config: RunConfig, names: list[str]) -> dict:
     """Ours and those of the names that are installed, checked for equal losses; compiled ones start afresh."""
     found = {"ours": (ours := Ours(config))}
-    makers = {"HF": HuggingFace, "tuned HF": lambda ours: HuggingFace(ours, tuned=True), "wrapper": Wrapper}
+    makers = {
+        "HF": HuggingFace,
+        "tuned HF": lambda ours: HuggingFace(ours, tuned=True),
+        "wrapper": Wrapper,
+    }
     for name in names:
         if name != "wrapper" or wrapper is not None:
             found[name] = makers[name](ours)
@@ -156,7 +194,16 @@ def random_batch(rows: int, length: int) -> Batch:
     places = (torch.rand(rows, length - 2).argsort(1)[:, :chosen] + 1).sort(1).values
     coins = torch.rand(rows, chosen) >= 0.85
     full = torch.arange(length).expand(rows, -1)
-    return Batch(ids, zeros, zeros + 1, full, places, torch.ones(rows, chosen), coins, torch.rand(rows, chosen))
+    return Batch(
+        ids,
+        zeros,
+        zeros + 1,
+        full,
+        places,
+        torch.ones(rows, chosen),
+        coins,
+        torch.rand(rows, chosen),
+    )
 
 
 def autocast(bf16: bool):
@@ -190,7 +237,9 @@ def check_losses(contenders: dict, length: int) -> None:
     for name, contender in contenders.items():
         theirs = ours if name == "ours" else float(contender.loss(batch, samples))
         if abs(theirs / ours - 1) > 1e-5:
-            raise SystemExit(f"{name}: loss {theirs} on the same rows, masks and weights, ours is {ours}")
+            raise SystemExit(
+                f"{name}: loss {theirs} on the same rows, masks and weights, ours is {ours}"
+            )
         contender.module.train()
 
 

@@ -16,11 +16,35 @@ from electra_ds.files import read_json
 TASKS = {"cola": "matthews", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson"}
 
 
-def finetune(model: str, out: Path, tasks: str, seeds: int, options: list[str], arguments: argparse.Namespace) -> dict:
+def finetune(
+    model: str, out: Path, tasks: str, seeds: int, options: list[str], arguments: argparse.Namespace
+) -> dict:
     """One suite; its report."""
-    verb = [sys.executable, "-m", "electra_ds", "finetune", model, arguments.config, "--tasks", tasks]
-    rest = ["--data", arguments.glue, "--seeds", str(seeds), "--out", str(out), "--set", "train.keep=none"]
-    subprocess.run([*verb, *rest, *options, "--set", "train.micro_batch_size=32"], check=True, stdout=sys.stderr)
+    verb = [
+        sys.executable,
+        "-m",
+        "electra_ds",
+        "finetune",
+        model,
+        arguments.config,
+        "--tasks",
+        tasks,
+    ]
+    rest = [
+        "--data",
+        arguments.glue,
+        "--seeds",
+        str(seeds),
+        "--out",
+        str(out),
+        "--set",
+        "train.keep=none",
+    ]
+    subprocess.run(
+        [*verb, *rest, *options, "--set", "train.micro_batch_size=32"],
+        check=True,
+        stdout=sys.stderr,
+    )
     return read_json(out / "report.json", "a report")
 
 
@@ -35,7 +59,9 @@ def plot(points: list[tuple[int, dict]], chance: float, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
     steps = [step for step, _ in points]
-    axes.plot(steps, [found["median"] for _, found in points], marker="o", label="median over seeds")
+    axes.plot(
+        steps, [found["median"] for _, found in points], marker="o", label="median over seeds"
+    )
     for step, found in points:
         axes.scatter([step] * len(found["seeds"]), list(found["seeds"].values()), s=8, color="gray")
     axes.axhline(chance, linestyle=":", color="gray", label="random initialisation")
@@ -57,12 +83,20 @@ def main() -> None:
         name: finetune(arguments.model, arguments.out / name, tasks, 5, options, arguments)
         for name, options in (("pretrained", []), ("random", ["--random-init"]))
     }
-    print("| weights |", " | ".join(f"{task} {metric}" for task, metric in TASKS.items()), "|\n|---|---|---|---|---|")
+    print(
+        "| weights |",
+        " | ".join(f"{task} {metric}" for task, metric in TASKS.items()),
+        "|\n|---|---|---|---|---|",
+    )
     for name, report in rows.items():
-        found = [cell(report["tasks"][task]["scores"]["valid"][metric]) for task, metric in TASKS.items()]
+        found = [
+            cell(report["tasks"][task]["scores"]["valid"][metric]) for task, metric in TASKS.items()
+        ]
         print(f"| {name} |", " | ".join(found), "|")
     points = []
-    for step, path in sorted((int(step), path) for step, path in (c.split("=", 1) for c in arguments.checkpoints)):
+    for step, path in sorted(
+        (int(step), path) for step, path in (c.split("=", 1) for c in arguments.checkpoints)
+    ):
         report = finetune(path, arguments.out / f"at-{step}", "stsb", 3, [], arguments)
         points.append((step, report["tasks"]["stsb"]["scores"]["valid"]["pearson"]))
         print(f"{step} steps: STS-B Pearson {cell(points[-1][1])}")

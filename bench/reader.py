@@ -39,18 +39,33 @@ def random_rows(n: int, sequence_length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(104, 30522, (n, sequence_length)).astype(np.uint16)
 
 
-def describe(folder: Path, sequence_length: int, infos: list[shards.ShardInfo], blocks: np.ndarray) -> None:
+def describe(
+    folder: Path, sequence_length: int, infos: list[shards.ShardInfo], blocks: np.ndarray
+) -> None:
     """Write index and manifest around shards that are there."""
     special = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
     split = shards.SplitInfo(
-        documents=0, pieces=0, tokens=0, pad=0, rows=int(blocks["rows"].sum()), shards=tuple(infos),
+        documents=0,
+        pieces=0,
+        tokens=0,
+        pad=0,
+        rows=int(blocks["rows"].sum()),
+        shards=tuple(infos),
         index_sha256=shards.write_index(folder / shards.index_file("train"), blocks),
-    )  # fmt: skip
-    tokenizer = shards.TokenizerInfo(kind="wordpiece", sha256="0" * 64, vocab_size=30522, special_ids=special)
+    )
+    tokenizer = shards.TokenizerInfo(
+        kind="wordpiece", sha256="0" * 64, vocab_size=30522, special_ids=special
+    )
     manifest = shards.Manifest(
-        sequence_length=sequence_length, dtype="uint16", block_rows=BLOCK_ROWS, packing="concat", seed=0,
-        tokenizer=tokenizer, source=shards.SourcePlan(sha256="0" * 64, files=(), units=()), splits={"train": split},
-    )  # fmt: skip
+        sequence_length=sequence_length,
+        dtype="uint16",
+        block_rows=BLOCK_ROWS,
+        packing="concat",
+        seed=0,
+        tokenizer=tokenizer,
+        source=shards.SourcePlan(sha256="0" * 64, files=(), units=()),
+        splits={"train": split},
+    )
     shards.write_manifest(folder, manifest)
 
 
@@ -67,7 +82,9 @@ def make(folder: Path, rows: np.ndarray) -> None:
     for shard, first in enumerate(range(0, len(rows), each)):
         own = rows[first : first + each]
         written.append(
-            shards.write_shard(folder / shards.shard_file("train", shard), "train", shard, own, pieces, BLOCK_ROWS)
+            shards.write_shard(
+                folder / shards.shard_file("train", shard), "train", shard, own, pieces, BLOCK_ROWS
+            )
         )
         with open(folder / "samples" / f"{shard:06d}.tar", "wb") as tar:
             for i, row in enumerate(own):
@@ -75,15 +92,25 @@ def make(folder: Path, rows: np.ndarray) -> None:
                 tar.write(shards.tar_header(f"{shard:06d}-{i:06d}.ids.npy", len(payload)) + payload)
                 tar.write(bytes(-len(payload) % shards.TAR_BLOCK))
             tar.write(bytes(2 * shards.TAR_BLOCK))
-    describe(folder, rows.shape[1], [info for info, _ in written], np.concatenate([blocks for _, blocks in written]))
+    describe(
+        folder,
+        rows.shape[1],
+        [info for info, _ in written],
+        np.concatenate([blocks for _, blocks in written]),
+    )
     np.save(folder / "flat.npy", rows)
     if importlib.util.find_spec("litdata"):
         from litdata import TokensLoader, optimize
 
         optimize(
-            functools.partial(long_items, folder), list(range(len(written))), str(folder / "litdata"),
-            chunk_size=SHARD_TOKENS, item_loader=TokensLoader(rows.shape[1]), num_workers=1, verbose=False,
-        )  # fmt: skip
+            functools.partial(long_items, folder),
+            list(range(len(written))),
+            str(folder / "litdata"),
+            chunk_size=SHARD_TOKENS,
+            item_loader=TokensLoader(rows.shape[1]),
+            num_workers=1,
+            verbose=False,
+        )
 
 
 def long_items(folder: Path, shard: int) -> Iterator[torch.Tensor]:
@@ -124,7 +151,9 @@ def one_per_sample(folder: Path) -> Iterator[int]:
 def tokens_loader(folder: Path, sequence_length: int) -> Iterator[int]:
     from litdata import StreamingDataset, TokensLoader
 
-    samples = StreamingDataset(str(folder / "litdata"), item_loader=TokensLoader(sequence_length), shuffle=True)
+    samples = StreamingDataset(
+        str(folder / "litdata"), item_loader=TokensLoader(sequence_length), shuffle=True
+    )
     while True:
         yield from (row.numel() for row in samples)
 
@@ -139,7 +168,9 @@ def compare(folder: Path, sequence_length: int, tokens: int, rounds: int) -> Non
     readers = {
         "ours": ours(folder),
         "webdataset, one .npy per sample": one_per_sample(folder),
-        "litdata TokensLoader": tokens_loader(folder, sequence_length) if (folder / "litdata").exists() else None,
+        "litdata TokensLoader": tokens_loader(folder, sequence_length)
+        if (folder / "litdata").exists()
+        else None,
         "flat memmap, rows[n]": flat(folder, take=False),
         "flat memmap, numpy.take": flat(folder, take=True),
     }
@@ -172,7 +203,9 @@ def make_index(folder: Path, sequence_length: int) -> None:
     (folder / "shards").mkdir(parents=True)
     rows, per_shard = random_rows(BLOCK_ROWS, sequence_length), 1000
     payload = shards.npy_header(rows.dtype, rows.shape) + rows.tobytes()
-    step = 3 * shards.TAR_BLOCK + len(payload) + -len(payload) % shards.TAR_BLOCK  # both members; no pieces
+    step = (
+        3 * shards.TAR_BLOCK + len(payload) + -len(payload) % shards.TAR_BLOCK
+    )  # both members; no pieces
     blocks = np.zeros(BILLION // BLOCK_ROWS, shards.INDEX_DTYPE)
     blocks["shard"], inside = np.divmod(np.arange(len(blocks)), per_shard)
     blocks["rows"], blocks["bytes"], blocks["crc32"] = BLOCK_ROWS, len(payload), zlib.crc32(payload)
@@ -183,15 +216,22 @@ def make_index(folder: Path, sequence_length: int) -> None:
         with open(folder / shards.shard_file("train", shard), "wb") as file:
             file.truncate(size)
         name, sha256 = shards.shard_file("train", shard), "0" * 64
-        infos.append(shards.ShardInfo(file=name, rows=count * BLOCK_ROWS, bytes=size, sha256=sha256))
+        infos.append(
+            shards.ShardInfo(file=name, rows=count * BLOCK_ROWS, bytes=size, sha256=sha256)
+        )
     describe(folder, sequence_length, infos, blocks)
-    touched, _ = Order(blocks["rows"], 0).rows(3 * BILLION - 128 + np.arange(READ_TOKENS // sequence_length))
+    touched, _ = Order(blocks["rows"], 0).rows(
+        3 * BILLION - 128 + np.arange(READ_TOKENS // sequence_length)
+    )
     for block in np.unique(touched // BLOCK_ROWS):
         shard, _, offset, *_ = blocks[block].item()
         with open(folder / shards.shard_file("train", shard), "r+b") as file:
             file.seek(offset - shards.TAR_BLOCK)
             file.write(
-                shards.tar_header(f"{shards.block_name('train', shard, inside[block])}.ids.npy", len(payload)) + payload
+                shards.tar_header(
+                    f"{shards.block_name('train', shard, inside[block])}.ids.npy", len(payload)
+                )
+                + payload
             )
 
 
@@ -202,19 +242,26 @@ def first_batch(folder: Path, sequence_length: int = 128) -> None:
     began = time.perf_counter()
     reader = shards.ShardReader(folder, "train")
     opened = time.perf_counter()
-    order, recipe = Order(reader.blocks["rows"], 0), recipe_for(reader.manifest, ObjectiveConfig(), 0)
+    order, recipe = (
+        Order(reader.blocks["rows"], 0),
+        recipe_for(reader.manifest, ObjectiveConfig(), 0),
+    )
     sizes = {"global_batch_size": 128, "micro_batch_size": 128, "position": 3 * reader.rows - 128}
     batches = Batches(reader, order, recipe, **sizes)
     next(batches)
     found = time.perf_counter()
     batches.close()
-    print(f"\n{reader.rows:,} rows in {len(reader.info.shards):,} shards: opened in {opened - began:.2f} s, the first "
-          f"batch at the last position of epoch 3 came {found - opened:.2f} s later")  # fmt: skip
+    print(
+        f"\n{reader.rows:,} rows in {len(reader.info.shards):,} shards: opened in {opened - began:.2f} s, the first "
+        f"batch at the last position of epoch 3 came {found - opened:.2f} s later"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True, help="about 2 GB are written here, and kept")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="about 2 GB are written here, and kept"
+    )
     parser.add_argument("--tokens", type=int, default=1 << 26)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

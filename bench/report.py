@@ -13,7 +13,9 @@ MARKS = ("floor", "target", "stretch")
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
     """A parser that shows the whole of `doc`, with the option --json."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     return parser
 

@@ -16,15 +16,40 @@ from pathlib import Path
 from electra_ds import checkpoint
 from electra_ds.metrics import read_metrics
 
-SETS = ["train.global_batch_size=16", "train.micro_batch_size=8", "train.eval_every=0", "logging.every=1",
-        "logging.tensorboard=false"]  # fmt: skip
+SETS = [
+    "train.global_batch_size=16",
+    "train.micro_batch_size=8",
+    "train.eval_every=0",
+    "logging.every=1",
+    "logging.tensorboard=false",
+]
 
 
 def run(options: argparse.Namespace, out: Path, asynchronous: bool) -> None:
-    sets = [*SETS, f"train.total_steps={options.every * (options.saves + 1)}", f"checkpoint.every={options.every}",
-            f"checkpoint.asynchronous={str(asynchronous).lower()}"]  # fmt: skip
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}", "-m", "electra_ds"]
-    command = [sys.executable, "-m", *launcher, "pretrain", "small", "--data", str(options.data), "--out", str(out)]
+    sets = [
+        *SETS,
+        f"train.total_steps={options.every * (options.saves + 1)}",
+        f"checkpoint.every={options.every}",
+        f"checkpoint.asynchronous={str(asynchronous).lower()}",
+    ]
+    launcher = [
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={options.ranks}",
+        "-m",
+        "electra_ds",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "pretrain",
+        "small",
+        "--data",
+        str(options.data),
+        "--out",
+        str(out),
+    ]
     command += ["--engine", options.engine, *(part for line in sets for part in ("--set", line))]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -41,15 +66,23 @@ def main() -> None:
     for asynchronous in (False, True):
         out = options.out / f"{options.ranks}-{'asynchronous' if asynchronous else 'synchronous'}"
         run(options, out, asynchronous)
-        records = [record for record in read_metrics(out / "metrics.jsonl") if record["split"] == "train"]
+        records = [
+            record for record in read_metrics(out / "metrics.jsonl") if record["split"] == "train"
+        ]
         pauses = [pause for record in records if (pause := record["checkpoint_pause_seconds"])]
         ends = [record["seconds"] for record in records]  # of step 1, 2, ...
         step = statistics.median(b - a for a, b in itertools.pairwise(ends))
         saves = range(options.every - 1, len(ends) - options.every, options.every)
-        cost = statistics.median(ends[i + options.every] - ends[i] - options.every * step for i in saves)
-        size = sum(facts["bytes"] for facts in checkpoint.read_meta(out / "ckpt" / "final").files.values())
-        print(f"{out.name}: pause {statistics.median(pauses):.3f} s ({min(pauses):.3f}-{max(pauses):.3f}), "
-              f"cost {cost:.3f} s, step {step:.3f} s, checkpoint {size / 1e6:.0f} MB")  # fmt: skip
+        cost = statistics.median(
+            ends[i + options.every] - ends[i] - options.every * step for i in saves
+        )
+        size = sum(
+            facts["bytes"] for facts in checkpoint.read_meta(out / "ckpt" / "final").files.values()
+        )
+        print(
+            f"{out.name}: pause {statistics.median(pauses):.3f} s ({min(pauses):.3f}-{max(pauses):.3f}), "
+            f"cost {cost:.3f} s, step {step:.3f} s, checkpoint {size / 1e6:.0f} MB"
+        )
 
 
 if __name__ == "__main__":

@@ -45,21 +45,30 @@ def rank(pipe, place: dict[str, str], stages: list[int]) -> None:
     device = start(ranks, timeout_minutes=10)
     world = ranks.world_size
     config = run_config("small", LENGTH, ROWS, 0.0)
-    train = config.train.model_copy(update={"global_batch_size": world * ROWS, "micro_batch_size": ROWS})
+    train = config.train.model_copy(
+        update={"global_batch_size": world * ROWS, "micro_batch_size": ROWS}
+    )
     config = config.model_copy(update={"train": train})
-    engines = {s: Engine(build_objective(config, 0), config, load_engine(f"zero{s}"), ranks, device) for s in stages}
+    engines = {
+        s: Engine(build_objective(config, 0), config, load_engine(f"zero{s}"), ranks, device)
+        for s in stages
+    }
     torch.manual_seed(0)
     batches = [random_batch(ROWS, LENGTH) for _ in range(8)]
     pipe.send("ready")
     for count, stage in enumerate(iter(pipe.recv, None)):
         engine, batch = engines[stage], batches[count // len(stages) % len(batches)]
         began = time.thread_time(), time.process_time(), time.perf_counter()
-        (losses,) = engine.forward_backward([batch], [count], (world * batch.chosen.numel(), world * ROWS * LENGTH))
+        (losses,) = engine.forward_backward(
+            [batch], [count], (world * batch.chosen.numel(), world * ROWS * LENGTH)
+        )
         engine.propose(batch.chosen.numel(), ROWS * LENGTH, False, False, False)
         engine.step(lr=1e-4)
         engine.agreed()
         ended = time.thread_time(), time.process_time(), time.perf_counter()
-        pipe.send([world * float(losses.total), *(b - a for a, b in zip(began, ended, strict=True))])
+        pipe.send(
+            [world * float(losses.total), *(b - a for a, b in zip(began, ended, strict=True))]
+        )
     os._exit(0)  # there is nothing to save, and the peers are told to leave as well
 
 
@@ -67,12 +76,18 @@ class Job:
     """So many ranks in processes of their own, which train when asked to."""
 
     def __init__(self, world_size: int, stages: list[int]):
-        spawn, place = multiprocessing.get_context("spawn"), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        spawn, place = (
+            multiprocessing.get_context("spawn"),
+            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()},
+        )
         place |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         self.pipes = []
         for index in range(world_size):
             ours, theirs = spawn.Pipe()
-            own = {key: str(value) for key, value in (place | {"RANK": index, "LOCAL_RANK": index}).items()}
+            own = {
+                key: str(value)
+                for key, value in (place | {"RANK": index, "LOCAL_RANK": index}).items()
+            }
             spawn.Process(target=rank, args=(theirs, own, stages), daemon=True).start()
             theirs.close()  # so that a rank that dies ends the wait for it
             self.pipes.append(ours)
@@ -96,14 +111,18 @@ def measure(stages: list[int], rounds: int) -> list[dict]:
         for stage in stages:
             (loss, alone), (other, paired) = one.step(stage), two.step(stage)
             if abs(loss / other - 1) > 1e-2:  # bf16, and a token in a thousand sampled otherwise
-                raise SystemExit(f"ZeRO {stage}, step {turn}: one rank has loss {loss}, two ranks {other}")
+                raise SystemExit(
+                    f"ZeRO {stage}, step {turn}: one rank has loss {loss}, two ranks {other}"
+                )
             if turn >= 2:  # the first steps make the optimizer's state and warm up
                 taken[stage].append((alone, paired))
     for pipe in one.pipes + two.pipes:
         pipe.send(None)
     found = []
     for stage, pairs in taken.items():
-        found.append({"stage": stage, "ms": 1000 * statistics.median(alone[0] for alone, _ in pairs)})
+        found.append(
+            {"stage": stage, "ms": 1000 * statistics.median(alone[0] for alone, _ in pairs)}
+        )
         for index, name in enumerate(MEASURES):
             found[-1][name] = sorted(alone[index] / paired[index] for alone, paired in pairs)
     return found
@@ -137,8 +156,15 @@ TOKENS_PER_SECOND = {
     "A100": {"small": 1.3e6, "base": 255e3, "large": 85e3},
     "H100": {"small": 2.4e6, "base": 530e3, "large": 184e3},
 }
-MICRO_TOKENS = {"small": 65536, "base": 32768, "large": 16384}  # the most of a micro-batch, for 40 GB
-LAUNCH, KERNELS = 5e-6, 60  # seconds a kernel's launch takes, kernels of a layer's forward and backward
+MICRO_TOKENS = {
+    "small": 65536,
+    "base": 32768,
+    "large": 16384,
+}  # the most of a micro-batch, for 40 GB
+LAUNCH, KERNELS = (
+    5e-6,
+    60,
+)  # seconds a kernel's launch takes, kernels of a layer's forward and backward
 HOP = 10e-6  # seconds that a small message takes to the next node; a tree passes log2(nodes) of them twice
 FIXED = 10e-3  # seconds of a step that no rank shares: optimizer, DeepSpeed's bookkeeping
 BUCKET, WIDTH = 5e6, 2  # the engine files: elements of a bucket; bytes of a number in bf16
@@ -153,7 +179,10 @@ class Model:
         self.length, self.hardware = length, NODES[kind]
         self.network = NETWORK_SHARE * self.hardware.network * adapters / 8
         self.parameters = parameter_count(config).joint
-        flops, short = (step_flops(c) / c.train.global_batch_size for c in (config, run_config(size, 128, 1, 0.0)))
+        flops, short = (
+            step_flops(c) / c.train.global_batch_size
+            for c in (config, run_config(size, 128, 1, 0.0))
+        )
         self.row = flops / (short / 128 * TOKENS_PER_SECOND[kind][size])  # seconds
         self.floor = LAUNCH * KERNELS * (config.model.num_layers + config.generator.num_layers)
         self.micro_rows = MICRO_TOKENS[size] // length
@@ -162,7 +191,9 @@ class Model:
 
     def send(self, shares: float, calls: float, gpus: int) -> float:
         """Seconds for so many times parameters x (n - 1)/n numbers a rank: NVLink in a node, the network beyond."""
-        gather = step_traffic(self.parameters, 1, gpus, 1, WIDTH) - step_traffic(self.parameters, 0, gpus, 1, WIDTH)
+        gather = step_traffic(self.parameters, 1, gpus, 1, WIDTH) - step_traffic(
+            self.parameters, 0, gpus, 1, WIDTH
+        )
         nodes = max(1, gpus // 8)
         rate = self.hardware.bus if nodes == 1 else min(self.hardware.bus, self.network)
         return shares * gather / rate + calls * HOP * (1 + 2 * math.log2(nodes))
@@ -183,7 +214,11 @@ class Model:
 
     def strong(self, stage: int, gpus: int, batch: int) -> float | None:
         """Efficiency against one GPU with the same global batch, None where a GPU has no row."""
-        return None if batch < gpus else self.step(0, 1, batch) / gpus / self.step(stage, gpus, batch / gpus)
+        return (
+            None
+            if batch < gpus
+            else self.step(0, 1, batch) / gpus / self.step(stage, gpus, batch / gpus)
+        )
 
     def weak(self, stage: int, gpus: int) -> float:
         """Efficiency against one GPU with the same rows a GPU, one full micro-batch."""
@@ -191,7 +226,11 @@ class Model:
 
 
 GPUS = (8, 16, 64, 128, 512)
-PRESETS = {"small": (128, 128), "base": (512, 256), "large": (512, 2048)}  # sequence_length, global_batch_size
+PRESETS = {
+    "small": (128, 128),
+    "base": (512, 256),
+    "large": (512, 2048),
+}  # sequence_length, global_batch_size
 
 
 def model_rows(stages: list[int]) -> list[dict]:
@@ -203,15 +242,26 @@ def model_rows(stages: list[int]) -> list[dict]:
             model = Model(size, length, kind, adapters)
             for stage in stages:
                 for batch in dict.fromkeys((preset, 2048, None)):
-                    found = [model.strong(stage, n, batch) if batch else model.weak(stage, n) for n in GPUS]
+                    found = [
+                        model.strong(stage, n, batch) if batch else model.weak(stage, n)
+                        for n in GPUS
+                    ]
                     case = {"node": node, "size": size, "length": length, "stage": stage}
-                    rows.append(case | {"global_batch_size": batch, "efficiency": dict(zip(GPUS, found, strict=True))})
+                    rows.append(
+                        case
+                        | {
+                            "global_batch_size": batch,
+                            "efficiency": dict(zip(GPUS, found, strict=True)),
+                        }
+                    )
     return rows
 
 
 def print_model(found: list[dict]) -> None:
     """The markdown table, and what the published scaling of another implementation says of the model."""
-    print("Efficiency against one GPU, on paper. batch: rows of all GPUs; weak: a full micro-batch each\n")
+    print(
+        "Efficiency against one GPU, on paper. batch: rows of all GPUs; weak: a full micro-batch each\n"
+    )
     heading("node", "run", "ZeRO", *(f"{n} GPUs" for n in GPUS))
     for case in found:
         batch = f"batch {case['global_batch_size']:,}" if case["global_batch_size"] else "weak"
@@ -238,7 +288,9 @@ def check_published() -> str:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--model", action="store_true", help="the model on paper")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(3), help="of ZeRO")
+    parser.add_argument(
+        "--stages", type=int, nargs="+", default=[0, 1, 2], choices=range(3), help="of ZeRO"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds per stage")
     options = parser.parse_args()
     found = model_rows(options.stages) if options.model else measure(options.stages, options.rounds)

@@ -44,10 +44,19 @@ class Case:
 
 CASES = {
     "small-bf16": Case(
-        "small", 128, 16, True, 0.0, {"HF": (1.8, 2.2, 2.5), "wrapper": (2.8, 3.3, 3.7), "tuned HF": (1.5, 1.8, 2.0)}
+        "small",
+        128,
+        16,
+        True,
+        0.0,
+        {"HF": (1.8, 2.2, 2.5), "wrapper": (2.8, 3.3, 3.7), "tuned HF": (1.5, 1.8, 2.0)},
     ),
-    "small-fp32": Case("small", 128, 16, False, 0.0, {"HF": (1.5, 1.75, 1.9), "wrapper": (1.9, 2.2, 2.5)}),
-    "small-bf16-64": Case("small", 128, 64, True, 0.0, {"HF": (1.8, 2.2, 2.5), "wrapper": (2.8, 3.3, 3.7)}),
+    "small-fp32": Case(
+        "small", 128, 16, False, 0.0, {"HF": (1.5, 1.75, 1.9), "wrapper": (1.9, 2.2, 2.5)}
+    ),
+    "small-bf16-64": Case(
+        "small", 128, 64, True, 0.0, {"HF": (1.8, 2.2, 2.5), "wrapper": (2.8, 3.3, 3.7)}
+    ),
     "small-fp32-64": Case("small", 128, 64, False, 0.0, {}),
     "small-bf16-dropout": Case("small", 128, 16, True, 0.1, {"HF": (1.7, 2.0, 2.2)}),
     "small-bf16-512": Case("small", 512, 4, True, 0.0, {"HF": (1.5, 1.8)}),
@@ -88,13 +97,46 @@ def report(name: str, case: Case, taken: dict[str, list], ceiling: float) -> lis
             row(shape, other, "not installed", "", "", "", "")
             continue
         cpu, wall = np.divide(taken[other], taken["ours"]).T.tolist()  # [rounds] each
-        (middle, low, high), walls, aims = spread(cpu), statistics.median(wall), " / ".join(map(str, goals))
-        row(shape, other, f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{walls:.2f}", aims, reached(middle, goals))
-        found.append({"against": other, "ratio": middle, "spread": (low, high), "wall_ratio": walls, "goals": goals})
+        (middle, low, high), walls, aims = (
+            spread(cpu),
+            statistics.median(wall),
+            " / ".join(map(str, goals)),
+        )
+        row(
+            shape,
+            other,
+            f"{middle:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{walls:.2f}",
+            aims,
+            reached(middle, goals),
+        )
+        found.append(
+            {
+                "against": other,
+                "ratio": middle,
+                "spread": (low, high),
+                "wall_ratio": walls,
+                "goals": goals,
+            }
+        )
     cpu, goals = statistics.median(c for c, _ in taken["ours"]), CEILING.get(name, ())
-    share, aims = step_flops(config_of(case)) / cpu / ceiling, " / ".join(f"{goal:.0%}" for goal in goals)
-    row(shape, "GEMM ceiling", f"{share:.0%}", f"{cpu * 1000:.0f} ms CPU", "", aims, reached(share, goals))
-    found.append({"against": "GEMM ceiling", "ratio": share, "ceiling": ceiling, "seconds": taken["ours"]})
+    share, aims = (
+        step_flops(config_of(case)) / cpu / ceiling,
+        " / ".join(f"{goal:.0%}" for goal in goals),
+    )
+    row(
+        shape,
+        "GEMM ceiling",
+        f"{share:.0%}",
+        f"{cpu * 1000:.0f} ms CPU",
+        "",
+        aims,
+        reached(share, goals),
+    )
+    found.append(
+        {"against": "GEMM ceiling", "ratio": share, "ceiling": ceiling, "seconds": taken["ours"]}
+    )
     return [{"case": name} | record for record in found]
 
 
@@ -103,7 +145,11 @@ def boundaries(data: str, rounds: int) -> list[dict]:
     manifest, reader = read_manifest(data), ShardReader(data, "train")
     rows = TOKENS // reader.sequence_length
     config = run_config("small", reader.sequence_length, rows, 0.0)
-    ours, recipe, draw = Ours(config), recipe_for(manifest, config.objective, 0), np.random.default_rng(0)
+    ours, recipe, draw = (
+        Ours(config),
+        recipe_for(manifest, config.objective, 0),
+        np.random.default_rng(0),
+    )
     found = []
     for bf16 in (True, False) if cpu_multiplies_bf16() else (False,):
         ratios, pieces = [], []
@@ -111,14 +157,22 @@ def boundaries(data: str, rounds: int) -> list[dict]:
             numbers = draw.choice(reader.rows, rows, replace=False)
             packed = make_batch(reader.read(numbers), numbers, 0, recipe)
             both = packed, packed._replace(piece_ids=torch.ones_like(packed.piece_ids))
-            taken = {i: seconds(lambda b=both[i], half=bf16: step(ours, b, half))[0] for i in np.roll((0, 1), turn)}
+            taken = {
+                i: seconds(lambda b=both[i], half=bf16: step(ours, b, half))[0]
+                for i in np.roll((0, 1), turn)
+            }
             ratios.append(taken[0] / taken[1])
             pieces += packed.piece_ids.amax(1).tolist()
         middle, low, high = spread(ratios[1:])
         one, mean = statistics.mean(n == 1 for n in pieces), statistics.mean(pieces)
         shape = f"S{reader.sequence_length} B{rows} {'bf16' if bf16 else 'fp32'}"
         row(shape, f"{one:.0%}", f"{mean:.2f}", f"{middle:.3f}", f"{low:.3f}-{high:.3f}")
-        record = {"length": reader.sequence_length, "rows": rows, "bf16": bf16, "rows_of_one_piece": one}
+        record = {
+            "length": reader.sequence_length,
+            "rows": rows,
+            "bf16": bf16,
+            "rows_of_one_piece": one,
+        }
         found.append(record | {"pieces": mean, "ratio": middle, "spread": (low, high)})
     return found
 
@@ -129,10 +183,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds per case")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument(
-        "--keep-memory", action="store_true", help="glibc keeps freed memory: no page faults for anybody"
+        "--keep-memory",
+        action="store_true",
+        help="glibc keeps freed memory: no page faults for anybody",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
-    parser.add_argument("--data", metavar="D", help="packed rows of a data folder with BERT's vocabulary")
+    parser.add_argument(
+        "--data", metavar="D", help="packed rows of a data folder with BERT's vocabulary"
+    )
     options = parser.parse_args()
     if unknown := set(options.cases) - CASES.keys():
         parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
@@ -143,16 +201,36 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.data:
-        heading("packed rows", "of one piece", "pieces a row", "CPU time, packed / as one piece", "spread")
+        heading(
+            "packed rows",
+            "of one piece",
+            "pieces a row",
+            "CPU time, packed / as one piece",
+            "spread",
+        )
         records = boundaries(options.data, options.rounds)
     else:
         heading(
-            "case", "against", "CPU-time ratio, median", "spread", "wall ratio", "floor / target / stretch", "reached"
+            "case",
+            "against",
+            "CPU-time ratio, median",
+            "spread",
+            "wall ratio",
+            "floor / target / stretch",
+            "reached",
         )
         records = []
         for name in options.cases or CASES:
             if CASES[name].bf16 and not cpu_multiplies_bf16():
-                row(name, "", "this processor has no bf16 products: the fp32 rows decide", "", "", "", "")
+                row(
+                    name,
+                    "",
+                    "this processor has no bf16 products: the fp32 rows decide",
+                    "",
+                    "",
+                    "",
+                    "",
+                )
                 continue
             records += report(name, CASES[name], *measure(CASES[name], options.rounds))
     if options.json:

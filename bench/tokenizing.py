@@ -37,8 +37,16 @@ from electra_ds.files import read_json, write_json
 from electra_ds.shards import ShardReader
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 
-BARE = {"google": "wordpiece", "hf": "wordpiece", "sentencepiece": "unigram"}  # contender -> kind of its vocabulary
-PIPELINES = {"wordpiece": ("wordpiece", 1), "unigram": ("unigram", 1), "workers": ("wordpiece", 4)}  # kind, processes
+BARE = {
+    "google": "wordpiece",
+    "hf": "wordpiece",
+    "sentencepiece": "unigram",
+}  # contender -> kind of its vocabulary
+PIPELINES = {
+    "wordpiece": ("wordpiece", 1),
+    "unigram": ("unigram", 1),
+    "workers": ("wordpiece", 4),
+}  # kind, processes
 EVERYONE = [*BARE, *PIPELINES]
 GOALS = {  # (contender, against) -> how many times faster it is to be
     ("wordpiece", "google"): 5.0,
@@ -64,7 +72,12 @@ def is_punctuation(c: str) -> bool:
 
 def is_chinese(code: int) -> bool:
     common = 0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF or 0xF900 <= code <= 0xFAFF
-    return common or 0x20000 <= code <= 0x2A6DF or 0x2A700 <= code <= 0x2CEAF or 0x2F800 <= code <= 0x2FA1F
+    return (
+        common
+        or 0x20000 <= code <= 0x2A6DF
+        or 0x2A700 <= code <= 0x2CEAF
+        or 0x2F800 <= code <= 0x2FA1F
+    )
 
 
 def google_words(text: str, lowercase: bool) -> list[str]:
@@ -115,10 +128,14 @@ def bare(name: str, tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int
         if name == "google":
             yield from (google_ids(text, tokenizer) for text in some)
         elif name == "hf":
-            yield from (e.ids for e in tokenizer.fast.encode_batch_fast(some, add_special_tokens=False))
+            yield from (
+                e.ids for e in tokenizer.fast.encode_batch_fast(some, add_special_tokens=False)
+            )
         else:
             lines = [text.split("\n") for text in some]
-            found = iter(tokenizer._model.encode([line for own in lines for line in own], num_threads=1))
+            found = iter(
+                tokenizer._model.encode([line for own in lines for line in own], num_threads=1)
+            )
             yield from (list(chain.from_iterable(islice(found, len(own)))) for own in lines)
 
 
@@ -131,12 +148,19 @@ def measure(name: str, scratch: Path) -> dict[str, float]:
     """One turn in this process: CPU seconds, those of them in encode_flat (of this process), peak MB of a process."""
     inside = 0.0
     if name in BARE:
-        tokenizer, texts = load_tokenizer(scratch / BARE[name]), read_json(scratch / "texts.json", "texts")["texts"]
+        tokenizer, texts = (
+            load_tokenizer(scratch / BARE[name]),
+            read_json(scratch / "texts.json", "texts")["texts"],
+        )
         begun = cpu_seconds()
         deque(bare(name, tokenizer, texts), maxlen=0)
     else:
         kind, workers = PIPELINES[name]
-        tokenizer, given, out = load_tokenizer(scratch / kind), scratch / "input.jsonl", scratch / f"out-{name}"
+        tokenizer, given, out = (
+            load_tokenizer(scratch / kind),
+            scratch / "input.jsonl",
+            scratch / f"out-{name}",
+        )
         encode_flat = type(tokenizer).encode_flat
 
         def timed(self: Tokenizer, texts: list[str]) -> tuple:
@@ -152,7 +176,9 @@ def measure(name: str, scratch: Path) -> dict[str, float]:
         begun = cpu_seconds()
         prepare([str(given)], tokenizer, out, unit_bytes=unit_bytes, workers=workers)
     seconds = cpu_seconds() - begun
-    own = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]  # ru_maxrss begins with the parent's
+    own = (
+        Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    )  # ru_maxrss begins with the parent's
     peak = max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     return {"cpu": seconds, "tokenizing": inside, "peak": peak / 1024}
 
@@ -161,7 +187,9 @@ def turn(name: str, scratch: Path) -> dict[str, float]:
     """`measure` in a process of its own."""
     command = [sys.executable, __file__, name, "--scratch", str(scratch), "--here"]
     environ = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environ).stdout)
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environ).stdout
+    )
 
 
 def fill(scratch: Path, options: argparse.Namespace) -> None:
@@ -171,15 +199,24 @@ def fill(scratch: Path, options: argparse.Namespace) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     raw, size = [], 0
     for source in make_plan(options.input).sources:
-        for text in documents(source, 0, source.size, text_field="text", tally=Tally(), moved=lambda done: None):
+        for text in documents(
+            source, 0, source.size, text_field="text", tally=Tally(), moved=lambda done: None
+        ):
             if not options.megabytes or size < options.megabytes * 1e6:
                 raw.append(text)
                 size += len(text.encode())
-    for file, count in (("input", len(raw)), ("part", len(raw) // (1 + size // 10**7))):  # about 10 MB to train on
+    for file, count in (
+        ("input", len(raw)),
+        ("part", len(raw) // (1 + size // 10**7)),
+    ):  # about 10 MB to train on
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in raw[:count])
         (scratch / f"{file}.jsonl").write_text("".join(lines), encoding="utf-8")
     part = [str(scratch / "part.jsonl")]
-    own = load_tokenizer(options.tokenizer) if options.tokenizer else train_tokenizer(part, scratch / "wordpiece")
+    own = (
+        load_tokenizer(options.tokenizer)
+        if options.tokenizer
+        else train_tokenizer(part, scratch / "wordpiece")
+    )
     own.save(scratch / "wordpiece")
     train_tokenizer(part, scratch / "unigram", kind="unigram")
     write_json(scratch / "texts.json", {"texts": ["\n".join(clean_lines(text)[0]) for text in raw]})
@@ -192,10 +229,19 @@ def packed(data: Path, scratch: Path) -> dict[int, list[int]]:
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
             for row, start, length, unit, document, token in reader.pieces(block).tolist():
-                parts.setdefault((unit, document), []).append((token, rows[row, start : start + length].tolist()))
-    texts_of, units = reread(data, [str(scratch / "input.jsonl")]), range(len(reader.manifest.source.units))
+                parts.setdefault((unit, document), []).append(
+                    (token, rows[row, start : start + length].tolist())
+                )
+    texts_of, units = (
+        reread(data, [str(scratch / "input.jsonl")]),
+        range(len(reader.manifest.source.units)),
+    )
     keys = [(unit, document) for unit in units for document, _ in enumerate(texts_of(unit))]
-    return {n: [i for _, ids in sorted(parts[key]) for i in ids] for n, key in enumerate(keys) if key in parts}
+    return {
+        n: [i for _, ids in sorted(parts[key]) for i in ids]
+        for n, key in enumerate(keys)
+        if key in parts
+    }
 
 
 def check_ids(names: list[str], scratch: Path) -> None:
@@ -207,8 +253,12 @@ def check_ids(names: list[str], scratch: Path) -> None:
             found = packed(scratch / f"out-{name}", scratch)
             # Python makes the last sigma of a word in capitals a final one; Rust, ours and that of `hf`, does not
             known = {n for n in found if other == "google" and "\u03a3" in texts[n]}
-            if wrong := [texts[n][:80] for n, ids in found.items() if n not in known and ids != expected[n]]:
-                raise SystemExit(f"{name}: not the ids of {other} on {len(wrong)} documents, the first: {wrong[0]}")
+            if wrong := [
+                texts[n][:80] for n, ids in found.items() if n not in known and ids != expected[n]
+            ]:
+                raise SystemExit(
+                    f"{name}: not the ids of {other} on {len(wrong)} documents, the first: {wrong[0]}"
+                )
             print(
                 f"{name}: the ids of {other} on {len(found) - len(known)} of {len(texts)} documents; the rest are "
                 f"copies, or (google) have a capital sigma"
@@ -217,14 +267,22 @@ def check_ids(names: list[str], scratch: Path) -> None:
 
 def report(taken: dict[str, list[dict]], megabytes: float) -> None:
     """Ratios, then what each contender needs, as markdown tables."""
-    print("| contender | against | times as fast, CPU, median | spread | goal |\n|---|---|---|---|---|")
+    print(
+        "| contender | against | times as fast, CPU, median | spread | goal |\n|---|---|---|---|---|"
+    )
     for (name, other), goal in GOALS.items():
         if name in taken and other in taken:
-            ratios = sorted(b["cpu"] / a["cpu"] for a, b in zip(taken[name], taken[other], strict=True))
+            ratios = sorted(
+                b["cpu"] / a["cpu"] for a, b in zip(taken[name], taken[other], strict=True)
+            )
             verdict = "reached" if statistics.median(ratios) >= goal else "MISSED"
             spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
-            print(f"| {name} | {other} | {statistics.median(ratios):.2f} | {spread} | {goal:.2f} {verdict} |")
-    print("\n| contender | MB per CPU second | outside encode_flat | peak MB of a process |\n|---|---|---|---|")
+            print(
+                f"| {name} | {other} | {statistics.median(ratios):.2f} | {spread} | {goal:.2f} {verdict} |"
+            )
+    print(
+        "\n| contender | MB per CPU second | outside encode_flat | peak MB of a process |\n|---|---|---|---|"
+    )
     for name, turns in taken.items():
         rate = statistics.median(megabytes / one["cpu"] for one in turns)
         rest = statistics.median(1 - one["tokenizing"] / one["cpu"] for one in turns)
@@ -234,11 +292,20 @@ def report(taken: dict[str, list[dict]], megabytes: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="CONTENDER", help=f"of {', '.join(EVERYONE)} (default: all)")
-    parser.add_argument("--input", nargs="+", default=["builtin:docs"], help="text, as `prepare` takes it")
+    parser.add_argument(
+        "names", nargs="*", metavar="CONTENDER", help=f"of {', '.join(EVERYONE)} (default: all)"
+    )
+    parser.add_argument(
+        "--input", nargs="+", default=["builtin:docs"], help="text, as `prepare` takes it"
+    )
     parser.add_argument("--tokenizer", help="WordPiece vocabulary (default: made of the text)")
     parser.add_argument("--megabytes", type=float, default=10, help="of the text (0: all of it)")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for texts, vocabularies and shards, kept")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        required=True,
+        help="folder for texts, vocabularies and shards, kept",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for the numbers of every turn")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -255,7 +322,10 @@ def main() -> None:
     taken: dict[str, list[dict]] = {name: [] for name in names}
     for name in names * options.rounds:
         taken[name].append(turn(name, scratch))
-    megabytes = sum(len(text.encode()) for text in read_json(scratch / "texts.json", "texts")["texts"]) / 1e6
+    megabytes = (
+        sum(len(text.encode()) for text in read_json(scratch / "texts.json", "texts")["texts"])
+        / 1e6
+    )
     print(f"{megabytes:.1f} MB, load {os.getloadavg()[0]:.1f}\n")
     report(taken, megabytes)
     if options.json:

@@ -74,7 +74,9 @@ class Paced(Engine):
     """The engine of a run: at the top of the loop it lets the others take their turn, and it notes what the parts of
     the loop take."""
 
-    def __init__(self, take_turns: Callable[[dict[str, np.ndarray], bool, Batch, float], None], *arguments):
+    def __init__(
+        self, take_turns: Callable[[dict[str, np.ndarray], bool, Batch, float], None], *arguments
+    ):
         super().__init__(*arguments)
         self.take_turns, self.clock, self.parts = take_turns, Clock(), {}
 
@@ -118,22 +120,32 @@ def bare_step(ours: Ours, batch: Batch, bf16: bool) -> tuple[dict[str, np.ndarra
     return parts | {"step": clock.lap()}, float(loss.detach())
 
 
-def peer_loop(name: str, peer, rows: np.ndarray, tokenizer: BertTokenizerFast, bf16: bool) -> Iterator[float]:
+def peer_loop(
+    name: str, peer, rows: np.ndarray, tokenizer: BertTokenizerFast, bf16: bool
+) -> Iterator[float]:
     """A training loop as the peer's users write it; yields the loss of each step."""
     examples = [{"input_ids": row} for row in rows.astype(np.int64)]
-    mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15) if name != "wrapper" else None
+    mask = (
+        DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+        if name != "wrapper"
+        else None
+    )
 
     def collate(picked: list[dict]) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(np.stack([example["input_ids"] for example in picked]))
         return {"ids": ids, "real": (ids != IDS.pad).long(), **(mask(picked) if mask else {})}
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(peer.optimizer, lambda step: max(0.0, 1 - step / 1_000_000))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        peer.optimizer, lambda step: max(0.0, 1 - step / 1_000_000)
+    )
     while True:
         for batch in DataLoader(examples, ROWS, shuffle=True, drop_last=True, collate_fn=collate):
             with autocast(bf16):
                 if isinstance(peer, HuggingFace):
                     chosen, zeros = batch["labels"] != -100, torch.zeros_like(batch["ids"])
-                    loss = peer.joined_loss(batch["ids"], batch["input_ids"], chosen, batch["real"], zeros)
+                    loss = peer.joined_loss(
+                        batch["ids"], batch["input_ids"], chosen, batch["real"], zeros
+                    )
                 else:
                     loss = peer.module(batch["ids"], attention_mask=batch["real"]).loss
             loss.backward()
@@ -149,7 +161,13 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
     """A data folder of full random rows, with a vocabulary as large as BERT's."""
     (folder / "shards").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
-    words = {IDS.pad: "[PAD]", IDS.unk: "[UNK]", IDS.cls: "[CLS]", IDS.sep: "[SEP]", IDS.mask: "[MASK]"}
+    words = {
+        IDS.pad: "[PAD]",
+        IDS.unk: "[UNK]",
+        IDS.cls: "[CLS]",
+        IDS.sep: "[SEP]",
+        IDS.mask: "[MASK]",
+    }
     vocab = "\n".join(words.get(i, f"w{i}") for i in range(VOCAB))
     (folder / "tokenizer" / "vocab.txt").write_text(vocab, encoding="utf-8")
     rows = np.random.default_rng(0).integers(1000, VOCAB, (count, LENGTH)).astype(np.uint16)
@@ -157,11 +175,24 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
     path, pieces = folder / shards.shard_file("train", 0), np.zeros((0, 6), np.int32)
     info, blocks = shards.write_shard(path, "train", 0, rows, pieces, 256)
     index = shards.write_index(folder / shards.index_file("train"), blocks)
-    split = shards.SplitInfo(documents=0, pieces=0, tokens=0, pad=0, rows=count, shards=(info,), index_sha256=index)
-    tokenizer = shards.TokenizerInfo(kind="wordpiece", sha256="0" * 64, vocab_size=VOCAB, special_ids=IDS)
+    split = shards.SplitInfo(
+        documents=0, pieces=0, tokens=0, pad=0, rows=count, shards=(info,), index_sha256=index
+    )
+    tokenizer = shards.TokenizerInfo(
+        kind="wordpiece", sha256="0" * 64, vocab_size=VOCAB, special_ids=IDS
+    )
     source = shards.SourcePlan(sha256="0" * 64, files=(), units=())
-    facts = {"sequence_length": LENGTH, "dtype": "uint16", "block_rows": 256, "packing": "best_fit", "seed": 0}
-    shards.write_manifest(folder, shards.Manifest(**facts, tokenizer=tokenizer, source=source, splits={"train": split}))
+    facts = {
+        "sequence_length": LENGTH,
+        "dtype": "uint16",
+        "block_rows": 256,
+        "packing": "best_fit",
+        "seed": 0,
+    }
+    shards.write_manifest(
+        folder,
+        shards.Manifest(**facts, tokenizer=tokenizer, source=source, splits={"train": split}),
+    )
     return folder
 
 
@@ -175,27 +206,40 @@ def measure(name: str, data: Folder, out: Path, options: argparse.Namespace, dev
     logging = preset.model_copy(update={"every": LOG_EVERY})
     config = config.model_copy(update={"engine": load_engine(name), "logging": logging})
     peers = contenders_of(config, options.peers)
-    ours, found = peers.pop("ours"), {"engine": name, "ours": [], "bare": [], "logs": [], "peers": []}
+    ours, found = (
+        peers.pop("ours"),
+        {"engine": name, "ours": [], "bare": [], "logs": [], "peers": []},
+    )
 
     def take_turns(parts: dict, logs: bool, batch: Batch, loss: torch.Tensor) -> None:
         bare, expected = bare_step(ours, batch, bf16)
-        if not found["ours"] and abs(float(loss) / expected - 1) > (2e-2 if "bf16" in name else 1e-5):
-            raise SystemExit(f"{name}: the loop's first loss is {float(loss)}, that of the bare step {expected}")
+        if not found["ours"] and abs(float(loss) / expected - 1) > (
+            2e-2 if "bf16" in name else 1e-5
+        ):
+            raise SystemExit(
+                f"{name}: the loop's first loss is {float(loss)}, that of the bare step {expected}"
+            )
         clock = Clock()
         found["peers"].append({peer: (next(loop), clock.lap())[1] for peer, loop in loops.items()})
         for key, value in (("ours", parts), ("bare", bare), ("logs", logs)):
             found[key].append(value)
 
-    engine = Paced(take_turns, build_objective(config, seed=0), config, config.engine, ranks, device)
+    engine = Paced(
+        take_turns, build_objective(config, seed=0), config, config.engine, ranks, device
+    )
     found["precision"] = precision_name(engine.deepspeed_config)
     bf16 = found["precision"] != "fp32"
     reader, order = data.training(config.train.seed, ROWS)
     tokenizer = BertTokenizerFast(str(data.tokenizer / "vocab.txt"))
     rows = reader.read(np.arange(min(8192, reader.rows)))
-    loops = {peer: peer_loop(peer, contender, rows, tokenizer, bf16) for peer, contender in peers.items()}
+    loops = {
+        peer: peer_loop(peer, contender, rows, tokenizer, bf16) for peer, contender in peers.items()
+    }
     with Lock(out, from_first) as lock:
         limits, began = Limits(stop_at_step=steps), time.monotonic()
-        run = Run(config, engine, data, reader, order, out, config.train.total_steps, limits, began, lock)
+        run = Run(
+            config, engine, data, reader, order, out, config.train.total_steps, limits, began, lock
+        )
         with open(out / "console", "w") as console, contextlib.redirect_stdout(console):
             run.train(Progress())
     found["loader"] = loader_seconds(run)
@@ -220,13 +264,17 @@ def total(parts: dict[str, np.ndarray]) -> np.ndarray:
 def summary(found: dict) -> dict:
     """Medians over the rounds, in milliseconds of CPU time, and ratios (median, lowest, highest)."""
     ours, bare, logs, peers = (found[key][WARM_UP:] for key in ("ours", "bare", "logs", "peers"))
-    quiet, noisy = ([i for i, logging in enumerate(logs) if logging == wanted] for wanted in (False, True))
+    quiet, noisy = (
+        [i for i, logging in enumerate(logs) if logging == wanted] for wanted in (False, True)
+    )
     turns, bares = ([total(parts) for parts in side] for side in (ours, bare))
 
     def middle(seconds: list[np.ndarray], of: list[int] = quiet) -> float:
         return 1000 * statistics.median(seconds[i][0] for i in of)
 
-    def ratios(theirs: list[np.ndarray], mine: list[np.ndarray], clock: int) -> tuple[float, float, float]:
+    def ratios(
+        theirs: list[np.ndarray], mine: list[np.ndarray], clock: int
+    ) -> tuple[float, float, float]:
         return spread([float((theirs[i] / mine[i])[clock]) for i in quiet])
 
     extra = {part: middle([parts[part] for parts in ours]) for part in PARTS}
@@ -246,19 +294,35 @@ def summary(found: dict) -> dict:
         "extra_ms": extra,
         "data_votes_logging_share": beside / middle(bares),
         "peers": {
-            peer: [ratios([turn[peer] for turn in peers], whole, clock) for clock in (0, 1)] for peer in peers[0]
+            peer: [ratios([turn[peer] for turn in peers], whole, clock) for clock in (0, 1)]
+            for peer in peers[0]
         },
     }
 
 
 def report(results: list[dict]) -> None:
     """The markdown tables."""
-    heading("engine", "precision", "bare step, CPU", "loop over bare, median", "spread", "wall", "reached")
+    heading(
+        "engine",
+        "precision",
+        "bare step, CPU",
+        "loop over bare, median",
+        "spread",
+        "wall",
+        "reached",
+    )
     for r in results:
         middle, low, high = (value - 1 for value in r["over_bare"])
         reached = next((name for goal, name in GOALS if middle <= goal), "BELOW")
-        row(r["engine"], r["precision"], f"{r['bare_ms']:.0f} ms", f"{middle:+.1%}", f"{low:+.1%} to {high:+.1%}",
-            f"{r['over_bare_wall'][0] - 1:+.1%}", reached)  # fmt: skip
+        row(
+            r["engine"],
+            r["precision"],
+            f"{r['bare_ms']:.0f} ms",
+            f"{middle:+.1%}",
+            f"{low:+.1%} to {high:+.1%}",
+            f"{r['over_bare_wall'][0] - 1:+.1%}",
+            reached,
+        )
     print("\nCPU ms of a step beyond the bare step's, of a log line when there is one:\n")
     heading("engine", *results[0]["extra_ms"], "data, votes, logging")
     for r in results:
@@ -274,12 +338,18 @@ def report(results: list[dict]) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"engine files (default: {' '.join(ENGINES)})")
+    parser.add_argument(
+        "engines", nargs="*", metavar="ENGINE", help=f"engine files (default: {' '.join(ENGINES)})"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="paired rounds per engine")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--data", type=Path, help=f"a data folder of rows of {LENGTH} tokens instead of random rows")
+    parser.add_argument(
+        "--data", type=Path, help=f"a data folder of rows of {LENGTH} tokens instead of random rows"
+    )
     peers = ["HF", "tuned HF", "wrapper"]
-    parser.add_argument("--peers", action="store_const", const=peers, default=[], help="their loops as well")
+    parser.add_argument(
+        "--peers", action="store_const", const=peers, default=[], help="their loops as well"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ranks, results = find_ranks(), []

@@ -84,7 +84,9 @@ def find_duplicates(folder: str, units: int, progress: Callable[[int], None]) ->
             table = read_table(folder, unit)
             table = table[(table["hash"][:, 1] >= low) & (table["hash"][:, 1] <= high)]
             number = np.full(len(table), unit, np.uint64)
-            own.append(np.column_stack([table["hash"], number, table["document"].astype(np.uint64)]))
+            own.append(
+                np.column_stack([table["hash"], number, table["document"].astype(np.uint64)])
+            )
         entries = np.concatenate(own)
         entries = entries[np.lexsort(entries.T[::-1])]  # by hash, then unit, then document
         same = (entries[1:, :2] == entries[:-1, :2]).all(axis=1)
@@ -103,14 +105,20 @@ def is_duplicate(duplicates: np.ndarray, unit: int, table: np.ndarray) -> np.nda
 
 def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     """This shard's documents in key order: (their table with a `unit` beside it [D], their ids with line ends)."""
-    low, high = np.uint64(task.shard * KEYS // task.shards), np.uint64((task.shard + 1) * KEYS // task.shards - 1)
+    low, high = (
+        np.uint64(task.shard * KEYS // task.shards),
+        np.uint64((task.shard + 1) * KEYS // task.shards - 1),
+    )
     duplicates = np.load(Path(task.work) / "duplicates.npy", mmap_mode="r", allow_pickle=False)
     dtype = ids_dtype(task.vocab_size)
     tables = []
     for unit in range(task.units):
         table = read_table(task.units_folder, unit)
         table = table[(table["key"] >= low) & (table["key"] <= high)]
-        table = table[in_split(table, task.split, task.valid_fraction) & ~is_duplicate(duplicates, unit, table)]
+        table = table[
+            in_split(table, task.split, task.valid_fraction)
+            & ~is_duplicate(duplicates, unit, table)
+        ]
         both = np.zeros(len(table), [("unit", "<u4"), ("own", DOCUMENT)])
         both["unit"], both["own"] = unit, table
         tables.append(both)
@@ -139,7 +147,9 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
         return found
     rows, pieces, unigrams, counts = _pack(task)
     file = shard_file(task.split, task.shard)
-    info, blocks = write_shard(Path(task.out) / file, task.split, task.shard, rows, pieces, task.block_rows)
+    info, blocks = write_shard(
+        Path(task.out) / file, task.split, task.shard, rows, pieces, task.block_rows
+    )
     files = {os.path.relpath(Path(task.out) / file, marker.parent): info.sha256}
     for suffix, content in ((".npy", array_bytes(unigrams)), (".index", blocks.tobytes())):
         write_bytes(marker.with_suffix(suffix), content)
@@ -154,8 +164,10 @@ def _pack(task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
     """(rows in their order, pieces, unigram counts, what else is counted) of a shard."""
     table, stored = collect(task)
     if not len(table):
-        raise UserError(f"shard {task.shard} of {task.shards} of the {task.split} split would hold no document: they "
-                        f"are too long; expected a blank line between documents (or JSONL, or <doc> blocks)")
+        raise UserError(
+            f"shard {task.shard} of {task.shards} of the {task.split} split would hold no document: they "
+            f"are too long; expected a blank line between documents (or JSONL, or <doc> blocks)"
+        )
     special, width, split = task.special_ids, task.sequence_length, SPLITS.index(task.split)
     line_ends = np.flatnonzero(stored == special.sep)
     line_lengths = np.diff(line_ends, prepend=-1) - 1
@@ -167,7 +179,9 @@ def _pack(task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
     chance = np.empty(0, np.float32)
     if task.packing == "google":
         needed = chances_needed(len(ids), len(table))
-        chance = order.uniforms(order.words(task.seed, split, np.array([task.shard]), needed, SEGMENTS)[0])
+        chance = order.uniforms(
+            order.words(task.seed, split, np.array([task.shard]), needed, SEGMENTS)[0]
+        )
     layout = lay_out(task.packing, line_lengths, np.diff(lines_before, prepend=0), width, chance)
     rows = fill(layout, ids, np.cumsum(tokens) - tokens, width, special)
     new_row = order.permutation(layout.rows, task.seed, split, task.shard, ROWS)
@@ -175,13 +189,29 @@ def _pack(task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
     row, start, length, document, token = layout.pieces.T
     by_row = np.lexsort((start, new_row[row]))
     pieces = np.empty((len(by_row), 6), "<i4")
-    for column, values in enumerate([new_row[row], start, length, table["unit"][document],
-                                     table["own"]["document"][document], token]):
+    for column, values in enumerate(
+        [
+            new_row[row],
+            start,
+            length,
+            table["unit"][document],
+            table["own"]["document"][document],
+            token,
+        ]
+    ):
         pieces[:, column] = values[by_row]
     unigrams = np.zeros(task.vocab_size, np.int64)
     for first in range(0, len(ids), 1 << 20):  # which become int64
         unigrams += np.bincount(ids[first : first + (1 << 20)], minlength=task.vocab_size)
     unigrams[list(special.model_dump().values())] = 0
-    return rows, pieces, unigrams, {
-        "documents": len(table), "tokens": len(ids), "pieces": len(pieces),
-        "pad": rows.size - len(ids) - len(layout.cls) - len(layout.sep)}
+    return (
+        rows,
+        pieces,
+        unigrams,
+        {
+            "documents": len(table),
+            "tokens": len(ids),
+            "pieces": len(pieces),
+            "pad": rows.size - len(ids) - len(layout.cls) - len(layout.sep),
+        },
+    )

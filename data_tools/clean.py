@@ -12,7 +12,9 @@ import numpy as np
 
 from electra_ds.errors import UserError
 
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]")  # carries no text; tab and newline stay
+_CONTROL = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]"
+)  # carries no text; tab and newline stay
 SHINGLE = 5  # tokens
 SLOTS = 128  # of a signature: the standard error of a similarity estimated as 0.8 is at most 0.035
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads bits over 64
@@ -25,11 +27,15 @@ def clean_lines(text: str) -> tuple[list[str], int]:
     """
     lines, removed = [], 0
     for line in text.splitlines():  # one by one: most are ASCII, where all of this is quick
-        if not line.isprintable() or "\ufffd" in line:  # control characters are not printable, but for U+FFFD
+        if (
+            not line.isprintable() or "\ufffd" in line
+        ):  # control characters are not printable, but for U+FFFD
             line, count = _CONTROL.subn("", line)
             removed += count
         if not line.isascii():
-            line = unicodedata.normalize("NFC", line)  # last: what was deleted may have stood before an accent
+            line = unicodedata.normalize(
+                "NFC", line
+            )  # last: what was deleted may have stood before an accent
         if stripped := line.strip():
             lines.append(stripped)
     return lines, removed
@@ -72,7 +78,11 @@ def signatures(documents: Sequence[np.ndarray]) -> np.ndarray:
     each token on, those at the end filled up by zeros.
     """
     ids, ends = np.concatenate(documents), np.cumsum([len(document) for document in documents])
-    left = np.repeat(ends, np.diff(ends, prepend=0)) - np.arange(len(ids))  # tokens from each one to its document's end
+    left = np.repeat(ends, np.diff(ends, prepend=0)) - np.arange(
+        len(ids)
+    )  # tokens from each one to its document's end
     shingles = hash_rows(np.where(left > i, np.roll(ids, -i), 0) for i in range(SHINGLE))
-    matrix = minhash().digest_matrix_from_flat_token_hashes(shingles, np.insert(ends, 0, 0), SLOTS, 0)
+    matrix = minhash().digest_matrix_from_flat_token_hashes(
+        shingles, np.insert(ends, 0, 0), SLOTS, 0
+    )
     return np.array(matrix.to_rows(), np.uint32).astype(np.uint16)

@@ -40,7 +40,9 @@ message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_RE
 """  # tf.train.Example as it stands in a file: its map is a list of entries
 
 
-def convert(inputs: Sequence[str], tokenizer: str | Path, out: str | Path, **options: Any) -> Manifest:
+def convert(
+    inputs: Sequence[str], tokenizer: str | Path, out: str | Path, **options: Any
+) -> Manifest:
     """Make a data folder of packing "google" from TFRecords; returns its manifest.
 
     Every row is kept. Rows are shuffled by `seed` and held out by the hash of their ids; their provenance is file and
@@ -51,8 +53,17 @@ def convert(inputs: Sequence[str], tokenizer: str | Path, out: str | Path, **opt
     width = next((len(ids) for source in sources for _, (ids, *_) in _rows(source)), None)
     if width is None:
         raise UserError(f"{', '.join(inputs)}: no record in {len(sources)} input file(s)")
-    return prepare(inputs, tokenizer, out, format="tfrecord", packing="as_rows", sequence_length=width,
-                   deduplicate=False, read_unit=partial(_convert_unit, width), **options)
+    return prepare(
+        inputs,
+        tokenizer,
+        out,
+        format="tfrecord",
+        packing="as_rows",
+        sequence_length=width,
+        deduplicate=False,
+        read_unit=partial(_convert_unit, width),
+        **options,
+    )
 
 
 def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> dict:
@@ -60,7 +71,12 @@ def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> d
     if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
         moved(unit_size(task.unit))
         return found
-    tokenizer, (source,), told, unknowns = load_tokenizer(task.tokenizer), task.sources, 0, Unknowns()
+    tokenizer, (source,), told, unknowns = (
+        load_tokenizer(task.tokenizer),
+        task.sources,
+        0,
+        Unknowns(),
+    )
     with UnitWriter(task, ids_dtype(tokenizer.vocab_size)) as writer:
         for number, (at, row) in enumerate(_rows(source)):
             if problem := _problem(row, width, tokenizer):
@@ -81,10 +97,16 @@ def _problem(row: list[np.ndarray], width: int, tokenizer: Tokenizer) -> str:
         return f"{lengths} numbers in {', '.join(FEATURES)}; expected {width}, as in the first record of all"
     roles = {i: role[0].encode() for role, i in tokenizer.special_ids.model_dump().items()}
     letters = b"".join(roles.get(i, b"t") for i in ids[mask != 0].tolist())
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size or not re.fullmatch(b"c[tu]+s([tu]+s)?", letters):
-        return (f"ids from {ids.min()} to {ids.max()}, in order {letters.decode()}; expected [CLS] A [SEP] or [CLS] A "
-                f"[SEP] B [SEP] (ctts, cttsts), and {tokenizer.special_ids} of {tokenizer.vocab_size} entries; give "
-                f"the rows' own vocabulary")
+    if (
+        ids.min() < 0
+        or ids.max() >= tokenizer.vocab_size
+        or not re.fullmatch(b"c[tu]+s([tu]+s)?", letters)
+    ):
+        return (
+            f"ids from {ids.min()} to {ids.max()}, in order {letters.decode()}; expected [CLS] A [SEP] or [CLS] A "
+            f"[SEP] B [SEP] (ctts, cttsts), and {tokenizer.special_ids} of {tokenizer.vocab_size} entries; give "
+            f"the rows' own vocabulary"
+        )
     places = np.arange(width)
     in_row, in_b = places < len(letters), (places > letters.index(b"s")) & (places < len(letters))
     if (mask != in_row).any() or (segments != in_b).any():
@@ -103,7 +125,9 @@ def _rows(source: Source) -> Iterator[tuple[int, list[np.ndarray]]]:
         data = content.read(size + 4)
         crc = google_crc32c.value(data[:size])
         if data[size:] != struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF):
-            raise UserError(f"{source.name}: record {number}: damaged or cut short; copy the file again")
+            raise UserError(
+                f"{source.name}: record {number}: damaged or cut short; copy the file again"
+            )
         return data[:size]
 
     with readable(source.name), open_input(source.path) as raw:
@@ -112,7 +136,9 @@ def _rows(source: Source) -> Iterator[tuple[int, list[np.ndarray]]]:
             example.ParseFromString(take(*struct.unpack("<Q", take(8))))
             found = {entry.key: entry.value.int64_list.value for entry in example.features.feature}
             if missing := [name for name in FEATURES if name not in found]:
-                raise UserError(f"{source.name}: record {number}: no {', '.join(missing)} among {sorted(found)}; "
-                                f"expected what build_pretraining_dataset.py of google-research/electra writes")
+                raise UserError(
+                    f"{source.name}: record {number}: no {', '.join(missing)} among {sorted(found)}; "
+                    f"expected what build_pretraining_dataset.py of google-research/electra writes"
+                )
             yield raw.tell(), [np.array(found[name], np.int64) for name in FEATURES]
             number += 1

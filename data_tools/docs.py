@@ -16,15 +16,27 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "vendor", "extern", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "_vendor",
+    "vendor",
+    "extern",
+    "__pycache__",
+}
 MIN_WORDS, MIN_DOCUMENT = 6, 200  # words in a paragraph, characters in a document
-MIN_PLAIN = .8  # share of a paragraph's words that are letters only
-MIN_SHARE = .05  # of a source in triple quotes; others are not worth parsing
+MIN_PLAIN = 0.8  # share of a paragraph's words that are letters only
+MIN_SHARE = 0.05  # of a source in triple quotes; others are not worth parsing
 TOPICS = "pydoc_data/topics.py"
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]*?)(?: ?<[^`>]*>)?`")  # :class:`~a.b.C` -> a.b.C
 _MARKUP = re.compile(r"``?([^`]*)``?_?|\*\*(\S[^*]*)\*\*|(?<!\w)\*(\w[^*]*)\*(?!\w)")
-_ITEM = re.compile(r"^(?:[-*+\u2022]|\d+[.)]|\(?[a-z\d]\)|:\w+[^:]*:|\*{0,2}\w+ ?(?:\([^)]*\))? ?:)\s+")  # of a list
+_ITEM = re.compile(
+    r"^(?:[-*+\u2022]|\d+[.)]|\(?[a-z\d]\)|:\w+[^:]*:|\*{0,2}\w+ ?(?:\([^)]*\))? ?:)\s+"
+)  # of a list
 _HEADER = re.compile(r"^[\w*, ]+ : \S")  # of a parameter: "x, y : array_like"
 _CODE = re.compile(r">>>|[|{}\\@$~^]|[<>=]=|->|https?:")
 _CODE_LINE = re.compile(r"^(?:\.\.|\W+$)")  # a directive, a continued example, a rule
@@ -39,7 +51,11 @@ def source_files(roots: list[Path] | None = None) -> list[tuple[str, Path]]:
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
-            if not SKIPPED.intersection(parts) and "site-packages" not in parts and "dist-packages" not in parts:
+            if (
+                not SKIPPED.intersection(parts)
+                and "site-packages" not in parts
+                and "dist-packages" not in parts
+            ):
                 found.setdefault(path, "/".join(parts))
     return [(name, path) for path, name in found.items()]
 
@@ -55,14 +71,21 @@ def docstrings(source: str, name: str) -> list[list[str]]:
     except (SyntaxError, ValueError, RecursionError):
         return []
     if name == TOPICS:  # a dictionary: topic -> text of the language reference
-        return [[v.value] for node in ast.walk(tree) if isinstance(node, ast.Dict) for v in node.values
-                if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+        return [
+            [v.value]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Dict)
+            for v in node.values
+            if isinstance(v, ast.Constant) and isinstance(v.value, str)
+        ]
     return [list(_docstrings_of(tree))]
 
 
 def _docstrings_of(node: ast.AST) -> Iterator[str]:
     """The docstrings of a module, class or function and of all inside it, in the order of the source."""
-    if isinstance(node, (ast.Module, *_DEFINITIONS)) and (text := ast.get_docstring(node, clean=False)):
+    if isinstance(node, (ast.Module, *_DEFINITIONS)) and (
+        text := ast.get_docstring(node, clean=False)
+    ):
         yield text
     for child in node.body:
         if isinstance(child, (*_DEFINITIONS, ast.If, ast.Try, ast.With)):
@@ -83,7 +106,7 @@ def paragraphs(docstring: str) -> Iterator[str]:
             run = []
         if text and not header:
             indent = None if item else depth
-            run.append(text[item.end():] if item else text)
+            run.append(text[item.end() :] if item else text)
 
 
 def _prose(lines: list[str]) -> str | None:
@@ -109,7 +132,9 @@ def documents(files: list[tuple[str, Path]] | None = None) -> Iterator[tuple[str
         for texts in docstrings(source, name) or [[]]:
             kept = []
             for paragraph in (p for text in texts for p in paragraphs(text)):
-                key = blake2b(" ".join(_WORD.findall(paragraph.lower())).encode(), digest_size=10).digest()
+                key = blake2b(
+                    " ".join(_WORD.findall(paragraph.lower())).encode(), digest_size=10
+                ).digest()
                 if key not in seen:
                     seen.add(key)
                     kept.append(paragraph)

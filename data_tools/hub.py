@@ -34,12 +34,17 @@ def find_shards(given: str) -> list[tuple[str, str, int, str, str]]:
     found = []
     for file in files:
         with open_input(file) as raw:
-            found.append((re.sub("^hf://.*?@[^/]*", "", file.removeprefix(name)), *fingerprint(raw)))
+            found.append(
+                (re.sub("^hf://.*?@[^/]*", "", file.removeprefix(name)), *fingerprint(raw))
+            )
     digest = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
     size = -(-sum(size for _, size, _ in found) // rows.num_shards)
     now = re.match("hf://.*?@([0-9a-f]{40})/", files[0])
     path = _spell(name, options | ({"revision": now[1]} if now else {}))
-    return [(f"{_spell(label, options)} shard {n}", path, size, f"dataset:{n}", digest) for n in range(rows.num_shards)]
+    return [
+        (f"{_spell(label, options)} shard {n}", path, size, f"dataset:{n}", digest)
+        for n in range(rows.num_shards)
+    ]
 
 
 def read_shard(path: str, shard: int, text_field: str) -> Iterator[Any]:
@@ -47,18 +52,24 @@ def read_shard(path: str, shard: int, text_field: str) -> Iterator[Any]:
     name, options = _parse(path)
     _, rows = _open(name, **options)
     try:
-        rows = rows.select_columns([text_field]) if rows.column_names else rows  # else found row by row
+        rows = (
+            rows.select_columns([text_field]) if rows.column_names else rows
+        )  # else found row by row
         yield from (row.get(text_field) for row in rows.shard(rows.num_shards, shard))
     except ValueError as error:  # of Arrow, too
-        raise UserError(f"{DATASET}{name} shard {shard}: {' '.join(str(error).split())}; expected rows with a text in "
-                        f"--text-field {text_field!r}") from None
+        raise UserError(
+            f"{DATASET}{name} shard {shard}: {' '.join(str(error).split())}; expected rows with a text in "
+            f"--text-field {text_field!r}"
+        ) from None
 
 
 def _parse(given: str) -> tuple[str, dict[str, str]]:
     name, _, query = given.removeprefix(DATASET).partition("?")
     options = {"split": "train", **dict(parse_qsl(query, keep_blank_values=True))}
     if not name or options.keys() - {"config", "split", "revision"}:
-        raise UserError(f"{given}: expected dataset:NAME, and behind it ?config=C&split=S&revision=R or some of these")
+        raise UserError(
+            f"{given}: expected dataset:NAME, and behind it ?config=C&split=S&revision=R or some of these"
+        )
     return name, options
 
 
@@ -67,7 +78,9 @@ def _spell(name: str, options: dict[str, str]) -> str:
 
 
 @lru_cache(maxsize=1)  # a worker looks a dataset up once, not once a shard
-def _open(name: str, split: str, config: str | None = None, revision: str | None = None) -> tuple[list[str], Any]:
+def _open(
+    name: str, split: str, config: str | None = None, revision: str | None = None
+) -> tuple[list[str], Any]:
     """(files, rows) of a split."""
     os.environ.setdefault("USE_TORCH", "0")  # which the library would import
     import datasets

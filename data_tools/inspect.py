@@ -15,7 +15,12 @@ from electra_ds.tokenizer import load_tokenizer
 
 
 def describe_rows(
-    data_dir: str | Path, split: str, rows: Iterable[int], *, source: bool = False, inputs: Sequence[str] = ()
+    data_dir: str | Path,
+    split: str,
+    rows: Iterable[int],
+    *,
+    source: bool = False,
+    inputs: Sequence[str] = (),
 ) -> Iterator[str]:
     """Lines for people: a head line per row, then each of its pieces decoded, in order.
 
@@ -24,10 +29,15 @@ def describe_rows(
     UserError: no such split or row, a damaged block.
     """
     reader, tokenizer = ShardReader(data_dir, split), load_tokenizer(Path(data_dir) / "tokenizer")
-    pad, texts = reader.manifest.tokenizer.special_ids.pad, reread(data_dir, inputs) if inputs else None
+    pad, texts = (
+        reader.manifest.tokenizer.special_ids.pad,
+        reread(data_dir, inputs) if inputs else None,
+    )
     for number in rows:
         if not 0 <= number < reader.rows:
-            raise UserError(f"{data_dir}: row {number} asked, split {split} has rows 0 to {reader.rows - 1}")
+            raise UserError(
+                f"{data_dir}: row {number} asked, split {split} has rows 0 to {reader.rows - 1}"
+            )
         block = int(np.searchsorted(reader.block_starts, number, side="right")) - 1
         inside = number - int(reader.block_starts[block])
         ids, pieces = reader.block(block)[inside], reader.pieces(block)
@@ -53,14 +63,20 @@ def reread(data_dir: str | Path, inputs: Sequence[str]) -> Callable[[int], Itera
     """
     settings = read_json(Path(data_dir) / "prepare.json", "the settings of `prepare`")
     field = settings["text_field"]
-    paths = {source.name: source.path for source in make_plan(inputs, format="text").sources}  # each has its own there
+    paths = {
+        source.name: source.path for source in make_plan(inputs, format="text").sources
+    }  # each has its own there
     sources = [Source(name, paths.get(name, ""), *rest) for name, *rest in settings["files"]]
     if missing := [source.name for source in sources if not source.path]:
-        raise UserError(f"{missing[0]}: not among the files of --input; expected the inputs that `prepare` was given")
+        raise UserError(
+            f"{missing[0]}: not among the files of --input; expected the inputs that `prepare` was given"
+        )
 
     def texts(unit: int) -> Iterator[str]:
         for file, start, end in settings["units"][unit]:
-            yield from documents(sources[file], start, end, text_field=field, tally=Tally(), moved=lambda count: None)
+            yield from documents(
+                sources[file], start, end, text_field=field, tally=Tally(), moved=lambda count: None
+            )
 
     return texts
 

@@ -18,7 +18,9 @@ from data_tools.workers import Run
 
 MISSED = 0.01  # share of the pairs just at the threshold that may have no band in common
 LEADERS = 8  # of the documents that share a band, so many at most are compared with all others
-AT_ONCE = 2 << 20  # documents grouped at a time: 48 MB, and 256 bytes for each that shares its band with another
+AT_ONCE = (
+    2 << 20
+)  # documents grouped at a time: 48 MB, and 256 bytes for each that shares its band with another
 
 
 def _signatures(folder: str, unit: int) -> np.ndarray:
@@ -26,8 +28,16 @@ def _signatures(folder: str, unit: int) -> np.ndarray:
     return np.memmap(unit_paths(folder, unit)[3], np.uint16, "r").reshape(-1, SLOTS)
 
 
-def similar_pairs(folder: str, units: int, left_out: str, threshold: float, parts: int, band: slice, part: int,
-                  moved: Callable[[int], None]) -> dict:
+def similar_pairs(
+    folder: str,
+    units: int,
+    left_out: str,
+    threshold: float,
+    parts: int,
+    band: slice,
+    part: int,
+    moved: Callable[[int], None],
+) -> dict:
     """`pairs` [n, 2] uint64: places of documents whose similarity reaches the threshold, the earlier one first.
 
     Of one band of slots, and of those whose first slot of it lies in one of equal parts of its values; the documents
@@ -41,10 +51,14 @@ def similar_pairs(folder: str, units: int, left_out: str, threshold: float, part
         if not len(table):
             continue
         signatures = _signatures(folder, unit)
-        rows = np.flatnonzero(signatures[:, band.start].astype(np.uint32) * np.uint32(parts) >> 16 == part)
+        rows = np.flatnonzero(
+            signatures[:, band.start].astype(np.uint32) * np.uint32(parts) >> 16 == part
+        )
         rows = rows[~is_duplicate(duplicates, unit, table[rows])]
         places = table["document"][rows].astype(np.uint64) | np.uint64(unit << 32)
-        found.append(np.column_stack([hash_rows(signatures[rows, band].T), places, rows.astype(np.uint64)]))
+        found.append(
+            np.column_stack([hash_rows(signatures[rows, band].T), places, rows.astype(np.uint64)])
+        )
     entries = np.concatenate(found)
     _, group, sizes = np.unique(entries[:, 0], return_inverse=True, return_counts=True)
     entries = entries[sizes[group] > 1]
@@ -52,7 +66,9 @@ def similar_pairs(folder: str, units: int, left_out: str, threshold: float, part
     slots = np.empty((SLOTS, len(keys)), np.uint16)
     unit_of = places >> np.uint64(32)
     by_unit = np.argsort(unit_of, kind="stable")
-    for own in np.split(by_unit, np.flatnonzero(np.diff(unit_of[by_unit])) + 1) if len(keys) else ():
+    for own in (
+        np.split(by_unit, np.flatnonzero(np.diff(unit_of[by_unit])) + 1) if len(keys) else ()
+    ):
         slots[:, own] = _signatures(folder, int(unit_of[own[0]]))[rows[own]].T
     pairs, rest = [], np.arange(len(keys))
     for _ in range(LEADERS):
@@ -65,8 +81,14 @@ def similar_pairs(folder: str, units: int, left_out: str, threshold: float, part
     return {"pairs": np.concatenate(pairs)}
 
 
-def find_near_duplicates(folder: str, units: int, left_out: str, threshold: float, run: Run,
-                         progress: Callable[[int, int], None]) -> np.ndarray:
+def find_near_duplicates(
+    folder: str,
+    units: int,
+    left_out: str,
+    threshold: float,
+    run: Run,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
     """[n, 2] int64 (unit, document), sorted: documents similar to an earlier one that is not among them itself.
 
     `progress` hears (done, total) of the parts of the work.
@@ -77,11 +99,19 @@ def find_near_duplicates(folder: str, units: int, left_out: str, threshold: floa
     pairs, gone = np.empty((0, 2), np.uint64), [np.empty(0, np.uint64)]
     for i, band in enumerate(bands):
         pairs_of = partial(similar_pairs, folder, units, left_out, threshold, parts, band)
-        results = run(pairs_of, [*range(parts)], lambda done, i=i: progress(i * parts + done, len(bands) * parts))
+        results = run(
+            pairs_of,
+            [*range(parts)],
+            lambda done, i=i: progress(i * parts + done, len(bands) * parts),
+        )
         pairs = np.unique(np.concatenate([pairs, *(result["pairs"] for result in results)]), axis=0)
     while len(pairs):
-        stays = ~np.isin(pairs[:, 0], pairs[:, 1])  # no pair that is left speaks against the earlier document
+        stays = ~np.isin(
+            pairs[:, 0], pairs[:, 1]
+        )  # no pair that is left speaks against the earlier document
         gone.append(np.unique(pairs[stays, 1]))
         pairs = pairs[~np.isin(pairs, gone[-1]).any(axis=1)]
     places = np.sort(np.concatenate(gone))
-    return np.column_stack([places >> np.uint64(32), places & np.uint64(0xFFFFFFFF)]).astype(np.int64)
+    return np.column_stack([places >> np.uint64(32), places & np.uint64(0xFFFFFFFF)]).astype(
+        np.int64
+    )

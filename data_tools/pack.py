@@ -14,7 +14,10 @@ from electra_ds.config import SpecialIds
 
 PACKINGS = ("best_fit", "concat", "google", "as_rows")
 SHORTEST = 3  # [CLS] token [SEP]: less room is padding
-SINGLE_SEGMENT, SHORT_TARGET = .1, .05  # the authors' probabilities of a row without B, of a shorter target
+SINGLE_SEGMENT, SHORT_TARGET = (
+    0.1,
+    0.05,
+)  # the authors' probabilities of a row without B, of a shorter target
 SHORTEST_TARGET = 5  # tokens
 
 
@@ -27,8 +30,13 @@ class Layout(NamedTuple):
     sep: np.ndarray  # [.] the same of the [SEP]
 
 
-def lay_out(packing: str, line_lengths: np.ndarray, document_lines: np.ndarray, width: int,
-            chance: np.ndarray) -> Layout:
+def lay_out(
+    packing: str,
+    line_lengths: np.ndarray,
+    document_lines: np.ndarray,
+    width: int,
+    chance: np.ndarray,
+) -> Layout:
     """Place documents into rows of `width` tokens.
 
     line_lengths:   tokens of each line, all documents' lines one after the other
@@ -64,8 +72,16 @@ def best_fit(lengths: np.ndarray, width: int) -> Layout:
     row = np.concatenate([np.arange(count), places[:, 0] + count])
     start = np.concatenate([np.ones(count, np.int64), places[:, 1] + 1])
     length = np.concatenate([np.full(count, room), rest[tails]])
-    pieces = np.stack([row, start, length, np.concatenate([document, tails]),
-                       np.concatenate([token, full[tails] * room])], axis=1)
+    pieces = np.stack(
+        [
+            row,
+            start,
+            length,
+            np.concatenate([document, tails]),
+            np.concatenate([token, full[tails] * room]),
+        ],
+        axis=1,
+    )
     first = row * width + start
     return Layout(count + extra, pieces, first - 1, first + length)
 
@@ -104,12 +120,16 @@ def concat(lengths: np.ndarray, width: int) -> Layout:
     row = begins[document] // room + nth
     left = np.maximum(begins[document], row * room)
     right = np.minimum(ends[document] - 1, (row + 1) * room)
-    pieces = np.stack([row, left - row * room + 1, right - left, document, left - begins[document]], axis=1)
+    pieces = np.stack(
+        [row, left - row * room + 1, right - left, document, left - begins[document]], axis=1
+    )
     sep = ends - 1
     return Layout(rows, pieces, np.arange(rows) * width, sep // room * width + 1 + sep % room)
 
 
-def google(line_lengths: np.ndarray, document_lines: np.ndarray, width: int, chance: np.ndarray) -> Layout:
+def google(
+    line_lengths: np.ndarray, document_lines: np.ndarray, width: int, chance: np.ndarray
+) -> Layout:
     """[CLS] A [SEP] B [SEP] as the authors build rows from lines, except that what overflows starts the next row.
 
     A row takes tokens up to a target; A ends with the first line that reaches about half of it, B is the rest. Some
@@ -159,7 +179,9 @@ def chances_needed(tokens: int, documents: int) -> int:
     return 2 * (tokens // SHORTEST_TARGET + documents)
 
 
-def fill(layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, special: SpecialIds) -> np.ndarray:
+def fill(
+    layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, special: SpecialIds
+) -> np.ndarray:
     """The rows [n, S] of `ids.dtype`: document d's tokens are ids[begins[d]:]."""
     rows = np.full(layout.rows * width, special.pad, ids.dtype)
     rows[layout.cls], rows[layout.sep] = special.cls, special.sep
@@ -167,6 +189,8 @@ def fill(layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, specia
     for first in range(0, len(layout.pieces), step):
         row, start, length, document, token = layout.pieces[first : first + step].T
         place, origin = row * width + start, begins[document] + token
-        targets = np.arange(int(length.sum())) + np.repeat(place - np.cumsum(length) + length, length)
+        targets = np.arange(int(length.sum())) + np.repeat(
+            place - np.cumsum(length) + length, length
+        )
         rows[targets] = ids[targets + np.repeat(origin - place, length)]
     return rows.reshape(layout.rows, width)

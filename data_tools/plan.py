@@ -23,10 +23,18 @@ from data_tools.hub import DATASET, find_shards
 from data_tools.streams import COMPRESSED, HEAD, content_of, fingerprint, open_input
 from electra_ds.errors import UserError
 
-Unit = tuple[tuple[int, int, int], ...]  # (file, start, end) in bytes; more than one for small files
+Unit = tuple[
+    tuple[int, int, int], ...
+]  # (file, start, end) in bytes; more than one for small files
 UNIT_BYTES = 32 << 20
 FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "webdataset", "tfrecord")
-CARDS = {"README.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of a folder
+CARDS = {
+    "README.md",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+}  # of a folder
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,10 @@ class Plan:
 
     def identity(self) -> dict:
         """What the plan means, as JSON values, without a path of this machine."""
-        return {"files": [[s.name, s.size, s.format, s.digest] for s in self.sources], "units": self.units}
+        return {
+            "files": [[s.name, s.size, s.format, s.digest] for s in self.sources],
+            "units": self.units,
+        }
 
 
 def unit_size(unit: Unit) -> int:
@@ -64,7 +75,10 @@ def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = 
     folders = [os.path.dirname(file) for file in files if "://" not in file]
     root = os.path.commonpath(folders) if folders else ""
     sources = [_source(file, root, format) for file in files]
-    for shards in sorted({_shards(given) for given in datasets}, key=lambda shards: (shards[0].name, shards[0].digest)):
+    for shards in sorted(
+        {_shards(given) for given in datasets},
+        key=lambda shards: (shards[0].name, shards[0].digest),
+    ):
         sources += shards
     if BUILTIN in inputs:
         sources.append(_docs_source())
@@ -84,8 +98,12 @@ def readable(name: str, extra: str = "remote") -> Iterator[None]:
         raise
     except Exception as error:
         install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
-        found = error.__cause__ or error  # fsspec's http says only that there is no file, whatever went wrong
-        raise UserError(f"{name}: cannot be read ({type(found).__name__}: {found}){install}") from error
+        found = (
+            error.__cause__ or error
+        )  # fsspec's http says only that there is no file, whatever went wrong
+        raise UserError(
+            f"{name}: cannot be read ({type(found).__name__}: {found}){install}"
+        ) from error
 
 
 def _expand(given: str) -> list[str]:
@@ -101,9 +119,11 @@ def _expand(given: str) -> list[str]:
             there = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
             found = [file for one in there for file in _local(one)]
     if not found:
-        raise UserError(f"{given}: no such file, and no file matches it; expected text, WikiText, WikiExtractor, "
-                        f"JSONL, parquet, arrow or tars of text (also {' '.join(COMPRESSED)}), folders, globs, "
-                        f"{{00..09}} or URLs of them, {DATASET}NAME or {BUILTIN}")
+        raise UserError(
+            f"{given}: no such file, and no file matches it; expected text, WikiText, WikiExtractor, "
+            f"JSONL, parquet, arrow or tars of text (also {' '.join(COMPRESSED)}), folders, globs, "
+            f"{{00..09}} or URLs of them, {DATASET}NAME or {BUILTIN}"
+        )
     return found
 
 
@@ -113,7 +133,9 @@ def _local(path: str, above: tuple[str, ...] = ()) -> list[str]:
     if os.path.isfile(real):
         return [real]
     if not os.path.isdir(real):
-        raise UserError(f"{path}: neither a file nor a folder, or a link to nothing; expected text; remove it")
+        raise UserError(
+            f"{path}: neither a file nor a folder, or a link to nothing; expected text; remove it"
+        )
     names = [name for name in os.listdir(real) if _is_data(name)] if real not in above else []
     return [file for name in names for file in _local(os.path.join(real, name), (*above, real))]
 
@@ -144,7 +166,9 @@ def _is_data(name: str) -> bool:
 
 
 def _source(file: str, root: str, format: str) -> Source:
-    url = re.sub("//[^/]*@", "//", file.partition("?")[0])  # passwords and signatures stay out of the name
+    url = re.sub(
+        "//[^/]*@", "//", file.partition("?")[0]
+    )  # passwords and signatures stay out of the name
     name = url if "://" in file else os.path.relpath(file, root)
     with readable(name), open_input(file) as raw:
         size, digest = fingerprint(raw)
@@ -174,8 +198,14 @@ def _cut(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
             units.append(tuple(small))
             small, held = [], 0
         if alone:
-            step = max(1, source.size) if source.is_stream or source.format == "text_file" else unit_bytes
-            units += [((number, at, min(at + step, source.size)),) for at in range(0, source.size, step)]
+            step = (
+                max(1, source.size)
+                if source.is_stream or source.format == "text_file"
+                else unit_bytes
+            )
+            units += [
+                ((number, at, min(at + step, source.size)),) for at in range(0, source.size, step)
+            ]
         elif source.size:
             small.append((number, 0, source.size))
             held += source.size

@@ -41,12 +41,29 @@ UNIT_FORMAT = 2  # raise it when the output of a unit changes
 
 
 def prepare(
-    inputs: Sequence[str], tokenizer: str | Path | Tokenizer, out: str | Path, *, sequence_length: int = 128,
-    packing: str = "best_fit", valid_fraction: float = 0.005, workers: int = 1, ranks: Sequence[Rank] = (),
-    seed: int = 0, block_rows: int = 256, shard_bytes: int = SHARD_BYTES, unit_bytes: int = UNIT_BYTES,
-    format: str = "auto", text_field: str = "text", min_chars: int = 1, drop_repeated_lines: bool = False,
-    keep: str | None = None, deduplicate: bool = True, near_duplicates: float | None = None,
-    max_bad_fraction: float = 0.001, units: str | Path | None = None, read_unit: Task = tokenize_unit,
+    inputs: Sequence[str],
+    tokenizer: str | Path | Tokenizer,
+    out: str | Path,
+    *,
+    sequence_length: int = 128,
+    packing: str = "best_fit",
+    valid_fraction: float = 0.005,
+    workers: int = 1,
+    ranks: Sequence[Rank] = (),
+    seed: int = 0,
+    block_rows: int = 256,
+    shard_bytes: int = SHARD_BYTES,
+    unit_bytes: int = UNIT_BYTES,
+    format: str = "auto",
+    text_field: str = "text",
+    min_chars: int = 1,
+    drop_repeated_lines: bool = False,
+    keep: str | None = None,
+    deduplicate: bool = True,
+    near_duplicates: float | None = None,
+    max_bad_fraction: float = 0.001,
+    units: str | Path | None = None,
+    read_unit: Task = tokenize_unit,
     progress: Progress = lambda stage, done, total: None,
 ) -> Manifest:
     """Prepare a data folder; returns its manifest. Called again after a stop, it goes on; when complete, it returns.
@@ -74,7 +91,9 @@ def prepare(
     if not 0 <= valid_fraction < 1:
         raise UserError(f"valid_fraction = {valid_fraction}; expected at least 0 and less than 1")
     if workers < 1 or (workers > 1 and ranks):
-        raise UserError(f"workers = {workers}; expected at least 1 process, and 1 where MPI's ranks are the workers")
+        raise UserError(
+            f"workers = {workers}; expected at least 1 process, and 1 where MPI's ranks are the workers"
+        )
     if near_duplicates is not None and not 0.5 <= near_duplicates <= 1:
         raise UserError(f"near_duplicates = {near_duplicates}; expected a similarity of 0.5 to 1")
     if keep:
@@ -86,12 +105,26 @@ def prepare(
     progress("plan", 0, 1)
     plan = make_plan(inputs, format=format, unit_bytes=unit_bytes)
     progress("plan", 1, 1)
-    reading = {"unit_format": UNIT_FORMAT, "tokenizer": tokenizer.fingerprint, "seed": seed, "text_field": text_field,
-               "min_chars": min_chars, "drop_repeated_lines": drop_repeated_lines, "keep": keep,
-               "signatures": signatures, **plan.identity()}
-    settings = reading | {"sequence_length": sequence_length, "packing": packing, "valid_fraction": valid_fraction,
-                          "block_rows": block_rows, "shard_bytes": shard_bytes, "deduplicate": deduplicate,
-                          "near_duplicates": near_duplicates}
+    reading = {
+        "unit_format": UNIT_FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "seed": seed,
+        "text_field": text_field,
+        "min_chars": min_chars,
+        "drop_repeated_lines": drop_repeated_lines,
+        "keep": keep,
+        "signatures": signatures,
+        **plan.identity(),
+    }
+    settings = reading | {
+        "sequence_length": sequence_length,
+        "packing": packing,
+        "valid_fraction": valid_fraction,
+        "block_rows": block_rows,
+        "shard_bytes": shard_bytes,
+        "deduplicate": deduplicate,
+        "near_duplicates": near_duplicates,
+    }
     out = Path(out)
     work = out / "work"
     units = Path(units) if units is not None else work / "units"
@@ -105,23 +138,62 @@ def prepare(
                     for stale in folder.glob(".*.tmp"):
                         stale.unlink(missing_ok=True)  # our own heartbeat's comes and goes
                 tokenizer.save(out / "tokenizer")
-                _write(plan, tokenizer, out, units, reading, settings, max_bad_fraction, run, read_unit, progress)
+                _write(
+                    plan,
+                    tokenizer,
+                    out,
+                    units,
+                    reading,
+                    settings,
+                    max_bad_fraction,
+                    run,
+                    read_unit,
+                    progress,
+                )
         shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise RunFailure(f"{out}: {error}; the same command goes on from what is finished") from error
+        raise RunFailure(
+            f"{out}: {error}; the same command goes on from what is finished"
+        ) from error
     return shards.read_manifest(out)
 
 
-def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: dict, settings: dict,
-           max_bad_fraction: float, run: Run, read_unit: Task, progress: Progress) -> None:
+def _write(
+    plan: Plan,
+    tokenizer: Tokenizer,
+    out: Path,
+    units: Path,
+    reading: dict,
+    settings: dict,
+    max_bad_fraction: float,
+    run: Run,
+    read_unit: Task,
+    progress: Progress,
+) -> None:
     """The stages from units to manifest, each a function of what lies on disk before it."""
     work, folder, count = out / "work", str(units), len(plan.units)
-    units_sha256, shards_sha256 = plan_hash(reading), plan_hash(settings)  # once: the plan may hold many units
-    unit_tasks = [UnitTask(number, unit, tuple(plan.sources[file] for file, _, _ in unit), folder,
-                           str(out / "tokenizer"), tokenizer.fingerprint, units_sha256, reading["seed"],
-                           reading["text_field"], reading["min_chars"], reading["drop_repeated_lines"], reading["keep"],
-                           bool(reading["signatures"]))
-                  for number, unit in enumerate(plan.units)]
+    units_sha256, shards_sha256 = (
+        plan_hash(reading),
+        plan_hash(settings),
+    )  # once: the plan may hold many units
+    unit_tasks = [
+        UnitTask(
+            number,
+            unit,
+            tuple(plan.sources[file] for file, _, _ in unit),
+            folder,
+            str(out / "tokenizer"),
+            tokenizer.fingerprint,
+            units_sha256,
+            reading["seed"],
+            reading["text_field"],
+            reading["min_chars"],
+            reading["drop_repeated_lines"],
+            reading["keep"],
+            bool(reading["signatures"]),
+        )
+        for number, unit in enumerate(plan.units)
+    ]
     total = sum(map(unit_size, plan.units))
     unit_markers = run(read_unit, unit_tasks, lambda done: progress("tokenize", done, total))
     bad = _check_bad_lines(unit_markers, max_bad_fraction)
@@ -129,15 +201,21 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
     documents = sum(marker["documents"] for marker in unit_markers)
     if not documents:
         gone = ", ".join(f"{number} {reason}" for reason, number in removed.items())
-        raise UserError(f"no text in {len(plan.sources)} input file(s) read as "
-                        f"{', '.join(sorted({s.format for s in plan.sources}))} (removed: {gone}); --format says how "
-                        f"to read them")
+        raise UserError(
+            f"no text in {len(plan.sources)} input file(s) read as "
+            f"{', '.join(sorted({s.format for s in plan.sources}))} (removed: {gone}); --format says how "
+            f"to read them"
+        )
     duplicates = near = assemble.NO_DUPLICATES
     if settings["deduplicate"]:
-        duplicates = assemble.find_duplicates(folder, count, lambda done: progress("deduplicate", done, documents))
+        duplicates = assemble.find_duplicates(
+            folder, count, lambda done: progress("deduplicate", done, documents)
+        )
     if threshold := settings["near_duplicates"]:
         write_bytes(exact := work / "exact_duplicates.npy", array_bytes(duplicates))
-        near = find_near_duplicates(folder, count, str(exact), threshold, run, partial(progress, "near-duplicates"))
+        near = find_near_duplicates(
+            folder, count, str(exact), threshold, run, partial(progress, "near-duplicates")
+        )
     removed |= {"duplicates": len(duplicates), "near_duplicates": len(near)}
     duplicates = np.concatenate([duplicates, near])
     duplicates = duplicates[np.lexsort(duplicates.T[::-1])]
@@ -146,11 +224,30 @@ def _write(plan: Plan, tokenizer: Tokenizer, out: Path, units: Path, reading: di
     write_bytes(work / "duplicates.npy", array_bytes(duplicates))
     item = ids_dtype(tokenizer.vocab_size).itemsize
     shard_counts = {split: -(-tokens[split] * item // settings["shard_bytes"]) for split in SPLITS}
-    tasks = [ShardTask(split, shard, total, count, folder, str(work), str(out), shards_sha256,
-                       settings["sequence_length"], settings["packing"], settings["valid_fraction"], settings["seed"],
-                       settings["block_rows"], tokenizer.vocab_size, tokenizer.special_ids)
-             for split, total in shard_counts.items() for shard in range(total)]
-    markers = run(assemble.assemble_shard, tasks, lambda done: progress("pack", done, sum(tokens.values())))
+    tasks = [
+        ShardTask(
+            split,
+            shard,
+            total,
+            count,
+            folder,
+            str(work),
+            str(out),
+            shards_sha256,
+            settings["sequence_length"],
+            settings["packing"],
+            settings["valid_fraction"],
+            settings["seed"],
+            settings["block_rows"],
+            tokenizer.vocab_size,
+            tokenizer.special_ids,
+        )
+        for split, total in shard_counts.items()
+        for shard in range(total)
+    ]
+    markers = run(
+        assemble.assemble_shard, tasks, lambda done: progress("pack", done, sum(tokens.values()))
+    )
     _finish(plan, units_sha256, tokenizer, tasks, markers, removed, bad)
 
 
@@ -158,23 +255,35 @@ def _claim(path: Path, asked: dict[str, Any], settled: dict[str, Any]) -> None:
     """Mark a new folder with the settings `settled` so far; refuse one that is marked with others than `asked`."""
     if not path.exists():
         if others := sorted(p.name for p in path.parent.glob("[!.]*")):
-            raise UserError(f"{path.parent}: holds {others[0]} but no {path.name}, so `prepare` did not make it; give "
-                            f"a new or empty folder")
+            raise UserError(
+                f"{path.parent}: holds {others[0]} but no {path.name}, so `prepare` did not make it; give "
+                f"a new or empty folder"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, settled)
         return
-    found, asked = read_json(path, "the settings of an earlier `prepare`"), json.loads(json.dumps(asked))
-    differences = [f"{key}: {_differing(found.get(key), asked.get(key))}"
-                   for key in sorted({*found, *settled}) if found.get(key) != asked.get(key)]
+    found, asked = (
+        read_json(path, "the settings of an earlier `prepare`"),
+        json.loads(json.dumps(asked)),
+    )
+    differences = [
+        f"{key}: {_differing(found.get(key), asked.get(key))}"
+        for key in sorted({*found, *settled})
+        if found.get(key) != asked.get(key)
+    ]
     if differences:
-        raise UserError(f"{path.parent} holds other data ({'; '.join(differences)}); give another folder or remove it")
+        raise UserError(
+            f"{path.parent} holds other data ({'; '.join(differences)}); give another folder or remove it"
+        )
 
 
 def _differing(found: Any, asked: Any) -> str:
     """Two values, or the first entries that differ of two lists, which may be long."""
     if isinstance(found, list) and isinstance(asked, list):
         found, asked = next(pair for pair in zip_longest(found, asked) if pair[0] != pair[1])
-    texts = [text if len(text) < 100 else f"{text[:90]}..." for text in map(json.dumps, (found, asked))]
+    texts = [
+        text if len(text) < 100 else f"{text[:90]}..." for text in map(json.dumps, (found, asked))
+    ]
     return f"{texts[0]} there, {texts[1]} asked for"
 
 
@@ -185,12 +294,16 @@ def _check_bad_lines(markers: list[dict], max_bad_fraction: float) -> dict[str, 
     if bad.total() > max_bad_fraction * lines:
         places = [place for m in markers for place in m["places"]][:PLACES]
         counts = ", ".join(f"{kind}: {count}" for kind, count in sorted(bad.items()))
-        raise UserError(f"{bad.total()} of {lines} lines are bad ({counts}), more than max_bad_fraction = "
-                        f"{max_bad_fraction}; the first: {'; '.join(places)}")
+        raise UserError(
+            f"{bad.total()} of {lines} lines are bad ({counts}), more than max_bad_fraction = "
+            f"{max_bad_fraction}; the first: {'; '.join(places)}"
+        )
     return dict(sorted(bad.items()))
 
 
-def _split_tokens(folder: str, units: int, valid_fraction: float, duplicates: np.ndarray) -> dict[str, int]:
+def _split_tokens(
+    folder: str, units: int, valid_fraction: float, duplicates: np.ndarray
+) -> dict[str, int]:
     """Tokens of each split, duplicates left out. UserError when a split would be empty."""
     tokens = dict.fromkeys(SPLITS, 0)
     for unit in range(units):
@@ -200,35 +313,74 @@ def _split_tokens(folder: str, units: int, valid_fraction: float, duplicates: np
             inside = assemble.in_split(table, split, valid_fraction)
             tokens[split] += int(table["tokens"][inside].sum(dtype=np.int64))
     if not tokens["train"] or (valid_fraction and not tokens["valid"]):
-        raise UserError(f"of {sum(tokens.values())} tokens, valid_fraction = {valid_fraction} leaves "
-                        f"{tokens['train']} to train on and {tokens['valid']} held out; give more text, "
-                        f"or another --valid-fraction (0: none held out)")
+        raise UserError(
+            f"of {sum(tokens.values())} tokens, valid_fraction = {valid_fraction} leaves "
+            f"{tokens['train']} to train on and {tokens['valid']} held out; give more text, "
+            f"or another --valid-fraction (0: none held out)"
+        )
     return tokens
 
 
-def _finish(plan: Plan, plan_sha256: str, tokenizer: Tokenizer, tasks: list[ShardTask], markers: list[dict],
-            removed: dict[str, int], bad: dict[str, int]) -> None:
+def _finish(
+    plan: Plan,
+    plan_sha256: str,
+    tokenizer: Tokenizer,
+    tasks: list[ShardTask],
+    markers: list[dict],
+    removed: dict[str, int],
+    bad: dict[str, int],
+) -> None:
     """Indexes, unigram counts, then the manifest."""
     first, out, splits = tasks[0], Path(tasks[0].out), {}
     for split in SPLITS:
         own = [marker for task, marker in zip(tasks, markers, strict=True) if task.split == split]
-        files = [assemble.marker_path(task).with_suffix(".index") for task in tasks if task.split == split]
+        files = [
+            assemble.marker_path(task).with_suffix(".index")
+            for task in tasks
+            if task.split == split
+        ]
         if own:
             blocks = np.concatenate([np.fromfile(file, INDEX_DTYPE) for file in files])
             digest = shards.write_index(out / shards.index_file(split), blocks)
-            counts = {key: sum(m[key] for m in own) for key in ("documents", "pieces", "tokens", "pad")}
-            splits[split] = SplitInfo(**counts, rows=int(blocks["rows"].sum()), index_sha256=digest,
-                                      shards=[marker["shard"] for marker in own])
-    unigrams = sum(np.load(assemble.marker_path(task).with_suffix(".npy")) for task in tasks if task.split == "train")
+            counts = {
+                key: sum(m[key] for m in own) for key in ("documents", "pieces", "tokens", "pad")
+            }
+            splits[split] = SplitInfo(
+                **counts,
+                rows=int(blocks["rows"].sum()),
+                index_sha256=digest,
+                shards=[marker["shard"] for marker in own],
+            )
+    unigrams = sum(
+        np.load(assemble.marker_path(task).with_suffix(".npy"))
+        for task in tasks
+        if task.split == "train"
+    )
     write_bytes(out / "unigrams.npy", array_bytes(unigrams))
     unknowns = sum_unknowns(unit_paths(first.units_folder, unit)[4] for unit in range(first.units))
-    shards.write_manifest(out, Manifest(
-        sequence_length=first.sequence_length, dtype=ids_dtype(tokenizer.vocab_size).name, seed=first.seed,
-        block_rows=first.block_rows, packing="google" if first.packing == "as_rows" else first.packing,
-        splits=splits, removed=removed, bad_lines=bad, unknowns=unknowns,
-        tokenizer=TokenizerInfo(kind=tokenizer.kind, sha256=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-                                special_ids=tokenizer.special_ids),
-        source=SourcePlan(sha256=plan_sha256, files=tuple(s.name for s in plan.sources), units=plan.units)))
+    shards.write_manifest(
+        out,
+        Manifest(
+            sequence_length=first.sequence_length,
+            dtype=ids_dtype(tokenizer.vocab_size).name,
+            seed=first.seed,
+            block_rows=first.block_rows,
+            packing="google" if first.packing == "as_rows" else first.packing,
+            splits=splits,
+            removed=removed,
+            bad_lines=bad,
+            unknowns=unknowns,
+            tokenizer=TokenizerInfo(
+                kind=tokenizer.kind,
+                sha256=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+                special_ids=tokenizer.special_ids,
+            ),
+            source=SourcePlan(
+                sha256=plan_sha256, files=tuple(s.name for s in plan.sources), units=plan.units
+            ),
+        ),
+    )
 
 
 if __name__ == "__main__":  # `python -m data_tools.prepare ...` is `electra-ds prepare ...`

@@ -45,8 +45,10 @@ class Place:
         try:
             yield
         except Exception as error:  # each file system has errors of its own
-            raise RunFailure(f"{self.name}/{name}: {error or type(error).__name__}; the same command goes on from what "
-                             f"is copied") from error
+            raise RunFailure(
+                f"{self.name}/{name}: {error or type(error).__name__}; the same command goes on from what "
+                f"is copied"
+            ) from error
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None: it is not there."""
@@ -65,11 +67,15 @@ class Place:
     def holds(self, file: File) -> bool:
         """Is a file of this name and size there?"""
         with self._told(file.name), suppress(FileNotFoundError):
-            return self._system.size(f"{self._root}/{file.name}") == file.bytes or file.bytes is None
+            return (
+                self._system.size(f"{self._root}/{file.name}") == file.bytes or file.bytes is None
+            )
         return False
 
 
-def stage(source: str, to: str, *, workers: int = 4, progress: Progress = lambda stage, done, total: None) -> int:
+def stage(
+    source: str, to: str, *, workers: int = 4, progress: Progress = lambda stage, done, total: None
+) -> int:
     """Copy the data folder `source`, checked on the way; returns the number of bytes that were copied.
 
     source, to: local folders or URLs; http can only be read
@@ -89,14 +95,22 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = lambda
     def complete() -> bool:
         found = target.read("manifest.json")
         if found is None and target.holds(File("prepare.json")):
-            raise UserError(f"{to}: holds an unfinished `prepare`; give another folder, or finish that first")
+            raise UserError(
+                f"{to}: holds an unfinished `prepare`; give another folder, or finish that first"
+            )
         if found not in (None, content):
-            raise UserError(f"{to}: holds other data than {source}; give another folder, or remove it")
+            raise UserError(
+                f"{to}: holds other data than {source}; give another folder, or remove it"
+            )
         return found is not None and all(threads.map(target.holds, files))
 
     with ThreadPoolExecutor(workers) as threads:
         while not complete():
-            turn = Lock(target.folder, lambda take: complete() or take()) if target.folder else nullcontext()
+            turn = (
+                Lock(target.folder, lambda take: complete() or take())
+                if target.folder
+                else nullcontext()
+            )
             with suppress(LockedOut), turn:  # locked out: another process is at work, look again
                 if not complete():
                     copied = _copy(given, target, files, threads, progress)
@@ -116,15 +130,22 @@ def _files(manifest: Manifest) -> list[File]:
     return files
 
 
-def _copy(source: Place, target: Place, files: list[File], threads: Executor, progress: Progress) -> int:
+def _copy(
+    source: Place, target: Place, files: list[File], threads: Executor, progress: Progress
+) -> int:
     """Copy the files that are missing; returns their bytes. RunFailure when the disk is too small for the shards."""
     if target.folder:
-        for stale in [*target.folder.glob(".*.tmp"), *target.folder.glob("*/.*.tmp")]:  # a killed copy left them
+        for stale in [
+            *target.folder.glob(".*.tmp"),
+            *target.folder.glob("*/.*.tmp"),
+        ]:  # a killed copy left them
             stale.unlink(missing_ok=True)  # our own heartbeat's comes and goes
         needed = sum(file.bytes or 0 for file in files if not target.holds(file))
         if needed > (free := shutil.disk_usage(target.folder).free):
-            raise RunFailure(f"{target.name}: {needed:,} bytes of shards are missing here and {free:,} are free; make "
-                             f"room, or give another folder")
+            raise RunFailure(
+                f"{target.name}: {needed:,} bytes of shards are missing here and {free:,} are free; make "
+                f"room, or give another folder"
+            )
     copied, done, total = 0, 0, sum(file.bytes or 0 for file in files)
     for file, size in zip(files, threads.map(partial(_bring, source, target), files), strict=True):
         copied, done = copied + size, done + (file.bytes or 0)
@@ -138,7 +159,9 @@ def _bring(source: Place, target: Place, file: File) -> int:
         return 0
     if not _is_whole(content := source.read(file.name), file):
         found = "not there" if content is None else "its sha256 is not the manifest's"
-        raise UserError(f"{source.name}/{file.name}: damaged ({found}); copy it there again, or prepare the data again")
+        raise UserError(
+            f"{source.name}/{file.name}: damaged ({found}); copy it there again, or prepare the data again"
+        )
     target.write(file.name, content)
     return len(content)
 

@@ -72,7 +72,9 @@ class _Decompressed(io.RawIOBase):
         return count
 
     def _decompress(self, data: bytes) -> Iterator[bytes]:
-        while data := data if self.stream is not None and not self.stream.eof else data.lstrip(b"\0"):  # padding
+        while (
+            data := data if self.stream is not None and not self.stream.eof else data.lstrip(b"\0")
+        ):  # padding
             if self.stream is None or self.stream.eof:
                 self.stream = _decompressor(self.suffix)
             yield self.stream.decompress(data)
@@ -84,7 +86,9 @@ def _decompressor(suffix: str) -> Any:
         try:
             import zstandard
         except ImportError:
-            raise UserError("reading .zst needs the zstandard package: pip install zstandard") from None
+            raise UserError(
+                "reading .zst needs the zstandard package: pip install zstandard"
+            ) from None
         return zstandard.ZstdDecompressor().decompressobj()
     if suffix in (".gz", ".tgz"):
         return zlib.decompressobj(31)

@@ -26,8 +26,15 @@ SENTENCE_BYTES = 16384  # SentencePiece leaves longer lines out: they are cut at
 
 
 def train_tokenizer(
-    inputs: Sequence[str], out: str | Path, *, kind: str = "wordpiece", vocab_size: int = 30522, lowercase: bool = True,
-    strip_accents: bool | None = None, format: str = "auto", text_field: str = "text",
+    inputs: Sequence[str],
+    out: str | Path,
+    *,
+    kind: str = "wordpiece",
+    vocab_size: int = 30522,
+    lowercase: bool = True,
+    strip_accents: bool | None = None,
+    format: str = "auto",
+    text_field: str = "text",
     progress: Progress = lambda stage, done, total: None,
 ) -> Tokenizer:
     """Train a vocabulary on the inputs (those of `prepare`), write it into the folder `out`, return the tokenizer.
@@ -46,9 +53,13 @@ def train_tokenizer(
     lines = _lines(inputs, format, text_field, progress)
     if kind == "wordpiece":
         content = _wordpiece(lines, vocab_size, lowercase, strip_accents)
-        tokenizer = WordPiece(content, {"lowercase": lowercase, "strip_accents": strip_accents}, "the new vocabulary")
+        tokenizer = WordPiece(
+            content, {"lowercase": lowercase, "strip_accents": strip_accents}, "the new vocabulary"
+        )
     elif strip_accents:
-        raise UserError("strip_accents is for wordpiece; a SentencePiece model has no such rule, leave it out")
+        raise UserError(
+            "strip_accents is for wordpiece; a SentencePiece model has no such rule, leave it out"
+        )
     else:
         content = _sentencepiece(lines, kind, vocab_size, lowercase)
         tokenizer = SentencePiece(content, {}, "the new model")
@@ -57,23 +68,31 @@ def train_tokenizer(
     return tokenizer
 
 
-def _lines(inputs: Sequence[str], format: str, text_field: str, progress: Progress) -> Iterator[str]:
+def _lines(
+    inputs: Sequence[str], format: str, text_field: str, progress: Progress
+) -> Iterator[str]:
     """Cleaned lines of the whole corpus."""
     plan = make_plan(inputs, format=format)
     total, found = sum(s.size for s in plan.sources), False
     moved = summed(lambda done: progress("read", done, total))
     for source in plan.sources:
-        for text in documents(source, 0, source.size, text_field=text_field, tally=Tally(), moved=moved):
+        for text in documents(
+            source, 0, source.size, text_field=text_field, tally=Tally(), moved=moved
+        ):
             for line in clean_lines(text.replace(UNKNOWN, ""))[0]:
                 found = True
                 yield line
     if not found:
-        raise UserError(f"{', '.join(inputs)}: no text in it; expected documents to train a vocabulary on "
-                        f"(JSONL: in the field {text_field!r})")
+        raise UserError(
+            f"{', '.join(inputs)}: no text in it; expected documents to train a vocabulary on "
+            f"(JSONL: in the field {text_field!r})"
+        )
     progress("train", 0, 1)
 
 
-def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool) -> bytes:
+def _wordpiece(
+    lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool
+) -> bytes:
     """The content of a vocab.txt, the same for the same words and counts.
 
     The trainer numbers what it meets in the order of a hash table that differs from run to run, and breaks ties by
@@ -89,11 +108,22 @@ def _wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool, strip_acc
     fast.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     alphabet, inside = _alphabet(words, fast, vocab_size // 4)
-    texts = (" ".join([word] * min(REPEATS, count - at))
-             for word, count in sorted(words.items()) for at in range(0, count, REPEATS))
-    fast.train_from_iterator(texts, trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=MIN_COUNT, show_progress=False, limit_alphabet=len(alphabet),
-        initial_alphabet=alphabet, special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in inside)]))
+    texts = (
+        " ".join([word] * min(REPEATS, count - at))
+        for word, count in sorted(words.items())
+        for at in range(0, count, REPEATS)
+    )
+    fast.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            min_frequency=MIN_COUNT,
+            show_progress=False,
+            limit_alphabet=len(alphabet),
+            initial_alphabet=alphabet,
+            special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in inside)],
+        ),
+    )
     vocabulary = fast.get_vocab()
     return "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get)).encode()
 
@@ -108,8 +138,14 @@ def _alphabet(words: Counter[str], fast: Any, limit: int) -> tuple[list[str], li
             for character in part:
                 characters[character] += count
     common = sorted(characters, key=lambda c: (-characters[c], c))[:limit]
-    before = accumulate((characters[c] for c in common), initial=0)  # of the text, covered by the ones before
-    kept = [c for c, covered in zip(common, before, strict=False) if covered < COVERAGE * characters.total()]
+    before = accumulate(
+        (characters[c] for c in common), initial=0
+    )  # of the text, covered by the ones before
+    kept = [
+        c
+        for c, covered in zip(common, before, strict=False)
+        if covered < COVERAGE * characters.total()
+    ]
     return sorted(kept), sorted(inside.intersection(kept))
 
 
@@ -119,14 +155,30 @@ def _sentencepiece(lines: Iterator[str], kind: str, vocab_size: int, lowercase: 
     model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(part for line in lines for part in _parts(line)), model_writer=model, model_type=kind,
-            vocab_size=vocab_size, normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
-            pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="[PAD]", unk_piece="[UNK]",
-            control_symbols=SPECIALS[2:], character_coverage=0.9995, input_sentence_size=MAX_SENTENCES,
-            hard_vocab_limit=False, shuffle_input_sentence=True, max_sentence_length=SENTENCE_BYTES, num_threads=1,
-            minloglevel=2)
+            sentence_iterator=(part for line in lines for part in _parts(line)),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+            pad_id=0,
+            unk_id=1,
+            bos_id=-1,
+            eos_id=-1,
+            pad_piece="[PAD]",
+            unk_piece="[UNK]",
+            control_symbols=SPECIALS[2:],
+            character_coverage=0.9995,
+            input_sentence_size=MAX_SENTENCES,
+            hard_vocab_limit=False,
+            shuffle_input_sentence=True,
+            max_sentence_length=SENTENCE_BYTES,
+            num_threads=1,
+            minloglevel=2,
+        )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"SentencePiece made no {vocab_size} entries ({error}); try a smaller vocab_size") from None
+        raise UserError(
+            f"SentencePiece made no {vocab_size} entries ({error}); try a smaller vocab_size"
+        ) from None
     return model.getvalue()
 
 

@@ -28,18 +28,25 @@ from electra_ds.files import fsync_folder, read_json, sha256_file, write_bytes, 
 from electra_ds.shards import ids_dtype
 from electra_ds.tokenizer import Tokenizer, load_tokenizer
 
-REMOVED = ("control_characters", "repeated_lines", "too_short", "filtered")  # what cleaning counts, in its order
+REMOVED = (
+    "control_characters",
+    "repeated_lines",
+    "too_short",
+    "filtered",
+)  # what cleaning counts, in its order
 BATCH_CHARS = 4 << 20  # text tokenized at a time
 RUN_TOKENS = 32 << 20  # ids held in memory at a time
 tokenizers: dict[str, Tokenizer] = {}  # of this process by fingerprint, with their word caches
-DOCUMENT = np.dtype([
-    ("key", "<u8"),  # place in the shuffled corpus
-    ("hash", "<u8", 2),  # of the normalised text
-    ("start", "<u8"),  # in the ids file
-    ("stored", "<u4"),  # ids there, line ends included
-    ("tokens", "<u4"),  # ids without the line ends
-    ("document", "<u4"),  # number in the unit, in reading order
-])
+DOCUMENT = np.dtype(
+    [
+        ("key", "<u8"),  # place in the shuffled corpus
+        ("hash", "<u8", 2),  # of the normalised text
+        ("start", "<u8"),  # in the ids file
+        ("stored", "<u4"),  # ids there, line ends included
+        ("tokens", "<u4"),  # ids without the line ends
+        ("document", "<u4"),  # number in the unit, in reading order
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ class UnitTask:
 def unit_paths(folder: str | Path, number: int) -> tuple[Path, ...]:
     """(ids, document table, marker, signatures, unknown words) of a unit."""
     stem = Path(folder) / f"unit-{number:06d}"
-    return tuple(map(stem.with_suffix, (".ids", ".documents.npy", ".json", ".signatures", ".unknowns")))
+    return tuple(
+        map(stem.with_suffix, (".ids", ".documents.npy", ".json", ".signatures", ".unknowns"))
+    )
 
 
 def array_bytes(array: np.ndarray) -> bytes:
@@ -82,7 +91,9 @@ def finished(marker: Path, plan_sha256: str) -> dict | None:
     if not marker.exists():
         return None
     found = read_json(marker, "a marker of finished work")
-    if found["plan_sha256"] != plan_sha256 or "files" not in found:  # other settings, another version's marker
+    if (
+        found["plan_sha256"] != plan_sha256 or "files" not in found
+    ):  # other settings, another version's marker
         return None
     files = {marker.parent / name: digest for name, digest in found["files"].items()}
     whole = all(file.is_file() and sha256_file(file) == digest for file, digest in files.items())
@@ -102,7 +113,9 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
         for batch in _batches(_cleaned(task, tally, removed, moved)):
             encoded, texts = _encode(tokenizer, [lines for _, lines in batch], unknowns)
             signed = signatures(texts) if task.signatures else [None] * len(batch)
-            for (number, lines), own, text, signature in zip(batch, encoded, texts, signed, strict=True):
+            for (number, lines), own, text, signature in zip(
+                batch, encoded, texts, signed, strict=True
+            ):
                 if len(text):
                     writer.add(number, text_hash(lines), own, len(text), signature)
                 else:
@@ -110,12 +123,21 @@ def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
         return writer.close(removed, tally, unknowns)
 
 
-def _cleaned(task: UnitTask, tally: Tally, removed: dict[str, int], moved: Callable[[int], None],
-             ) -> Iterator[tuple[int, list[str]]]:
+def _cleaned(
+    task: UnitTask,
+    tally: Tally,
+    removed: dict[str, int],
+    moved: Callable[[int], None],
+) -> Iterator[tuple[int, list[str]]]:
     """(number, lines) of the documents that the cleaning leaves; `removed` counts what it does not."""
     keep = task.keep and load_function("keep", task.keep)
-    texts = ((source, text) for source, (_, start, end) in zip(task.sources, task.unit, strict=True)
-             for text in documents(source, start, end, text_field=task.text_field, tally=tally, moved=moved))
+    texts = (
+        (source, text)
+        for source, (_, start, end) in zip(task.sources, task.unit, strict=True)
+        for text in documents(
+            source, start, end, text_field=task.text_field, tally=tally, moved=moved
+        )
+    )
     for number, (source, text) in enumerate(texts):
         lines, characters = clean_lines(text)
         removed["control_characters"] += characters
@@ -127,8 +149,10 @@ def _cleaned(task: UnitTask, tally: Tally, removed: dict[str, int], moved: Calla
         try:
             stays = not keep or keep("\n".join(lines))
         except Exception as error:
-            raise UserError(f"{source.name}: keep = {task.keep!r} raised {type(error).__name__}: {error}; document "
-                            f"{number} of unit {task.number}, it begins {lines[0][:60]!r}") from error
+            raise UserError(
+                f"{source.name}: keep = {task.keep!r} raised {type(error).__name__}: {error}; document "
+                f"{number} of unit {task.number}, it begins {lines[0][:60]!r}"
+            ) from error
         if stays:
             yield number, lines
         else:
@@ -148,14 +172,17 @@ def _batches(documents: Iterator[tuple[int, list[str]]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, texts: list[list[str]],
-            unknowns: Unknowns) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _encode(
+    tokenizer: Tokenizer, texts: list[list[str]], unknowns: Unknowns
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The ids of each document, given as lines: as stored, a [SEP] after each line; and without."""
     flat = [line for lines in texts for line in lines]
     ids, lengths = tokenizer.encode_flat(flat)
     unknowns.look(tokenizer, flat, ids, lengths)
     line_ends, lines = np.cumsum(lengths), np.cumsum([len(lines) for lines in texts])[:-1]
-    stored = np.insert(ids.astype(ids_dtype(tokenizer.vocab_size)), line_ends, tokenizer.special_ids.sep)
+    stored = np.insert(
+        ids.astype(ids_dtype(tokenizer.vocab_size)), line_ends, tokenizer.special_ids.sep
+    )
     ends = line_ends[lines - 1]
     return np.split(stored, ends + lines), np.split(ids, ends)
 
@@ -168,7 +195,9 @@ class UnitWriter:
         ids, self.table, self.marker, signed, self.words = unit_paths(task.folder, task.number)
         self.marker.unlink(missing_ok=True)  # whatever is there is not whole
         self.paths = [ids, signed] if task.signatures else [ids]
-        self.temporaries = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self.paths]
+        self.temporaries = [
+            path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self.paths
+        ]
         self.files = [open(temporary, "wb") for temporary in self.temporaries]  # noqa: SIM115 (closed by __exit__)
         self.written = self.held = 0  # ids
         self.run: list[tuple] = []  # (a row of DOCUMENT but for its start, ids, signature)
@@ -182,13 +211,27 @@ class UnitWriter:
             file.close()
             temporary.unlink(missing_ok=True)  # nothing is there after `close`
 
-    def add(self, number: int, hashed: tuple[int, int], ids: np.ndarray, tokens: int,
-            signature: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        number: int,
+        hashed: tuple[int, int],
+        ids: np.ndarray,
+        tokens: int,
+        signature: np.ndarray | None = None,
+    ) -> None:
         word = f"{self.task.seed}/{self.task.number}/{number}".encode()
         key = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
-        self.run.append(((key, hashed, 0, len(ids), tokens, number), ids.astype(self.dtype, copy=False), signature))
+        self.run.append(
+            (
+                (key, hashed, 0, len(ids), tokens, number),
+                ids.astype(self.dtype, copy=False),
+                signature,
+            )
+        )
         self.held += len(ids)
-        if self.held + 128 * len(self.run) >= RUN_TOKENS:  # a document takes some 350 bytes beside its ids
+        if (
+            self.held + 128 * len(self.run) >= RUN_TOKENS
+        ):  # a document takes some 350 bytes beside its ids
             self._flush()
 
     def _flush(self) -> None:
@@ -213,9 +256,17 @@ class UnitWriter:
             os.fsync(file.fileno())
             os.replace(temporary, path)
         fsync_folder(self.marker.parent)
-        found = {"plan_sha256": self.task.plan_sha256, "removed": removed, "lines": tally.lines,
-                 "files": {path.name: sha256_file(path) for path in [*self.paths, self.table, self.words]},
-                 "documents": len(table), "tokens": int(table["tokens"].sum(dtype=np.int64)),
-                 "bad_lines": dict(sorted(tally.bad.items())), "places": tally.places}
+        found = {
+            "plan_sha256": self.task.plan_sha256,
+            "removed": removed,
+            "lines": tally.lines,
+            "files": {
+                path.name: sha256_file(path) for path in [*self.paths, self.table, self.words]
+            },
+            "documents": len(table),
+            "tokens": int(table["tokens"].sum(dtype=np.int64)),
+            "bad_lines": dict(sorted(tally.bad.items())),
+            "places": tally.places,
+        }
         write_json(self.marker, found)
         return found

@@ -11,7 +11,10 @@ from electra_ds.files import read_json
 from electra_ds.shards import UnknownWords
 from electra_ds.tokenizer import Tokenizer
 
-FIRST_TOKENS, SHARE = 1 << 13, 256  # lines are looked at while they have at most so many, and 1 / SHARE of the unit's
+FIRST_TOKENS, SHARE = (
+    1 << 13,
+    256,
+)  # lines are looked at while they have at most so many, and 1 / SHARE of the unit's
 WORD_CHARS = 100  # kept of a word
 WORDS_AT_ONCE = 1 << 18  # in memory, of one unit and of their sum
 MOST_FREQUENT = 100
@@ -28,13 +31,18 @@ class Unknowns:
         self.found = self.tokens = self.looked_at = 0  # [UNK]s, tokens, tokens of lines looked at
         self.words: Counter[str] = Counter()
 
-    def look(self, tokenizer: Tokenizer, lines: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
+    def look(
+        self, tokenizer: Tokenizer, lines: list[str], ids: np.ndarray, lengths: np.ndarray
+    ) -> None:
         """Count what became [UNK] in `lines`, given what `encode_flat` made of them."""
         places = np.flatnonzero(ids == tokenizer.special_ids.unk)
         self.found += len(places)
         self.tokens += len(ids)
         for line in np.unique(np.searchsorted(np.cumsum(lengths), places, side="right")).tolist():
-            if self.looked_at > FIRST_TOKENS + self.tokens // SHARE or len(self.words) > WORDS_AT_ONCE:
+            if (
+                self.looked_at > FIRST_TOKENS + self.tokens // SHARE
+                or len(self.words) > WORDS_AT_ONCE
+            ):
                 return
             self.looked_at += int(lengths[line])
             parts = tokenizer.unknown_parts(lines[line])

@@ -24,11 +24,15 @@ def verify(data_dir: str | Path, moved: Callable[[int], None] | None = None) -> 
     data_dir, manifest = Path(data_dir), read_manifest(data_dir)
     problems = []
     if manifest.dataset_id != manifest.content_id():
-        problems.append(f"manifest.json: dataset_id {manifest.dataset_id}, its content gives {manifest.content_id()}")
+        problems.append(
+            f"manifest.json: dataset_id {manifest.dataset_id}, its content gives {manifest.content_id()}"
+        )
     try:
         fingerprint = load_tokenizer(data_dir / "tokenizer").fingerprint
         if fingerprint != manifest.tokenizer.sha256:
-            problems.append(f"tokenizer: its fingerprint is {fingerprint}, the rows' is {manifest.tokenizer.sha256}")
+            problems.append(
+                f"tokenizer: its fingerprint is {fingerprint}, the rows' is {manifest.tokenizer.sha256}"
+            )
     except UserError as error:
         problems.append(str(error))
     known = {shard.file for info in manifest.splits.values() for shard in info.shards}
@@ -39,7 +43,9 @@ def verify(data_dir: str | Path, moved: Callable[[int], None] | None = None) -> 
     return problems
 
 
-def _verify_split(data_dir: Path, split: str, manifest: Manifest, moved: Callable[[int], None]) -> list[str]:
+def _verify_split(
+    data_dir: Path, split: str, manifest: Manifest, moved: Callable[[int], None]
+) -> list[str]:
     try:
         reader = ShardReader(data_dir, split, check_files=False)
     except UserError as error:
@@ -49,20 +55,26 @@ def _verify_split(data_dir: Path, split: str, manifest: Manifest, moved: Callabl
     for shard, info in enumerate(reader.info.shards):
         found = _verify_shard(reader, shard, totals, unigrams)
         if not found and sha256_file(data_dir / info.file) != info.sha256:
-            found = [f"{data_dir / info.file}: its sha256 is not the manifest's though every block is whole: "
-                     "bytes beside the rows differ; copy this shard again"]
+            found = [
+                f"{data_dir / info.file}: its sha256 is not the manifest's though every block is whole: "
+                "bytes beside the rows differ; copy this shard again"
+            ]
         problems += found
         moved(info.bytes)
     if not problems:  # counts over damaged rows would say nothing new
-        problems = [f"{split}: {totals[key]} {key}, the manifest says {getattr(reader.info, key)}"
-                    for key in ("documents", "pieces", "tokens", "pad", "rows")
-                    if totals[key] != getattr(reader.info, key)]
+        problems = [
+            f"{split}: {totals[key]} {key}, the manifest says {getattr(reader.info, key)}"
+            for key in ("documents", "pieces", "tokens", "pad", "rows")
+            if totals[key] != getattr(reader.info, key)
+        ]
         if split == "train":
             problems += _verify_unigrams(data_dir, manifest, unigrams)
     return problems
 
 
-def _verify_shard(reader: ShardReader, shard: int, totals: Counter, unigrams: np.ndarray) -> list[str]:
+def _verify_shard(
+    reader: ShardReader, shard: int, totals: Counter, unigrams: np.ndarray
+) -> list[str]:
     """Check the shard's blocks; adds what they hold to `totals` and `unigrams`."""
     try:
         reader.check_shard(shard)
@@ -78,7 +90,11 @@ def _verify_shard(reader: ShardReader, shard: int, totals: Counter, unigrams: np
             problems.append(str(error))
             continue
         unigrams += np.bincount(rows.ravel(), minlength=len(unigrams))
-        totals.update(documents=int((pieces[:, 5] == 0).sum()), pieces=len(pieces), tokens=int(pieces[:, 2].sum()))
+        totals.update(
+            documents=int((pieces[:, 5] == 0).sum()),
+            pieces=len(pieces),
+            tokens=int(pieces[:, 2].sum()),
+        )
         totals.update(pad=int((rows == special.pad).sum()), rows=len(rows))
     return problems
 
@@ -94,7 +110,13 @@ def _disagreement(rows: np.ndarray, pieces: np.ndarray, manifest: Manifest) -> s
     if (real[:, 1:] > real[:, :-1]).any():
         return "padding before the end of a row"
     row, start, length, *source = pieces.astype(np.int64).T
-    inside = (row >= 0) & (row < len(rows)) & (start > 0) & (length > 0) & (start + length <= rows.shape[1])
+    inside = (
+        (row >= 0)
+        & (row < len(rows))
+        & (start > 0)
+        & (length > 0)
+        & (start + length <= rows.shape[1])
+    )
     inside &= (np.array(source) >= 0).all(axis=0)
     if not inside.all():
         return f"piece {int(np.argmin(inside))} lies outside its row or has no source"
@@ -116,4 +138,6 @@ def _verify_unigrams(data_dir: Path, manifest: Manifest, counted: np.ndarray) ->
     if np.array_equal(stored, counted):
         return []
     token = int(np.argmax(stored != counted))
-    return [f"unigrams.npy: token {token} counted {stored[token]} times, the training rows hold {counted[token]}"]
+    return [
+        f"unigrams.npy: token {token} counted {stored[token]} times, the training rows hold {counted[token]}"
+    ]

@@ -17,7 +17,9 @@ from electra_ds.ranks import find_ranks, mpi_world
 
 Moved = Callable[[int], None]  # a task says how much more of it is done
 Task = Callable[[Any, Moved], dict]  # what a task does with its input
-Run = Callable[[Task, list, Moved], list[dict]]  # (function, inputs, told) -> results in the order of the inputs
+Run = Callable[
+    [Task, list, Moved], list[dict]
+]  # (function, inputs, told) -> results in the order of the inputs
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 GRACE = 5  # seconds in which a worker may clean up
@@ -68,7 +70,9 @@ def mpi_ranks() -> Iterator[list[Rank] | None]:
     The others work for rank 0 on entering, until it leaves. When rank 0 fails its process must end them (MPI_Abort).
     """
     ranks = find_ranks()
-    world = mpi_world(ranks, "prepare on one machine with --workers") if ranks.world_size > 1 else None
+    world = (
+        mpi_world(ranks, "prepare on one machine with --workers") if ranks.world_size > 1 else None
+    )
     if ranks.rank:
         _work(Rank(world, 0))
         yield None
@@ -142,8 +146,10 @@ def _share_out(pipes: Sequence[Pipe], function: Task, inputs: list, told: Moved)
                 given += 1
             heard = [(pipe, pipe.recv()) for pipe in _wait(list(number_at))]
         except (EOFError, OSError):
-            raise UserError("a worker process was killed (out of memory?); the same command goes on from what is "
-                            "finished, fewer --workers take less memory") from None
+            raise UserError(
+                "a worker process was killed (out of memory?); the same command goes on from what is "
+                "finished, fewer --workers take less memory"
+            ) from None
         for pipe, found in heard:
             if isinstance(found, Exception):
                 raise found
@@ -177,8 +183,13 @@ def console_progress() -> Iterator[Progress]:
     """A `progress` that draws a bar per stage on the terminal."""
     from rich import progress as rich
 
-    with rich.Progress(rich.TextColumn("{task.description:12}"), rich.BarColumn(), rich.TaskProgressColumn(),
-                       rich.TimeElapsedColumn(), rich.TimeRemainingColumn()) as bars:
+    with rich.Progress(
+        rich.TextColumn("{task.description:12}"),
+        rich.BarColumn(),
+        rich.TaskProgressColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+    ) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from electra_ds.config import load_function
 from electra_ds.errors import UserError
 
-load_factory = partial(load_function, "model.factory")  # (name) -> the function that makes both encoders
+load_factory = partial(
+    load_function, "model.factory"
+)  # (name) -> the function that makes both encoders
 
 
 def takes(module: nn.Module, name: str, by_name: bool = False) -> bool:
@@ -30,21 +32,27 @@ def call_generator(generator: nn.Module, ids: Tensor, ties: str, given: dict[str
     try:
         found = generator(ids, **given)
     except RuntimeError as error:
-        if not ties or not re.search(r"\bsizes?\b|shape", str(error)):  # not the user's: a rank, the device, memory
+        if not ties or not re.search(
+            r"\bsizes?\b|shape", str(error)
+        ):  # not the user's: a rank, the device, memory
             raise
         raise UserError(
             f"the generator fails with what it shares with the discriminator, {ties}: {error}. Tie embeddings of equal "
             "width, or put a projection behind them"
         ) from error
     if not isinstance(found, Tensor) or found.shape[:2] != ids.shape or found.ndim != 3:
-        raise UserError(f"the generator must return logits {[*ids.shape, 'V']}, but returned {_shape(found)}")
+        raise UserError(
+            f"the generator must return logits {[*ids.shape, 'V']}, but returned {_shape(found)}"
+        )
     return found
 
 
 def tied(generator: nn.Module, discriminator: nn.Module) -> str:
     """The parameters that both own, with their shapes, for people."""
     own = {id(p) for p in discriminator.parameters()}
-    return ", ".join(f"{name} {list(p.shape)}" for name, p in generator.named_parameters() if id(p) in own)
+    return ", ".join(
+        f"{name} {list(p.shape)}" for name, p in generator.named_parameters() if id(p) in own
+    )
 
 
 class Discriminator(nn.Module):
@@ -60,12 +68,19 @@ class Discriminator(nn.Module):
         self.module, self.layer = module, layer
         device = next((p.device for p in module.parameters()), None)
         self.head = nn.Linear(dim, 1, device=device) if dim > 0 else None
-        is_plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-        self.drops_sigmoid = dim <= 0 and is_plain and len(module) > 0 and isinstance(module[-1], nn.Sigmoid)
+        is_plain = (
+            isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        )
+        self.drops_sigmoid = (
+            dim <= 0 and is_plain and len(module) > 0 and isinstance(module[-1], nn.Sigmoid)
+        )
         if self.head is not None:
             self._watched()
         if self.drops_sigmoid:
-            warnings.warn("the discriminator's last Sigmoid is left out in training: losses take logits", stacklevel=3)
+            warnings.warn(
+                "the discriminator's last Sigmoid is left out in training: losses take logits",
+                stacklevel=3,
+            )
 
     def forward(self, ids: Tensor, **given: Any) -> Tensor:
         if self.head is not None:
@@ -74,7 +89,9 @@ class Discriminator(nn.Module):
             module = nn.Sequential(*list(self.module)[:-1]) if self.drops_sigmoid else self.module
             logits = module(ids, **given)
             if isinstance(logits, Tensor) and _ends_in_sigmoid(logits):
-                raise UserError("the discriminator ends in a sigmoid, but the loss takes logits: return its input")
+                raise UserError(
+                    "the discriminator ends in a sigmoid, but the loss takes logits: return its input"
+                )
         if isinstance(logits, Tensor) and logits.shape == (*ids.shape, 1):
             logits = logits.squeeze(-1)
         if not isinstance(logits, Tensor) or logits.shape != ids.shape:
@@ -91,12 +108,16 @@ class Discriminator(nn.Module):
         if isinstance(self.layer, int) and -len(children) <= self.layer < len(children):
             return children[self.layer]
         names = ", ".join(name for name, _ in self.module.named_children())
-        raise UserError(f"discr_layer = {self.layer!r}: the discriminator has no such layer; it has {names}")
+        raise UserError(
+            f"discr_layer = {self.layer!r}: the discriminator has no such layer; it has {names}"
+        )
 
     def _hidden(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
         outputs = []
         # A hook that lives only now: one left on the layer would be pickled with the module, and this one with it.
-        hook = self._watched().register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+        hook = self._watched().register_forward_hook(
+            lambda _layer, _inputs, output: outputs.append(output)
+        )
         try:
             self.module(ids, **given)
         finally:
@@ -111,8 +132,22 @@ class Discriminator(nn.Module):
 
 
 # What changes no number, or wraps a module (DeepSpeed's ZeRO-3), between a sigmoid and what is returned.
-HARMLESS = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "Reshape", "Select", "Slice", "Transpose", "Permute", "Clone",
-            "Clamp", "ToCopy", "PreBackward", "PostBackward")  # fmt: skip
+HARMLESS = (
+    "Squeeze",
+    "Unsqueeze",
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Select",
+    "Slice",
+    "Transpose",
+    "Permute",
+    "Clone",
+    "Clamp",
+    "ToCopy",
+    "PreBackward",
+    "PostBackward",
+)
 
 
 def _ends_in_sigmoid(found: Tensor) -> bool:

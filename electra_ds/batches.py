@@ -24,7 +24,9 @@ READ_TOKENS = 1 << 18  # gathered at once: several rows of each block then, abou
 COLUMN_BITS = np.uint64(24)  # of a sorting key; 32 random bits lie above them
 SPAN_WORDS = 10  # at most (SpanBERT, section 3.1)
 # Words of a span by 12 random bits, the inverse of 1 - .8 ** length: geometric with p = .2, 3.8 on average.
-SPAN_LENGTHS = (1 + np.log1p(np.arange(4096) / -4096 * (1 - 0.8**SPAN_WORDS)) / np.log(0.8)).astype(np.uint8)
+SPAN_LENGTHS = (1 + np.log1p(np.arange(4096) / -4096 * (1 - 0.8**SPAN_WORDS)) / np.log(0.8)).astype(
+    np.uint8
+)
 
 
 class Rows(Protocol):
@@ -66,7 +68,9 @@ def max_chosen(mask_prob: float, sequence_length: int) -> int:
     return max(1, min(sequence_length, int((mask_prob + 0.005) * sequence_length)))
 
 
-def layout(ids: np.ndarray, packing: str, special: SpecialIds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def layout(
+    ids: np.ndarray, packing: str, special: SpecialIds
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What [CLS], [SEP] and [PAD] say about packed rows (text cannot make their ids).
 
     ids: [B, S]. Returns segment_ids, piece_ids (0 = padding, else 1, 2, ...), position_ids, each [B, S] int64.
@@ -75,7 +79,11 @@ def layout(ids: np.ndarray, packing: str, special: SpecialIds) -> tuple[np.ndarr
     """
     real = ids != special.pad
     columns = np.arange(ids.shape[1], dtype=np.int64)
-    pieces, positions, segments = real.astype(np.int64), columns * real, np.zeros(ids.shape, np.int64)
+    pieces, positions, segments = (
+        real.astype(np.int64),
+        columns * real,
+        np.zeros(ids.shape, np.int64),
+    )
     if packing == "best_fit":
         starts = ids == special.cls
         pieces *= np.cumsum(starts, axis=1)
@@ -98,7 +106,9 @@ def choose(ids: np.ndarray, recipe: Recipe, numbers: np.ndarray) -> tuple[np.nda
     slots = max_chosen(recipe.mask_prob, n)
     barred = np.isin(ids, (special.pad, special.cls, special.sep, special.mask))
     if recipe.masking != "token":
-        numbers = numbers_of_words(numbers, recipe.begins_word[ids], barred, recipe.masking == "span")
+        numbers = numbers_of_words(
+            numbers, recipe.begins_word[ids], barred, recipe.masking == "span"
+        )
     wanted = np.rint(recipe.mask_prob * (ids != special.pad).sum(1))  # halves to even
     k = np.minimum((~barred).sum(1), np.clip(wanted, 1, slots))
     keys = (numbers.astype(np.uint64) << COLUMN_BITS) | np.arange(n, dtype=np.uint64)
@@ -109,7 +119,9 @@ def choose(ids: np.ndarray, recipe: Recipe, numbers: np.ndarray) -> tuple[np.nda
     return np.sort(np.where(used, columns, n), axis=1) * used, used
 
 
-def numbers_of_words(numbers: np.ndarray, begins: np.ndarray, barred: np.ndarray, spans: bool) -> np.ndarray:
+def numbers_of_words(
+    numbers: np.ndarray, begins: np.ndarray, barred: np.ndarray, spans: bool
+) -> np.ndarray:
     """The random number of each token's word, which is that of the word's first token; [B, S] uint32.
 
     numbers: [B, S] uint32; begins: [B, S] bool, by spelling; barred: [B, S] bool, no candidates: no word goes past.
@@ -127,11 +139,15 @@ def numbers_of_words(numbers: np.ndarray, begins: np.ndarray, barred: np.ndarray
         pieces = np.cumsum(edges, dtype=np.int32)[starts]
         for d in range(1, SPAN_WORDS):
             beyond = (lengths[:-d] <= d) | (pieces[:-d] != pieces[d:])
-            np.minimum(drawn[d:], own[:-d] | -beyond.astype(np.uint32), out=drawn[d:])  # all ones: never the smallest
+            np.minimum(
+                drawn[d:], own[:-d] | -beyond.astype(np.uint32), out=drawn[d:]
+            )  # all ones: never the smallest
     return drawn[np.cumsum(starts) - 1].reshape(numbers.shape)
 
 
-def make_batch(ids: np.ndarray, rows: np.ndarray, epochs: np.ndarray | int, recipe: Recipe) -> Batch:
+def make_batch(
+    ids: np.ndarray, rows: np.ndarray, epochs: np.ndarray | int, recipe: Recipe
+) -> Batch:
     """Packed rows -> Batch of CPU tensors; each row's part is a pure function of (ids, seed, epoch, row number).
 
     ids: [B, S] unsigned; rows: [B] row numbers; epochs: [B] or one.
@@ -144,7 +160,16 @@ def make_batch(ids: np.ndarray, rows: np.ndarray, epochs: np.ndarray | int, reci
     chosen, used = choose(ids, recipe, words(ids.shape[1], order.CHOSEN))
     keep = order.uniforms(words(used.shape[1], order.KEEP)) >= np.float32(recipe.mask_token_prob)
     uniforms = order.uniforms(words(used.shape[1], order.UNIFORMS))
-    arrays = (ids.astype(np.int64), segments, pieces, positions, chosen, used.astype(np.float32), keep, uniforms)
+    arrays = (
+        ids.astype(np.int64),
+        segments,
+        pieces,
+        positions,
+        chosen,
+        used.astype(np.float32),
+        keep,
+        uniforms,
+    )
     return Batch(*map(torch.from_numpy, arrays))
 
 
@@ -153,9 +178,14 @@ def recipe_for(
 ) -> Recipe:
     """The recipe of a run on these rows."""
     return Recipe(
-        manifest.packing, manifest.tokenizer.special_ids, objective.mask_prob, objective.mask_token_prob, seed,
-        objective.masking, begins_word,
-    )  # fmt: skip
+        manifest.packing,
+        manifest.tokenizer.special_ids,
+        objective.mask_prob,
+        objective.mask_token_prob,
+        seed,
+        objective.masking,
+        begins_word,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -181,18 +211,36 @@ class Batches:
     """
 
     def __init__(
-        self, reader: Rows, row_order: RowOrder, recipe: Recipe, *, global_batch_size: int, micro_batch_size: int,
-        rank: int = 0, world_size: int = 1, position: int = 0, pin_memory: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        reader: Rows,
+        row_order: RowOrder,
+        recipe: Recipe,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
         assert global_batch_size % (world_size * micro_batch_size) == 0 and 0 <= rank < world_size
-        self.reader, self.order, self.recipe, self.pin_memory = reader, row_order, recipe, pin_memory
+        self.reader, self.order, self.recipe, self.pin_memory = (
+            reader,
+            row_order,
+            recipe,
+            pin_memory,
+        )
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank_rows = global_batch_size // world_size
         self.first = rank * self.rank_rows
-        self.steps_at_once = max(1, min(64, READ_TOKENS // (self.rank_rows * reader.sequence_length)))
+        self.steps_at_once = max(
+            1, min(64, READ_TOKENS // (self.rank_rows * reader.sequence_length))
+        )
         self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(2 * self.steps_at_once)
         self._stop, self._failure = threading.Event(), None
-        self._thread = threading.Thread(target=self._produce, args=(position,), name="batches", daemon=True)
+        self._thread = threading.Thread(
+            target=self._produce, args=(position,), name="batches", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -251,7 +299,10 @@ class Batches:
             yield StepBatch(
                 position=first,
                 micro_positions=[first + self.first + start for start in range(0, own, micro)],
-                micros=[self._micro(batch, slice(a, a + micro)) for a in range(here.start, here.stop, micro)],
+                micros=[
+                    self._micro(batch, slice(a, a + micro))
+                    for a in range(here.start, here.stop, micro)
+                ],
                 chosen_count=int(chosen[here].sum()),
                 token_count=int(tokens[here].sum()),
                 rows=rows[here],
@@ -260,7 +311,11 @@ class Batches:
 
     def _micro(self, batch: Batch, rows: slice) -> Batch:
         own = batch.map(lambda tensor: tensor[rows])
-        return own._replace(bounds=piece_bounds(own.piece_ids).pin_memory()) if self.pin_memory else own
+        return (
+            own._replace(bounds=piece_bounds(own.piece_ids).pin_memory())
+            if self.pin_memory
+            else own
+        )
 
 
 def _state_head(reader: Rows, row_order: RowOrder) -> dict[str, Any]:
@@ -277,7 +332,9 @@ def position_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder
     ]
     if differ:
         raise UserError(
-            "the checkpoint belongs to other data: " + "; ".join(differ) + "; give the data it was made with, or "
+            "the checkpoint belongs to other data: "
+            + "; ".join(differ)
+            + "; give the data it was made with, or "
             "start from its weights with --init-from"
         )
     return int(state["position"])
@@ -287,7 +344,13 @@ def position_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder
 
 
 def evaluation_batches(
-    reader: Rows, recipe: Recipe, *, batch_rows: int, rank: int = 0, world_size: int = 1, max_rows: int | None = None
+    reader: Rows,
+    recipe: Recipe,
+    *,
+    batch_rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    max_rows: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """The split's first `max_rows` rows (all: None), each once over the ranks, with the row numbers [batch_rows] int64.
 
@@ -314,10 +377,16 @@ def fixed_corruption(
     are never drawn). Returns input_ids [B, S] int64 and is_replaced [B, S] bool (a draw of the same token is not).
     """
     counts = unigrams.astype(np.int64)
-    counts[[special_ids.pad, special_ids.unk, special_ids.cls, special_ids.sep, special_ids.mask]] = 0
+    counts[
+        [special_ids.pad, special_ids.unk, special_ids.cls, special_ids.sep, special_ids.mask]
+    ] = 0
     ends = np.cumsum(counts)
-    random_words = order.words(order.EVALUATION_SEED, 0, rows, batch.chosen.shape[1], order.CORRUPTION)
-    draws = np.searchsorted(ends, (random_words + 0.5) * 2.0**-32 * ends[-1], side="right")  # [B, K]
+    random_words = order.words(
+        order.EVALUATION_SEED, 0, rows, batch.chosen.shape[1], order.CORRUPTION
+    )
+    draws = np.searchsorted(
+        ends, (random_words + 0.5) * 2.0**-32 * ends[-1], side="right"
+    )  # [B, K]
     used = batch.chosen_weights.numpy() > 0
     ids = batch.input_ids.numpy().copy()
     ids[np.nonzero(used)[0], batch.chosen.numpy()[used]] = draws[used]

@@ -92,12 +92,25 @@ class Saving:
     """
 
     def __init__(
-        self, engine: Weights, folder: Path, name: str, progress: Progress, config: dict, padded: dict[str, int], *,
+        self,
+        engine: Weights,
+        folder: Path,
+        name: str,
+        progress: Progress,
+        config: dict,
+        padded: dict[str, int],
+        *,
         weights_only: bool = False,
-    ):  # fmt: skip
+    ):
         self.target, self._engine, self._weights_only = folder / name, engine, weights_only
-        self._meta = {"format": FORMAT, "version": VERSION, **asdict(progress), "scaler": engine.scaler_state(),
-                      "world_size": engine.ranks.world_size, "config": config}  # fmt: skip
+        self._meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            **asdict(progress),
+            "scaler": engine.scaler_state(),
+            "world_size": engine.ranks.world_size,
+            "config": config,
+        }
         with _together(engine, f"saving {self.target}") as report:
             tensors = _gather(engine, padded, ("master",) if weights_only else ("master", *MOMENTS))
             if engine.ranks.rank == 0:
@@ -132,7 +145,9 @@ class Saving:
                     if not self._weights_only:
                         write_bytes(target.with_name("latest"), f"{target.name}\n".encode())
         finally:
-            if engine.ranks.rank == 0:  # after a failure: a half checkpoint would keep a full disk full
+            if (
+                engine.ranks.rank == 0
+            ):  # after a failure: a half checkpoint would keep a full disk full
                 shutil.rmtree(self._temporary, ignore_errors=True)
         return target
 
@@ -142,9 +157,13 @@ def save(*arguments: Any, **options: Any) -> Path:
     return Saving(*arguments, **options).commit()
 
 
-def _gather(engine: Weights, padded: dict[str, int], kinds: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+def _gather(
+    engine: Weights, padded: dict[str, int], kinds: tuple[str, ...]
+) -> dict[str, dict[str, Tensor]]:
     """Gather each tensor on all ranks, copy it on its owner; {"model": ..., "optim": ...} of this rank."""
-    owners = _owners({name: engine.shape(name).numel() for name in engine.parameters}, engine.ranks.world_size)
+    owners = _owners(
+        {name: engine.shape(name).numel() for name in engine.parameters}, engine.ranks.world_size
+    )
     weights, moments = {}, {}
     for name in engine.parameters:
         for kind in kinds:
@@ -152,7 +171,9 @@ def _gather(engine: Weights, padded: dict[str, int], kinds: tuple[str, ...]) -> 
             if owners[name] == engine.ranks.rank:
                 true = whole[: padded[name]] if name in padded else whole
                 kept = true.to("cpu", torch.float32, copy=True).contiguous()
-                (weights if kind == "master" else moments)[name if kind == "master" else f"{kind}/{name}"] = kept
+                (weights if kind == "master" else moments)[
+                    name if kind == "master" else f"{kind}/{name}"
+                ] = kept
     return {"model": weights, "optim": moments} if len(kinds) > 1 else {"model": weights}
 
 
@@ -163,7 +184,9 @@ def _write(tensors: dict[str, dict[str, Tensor]], folder: Path, ranks: Any) -> d
         path = folder / f"{prefix}-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
         try:
             save_file(part, path)
-        except SafetensorError as error:  # the library hides the operating system's error, such as a full disk
+        except (
+            SafetensorError
+        ) as error:  # the library hides the operating system's error, such as a full disk
             raise OSError(f"{path}: {error}") from None
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -208,7 +231,9 @@ def _together(engine: Weights, what: str) -> Iterator[dict]:
         if isinstance(error, UserError):
             raise UserError(f"{what} failed: rank {rank}: {error}")
         if error:
-            raise RunFailure(f"{what} failed: rank {rank}: {error}; earlier checkpoints are untouched")
+            raise RunFailure(
+                f"{what} failed: rank {rank}: {error}; earlier checkpoints are untouched"
+            )
     mine["everyone"] = [report for _, report in everyone]
 
 
@@ -237,7 +262,9 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
         doomed = folder / f".{name}.old"
         shutil.rmtree(doomed, ignore_errors=True)  # what a crash left here
         with contextlib.suppress(OSError):  # what cannot be removed stays
-            os.rename(folder / name, doomed)  # gone at once under its name, so that nobody reads a half
+            os.rename(
+                folder / name, doomed
+            )  # gone at once under its name, so that nobody reads a half
         shutil.rmtree(doomed, ignore_errors=True)
     return removed
 
@@ -257,8 +284,12 @@ def latest(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     name = pointer.read_text().strip()
-    if name == FINAL and not (folder / FINAL).exists():  # killed while `--extend` gave it back its step's name
-        name = max((path.name for path in folder.iterdir() if path.name.isdigit()), key=int, default=name)
+    if (
+        name == FINAL and not (folder / FINAL).exists()
+    ):  # killed while `--extend` gave it back its step's name
+        name = max(
+            (path.name for path in folder.iterdir() if path.name.isdigit()), key=int, default=name
+        )
     if not re.fullmatch(r"\d+|final", name) or not (folder / name / "meta.json").exists():
         raise UserError(
             f"{pointer} names {name!r}, which is no checkpoint in {folder}; write the name of a good one into it"
@@ -277,10 +308,14 @@ def read_meta(path: Path) -> Meta:
         progress = Progress(**{key: values[key] for key in Progress.__dataclass_fields__})
         meta = Meta(progress, *(values[key] for key in ("config", "scaler", "world_size", "files")))
     except KeyError as error:
-        raise UserError(f"{path}/meta.json: has no {error}; it is incomplete, use an older checkpoint") from None
+        raise UserError(
+            f"{path}/meta.json: has no {error}; it is incomplete, use an older checkpoint"
+        ) from None
     for name, facts in meta.files.items():
         if not re.fullmatch(r"(model|optim)-\d{5}-of-\d{5}\.safetensors", name):
-            raise UserError(f"{path}/meta.json: lists a file named {name!r}, which no checkpoint has")
+            raise UserError(
+                f"{path}/meta.json: lists a file named {name!r}, which no checkpoint has"
+            )
         size = (path / name).stat().st_size if (path / name).exists() else None
         if size != facts["bytes"]:
             raise UserError(
@@ -307,7 +342,9 @@ def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str
                     for key in file.keys():  # noqa: SIM118 (not a dict)
                         yield key, file.get_tensor(key)
             except SafetensorError as error:
-                raise UserError(f"{path / name}: not a safetensors file ({error}); use an older checkpoint") from None
+                raise UserError(
+                    f"{path / name}: not a safetensors file ({error}); use an older checkpoint"
+                ) from None
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -317,7 +354,9 @@ def weights(path: Path) -> dict[str, Tensor]:
     return dict(tensors(path, meta))
 
 
-def load(engine: Weights, path: Path, padded: dict[str, int], *, weights_only: bool = False) -> Meta:
+def load(
+    engine: Weights, path: Path, padded: dict[str, int], *, weights_only: bool = False
+) -> Meta:
     """Set the engine's weights (and moments, step count, loss scaler) from a checkpoint. Collective.
 
     Raises UserError on every rank when a file is damaged or the parameters differ, with the differences listed.
@@ -326,19 +365,27 @@ def load(engine: Weights, path: Path, padded: dict[str, int], *, weights_only: b
     with _together(engine, f"loading {path}"):
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
     engine.reset_moments(0 if weights_only else meta.progress.step)
-    expected = {name: _stored_shape(engine.shape(name), padded.get(name)) for name in engine.parameters}
+    expected = {
+        name: _stored_shape(engine.shape(name), padded.get(name)) for name in engine.parameters
+    }
     seen = set()
     for prefix in ("model",) if weights_only else ("model", "optim"):
         for key, value in tensors(path, meta, prefix):
             kind, name = ("master", key) if prefix == "model" else key.split("/", 1)
             if expected.get(name) != tuple(value.shape):
                 here = expected.get(name, "no such parameter")
-                raise UserError(f"{path}: {key} has shape {tuple(value.shape)}, this run's model has {here}")
+                raise UserError(
+                    f"{path}: {key} has shape {tuple(value.shape)}, this run's model has {here}"
+                )
             engine.set_whole(name, kind, _pad(value, engine.shape(name)))
             seen.add((name, kind))
-    wanted = {(n, k) for n in expected for k in (("master",) if weights_only else ("master", *MOMENTS))}
+    wanted = {
+        (n, k) for n in expected for k in (("master",) if weights_only else ("master", *MOMENTS))
+    }
     if wanted - seen:
-        raise UserError(f"{path}: these tensors are missing: {', '.join(sorted({n for n, _ in wanted - seen}))}")
+        raise UserError(
+            f"{path}: these tensors are missing: {', '.join(sorted({n for n, _ in wanted - seen}))}"
+        )
     if not weights_only:
         engine.set_scaler_state(meta.scaler)
     return meta

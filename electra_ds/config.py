@@ -57,7 +57,9 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> "EncoderConfig":
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
         return self
 
 
@@ -78,7 +80,8 @@ class ModelConfig(EncoderConfig):
     init_std: float = science(0.02, "standard deviation of `normal`", gt=0)
     embedding_init_std: float = science(0.02, "standard deviation of the embedding tables", gt=0)
     sharing: Literal["shared", "untied", "all"] = science(
-        "shared", "embeddings of generator and discriminator are one, two, or the whole encoder is one"
+        "shared",
+        "embeddings of generator and discriminator are one, two, or the whole encoder is one",
     )
     vocab_size: int | None = science(None, "word table rows; filled from the data", ge=6)
 
@@ -86,10 +89,16 @@ class ModelConfig(EncoderConfig):
 class FactoryConfig(Section):
     """Encoders of the user's own instead of the built-in ones."""
 
-    factory: str = science(..., "package.module:build; build(config) -> (generator, discriminator), any torch modules")
+    factory: str = science(
+        ..., "package.module:build; build(config) -> (generator, discriminator), any torch modules"
+    )
     options: dict[str, Any] = science({}, "for build, which finds it in config.model.options")
-    discr_dim: int = science(-1, "width of the discriminator's hidden layer to put a head on; -1: it returns logits")
-    discr_layer: str | int = science(-1, "that layer, by name or by index among the discriminator's children")
+    discr_dim: int = science(
+        -1, "width of the discriminator's hidden layer to put a head on; -1: it returns logits"
+    )
+    discr_layer: str | int = science(
+        -1, "that layer, by name or by index among the discriminator's children"
+    )
     vocab_size: int | None = science(None, "filled from the data", ge=6)
 
 
@@ -97,13 +106,17 @@ class ObjectiveConfig(Section):
     """Replaced token detection (ELECTRA, section 2) and the objectives it is compared with (section 3.4)."""
 
     kind: Literal["electra", "electra_15", "mlm", "replace_mlm", "all_tokens_mlm"] = science(
-        "electra", "what the main encoder learns: to tell replaced tokens (_15: at the chosen places), or to predict"
+        "electra",
+        "what the main encoder learns: to tell replaced tokens (_15: at the chosen places), or to predict",
     )
-    generator: Literal["model", "uniform"] = science("model", "replacements: a network's, or any token alike")
+    generator: Literal["model", "uniform"] = science(
+        "model", "replacements: a network's, or any token alike"
+    )
     disallow_correct: bool = science(False, "a replacement never equals the original")
     mask_prob: float = science(0.15, "share of the real tokens that is chosen per row", gt=0, lt=1)
     masking: Literal["token", "whole_word", "span"] = science(
-        "token", "what is drawn until so many are chosen: tokens, words, or spans of 1 to 10 words (SpanBERT)"
+        "token",
+        "what is drawn until so many are chosen: tokens, words, or spans of 1 to 10 words (SpanBERT)",
     )
     mask_token_prob: float = science(
         0.85, "share of the chosen places that becomes [MASK]; the rest keeps its token", ge=0, le=1
@@ -115,7 +128,9 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _mlm_replaces_nothing(self) -> "ObjectiveConfig":
         if self.kind == "mlm" and (self.generator != "model" or self.disallow_correct):
-            raise ValueError("kind mlm replaces nothing: generator and disallow_correct have no meaning with it")
+            raise ValueError(
+                "kind mlm replaces nothing: generator and disallow_correct have no meaning with it"
+            )
         return self
 
     @property
@@ -136,45 +151,70 @@ class ObjectiveConfig(Section):
     @property
     def loss_weights(self) -> tuple[float, float]:
         """Factors of mlm_loss and disc_loss in the total; a main encoder that predicts tokens has 1."""
-        return 1.0 if self.kind == "mlm" else self.gen_weight, self.disc_weight if self.detects else 1.0
+        return (
+            1.0 if self.kind == "mlm" else self.gen_weight,
+            self.disc_weight if self.detects else 1.0,
+        )
 
 
 class DataConfig(Section):
     """The rows; everything but the length is the data folder's own."""
 
-    sequence_length: int = science(..., "tokens per row; the data must have been prepared with it", ge=8)
+    sequence_length: int = science(
+        ..., "tokens per row; the data must have been prepared with it", ge=8
+    )
     special_ids: SpecialIds | None = science(None, "filled from the data")
 
 
 class TrainConfig(Section):
     """How long, how much at once, from which seed."""
 
-    total_steps: int | None = science(None, "optimizer steps of the whole schedule; or give epochs", ge=1)
-    epochs: float | None = science(None, "passes over the training rows, instead of total_steps", gt=0)
+    total_steps: int | None = science(
+        None, "optimizer steps of the whole schedule; or give epochs", ge=1
+    )
+    epochs: float | None = science(
+        None, "passes over the training rows, instead of total_steps", gt=0
+    )
     global_batch_size: int = science(..., "rows per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = machine(..., "rows per forward and backward on one rank", ge=1)
     seed: int = science(0, "of initialisation, order, masking, sampling, dropout", ge=0, lt=2**32)
     eval_every: int = machine(0, "steps between held-out evaluations; 0: at the end only", ge=0)
-    eval_rows: int = machine(2048, "held-out rows of each source per evaluation during training", ge=1)
+    eval_rows: int = machine(
+        2048, "held-out rows of each source per evaluation during training", ge=1
+    )
     # Machine, although rows are left out: a run that stopped over a bad loss could not go on otherwise.
     on_bad_loss: Literal["stop", "skip"] = machine(
         "stop", "a loss that is not finite, or a spike: end the run, or leave out the step"
     )
-    spike_factor: float = machine(0.0, "a spike is a loss above this times the mean of the last 32; 0: none is", ge=0)
-    max_skipped_steps: int = machine(20, "skipped steps in a row (fp16 overflow, bad losses) that end the run", ge=1)
-    max_restarts: int = machine(10, "failures in a row that gain no checkpoint before a run is refused; 0: any", ge=0)
-    activation_checkpointing: bool = machine(False, "recompute each layer in backward: less memory, same numbers")
+    spike_factor: float = machine(
+        0.0, "a spike is a loss above this times the mean of the last 32; 0: none is", ge=0
+    )
+    max_skipped_steps: int = machine(
+        20, "skipped steps in a row (fp16 overflow, bad losses) that end the run", ge=1
+    )
+    max_restarts: int = machine(
+        10, "failures in a row that gain no checkpoint before a run is refused; 0: any", ge=0
+    )
+    activation_checkpointing: bool = machine(
+        False, "recompute each layer in backward: less memory, same numbers"
+    )
     timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
-    silence_seconds: float = machine(15.0, "without a word of a rank, until the others end the run", ge=1)
+    silence_seconds: float = machine(
+        15.0, "without a word of a rank, until the others end the run", ge=1
+    )
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
-    deterministic: bool = machine(False, "on GPUs, too, the same bits from the same run again; slower")
+    deterministic: bool = machine(
+        False, "on GPUs, too, the same bits from the same run again; slower"
+    )
 
     @model_validator(mode="after")
     def _is_possible(self) -> "TrainConfig":
         if (self.total_steps is None) == (self.epochs is None):
             raise ValueError("give total_steps or epochs, exactly one (the other one null)")
         if 0 < self.spike_factor <= 1:
-            raise ValueError(f"spike_factor = {self.spike_factor} calls every step a spike; expected 0 or above 1")
+            raise ValueError(
+                f"spike_factor = {self.spike_factor} calls every step a spike; expected 0 or above 1"
+            )
         return self
 
 
@@ -183,7 +223,9 @@ class AdamConfig(Section):
 
     peak_lr: float = science(..., "learning rate that warmup aims at", gt=0)
     beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
-    beta2: float = science(0.999, "decay of the second moment", ge=0, le=0.9999)  # above, 1 - beta2**2**20 < 1
+    beta2: float = science(
+        0.999, "decay of the second moment", ge=0, le=0.9999
+    )  # above, 1 - beta2**2**20 < 1
     eps: float = science(1e-6, "added to the root of the second moment", gt=0)
     weight_decay: float = science(0.01, "decoupled, on everything but biases and LayerNorm", ge=0)
     bias_correction: bool = science(False, "of Adam's moments; the authors' code has none")
@@ -200,9 +242,13 @@ class CheckpointConfig(Section):
     """When to save and what to keep."""
 
     every: int = machine(1000, "steps between checkpoints", ge=1)
-    asynchronous: bool = machine(True, "train on while a checkpoint is written; it costs host memory of its size")
+    asynchronous: bool = machine(
+        True, "train on while a checkpoint is written; it costs host memory of its size"
+    )
     keep_last: int = machine(2, "newest checkpoints kept (never fewer than two)", ge=2)
-    keep_every: int = machine(0, "keep each step that is a multiple of this for good; 0: none", ge=0)
+    keep_every: int = machine(
+        0, "keep each step that is a multiple of this for good; 0: none", ge=0
+    )
     keep_steps: list[int] = machine([], "steps kept for good")
 
 
@@ -224,7 +270,9 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-    engine: str | dict[str, Any] = machine("zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object")
+    engine: str | dict[str, Any] = machine(
+        "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object"
+    )
     provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
 
     @model_validator(mode="after")
@@ -233,8 +281,12 @@ class RunConfig(Section):
         if length > most:
             raise ValueError(f"data.sequence_length {length} exceeds max_positions {most}")
         sizes = EncoderConfig.model_fields
-        if self.model.sharing == "all" and any(getattr(self.model, f) != getattr(self.generator, f) for f in sizes):
-            raise ValueError("model.sharing = 'all' is one encoder: every field of generator must equal that of model")
+        if self.model.sharing == "all" and any(
+            getattr(self.model, f) != getattr(self.generator, f) for f in sizes
+        ):
+            raise ValueError(
+                "model.sharing = 'all' is one encoder: every field of generator must equal that of model"
+            )
         return self
 
     def accumulation(self, world_size: int) -> int:
@@ -249,7 +301,9 @@ class RunConfig(Section):
             raise UserError("train.epochs needs the data to know the number of steps: give --data")
         return max(1, round(self.train.epochs * rows / self.train.global_batch_size))
 
-    def with_data(self, vocab_size: int, special_ids: SpecialIds, sequence_length: int) -> "RunConfig":
+    def with_data(
+        self, vocab_size: int, special_ids: SpecialIds, sequence_length: int
+    ) -> "RunConfig":
         """The config with what the data decides filled in. UserError when a value is there and differs."""
         if sequence_length != self.data.sequence_length:
             raise UserError(
@@ -284,7 +338,9 @@ class FactoryRun(RunConfig):
                 "replaced tokens: electra or electra_15"
             )
         if self.train.compile or self.train.activation_checkpointing:
-            raise ValueError("train.compile and train.activation_checkpointing are for the built-in layers: leave them")
+            raise ValueError(
+                "train.compile and train.activation_checkpointing are for the built-in layers: leave them"
+            )
         return self
 
 
@@ -344,7 +400,9 @@ def load_run(name: str, sets: list[str] = (), engine: str | None = None) -> RunC
     return load_config(name, "pretrain", RunConfig, sets, engine)
 
 
-def load_config(name: str, kind: str, root: type[Config], sets: list[str] = (), engine: str | None = None) -> Config:
+def load_config(
+    name: str, kind: str, root: type[Config], sets: list[str] = (), engine: str | None = None
+) -> Config:
     """Read a config file (shipped name of that kind, or path), apply `section.field=value` settings, check everything.
 
     Raises UserError naming the file, the key, what was found and what was expected.
@@ -366,7 +424,9 @@ def parse_run(values: dict, where: str) -> RunConfig:
 def parse_config(values: dict, where: str, root: type[Config]) -> Config:
     """Check a config object; `where` is named in the error. A run whose model has a factory becomes a FactoryRun."""
     model = values.get("model")
-    root = FactoryRun if root is RunConfig and isinstance(model, dict) and "factory" in model else root
+    root = (
+        FactoryRun if root is RunConfig and isinstance(model, dict) and "factory" in model else root
+    )
     try:
         return root.model_validate(values)
     except ValidationError as error:
@@ -396,14 +456,20 @@ def _readable(error: ValidationError, where: str, root: type[BaseModel]) -> str:
         key, found = ".".join(location), problem.get("input")
         if problem["type"] == "extra_forbidden":
             known = _fields_at(root, location[:-1])
-            lines.append(f"{key}: unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}")
+            lines.append(
+                f"{key}: unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}"
+            )
         elif problem["type"] == "missing":
             lines.append(f"{key}: missing; it has no default")
         elif problem["type"] == "value_error":
-            lines.append(f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
+            lines.append(
+                f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+            )
         else:
             hint = _fraction_hint(root, location, found)
-            lines.append(f"{key} = {json.dumps(found, default=str)}: {problem['msg'].lower()}{hint}")
+            lines.append(
+                f"{key} = {json.dumps(found, default=str)}: {problem['msg'].lower()}{hint}"
+            )
     return f"{where}: " + "\n  ".join(lines)
 
 
@@ -412,13 +478,17 @@ def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
         if part not in root.model_fields:  # a name in a table of sections
             continue
         kind = root.model_fields[part].annotation
-        root = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
+        root = next(
+            k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)
+        )
     return sorted(root.model_fields)
 
 
 def _fraction_hint(root: type[BaseModel], location: list[str], found: Any) -> str:
     if location[:1] == ["generator"] and isinstance(found, (str, float)):
-        return f"; the generator has sizes of its own: write the integer, such as {location[-1]}: 64"
+        return (
+            f"; the generator has sizes of its own: write the integer, such as {location[-1]}: 64"
+        )
     return ""
 
 
@@ -426,11 +496,30 @@ def _fraction_hint(root: type[BaseModel], location: list[str], found: Any) -> st
 
 # What a DeepSpeed file may hold. DeepSpeed ignores an unknown top-level key silently, so a misspelled one stops here.
 ENGINE_KEYS = {
-    "zero_optimization", "bf16", "fp16", "torch_autocast", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "tensorboard",
-    "csv_monitor", "wandb", "comet", "aio", "data_types", "disable_allgather", "timers", "steps_per_print",
-}  # fmt: skip
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "comet",
+    "aio",
+    "data_types",
+    "disable_allgather",
+    "timers",
+    "steps_per_print",
+}
 PRECISIONS = ("fp16", "bf16", "torch_autocast")
 # Numbers the run owns: the same key in both files would have two owners.
 ENGINE_OWNERS = {
@@ -456,7 +545,9 @@ def load_engine(engine: str | dict) -> dict:
         where, values = "engine", engine
     for key in values:
         if key in ENGINE_OWNERS:
-            raise UserError(f"{where}: {key} belongs to the run config ({ENGINE_OWNERS[key]}): remove it here")
+            raise UserError(
+                f"{where}: {key} belongs to the run config ({ENGINE_OWNERS[key]}): remove it here"
+            )
         if key not in ENGINE_KEYS:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, sorted(ENGINE_KEYS))}")
     for key in ("zero_optimization", *PRECISIONS):
@@ -465,17 +556,28 @@ def load_engine(engine: str | dict) -> dict:
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{where}: zero_optimization.stage = {stage!r}; expected 0, 1, 2 or 3")
-    if values.get("torch_autocast", {}).get("dtype", "bfloat16") not in ("bfloat16", "torch.bfloat16"):
-        raise UserError(f'{where}: torch_autocast.dtype must be "bfloat16"; for fp16 use the fp16 block')
+    if values.get("torch_autocast", {}).get("dtype", "bfloat16") not in (
+        "bfloat16",
+        "torch.bfloat16",
+    ):
+        raise UserError(
+            f'{where}: torch_autocast.dtype must be "bfloat16"; for fp16 use the fp16 block'
+        )
     for block, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if values.get(block, {}).get(key) is False:
-            raise UserError(f"{where}: {block}.{key} must stay true, or weights are reached by what is not finite")
+            raise UserError(
+                f"{where}: {block}.{key} must stay true, or weights are reached by what is not finite"
+            )
     switches = {kind: values.get(kind, {}).get("enabled", False) for kind in PRECISIONS}
     for kind, enabled in switches.items():
         if not (isinstance(enabled, bool) or (enabled == "auto" and kind != "torch_autocast")):
-            raise UserError(f'{where}: {kind}.enabled = {enabled!r}; expected true, false or (bf16, fp16) "auto"')
+            raise UserError(
+                f'{where}: {kind}.enabled = {enabled!r}; expected true, false or (bf16, fp16) "auto"'
+            )
     chosen = [kind for kind, enabled in switches.items() if enabled]
-    if len(chosen) > 1 and any(enabled is True for enabled in switches.values()):  # two "auto" are one choice
+    if len(chosen) > 1 and any(
+        enabled is True for enabled in switches.values()
+    ):  # two "auto" are one choice
         raise UserError(f"{where}: {' and '.join(chosen)} are both enabled; choose one precision")
     return values
 
@@ -506,10 +608,18 @@ def differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
                 compare(x, y, f"{prefix}{name}.")
             elif any(isinstance(section, Section) for section in names.values()):
                 for key, section in names.items():  # one that is not named has the defaults
-                    compare(x.get(key, type(section)()), y.get(key, type(section)()), f"{prefix}{name}.{key}.")
+                    compare(
+                        x.get(key, type(section)()),
+                        y.get(key, type(section)()),
+                        f"{prefix}{name}.{key}.",
+                    )
             elif x != y and name != "provenance":
-                x, y = (value.model_dump() if isinstance(value, Section) else value for value in (x, y))
-                found[(info.json_schema_extra or {}).get("scope", "science")].append(f"{prefix}{name}: {x} -> {y}")
+                x, y = (
+                    value.model_dump() if isinstance(value, Section) else value for value in (x, y)
+                )
+                found[(info.json_schema_extra or {}).get("scope", "science")].append(
+                    f"{prefix}{name}: {x} -> {y}"
+                )
 
     compare(old, new, "")
     return found["science"], found["machine"]

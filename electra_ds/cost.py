@@ -28,10 +28,14 @@ def step_flops(config: RunConfig) -> float:
     (activation checkpointing) and the optimizer are left out."""
     with FlopCounterMode(display=False) as counter:
         _run(config, PRECISIONS[2], "cpu", Live(bool_is=True))
-    return counter.get_total_flops() * config.train.global_batch_size / config.train.micro_batch_size
+    return (
+        counter.get_total_flops() * config.train.global_batch_size / config.train.micro_batch_size
+    )
 
 
-def step_traffic(parameters: int, stage: int, world_size: int, accumulation: int, width: int) -> float:
+def step_traffic(
+    parameters: int, stage: int, world_size: int, accumulation: int, width: int
+) -> float:
     """Bytes that one rank sends for the weights in an optimizer step, as DeepSpeed 0.19 runs each ZeRO stage.
 
     width: bytes of a number on the wire (4: fp32 and torch_autocast, 2: bf16 and fp16).
@@ -62,7 +66,10 @@ class Memory(NamedTuple):
 
 
 def memory(
-    config: RunConfig, world_size: int, stages: Iterable[int] = range(4), precisions: Iterable[str] = PRECISIONS
+    config: RunConfig,
+    world_size: int,
+    stages: Iterable[int] = range(4),
+    precisions: Iterable[str] = PRECISIONS,
 ) -> dict[tuple[int, str], Memory]:
     """What a rank needs at each ZeRO stage and precision, the optimizer on the device, layers not compiled.
 
@@ -75,8 +82,14 @@ def memory(
     for precision in precisions:
         activations = activation_bytes(config, precision)
         for stage in stages:
-            zero = own if own.get("stage", 0) == stage else load_engine(f"zero{stage}")["zero_optimization"]
-            found[stage, precision] = _at_stage(stage, precision, sizes, config, world_size, zero, activations)
+            zero = (
+                own
+                if own.get("stage", 0) == stage
+                else load_engine(f"zero{stage}")["zero_optimization"]
+            )
+            found[stage, precision] = _at_stage(
+                stage, precision, sizes, config, world_size, zero, activations
+            )
     return found
 
 
@@ -84,24 +97,37 @@ def _at_stage(stage, precision, sizes, config, world_size, zero, activations) ->
     width = 2 if precision == PRECISIONS[2] else 4
     states, gradients = model_state_bytes(sizes, world_size)[stage, precision]
     largest, count = max(map(sum, sizes)), sum(map(sum, sizes))
-    bucket = int(zero.get("reduce_bucket_size", 5e8)) * width if zero.get("contiguous_gradients", True) else 0
+    bucket = (
+        int(zero.get("reduce_bucket_size", 5e8)) * width
+        if zero.get("contiguous_gradients", True)
+        else 0
+    )
     if world_size == 1 and stage in (1, 2):
         bucket = 0  # engine.ALONE
-    buckets, update = 0, (4 + width % 4) * largest // world_size  # a flat copy, for half precision one in fp32 too
+    buckets, update = (
+        0,
+        (4 + width % 4) * largest // world_size,
+    )  # a flat copy, for half precision one in fp32 too
     if stage == 0:
         update = 4 * count if width == 2 else 0
     elif stage == 3:
-        gathered = count + min(count, int(zero.get("stage3_prefetch_bucket_size", 5e7)))  # flat, then one by one
+        gathered = count + min(
+            count, int(zero.get("stage3_prefetch_bucket_size", 5e7))
+        )  # flat, then one by one
         buckets = bucket + (width * gathered if world_size > 1 else 0)
         update += bucket
     else:
         buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-    whole = width * count if stage == 1 else gradients  # stage 1 reduces at the last micro-batch alone
+    whole = (
+        width * count if stage == 1 else gradients
+    )  # stage 1 reduces at the last micro-batch alone
     accumulated = whole if config.accumulation(world_size) > 1 else 0
     return Memory(states, gradients, buckets, accumulated + activations[stage == 0], update)
 
 
-def model_state_bytes(sizes: list[list[int]], world_size: int) -> dict[tuple[int, str], tuple[int, int]]:
+def model_state_bytes(
+    sizes: list[list[int]], world_size: int
+) -> dict[tuple[int, str], tuple[int, int]]:
     """Weights, gradients, fp32 master weights and two moments on the rank that holds most, and the gradients alone.
 
     sizes: elements of the parameters in memory, group by group as the optimizer has them. Stages 1 and 2 cut a flat
@@ -112,11 +138,16 @@ def model_state_bytes(sizes: list[list[int]], world_size: int) -> dict[tuple[int
     found, count = {}, sum(map(sum, sizes))
     padded = [-(-sum(group) // (2 * world_size)) * 2 * world_size for group in sizes]
     shares = sum(-(-size // world_size) for group in sizes for size in group)
-    kept = max(sum(_gradients_kept(*pair, rank, world_size) for pair in zip(sizes, padded, strict=True))
-               for rank in range(world_size))  # fmt: skip
+    kept = max(
+        sum(_gradients_kept(*pair, rank, world_size) for pair in zip(sizes, padded, strict=True))
+        for rank in range(world_size)
+    )
     for precision, width in zip(PRECISIONS, (4, 4, 2), strict=True):
         moments = 8 if width == 4 else 12  # stage 0 in fp32 updates the weights in place
-        found[0, precision] = (2 * width + moments) * count + 4 * sum(map(len, sizes)), width * count
+        found[0, precision] = (
+            (2 * width + moments) * count + 4 * sum(map(len, sizes)),
+            width * count,
+        )
         for stage in (1, 2):
             states = width * (sum(padded) + kept) + 12 * sum(padded) // world_size + 4 * len(sizes)
             found[stage, precision] = states, width * kept

@@ -35,7 +35,9 @@ class Detector:
         self.module, self.tokenizer, self.sequence_length = module, tokenizer, sequence_length
 
     @classmethod
-    def load(cls, path: Path, tokenizer: Path | None = None, trust_code: bool = False) -> "Detector":
+    def load(
+        cls, path: Path, tokenizer: Path | None = None, trust_code: bool = False
+    ) -> "Detector":
         """From a run folder, a checkpoint folder, or any below a run folder; its tokenizer lies in OUT/tokenizer.
 
         Raises UserError when there is no checkpoint or no tokenizer, or when they do not belong together.
@@ -61,7 +63,9 @@ class Detector:
         for start in range(0, len(pieces), BATCH_ROWS):
             probabilities += self._score(pieces[start : start + BATCH_ROWS])
         tokens = self.tokenizer.tokens(ids)
-        return [TokenScore(t, *span, p) for t, span, p in zip(tokens, spans, probabilities, strict=True)]
+        return [
+            TokenScore(t, *span, p) for t, span, p in zip(tokens, spans, probabilities, strict=True)
+        ]
 
     def _score(self, pieces: list[list[int]]) -> list[float]:
         special, length = self.tokenizer.special_ids, max(map(len, pieces)) + 2
@@ -71,13 +75,28 @@ class Detector:
         real = (ids != special.pad).long()
         positions = torch.arange(length) * real
         none = torch.zeros(len(pieces), 1, dtype=torch.long)
-        batch = Batch(ids, torch.zeros_like(ids), real, positions, none, none.float(), none.bool(), none.float())
+        batch = Batch(
+            ids,
+            torch.zeros_like(ids),
+            real,
+            positions,
+            none,
+            none.float(),
+            none.bool(),
+            none.float(),
+        )
         with torch.no_grad():
             found = torch.sigmoid(self.module(batch, task="discriminate"))  # [B, S]
-        return [p for row, piece in zip(found.tolist(), pieces, strict=True) for p in row[1 : len(piece) + 1]]
+        return [
+            p
+            for row, piece in zip(found.tolist(), pieces, strict=True)
+            for p in row[1 : len(piece) + 1]
+        ]
 
 
-def table(found: list[TokenScore], threshold: float, original: list[TokenScore] | None = None) -> list[str]:
+def table(
+    found: list[TokenScore], threshold: float, original: list[TokenScore] | None = None
+) -> list[str]:
     """Lines for people: a token each, suspicious ones marked; `original` puts the unchanged text's scores beside.
 
     Tokens are aligned by their spelling, as a difference of two texts is.
@@ -101,7 +120,9 @@ def table(found: list[TokenScore], threshold: float, original: list[TokenScore] 
 
 
 def _aligned(found: list[TokenScore], original: list[TokenScore]) -> list[TokenScore | None]:
-    matcher = difflib.SequenceMatcher(None, [s.token for s in original], [s.token for s in found], autojunk=False)
+    matcher = difflib.SequenceMatcher(
+        None, [s.token for s in original], [s.token for s in found], autojunk=False
+    )
     beside: list[TokenScore | None] = [None] * len(found)
     for _, old, old_end, new, new_end in matcher.get_opcodes():
         for offset in range(min(old_end - old, new_end - new)):

@@ -78,12 +78,20 @@ def start(ranks: Ranks, timeout_minutes: float, deterministic: bool = False) -> 
         device, backend = _cuda_device(ranks), "nccl"
         torch.cuda.set_device(device)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first matrix product runs
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read when CUDA's first matrix product runs
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # finds mistakes, changes no result
-    deepspeed.init_distributed(dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # finds mistakes, changes no result
+        )
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=datetime.timedelta(minutes=timeout_minutes), verbose=False
+    )
     if dist.get_world_size() != ranks.world_size:
-        raise UserError(f"{ranks.launcher} promised {ranks.world_size} ranks, but {dist.get_world_size()} met")
+        raise UserError(
+            f"{ranks.launcher} promised {ranks.world_size} ranks, but {dist.get_world_size()} met"
+        )
     return device
 
 
@@ -94,8 +102,13 @@ def _cuda_device(ranks: Ranks) -> torch.device:
             f"local rank {ranks.local_rank} of {ranks.local_size} finds {count} CUDA device(s): start one rank per "
             "device, or set DS_ACCELERATOR=cpu"
         )
-    index = ranks.local_rank % count  # --gpus-per-task=1 shows each rank one device, whose number is then 0
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed sets the device by the one, compares both
+    index = (
+        ranks.local_rank % count
+    )  # --gpus-per-task=1 shows each rank one device, whose number is then 0
+    for name in (
+        "LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ):  # DeepSpeed sets the device by the one, compares both
         if name in os.environ:
             os.environ[name] = str(index)
     return torch.device("cuda", index)
@@ -136,8 +149,15 @@ def _limit_waiting(timeout_minutes: float) -> None:
 
 def precision(engine_config: dict, device: torch.device) -> dict:
     """Resolve `"enabled": "auto"` for this device; returns a new dict. UserError when the precision cannot run here."""
-    resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in engine_config.items()}
-    auto = {kind: resolved.pop(kind) for kind in ("bf16", "fp16") if resolved.get(kind, {}).get("enabled") == "auto"}
+    resolved = {
+        key: dict(value) if isinstance(value, dict) else value
+        for key, value in engine_config.items()
+    }
+    auto = {
+        kind: resolved.pop(kind)
+        for kind in ("bf16", "fp16")
+        if resolved.get(kind, {}).get("enabled") == "auto"
+    }
     if auto and device.type == "cuda":
         kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         resolved[kind] = auto.get(kind, {}) | {"enabled": True}
@@ -154,13 +174,18 @@ def precision(engine_config: dict, device: torch.device) -> dict:
 def cpu_multiplies_bf16() -> bool:
     """Whether this processor has bf16 matrix instructions (DeepSpeed's CPU accelerator always claims so)."""
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+    return cpuinfo.exists() and any(
+        flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16")
+    )
 
 
 def precision_name(engine_config: dict) -> str:
     """fp32, bf16, fp16 or bf16 autocast, for people."""
     names = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16 autocast"}
-    return next((name for key, name in names.items() if engine_config.get(key, {}).get("enabled") is True), "fp32")
+    return next(
+        (name for key, name in names.items() if engine_config.get(key, {}).get("enabled") is True),
+        "fp32",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ engine
@@ -184,9 +209,14 @@ class Engine:
     """A DeepSpeed engine around a module that returns losses, with the votes and whole weights that training needs."""
 
     def __init__(
-        self, objective: nn.Module, config: RunConfig, engine_config: dict, ranks: Ranks, device: torch.device,
+        self,
+        objective: nn.Module,
+        config: RunConfig,
+        engine_config: dict,
+        ranks: Ranks,
+        device: torch.device,
         lr_scale: Callable[[str], float] = lambda name: 1.0,
-    ):  # fmt: skip
+    ):
         """config: a RunConfig, or whatever has its `train`, `optimizer` and `accumulation`. engine_config: as
         `config.load_engine` gives it; `precision` is resolved here. lr_scale: factor of a parameter's learning rate.
         """
@@ -208,12 +238,20 @@ class Engine:
             "zero_allow_untested_optimizer": True,
         }
         merged = NO_TIMER | self.deepspeed_config | owned
-        merged["zero_optimization"] = zero_options(merged.get("zero_optimization", {}), ranks.world_size)
+        merged["zero_optimization"] = zero_options(
+            merged.get("zero_optimization", {}), ranks.world_size
+        )
         objective.to(device)
-        self.optimizer = self._make_optimizer(parameter_groups(objective, config.optimizer.weight_decay, lr_scale))
-        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=merged)
+        self.optimizer = self._make_optimizer(
+            parameter_groups(objective, config.optimizer.weight_decay, lr_scale)
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=self.optimizer, config=merged
+        )
         if ranks.world_size == 1 and self.stage == 0:
-            self._engine.enable_backward_allreduce = False  # which copies all gradients twice, for nobody
+            self._engine.enable_backward_allreduce = (
+                False  # which copies all gradients twice, for nobody
+            )
         self.optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         self.parameters = dict(self._engine.module.named_parameters())
         self._half_masters = self._find_half_masters()
@@ -230,14 +268,20 @@ class Engine:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         betas = (options.beta1, options.beta2)
-        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=options.eps, bias_correction=options.bias_correction)
+        return DeepSpeedCPUAdam(
+            groups, lr=0.0, betas=betas, eps=options.eps, bias_correction=options.bias_correction
+        )
 
     # ------------------------------------------------------------------------------------------------------- the step
 
     def forward_backward(
-        self, micros: list[NamedTuple], positions: list[int], normalisers: tuple[float, ...],
-        refuses: Callable[[float], bool] | None = None, **options: Any,
-    ) -> list[NamedTuple]:  # fmt: skip
+        self,
+        micros: list[NamedTuple],
+        positions: list[int],
+        normalisers: tuple[float, ...],
+        refuses: Callable[[float], bool] | None = None,
+        **options: Any,
+    ) -> list[NamedTuple]:
         """Forward and backward over this rank's micro-batches of one step; gradients are reduced with the last.
 
         micros: tuples of tensors. positions: row counter of each micro-batch's first row, which seeds its dropout.
@@ -256,7 +300,11 @@ class Engine:
             # DeepSpeed divides by accumulation and averages over ranks; the objective's normalisers are global already.
             factor = self.ranks.world_size * self.accumulation * self._own_loss_scale()
             results.append(losses._replace(total=losses.total.detach()))
-            if refuses and index == len(micros) - 1 and refuses(float(self.sum(sum(part.total for part in results)))):
+            if (
+                refuses
+                and index == len(micros) - 1
+                and refuses(float(self.sum(sum(part.total for part in results))))
+            ):
                 # Reduced gradients cannot be taken back, but every stage drops those that are not finite.
                 factor, self._scaler_before = math.nan, self.scaler_state()
             self._engine.backward(losses.total * factor)
@@ -268,12 +316,18 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
         if self._own_norm:
             norm = self._clip()
-            if not math.isfinite(norm):  # waits for the device, as DeepSpeed's own check does at the other stages
+            if not math.isfinite(
+                norm
+            ):  # waits for the device, as DeepSpeed's own check does at the other stages
                 self._engine.zero_grad()
                 return StepResult(False, math.nan, 1.0)
             self._engine.step()
             return StepResult(True, norm, 1.0)
-        scale = getattr(self._engine.optimizer, "loss_scale", 1.0) if "fp16" in self.deepspeed_config else 1.0
+        scale = (
+            getattr(self._engine.optimizer, "loss_scale", 1.0)
+            if "fp16" in self.deepspeed_config
+            else 1.0
+        )
         scaled_by = self._own_loss_scale()
         self._engine.step()
         applied = self._engine.was_step_applied()
@@ -294,13 +348,20 @@ class Engine:
 
     def _seed_dropout(self, position: int) -> None:
         # A 64-bit mix of (seed, position): equal for any world size at the same micro_batch_size.
-        torch.manual_seed(((self.config.train.seed << 40) ^ position * 0x9E3779B97F4A7C15) & (2**63 - 1))
+        torch.manual_seed(
+            ((self.config.train.seed << 40) ^ position * 0x9E3779B97F4A7C15) & (2**63 - 1)
+        )
 
     def to_device(self, batch: NamedTuple) -> NamedTuple:
         """A tuple of CPU tensors (or None) on this rank's device; the copy of pinned ones overlaps what runs there."""
         if self.device.type == "cpu":
             return batch
-        return type(batch)(*(value if value is None else value.to(self.device, non_blocking=True) for value in batch))
+        return type(batch)(
+            *(
+                value if value is None else value.to(self.device, non_blocking=True)
+                for value in batch
+            )
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -323,9 +384,13 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------------- votes
 
-    def propose(self, chosen_count: int, token_count: int, stop: bool, save: bool, written: bool) -> None:
+    def propose(
+        self, chosen_count: int, token_count: int, stop: bool, save: bool, written: bool
+    ) -> None:
         """Send this rank's counts of the next step and its votes; `agreed` reads the sums. Does not wait."""
-        self._message = torch.tensor([chosen_count, token_count, stop, save, written], dtype=torch.int64)
+        self._message = torch.tensor(
+            [chosen_count, token_count, stop, save, written], dtype=torch.int64
+        )
         if self._control_group is not None:
             self._work = dist.all_reduce(self._message, group=self._control_group, async_op=True)
 
@@ -404,10 +469,14 @@ class Engine:
 
     def reset_moments(self, applied_steps: int) -> None:
         """Zero moments and the step count of a run that has applied so many steps."""
-        in_groups = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        in_groups = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]
         # Stage 3 lends its flat shards to the groups only during a step.
         for parameter in getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", in_groups):
-            make_state(self.optimizer, parameter, applied_steps, self.config.optimizer.bias_correction)
+            make_state(
+                self.optimizer, parameter, applied_steps, self.config.optimizer.bias_correction
+            )
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:  # stages 1 and 2: each parameter's view into the flat moments
             self._engine.optimizer._hp_optimizer_states_linked = False
@@ -416,7 +485,11 @@ class Engine:
     def scaler_state(self) -> dict[str, float]:
         """The fp16 loss scaler as plain numbers; empty where none runs."""
         scaler = self._loss_scaler()
-        return {key: value for key in _SCALER_FIELDS if isinstance(value := getattr(scaler, key, None), (int, float))}
+        return {
+            key: value
+            for key in _SCALER_FIELDS
+            if isinstance(value := getattr(scaler, key, None), (int, float))
+        }
 
     def set_scaler_state(self, state: dict[str, float]) -> None:
         """Continue the loss scaler of a checkpoint; ignored where none runs."""
@@ -439,7 +512,9 @@ class Engine:
         if self.stage != 0 or not hasattr(holder, "fp32_groups"):
             return {}
         pairs = zip(holder.fp16_groups, holder.fp32_groups, strict=True)
-        masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+        masters = {
+            id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)
+        }
         return {name: masters[id(parameter)] for name, parameter in self.parameters.items()}
 
     def close(self) -> None:
@@ -480,7 +555,10 @@ def _set_sharded(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
     set_master, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
     if hasattr(parameter, "ds_id"):
         # Stage 3 pads a parameter to a multiple of the ranks, which DeepSpeed's own whole-tensor setter does not.
-        set_master, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+        set_master, set_moment = (
+            utils.safe_set_local_fp32_param,
+            utils.safe_set_local_optimizer_state,
+        )
         share = parameter.ds_tensor.ds_numel
         padded = torch.zeros(share * dist.get_world_size(), dtype=value.dtype, device=value.device)
         padded[: value.numel()] = value.flatten()

@@ -29,9 +29,13 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     if "task" in meta.config:
         return [_fine_tuned(out, meta.config, model, weights, words)]
     config = parse_run(meta.config, f"{found}/meta.json")
-    facts = {"objective": config.objective.kind, "steps": f"{meta.progress.step:,}",
-             "tokens read": f"{meta.progress.tokens:,}", "data": meta.progress.data.get("dataset_id", "unknown"),
-             "rows": f"{config.data.sequence_length} tokens"}  # fmt: skip
+    facts = {
+        "objective": config.objective.kind,
+        "steps": f"{meta.progress.step:,}",
+        "tokens read": f"{meta.progress.tokens:,}",
+        "data": meta.progress.data.get("dataset_id", "unknown"),
+        "rows": f"{config.data.sequence_length} tokens",
+    }
     metrics = found.resolve().parent.parent / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
     held_out = [r for r in records if r["split"] == "valid" and r["step"] <= meta.progress.step]
@@ -55,7 +59,9 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     return lines
 
 
-def _fine_tuned(out: Path, config: dict, model: ModelConfig, weights: dict[str, Tensor], words: Tokenizer) -> str:
+def _fine_tuned(
+    out: Path, config: dict, model: ModelConfig, weights: dict[str, Tensor], words: Tokenizer
+) -> str:
     task = config["task"]
     kind, labels = task["kind"], task["labels"] or [task["name"]]
     architecture, tensors = classifier_to_hf(weights, kind, task.get("label_range"))
@@ -65,30 +71,57 @@ def _fine_tuned(out: Path, config: dict, model: ModelConfig, weights: dict[str, 
         "label2id": {label: i for i, label in enumerate(labels)},
     }
     if architecture == "ElectraForSequenceClassification":
-        values["problem_type"] = "regression" if kind == "regression" else "single_label_classification"
+        values["problem_type"] = (
+            "regression" if kind == "regression" else "single_label_classification"
+        )
     facts = {"task": f"{task['name']} ({kind})"}
     if kind == "classification" and architecture == "ElectraForTokenClassification":
-        facts["class of the text"] = "the logits at the first token: the stock sentence head has no room for all labels"
+        facts["class of the text"] = (
+            "the logits at the first token: the stock sentence head has no room for all labels"
+        )
     for split, scores in config["scores"].items():
         facts |= {f"{split}, {metric}": f"{value:.4f}" for metric, value in scores.items()}
     return _write(out, values, tensors, words, facts)
 
 
-def _write(folder: Path, config: dict, tensors: dict[str, Tensor], words: Tokenizer, facts: dict[str, str]) -> str:
+def _write(
+    folder: Path, config: dict, tensors: dict[str, Tensor], words: Tokenizer, facts: dict[str, str]
+) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(words, folder, config["max_position_embeddings"])
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-    architecture, count = config["architectures"][0], sum(value.numel() for value in tensors.values())
+    architecture, count = (
+        config["architectures"][0],
+        sum(value.numel() for value in tensors.values()),
+    )
     sizes = "{num_hidden_layers} layers, hidden {hidden_size}, {num_attention_heads} heads, feed-forward "
     sizes += "{intermediate_size}, embedding {embedding_size}, vocabulary {vocab_size:,}"
-    rows = {"class": architecture, "sizes": sizes.format(**config), "parameters": f"{count:,}", **facts}
-    card = ["---", "library_name: transformers", "tags: [electra]", "---", f"# {folder.name}",
-            "A text encoder trained by electra_ds.", "", "| | |", "|---|---|",
-            *(f"| {key} | {value} |" for key, value in rows.items()), "", "```python",
-            f"from transformers import AutoTokenizer, {architecture}",
-            f'model = {architecture}.from_pretrained("{folder.name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{folder.name}")', "```", ""]  # fmt: skip
+    rows = {
+        "class": architecture,
+        "sizes": sizes.format(**config),
+        "parameters": f"{count:,}",
+        **facts,
+    }
+    card = [
+        "---",
+        "library_name: transformers",
+        "tags: [electra]",
+        "---",
+        f"# {folder.name}",
+        "A text encoder trained by electra_ds.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+        "```python",
+        f"from transformers import AutoTokenizer, {architecture}",
+        f'model = {architecture}.from_pretrained("{folder.name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder.name}")',
+        "```",
+        "",
+    ]
     write_bytes(folder / "README.md", "\n".join(card).encode())
     write_json(folder / "config.json", config)
     return f"{folder}: {architecture}, {count:,} parameters, {words.kind} of {words.vocab_size:,} entries"

@@ -12,11 +12,16 @@ from electra_ds.config import ObjectiveConfig
 from electra_ds.ops.vocab_head import HeadResult
 from electra_ds.values import Batch, Counts
 
-BINS, LIMIT = 2000, 20.0  # the histogram of discriminator logits behind the AUC: bins over [-LIMIT, LIMIT]
+BINS, LIMIT = (
+    2000,
+    20.0,
+)  # the histogram of discriminator logits behind the AUC: bins over [-LIMIT, LIMIT]
 
 
 @torch.no_grad()
-def count(batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, places: Tensor) -> Counts:
+def count(
+    batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, places: Tensor
+) -> Counts:
     """The sums behind the metrics, on the device (float64: exact up to 2**53); tokens are those at `places` [B, S]."""
     weights, real = batch.chosen_weights.double(), (places > 0).double()
     targets = batch.input_ids.gather(1, batch.chosen)
@@ -36,10 +41,14 @@ def count(batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, 
 
 def histogram(logits: Tensor, is_replaced: Tensor, real: Tensor) -> Tensor:
     """Discriminator logits of the real tokens binned by label, [2, BINS] float64: original, replaced."""
-    clipped = logits.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT)  # a broken run is reported by its losses
+    clipped = (
+        logits.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT)
+    )  # a broken run is reported by its losses
     place = ((clipped + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(max=BINS - 1)
     filled = torch.zeros(2 * BINS, dtype=torch.float64, device=logits.device)
-    return filled.scatter_add_(0, (place + BINS * is_replaced).flatten(), real.double().flatten()).view(2, BINS)
+    return filled.scatter_add_(
+        0, (place + BINS * is_replaced).flatten(), real.double().flatten()
+    ).view(2, BINS)
 
 
 def share(part: float, whole: float) -> float:
@@ -57,7 +66,9 @@ def auc(filled: Tensor) -> float:
 
 def rates(sums: Counts) -> dict[str, float]:
     """Readable metrics of summed counts; nan where a class is empty. Positive means replaced."""
-    chosen, tokens, mlm_correct, sampled_correct, replaced, tp, fp, fn = (float(value) for value in sums[:8])
+    chosen, tokens, mlm_correct, sampled_correct, replaced, tp, fp, fn = (
+        float(value) for value in sums[:8]
+    )
     original = tokens - replaced
     return {
         "mlm_accuracy": share(mlm_correct, chosen),

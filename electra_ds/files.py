@@ -38,7 +38,9 @@ def fsync_folder(path: str | Path) -> None:
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, even after a power cut, sees the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # process numbers repeat across hosts
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(6)}.tmp"
+    )  # process numbers repeat across hosts
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -72,14 +74,18 @@ def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict
     return parse_json(content, path, what, kinds)
 
 
-def parse_json(content: bytes, path: str | Path, what: str, kinds: type | tuple[type, ...] = dict) -> Any:
+def parse_json(
+    content: bytes, path: str | Path, what: str, kinds: type | tuple[type, ...] = dict
+) -> Any:
     """As `read_json`, of the content of `path`, which may be a URL."""
     try:
         value = json.loads(content.decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); expected {what}") from None
     if not isinstance(value, kinds):
-        raise UserError(f"{path}: found a JSON {type(value).__name__}; expected {what}, a JSON object")
+        raise UserError(
+            f"{path}: found a JSON {type(value).__name__}; expected {what}, a JSON object"
+        )
     return value
 
 

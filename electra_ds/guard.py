@@ -15,7 +15,11 @@ class Guard:
     """
 
     def __init__(self, spike_factor: float, recent: list[float]):
-        self.spike_factor, self.recent, self.fault = spike_factor, recent[-WINDOW:] if spike_factor else [], ""
+        self.spike_factor, self.recent, self.fault = (
+            spike_factor,
+            recent[-WINDOW:] if spike_factor else [],
+            "",
+        )
 
     def refuses(self, loss: float) -> bool:
         """Whether a step with this loss must not be applied."""

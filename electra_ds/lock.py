@@ -33,21 +33,34 @@ class Lock:
     """
 
     def __init__(
-        self, out: Path, from_first: Callable[..., Any] = lambda find: find(), stale_seconds: float = STALE_SECONDS
+        self,
+        out: Path,
+        from_first: Callable[..., Any] = lambda find: find(),
+        stale_seconds: float = STALE_SECONDS,
     ):
         self.took_over, self.step, self.lost = "", 0, None
         self._out, self._path, self._heartbeat = out, out / "lock", out / "heartbeat.json"
         self._from_first, self._stale_seconds = from_first, stale_seconds
         self._me = {
-            "job": os.environ.get("SLURM_JOB_ID", ""), "restart": restart_count(), "host": socket.gethostname(),
-            "pid": os.getpid(), "started": started(os.getpid()), "machine": machine(), "nonce": secrets.token_hex(8),
-        }  # fmt: skip
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "restart": restart_count(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": started(os.getpid()),
+            "machine": machine(),
+            "nonce": secrets.token_hex(8),
+        }
         self._text = json.dumps(self._me, indent=2) + "\n"
         self._seen, self._since, self._beats = ("", ""), 0.0, 0
-        self._thread, self._leaving = threading.Thread(target=self._beat_on, daemon=True), threading.Event()
+        self._thread, self._leaving = (
+            threading.Thread(target=self._beat_on, daemon=True),
+            threading.Event(),
+        )
 
     def __enter__(self) -> "Lock":
-        while not self._from_first(self._take):  # short turns: no rank waits longer for another than a collective may
+        while not self._from_first(
+            self._take
+        ):  # short turns: no rank waits longer for another than a collective may
             pass
         return self
 
@@ -76,7 +89,9 @@ class Lock:
         try:
             while not self._leaving.wait(BEAT_SECONDS):
                 self.beat()
-        except Exception as error:  # without a beat the next contender would take OUT from a run at work
+        except (
+            Exception
+        ) as error:  # without a beat the next contender would take OUT from a run at work
             self.lost = error
 
     def _take(self) -> bool:
@@ -85,7 +100,9 @@ class Lock:
             self._out.mkdir(parents=True, exist_ok=True)
             taken = self._make() or self._take_over()
         except OSError as error:
-            raise UserError(f"{self._out}: not writable ({error}); give a folder with room and rights") from None
+            raise UserError(
+                f"{self._out}: not writable ({error}); give a folder with room and rights"
+            ) from None
         if taken:
             self.beat()
             self._thread.start()
@@ -122,16 +139,24 @@ class Lock:
             cause = f"its heartbeat stood still for {self._stale_seconds:.0f} s"
         spare = self._path.with_name(f".lock.{self._me['nonce']}")
         spare.write_text(self._text)
-        if _text(self._path) == seen[0]:  # the rename follows at once: a slow disk would let others in between
+        if (
+            _text(self._path) == seen[0]
+        ):  # the rename follows at once: a slow disk would let others in between
             os.replace(spare, self._path)
-            time.sleep(LOOK_SECONDS)  # others may have judged the same owner: the last to rename has it
+            time.sleep(
+                LOOK_SECONDS
+            )  # others may have judged the same owner: the last to rename has it
         spare.unlink(missing_ok=True)
         won = _text(self._path) == self._text
         self.took_over = f"{_name(owner)}: {cause}" if won else ""
         return won
 
     def _why_dead(self, owner: dict) -> str:
-        if owner.get("job") and owner["job"] == self._me["job"] and owner["restart"] < self._me["restart"]:
+        if (
+            owner.get("job")
+            and owner["job"] == self._me["job"]
+            and owner["restart"] < self._me["restart"]
+        ):
             return f"this is restart {self._me['restart']} of the same job"
         return "its process is gone" if is_gone(owner) else ""
 

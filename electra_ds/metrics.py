@@ -49,7 +49,9 @@ def read_metrics(path: Path) -> list[dict]:
 class Metrics:
     """The three outputs of a run; rank 0 owns one. Use as a context manager."""
 
-    def __init__(self, out: Path, step: int, total_steps: int, total_epochs: float | None, tensorboard: bool):
+    def __init__(
+        self, out: Path, step: int, total_steps: int, total_epochs: float | None, tensorboard: bool
+    ):
         """step: where the run continues; later records of an earlier attempt are cut away."""
         self._cut_back(out / "metrics.jsonl", step)
         self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
@@ -62,7 +64,13 @@ class Metrics:
             self._writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
         self._console = Console(soft_wrap=True)
         self._epochs = f"/{total_epochs:.4g}" if total_epochs else ""
-        columns = "{task.description}", BarColumn(bar_width=24), MofNCompleteColumn(), "ETA", TimeRemainingColumn()
+        columns = (
+            "{task.description}",
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            "ETA",
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("pretrain", total=total_steps, completed=step)
 
@@ -72,7 +80,9 @@ class Metrics:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        with contextlib.suppress(OSError):  # the last checkpoint's flush had all that a resume keeps
+        with contextlib.suppress(
+            OSError
+        ):  # the last checkpoint's flush had all that a resume keeps
             self.flush()
         self._file.close()
         self._tensorboard(lambda writer: writer.close())
@@ -90,12 +100,18 @@ class Metrics:
         """Log one held-out evaluation; figures of a mixture's sources are called source/figure."""
         self._record(step, "valid", values)
         for source in dict.fromkeys(key.rpartition("/")[0] for key in values):
-            own = {key.rpartition("/")[2]: value for key, value in values.items() if key.rpartition("/")[0] == source}
+            own = {
+                key.rpartition("/")[2]: value
+                for key, value in values.items()
+                if key.rpartition("/")[0] == source
+            }
             self.say(f"step {step}  held out{source and f', {source}'}: {summary(own)}")
 
     def saved(self, step: int, pause_seconds: float) -> None:
         """How long the training stood still for the checkpoint of `step`; metrics.jsonl has the sum of an interval."""
-        self._tensorboard(lambda writer: writer.add_scalar("checkpoint/pause_seconds", pause_seconds, step))
+        self._tensorboard(
+            lambda writer: writer.add_scalar("checkpoint/pause_seconds", pause_seconds, step)
+        )
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -103,7 +119,9 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """One line for people, above the progress bar."""
-        with contextlib.suppress(OSError, SystemExit):  # a file on a full disk; a pipe nobody reads: rich would leave
+        with contextlib.suppress(
+            OSError, SystemExit
+        ):  # a file on a full disk; a pipe nobody reads: rich would leave
             self._console.print(text, highlight=False, markup=False)
 
     def flush(self) -> None:
@@ -118,10 +136,14 @@ class Metrics:
         try:
             self._write()
         except OSError as error:
-            self.say(f"step {step}: not logged yet, tried again with the next line and by the next checkpoint: {error}")
+            self.say(
+                f"step {step}: not logged yet, tried again with the next line and by the next checkpoint: {error}"
+            )
         for key, value in values.items():
             tag = TAGS.get(key, f"{split}/{key}")
-            self._tensorboard(lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step))
+            self._tensorboard(
+                lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step)
+            )
 
     def _write(self) -> None:
         try:
@@ -153,7 +175,11 @@ def _except_tensorboard(failure: threading.ExceptHookArgs) -> None:
 
 def summary(values: dict[str, float], line: str = VALID) -> str:
     """The figures of VALID or TRAIN in one line; those that the kind of objective does not have are left out."""
-    return "  ".join(part.format(**values) for part in line.split("  ") if part.split("{")[1].split(":")[0] in values)
+    return "  ".join(
+        part.format(**values)
+        for part in line.split("  ")
+        if part.split("{")[1].split(":")[0] in values
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -45,15 +45,23 @@ class MixtureConfig(Section):
     @property
     def names(self) -> list[str]:
         """What the sources are called in metrics."""
-        return [source.name or Path(source.data).name.removesuffix(".json") for source in self.sources]
+        return [
+            source.name or Path(source.data).name.removesuffix(".json") for source in self.sources
+        ]
 
     @model_validator(mode="after")
     def _is_possible(self) -> "MixtureConfig":
-        if unusable := sorted({name for name in self.names if not name or self.names.count(name) > 1}):
-            raise ValueError(f'sources need names that differ, found {unusable} twice or empty: give them a "name"')
+        if unusable := sorted(
+            {name for name in self.names if not name or self.names.count(name) > 1}
+        ):
+            raise ValueError(
+                f'sources need names that differ, found {unusable} twice or empty: give them a "name"'
+            )
         weighted = sum(source.weight is not None for source in self.sources)
         if weighted != (len(self.sources) if self.temperature is None else 0):
-            raise ValueError("give every source a weight, or none of them and a temperature for all")
+            raise ValueError(
+                "give every source a weight, or none of them and a temperature for all"
+            )
         if self.temperature is not None and self.temperature < 1:
             raise ValueError(
                 f"temperature = {self.temperature}: expected 1 (tokens as they are) or more; the exponent of XLM-R "
@@ -71,7 +79,9 @@ class MixtureConfig(Section):
 def read_mixture(path: Path) -> MixtureConfig:
     """Read MIX.json, an object or the bare list of its sources. UserError names the key and what was expected."""
     values = read_json(path, "a mixture of data folders", (dict, list))
-    return parse_config({"sources": values} if isinstance(values, list) else values, str(path), MixtureConfig)
+    return parse_config(
+        {"sources": values} if isinstance(values, list) else values, str(path), MixtureConfig
+    )
 
 
 def window_rows(weights: np.ndarray, window: int = WINDOW) -> np.ndarray:
@@ -107,11 +117,15 @@ def join_manifests(path: Path, manifests: dict[str, Manifest], counts: Sequence[
     }
     if len(set(kinds.values())) > 1:
         listed = "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise UserError(f"{path}: the rows of its sources are of different kinds ({listed}); prepare them alike")
+        raise UserError(
+            f"{path}: the rows of its sources are of different kinds ({listed}); prepare them alike"
+        )
     first, *_ = manifests.values()
     ids = repr([(m.dataset_id, count) for m, count in zip(manifests.values(), counts, strict=True)])
     numbers = [key for key, field in SplitInfo.model_fields.items() if field.annotation is int]
-    sums = {key: sum(getattr(m.splits["train"], key) for m in manifests.values()) for key in numbers}
+    sums = {
+        key: sum(getattr(m.splits["train"], key) for m in manifests.values()) for key in numbers
+    }
     train = SplitInfo(**sums, index_sha256="", shards=())
     dataset_id = hashlib.sha256(ids.encode()).hexdigest()[:32]
     return first.model_copy(update={"dataset_id": dataset_id, "splits": {"train": train}})
@@ -124,7 +138,11 @@ class MixtureRows:
         self.manifest, self.parts = manifest, parts
         ends = np.cumsum([part.rows for part in parts])
         self.starts = ends - [part.rows for part in parts]  # [S]
-        self.rows, self.sequence_length, self.dtype = int(ends[-1]), parts[0].sequence_length, parts[0].dtype
+        self.rows, self.sequence_length, self.dtype = (
+            int(ends[-1]),
+            parts[0].sequence_length,
+            parts[0].dtype,
+        )
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """[n] row numbers -> [n, T] of the stored type."""
@@ -144,18 +162,28 @@ class MixtureOrder:
     1 + p * (S - 2) rows from exact. The rows of a source come as in its own order, whatever stands between them.
     """
 
-    def __init__(self, orders: dict[str, RowOrder], counts: np.ndarray, starts: np.ndarray, seed: int) -> None:
+    def __init__(
+        self, orders: dict[str, RowOrder], counts: np.ndarray, starts: np.ndarray, seed: int
+    ) -> None:
         """orders: of S sources by name; counts: [S] rows in a window; starts: [S] the first row number of each."""
         self.orders, self.counts, self.starts, self.seed = orders, counts, starts, seed
         self.sources = np.repeat(np.arange(len(counts)), counts)  # [W]
-        self.turns = np.concatenate([np.arange(count) for count in counts])  # [W] of each within its source
+        self.turns = np.concatenate(
+            [np.arange(count) for count in counts]
+        )  # [W] of each within its source
         self._window = lru_cache(2)(self._window)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must agree on to go on from a position."""
         counts = dict(zip(self.orders, self.counts.tolist(), strict=True))
         parts = {name: part.state() for name, part in self.orders.items()}
-        return {"kind": "mixture", "version": VERSION, "seed": self.seed, "rows_per_window": counts, "sources": parts}
+        return {
+            "kind": "mixture",
+            "version": VERSION,
+            "seed": self.seed,
+            "rows_per_window": counts,
+            "sources": parts,
+        }
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the windows touched, not the history."""
@@ -173,6 +201,9 @@ class MixtureOrder:
 
     def _window(self, window: int) -> np.ndarray:
         """The source of each position and its turn within the window, [2, W]."""
-        random = order.words(self.seed, 0, np.array([window]), len(self.turns), order.MIXTURE)[0] * 2.0**-32
+        random = (
+            order.words(self.seed, 0, np.array([window]), len(self.turns), order.MIXTURE)[0]
+            * 2.0**-32
+        )
         places = np.argsort((self.turns + random) / self.counts[self.sources], kind="stable")
         return np.stack([self.sources[places], self.turns[places]])

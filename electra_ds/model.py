@@ -61,9 +61,15 @@ class Layer(nn.Module):
         self.ffn_out = GeluLinear(sizes.ffn_size, hidden)
         self.ffn_norm = nn.LayerNorm(hidden, eps)
 
-    def forward(self, x: Tensor, pieces: Pieces, places: Tensor | None = None) -> Tensor:  # [B, S, H]
-        seen = attention(self.qkv(x), self.num_heads, pieces, self.attention_dropout if self.training else 0.0)
-        if places is not None:  # [N] in the flattened batch: the result is needed there alone, [N, H]
+    def forward(
+        self, x: Tensor, pieces: Pieces, places: Tensor | None = None
+    ) -> Tensor:  # [B, S, H]
+        seen = attention(
+            self.qkv(x), self.num_heads, pieces, self.attention_dropout if self.training else 0.0
+        )
+        if (
+            places is not None
+        ):  # [N] in the flattened batch: the result is needed there alone, [N, H]
             x, seen = (t.flatten(0, 1).index_select(0, places) for t in (x, seen))
         x = self.attention_norm(x + dropout(self.out(seen), self.dropout, self.training))
         change = self.ffn_out(self.ffn_in(x))
@@ -83,7 +89,11 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(sizes, eps) for _ in range(sizes.num_layers))
 
     def forward(
-        self, x: Tensor, piece_ids: Tensor, bounds: Tensor | None = None, places: Tensor | None = None
+        self,
+        x: Tensor,
+        piece_ids: Tensor,
+        bounds: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         dtype = compute_dtype(x)
         x = x.to(dtype) if self.project is None else self.project(x)
@@ -108,7 +118,9 @@ class GeneratorHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(padded_size(config.vocab_size)))
         self.true_rows = {"bias": config.vocab_size}
 
-    def forward(self, hidden: Tensor, word: nn.Embedding, draw: dict | None = None) -> Tensor | HeadResult:
+    def forward(
+        self, hidden: Tensor, word: nn.Embedding, draw: dict | None = None
+    ) -> Tensor | HeadResult:
         """hidden [B, K, H], the embedding whose table is the output matrix; logits [B, K, V], or with `draw`
         (the other arguments of ops.vocab_head: targets, weights, uniforms [B, K], ...) its HeadResult."""
         x = self.norm(F.gelu(self.dense(hidden)))  # [B, K, E]
@@ -151,7 +163,11 @@ def initialise(module: nn.Module, config: ModelConfig, seed: int | None = None) 
                 _truncated(part.weight, config.init_std, generator)
             part.bias.zero_()
         elif isinstance(part, Embeddings):
-            for table, rows in ((part.word, config.vocab_size), (part.position, None), (part.token_type, None)):
+            for table, rows in (
+                (part.word, config.vocab_size),
+                (part.position, None),
+                (part.token_type, None),
+            ):
                 table.weight.zero_()
                 if config.init == "fan_in":
                     table.weight[:rows].normal_(0, config.embedding_init_std, generator=generator)
@@ -189,7 +205,9 @@ def load_true_state(module: nn.Module, state: dict[str, Tensor], partial: bool =
     missing = [] if partial else sorted(own.keys() - state.keys())
     unknown = sorted(state.keys() - own.keys())
     if missing or unknown:
-        raise UserError(f"weights do not fit: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}")
+        raise UserError(
+            f"weights do not fit: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}"
+        )
     for name, value in state.items():
         found, expected = tuple(value.shape), tuple(own[name].shape)
         if found != expected:

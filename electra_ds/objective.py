@@ -11,10 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from electra_ds.adapters import Discriminator, call_generator, load_factory, takes, tied
-from electra_ds.config import FactoryConfig, GeneratorConfig, ModelConfig, ObjectiveConfig, RunConfig, SpecialIds
+from electra_ds.config import (
+    FactoryConfig,
+    GeneratorConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SpecialIds,
+)
 from electra_ds.errors import UserError
 from electra_ds.figures import count
-from electra_ds.model import DiscriminatorHead, Embeddings, Encoder, GeneratorHead, Layer, initialise, true_state
+from electra_ds.model import (
+    DiscriminatorHead,
+    Embeddings,
+    Encoder,
+    GeneratorHead,
+    Layer,
+    initialise,
+    true_state,
+)
 from electra_ds.ops.linear import Linear
 from electra_ds.ops.vocab_head import HeadResult, logits_head
 from electra_ds.values import Batch, Losses
@@ -31,9 +46,14 @@ class Objective(nn.Module):
         self.objective, self.special_ids, self.vocab_size = objective, special_ids, vocab_size
 
     def forward(
-        self, batch: Batch, chosen_count: Tensor | float = 1.0, token_count: Tensor | float = 1.0, *,
-        with_counts: bool = False, task: str = "losses",
-    ) -> Losses | Tensor:  # fmt: skip
+        self,
+        batch: Batch,
+        chosen_count: Tensor | float = 1.0,
+        token_count: Tensor | float = 1.0,
+        *,
+        with_counts: bool = False,
+        task: str = "losses",
+    ) -> Losses | Tensor:
         """The losses of one micro-batch, or with task="discriminate" the logits [B, S] of batch.input_ids as they are.
 
         chosen_count, token_count: what the sums over chosen places and over real tokens are divided by, the counts
@@ -44,8 +64,12 @@ class Objective(nn.Module):
             return self.discriminate(batch.input_ids, batch)
         options = self.objective
         drawn = self._draw(batch, with_best=with_counts)
-        corrupted = put(batch.input_ids, batch.chosen, drawn.sampled, batch.chosen_weights)  # [B, S]
-        is_replaced = corrupted != batch.input_ids  # a sample that hits the original counts as original
+        corrupted = put(
+            batch.input_ids, batch.chosen, drawn.sampled, batch.chosen_weights
+        )  # [B, S]
+        is_replaced = (
+            corrupted != batch.input_ids
+        )  # a sample that hits the original counts as original
         places = batch.piece_ids if options.counts_all_tokens else chosen_places(batch)
         logits = torch.zeros_like(corrupted, dtype=torch.float32)
         if options.detects:
@@ -96,9 +120,13 @@ class ElectraObjective(Objective):
     """
 
     def __init__(
-        self, model: ModelConfig, generator: GeneratorConfig, objective: ObjectiveConfig, special_ids: SpecialIds,
+        self,
+        model: ModelConfig,
+        generator: GeneratorConfig,
+        objective: ObjectiveConfig,
+        special_ids: SpecialIds,
         seed: int | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(objective, special_ids, model.vocab_size)
         self.sharing = model.sharing
         width, eps = model.embedding_size, model.layer_norm_eps
@@ -124,10 +152,20 @@ class ElectraObjective(Objective):
         samples (and best) [B, K]."""
         is_main = self.objective.kind == "mlm"
         encoder = self.discriminator if is_main or self.sharing == "all" else self.generator
-        embeddings = self.generator_embeddings if self.sharing == "untied" and not is_main else self.embeddings
+        embeddings = (
+            self.generator_embeddings
+            if self.sharing == "untied" and not is_main
+            else self.embeddings
+        )
         head = self.mlm_head if is_main else self.generator_head
-        hidden = encoder(embeddings(masked_ids, batch.segment_ids, batch.position_ids), batch.piece_ids, batch.bounds)
-        return head(gather_places(hidden, batch.chosen), embeddings.word, self._at_chosen(batch, with_best))
+        hidden = encoder(
+            embeddings(masked_ids, batch.segment_ids, batch.position_ids),
+            batch.piece_ids,
+            batch.bounds,
+        )
+        return head(
+            gather_places(hidden, batch.chosen), embeddings.word, self._at_chosen(batch, with_best)
+        )
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
         """Logits [B, S] fp32 that each token of input_ids was replaced; the batch gives pieces and positions."""
@@ -137,7 +175,9 @@ class ElectraObjective(Objective):
         """Summed loss, 0-d, of the main encoder that names the original tokens behind corrupted rows [B, S]."""
         hidden, word = self._encode(corrupted, batch), self.embeddings.word
         if self.objective.kind == "replace_mlm":
-            return self.mlm_head(gather_places(hidden, batch.chosen), word, self._at_chosen(batch, False)).nll
+            return self.mlm_head(
+                gather_places(hidden, batch.chosen), word, self._at_chosen(batch, False)
+            ).nll
         everywhere = {
             "targets": batch.input_ids,
             "weights": batch.piece_ids > 0,
@@ -172,9 +212,13 @@ class FactoryObjective(Objective):
     """
 
     def __init__(
-        self, generator: nn.Module | None, discriminator: nn.Module, model: FactoryConfig, objective: ObjectiveConfig,
+        self,
+        generator: nn.Module | None,
+        discriminator: nn.Module,
+        model: FactoryConfig,
+        objective: ObjectiveConfig,
         special_ids: SpecialIds,
-    ):  # fmt: skip
+    ):
         super().__init__(objective, special_ids, model.vocab_size)
         self.discriminator = Discriminator(discriminator, model.discr_dim, model.discr_layer)
         if objective.has_generator:
@@ -182,9 +226,13 @@ class FactoryObjective(Objective):
 
     def generate(self, masked_ids: Tensor, batch: Batch, with_best: bool = False) -> HeadResult:
         options = self.objective
-        found = call_generator(self.generator, masked_ids, self.ties, _inputs(self.generator, batch))
+        found = call_generator(
+            self.generator, masked_ids, self.ties, _inputs(self.generator, batch)
+        )
         logits = gather_places(found, batch.chosen)
-        logits = self.generator.predict(logits) if hasattr(self.generator, "predict") else logits  # [B, K, V]
+        logits = (
+            self.generator.predict(logits) if hasattr(self.generator, "predict") else logits
+        )  # [B, K, V]
         if logits.shape[-1] != self.vocab_size:
             raise UserError(
                 f"the generator has {logits.shape[-1]} tokens, the data {self.vocab_size} (model.vocab_size)"
@@ -217,7 +265,9 @@ def mask_input(batch: Batch, mask_id: int) -> Tensor:
 def put(ids: Tensor, places: Tensor, values: Tensor, weights: Tensor) -> Tensor:
     """ids [B, S] with values [B, K] at places [B, K]; a place of weight 0 writes into a column that is cut off."""
     length = ids.shape[1]
-    return F.pad(ids, (0, 1)).scatter(1, torch.where(weights > 0, places, length), values)[:, :length]
+    return F.pad(ids, (0, 1)).scatter(1, torch.where(weights > 0, places, length), values)[
+        :, :length
+    ]
 
 
 def gather_places(hidden: Tensor, places: Tensor) -> Tensor:
@@ -227,10 +277,17 @@ def gather_places(hidden: Tensor, places: Tensor) -> Tensor:
 
 def chosen_places(batch: Batch) -> Tensor:
     """[B, S] int64: 1 at the chosen places, else 0."""
-    return put(torch.zeros_like(batch.input_ids), batch.chosen, torch.ones_like(batch.chosen), batch.chosen_weights)
+    return put(
+        torch.zeros_like(batch.input_ids),
+        batch.chosen,
+        torch.ones_like(batch.chosen),
+        batch.chosen_weights,
+    )
 
 
-def uniform_tokens(uniforms: Tensor, vocab_size: int, special: list[int], avoid: Tensor | None = None) -> Tensor:
+def uniform_tokens(
+    uniforms: Tensor, vocab_size: int, special: list[int], avoid: Tensor | None = None
+) -> Tensor:
     """One token per number of [0, 1), all alike likely, never a special one nor that of `avoid`, shaped as uniforms."""
     special = sorted({s for s in special if s < vocab_size})
     ordinary = vocab_size - len(special)
@@ -249,7 +306,9 @@ def uniform_tokens(uniforms: Tensor, vocab_size: int, special: list[int], avoid:
 def discriminator_nll(logits: Tensor, is_replaced: Tensor, places: Tensor) -> Tensor:
     """Binary cross-entropy summed over the tokens whose places [B, S] are above 0 (piece_ids: all real ones), fp32."""
     weight = (places > 0).float()
-    return F.binary_cross_entropy_with_logits(logits.float(), is_replaced.float(), weight=weight, reduction="sum")
+    return F.binary_cross_entropy_with_logits(
+        logits.float(), is_replaced.float(), weight=weight, reduction="sum"
+    )
 
 
 def build_objective(config: RunConfig, seed: int | None = None) -> Objective:
@@ -266,9 +325,13 @@ def build_objective(config: RunConfig, seed: int | None = None) -> Objective:
     if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], nn.Module)) or (
         options.has_generator and not isinstance(pair[0], nn.Module)
     ):
-        raise UserError(f"model.factory = {model.factory!r} must return (generator, discriminator), two torch modules")
+        raise UserError(
+            f"model.factory = {model.factory!r} must return (generator, discriminator), two torch modules"
+        )
     module = FactoryObjective(*pair, model, options, special_ids)
-    held = {*module.state_dict()} - {name for name, p in module.named_parameters(remove_duplicate=False)}
+    held = {*module.state_dict()} - {
+        name for name, p in module.named_parameters(remove_duplicate=False)
+    }
     lost = [name for name in held if module.get_buffer(name).is_floating_point()]
     lost += [name for name, p in module.named_parameters() if not p.requires_grad]
     if lost:
@@ -290,7 +353,9 @@ def blueprint(config: RunConfig) -> Objective:
     """The module of a config, of a built-in model with shapes alone (torch's device "meta"); VOCAB_SIZE is assumed
     where the data has not said it yet."""
     special_ids = config.data.special_ids or SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
-    config = config.with_data(config.model.vocab_size or VOCAB_SIZE, special_ids, config.data.sequence_length)
+    config = config.with_data(
+        config.model.vocab_size or VOCAB_SIZE, special_ids, config.data.sequence_length
+    )
     with torch.device("cpu" if isinstance(config.model, FactoryConfig) else "meta"):
         return build_objective(config)
 

@@ -44,7 +44,9 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict], config: OptimizerConfig):
         # lr 0: some DeepSpeed stages run a dummy step inside initialize, which must move nothing.
-        super().__init__(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        super().__init__(
+            groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        )
         self.bias_correction = config.bias_correction
 
     def _init_group(self, group: dict, *args, **kwargs):
@@ -55,7 +57,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def make_state(
-    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, applied_steps: int, bias_correction: bool
+    optimizer: torch.optim.Optimizer,
+    parameter: torch.Tensor,
+    applied_steps: int,
+    bias_correction: bool,
 ) -> None:
     """Set fresh moments and the step count of one parameter (a flat shard under ZeRO) that has seen `applied_steps`."""
     step = applied_steps + (0 if bias_correction else NO_BIAS_CORRECTION_STEP)

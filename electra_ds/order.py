@@ -31,14 +31,21 @@ def philox(counter: Sequence[np.ndarray], key: int) -> np.ndarray:
         k0 = np.uint64((key + turn * 0x9E3779B9) & 0xFFFF_FFFF)
         k1 = np.uint64(((key >> 32) + turn * 0xBB67AE85) & 0xFFFF_FFFF)
         left, right = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (right >> 32) ^ c1 ^ k0, right & LOW32, (left >> 32) ^ c3 ^ k1, left & LOW32
+        c0, c1, c2, c3 = (
+            (right >> 32) ^ c1 ^ k0,
+            right & LOW32,
+            (left >> 32) ^ c3 ^ k1,
+            left & LOW32,
+        )
     out = np.empty((*c0.shape, 4), np.uint32)
     for i, part in enumerate((c0, c1, c2, c3)):
         out[..., i] = part
     return out
 
 
-def words(seed: int, epochs: np.ndarray | int, rows: np.ndarray, n: int, purpose: int) -> np.ndarray:
+def words(
+    seed: int, epochs: np.ndarray | int, rows: np.ndarray, n: int, purpose: int
+) -> np.ndarray:
     """n random words for each row, a pure function of (seed, epoch, row, purpose).
 
     seed: 0 <= seed < 2**64; epochs: [B] or one, below 2**24; rows: [B] non-negative. Returns [B, n] uint32.
@@ -74,7 +81,9 @@ def permutation(n: int, seed: int, epoch: int, stream: int, purpose: int) -> np.
 def runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
     """The stretches of equal values, in order: (value, where)."""
     cuts = np.flatnonzero(values[1:] != values[:-1]) + 1
-    for first, last in itertools.pairwise([0, *cuts.tolist(), len(values)][: len(values) + 1]):  # none if empty
+    for first, last in itertools.pairwise(
+        [0, *cuts.tolist(), len(values)][: len(values) + 1]
+    ):  # none if empty
         yield int(values[first]), slice(first, last)
 
 
@@ -98,7 +107,12 @@ class Order:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must agree on to go on from a position."""
-        return {"kind": "shards", "version": ORDER_VERSION, "seed": self.seed, "window": self.window}
+        return {
+            "kind": "shards",
+            "version": ORDER_VERSION,
+            "seed": self.seed,
+            "window": self.window,
+        }
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the windows touched, not the history."""
@@ -127,8 +141,12 @@ class Order:
         if (epoch, window) not in self._windows:
             blocks = self._blocks(epoch)[0][window * self.window : (window + 1) * self.window]
             sizes = self.block_rows[blocks]
-            rows = np.repeat(self.block_starts[blocks] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-            self._windows[epoch, window] = rows[permutation(len(rows), self.seed, epoch, window, WINDOW)]
+            rows = np.repeat(
+                self.block_starts[blocks] - np.cumsum(sizes) + sizes, sizes
+            ) + np.arange(sizes.sum())
+            self._windows[epoch, window] = rows[
+                permutation(len(rows), self.seed, epoch, window, WINDOW)
+            ]
             if len(self._windows) > self.windows_kept:
                 self._windows.popitem(last=False)
         return self._windows[epoch, window]
@@ -148,20 +166,33 @@ class LaneOrder(Order):
         super().__init__(chunk_rows, seed, window=1)
         most = min(MAX_LANES, global_batch_size, self.total_rows)
         self.lanes = next(lanes for lanes in range(most, 0, -1) if global_batch_size % lanes == 0)
-        self.global_batch_size, self.lane_rows = global_batch_size, global_batch_size // self.lanes  # of a batch
-        self.lane_starts = np.arange(self.lanes + 1) * self.total_rows // self.lanes  # in the rows of an epoch
+        self.global_batch_size, self.lane_rows = (
+            global_batch_size,
+            global_batch_size // self.lanes,
+        )  # of a batch
+        self.lane_starts = (
+            np.arange(self.lanes + 1) * self.total_rows // self.lanes
+        )  # in the rows of an epoch
         self.windows_kept = 2 * self.lanes
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must agree on to go on from a position."""
         chunks = len(self.block_rows)
-        return {"kind": "stream", "version": ORDER_VERSION, "seed": self.seed, "lanes": self.lanes, "chunks": chunks}
+        return {
+            "kind": "stream",
+            "version": ORDER_VERSION,
+            "seed": self.seed,
+            "lanes": self.lanes,
+            "chunks": chunks,
+        }
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the chunks touched, not the history."""
         batches, slots = np.divmod(np.asarray(positions, np.int64), self.global_batch_size)
         lanes, turns = np.divmod(slots, self.lane_rows)
-        epochs, offsets = np.divmod(batches * self.lane_rows + turns, np.diff(self.lane_starts)[lanes])
+        epochs, offsets = np.divmod(
+            batches * self.lane_rows + turns, np.diff(self.lane_starts)[lanes]
+        )
         places = epochs * self.total_rows + self.lane_starts[lanes] + offsets
         by_place, rows = np.argsort(places), np.empty_like(places)
         rows[by_place] = super().rows(places[by_place])[0]

@@ -15,10 +15,13 @@ PANELS = {
     "generator, held out": "valid/mlm_accuracy valid/replaced_fraction",
 }
 NAMES = {
-    "disc_auc": "own generator", "fixed_auc": "fixed corruption", "unigram_loss": "unigram",
+    "disc_auc": "own generator",
+    "fixed_auc": "fixed corruption",
+    "unigram_loss": "unigram",
     "base_rate_loss": "base rate",
-    "mlm_accuracy": "MLM accuracy", "replaced_fraction": "replaced share",
-}  # fmt: skip
+    "mlm_accuracy": "MLM accuracy",
+    "replaced_fraction": "replaced share",
+}
 
 
 def plot(runs: list[Path], out: Path) -> None:
@@ -40,17 +43,23 @@ def plot(runs: list[Path], out: Path) -> None:
             axis.set(title=title, xlabel="million tokens seen")
             axis.grid(alpha=0.3)
             for curve in curves.split():
-                _draw(axis, records, *curve.split("/"), prefix=f"{run.name} " if len(runs) > 1 else "")
+                _draw(
+                    axis, records, *curve.split("/"), prefix=f"{run.name} " if len(runs) > 1 else ""
+                )
     for axis in axes.flat:
         axis.legend(fontsize=8)
     figure.savefig(out, dpi=110)
 
 
 def _draw(axis, records: list[dict], split: str, key: str, prefix: str) -> None:
-    seen = [(record["step"], record["tokens"] / 1e6) for record in records if record["split"] == "train"]
+    seen = [
+        (record["step"], record["tokens"] / 1e6) for record in records if record["split"] == "train"
+    ]
     found = [r for r in records if seen and r["split"] == split and r.get(key) is not None]
     # Million tokens at each record, between the training log lines.
     tokens = np.interp([r["step"] for r in found], *zip(*seen, strict=True)) if found else []
-    style = {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
+    style = (
+        {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
+    )
     label = NAMES.get(key, "training" if split == "train" else "held out")
     axis.plot(tokens, [r[key] for r in found], label=prefix + label, **style)

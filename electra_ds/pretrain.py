@@ -17,7 +17,15 @@ from electra_ds import checkpoint, run_folder
 from electra_ds.batches import Batches, RowOrder, Rows, StepBatch, position_from_state, recipe_for
 from electra_ds.checkpoint import Progress
 from electra_ds.config import RunConfig, differences, load_engine, parse_run
-from electra_ds.engine import Agreement, Engine, StepResult, from_first, leave, precision_name, start
+from electra_ds.engine import (
+    Agreement,
+    Engine,
+    StepResult,
+    from_first,
+    leave,
+    precision_name,
+    start,
+)
 from electra_ds.errors import RunFailure, UserError
 from electra_ds.evaluate import evaluate_sources, find_checkpoint
 from electra_ds.figures import BINS, own_figures, rates
@@ -35,7 +43,9 @@ from electra_ds.values import Counts, Losses
 from electra_ds.watchdog import Watchdog
 
 WAIT_SHARE = 0.05  # of an interval's time: more is said aloud
-LOOK_SECONDS = 1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a far file system
+LOOK_SECONDS = (
+    1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a far file system
+)
 
 
 @dataclass(frozen=True)
@@ -64,19 +74,29 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
         if not owner_of(out)[0]:  # such as a port that the run at work in OUT has
             record(ranks.rank, error)
         raise
-    run_folder.on_stop_signal(limits.asked.append)  # earlier a signal ends a rank at once: it may wait for lost ones
+    run_folder.on_stop_signal(
+        limits.asked.append
+    )  # earlier a signal ends a rank at once: it may wait for lost ones
     train = config.train
     watchdog = Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first, record)
-    with contextlib.ExitStack() as held, watchdog:  # the lock stays until it is recorded who went first
+    with (
+        contextlib.ExitStack() as held,
+        watchdog,
+    ):  # the lock stays until it is recorded who went first
         code = run_among(config, data, out, ranks, device, limits, held)
     leave()
     return code
 
 
 def run_among(
-    config: RunConfig, data: str | Path, out: Path, ranks: Ranks, device: torch.device, limits: Limits,
+    config: RunConfig,
+    data: str | Path,
+    out: Path,
+    ranks: Ranks,
+    device: torch.device,
+    limits: Limits,
     held: contextlib.ExitStack | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Train among ranks that have met, until the schedule ends or a stop is agreed on. Resumes what OUT holds.
 
     held: keeps OUT's lock after an error, until it is closed; by default the lock is given back at once.
@@ -85,7 +105,9 @@ def run_among(
     began = time.monotonic()
     data = open_data(data)
     manifest = data.manifest
-    config = config.with_data(manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length)
+    config = config.with_data(
+        manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length
+    )
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     reader, row_order = data.training(config.train.seed, config.train.global_batch_size)
     total_steps = config.total_steps(reader.rows)
@@ -124,12 +146,16 @@ def _check_data_is_one(data: Data, engine: Engine, nodes: list[str]) -> None:
     found = dict(zip(engine.exchange(data.manifest.dataset_id), nodes, strict=True))
     if len(found) > 1:
         listed = ", ".join(f"{dataset_id} on {node}" for dataset_id, node in found.items())
-        raise UserError(f"--data is not the same for all ranks: dataset_id {listed}; copy the same data to every node")
+        raise UserError(
+            f"--data is not the same for all ranks: dataset_id {listed}; copy the same data to every node"
+        )
 
 
 def _count_failures(out: Path, limit: int, silent: str) -> None:
     found = checkpoint.latest(out / "ckpt")
-    run_folder.count_failures(out, checkpoint.read_meta(found).progress.step if found else 0, limit, silent)
+    run_folder.count_failures(
+        out, checkpoint.read_meta(found).progress.step if found else 0, limit, silent
+    )
 
 
 def _objective(config: RunConfig) -> Objective:
@@ -144,7 +170,11 @@ def _objective(config: RunConfig) -> Objective:
 def _refuse_other_words(source: Path, ours: Path) -> None:
     """Two vocabularies of one size fit each other's tables: compare the words, where both are at hand."""
     theirs = tokenizer_of(source)
-    if theirs.is_dir() and ours.is_dir() and load_tokenizer(theirs).names != load_tokenizer(ours).names:
+    if (
+        theirs.is_dir()
+        and ours.is_dir()
+        and load_tokenizer(theirs).names != load_tokenizer(ours).names
+    ):
         raise UserError(
             f"--init-from {source}: its vocabulary ({theirs}) is not that of the data ({ours}); prepare with that one"
         )
@@ -160,11 +190,25 @@ class Run:
     """One attempt at a run on this rank."""
 
     def __init__(
-        self, config: RunConfig, engine: Engine, data: Data, reader: Rows, row_order: RowOrder, out: Path,
-        total_steps: int, limits: Limits, began: float, lock: Lock,
-    ):  # fmt: skip
+        self,
+        config: RunConfig,
+        engine: Engine,
+        data: Data,
+        reader: Rows,
+        row_order: RowOrder,
+        out: Path,
+        total_steps: int,
+        limits: Limits,
+        began: float,
+        lock: Lock,
+    ):
         self.config, self.engine, self.out, self.total_steps = config, engine, out, total_steps
-        self.data, self.reader, self.row_order, self.held_out = data, reader, row_order, data.held_out()
+        self.data, self.reader, self.row_order, self.held_out = (
+            data,
+            reader,
+            row_order,
+            data.held_out(),
+        )
         self.limits, self.began, self.lock = limits, began, lock
         self.padded = padded_rows(engine.module)
         masks_words = config.objective.masking != "token"
@@ -174,11 +218,18 @@ class Run:
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: Metrics | None = None
         self.saving: checkpoint.Saving | None = None  # not yet a checkpoint
-        self._voted = self.saving  # the one that the last vote told of: a save since then committed it
+        self._voted = (
+            self.saving
+        )  # the one that the last vote told of: a save since then committed it
         self.asked = limits.asked
         self.saved_step = -1
         self._looked: dict[str, float] = {}
-        self._interval_began, self._waited, self._interval_tokens, self._pause = time.perf_counter(), 0.0, 0, 0.0
+        self._interval_began, self._waited, self._interval_tokens, self._pause = (
+            time.perf_counter(),
+            0.0,
+            0,
+            0.0,
+        )
         self._steps_here = 0
 
     def resume(self) -> Progress:
@@ -195,7 +246,11 @@ class Run:
         meta = checkpoint.read_meta(found)
         science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), self.config)
         if limits.extend:
-            science = [line for line in science if not line.startswith(("train.total_steps:", "train.epochs:"))]
+            science = [
+                line
+                for line in science
+                if not line.startswith(("train.total_steps:", "train.epochs:"))
+            ]
         if science:
             raise UserError(
                 f"{found} was trained with another config: {'; '.join(science)}. Take the old values back, choose "
@@ -222,7 +277,9 @@ class Run:
         from_first(lambda: self._open_metrics(progress.step))
         with self.metrics or contextlib.nullcontext():
             self._greet(progress)
-            batch = next(batches)._replace(wait_seconds=0.0)  # nothing was ahead of it, nor could be
+            batch = next(batches)._replace(
+                wait_seconds=0.0
+            )  # nothing was ahead of it, nor could be
             engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
             while True:
                 agreed = engine.agreed()
@@ -232,12 +289,20 @@ class Run:
                     self._save(progress, batches)
                 if agreed.stop or progress.step >= self.last_step:
                     break
-                logs = (progress.step + 1) % self.config.logging.every == 0 or progress.step + 1 == self.total_steps
+                logs = (
+                    progress.step + 1
+                ) % self.config.logging.every == 0 or progress.step + 1 == self.total_steps
                 counts = (agreed.chosen_count, agreed.token_count)
-                losses = engine.forward_backward(batch.micros, batch.micro_positions, counts, refuses, with_counts=logs)
+                losses = engine.forward_backward(
+                    batch.micros, batch.micro_positions, counts, refuses, with_counts=logs
+                )
                 following = next(batches)
-                engine.propose(following.chosen_count, following.token_count, **self._votes(progress.step))
-                lr = learning_rate(options.peak_lr, options.warmup_steps, progress.step, self.total_steps)
+                engine.propose(
+                    following.chosen_count, following.token_count, **self._votes(progress.step)
+                )
+                lr = learning_rate(
+                    options.peak_lr, options.warmup_steps, progress.step, self.total_steps
+                )
                 result = engine.step(lr)
                 self._gather_interval(losses if result.applied else [], batch)
                 progress = self._advance(progress, batches, batch, agreed, result, losses)
@@ -248,22 +313,36 @@ class Run:
                     self._log(progress, losses, lr, result)
                 if train.eval_every and progress.step % train.eval_every == 0:
                     self._evaluate(progress.step)
-                if progress.step % self.config.checkpoint.every == 0 and progress.step < self.total_steps:
+                if (
+                    progress.step % self.config.checkpoint.every == 0
+                    and progress.step < self.total_steps
+                ):
                     self._save(progress, batches)
             return self._leave(progress, batches)
 
     def _batches(self, progress: Progress) -> Batches:
         train, ranks = self.config.train, self.engine.ranks
         return Batches(
-            self.reader, self.row_order, self.recipe, rank=ranks.rank, world_size=ranks.world_size,
-            global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size,
-            position=progress.data.get("position", 0), pin_memory=self.engine.device.type == "cuda",
-        )  # fmt: skip
+            self.reader,
+            self.row_order,
+            self.recipe,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            position=progress.data.get("position", 0),
+            pin_memory=self.engine.device.type == "cuda",
+        )
 
     def _advance(
-        self, progress: Progress, batches: Batches, batch: StepBatch, agreed: Agreement, result: StepResult,
+        self,
+        progress: Progress,
+        batches: Batches,
+        batch: StepBatch,
+        agreed: Agreement,
+        result: StepResult,
         losses: list[Losses],
-    ) -> Progress:  # fmt: skip
+    ) -> Progress:
         """Where the run stands after an attempt: rows are consumed, the step counts only if it was applied."""
         data = batches.state(batch.position + self.config.train.global_batch_size)
         tokens = progress.tokens + agreed.token_count
@@ -273,7 +352,9 @@ class Run:
                 self.metrics.advance(progress.step + 1)
             return replace(progress, step=progress.step + 1, skipped_in_a_row=0)
         self._tell_bad_loss(progress, batch, losses)
-        progress = replace(progress, skipped=progress.skipped + 1, skipped_in_a_row=progress.skipped_in_a_row + 1)
+        progress = replace(
+            progress, skipped=progress.skipped + 1, skipped_in_a_row=progress.skipped_in_a_row + 1
+        )
         if progress.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise RunFailure(
                 f"{progress.skipped_in_a_row} steps in a row after step {progress.step} were skipped, for gradients or "
@@ -287,11 +368,14 @@ class Run:
         """A skipped step is rare, so a look at the losses may cost a sync. All ranks come here, and stop, together."""
         micro = self.config.train.micro_batch_size
         mine = [
-            (float(loss.total), f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, disc_loss "
-            f"{float(loss.disc_loss)} in rows "
-            f"{np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}")
+            (
+                float(loss.total),
+                f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, disc_loss "
+                f"{float(loss.disc_loss)} in rows "
+                f"{np.array2string(batch.rows[index * micro : (index + 1) * micro], separator=', ', threshold=64)}",
+            )
             for index, loss in enumerate(losses)
-        ]  # fmt: skip
+        ]
         found = self.guard.blame([part for parts in self.engine.exchange(mine) for part in parts])
         if found and self.config.train.on_bad_loss == "stop":
             raise RunFailure(
@@ -312,7 +396,11 @@ class Run:
         """[3] fp64 on the device: this rank's sums of mlm_loss, disc_loss and steps since the last log line."""
         saved, ranks = progress.interval, self.engine.ranks
         if len(saved) != ranks.world_size:  # another world size: rank 0 carries the sum of all
-            saved = [[sum(part) for part in zip(*saved, strict=True)]] if saved and ranks.rank == 0 else []
+            saved = (
+                [[sum(part) for part in zip(*saved, strict=True)]]
+                if saved and ranks.rank == 0
+                else []
+            )
             own = saved[0] if saved else [0.0, 0.0, 0.0]
         else:
             own = saved[ranks.rank]
@@ -328,9 +416,14 @@ class Run:
 
     def _log(self, progress: Progress, losses: list[Losses], lr: float, result: StepResult) -> None:
         """Losses averaged over the interval, rates of its last step. Ours alone syncs here; DeepSpeed reads norms."""
-        counts = sum(torch.cat([torch.stack(loss.counts[:8]), loss.counts.histogram.flatten()]) for loss in losses)
+        counts = sum(
+            torch.cat([torch.stack(loss.counts[:8]), loss.counts.histogram.flatten()])
+            for loss in losses
+        )
         timed = torch.tensor([self._waited, float(self._interval_tokens)], dtype=torch.float64)
-        ranks = torch.stack(self.engine.gather(torch.cat([self.interval.cpu(), timed, counts.cpu()])))
+        ranks = torch.stack(
+            self.engine.gather(torch.cat([self.interval.cpu(), timed, counts.cpu()]))
+        )
         sums, waited = ranks.sum(0), ranks[:, 3]
         mlm, disc, steps, _, tokens = sums[:5].tolist()
         now = time.perf_counter()
@@ -354,7 +447,11 @@ class Run:
                 "seconds": time.monotonic() - self.began,
             }
             values = own_figures(values, self.config.objective)
-            self.metrics.train(progress.step, values, seconds / self._steps_here * (self.total_steps - progress.step))
+            self.metrics.train(
+                progress.step,
+                values,
+                seconds / self._steps_here * (self.total_steps - progress.step),
+            )
             if values["data_wait_share"] > WAIT_SHARE:
                 self.metrics.say(
                     f"WARNING: rank {int(waited.argmax())} waited for data in {values['data_wait_share']:.0%} of the "
@@ -369,10 +466,16 @@ class Run:
         train, engine = self.config.train, self.engine
         with engine.evaluating() as module:
             values = evaluate_sources(
-                module, self.held_out, self.recipe, engine.device, batch_rows=train.micro_batch_size,
-                max_rows=train.eval_rows, rank=engine.ranks.rank, world_size=engine.ranks.world_size,
+                module,
+                self.held_out,
+                self.recipe,
+                engine.device,
+                batch_rows=train.micro_batch_size,
+                max_rows=train.eval_rows,
+                rank=engine.ranks.rank,
+                world_size=engine.ranks.world_size,
                 sum_over_ranks=engine.sum,
-            )  # fmt: skip
+            )
         if self.metrics:
             self.metrics.valid(step, values)
 
@@ -411,13 +514,19 @@ class Run:
     def _leave(self, progress: Progress, batches: Batches) -> bool:
         done = progress.step >= self.total_steps
         if done:
-            evaluated = self.config.train.eval_every and progress.step % self.config.train.eval_every == 0
+            evaluated = (
+                self.config.train.eval_every and progress.step % self.config.train.eval_every == 0
+            )
             if not evaluated:
                 self._evaluate(progress.step)
         self._save(progress, batches, final=done)
         self._commit()
         batches.close()
-        otherwise = f"--stop-at-step {self.last_step}" if progress.step >= self.last_step else "asked on another rank"
+        otherwise = (
+            f"--stop-at-step {self.last_step}"
+            if progress.step >= self.last_step
+            else "asked on another rank"
+        )
         reason = "" if done else [*self.asked, otherwise][0]
         facts = {"step": progress.step, "total_steps": self.total_steps, "reason": reason}
         from_first(lambda: run_folder.finish(self.out, done, facts))
@@ -456,7 +565,9 @@ class Run:
 
     def _open_metrics(self, step: int) -> None:
         epochs = self.total_steps * self.config.train.global_batch_size / self.reader.rows
-        self.metrics = Metrics(self.out, step, self.total_steps, epochs, self.config.logging.tensorboard)
+        self.metrics = Metrics(
+            self.out, step, self.total_steps, epochs, self.config.logging.tensorboard
+        )
 
     def _greet(self, progress: Progress) -> None:
         if not self.metrics:
@@ -471,10 +582,19 @@ class Run:
             f"{self.total_steps} steps, from step {progress.step}"
         )
         offloads = "offload_optimizer" in engine.deepspeed_config.get("zero_optimization", {})
-        if engine.ranks.world_size == 1 and engine.stage and precision not in ("bf16", "fp16") and not offloads:
+        if (
+            engine.ranks.world_size == 1
+            and engine.stage
+            and precision not in ("bf16", "fp16")
+            and not offloads
+        ):
             same = "zero0-fp32" if precision == "fp32" else "zero0"
-            self.metrics.say(f"ZeRO {engine.stage} divides nothing on one rank: --engine {same} is faster and smaller")
+            self.metrics.say(
+                f"ZeRO {engine.stage} divides nothing on one rank: --engine {same} is faster and smaller"
+            )
         rows, portions = self.total_steps * train.global_batch_size, self.data.portions.items()
-        parts = [f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in portions]
+        parts = [
+            f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in portions
+        ]
         if parts:
             self.metrics.say(f"mixture: {'; '.join(parts)}")

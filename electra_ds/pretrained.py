@@ -33,29 +33,47 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
     Hugging Face ELECTRA folder of any class. tokenizer: where it is not found beside the weights.
     Raises UserError when there is no such encoder, or when the tokenizer has another number of entries.
     """
-    if (found := next((p for p in (path, path / "discriminator") if is_hf_folder(p)), None)) is not None:
+    if (
+        found := next((p for p in (path, path / "discriminator") if is_hf_folder(p)), None)
+    ) is not None:
         config = read_config(found)
         model, _ = from_hf_config(config)
         with torch.device("meta"):
-            parts = {"embeddings": Embeddings(model, model.embedding_size, 0.0),
-                     "discriminator": Encoder(model, model.embedding_size, model.layer_norm_eps)}  # fmt: skip
+            parts = {
+                "embeddings": Embeddings(model, model.embedding_size, 0.0),
+                "discriminator": Encoder(model, model.embedding_size, model.layer_norm_eps),
+            }
         state = from_hf(read_tensors(found), true_state(nn.ModuleDict(parts)), "discriminator")
         origin, beside = f"Hugging Face folder {found}", found
     else:
         found, meta, state = read_trained(path)
-        state = {name: value for name, value in state.items() if name.startswith(("embeddings.", "discriminator."))}
+        state = {
+            name: value
+            for name, value in state.items()
+            if name.startswith(("embeddings.", "discriminator."))
+        }
         model = ModelConfig.model_validate(meta.config["model"])
         origin, beside = f"{found}, step {meta.progress.step}", tokenizer_of(found)
-    return Pretrained(model, state, checked_tokenizer(tokenizer or beside, model.vocab_size), origin)
+    return Pretrained(
+        model, state, checked_tokenizer(tokenizer or beside, model.vocab_size), origin
+    )
 
 
 def find_trained(path: Path) -> Path:
     """The checkpoint of a run, or of a fine-tuned model: DIR/TASK (its one kept seed), DIR/TASK/seed-N, .../model."""
-    kept = sorted(meta.parent for pattern in ("", "seed-*/") for meta in path.glob(f"{pattern}model/meta.json"))
+    kept = sorted(
+        meta.parent
+        for pattern in ("", "seed-*/")
+        for meta in path.glob(f"{pattern}model/meta.json")
+    )
     if len(kept) > 1:
-        raise UserError(f"{path}: holds the models of {len(kept)} seeds; name one, such as {kept[0].parent}")
-    expected = ("a run folder (OUT), OUT/ckpt, OUT/ckpt/STEP, a fine-tuned model (DIR/TASK, DIR/TASK/seed-N) or, where "
-                "a pretrained encoder is asked for, a Hugging Face folder")  # fmt: skip
+        raise UserError(
+            f"{path}: holds the models of {len(kept)} seeds; name one, such as {kept[0].parent}"
+        )
+    expected = (
+        "a run folder (OUT), OUT/ckpt, OUT/ckpt/STEP, a fine-tuned model (DIR/TASK, DIR/TASK/seed-N) or, where "
+        "a pretrained encoder is asked for, a Hugging Face folder"
+    )
     return kept[0] if kept else find_checkpoint(path, expected)
 
 
@@ -64,8 +82,10 @@ def read_trained(path: Path) -> tuple[Path, checkpoint.Meta, dict[str, Tensor]]:
     found = find_trained(path)
     meta, weights = checkpoint.read_meta(found), checkpoint.weights(found)
     if "embeddings.word.weight" not in weights:
-        raise UserError(f"{found}: expected the built-in encoder (embeddings.*, discriminator.*), found "
-                        f"{', '.join(sorted(weights)[:2])}, ...; modules of your own are yours to load")  # fmt: skip
+        raise UserError(
+            f"{found}: expected the built-in encoder (embeddings.*, discriminator.*), found "
+            f"{', '.join(sorted(weights)[:2])}, ...; modules of your own are yours to load"
+        )
     return found, meta, weights
 
 
@@ -79,6 +99,8 @@ def checked_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in `path`; UserError when it has not as many entries as the word table."""
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {vocab_size}; give "
-                        "its tokenizer with --tokenizer")  # fmt: skip
+        raise UserError(
+            f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {vocab_size}; give "
+            "its tokenizer with --tokenizer"
+        )
     return tokenizer

@@ -24,14 +24,19 @@ from electra_ds.files import file_system
 from electra_ds.order import runs
 from electra_ds.shards import NPY_HEADER, TAR_BLOCK, SplitIndex, block_name, padded, shard_file
 
-os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no commands behind URLs, no unpickling
+os.environ.setdefault(
+    "WDS_SECURE", "1"
+)  # read when webdataset is imported: no commands behind URLs, no unpickling
 from webdataset.tariterators import tar_file_iterator
 
 CHUNK_BYTES = 1 << 20  # of rows; the pieces between the blocks come along
 REQUESTS = 16  # at a time
 PAUSES = (0.5, 1, 2, 4, 8, 16, 32)  # seconds before an answer is asked for again
 CHUNKS_KEPT = 256  # in memory, of those read last
-PASSING = (408, 429)  # timeout, too many requests: of the answers 4xx, those that another attempt may mend
+PASSING = (
+    408,
+    429,
+)  # timeout, too many requests: of the answers 4xx, those that another attempt may mend
 
 
 class Part(NamedTuple):
@@ -57,7 +62,9 @@ class RemoteFolder:
         """
         for pause in (*PAUSES, None):
             troubles = {}
-            for group in (parts[start : start + REQUESTS] for start in range(0, len(parts), REQUESTS)):
+            for group in (
+                parts[start : start + REQUESTS] for start in range(0, len(parts), REQUESTS)
+            ):
                 names, starts, ends = map(list, zip(*group, strict=True))
                 paths = [f"{self._root}/{name}" for name in names]
                 answers = self._system.cat_ranges(paths, starts, ends, on_error="return")
@@ -70,7 +77,10 @@ class RemoteFolder:
                 raise next(iter(troubles.values()))
             if pause == PAUSES[0]:  # a minute without a word would look like a hang
                 first = f"{self.url}/{next(iter(troubles)).name}"
-                print(f"{first}: no whole answer yet, asked for again for {sum(PAUSES):.0f} s", file=sys.stderr)
+                print(
+                    f"{first}: no whole answer yet, asked for again for {sum(PAUSES):.0f} s",
+                    file=sys.stderr,
+                )
             parts = list(troubles)
             time.sleep(pause)
 
@@ -79,27 +89,41 @@ class RemoteFolder:
 
         def take(part: Part, content: bytes) -> UserError | None:
             if names[part.name] not in (None, hashlib.sha256(content).hexdigest()):
-                return UserError(f"{self.url}/{part.name}: its sha256 is not the manifest's; copy the data there again")
+                return UserError(
+                    f"{self.url}/{part.name}: its sha256 is not the manifest's; copy the data there again"
+                )
             try:
                 (to / part.name).parent.mkdir(exist_ok=True)
                 (to / part.name).write_bytes(content)
             except OSError as error:
-                raise RunFailure(f"{to / part.name}: {error}; make room, or set TMPDIR to another folder") from error
+                raise RunFailure(
+                    f"{to / part.name}: {error}; make room, or set TMPDIR to another folder"
+                ) from error
 
         self.read([Part(name) for name in names], take)
 
     def _trouble(self, part: Part, answer: bytes | Exception) -> Exception | None:
         """What is wrong with an answer and may pass; UserError for what does not."""
         name, status = f"{self.url}/{part.name}", getattr(answer, "status", 0)
-        found = f"{type(answer).__name__}: {answer}" if isinstance(answer, Exception) else f"{len(answer):,} bytes"
-        if isinstance(answer, FileNotFoundError | PermissionError) or (400 <= status < 500 and status not in PASSING):
+        found = (
+            f"{type(answer).__name__}: {answer}"
+            if isinstance(answer, Exception)
+            else f"{len(answer):,} bytes"
+        )
+        if isinstance(answer, FileNotFoundError | PermissionError) or (
+            400 <= status < 500 and status not in PASSING
+        ):
             raise UserError(f"{name}: {found}; expected a file of a data folder")
         if isinstance(answer, bytes) and (part.end is None or len(answer) == part.end - part.start):
             return None
         asked = f"asked for {'all' if part.end is None else f'bytes {part.start:,} to {part.end:,}'}, found {found}"
         if isinstance(answer, bytes) and len(answer) > part.end - part.start:
-            raise UserError(f"{name}: {asked}; expected a server that knows Range requests; else stage the data")
-        return RunFailure(f"{name}: {asked}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s; the same command resumes")
+            raise UserError(
+                f"{name}: {asked}; expected a server that knows Range requests; else stage the data"
+            )
+        return RunFailure(
+            f"{name}: {asked}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s; the same command resumes"
+        )
 
 
 class RemoteReader(SplitIndex):
@@ -116,8 +140,12 @@ class RemoteReader(SplitIndex):
         block_bytes = self.manifest.block_rows * self.sequence_length * self.dtype.itemsize
         step = max(1, CHUNK_BYTES // block_bytes)
         firsts = [np.arange(*ends, step) for ends in itertools.pairwise(self.shard_starts)]
-        self.chunk_blocks = np.concatenate([*firsts, [len(self.blocks)]])  # [chunks + 1], the first block of each
-        self.chunk_starts = self.block_starts[self.chunk_blocks]  # [chunks + 1], the first row of each
+        self.chunk_blocks = np.concatenate(
+            [*firsts, [len(self.blocks)]]
+        )  # [chunks + 1], the first block of each
+        self.chunk_starts = self.block_starts[
+            self.chunk_blocks
+        ]  # [chunks + 1], the first row of each
         self.chunk_rows = np.diff(self.chunk_starts)
         self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()  # [n, S] each
 
@@ -142,7 +170,9 @@ class RemoteReader(SplitIndex):
         for chunk in chunks:
             first, last = self.blocks[self.chunk_blocks[chunk : chunk + 2] - [0, 1]]
             end = int(last["offset"]) + padded(int(last["bytes"]))
-            wanted[Part(shard_file(self.split, first["shard"]), int(first["offset"]) - TAR_BLOCK, end)] = chunk
+            wanted[
+                Part(shard_file(self.split, first["shard"]), int(first["offset"]) - TAR_BLOCK, end)
+            ] = chunk
 
         def take(part: Part, content: bytes) -> UserError | None:
             try:
@@ -154,7 +184,9 @@ class RemoteReader(SplitIndex):
 
     def _parse(self, chunk: int, content: bytes) -> np.ndarray:
         """The chunk's rows [n, S]. UserError: damage."""
-        members = tar_file_iterator(io.BytesIO(content), select_files=lambda name: name.endswith(".ids.npy"))
+        members = tar_file_iterator(
+            io.BytesIO(content), select_files=lambda name: name.endswith(".ids.npy")
+        )
         found = []
         for block in range(*self.chunk_blocks[chunk : chunk + 2]):
             try:
@@ -165,5 +197,7 @@ class RemoteReader(SplitIndex):
                 raise self.damage(block, f"{name} stands in its place")
             if zlib.crc32(data) != self.blocks["crc32"][block]:
                 raise self.damage(block, "its rows differ from their crc32")
-            found.append(np.frombuffer(data, self.dtype, offset=NPY_HEADER).reshape(-1, self.sequence_length))
+            found.append(
+                np.frombuffer(data, self.dtype, offset=NPY_HEADER).reshape(-1, self.sequence_length)
+            )
         return np.concatenate(found)

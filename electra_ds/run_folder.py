@@ -24,7 +24,15 @@ from electra_ds.ranks import Ranks, restart_count
 
 DONE, STOPPED, FAILED = 0, 85, 1  # exit codes beside 2, the user's mistake
 ERRORS_KEPT = 10  # in restarts.json
-PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "sentencepiece", "webdataset", "safetensors")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "tokenizers",
+    "sentencepiece",
+    "webdataset",
+    "safetensors",
+)
 
 LOG = logging.getLogger("electra_ds")  # of this rank: OUT/log/rank-N.log once `open_log` was called
 LOG.setLevel(logging.INFO)
@@ -46,7 +54,9 @@ def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> l
                     stale.unlink(missing_ok=True)
             write_bytes(out / ".nonce", nonce.encode())
         except OSError as error:
-            problem = f"--out {out}: cannot be written ({error}); choose a folder with room and rights"
+            problem = (
+                f"--out {out}: cannot be written ({error}); choose a folder with room and rights"
+            )
     nonce, problem = exchange((nonce, problem))[0]
     if problem:
         raise UserError(problem)
@@ -102,14 +112,18 @@ def open_log(out: Path, ranks: Ranks) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    handler.handleError = lambda _record: None  # a full disk is told by whoever saves, not by a traceback for each line
+    handler.handleError = lambda _record: (
+        None
+    )  # a full disk is told by whoever saves, not by a traceback for each line
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
         old.close()
     LOG.addHandler(handler)
     faulthandler.enable(handler.stream)
     faulthandler.register(signal.SIGUSR2, handler.stream)
-    place = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}, process {os.getpid()}"
+    place = (
+        f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}, process {os.getpid()}"
+    )
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES[:2])
     LOG.info("%s, restart %d, %s", place, restart_count(), versions)
 
@@ -125,7 +139,9 @@ def record_error(out: Path, rank: int, error: BaseException | str, host: str = "
     error: what the rank raised, or how it was lost. host: its own, where that is not this one.
     """
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    facts = _ended(rank, text, host) | {"failure": not isinstance(error, UserError | KeyboardInterrupt)}
+    facts = _ended(rank, text, host) | {
+        "failure": not isinstance(error, UserError | KeyboardInterrupt)
+    }
     if not isinstance(error, LockedOut):
         with contextlib.suppress(OSError):
             (out / f"error-rank-{rank}.json").write_text(json.dumps(facts) + "\n")
@@ -214,6 +230,9 @@ def _commit() -> str | None:
     if not (folder / ".git").exists():
         return None
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=folder, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
     return described.stdout.strip() or None

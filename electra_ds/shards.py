@@ -27,7 +27,14 @@ MANIFEST = "a data folder's manifest (`prepare` writes it last: run it again, it
 PIECE_FIELDS = ("row", "start", "length", "unit", "document", "token")
 INDEX_MAGIC = b"EDSIDX1\0"
 INDEX_DTYPE = np.dtype(
-    [("shard", "<u4"), ("rows", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("crc32", "<u4"), ("zero", "<u4")]
+    [
+        ("shard", "<u4"),
+        ("rows", "<u4"),
+        ("offset", "<u8"),
+        ("bytes", "<u8"),
+        ("crc32", "<u4"),
+        ("zero", "<u4"),
+    ]
 )
 TAR_BLOCK = 512  # bytes: every tar header and payload starts on a multiple of it, so the rows are 64-byte aligned
 NPY_HEADER = 128  # bytes
@@ -52,7 +59,10 @@ class TokenizerInfo(_Part):
     @property
     def files(self) -> tuple[str, str]:
         """Relative to DATA."""
-        return "tokenizer/options.json", f"tokenizer/{'vocab.txt' if self.kind == 'wordpiece' else 'spm.model'}"
+        return (
+            "tokenizer/options.json",
+            f"tokenizer/{'vocab.txt' if self.kind == 'wordpiece' else 'spm.model'}",
+        )
 
 
 class SourcePlan(_Part):
@@ -106,14 +116,20 @@ class Manifest(_Part):
     tokenizer: TokenizerInfo
     source: SourcePlan
     splits: dict[str, SplitInfo]
-    removed: dict[str, int] = {}  # by reason: documents, unless the reason names lines or characters
+    removed: dict[
+        str, int
+    ] = {}  # by reason: documents, unless the reason names lines or characters
     bad_lines: dict[str, int] = {}  # unreadable input lines by class
     unknowns: UnknownWords | None = None  # None: prepared before they were recorded
 
     def content_id(self) -> str:
         """Fingerprint of the rows and of what they mean; the same for the same rows, whatever the input's names."""
         parts = [self.format, self.version, self.sequence_length, self.dtype, self.packing]
-        parts += [self.tokenizer.sha256, self.tokenizer.vocab_size, self.tokenizer.special_ids.model_dump_json()]
+        parts += [
+            self.tokenizer.sha256,
+            self.tokenizer.vocab_size,
+            self.tokenizer.special_ids.model_dump_json(),
+        ]
         for name in sorted(self.splits):
             parts += [[name, shard.rows, shard.sha256] for shard in self.splits[name].shards]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -136,12 +152,16 @@ def check_manifest(raw: dict, path: str | Path) -> Manifest:
     """The manifest in `raw`, the JSON of `path`. UserError when it is of another format or version, or malformed."""
     found = raw.get("format"), raw.get("version")
     if found != (FORMAT, VERSION):
-        raise UserError(f"{path}: format and version {found}, this program reads {(FORMAT, VERSION)}; prepare again")
+        raise UserError(
+            f"{path}: format and version {found}, this program reads {(FORMAT, VERSION)}; prepare again"
+        )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; prepare the data again") from None
+        raise UserError(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; prepare the data again"
+        ) from None
 
 
 def read_unigrams(data_dir: str | Path, vocab_size: int) -> np.ndarray:
@@ -150,9 +170,13 @@ def read_unigrams(data_dir: str | Path, vocab_size: int) -> np.ndarray:
     try:
         counts = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); expected token counts, prepare the data again") from None
+        raise UserError(
+            f"{path}: not readable ({error}); expected token counts, prepare the data again"
+        ) from None
     if counts.shape != (vocab_size,) or counts.dtype != np.int64:
-        raise UserError(f"{path}: {counts.dtype}{list(counts.shape)}, expected int64[{vocab_size}]; prepare again")
+        raise UserError(
+            f"{path}: {counts.dtype}{list(counts.shape)}, expected int64[{vocab_size}]; prepare again"
+        )
     return counts
 
 
@@ -183,8 +207,15 @@ def tar_header(name: str, size: int) -> bytes:
 
 def npy_header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
     """The 128 bytes before an array in C order: npy version 1.0, the same for every numpy version."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}"
-    return b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little") + text.ljust(NPY_HEADER - 11).encode() + b"\n"
+    text = (
+        f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}"
+    )
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (NPY_HEADER - 10).to_bytes(2, "little")
+        + text.ljust(NPY_HEADER - 11).encode()
+        + b"\n"
+    )
 
 
 def padded(size: int) -> int:
@@ -193,7 +224,12 @@ def padded(size: int) -> int:
 
 
 def write_shard(
-    path: str | Path, split: str, shard: int, rows: np.ndarray, pieces: np.ndarray, block_rows: int = 256
+    path: str | Path,
+    split: str,
+    shard: int,
+    rows: np.ndarray,
+    pieces: np.ndarray,
+    block_rows: int = 256,
 ) -> tuple[ShardInfo, np.ndarray]:
     """Write one tar of rows, whole or not at all; the same arguments give the same bytes on every machine.
 
@@ -202,7 +238,12 @@ def write_shard(
     pieces: [P, 6] int32, PIECE_FIELDS, sorted by row; `row` counts from the shard's first row
     Returns what the manifest and the index say about it, the latter [blocks] INDEX_DTYPE.
     """
-    assert rows.ndim == 2 and len(rows) and rows.dtype in (np.uint16, np.uint32) and pieces.shape[1:] == (6,)
+    assert (
+        rows.ndim == 2
+        and len(rows)
+        and rows.dtype in (np.uint16, np.uint32)
+        and pieces.shape[1:] == (6,)
+    )
     assert (np.diff(pieces[:, 0]) >= 0).all(), "pieces come sorted by row"
     rows = rows.astype(rows.dtype.newbyteorder("<"), copy=False)
     data, blocks = bytearray(), []
@@ -240,9 +281,13 @@ def read_index(path: str | Path, sha256: str) -> np.ndarray:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror}); expected the block index of a split") from None
+        raise UserError(
+            f"{path}: not readable ({error.strerror}); expected the block index of a split"
+        ) from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path}: its sha256 is not the manifest's; copy the data again or prepare it again")
+        raise UserError(
+            f"{path}: its sha256 is not the manifest's; copy the data again or prepare it again"
+        )
     return np.frombuffer(data, INDEX_DTYPE, offset=len(INDEX_MAGIC) + 8)
 
 
@@ -257,16 +302,24 @@ class SplitIndex:
         self.location, self.split, self.manifest = location, split, read_manifest(data_dir)
         if split not in self.manifest.splits:
             have = ", ".join(self.manifest.splits)
-            raise UserError(f"{location}: no split {split!r}, it holds {have}; `prepare --valid-fraction` makes valid")
+            raise UserError(
+                f"{location}: no split {split!r}, it holds {have}; `prepare --valid-fraction` makes valid"
+            )
         self.info = self.manifest.splits[split]
         self.rows, self.sequence_length = self.info.rows, self.manifest.sequence_length
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.blocks = read_index(Path(data_dir) / index_file(split), self.info.index_sha256)
-        self.block_starts = np.concatenate([[0], np.cumsum(self.blocks["rows"], dtype=np.int64)])  # [blocks + 1]
-        self.shard_starts = np.searchsorted(self.blocks["shard"], np.arange(len(self.info.shards) + 1))  # in blocks
+        self.block_starts = np.concatenate(
+            [[0], np.cumsum(self.blocks["rows"], dtype=np.int64)]
+        )  # [blocks + 1]
+        self.shard_starts = np.searchsorted(
+            self.blocks["shard"], np.arange(len(self.info.shards) + 1)
+        )  # in blocks
         if self.block_starts[-1] != self.rows or not self.rows:
             indexed = self.block_starts[-1]
-            raise UserError(f"{location}: split {split} has {self.rows} rows, {indexed} of them indexed; prepare again")
+            raise UserError(
+                f"{location}: split {split} has {self.rows} rows, {indexed} of them indexed; prepare again"
+            )
 
     def place(self, block: int) -> tuple[int, int]:
         """(shard, block within the shard) of a block."""
@@ -277,7 +330,9 @@ class SplitIndex:
         """The error for a damaged block, by file and block."""
         shard, number = self.place(block)
         path = f"{self.location}/{shard_file(self.split, shard)}"
-        return UserError(f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)")
+        return UserError(
+            f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)"
+        )
 
 
 class ShardReader(SplitIndex):
@@ -320,7 +375,9 @@ class ShardReader(SplitIndex):
             _, rows, offset, size, crc32, _ = self.blocks[block].item()
             data = self._map(block)
             if not self._checked[block]:
-                self._check_header(block, "ids", data[offset - TAR_BLOCK : offset + NPY_HEADER].tobytes(), rows)
+                self._check_header(
+                    block, "ids", data[offset - TAR_BLOCK : offset + NPY_HEADER].tobytes(), rows
+                )
                 if zlib.crc32(data[offset : offset + size]) != crc32:
                     raise self.damage(block, "its rows differ from their crc32")
                 self._checked[block] = True
@@ -333,28 +390,49 @@ class ShardReader(SplitIndex):
         _, _, offset, size, _, _ = self.blocks[block].item()
         data, start = self._map(block), offset + padded(size)
         try:
-            payload = int(data[start + 124 : start + 135].tobytes(), 8)  # USTAR's size field; compared just below
+            payload = int(
+                data[start + 124 : start + 135].tobytes(), 8
+            )  # USTAR's size field; compared just below
         except ValueError:
             raise self.damage(block, "no tar header where its pieces begin") from None
         count = max(0, payload - NPY_HEADER) // 24
-        self._check_header(block, "pieces", data[start : start + TAR_BLOCK + NPY_HEADER].tobytes(), count)
-        return data[start + TAR_BLOCK + NPY_HEADER : start + TAR_BLOCK + payload].view("<i4").reshape(count, 6)
+        self._check_header(
+            block, "pieces", data[start : start + TAR_BLOCK + NPY_HEADER].tobytes(), count
+        )
+        return (
+            data[start + TAR_BLOCK + NPY_HEADER : start + TAR_BLOCK + payload]
+            .view("<i4")
+            .reshape(count, 6)
+        )
 
     def check_shard(self, shard: int) -> None:
         """Compare one shard's place, size and index entries with the manifest; UserError names shard and block."""
-        info, own = self.info.shards[shard], self.blocks[slice(*self.shard_starts[shard : shard + 2])]
+        info, own = (
+            self.info.shards[shard],
+            self.blocks[slice(*self.shard_starts[shard : shard + 2])],
+        )
         path = self.data_dir / info.file
         if info.file != shard_file(self.split, shard) or path.is_symlink() or not path.is_file():
-            raise UserError(f"{path}: shard {shard} of {self.split} is no regular file here; copy the data again")
+            raise UserError(
+                f"{path}: shard {shard} of {self.split} is no regular file here; copy the data again"
+            )
         ends = own["offset"] + own["bytes"]
         size = path.stat().st_size
         if size != info.bytes:
             cut = int(np.searchsorted(ends, size, side="right"))
-            where = f"block {cut} is the first cut" if cut < len(own) else f"the change is after block {len(own) - 1}"
-            raise UserError(f"{path}: {size} bytes, the manifest says {info.bytes}; {where}; copy this shard again")
+            where = (
+                f"block {cut} is the first cut"
+                if cut < len(own)
+                else f"the change is after block {len(own) - 1}"
+            )
+            raise UserError(
+                f"{path}: {size} bytes, the manifest says {info.bytes}; {where}; copy this shard again"
+            )
         widths = NPY_HEADER + own["rows"] * (self.sequence_length * self.dtype.itemsize)
         if own["rows"].sum() != info.rows or (own["bytes"] != widths).any() or (ends > size).any():
-            raise UserError(f"{path}: index-{self.split}.bin and manifest disagree about its rows; prepare again")
+            raise UserError(
+                f"{path}: index-{self.split}.bin and manifest disagree about its rows; prepare again"
+            )
 
     def _check_header(self, block: int, kind: str, found: bytes, rows: int) -> None:
         dtype, width = (self.dtype, self.sequence_length) if kind == "ids" else (np.dtype("<i4"), 6)
@@ -362,7 +440,9 @@ class ShardReader(SplitIndex):
         if found[:TAR_BLOCK] != tar_header(name, NPY_HEADER + rows * width * dtype.itemsize):
             raise self.damage(block, f"its tar header is not that of {name}")
         if found[TAR_BLOCK:] != npy_header(dtype, (rows, width)):
-            raise self.damage(block, f"the npy header of {name} is not that of {dtype.name}[{rows}, {width}]")
+            raise self.damage(
+                block, f"the npy header of {name} is not that of {dtype.name}[{rows}, {width}]"
+            )
 
     def _map(self, block: int) -> np.ndarray:
         """The bytes of the shard that holds `block`, [bytes] uint8; all maps are let go when there are too many."""
@@ -372,5 +452,7 @@ class ShardReader(SplitIndex):
                 self._maps.clear()
                 self._views.clear()
             with open(self.data_dir / shard_file(self.split, shard), "rb") as file:
-                self._maps[shard] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                self._maps[shard] = np.frombuffer(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8
+                )
         return self._maps[shard]

@@ -8,7 +8,14 @@ import numpy as np
 
 from electra_ds.batches import RowOrder, Rows
 from electra_ds.errors import UserError
-from electra_ds.mixture import MixtureOrder, MixtureRows, Portion, join_manifests, read_mixture, window_rows
+from electra_ds.mixture import (
+    MixtureOrder,
+    MixtureRows,
+    Portion,
+    join_manifests,
+    read_mixture,
+    window_rows,
+)
 from electra_ds.order import LaneOrder, Order
 from electra_ds.shards import ShardReader, index_file, read_manifest, read_unigrams
 
@@ -25,7 +32,11 @@ class Folder:
     """A folder that `prepare` wrote, on a disk of this machine or a file system that all share."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.tokenizer, self.manifest = folder, folder / "tokenizer", read_manifest(folder)
+        self.folder, self.tokenizer, self.manifest = (
+            folder,
+            folder / "tokenizer",
+            read_manifest(folder),
+        )
         self.portions: dict[str, Portion] = {}  # of a mixture's sources, by name
 
     def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
@@ -51,10 +62,17 @@ class Mixture:
     def __init__(self, path: Path, above: tuple[Path, ...]) -> None:
         """above: the mixtures that it is a source of."""
         if path.resolve() in above:
-            raise UserError(f"{path}: it is a source of itself; expected a folder, a URL, or another mixture")
+            raise UserError(
+                f"{path}: it is a source of itself; expected a folder, a URL, or another mixture"
+            )
         config, above = read_mixture(path), (*above, path.resolve())
-        found = [source.data if "://" in source.data else path.parent / source.data for source in config.sources]
-        self.parts = {name: open_data(data, above) for name, data in zip(config.names, found, strict=True)}
+        found = [
+            source.data if "://" in source.data else path.parent / source.data
+            for source in config.sources
+        ]
+        self.parts = {
+            name: open_data(data, above) for name, data in zip(config.names, found, strict=True)
+        }
         manifests = {name: part.manifest for name, part in self.parts.items()}
         splits = [manifest.splits["train"] for manifest in manifests.values()]
         weights = config.weights([split.tokens for split in splits])
@@ -64,7 +82,9 @@ class Mixture:
         shares = (self.counts / self.counts.sum()).tolist()
         self.portions = {
             name: Portion(split.rows, split.tokens, weight, share)
-            for name, split, weight, share in zip(self.parts, splits, weights.tolist(), shares, strict=True)
+            for name, split, weight, share in zip(
+                self.parts, splits, weights.tolist(), shares, strict=True
+            )
         }
 
     def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
@@ -77,7 +97,9 @@ class Mixture:
     def held_out(self) -> dict[str, HeldOut]:
         """The held-out rows of each source that has any, by its name, `name/inner` in a mixture of mixtures."""
         return {
-            f"{name}/{inner}".rstrip("/"): held._replace(share=held.share * self.portions[name].share)
+            f"{name}/{inner}".rstrip("/"): held._replace(
+                share=held.share * self.portions[name].share
+            )
             for name, part in self.parts.items()
             for inner, held in part.held_out().items()
         }
@@ -89,7 +111,10 @@ class Stream(Folder):
     def __init__(self, url: str) -> None:
         from electra_ds.remote import RemoteFolder, RemoteReader
 
-        place, self._copies = RemoteFolder(url), TemporaryDirectory(prefix="electra_ds-")  # goes with this object
+        place, self._copies = (
+            RemoteFolder(url),
+            TemporaryDirectory(prefix="electra_ds-"),
+        )  # goes with this object
         copies = Path(self._copies.name)
         self.reader = lambda split: RemoteReader(place, split, copies)
         place.copy({"manifest.json": None}, copies)
@@ -97,8 +122,12 @@ class Stream(Folder):
             super().__init__(copies)
         except UserError as error:
             raise UserError(str(error).replace(str(copies), place.url)) from None
-        indexes = {index_file(name): split.index_sha256 for name, split in self.manifest.splits.items()}
-        place.copy(dict.fromkeys(("unigrams.npy", *self.manifest.tokenizer.files)) | indexes, copies)
+        indexes = {
+            index_file(name): split.index_sha256 for name, split in self.manifest.splits.items()
+        }
+        place.copy(
+            dict.fromkeys(("unigrams.npy", *self.manifest.tokenizer.files)) | indexes, copies
+        )
 
     def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
         reader = self.reader("train")
@@ -112,5 +141,13 @@ def open_data(data: str | Path, above: tuple[Path, ...] = ()) -> Data:
     """Open what --data names. UserError when it is no complete data folder, or a mixture that cannot be."""
     name, path = str(data), Path(data)
     if name.startswith("pipe:"):
-        raise UserError(f"--data {name}: commands are not run; expected a folder, or a URL such as https://host/D")
-    return Stream(name) if "://" in name else Mixture(path, above) if path.suffix == ".json" else Folder(path)
+        raise UserError(
+            f"--data {name}: commands are not run; expected a folder, or a URL such as https://host/D"
+        )
+    return (
+        Stream(name)
+        if "://" in name
+        else Mixture(path, above)
+        if path.suffix == ".json"
+        else Folder(path)
+    )

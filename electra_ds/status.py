@@ -32,8 +32,14 @@ def status(out: Path) -> dict[str, Any]:
     if not out.is_dir():
         raise UserError(f"{out}: no run folder here")
     missing: list[str] = []
-    config, beat = _read(out / "config.json", missing), _read(out / "heartbeat.json", missing, expected=False)
-    past, saved = _read(out / "restarts.json", missing, expected=False), _checkpoint(out / "ckpt", missing)
+    config, beat = (
+        _read(out / "config.json", missing),
+        _read(out / "heartbeat.json", missing, expected=False),
+    )
+    past, saved = (
+        _read(out / "restarts.json", missing, expected=False),
+        _checkpoint(out / "ckpt", missing),
+    )
     train, start = config.get("train", {}), config.get("provenance") or {}
     last = {record["split"]: record for record in _records(out / "metrics.jsonl", missing)}
     owner, is_gone = owner_of(out)
@@ -41,7 +47,14 @@ def status(out: Path) -> dict[str, Any]:
     found = (_read(file, missing, expected=False) for file in sorted(out.glob("error-rank-*.json")))
     left = [error for error in found if error]
     if is_gone and not left:
-        left = [{"rank": 0, "host": start.get("host"), "error": f"{owner} is gone without a word", "failure": True}]
+        left = [
+            {
+                "rank": 0,
+                "host": start.get("host"),
+                "error": f"{owner} is gone without a word",
+                "failure": True,
+            }
+        ]
     left.sort(key=lambda error: error.get("time", ""))
     failed = any(error.get("failure", True) for error in left)
 
@@ -57,29 +70,54 @@ def status(out: Path) -> dict[str, Any]:
         state = "failed" if failed else "stopped" if saved else "not started"
     hint = "refused" if failed and limit and in_a_row > limit else state
     return {
-        "out": str(out), "state": state, "step": step, "total_steps": total, "steps_per_second": rate,
+        "out": str(out),
+        "state": state,
+        "step": step,
+        "total_steps": total,
+        "steps_per_second": rate,
         "eta_seconds": (total - step) / rate if rate and total and state == "training" else None,
-        "train": last.get("train", {}), "valid": last.get("valid", {}), "checkpoint": saved,
-        "owner": owner, "heartbeat_age": silence, "nodes": start.get("nodes"), "launcher": start.get("launcher"),
-        "restarts": start.get("restarts"), "failures": past.get("failures", 0) + failed, "failures_in_a_row": in_a_row,
-        "last_error": (left[:1] or past.get("errors", [])[-1:] or [None])[0], "missing": missing,
+        "train": last.get("train", {}),
+        "valid": last.get("valid", {}),
+        "checkpoint": saved,
+        "owner": owner,
+        "heartbeat_age": silence,
+        "nodes": start.get("nodes"),
+        "launcher": start.get("launcher"),
+        "restarts": start.get("restarts"),
+        "failures": past.get("failures", 0) + failed,
+        "failures_in_a_row": in_a_row,
+        "last_error": (left[:1] or past.get("errors", [])[-1:] or [None])[0],
+        "missing": missing,
         "next": NEXT[hint].format(out=out, at=at, limit=limit),
-    }  # fmt: skip
+    }
 
 
 def lines(facts: dict[str, Any]) -> dict[str, str]:
     """The same for people: a few lines by name, those without facts left out."""
-    saved, error, rate, nodes = facts["checkpoint"], facts["last_error"], facts["steps_per_second"], facts["nodes"]
+    saved, error, rate, nodes = (
+        facts["checkpoint"],
+        facts["last_error"],
+        facts["steps_per_second"],
+        facts["nodes"],
+    )
     found = {
         "state": facts["state"],
-        "step": f"{facts['step']:,}" + (f" of {facts['total_steps']:,}" if facts["total_steps"] else ""),
-        "rate": f"{rate:.2f} steps/s, {facts['train']['tokens_per_second']:,.0f} tokens/s" if rate else "",
+        "step": f"{facts['step']:,}"
+        + (f" of {facts['total_steps']:,}" if facts["total_steps"] else ""),
+        "rate": f"{rate:.2f} steps/s, {facts['train']['tokens_per_second']:,.0f} tokens/s"
+        if rate
+        else "",
         "ETA": _span(facts["eta_seconds"]),
         "training": _figures(facts["train"], TRAIN),
         "held out": _figures(facts["valid"], VALID),
-        "checkpoint": f"{saved['name']}, step {saved['step']:,}, {_span(saved['age'])} ago" if saved else "",
-        "owner": facts["owner"] and f"{facts['owner']}, heartbeat {_span(facts['heartbeat_age'])} ago",
-        "ranks": f"{len(nodes)} under {facts['launcher']}, on {', '.join(dict.fromkeys(nodes))}" if nodes else "",
+        "checkpoint": f"{saved['name']}, step {saved['step']:,}, {_span(saved['age'])} ago"
+        if saved
+        else "",
+        "owner": facts["owner"]
+        and f"{facts['owner']}, heartbeat {_span(facts['heartbeat_age'])} ago",
+        "ranks": f"{len(nodes)} under {facts['launcher']}, on {', '.join(dict.fromkeys(nodes))}"
+        if nodes
+        else "",
         "restarts": f"{facts['restarts'] or 0}; failures {facts['failures']}, {facts['failures_in_a_row']} in a row",
         "last error": f"rank {error['rank']}, {error['host']}: {error['error']}" if error else "",
         "missing": "; ".join(facts["missing"]),
@@ -121,7 +159,12 @@ def _checkpoint(folder: Path, missing: list[str]) -> dict[str, Any]:
 
 def _rate(record: dict | None) -> float | None:
     """Steps per second, left-out ones included, of the last logging interval."""
-    return record and record["tokens_per_second"] * (record["step"] + record["skipped_steps"]) / record["tokens"]
+    return (
+        record
+        and record["tokens_per_second"]
+        * (record["step"] + record["skipped_steps"])
+        / record["tokens"]
+    )
 
 
 def _age(moment: float) -> float:
@@ -133,5 +176,7 @@ def _span(seconds: float | None) -> str:
 
 
 def _figures(record: dict, line: str) -> str:
-    known = {key: math.nan if value is None else value for key, value in record.items()}  # null was not finite
+    known = {
+        key: math.nan if value is None else value for key, value in record.items()
+    }  # null was not finite
     return f"{summary(known, line)}  (step {record['step']:,})" if record else ""

@@ -32,8 +32,12 @@ SPECIAL_NAMES = {  # role -> spellings looked for in a vocabulary, ours first
 }
 FILES = ("vocab.txt", "spm.model", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 CACHE_WORDS = 500_000  # about 100 MB; the cache starts again when it is full, which costs little
-MEAN_WORD = 24  # longer "words" on average mean a script without spaces: those texts are tokenized whole
-_PARTS = re.compile("[^!-/:-@[-`{-~]+|.")  # of a word: BERT makes each ASCII punctuation character a word of its own
+MEAN_WORD = (
+    24  # longer "words" on average mean a script without spaces: those texts are tokenized whole
+)
+_PARTS = re.compile(
+    "[^!-/:-@[-`{-~]+|."
+)  # of a word: BERT makes each ASCII punctuation character a word of its own
 # Characters that str.split() takes for white space and BERT's cleaning deletes or keeps: such texts go whole, too.
 _UNLIKE_SPACES = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 
@@ -44,15 +48,21 @@ class Tokenizer(ABC):
     kind: str
     file_name: str
 
-    def __init__(self, content: bytes, names: Sequence[str], options: dict[str, bool | None], source: str) -> None:
+    def __init__(
+        self, content: bytes, names: Sequence[str], options: dict[str, bool | None], source: str
+    ) -> None:
         self.content, self.names, self.options = content, list(names), options
         self.ids = {name: i for i, name in enumerate(self.names)}
         self.vocab_size = len(self.names)
-        found = {role: next((self.ids[n] for n in spellings if n in self.ids), None)
-                 for role, spellings in SPECIAL_NAMES.items()}
+        found = {
+            role: next((self.ids[n] for n in spellings if n in self.ids), None)
+            for role, spellings in SPECIAL_NAMES.items()
+        }
         if missing := [SPECIAL_NAMES[role][0] for role, i in found.items() if i is None]:
-            raise UserError(f"{source}: no {', '.join(missing)} among its {self.vocab_size} entries; expected "
-                            f"[PAD] [UNK] [CLS] [SEP] [MASK]; `electra-ds train-tokenizer` makes such a vocabulary")
+            raise UserError(
+                f"{source}: no {', '.join(missing)} among its {self.vocab_size} entries; expected "
+                f"[PAD] [UNK] [CLS] [SEP] [MASK]; `electra-ds train-tokenizer` makes such a vocabulary"
+            )
         self.special_ids = SpecialIds(**found)
         digest = hashlib.sha256(json.dumps([self.kind, options], sort_keys=True).encode())
         digest.update(content)
@@ -81,7 +91,9 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, no special tokens added."""
         ids, lengths = self.encode_flat(texts)
-        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
+        return (
+            [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
+        )
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary's spelling of each id."""
@@ -100,10 +112,16 @@ class Tokenizer(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / self.file_name, self.content)
-        write_json(folder / "options.json", {
-            "kind": self.kind, "vocab_size": self.vocab_size, **self.options,
-            "special_ids": self.special_ids.model_dump(), "fingerprint": self.fingerprint,
-        })
+        write_json(
+            folder / "options.json",
+            {
+                "kind": self.kind,
+                "vocab_size": self.vocab_size,
+                **self.options,
+                "special_ids": self.special_ids.model_dump(),
+                "fingerprint": self.fingerprint,
+            },
+        )
 
 
 class _Words(dict[str, bytes]):
@@ -121,7 +139,9 @@ class _Words(dict[str, bytes]):
     def encode(self, text: str) -> bytes:
         """The ids of any text; those of ASCII letters and digits need no more than the model."""
         if text.isalnum() and text.isascii():
-            found = [token.id for token in self.model.tokenize(text.lower() if self.lowercase else text)]
+            found = [
+                token.id for token in self.model.tokenize(text.lower() if self.lowercase else text)
+            ]
         else:
             found = self.fast.encode(text, add_special_tokens=False).ids
         return array("I", found).tobytes()
@@ -134,9 +154,13 @@ class WordPiece(Tokenizer):
 
     def __init__(self, content: bytes, options: dict[str, bool | None], source: str) -> None:
         try:
-            names = [line.rstrip("\r") for line in content.decode("utf-8").removesuffix("\n").split("\n")]
+            names = [
+                line.rstrip("\r") for line in content.decode("utf-8").removesuffix("\n").split("\n")
+            ]
         except UnicodeDecodeError as error:
-            raise UserError(f"{source}: not UTF-8 ({error}); expected one vocabulary entry per line") from None
+            raise UserError(
+                f"{source}: not UTF-8 ({error}); expected one vocabulary entry per line"
+            ) from None
         super().__init__(content, names, options, source)
         if len(self.ids) != len(names):
             twice = next(name for i, name in enumerate(names) if self.ids[name] != i)
@@ -145,11 +169,18 @@ class WordPiece(Tokenizer):
         from tokenizers import models, normalizers, pre_tokenizers
 
         unknown = names[self.special_ids.unk]
-        self.fast = Fast(models.WordPiece(self.ids, unk_token=unknown, max_input_chars_per_word=100))
+        self.fast = Fast(
+            models.WordPiece(self.ids, unk_token=unknown, max_input_chars_per_word=100)
+        )
         self.fast.normalizer = normalizers.BertNormalizer(
-            clean_text=True, handle_chinese_chars=True,
-            lowercase=options["lowercase"], strip_accents=options["strip_accents"])
-        self.fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # splits "[MASK]"; no added tokens exist
+            clean_text=True,
+            handle_chinese_chars=True,
+            lowercase=options["lowercase"],
+            strip_accents=options["strip_accents"],
+        )
+        self.fast.pre_tokenizer = (
+            pre_tokenizers.BertPreTokenizer()
+        )  # splits "[MASK]"; no added tokens exist
         self._cache = _Words(self.fast, options["lowercase"])
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +192,9 @@ class WordPiece(Tokenizer):
 
     def _encode(self, text: str) -> bytes:
         words = text.split()
-        if len(words) * MEAN_WORD < len(text) or (not text.isprintable() and _UNLIKE_SPACES.search(text)):
+        if len(words) * MEAN_WORD < len(text) or (
+            not text.isprintable() and _UNLIKE_SPACES.search(text)
+        ):
             return self._cache.encode(text)
         return b"".join(map(self._cache.__getitem__, words))
 
@@ -169,8 +202,12 @@ class WordPiece(Tokenizer):
         unk = self.special_ids.unk
         some = np.uint32(unk).tobytes()  # only words that may hold it are tokenized again
         words = [word for word in text.split() if some in self._cache.get(word, some)]
-        return [word[start:end] for word in words
-                for i, (start, end) in zip(*self.encode_with_offsets(word), strict=True) if i == unk]
+        return [
+            word[start:end]
+            for word in words
+            for i, (start, end) in zip(*self.encode_with_offsets(word), strict=True)
+            if i == unk
+        ]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.fast.encode(text, add_special_tokens=False)
@@ -194,13 +231,17 @@ class SentencePiece(Tokenizer):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise UserError(f"{source}: not a SentencePiece model ({error}); expected an spm .model file") from None
+            raise UserError(
+                f"{source}: not a SentencePiece model ({error}); expected an spm .model file"
+            ) from None
         names = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
         super().__init__(content, names, options, source)
         for role, i in self.special_ids.model_dump().items():
             if role != "unk" and not self._model.is_control(i):
-                raise UserError(f"{source}: {self.names[i]} is no control symbol, so corpus text could make its id; "
-                                f"expected control_symbols; train the model with `electra-ds train-tokenizer`")
+                raise UserError(
+                    f"{source}: {self.names[i]} is no control symbol, so corpus text could make its id; "
+                    f"expected control_symbols; train the model with `electra-ds train-tokenizer`"
+                )
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts = self._model.encode(list(texts), num_threads=1, return_type="numpy")
@@ -232,9 +273,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         file = next((path / name for name in FILES if (path / name).is_file()), None)
         if file is None:
-            raise UserError(f"{path}: no vocabulary in this folder; expected one of {', '.join(FILES)}")
+            raise UserError(
+                f"{path}: no vocabulary in this folder; expected one of {', '.join(FILES)}"
+            )
     elif not path.is_file():
-        raise UserError(f"{path}: not found; expected a vocab.txt, an spm .model file or a folder with one of them")
+        raise UserError(
+            f"{path}: not found; expected a vocab.txt, an spm .model file or a folder with one of them"
+        )
     content = file.read_bytes()
     if file.suffix == ".model":
         return SentencePiece(content, {}, str(file))
@@ -242,11 +287,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if (file.parent / "options.json").is_file():
         beside = read_json(file.parent / "options.json", "the options of a tokenizer")
     elif (file.parent / "tokenizer_config.json").is_file():
-        stored = read_json(file.parent / "tokenizer_config.json", "the options of a Hugging Face tokenizer")
+        stored = read_json(
+            file.parent / "tokenizer_config.json", "the options of a Hugging Face tokenizer"
+        )
         if stored.get("tokenize_chinese_chars") is False or stored.get("word_tokenizer_type"):
-            raise UserError(f"{file.parent}/tokenizer_config.json: tokenize_chinese_chars = false or another splitter; "
-                            "only BERT's own pre-tokenisation is supported")
-        beside = {"lowercase": stored.get("do_lower_case"), "strip_accents": stored.get("strip_accents")}
+            raise UserError(
+                f"{file.parent}/tokenizer_config.json: tokenize_chinese_chars = false or another splitter; "
+                "only BERT's own pre-tokenisation is supported"
+            )
+        beside = {
+            "lowercase": stored.get("do_lower_case"),
+            "strip_accents": stored.get("strip_accents"),
+        }
     lowercase, strip_accents = beside.get("lowercase"), beside.get("strip_accents")
     if lowercase is None:
         text = re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")

@@ -21,7 +21,9 @@ class Batch(NamedTuple):
     chosen_weights: Tensor  # [B, K] float32, 1 or 0
     keep: Tensor  # [B, K] bool, True: the place keeps its token instead of [MASK]
     uniforms: Tensor  # [B, K] float32 in [0, 1), one number per draw from the generator
-    bounds: Tensor | None = None  # int32, `ops.attention.piece_bounds` of piece_ids; made for CUDA alone
+    bounds: Tensor | None = (
+        None  # int32, `ops.attention.piece_bounds` of piece_ids; made for CUDA alone
+    )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch of function(tensor) for each tensor that is there."""
@@ -39,7 +41,9 @@ class Counts(NamedTuple):
     true_positive: Tensor
     false_positive: Tensor
     false_negative: Tensor
-    histogram: Tensor  # [2, BINS]: discriminator logits of original (row 0) and replaced tokens (row 1)
+    histogram: (
+        Tensor  # [2, BINS]: discriminator logits of original (row 0) and replaced tokens (row 1)
+    )
 
 
 class Losses(NamedTuple):

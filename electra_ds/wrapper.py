@@ -44,21 +44,43 @@ class Electra(nn.Module):
     """
 
     def __init__(
-        self, generator: nn.Module, discriminator: nn.Module, *, num_tokens: int | None = None, discr_dim: int = -1,
-        discr_layer: str | int = -1, mask_prob: float = 0.15, replace_prob: float = 0.85,
-        random_token_prob: float = 0.0, mask_token_id: int = 2, pad_token_id: int = 0,
-        mask_ignore_token_ids: tuple[int, ...] | list[int] | set[int] = (), disc_weight: float = 50.0,
-        gen_weight: float = 1.0, temperature: float = 1.0,
-    ):  # fmt: skip
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        num_tokens: int | None = None,
+        discr_dim: int = -1,
+        discr_layer: str | int = -1,
+        mask_prob: float = 0.15,
+        replace_prob: float = 0.85,
+        random_token_prob: float = 0.0,
+        mask_token_id: int = 2,
+        pad_token_id: int = 0,
+        mask_ignore_token_ids: tuple[int, ...] | list[int] | set[int] = (),
+        disc_weight: float = 50.0,
+        gen_weight: float = 1.0,
+        temperature: float = 1.0,
+    ):
         super().__init__()
-        shares = {"mask_prob": mask_prob, "replace_prob": replace_prob, "random_token_prob": random_token_prob}
+        shares = {
+            "mask_prob": mask_prob,
+            "replace_prob": replace_prob,
+            "random_token_prob": random_token_prob,
+        }
         if odd := [name for name, share in shares.items() if not 0 <= share <= 1]:
             raise UserError(f"{odd[0]} = {shares[odd[0]]}: expected a share, 0 to 1")
         if random_token_prob > 0 and num_tokens is None:
             raise UserError("random_token_prob needs num_tokens, the number of tokens to draw from")
-        self.generator, self.discriminator = generator, Discriminator(discriminator, discr_dim, discr_layer)
+        self.generator, self.discriminator = (
+            generator,
+            Discriminator(discriminator, discr_dim, discr_layer),
+        )
         self.ties, self.num_tokens = tied(generator, discriminator), num_tokens
-        self.mask_prob, self.replace_prob, self.random_token_prob = mask_prob, replace_prob, random_token_prob
+        self.mask_prob, self.replace_prob, self.random_token_prob = (
+            mask_prob,
+            replace_prob,
+            random_token_prob,
+        )
         self.mask_id, self.pad_id = mask_token_id, pad_token_id
         self.never_chosen = sorted({mask_token_id, pad_token_id, *mask_ignore_token_ids})
         self.disc_weight, self.gen_weight, self.temperature = disc_weight, gen_weight, temperature
@@ -66,21 +88,30 @@ class Electra(nn.Module):
     def forward(self, input: Tensor, **kwargs: Any) -> Result:
         """Losses of ids [B, S] int64. Keyword arguments go to each module whose forward takes them; UserError for one
         that neither takes. What is chosen, masked and drawn comes from torch's random numbers."""
-        given = {module: {k: v for k, v in kwargs.items() if takes(module, k)}
-                 for module in (self.generator, self.discriminator.module)}  # fmt: skip
+        given = {
+            module: {k: v for k, v in kwargs.items() if takes(module, k)}
+            for module in (self.generator, self.discriminator.module)
+        }
         if lost := kwargs.keys() - set().union(*given.values()):
-            raise UserError(f"neither the generator's nor the discriminator's forward takes {', '.join(sorted(lost))}")
+            raise UserError(
+                f"neither the generator's nor the discriminator's forward takes {', '.join(sorted(lost))}"
+            )
         chosen, weights = self._choose(input)  # [B, K]
         originals = input.gather(1, chosen)
         masked = put(input, chosen, self._mask(originals), weights)
-        logits = gather_places(call_generator(self.generator, masked, self.ties, given[self.generator]), chosen)
+        logits = gather_places(
+            call_generator(self.generator, masked, self.ties, given[self.generator]), chosen
+        )
         uniforms = torch.rand(chosen.shape, device=input.device)
         drawn = logits_head(logits, originals, weights, uniforms, self.temperature, with_best=True)
         corrupted = put(input, chosen, drawn.sampled, weights)
         is_replaced, real = corrupted != input, input != self.pad_id
         found = self.discriminator(corrupted, **given[self.discriminator.module])  # [B, S]
         count, tokens = weights.sum().clamp(min=1), real.sum().clamp(min=1)
-        mlm_loss, disc_loss = drawn.nll / count, discriminator_nll(found, is_replaced, real) / tokens
+        mlm_loss, disc_loss = (
+            drawn.nll / count,
+            discriminator_nll(found, is_replaced, real) / tokens,
+        )
         says = found > 0
         return Result(
             self.gen_weight * mlm_loss + self.disc_weight * disc_loss,
@@ -95,7 +126,12 @@ class Electra(nn.Module):
     def _choose(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Distinct places [B, K] of each row, and 1 for those that count, 0 for the row's surplus."""
         candidates = ~torch.isin(ids, torch.tensor(self.never_chosen, device=ids.device))
-        count = ((ids != self.pad_id).sum(1) * self.mask_prob).round().clamp(min=1).minimum(candidates.sum(1))  # [B]
+        count = (
+            ((ids != self.pad_id).sum(1) * self.mask_prob)
+            .round()
+            .clamp(min=1)
+            .minimum(candidates.sum(1))
+        )  # [B]
         slots = max(1, round(ids.shape[1] * self.mask_prob))
         dice = torch.rand(ids.shape, device=ids.device).masked_fill(~candidates, -1.0)
         places = torch.arange(slots, device=ids.device)

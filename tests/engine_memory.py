@@ -30,14 +30,25 @@ def packed_batch(config: RunConfig) -> Batch:
     chosen = torch.rand(rows, length - 2).argsort(1)[:, :k] + 1
     uniforms = torch.rand(rows, k)
     places = torch.arange(length).expand(rows, -1) % (length // 2)
-    return Batch(ids, torch.zeros_like(ids), pieces, places, chosen, torch.ones(rows, k), uniforms > 0.85, uniforms)
+    return Batch(
+        ids,
+        torch.zeros_like(ids),
+        pieces,
+        places,
+        chosen,
+        torch.ones(rows, k),
+        uniforms > 0.85,
+        uniforms,
+    )
 
 
 def allocated(work: Callable[[], object]) -> tuple[int, int]:
     """Bytes that work() leaves allocated on a CPU, and the most at once, as PyTorch's allocator tells its profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         kept = work()
-    events = (event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
+    events = (
+        event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -49,7 +60,9 @@ def allocated(work: Callable[[], object]) -> tuple[int, int]:
 def held() -> dict[int, int]:
     """Address -> bytes of every storage of a tensor of this process (profilers miss what gloo's threads free)."""
     gc.collect()  # engines are made of cycles
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [
+        thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
+    ]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
@@ -78,8 +91,12 @@ def engine_memory(config: RunConfig, ranks: Ranks, device: torch.device) -> dict
     gradients, during = allocated(forward_backward)
     measured = sum(size for address, size in held().items() if address not in before)
     _, update = allocated(lambda: engine.step(1e-4))
-    precision = PRECISIONS[("torch_autocast" in engine.deepspeed_config) + 2 * ("bf16" in engine.deepspeed_config)]
-    predicted = memory(config, ranks.world_size, [engine.stage], [precision])[engine.stage, precision]
+    precision = PRECISIONS[
+        ("torch_autocast" in engine.deepspeed_config) + 2 * ("bf16" in engine.deepspeed_config)
+    ]
+    predicted = memory(config, ranks.world_size, [engine.stage], [precision])[
+        engine.stage, precision
+    ]
     zero = engine.deepspeed_config["zero_optimization"]
     engine.close()
     peak, states = resting + max(during, gradients + update), predicted.states
@@ -90,7 +107,11 @@ def engine_memory(config: RunConfig, ranks: Ranks, device: torch.device) -> dict
 
 def run(size: str, engine: str | dict, length: int, rows: int, *sets: str) -> RunConfig:
     """A run of one micro-batch a step and rank, the vocabulary's size known."""
-    shape = [f"data.sequence_length={length}", f"train.micro_batch_size={rows}", f"train.global_batch_size={rows}"]
+    shape = [
+        f"data.sequence_length={length}",
+        f"train.micro_batch_size={rows}",
+        f"train.global_batch_size={rows}",
+    ]
     config = load_run(size, [*shape, *sets], engine)
     return config.with_data(config.model.vocab_size or 30522, IDS, length)
 

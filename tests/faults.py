@@ -88,7 +88,10 @@ def refuse() -> None:
 
     ranks = find_ranks()
     dist.init_process_group("gloo")
-    with contextlib.suppress(UserError), Watchdog(ranks, 1.0, 10.0, from_first, lambda *_: time.sleep(1)):
+    with (
+        contextlib.suppress(UserError),
+        Watchdog(ranks, 1.0, 10.0, from_first, lambda *_: time.sleep(1)),
+    ):
         raise UserError("why")
 
 
@@ -105,7 +108,9 @@ def groups(note: str) -> None:
 
     ranks, made_of = find_ranks(), config()
     device = start(ranks, timeout_minutes=2)
-    made_of = made_of.model_copy(update={"train": made_of.train.model_copy(update={"timeout_minutes": 0.05})})
+    made_of = made_of.model_copy(
+        update={"train": made_of.train.model_copy(update={"timeout_minutes": 0.05})}
+    )
     Engine(build_objective(made_of, 0), made_of, load_engine("zero1-fp32"), ranks, device)
     deadline, waited = time.monotonic() + 60, []
     for group in list(dist.distributed_c10d._world.pg_map) if ranks.rank == 0 else ():

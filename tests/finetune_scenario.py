@@ -19,16 +19,27 @@ RANKS = find_ranks()
 DEVICE = start(RANKS, 2)
 
 
-def run(name: str, task: str, engine: str = "zero0-fp32", seeds: int = 1, random_init: bool = False,
-        peak_lr: float = 3e-3, **train) -> None:  # fmt: skip
+def run(
+    name: str,
+    task: str,
+    engine: str = "zero0-fp32",
+    seeds: int = 1,
+    random_init: bool = False,
+    peak_lr: float = 3e-3,
+    **train,
+) -> None:
     """One suite in OUT/NAME."""
     values = {
-        "train": {"epochs": 3.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16} | train,
-        "optimizer": {"peak_lr": peak_lr, "layerwise_lr_decay": 0.9}, "engine": engine,
-    }  # fmt: skip
+        "train": {"epochs": 3.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
+        | train,
+        "optimizer": {"peak_lr": peak_lr, "layerwise_lr_decay": 0.9},
+        "engine": engine,
+    }
     config = parse_config(values, name, FinetuneConfig)
     names = [str(TASKS / f"{task}.json")]
-    finetune.finetune_among(config, MODEL, names, seeds, None, OUT / name, RANKS, DEVICE, random_init=random_init)
+    finetune.finetune_among(
+        config, MODEL, names, seeds, None, OUT / name, RANKS, DEVICE, random_init=random_init
+    )
 
 
 def interrupted(name: str, task: str, **train) -> None:
@@ -74,19 +85,30 @@ def check_schedule() -> None:
 
     def look(self, lr):
         found = untouched(self, lr)
-        groups.append({round(group["lr"] / lr, 6) for group in self.optimizer.param_groups} if lr else {0})
+        groups.append(
+            {round(group["lr"] / lr, 6) for group in self.optimizer.param_groups} if lr else {0}
+        )
         return found
 
     Engine.step = look
     run("schedule", "words", epochs=2.0, peak_lr=1e-3)
     Engine.step, finetune.Seed._micros, finetune.Seed._after_epoch = steps[0], micros[0], after[0]
     rates = [arguments[0] for arguments, _ in steps[1:]]
-    assert rates[0] == 0 and rates.index(max(rates)) == round(0.1 * 26) and rates[-1] < 0.05 * max(rates), rates
+    assert (
+        rates[0] == 0
+        and rates.index(max(rates)) == round(0.1 * 26)
+        and rates[-1] < 0.05 * max(rates)
+    ), rates
     assert groups[1] == {1.0, 0.9, 0.81, 0.729}, groups[1]
     batches = [arguments[0].tolist() for arguments, _ in micros[1:]]
-    orders = [[i for batch in batches[part] for i in batch] for part in (slice(13), slice(13, None))]
+    orders = [
+        [i for batch in batches[part] for i in batch] for part in (slice(13), slice(13, None))
+    ]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(200))
-    assert all(count == sum(int(micro.weights.sum()) for micro in found) for _, (found, _, count) in micros[1:])
+    assert all(
+        count == sum(int(micro.weights.sum()) for micro in found)
+        for _, (found, _, count) in micros[1:]
+    )
 
 
 def check_best() -> None:
@@ -99,8 +121,20 @@ def check_best() -> None:
 
 
 run("classes", "classes", seeds=2)
-run("pairs", "pairs", "zero2-fp32" if RANKS.world_size > 1 else "zero0-fp32", epochs=2.0, dropout=0.0)
-run("words", "words", "zero3-fp32" if RANKS.world_size > 1 else "zero1-fp32", epochs=3.5, peak_lr=1e-3)
+run(
+    "pairs",
+    "pairs",
+    "zero2-fp32" if RANKS.world_size > 1 else "zero0-fp32",
+    epochs=2.0,
+    dropout=0.0,
+)
+run(
+    "words",
+    "words",
+    "zero3-fp32" if RANKS.world_size > 1 else "zero1-fp32",
+    epochs=3.5,
+    peak_lr=1e-3,
+)
 if RANKS.world_size == 1:
     interrupted("cut", "classes")
     check_best()

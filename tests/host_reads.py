@@ -16,10 +16,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import electra_ds
 from electra_ds.engine import Engine
 
-CALLS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "equal"}
-OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
-BY_MASK = {"index", "index_put", "index_put_", "_index_put_impl_"}  # with a mask of bool: nonzero inside
-PACKAGES = {str(Path(package.__file__).parent): package.__name__ for package in (electra_ds, deepspeed)}
+CALLS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__array__",
+    "equal",
+}
+OPERATORS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "_unique2",
+    "bincount",
+}
+BY_MASK = {
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+}  # with a mask of bool: nonzero inside
+PACKAGES = {
+    str(Path(package.__file__).parent): package.__name__ for package in (electra_ds, deepspeed)
+}
 
 
 def reader() -> str:
@@ -28,7 +54,9 @@ def reader() -> str:
     while frame is not None:
         for folder, name in PACKAGES.items():
             if frame.f_code.co_filename.startswith(folder + "/"):
-                return f"{name}{frame.f_code.co_filename.removeprefix(folder)}:{frame.f_code.co_name}"
+                return (
+                    f"{name}{frame.f_code.co_filename.removeprefix(folder)}:{frame.f_code.co_name}"
+                )
         frame = frame.f_back
     return ""
 
@@ -52,7 +80,9 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masks = args[1] if name in BY_MASK else ()
-        if name in OPERATORS or any(mask is not None and mask.dtype == torch.bool for mask in masks):
+        if name in OPERATORS or any(
+            mask is not None and mask.dtype == torch.bool for mask in masks
+        ):
             self.found.add(reader())
         return func(*args, **(kwargs or {}))
 

@@ -9,7 +9,10 @@ class Generator(nn.Module):
 
     def __init__(self, words, width):
         super().__init__()
-        self.words, self.gru = words, nn.GRU(words.embedding_dim, width, batch_first=True, bidirectional=True)
+        self.words, self.gru = (
+            words,
+            nn.GRU(words.embedding_dim, width, batch_first=True, bidirectional=True),
+        )
         self.predict = nn.Linear(2 * width, words.num_embeddings)
 
     def forward(self, ids, attention_mask):

@@ -11,10 +11,16 @@ from electra_ds.model import true_state
 from electra_ds.objective import ElectraObjective
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-VOCABULARY += [f"{mark}{chr(97 + i // 26)}{chr(97 + i % 26)}" for mark in ("", "##") for i in range(300)]
+VOCABULARY += [
+    f"{mark}{chr(97 + i // 26)}{chr(97 + i % 26)}" for mark in ("", "##") for i in range(300)
+]
 VOCABULARY = VOCABULARY[:600]
-SIZES = {"model": dict(hidden_size=48, num_layers=2, num_heads=2, ffn_size=80, embedding_size=32, max_positions=40),
-         "generator": dict(hidden_size=32, num_layers=2, num_heads=1, ffn_size=64)}  # fmt: skip
+SIZES = {
+    "model": dict(
+        hidden_size=48, num_layers=2, num_heads=2, ffn_size=80, embedding_size=32, max_positions=40
+    ),
+    "generator": dict(hidden_size=32, num_layers=2, num_heads=1, ffn_size=64),
+}
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
@@ -53,7 +59,9 @@ def vocabulary(folder: Path) -> Path:
 def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) -> Path:
     """Write a checkpoint of plain weights as folder/name with the given config."""
     progress = checkpoint.Progress(step=7)
-    return checkpoint.save(WholeWeights(state), folder, name, progress, values, {}, weights_only=True)
+    return checkpoint.save(
+        WholeWeights(state), folder, name, progress, values, {}, weights_only=True
+    )
 
 
 def pretrained(out: Path, sharing: str = "shared", kind: str = "electra") -> ElectraObjective:

@@ -41,14 +41,27 @@ GUARDED_ENGINES = {f"z{stage}": f"zero{stage}-fp32" for stage in STAGES} | {
     "bf16-z0": "zero0-bf16",
     "bf16-z2": "zero2-bf16",
 }
-MOVES = [(old, new) for old in STAGES for new in STAGES if old != new]  # written at one stage, read at another
+MOVES = [
+    (old, new) for old in STAGES for new in STAGES if old != new
+]  # written at one stage, read at another
 SMALL = [
-    "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
-    "generator.hidden_size=16", "generator.ffn_size=32", "generator.num_layers=1",
-    "train.global_batch_size=16", "train.micro_batch_size=4", f"train.total_steps={STEPS}", "train.eval_every=1000",
-    "optimizer.warmup_steps=4", "optimizer.peak_lr=0.003", "checkpoint.every=5", "logging.every=1",
+    "model.hidden_size=32",
+    "model.ffn_size=64",
+    "model.embedding_size=24",
+    "model.num_layers=1",
+    "generator.hidden_size=16",
+    "generator.ffn_size=32",
+    "generator.num_layers=1",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=4",
+    f"train.total_steps={STEPS}",
+    "train.eval_every=1000",
+    "optimizer.warmup_steps=4",
+    "optimizer.peak_lr=0.003",
+    "checkpoint.every=5",
+    "logging.every=1",
     "logging.tensorboard=false",
-]  # fmt: skip
+]
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 MEMORY_CASES = {  # sequence length, rows a micro-batch, settings
     "long": (128, 8),
@@ -89,7 +102,15 @@ def uninterrupted() -> None:
     for stage in STAGES:
         assert train(f"full-z{stage}", f"zero{stage}-fp32") == 0
     assert train("full-whole-micro", "zero1-fp32", "train.micro_batch_size=8") == 0
-    assert train("full-dropout", "zero1-fp32", "model.hidden_dropout=0.1", "generator.attention_dropout=0.1") == 0
+    assert (
+        train(
+            "full-dropout",
+            "zero1-fp32",
+            "model.hidden_dropout=0.1",
+            "generator.attention_dropout=0.1",
+        )
+        == 0
+    )
     for stage in STAGES:
         assert train(f"full-bf16-z{stage}", f"zero{stage}-bf16", "train.total_steps=60") == 0
     for stage in (1, 2, 3):
@@ -108,8 +129,17 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            largest = max((t for t in tree_leaves(args) if isinstance(t, torch.Tensor)), key=torch.Tensor.numel)
-            self.seen.append([func._opname.strip("_"), str(largest.dtype).removeprefix("torch."), largest.numel()])
+            largest = max(
+                (t for t in tree_leaves(args) if isinstance(t, torch.Tensor)),
+                key=torch.Tensor.numel,
+            )
+            self.seen.append(
+                [
+                    func._opname.strip("_"),
+                    str(largest.dtype).removeprefix("torch."),
+                    largest.numel(),
+                ]
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -117,7 +147,11 @@ def traffic() -> None:
     """What the whole loop sends between the ends of its fourth and its fifth step, and the parameters' sizes."""
     owners = {"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": False}}
     (OUTS / "zero1-owners.json").write_text(json.dumps(owners))
-    runs = [(f"zero{stage}-{kind}", a) for stage in STAGES for kind, a in (("fp32", 1), ("fp32", 2), ("bf16", 2))]
+    runs = [
+        (f"zero{stage}-{kind}", a)
+        for stage in STAGES
+        for kind, a in (("fp32", 1), ("fp32", 2), ("bf16", 2))
+    ]
     runs += [("zero1-autocast", 1), (str(OUTS / "zero1-owners.json"), 1)]
     original = Engine.step
     for engine, accumulation in runs:
@@ -130,7 +164,11 @@ def traffic() -> None:
             return result
 
         Engine.step, name = step, f"traffic-{Path(engine).stem}-{accumulation}"
-        limits = ["train.total_steps=6", "logging.every=1000", f"train.micro_batch_size={8 // accumulation}"]
+        limits = [
+            "train.total_steps=6",
+            "logging.every=1000",
+            f"train.micro_batch_size={8 // accumulation}",
+        ]
         with Collectives() as sent:
             assert train(name, engine, *limits) == 0
         note(name, {"sent": sent.seen[ends[3] : ends[4]], "shapes": shapes})
@@ -159,7 +197,10 @@ def slow_reader() -> None:
         return original(self, rows)
 
     ShardReader.read, batches.READ_TOKENS = read, 1  # one step at a time
-    with open(OUTS / f"slow-console-{RANKS.rank}", "w") as console, contextlib.redirect_stdout(console):
+    with (
+        open(OUTS / f"slow-console-{RANKS.rank}", "w") as console,
+        contextlib.redirect_stdout(console),
+    ):
         assert train("slow", "zero1-fp32", "train.total_steps=6", "logging.every=2") == 0
     ShardReader.read, batches.READ_TOKENS = original, READ_TOKENS
 
@@ -194,15 +235,31 @@ def streamed() -> None:
 
 
 def streamed_for_one() -> None:
-    assert train("streamed-for-one", "zero1-fp32", "train.eval_every=10", data=f"file://{OUTS}/served-0-of-2") == 0
+    assert (
+        train(
+            "streamed-for-one",
+            "zero1-fp32",
+            "train.eval_every=10",
+            data=f"file://{OUTS}/served-0-of-2",
+        )
+        == 0
+    )
 
 
 def evaluated() -> None:
     """Held-out figures on the way, on both ranks, whole and resumed, with TensorBoard."""
-    sets = ["train.eval_every=4", "train.eval_rows=30", "logging.tensorboard=true", "logging.every=3"]
+    sets = [
+        "train.eval_every=4",
+        "train.eval_rows=30",
+        "logging.tensorboard=true",
+        "logging.every=3",
+    ]
     for stage in (0, 1, 3):
         assert train(f"evaluated-z{stage}", f"zero{stage}-fp32", *sets) == 0
-        assert train(f"evaluated-cut-z{stage}", f"zero{stage}-fp32", *sets, stop_at_step=CUT) in (0, 85)
+        assert train(f"evaluated-cut-z{stage}", f"zero{stage}-fp32", *sets, stop_at_step=CUT) in (
+            0,
+            85,
+        )
         assert train(f"evaluated-cut-z{stage}", f"zero{stage}-fp32", *sets) == 0
 
 
@@ -210,8 +267,10 @@ def mixed() -> None:
     """Two folders in shares: whole and resumed, with TensorBoard; the first alone; and a resume with other shares."""
 
     def mixture(name: str, *weights: int) -> Path:
-        sources = [{"data": f"{DATA.with_name(DATA.name + end)}", "name": source, "weight": weight}
-                   for end, source, weight in zip(("", "-other"), ("de", "ja"), weights, strict=False)]  # fmt: skip
+        sources = [
+            {"data": f"{DATA.with_name(DATA.name + end)}", "name": source, "weight": weight}
+            for end, source, weight in zip(("", "-other"), ("de", "ja"), weights, strict=False)
+        ]
         (OUTS / name).write_text(json.dumps(sources))
         return OUTS / name
 
@@ -219,7 +278,10 @@ def mixed() -> None:
     both = mixture(f"mixture-{RANKS.rank}.json", 7, 3)
     assert train("mixed", "zero2-fp32", *sets, data=both) == 0
     assert train("mixed-cut", "zero2-fp32", *sets, data=both, stop_at_step=CUT) in (0, 85)
-    note("mixed", train("mixed-cut", "zero2-fp32", *sets, data=mixture(f"other-{RANKS.rank}.json", 6, 4)))
+    note(
+        "mixed",
+        train("mixed-cut", "zero2-fp32", *sets, data=mixture(f"other-{RANKS.rank}.json", 6, 4)),
+    )
     assert train("mixed-cut", "zero2-fp32", *sets, data=both) == 0
     assert train("mixed-one", "zero1-fp32", data=mixture(f"one-{RANKS.rank}.json", 1)) == 0
 
@@ -236,11 +298,18 @@ def refused_resumes() -> None:
     found["data"] = train("refused", "zero1-fp32", data=OTHER)
     found["copies"] = train("refused-copies", "zero0-fp32", data=(DATA, OTHER)[RANKS.rank])
     if RANKS.rank == 0:
-        failures = {"failures": 5, "in_a_row": 3, "step": CUT, "errors": [{"rank": 1, "host": "node7", "error": "why"}]}
+        failures = {
+            "failures": 5,
+            "in_a_row": 3,
+            "step": CUT,
+            "errors": [{"rank": 1, "host": "node7", "error": "why"}],
+        }
         (OUTS / "refused" / "restarts.json").write_text(json.dumps(failures))
     found["restarts"] = train("refused", "zero1-fp32", "train.max_restarts=2")
     found["machine"] = train("refused", "zero1-fp32", "logging.every=2")
-    found["init_from"] = train("init-from", "zero2-fp32", "optimizer.peak_lr=0.001", init_from=OUTS / "full-z0")
+    found["init_from"] = train(
+        "init-from", "zero2-fp32", "optimizer.peak_lr=0.001", init_from=OUTS / "full-z0"
+    )
     note("refused", found)
 
 
@@ -253,7 +322,9 @@ def poison(step: int, rank: int, factor: float = float("nan")):
         if self.training and RANKS.rank == rank:
             seen.append(1)
             if len(seen) == micros * step:
-                return losses._replace(total=losses.total * factor, mlm_loss=losses.mlm_loss * factor)
+                return losses._replace(
+                    total=losses.total * factor, mlm_loss=losses.mlm_loss * factor
+                )
         return losses
 
     ElectraObjective.forward = forward
@@ -272,7 +343,13 @@ GUARDED = ("train.spike_factor=2", "train.on_bad_loss=skip")
 
 
 def spoiled(
-    name: str, engine: str, *sets: str, attempt: int = CUT + 1, rank: int = 1, factor: float = 1000.0, **limits
+    name: str,
+    engine: str,
+    *sets: str,
+    attempt: int = CUT + 1,
+    rank: int = 1,
+    factor: float = 1000.0,
+    **limits,
 ):
     """A run to step 12 that meets a bad loss on one rank."""
     restore = poison(attempt, rank, factor)
@@ -298,7 +375,9 @@ def bad_losses() -> None:
     for name, engine in GUARDED_ENGINES.items():
         passed_over(f"passed-{name}", engine)
         assert spoiled(f"spiked-{name}", engine, *GUARDED) in (0, 85)
-    assert spoiled("nan-passed-z2", "zero2-fp32", "train.on_bad_loss=skip", factor=float("nan")) in (0, 85)
+    assert spoiled(
+        "nan-passed-z2", "zero2-fp32", "train.on_bad_loss=skip", factor=float("nan")
+    ) in (0, 85)
     assert train("spiked-cut", "zero1-fp32", *GUARDED, stop_at_step=CUT) in (0, 85)
     copy("spiked-cut", "spiked-for-one")
     assert spoiled("spiked-cut", "zero1-fp32", *GUARDED, attempt=1) in (0, 85)
@@ -331,7 +410,10 @@ def signals_and_files() -> None:
     def touch(name: str, run: str):
         return lambda: (OUTS / run / name).touch() if RANKS.rank == 0 else None
 
-    found = {"signal": act("signal", signal_self(signal.SIGUSR1)), "term": act("term", signal_self(signal.SIGTERM))}
+    found = {
+        "signal": act("signal", signal_self(signal.SIGUSR1)),
+        "term": act("term", signal_self(signal.SIGTERM)),
+    }
     pretrain.LOOK_SECONDS = 0.0
     found["stop-file"] = act("stop-file", touch("STOP", "stop-file"))
     found["save-file"] = act("save-file", touch("SAVE", "save-file"))
@@ -344,8 +426,17 @@ def sharing() -> None:
     for kind, sets in (("untied", []), ("all", same)):
         sets = [f"model.sharing={kind}", *sets]
         for stage in STAGES:
-            assert train(f"{kind}-full-z{stage}", f"zero{stage}-fp32", "train.total_steps=6", *sets) == 0
-            assert train(f"{kind}-z{stage}", f"zero{stage}-fp32", "train.total_steps=6", *sets, stop_at_step=3) in (
+            assert (
+                train(f"{kind}-full-z{stage}", f"zero{stage}-fp32", "train.total_steps=6", *sets)
+                == 0
+            )
+            assert train(
+                f"{kind}-z{stage}",
+                f"zero{stage}-fp32",
+                "train.total_steps=6",
+                *sets,
+                stop_at_step=3,
+            ) in (
                 0,
                 85,
             )
@@ -358,14 +449,22 @@ def half_precision_overflow() -> None:
 
     get_accelerator().is_fp16_supported = lambda: True
     original, engine_module.precision = engine_module.precision, lambda config, device: config
-    scaler = {"enabled": True, "loss_scale": 0, "initial_scale_power": 18, "loss_scale_window": 5, "hysteresis": 1}
+    scaler = {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 18,
+        "loss_scale_window": 5,
+        "hysteresis": 1,
+    }
     for stage in (0, 1):
         engine = OUTS / f"fp16-z{stage}.json"
         engine.write_text(json.dumps({"zero_optimization": {"stage": stage}, "fp16": scaler}))
         assert train(f"overflow-z{stage}", str(engine)) == 0
         assert train(f"overflow-cut-z{stage}", str(engine), stop_at_step=CUT) in (0, 85)
         assert train(f"overflow-cut-z{stage}", str(engine)) == 0
-        note(f"overflow-z{stage}", train(f"limit-z{stage}", str(engine), "train.max_skipped_steps=2"))
+        note(
+            f"overflow-z{stage}", train(f"limit-z{stage}", str(engine), "train.max_skipped_steps=2")
+        )
         passed_over(f"passed-fp16-z{stage}", str(engine))
         assert train(f"spiked-fp16-z{stage}", str(engine), *GUARDED, stop_at_step=CUT) in (0, 85)
         assert spoiled(f"spiked-fp16-z{stage}", str(engine), *GUARDED, attempt=1, rank=0) in (0, 85)
@@ -377,7 +476,11 @@ def needed_memory() -> None:
     found, cases = {}, itertools.cycle(MEMORY_CASES)
     micros = ["model.vocab_size=3000", f"train.global_batch_size={16 * RANKS.world_size}"]
     buckets = {"reduce_bucket_size": 3_000_000, "stage3_prefetch_bucket_size": 3_000_000}
-    for kind, switch in (("fp32", {}), ("bf16", {"bf16": {"enabled": True}}), ("autocast", AUTOCAST)):
+    for kind, switch in (
+        ("fp32", {}),
+        ("bf16", {"bf16": {"enabled": True}}),
+        ("autocast", AUTOCAST),
+    ):
         for stage in STAGES:
             zero = load_engine(f"zero{stage}-fp32")["zero_optimization"] | buckets
             engine, case = {"zero_optimization": zero} | switch, next(cases)
@@ -394,7 +497,10 @@ def on_one_rank() -> None:
         assert train(f"for-one-z{stage}", "zero0-fp32") == 0
     assert spoiled("spiked-for-one", "zero0-fp32", *GUARDED, attempt=1, rank=0) in (0, 85)
     note("fp16", train("fp16", "zero1-fp16"))
-    note("lost", [lose_the_lock("lost-voting", 1000, beat=0.01), lose_the_lock("lost-saving", 5, beat=60.0)])
+    note(
+        "lost",
+        [lose_the_lock("lost-voting", 1000, beat=0.01), lose_the_lock("lost-saving", 5, beat=60.0)],
+    )
 
 
 def lose_the_lock(name: str, every: int, beat: float) -> str:
@@ -418,7 +524,11 @@ def lose_the_lock(name: str, every: int, beat: float) -> str:
 def alone() -> None:
     """Who reads tensors between two log lines, without a save; whether gradients are reduced; and one rank with the
     switches that several need."""
-    sets, reduce, reduced = ("logging.every=100", "train.total_steps=10"), DeepSpeedEngine.allreduce_gradients, []
+    sets, reduce, reduced = (
+        ("logging.every=100", "train.total_steps=10"),
+        DeepSpeedEngine.allreduce_gradients,
+        [],
+    )
 
     def counted(self, *arguments, **options):
         reduced.append(self.zero_optimization_stage())
@@ -428,7 +538,11 @@ def alone() -> None:
     for stage in STAGES:
         found = set()
         probe = host_reads.during(7, 9, host_reads.Operators(found), host_reads.Calls(found))
-        with open(OUTS / f"alone-console-z{stage}", "w") as console, contextlib.redirect_stdout(console), probe:
+        with (
+            open(OUTS / f"alone-console-z{stage}", "w") as console,
+            contextlib.redirect_stdout(console),
+            probe,
+        ):
             assert train(f"alone-z{stage}", f"zero{stage}-fp32", *sets) == 0
         note(f"reads-z{stage}", sorted(found))
     DeepSpeedEngine.allreduce_gradients = reduce
@@ -442,7 +556,9 @@ def alone() -> None:
 def never_waits() -> None:
     """On CUDA: torch raises where our part of a step waits for the device; DeepSpeed's step and reductions may."""
     for name in ("step", "_backward_epilogue"):
-        setattr(DeepSpeedEngine, name, host_reads.waiting("default")(getattr(DeepSpeedEngine, name)))
+        setattr(
+            DeepSpeedEngine, name, host_reads.waiting("default")(getattr(DeepSpeedEngine, name))
+        )
     for precision in ("bf16", "fp16"):
         with host_reads.during(7, 9, host_reads.waiting("error")):
             sets = ("logging.every=100", "train.total_steps=10")
@@ -501,7 +617,12 @@ def kinds() -> None:
 def own_encoders() -> None:
     """model.factory at ZeRO 2, with a hidden layer of the discriminator."""
     run = json.loads(find_config("tiny", "pretrain").read_text())
-    factory = {"factory": "own_pair:build", "options": {"width": 16}, "discr_dim": 16, "discr_layer": "conv"}
+    factory = {
+        "factory": "own_pair:build",
+        "options": {"width": 16},
+        "discr_dim": 16,
+        "discr_layer": "conv",
+    }
     run |= {"model": factory, "engine": "zero2-fp32"}
     del run["generator"]
     (OUTS / "own.json").write_text(json.dumps(run))

@@ -40,7 +40,9 @@ def pieces_of(rows: np.ndarray) -> np.ndarray:
     row, start = np.nonzero(rows == SPECIAL.cls)
     end = np.nonzero(rows == SPECIAL.sep)[1]
     zero = np.zeros_like(row)
-    return np.stack([row, start + 1, end - start - 1, zero, np.arange(len(row)), zero], axis=1).astype(np.int32)
+    return np.stack(
+        [row, start + 1, end - start - 1, zero, np.arange(len(row)), zero], axis=1
+    ).astype(np.int32)
 
 
 def write_data(
@@ -56,7 +58,9 @@ def write_data(
     splits = {"train": shards} if valid is None else {"train": shards, "valid": [valid]}
     rows = np.concatenate(shards)
     np.save(data_dir / "unigrams.npy", token_counts(rows, vocab_size))
-    tokenizer = TokenizerInfo(kind="wordpiece", sha256=fingerprint, vocab_size=vocab_size, special_ids=SPECIAL)
+    tokenizer = TokenizerInfo(
+        kind="wordpiece", sha256=fingerprint, vocab_size=vocab_size, special_ids=SPECIAL
+    )
     source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=(((0, 0, 1000),),))
     write_manifest(
         data_dir,
@@ -68,7 +72,10 @@ def write_data(
             seed=0,
             tokenizer=tokenizer,
             source=source,
-            splits={name: write_split(data_dir, name, parts, block_rows) for name, parts in splits.items()},
+            splits={
+                name: write_split(data_dir, name, parts, block_rows)
+                for name, parts in splits.items()
+            },
         ),
     )
     return data_dir
@@ -78,7 +85,9 @@ def write_tokenizer(folder: Path) -> str:
     """A tokenizer of 600 words for the rows; returns its fingerprint."""
     vocab = folder.with_name("vocab.txt")
     folder.mkdir(parents=True)
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 600))]))
+    vocab.write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 600))])
+    )
     tokenizer = load_tokenizer(vocab)
     tokenizer.save(folder)
     vocab.unlink()
@@ -95,7 +104,9 @@ def token_counts(rows: np.ndarray, vocab_size: int) -> np.ndarray:
 def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows: int) -> SplitInfo:
     """Write the shards and the index of one split; its entry in the manifest."""
     written = [
-        write_shard(data_dir / shard_file(split, shard), split, shard, rows, pieces_of(rows), block_rows)
+        write_shard(
+            data_dir / shard_file(split, shard), split, shard, rows, pieces_of(rows), block_rows
+        )
         for shard, rows in enumerate(shards)
     ]
     rows = np.concatenate(shards)
@@ -105,6 +116,8 @@ def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows
         tokens=int((rows > SPECIAL.mask).sum()),
         pad=int((rows == SPECIAL.pad).sum()),
         rows=len(rows),
-        index_sha256=write_index(data_dir / index_file(split), np.concatenate([blocks for _, blocks in written])),
+        index_sha256=write_index(
+            data_dir / index_file(split), np.concatenate([blocks for _, blocks in written])
+        ),
         shards=tuple(info for info, _ in written),
     )

@@ -35,7 +35,10 @@ RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 2}
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     return ShardReader(
-        write_data(tmp_path_factory.mktemp("data"), [best_fit_rows(90, 32), best_fit_rows(41, 32, 1)]), "train"
+        write_data(
+            tmp_path_factory.mktemp("data"), [best_fit_rows(90, 32), best_fit_rows(41, 32, 1)]
+        ),
+        "train",
     )
 
 
@@ -96,10 +99,14 @@ def test_exactly_k_distinct_candidates_are_chosen(mask_prob):
     words = np.random.default_rng(0).integers(0, 2**32, ids.shape, np.uint32)
     chosen, used = choose(ids, RECIPE._replace(mask_prob=mask_prob), words)
     for row, places, weights in zip(ids, chosen, used, strict=True):
-        candidates = np.flatnonzero(~np.isin(row, [SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask]))
+        candidates = np.flatnonzero(
+            ~np.isin(row, [SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask])
+        )
         real = (row != SPECIAL.pad).sum()
         k = min(len(candidates), max(1, min(max_chosen(mask_prob, 64), round(mask_prob * real))))
-        assert weights.sum() == k == len(set(places[weights])) and set(places[weights]) <= set(candidates)
+        assert weights.sum() == k == len(set(places[weights])) and set(places[weights]) <= set(
+            candidates
+        )
         assert weights[:k].all() and (places[k:] == 0).all() and (np.diff(places[:k]) > 0).all()
 
 
@@ -118,8 +125,15 @@ def test_keep_and_uniforms_have_their_shares():
     assert abs(batch.keep.float().mean() - 0.15) < 0.01
     assert abs(batch.uniforms.mean() - 0.5) < 0.01 and batch.uniforms.dtype == torch.float32
     assert batch.uniforms.min() >= 0 and batch.uniforms.max() < 1
-    assert abs(batch.uniforms[batch.keep].mean() - 0.5) < 0.02  # the draw does not depend on the coin
-    assert make_batch(ids[:50], np.arange(50), 0, RECIPE._replace(mask_token_prob=1.0)).keep.any().item() is False
+    assert (
+        abs(batch.uniforms[batch.keep].mean() - 0.5) < 0.02
+    )  # the draw does not depend on the coin
+    assert (
+        make_batch(ids[:50], np.arange(50), 0, RECIPE._replace(mask_token_prob=1.0))
+        .keep.any()
+        .item()
+        is False
+    )
 
 
 def test_a_row_is_masked_the_same_in_any_company():
@@ -129,7 +143,9 @@ def test_a_row_is_masked_the_same_in_any_company():
     for of_whole, of_part in zip(whole[:8], part[:8], strict=True):
         assert torch.equal(of_whole[7:9], of_part)
     other = make_batch(ids, np.arange(20), 4, RECIPE)
-    assert not torch.equal(whole.chosen, other.chosen) and not torch.equal(whole.uniforms, other.uniforms)
+    assert not torch.equal(whole.chosen, other.chosen) and not torch.equal(
+        whole.uniforms, other.uniforms
+    )
 
 
 def divisors(n):
@@ -151,27 +167,49 @@ def runs(draw):
 
 
 @given(run=runs(), read_tokens=st.sampled_from([1, 500, 1 << 18]))
-@example(run=([20], 16, 2, 12, [(4, 1, 2), (12, 1, 3)]), read_tokens=1 << 18)  # fewer shards than ranks
+@example(
+    run=([20], 16, 2, 12, [(4, 1, 2), (12, 1, 3)]), read_tokens=1 << 18
+)  # fewer shards than ranks
 @example(run=([13], 4, 2, 12, [(2, 3, 1), (3, 2, 3)]), read_tokens=1)  # one row more than a batch
 @example(run=([1], 16, 1, 4, [(2, 2, 1)]), read_tokens=500)  # a single row
 @settings(max_examples=25, deadline=None)
-def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_restarts(run, read_tokens):
+def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_restarts(
+    run, read_tokens
+):
     shards, block_rows, window, batch, starts = run
     total = sum(shards)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(batches, "READ_TOKENS", read_tokens):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(batches, "READ_TOKENS", read_tokens),
+    ):
         rows = [best_fit_rows(n, 32, seed) for seed, n in enumerate(shards)]
         reader = ShardReader(write_data(Path(folder), rows, block_rows), "train")
         order = Order(reader.blocks["rows"], 7, window)
         options = {"recipe": RECIPE, "global_batch_size": batch}
-        whole = take(Batches(reader, order, **options, micro_batch_size=batch), sum(steps for *_, steps in starts))
+        whole = take(
+            Batches(reader, order, **options, micro_batch_size=batch),
+            sum(steps for *_, steps in starts),
+        )
         seen, position = np.concatenate([step.rows for step in whole]), 0
         assert (np.sort(seen[: 3 * total].reshape(3, total)) == np.arange(total)).all()
         assert np.array_equal(np.concatenate(rows)[seen], joined(whole, "input_ids").numpy())
         for world, micro, steps in starts:
             ranks = []
             for rank in range(world):
-                place = {"rank": rank, "world_size": world, "micro_batch_size": micro, "position": position * batch}
-                ranks.append(take(Batches(reader, Order(reader.blocks["rows"], 7, window), **options, **place), steps))
+                place = {
+                    "rank": rank,
+                    "world_size": world,
+                    "micro_batch_size": micro,
+                    "position": position * batch,
+                }
+                ranks.append(
+                    take(
+                        Batches(
+                            reader, Order(reader.blocks["rows"], 7, window), **options, **place
+                        ),
+                        steps,
+                    )
+                )
             for expected, *found in zip(whole[position : position + steps], *ranks, strict=True):
                 assert {f.position for f in found} == {expected.position} == {position * batch}
                 assert sum(f.chosen_count for f in found) == expected.chosen_count
@@ -225,16 +263,24 @@ def test_state_is_small_plain_and_refused_for_other_data(reader):
 @pytest.mark.parametrize("max_rows", [None, 50, 1])
 def test_evaluation_sees_each_row_once_and_alike(reader, world, max_rows):
     total = 131 if max_rows is None else max_rows
-    recipe = RECIPE._replace(seed=8, masking="whole_word")  # a run's own; held-out rows are masked alike for all
+    recipe = RECIPE._replace(
+        seed=8, masking="whole_word"
+    )  # a run's own; held-out rows are masked alike for all
     ranks = [
-        list(evaluation_batches(reader, recipe, batch_rows=8, rank=r, world_size=world, max_rows=max_rows))
+        list(
+            evaluation_batches(
+                reader, recipe, batch_rows=8, rank=r, world_size=world, max_rows=max_rows
+            )
+        )
         for r in range(world)
     ]
     assert len({len(rank) for rank in ranks}) == 1
     pairs = [pair for rank in ranks for pair in rank]
     rows = np.concatenate([rows for _, rows in pairs])
     assert sorted(rows[rows >= 0]) == list(range(total))
-    alone = make_batch(reader.read(np.arange(total)), np.arange(total), 0, RECIPE._replace(seed=0x454C4543545241))
+    alone = make_batch(
+        reader.read(np.arange(total)), np.arange(total), 0, RECIPE._replace(seed=0x454C4543545241)
+    )
     for batch, numbers in pairs:
         real = torch.from_numpy(numbers >= 0)
         assert torch.equal(batch.chosen[real], alone.chosen[numbers[numbers >= 0]])

@@ -16,7 +16,12 @@ from electra_ds.errors import RunFailure, UserError
 
 PADDED = {"word": 10}  # of 16 rows in memory
 PROGRESS = Progress(
-    step=1000, skipped=2, skipped_in_a_row=1, tokens=5, data={"position": 32}, interval=[[1.0, 2.0, 3.0]]
+    step=1000,
+    skipped=2,
+    skipped_in_a_row=1,
+    tokens=5,
+    data={"position": 32},
+    interval=[[1.0, 2.0, 3.0]],
 )
 CONFIG = {"model": {"hidden_size": 4}}
 
@@ -25,7 +30,12 @@ class FakeWeights:
     """Saving's and loading's idea of an engine (checkpoint.Weights) with plain tensors, one rank."""
 
     def __init__(self, seed=0, shapes=None):
-        shapes = shapes or {"word": (16, 4), "layer.weight": (3, 4), "layer.bias": (3,), "scale": ()}
+        shapes = shapes or {
+            "word": (16, 4),
+            "layer.weight": (3, 4),
+            "layer.bias": (3,),
+            "scale": (),
+        }
         random = torch.Generator().manual_seed(seed)
         self.ranks = SimpleNamespace(rank=0, world_size=1)
         self.parameters = dict(shapes)
@@ -67,7 +77,11 @@ class FakeWeights:
         self.scaler = dict(state)
 
     def equals(self, other, kinds=("master", *MOMENTS)):
-        return all(torch.equal(value, other.values[key]) for key, value in self.values.items() if key[1] in kinds)
+        return all(
+            torch.equal(value, other.values[key])
+            for key, value in self.values.items()
+            if key[1] in kinds
+        )
 
 
 def save(folder, name="1000", weights=None, progress=PROGRESS):
@@ -93,7 +107,11 @@ def test_what_was_saved_comes_back(saved):
     other = FakeWeights(seed=1)
     other.scaler = {}
     meta = checkpoint.load(other, path, PADDED)
-    assert other.equals(FakeWeights()) and other.applied_steps == 1000 and other.scaler == {"cur_scale": 8.0}
+    assert (
+        other.equals(FakeWeights())
+        and other.applied_steps == 1000
+        and other.scaler == {"cur_scale": 8.0}
+    )
     assert (meta.progress, meta.config, meta.world_size) == (PROGRESS, CONFIG, 1)
 
 
@@ -110,8 +128,12 @@ def test_padded_rows_are_stored_true_and_padded_back_with_zeros(saved):
     stored = load_file(saved[1] / "model-00001-of-00001.safetensors")
     assert stored["word"].shape == (10, 4) and checkpoint.weights(saved[1])["word"].shape == (10, 4)
     moments = load_file(saved[1] / "optim-00001-of-00001.safetensors")
-    assert moments["exp_avg/word"].shape == (10, 4) and moments["exp_avg_sq/layer.bias"].shape == (3,)
-    wider = FakeWeights(seed=1, shapes=FakeWeights().parameters | {"word": (64, 4)})  # another padding
+    assert moments["exp_avg/word"].shape == (10, 4) and moments["exp_avg_sq/layer.bias"].shape == (
+        3,
+    )
+    wider = FakeWeights(
+        seed=1, shapes=FakeWeights().parameters | {"word": (64, 4)}
+    )  # another padding
     for key in wider.values:
         wider.values[key] += 1.0
     checkpoint.load(wider, saved[1], PADDED)
@@ -123,8 +145,11 @@ def test_padded_rows_are_stored_true_and_padded_back_with_zeros(saved):
 def test_meta_lists_every_file_with_its_size_and_sha256(saved):
     meta = json.loads((saved[1] / "meta.json").read_text())
     assert (meta["format"], meta["version"], meta["step"], meta["data"]) == (
-        "electra_ds checkpoint", 1, 1000, {"position": 32}
-    )  # fmt: skip
+        "electra_ds checkpoint",
+        1,
+        1000,
+        {"position": 32},
+    )
     assert sorted([*meta["files"], "meta.json"]) == names(saved[1])
     for name, facts in meta["files"].items():
         assert facts["bytes"] == (saved[1] / name).stat().st_size
@@ -143,9 +168,13 @@ def test_every_parameter_has_one_owner_and_the_load_is_even():
     for world in (1, 2, 3, 8):
         owners = checkpoint._owners(sizes, world)
         assert set(owners) == set(sizes) and set(owners.values()) == set(range(world))
-        loads = [sum(sizes[name] for name in owners if owners[name] == rank) for rank in range(world)]
+        loads = [
+            sum(sizes[name] for name in owners if owners[name] == rank) for rank in range(world)
+        ]
         assert max(loads) - min(loads) <= (300 if world > 3 else 50)
-        assert owners == checkpoint._owners(dict(reversed(sizes.items())), world)  # the same on every rank
+        assert owners == checkpoint._owners(
+            dict(reversed(sizes.items())), world
+        )  # the same on every rank
 
 
 # ------------------------------------------------------------------------------------------------ whole or not at all
@@ -170,7 +199,10 @@ def test_a_failed_save_leaves_latest_and_the_old_folder(saved, monkeypatch, name
         save(folder, name, other)
     monkeypatch.undo()
     other.fails_at = None
-    assert checkpoint.latest(folder) == path and {file: (path / file).read_bytes() for file in names(path)} == before
+    assert (
+        checkpoint.latest(folder) == path
+        and {file: (path / file).read_bytes() for file in names(path)} == before
+    )
     assert [found for found in names(folder) if not found.startswith(".")] == ["1000", "latest"]
     save(folder, name, other)  # and the next one goes through
     assert names(folder) == sorted({"1000", name, "latest"})
@@ -246,7 +278,10 @@ def test_pruning_goes_on_where_a_crash_stopped_it(tmp_path):
     for name in ("1", ".1.old", "2", "3"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text("{}")
-    assert checkpoint.prune(tmp_path, CheckpointConfig(), 3) == ["1"] and names(tmp_path) == ["2", "3"]
+    assert checkpoint.prune(tmp_path, CheckpointConfig(), 3) == ["1"] and names(tmp_path) == [
+        "2",
+        "3",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusal
@@ -273,7 +308,9 @@ def test_a_changed_byte_is_found_and_its_file_named(saved, name):
     data = bytearray((saved[1] / name).read_bytes())
     data[-1] ^= 1
     (saved[1] / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"{name}: its content is not what was written.*older checkpoint"):
+    with pytest.raises(
+        UserError, match=rf"{name}: its content is not what was written.*older checkpoint"
+    ):
         checkpoint.load(FakeWeights(), saved[1], PADDED)
     with pytest.raises(UserError, match=name):
         checkpoint.weights(saved[1])
@@ -283,7 +320,9 @@ def test_a_changed_byte_is_found_and_its_file_named(saved, name):
 def test_a_missing_or_cut_file_is_named(saved, name):
     data = (saved[1] / name).read_bytes()
     (saved[1] / name).write_bytes(data[:-10])
-    with pytest.raises(UserError, match=f"{name}: expected {len(data)} bytes, found {len(data) - 10}"):
+    with pytest.raises(
+        UserError, match=f"{name}: expected {len(data)} bytes, found {len(data) - 10}"
+    ):
         checkpoint.load(FakeWeights(), saved[1], PADDED)
     (saved[1] / name).unlink()
     with pytest.raises(UserError, match=f"{name}: expected {len(data)} bytes, found no file"):
@@ -296,7 +335,9 @@ def edit_meta(path, change):
     (path / "meta.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other", "version": 1}', '{"step": 1000}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format": "other", "version": 1}', '{"step": 1000}']
+)
 def test_a_meta_that_is_not_ours_is_refused(saved, content):
     (saved[1] / "meta.json").write_text(content)
     wrong = "expected 'electra_ds checkpoint' version 1|not valid JSON|found a JSON list"
@@ -313,7 +354,9 @@ def test_a_later_version_is_refused(saved):
         checkpoint.read_meta(saved[1])
 
 
-@pytest.mark.parametrize("name", ["../model-00001-of-00001.safetensors", "/etc/passwd", "model.pt", "weights.pkl"])
+@pytest.mark.parametrize(
+    "name", ["../model-00001-of-00001.safetensors", "/etc/passwd", "model.pt", "weights.pkl"]
+)
 def test_a_listed_name_that_no_checkpoint_has_is_refused(saved, name):
     edit_meta(saved[1], lambda values: values["files"].update({name: {"bytes": 1, "sha256": ""}}))
     with pytest.raises(UserError, match="which no checkpoint has"):
@@ -349,7 +392,9 @@ def test_reading_executes_nothing(saved, tmp_path, name):
 def test_the_checkpoint_of_another_model_is_refused_with_the_difference(saved):
     shapes = FakeWeights().parameters
     wider = FakeWeights(shapes=shapes | {"layer.weight": (3, 5)})
-    with pytest.raises(UserError, match=r"layer\.weight has shape \(3, 4\), this run's model has \(3, 5\)"):
+    with pytest.raises(
+        UserError, match=r"layer\.weight has shape \(3, 4\), this run's model has \(3, 5\)"
+    ):
         checkpoint.load(wider, saved[1], PADDED)
     more = FakeWeights(shapes=shapes | {"extra": (2,)})
     with pytest.raises(UserError, match="these tensors are missing: extra"):
@@ -357,14 +402,18 @@ def test_the_checkpoint_of_another_model_is_refused_with_the_difference(saved):
     fewer = FakeWeights(shapes={"word": (16, 4)})
     with pytest.raises(UserError, match="no such parameter"):
         checkpoint.load(fewer, saved[1], PADDED)
-    with pytest.raises(UserError, match=r"word has shape \(10, 4\), this run's model has \(12, 4\)"):
+    with pytest.raises(
+        UserError, match=r"word has shape \(10, 4\), this run's model has \(12, 4\)"
+    ):
         checkpoint.load(FakeWeights(), saved[1], {"word": 12})  # another vocabulary
 
 
 def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
     for step in (5, 7, 10, 15):
         (tmp_path / str(step)).mkdir()
-    assert checkpoint.prune(tmp_path, CheckpointConfig(), newest=7) == []  # 10 and 15 are overwritten later
+    assert (
+        checkpoint.prune(tmp_path, CheckpointConfig(), newest=7) == []
+    )  # 10 and 15 are overwritten later
     assert names(tmp_path) == sorted(["5", "7", "10", "15"])
 
 

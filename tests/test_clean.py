@@ -18,7 +18,9 @@ from electra_ds.shards import ShardReader, read_manifest
 pytest.importorskip("rensa", reason="near-duplicates need rensa: pip install 'electra_ds[clean]'")
 WORDS = [f"w{i}" for i in range(1000)]
 RANDOM = np.random.default_rng(0)
-OPTIONS = dict(sequence_length=32, valid_fraction=0.2, unit_bytes=6000, shard_bytes=4000, min_chars=30)
+OPTIONS = dict(
+    sequence_length=32, valid_fraction=0.2, unit_bytes=6000, shard_bytes=4000, min_chars=30
+)
 ALL = dict(drop_repeated_lines=True, keep="own_filter:keep", near_duplicates=0.8)
 
 
@@ -46,17 +48,25 @@ def jaccard(a: list[str], b: list[str]) -> float:
 def corpus(tmp_path_factory):
     """Documents with everything that cleaning takes out, mixed, in two files; own_filter.py; a vocabulary of words."""
     folder = tmp_path_factory.mktemp("clean")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    (folder / "own_filter.py").write_text('def keep(text):\n    assert "bomb" not in text, "no bombs"\n'
-                                          '    return not text.startswith("w7")\n')  # fmt: skip
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n"
+    )
+    (folder / "own_filter.py").write_text(
+        'def keep(text):\n    assert "bomb" not in text, "no bombs"\n'
+        '    return not text.startswith("w7")\n'
+    )
     texts = [lines_of(int(RANDOM.integers(12, 20))) for _ in range(60)]
     texts += [lines_of(int(RANDOM.integers(2, 9))) for _ in range(90)]
     texts += [[line.upper() for line in lines] for lines in texts[:20]]
-    texts += [changed(lines, 1) for lines in texts[10:40] for _ in range(2)]  # two of one are similar to each other
+    texts += [
+        changed(lines, 1) for lines in texts[10:40] for _ in range(2)
+    ]  # two of one are similar to each other
     texts += [changed(lines, len(lines) * 4) for lines in texts[40:60]]  # not similar enough
     texts += [lines[:2] + lines for lines in map(lines_of, [5] * 20)]
     texts += [["w1 w2"]] * 10
-    texts += [[lines[0].replace(" ", " \x07\u200b", 2), *lines[1:]] for lines in map(lines_of, [3] * 10)]
+    texts += [
+        [lines[0].replace(" ", " \x07\u200b", 2), *lines[1:]] for lines in map(lines_of, [3] * 10)
+    ]
     texts = [texts[i] for i in RANDOM.permutation(len(texts))]
     (folder / "in").mkdir()
     (folder / "in" / "a.txt").write_text("\n\n".join("\n".join(lines) for lines in texts[:120]))
@@ -97,8 +107,13 @@ def kept(data) -> dict[str, list[tuple[int, ...]]]:
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
             for row, start, length, unit, document, token in reader.pieces(block).tolist():
-                parts.setdefault((unit, document), {})[token] = rows[row, start : start + length].tolist()
-        found[split] = [tuple(i for _, ids in sorted(own.items()) for i in ids) for _, own in sorted(parts.items())]
+                parts.setdefault((unit, document), {})[token] = rows[
+                    row, start : start + length
+                ].tolist()
+        found[split] = [
+            tuple(i for _, ids in sorted(own.items()) for i in ids)
+            for _, own in sorted(parts.items())
+        ]
     return found
 
 
@@ -111,13 +126,22 @@ def test_all_steps_take_out_what_a_recount_does_at_any_workers(corpus, tmp_path,
     for workers in (1, 2, 3):
         out = tmp_path / str(workers)
         manifest = prepare(
-            [str(folder / "in")], folder / "vocab.txt", out, workers=workers, format="text", **OPTIONS, **ALL
+            [str(folder / "in")],
+            folder / "vocab.txt",
+            out,
+            workers=workers,
+            format="text",
+            **OPTIONS,
+            **ALL,
         )
         contents.append({p.name: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()})
     assert contents[0] == contents[1] == contents[2] and len(manifest.source.units) > 5
     assert manifest.removed == removed
     found = kept(tmp_path / "1")
-    ids = [tuple(5 + int(word[1:]) for line in lines for word in line.lower().split()) for lines in stay]
+    ids = [
+        tuple(5 + int(word[1:]) for line in lines for word in line.lower().split())
+        for lines in stay
+    ]
     assert sorted(found["train"] + found["valid"]) == sorted(ids) and found["valid"]
 
 
@@ -126,23 +150,41 @@ def test_units_are_the_same_without_near_duplicates_and_have_no_signatures(corpu
     files = []
     for number, options in enumerate(({}, {"near_duplicates": 0.8})):
         units = tmp_path / f"units-{number}"
-        prepare([str(folder / "in")], folder / "vocab.txt", tmp_path / str(number), units=units, **OPTIONS, **options)
-        files.append({path.name: path.read_bytes() for path in units.iterdir() if path.suffix != ".json"})
+        prepare(
+            [str(folder / "in")],
+            folder / "vocab.txt",
+            tmp_path / str(number),
+            units=units,
+            **OPTIONS,
+            **options,
+        )
+        files.append(
+            {path.name: path.read_bytes() for path in units.iterdir() if path.suffix != ".json"}
+        )
     without, with_them = files
     assert without.items() < with_them.items()
     assert {name.rpartition(".")[2] for name in with_them.keys() - without.keys()} == {"signatures"}
 
 
-def test_a_document_goes_for_one_that_stays_and_never_for_one_that_is_gone(corpus, tmp_path, monkeypatch):
+def test_a_document_goes_for_one_that_stays_and_never_for_one_that_is_gone(
+    corpus, tmp_path, monkeypatch
+):
     folder, _ = corpus
     first = " ".join(lines_of(20)).split(" ")
     second = [*first[:180], *RANDOM.choice(WORDS, 20)]  # similar to the first, 0.82
-    third = [*RANDOM.choice(WORDS, 20), *second[20:]]  # similar to the second, 0.82, and not to the first, 0.67
-    (tmp_path / "in.txt").write_text("\n\n".join(" ".join(words) for words in (first, second, third)))
+    third = [
+        *RANDOM.choice(WORDS, 20),
+        *second[20:],
+    ]  # similar to the second, 0.82, and not to the first, 0.67
+    (tmp_path / "in.txt").write_text(
+        "\n\n".join(" ".join(words) for words in (first, second, third))
+    )
     options = dict(sequence_length=32, valid_fraction=0, near_duplicates=0.75)
     for at_once in (near.AT_ONCE, 2):  # documents grouped at a time: memory, not results
         monkeypatch.setattr(near, "AT_ONCE", at_once)
-        manifest = prepare([str(tmp_path / "in.txt")], folder / "vocab.txt", tmp_path / str(at_once), **options)
+        manifest = prepare(
+            [str(tmp_path / "in.txt")], folder / "vocab.txt", tmp_path / str(at_once), **options
+        )
         assert manifest.removed["near_duplicates"] == 1
         ids = [tuple(5 + int(word[1:]) for word in words) for words in (first, third)]
         assert kept(tmp_path / str(at_once))["train"] == ids
@@ -162,12 +204,22 @@ def test_a_signature_is_the_documents_own_and_estimates_the_similarity():
         assert abs(np.mean(estimated) - np.mean(true)) < 0.015 and np.std(estimated) < 0.05
 
 
-@pytest.mark.parametrize(("options", "found"), [
-    (dict(near_duplicates=0.3), "near_duplicates = 0.3; expected a similarity of 0.5 to 1"),
-    (dict(keep="own_filter:none"), "keep = 'own_filter:none': .*expected package.module:function"),
-    (dict(keep="no_such_filter:keep"), "keep = 'no_such_filter:keep': No module named"),
-    (dict(keep="own_filter:keep"), r"in.txt: keep = 'own_filter:keep' raised AssertionError: no bombs; document 1 of "
-                                   "unit 0, it begins 'a bomb'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (dict(near_duplicates=0.3), "near_duplicates = 0.3; expected a similarity of 0.5 to 1"),
+        (
+            dict(keep="own_filter:none"),
+            "keep = 'own_filter:none': .*expected package.module:function",
+        ),
+        (dict(keep="no_such_filter:keep"), "keep = 'no_such_filter:keep': No module named"),
+        (
+            dict(keep="own_filter:keep"),
+            r"in.txt: keep = 'own_filter:keep' raised AssertionError: no bombs; document 1 of "
+            "unit 0, it begins 'a bomb'",
+        ),
+    ],
+)
 def test_what_cannot_work_is_told_in_one_message(corpus, tmp_path, monkeypatch, options, found):
     monkeypatch.chdir(corpus[0])
     (tmp_path / "in.txt").write_text("w1 w2\n\na bomb\n")
@@ -177,22 +229,46 @@ def test_what_cannot_work_is_told_in_one_message(corpus, tmp_path, monkeypatch, 
 
 def test_a_missing_extra_is_named(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
-    with pytest.raises(UserError, match=r"near_duplicates needs rensa: pip install 'electra_ds\[clean\]'"):
-        prepare([str(corpus[0] / "in")], corpus[0] / "vocab.txt", tmp_path / "out", near_duplicates=0.8)
+    with pytest.raises(
+        UserError, match=r"near_duplicates needs rensa: pip install 'electra_ds\[clean\]'"
+    ):
+        prepare(
+            [str(corpus[0] / "in")], corpus[0] / "vocab.txt", tmp_path / "out", near_duplicates=0.8
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_other_cleaning_than_that_of_kept_units_is_refused(corpus, tmp_path):
-    prepare([str(corpus[0] / "in")], corpus[0] / "vocab.txt", tmp_path / "a", units=tmp_path / "units", **OPTIONS)
+    prepare(
+        [str(corpus[0] / "in")],
+        corpus[0] / "vocab.txt",
+        tmp_path / "a",
+        units=tmp_path / "units",
+        **OPTIONS,
+    )
     for options in (dict(drop_repeated_lines=True), dict(near_duplicates=0.8)):
-        with pytest.raises(UserError, match=r"(drop_repeated_lines: false|signatures: null) there, .* asked for"):
-            prepare([str(corpus[0] / "in")], corpus[0] / "vocab.txt", tmp_path / "b", units=tmp_path / "units",
-                    **OPTIONS, **options)  # fmt: skip
+        with pytest.raises(
+            UserError, match=r"(drop_repeated_lines: false|signatures: null) there, .* asked for"
+        ):
+            prepare(
+                [str(corpus[0] / "in")],
+                corpus[0] / "vocab.txt",
+                tmp_path / "b",
+                units=tmp_path / "units",
+                **OPTIONS,
+                **options,
+            )
         (tmp_path / "b" / "prepare.json").unlink()
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.sampled_from("aE\u0301\u00e9\u03a3\u1100\u1161 \t\n\x85\u2028\x00\x1f\x7f\u200b\ufeff\ufffd")))
+@given(
+    st.text(
+        st.sampled_from(
+            "aE\u0301\u00e9\u03a3\u1100\u1161 \t\n\x85\u2028\x00\x1f\x7f\u200b\ufeff\ufffd"
+        )
+    )
+)
 def test_lines_one_by_one_come_out_as_those_of_the_whole_text(text):
     whole, removed = _CONTROL.subn("", "\n".join(text.splitlines()))
     stripped = [line.strip() for line in unicodedata.normalize("NFC", whole).split("\n")]

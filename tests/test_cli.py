@@ -44,7 +44,9 @@ def electra_ds(monkeypatch, capsys):
 
     before = dict(os.environ)
     yield run
-    for name in os.environ.keys() - before.keys():  # what a verb exports for its ranks, later tests would inherit
+    for name in (
+        os.environ.keys() - before.keys()
+    ):  # what a verb exports for its ranks, later tests would inherit
         del os.environ[name]
 
 
@@ -74,20 +76,41 @@ MISTAKES = {
     "an unknown preset": (["check", "smal"], "did you mean 'small'"),
     "an unknown engine": (["check", "tiny", "--engine", "zero9"], "no engine config named 'zero9'"),
     "an unknown key": (["check", "tiny", "--set", "train.sead=1"], "did you mean 'seed'"),
-    "a setting without a value": (["check", "tiny", "--set", "train.seed"], "expected section.field=value"),
-    "ranks that do not fit": (["check", "tiny", "--world-size", "5"], "cannot be split over 5 ranks"),
+    "a setting without a value": (
+        ["check", "tiny", "--set", "train.seed"],
+        "expected section.field=value",
+    ),
+    "ranks that do not fit": (
+        ["check", "tiny", "--world-size", "5"],
+        "cannot be split over 5 ranks",
+    ),
     "no data to check against": (["check", "tiny", "--data", "nowhere"], "nowhere"),
     "no data to verify": (["verify", "nowhere"], "nowhere"),
     "no data to inspect": (["inspect", "nowhere"], "nowhere"),
     "no data to tell of": (["stats", "nowhere"], "nowhere"),
-    "no tokenizer": (["prepare", "--input", "x", "--tokenizer", "nowhere", "--out", "data"], "nowhere: not found"),
-    "no text for a tokenizer": (["train-tokenizer", "--input", "nowhere.txt", "--out", "tok"], "nowhere.txt"),
-    "no checkpoint to evaluate": (["evaluate", "nowhere", "--data", "data"], "nowhere: no checkpoint here"),
+    "no tokenizer": (
+        ["prepare", "--input", "x", "--tokenizer", "nowhere", "--out", "data"],
+        "nowhere: not found",
+    ),
+    "no text for a tokenizer": (
+        ["train-tokenizer", "--input", "nowhere.txt", "--out", "tok"],
+        "nowhere.txt",
+    ),
+    "no checkpoint to evaluate": (
+        ["evaluate", "nowhere", "--data", "data"],
+        "nowhere: no checkpoint here",
+    ),
     "no checkpoint to ask": (["detect", "nowhere", "a text"], "nowhere: no checkpoint here"),
     "two texts": (["detect", "nowhere", "a text", "--file", __file__], "choose one"),
     "no metrics to plot": (["plot", "nowhere"], "no metrics.jsonl here"),
-    "a promise not kept": (["pretrain", "tiny", "--data", "d", "--out", "o", "--world-size", "2"], "was promised"),
-    "an unknown run": (["pretrain", "nowhere.json", "--data", "d", "--out", "o"], "nowhere.json: not found"),
+    "a promise not kept": (
+        ["pretrain", "tiny", "--data", "d", "--out", "o", "--world-size", "2"],
+        "was promised",
+    ),
+    "an unknown run": (
+        ["pretrain", "nowhere.json", "--data", "d", "--out", "o"],
+        "nowhere.json: not found",
+    ),
 }
 
 
@@ -104,9 +127,16 @@ def test_a_mistake_is_one_message_and_exit_code_2(electra_ds, monkeypatch, tmp_p
 
 @pytest.mark.parametrize(
     "words",
-    ["pretrain", "pretrain tiny", "nosuchverb", "check tiny --nosuch", "check tiny --world-size two",
-     "detect out --file nowhere.txt", "prepare --input x --tokenizer y --out z --packing tight"],
-)  # fmt: skip
+    [
+        "pretrain",
+        "pretrain tiny",
+        "nosuchverb",
+        "check tiny --nosuch",
+        "check tiny --world-size two",
+        "detect out --file nowhere.txt",
+        "prepare --input x --tokenizer y --out z --packing tight",
+    ],
+)
 def test_wrong_usage_is_exit_code_2_with_the_usage(electra_ds, words):
     code, _, err = electra_ds(*words.split())
     assert code == 2 and "Usage:" in err and "Traceback" not in err
@@ -144,7 +174,9 @@ def test_a_mistake_of_ours_keeps_its_traceback(electra_ds, monkeypatch):
 
 def python(*words):
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
 
 
 def test_help_imports_neither_torch_nor_deepspeed():
@@ -163,18 +195,26 @@ def test_help_imports_neither_torch_nor_deepspeed():
 def test_the_module_is_the_command():
     done = python("-m", "electra_ds", "check", "smal")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("electra-ds: error: no pretrain config named 'smal'; did you mean 'small'?")
+    assert done.stderr.startswith(
+        "electra-ds: error: no pretrain config named 'smal'; did you mean 'small'?"
+    )
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_check_shows_values_meanings_and_derived_numbers(electra_ds, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = electra_ds("check", "small", "--world-size", "8", "--set", "train.micro_batch_size=4")
+    code, out, _ = electra_ds(
+        "check", "small", "--world-size", "8", "--set", "train.micro_batch_size=4"
+    )
     assert code == 0
-    lines = [" ".join(line.replace("│", " ").replace("|", " ").split()) for line in out.splitlines()]
+    lines = [
+        " ".join(line.replace("│", " ").replace("|", " ").split()) for line in out.splitlines()
+    ]
     assert any(line.startswith("optimizer.peak_lr 0.0005 science learning rate") for line in lines)
     assert any(line.startswith("train.micro_batch_size 4 machine") for line in lines)
-    assert any(line.startswith("accumulation 4 derived") for line in lines)  # 128 rows / (8 ranks x 4)
+    assert any(
+        line.startswith("accumulation 4 derived") for line in lines
+    )  # 128 rows / (8 ranks x 4)
     assert any(line.startswith("discriminator 13,549,057 derived") for line in lines)
     assert any(line.startswith("GiB a rank") for line in lines)
 

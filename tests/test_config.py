@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from electra_ds import config, engine
-from electra_ds.config import RunConfig, Section, SpecialIds, differences, load_engine, load_run, parse_run
+from electra_ds.config import (
+    RunConfig,
+    Section,
+    SpecialIds,
+    differences,
+    load_engine,
+    load_run,
+    parse_run,
+)
 from electra_ds.errors import UserError
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -26,7 +34,9 @@ def fields(section=RunConfig, prefix=""):
     """(name with sections, field) of every value that is not a section itself."""
     for name, info in section.model_fields.items():
         kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        inner = next(
+            (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
+        )
         if inner is None:
             yield prefix + name, info
         else:
@@ -52,7 +62,9 @@ def tiny_file(tmp_path):
 
 def test_every_field_has_a_meaning_and_a_scope():
     found = dict(fields())
-    assert len(found) > 50 and "train.global_batch_size" in found and "data.special_ids.mask" in found
+    assert (
+        len(found) > 50 and "train.global_batch_size" in found and "data.special_ids.mask" in found
+    )
     for name, info in found.items():
         assert info.description, name
         assert info.json_schema_extra["scope"] in ("science", "machine"), name
@@ -61,8 +73,15 @@ def test_every_field_has_a_meaning_and_a_scope():
 def test_what_may_change_on_resume_is_exactly_the_machine_scope():
     machine = {name for name, info in fields() if info.json_schema_extra["scope"] == "machine"}
     assert {"engine", "train.micro_batch_size", "logging.every", "checkpoint.every"} <= machine
-    assert not machine & {"train.global_batch_size", "train.seed", "train.total_steps", "data.sequence_length"}
-    assert not any(name.startswith(("model.", "generator.", "objective.", "optimizer.")) for name in machine)
+    assert not machine & {
+        "train.global_batch_size",
+        "train.seed",
+        "train.total_steps",
+        "data.sequence_length",
+    }
+    assert not any(
+        name.startswith(("model.", "generator.", "objective.", "optimizer.")) for name in machine
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,14 +126,23 @@ def test_a_fraction_as_a_size_of_the_generator_is_refused_with_the_integer_to_wr
 
 def test_sections_that_contradict_each_other_are_refused():
     assert "exceeds max_positions 512" in refusal("tiny", ["data.sequence_length=1024"])
-    assert "hidden_size 128 is not a multiple of num_heads 3" in refusal("tiny", ["model.num_heads=3"])
+    assert "hidden_size 128 is not a multiple of num_heads 3" in refusal(
+        "tiny", ["model.num_heads=3"]
+    )
     same = ["model.sharing=all"]
     assert load_run("tiny", same).model.sharing == "all"  # equal sizes
-    assert "tiny.json: model.sharing = 'all' is one encoder" in refusal("tiny", [*same, "generator.num_layers=1"])
+    assert "tiny.json: model.sharing = 'all' is one encoder" in refusal(
+        "tiny", [*same, "generator.num_layers=1"]
+    )
 
 
 @pytest.mark.parametrize(
-    "settings", [["train.epochs=2"], ["train.total_steps=null"], ["train.total_steps=null", "train.epochs=null"]]
+    "settings",
+    [
+        ["train.epochs=2"],
+        ["train.total_steps=null"],
+        ["train.total_steps=null", "train.epochs=null"],
+    ],
 )
 def test_exactly_one_of_total_steps_and_epochs_is_given(settings):
     assert "give total_steps or epochs, exactly one" in refusal("tiny", settings)
@@ -139,10 +167,24 @@ def test_a_config_is_frozen():
 
 def test_settings_are_read_as_json_then_as_text():
     run = load_run(
-        "tiny", ["train.seed=7", "model.init=normal", "checkpoint.keep_steps=[5, 10]", "engine=zero3", "train.seed=8"]
+        "tiny",
+        [
+            "train.seed=7",
+            "model.init=normal",
+            "checkpoint.keep_steps=[5, 10]",
+            "engine=zero3",
+            "train.seed=8",
+        ],
     )
-    assert (run.train.seed, run.model.init, run.checkpoint.keep_steps, run.engine) == (8, "normal", [5, 10], "zero3")
-    assert load_run("tiny", ['engine={"bf16": {"enabled": false}}']).engine == {"bf16": {"enabled": False}}
+    assert (run.train.seed, run.model.init, run.checkpoint.keep_steps, run.engine) == (
+        8,
+        "normal",
+        [5, 10],
+        "zero3",
+    )
+    assert load_run("tiny", ['engine={"bf16": {"enabled": false}}']).engine == {
+        "bf16": {"enabled": False}
+    }
 
 
 @pytest.mark.parametrize("setting", ["train.seed", "=1", "train.=1", ".seed=1"])
@@ -200,11 +242,23 @@ def test_what_the_data_decides_is_filled_in_or_must_agree():
 
 def test_differences_are_split_by_scope():
     old = load_run("tiny")
-    settings = ["train.seed=1", "optimizer.peak_lr=0.002", "train.micro_batch_size=8", "logging.every=10"]
+    settings = [
+        "train.seed=1",
+        "optimizer.peak_lr=0.002",
+        "train.micro_batch_size=8",
+        "logging.every=10",
+    ]
     science, machine = differences(old, load_run("tiny", settings, engine="zero3"))
     assert science == ["train.seed: 0 -> 1", "optimizer.peak_lr: 0.001 -> 0.002"]
-    assert machine == ["train.micro_batch_size: 16 -> 8", "logging.every: 50 -> 10", "engine: zero1 -> zero3"]
-    assert differences(old, old.model_copy(update={"provenance": {"host": "elsewhere"}})) == ([], [])
+    assert machine == [
+        "train.micro_batch_size: 16 -> 8",
+        "logging.every: 50 -> 10",
+        "engine: zero1 -> zero3",
+    ]
+    assert differences(old, old.model_copy(update={"provenance": {"host": "elsewhere"}})) == (
+        [],
+        [],
+    )
     filled = old.with_data(600, SPECIAL, 32)
     assert "data.special_ids: None -> {'pad': 0, " in differences(old, filled)[0][1]
 
@@ -218,10 +272,20 @@ def test_differences_name_the_field_in_a_table_of_sections():
         tasks: dict[str, One] = config.science({}, "")
         options: dict[str, int] = config.science({}, "")
 
-    old = Table(tasks={"same": One(epochs=2.0), "gone": One(epochs=3.0), "rte": One(), "none": One()}, options={"a": 1})
-    new = Table(tasks={"same": One(epochs=2.0), "rte": One(epochs=1.0, rows=4), "new": One(rows=9)}, options={"a": 2})
+    old = Table(
+        tasks={"same": One(epochs=2.0), "gone": One(epochs=3.0), "rte": One(), "none": One()},
+        options={"a": 1},
+    )
+    new = Table(
+        tasks={"same": One(epochs=2.0), "rte": One(epochs=1.0, rows=4), "new": One(rows=9)},
+        options={"a": 2},
+    )
     assert differences(old, new) == (
-        ["tasks.gone.epochs: 3.0 -> None", "tasks.rte.epochs: None -> 1.0", "options: {'a': 1} -> {'a': 2}"],
+        [
+            "tasks.gone.epochs: 3.0 -> None",
+            "tasks.rte.epochs: None -> 1.0",
+            "options: {'a': 1} -> {'a': 2}",
+        ],
         ["tasks.rte.rows: 8 -> 4", "tasks.new.rows: 8 -> 9"],
     )
 
@@ -236,25 +300,38 @@ def test_every_field_that_changes_is_reported_in_its_scope():
     for name, info in fields():
         if name == "provenance":
             continue
-        found = dict(zip(("science", "machine"), differences(old, changed(old, name.split("."))), strict=True))
+        found = dict(
+            zip(
+                ("science", "machine"), differences(old, changed(old, name.split("."))), strict=True
+            )
+        )
         assert [line.split(":")[0] for line in found.pop(info.json_schema_extra["scope"])] == [name]
         assert not any(found.values())
 
 
-@pytest.mark.parametrize(("world", "micro", "expected"), [(1, 16, 2), (2, 16, 1), (2, 4, 4), (1, 32, 1), (32, 1, 1)])
+@pytest.mark.parametrize(
+    ("world", "micro", "expected"), [(1, 16, 2), (2, 16, 1), (2, 4, 4), (1, 32, 1), (32, 1, 1)]
+)
 def test_accumulation_is_derived_from_the_batch_sizes(world, micro, expected):
     assert load_run("tiny", [f"train.micro_batch_size={micro}"]).accumulation(world) == expected
 
 
 def test_a_split_that_fails_names_the_largest_micro_batch_size_that_fits():
     def message(global_batch_size, micro_batch_size, world_size):
-        sizes = [f"train.global_batch_size={global_batch_size}", f"train.micro_batch_size={micro_batch_size}"]
+        sizes = [
+            f"train.global_batch_size={global_batch_size}",
+            f"train.micro_batch_size={micro_batch_size}",
+        ]
         with pytest.raises(UserError) as caught:
             load_run("tiny", sizes).accumulation(world_size)
         return str(caught.value)
 
-    assert "8 ranks x micro_batch_size 48; the largest micro_batch_size that fits is 32" in message(256, 48, 8)
-    assert "--set train.micro_batch_size=4" in message(24, 5, 2)  # 12 rows a rank: 4 divides, 5 does not
+    assert "8 ranks x micro_batch_size 48; the largest micro_batch_size that fits is 32" in message(
+        256, 48, 8
+    )
+    assert "--set train.micro_batch_size=4" in message(
+        24, 5, 2
+    )  # 12 rows a rank: 4 divides, 5 does not
     assert "--set train.micro_batch_size=1" in message(14, 4, 2)  # 7 rows a rank
     assert "over 3 ranks; choose a number of ranks that divides it" in message(32, 1, 3)
 
@@ -263,7 +340,9 @@ def test_the_named_micro_batch_size_fits_and_no_larger_one_does():
     for rows in range(1, 25):
         for world in (1, 2, 3):
             for micro in range(1, 9):
-                run = load_run("tiny", [f"train.global_batch_size={rows}", f"train.micro_batch_size={micro}"])
+                run = load_run(
+                    "tiny", [f"train.global_batch_size={rows}", f"train.micro_batch_size={micro}"]
+                )
                 try:
                     assert run.accumulation(world) * world * micro == rows
                 except UserError as error:
@@ -291,7 +370,8 @@ def test_the_named_owner_of_an_engine_key_exists():
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"), [("zero_optimisation", "zero_optimization"), ("bfl6", "bf16"), ("fp_16", "fp16")]
+    ("key", "meant"),
+    [("zero_optimisation", "zero_optimization"), ("bfl6", "bf16"), ("fp_16", "fp16")],
 )
 def test_a_misspelled_engine_key_is_refused_with_the_nearest_known_one(key, meant):
     with pytest.raises(UserError, match=f"unknown key '{key}'; did you mean '{meant}'"):
@@ -301,12 +381,20 @@ def test_a_misspelled_engine_key_is_refused_with_the_nearest_known_one(key, mean
 def test_deepspeed_reads_every_key_that_an_engine_file_may_hold():
     found = importlib.util.find_spec("deepspeed")
     sources = Path(found.origin).parent.rglob("*.py")
-    text = "".join(path.read_text(encoding="utf-8") for path in sources if re.search("config|constants", path.name))
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for path in sources
+        if re.search("config|constants", path.name)
+    )
     keys = config.ENGINE_KEYS | set(config.ENGINE_OWNERS)
-    assert [key for key in sorted(keys) if not re.search(rf"""["']{key}["']|^    {key}:""", text, re.M)] == []
+    assert [
+        key for key in sorted(keys) if not re.search(rf"""["']{key}["']|^    {key}:""", text, re.M)
+    ] == []
 
 
-@pytest.mark.parametrize("pair", [("bf16", "fp16"), ("bf16", "torch_autocast"), ("fp16", "torch_autocast")])
+@pytest.mark.parametrize(
+    "pair", [("bf16", "fp16"), ("bf16", "torch_autocast"), ("fp16", "torch_autocast")]
+)
 @pytest.mark.parametrize("first", [True, "auto"])
 def test_two_precisions_are_refused(pair, first):
     with pytest.raises(UserError, match="choose one precision"):
@@ -316,9 +404,14 @@ def test_two_precisions_are_refused(pair, first):
 
 @pytest.mark.parametrize(
     "values",
-    [{"bf16": True}, {"zero_optimization": 2}, {"zero_optimization": {"stage": 4}}, {"fp16": {"enabled": "yes"}},
-     {"torch_autocast": {"enabled": "auto"}}],
-)  # fmt: skip
+    [
+        {"bf16": True},
+        {"zero_optimization": 2},
+        {"zero_optimization": {"stage": 4}},
+        {"fp16": {"enabled": "yes"}},
+        {"torch_autocast": {"enabled": "auto"}},
+    ],
+)
 def test_an_engine_value_of_the_wrong_shape_is_refused(values):
     with pytest.raises(UserError, match=r"engine: .*expected"):
         load_engine(values)
@@ -335,16 +428,24 @@ def test_an_engine_file_is_passed_on_unchanged(tmp_path):
 
 
 def test_auto_precision_follows_the_device(monkeypatch):
-    cpu, gpu, file = torch.device("cpu"), torch.device("cuda"), {"bf16": {"enabled": "auto"}, "steps_per_print": 1}
+    cpu, gpu, file = (
+        torch.device("cpu"),
+        torch.device("cuda"),
+        {"bf16": {"enabled": "auto"}, "steps_per_print": 1},
+    )
     for able, expected in ((True, "bf16 autocast"), (False, "fp32")):
         monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda able=able: able)
         resolved = engine.precision(file, cpu)
         assert engine.precision_name(resolved) == expected and "bf16" not in resolved
         assert resolved["steps_per_print"] == 1
     for able, expected in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able
+        )
         assert engine.precision_name(engine.precision(file, gpu)) == expected
-        assert engine.precision_name(engine.precision({"fp16": {"enabled": "auto"}}, gpu)) == expected
+        assert (
+            engine.precision_name(engine.precision({"fp16": {"enabled": "auto"}}, gpu)) == expected
+        )
     assert file == {"bf16": {"enabled": "auto"}, "steps_per_print": 1}
 
 

@@ -38,7 +38,9 @@ def framed(content: bytes) -> bytes:
     return checked(struct.pack("<Q", len(content))) + checked(content)
 
 
-def record(ids: list[int], mask: list[int], segments: list[int], last: bytes = b"segment_ids") -> bytes:
+def record(
+    ids: list[int], mask: list[int], segments: list[int], last: bytes = b"segment_ids"
+) -> bytes:
     """A tf.train.Example, put together by hand: fields 1 and 2 of every message, ids below 128."""
 
     def field(number: int, content: bytes) -> bytes:
@@ -46,7 +48,9 @@ def record(ids: list[int], mask: list[int], segments: list[int], last: bytes = b
         return bytes([number << 3 | 2, len(content)]) + content
 
     named = zip((b"input_ids", b"input_mask", last), (ids, mask, segments), strict=True)
-    entries = b"".join(field(1, field(1, key) + field(2, field(3, field(1, bytes(value))))) for key, value in named)
+    entries = b"".join(
+        field(1, field(1, key) + field(2, field(3, field(1, bytes(value))))) for key, value in named
+    )
     return framed(bytes([1 << 3 | 2, len(entries) & 127 | 128, len(entries) >> 7]) + entries)
 
 
@@ -63,7 +67,10 @@ def test_the_rows_of_the_authors_program_are_ours(tmp_path: Path) -> None:
         text = origin[(origin > 4) | (origin == 1)]
         assert text[token : token + length].tolist() == found[row, start : start + length].tolist()
     lines = "\n".join(describe_rows(tmp_path / "data", "train", range(6), source=True))
-    assert "the ferry leaves the harbour at seven ." in lines and "from unit 1 (pretrain_data.tfrecord-1-of-2" in lines
+    assert (
+        "the ferry leaves the harbour at seven ." in lines
+        and "from unit 1 (pretrain_data.tfrecord-1-of-2" in lines
+    )
     with pytest.raises(UserError, match=r"^pretrain_data.tfrecord-\d-of-2: holds rows, not text"):
         list(describe_rows(tmp_path / "data", "train", [0], inputs=FILES))
     (tmp_path / "none.gz").write_bytes(gzip.compress(b""))
@@ -75,11 +82,17 @@ def test_the_bytes_are_the_same_for_any_workers_and_equal_rows_stay(tmp_path: Pa
     (tmp_path / "in").mkdir()
     for i in range(8):
         shutil.copy(FILES[i % 2], tmp_path / f"in/{i}")
-    (tmp_path / "in/0.0").touch()  # the authors' program leaves empty files where there is little text
+    (
+        tmp_path / "in/0.0"
+    ).touch()  # the authors' program leaves empty files where there is little text
     (tmp_path / "in/8.gz").write_bytes(gzip.compress(Path(FILES[0]).read_bytes()))
     for workers in (1, 2):
         manifest = convert(
-            [str(tmp_path / "in")], RECORDS, tmp_path / f"{workers}", valid_fraction=0.5, workers=workers
+            [str(tmp_path / "in")],
+            RECORDS,
+            tmp_path / f"{workers}",
+            valid_fraction=0.5,
+            workers=workers,
         )
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     train, valid = (rows_of(tmp_path / "1", split) for split in ("train", "valid"))
@@ -88,21 +101,33 @@ def test_the_bytes_are_the_same_for_any_workers_and_equal_rows_stay(tmp_path: Pa
 
 
 def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
-    ids, mask, segments = [2, 9, 1, 3, 8, 3, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0]
+    ids, mask, segments = (
+        [2, 9, 1, 3, 8, 3, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0, 0],
+    )
     good = record(ids, mask, segments)
     path = tmp_path / "rows"
     path.write_bytes(good * 3)
     assert convert([str(path)], RECORDS, tmp_path / "data", valid_fraction=0).unknowns.found == 3
     assert rows_of(tmp_path / "data").tolist() == [ids] * 3
-    with pytest.raises(UserError, match=r"^rows: holds rows, not text; .electra-ds convert. takes it"):
+    with pytest.raises(
+        UserError, match=r"^rows: holds rows, not text; .electra-ds convert. takes it"
+    ):
         prepare([str(path)], RECORDS, tmp_path / "text", format="tfrecord")
     flipped = bytearray(good)
     flipped[40] ^= 1
     for i, (bad, message) in enumerate(
         (
-            (record(ids[:7], mask[:7], segments[:7]), r"record 1: \[7, 7, 7\] numbers in .*; expected 8"),
+            (
+                record(ids[:7], mask[:7], segments[:7]),
+                r"record 1: \[7, 7, 7\] numbers in .*; expected 8",
+            ),
             (record(ids, mask, segments[:7]), r"record 1: \[8, 8, 7\] numbers in"),
-            (record([2, 99, *ids[2:]], mask, segments), "record 1: ids from 0 to 99, .* of 85 entries"),
+            (
+                record([2, 99, *ids[2:]], mask, segments),
+                "record 1: ids from 0 to 99, .* of 85 entries",
+            ),
             (record([3, *ids[1:]], mask, segments), "record 1: .* in order stusts; expected"),
             (record([2, 4, *ids[2:]], mask, segments), "record 1: .* in order cmusts;"),
             (

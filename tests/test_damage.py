@@ -17,7 +17,11 @@ from data_tools.verify import verify
 from electra_ds.errors import UserError
 from electra_ds.shards import TAR_BLOCK, ShardReader, shard_file
 
-ROWS = [best_fit_rows(50, 32), best_fit_rows(50, 32), best_fit_rows(1, 32, 2)]  # blocks of 16: 4 + 4 + 1
+ROWS = [
+    best_fit_rows(50, 32),
+    best_fit_rows(50, 32),
+    best_fit_rows(1, 32, 2),
+]  # blocks of 16: 4 + 4 + 1
 BYTES = 16 * 32 * 2  # of a block's rows
 SIZE = -(-(128 + BYTES) // TAR_BLOCK) * TAR_BLOCK  # from its payload to the header of its pieces
 
@@ -41,7 +45,9 @@ def flip(place):
 
 def put(place, found):
     """Other bytes, so far from where block 1's payload begins."""
-    return edit(lambda content, at: content.__setitem__(slice(at + place, at + place + len(found)), found))
+    return edit(
+        lambda content, at: content.__setitem__(slice(at + place, at + place + len(found)), found)
+    )
 
 
 def member(name="train-000000-000001.ids.npy", kind=tarfile.REGTYPE, target="", size=128 + BYTES):
@@ -95,13 +101,20 @@ def climb(data):
     (data / "manifest.json").write_text(json.dumps(manifest))
 
 
-CUT, AFTER, PLACE = "block 1 is the first cut", "the change is after block 3", "shard 0 of train is no regular file"
+CUT, AFTER, PLACE = (
+    "block 1 is the first cut",
+    "the change is after block 3",
+    "shard 0 of train is no regular file",
+)
 TAR, NPY, CRC = "block 1: its tar header", "block 1: the npy header", "block 1: its rows differ"
 OPEN = {
     "truncated at a member": (edit(lambda content, at: content[: at - TAR_BLOCK]), CUT),
     "truncated in a header": (edit(lambda content, at: content[: at - 100]), CUT),
     "truncated in data": (edit(lambda content, at: content[: at + 700]), CUT),
-    "truncated in the pieces": (edit(lambda content, at: content[: at + SIZE]), "block 2 is the first cut"),
+    "truncated in the pieces": (
+        edit(lambda content, at: content[: at + SIZE]),
+        "block 2 is the first cut",
+    ),
     "a member appended": (edit(lambda content, at: content + member("foreign.npy", size=0)), AFTER),
     "a deleted shard": (shard(os.unlink), PLACE),
     "a shard that is a link": (shard(link), PLACE),
@@ -124,12 +137,21 @@ TOUCH = {
     "a name that climbs": (put(-TAR_BLOCK, member("../train-000000-000001.ids.npy")), TAR),
     "an absolute name": (put(-TAR_BLOCK, member("/train-000000-000001.ids.npy")), TAR),
     "an object array": (put(0, object_array()), NPY),
-    "swapped with one of its size": (swap(1), "block 1: its tar header is not that of train-000000-000001.ids.npy"),
+    "swapped with one of its size": (
+        swap(1),
+        "block 1: its tar header is not that of train-000000-000001.ids.npy",
+    ),
 }
 VERIFY = {
-    "a flipped byte of the pieces": (flip(SIZE + TAR_BLOCK + 300), "block 1: its pieces do not cover the text"),
+    "a flipped byte of the pieces": (
+        flip(SIZE + TAR_BLOCK + 300),
+        "block 1: its pieces do not cover the text",
+    ),
     "a flipped byte in the header of the pieces": (flip(SIZE + 3), TAR),
-    "a zeroed header of the pieces": (put(SIZE, bytes(TAR_BLOCK)), "block 1: no tar header where its pieces"),
+    "a zeroed header of the pieces": (
+        put(SIZE, bytes(TAR_BLOCK)),
+        "block 1: no tar header where its pieces",
+    ),
     "a flipped byte of padding": (flip(SIZE - 1), "its sha256 is not the manifest's"),
 }
 
@@ -148,7 +170,9 @@ def test_damage_is_named_as_early_as_it_can_be_seen(name, tmp_path):
     else:
         reader = ShardReader(data, "train")
         if "swapped" not in name:
-            assert np.array_equal(reader.read(np.arange(16)), ROWS[0][:16])  # the block before is whole
+            assert np.array_equal(
+                reader.read(np.arange(16)), ROWS[0][:16]
+            )  # the block before is whole
         if name in VERIFY:
             assert np.array_equal(reader.read(np.arange(50)), ROWS[0])
         for _ in range(2 if name in TOUCH else 0):

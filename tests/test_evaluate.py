@@ -20,25 +20,41 @@ from electra_ds.objective import ElectraObjective
 from electra_ds.shards import ShardReader, read_unigrams
 from electra_ds.tokenizer import load_tokenizer
 
-SETTINGS = ["model.hidden_size=32", "model.num_layers=1", "model.ffn_size=32", "model.embedding_size=16",
-            "generator.hidden_size=32", "generator.num_layers=1", "generator.ffn_size=32",
-            "objective.mask_token_prob=0.4"]  # fmt: skip
+SETTINGS = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.ffn_size=32",
+    "model.embedding_size=16",
+    "generator.hidden_size=32",
+    "generator.num_layers=1",
+    "generator.ffn_size=32",
+    "objective.mask_token_prob=0.4",
+]
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the cook cooked a big meal for his sister ##s .".split()  # noqa: SIM905
 
 
 def make_module(config):
-    return ElectraObjective(config.model, config.generator, config.objective, config.data.special_ids, seed=1).eval()
+    return ElectraObjective(
+        config.model, config.generator, config.objective, config.data.special_ids, seed=1
+    ).eval()
 
 
 def save(module, config, folder, name="10"):
     """A checkpoint of a bare module, as one rank saves it."""
     parameters = dict(module.named_parameters())
     weights = SimpleNamespace(
-        ranks=SimpleNamespace(rank=0, world_size=1), parameters=parameters, exchange=lambda value: [value],
-        whole=lambda name, kind: parameters[name].detach() if kind == "master" else torch.zeros_like(parameters[name]),
-        shape=lambda name: parameters[name].shape, scaler_state=dict,
-    )  # fmt: skip
-    return checkpoint.save(weights, folder, name, Progress(10), config.model_dump(mode="json"), padded_rows(module))
+        ranks=SimpleNamespace(rank=0, world_size=1),
+        parameters=parameters,
+        exchange=lambda value: [value],
+        whole=lambda name, kind: (
+            parameters[name].detach() if kind == "master" else torch.zeros_like(parameters[name])
+        ),
+        shape=lambda name: parameters[name].shape,
+        scaler_state=dict,
+    )
+    return checkpoint.save(
+        weights, folder, name, Progress(10), config.model_dump(mode="json"), padded_rows(module)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +68,16 @@ def run(tmp_path_factory, data):
 
 def batches(run, rows=40, **options):
     reader, options = ShardReader(run.data, "train"), {"batch_rows": 16} | options
-    return evaluation_batches(reader, recipe_for(reader.manifest, run.config.objective, 0), max_rows=rows, **options)
+    return evaluation_batches(
+        reader, recipe_for(reader.manifest, run.config.objective, 0), max_rows=rows, **options
+    )
 
 
 def figures(run, found):
     with torch.no_grad():
-        return evaluate.evaluate(run.module, found, read_unigrams(run.data, 600), SPECIAL, torch.device("cpu"))
+        return evaluate.evaluate(
+            run.module, found, read_unigrams(run.data, 600), SPECIAL, torch.device("cpu")
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -77,7 +97,10 @@ def test_the_fixed_corruption_is_judged_as_sklearn_judges_it(run):
     values = figures(run, batches(run))
     assert values["fixed_auc"] == pytest.approx(roc_auc_score(labels, logits), abs=2e-3)
     assert values["fixed_precision"] == pytest.approx(precision_score(labels, logits > 0))
-    assert values["fixed_recall"] == pytest.approx(recall_score(labels, logits > 0)) and 0 < values["fixed_recall"] < 1
+    assert (
+        values["fixed_recall"] == pytest.approx(recall_score(labels, logits > 0))
+        and 0 < values["fixed_recall"] < 1
+    )
 
 
 def test_the_losses_are_means_over_chosen_places_and_real_tokens(run):
@@ -88,23 +111,36 @@ def test_the_losses_are_means_over_chosen_places_and_real_tokens(run):
         with torch.no_grad():
             losses = run.module(batch, 1.0, 1.0)
         mlm, disc = mlm + float(losses.mlm_loss), disc + float(losses.disc_loss)
-        chosen, tokens = chosen + float(batch.chosen_weights.sum()), tokens + float((batch.piece_ids > 0).sum())
-        for row, places, weights in zip(batch.input_ids, batch.chosen, batch.chosen_weights, strict=True):
+        chosen, tokens = (
+            chosen + float(batch.chosen_weights.sum()),
+            tokens + float((batch.piece_ids > 0).sum()),
+        )
+        for row, places, weights in zip(
+            batch.input_ids, batch.chosen, batch.chosen_weights, strict=True
+        ):
             targets = row[places[weights > 0]].numpy()
             unigram -= np.log((counts[targets] + 1) / (counts.sum() + 600)).sum()
     values = figures(run, batches(run))
     assert (values["chosen"], values["tokens"]) == (chosen, tokens)
-    assert values["mlm_loss"] == pytest.approx(mlm / chosen) and values["disc_loss"] == pytest.approx(disc / tokens)
+    assert values["mlm_loss"] == pytest.approx(mlm / chosen) and values[
+        "disc_loss"
+    ] == pytest.approx(disc / tokens)
     assert values["unigram_loss"] == pytest.approx(unigram / chosen)
     share = values["replaced_fraction"]
-    assert values["base_rate_loss"] == pytest.approx(-share * math.log(share) - (1 - share) * math.log(1 - share))
+    assert values["base_rate_loss"] == pytest.approx(
+        -share * math.log(share) - (1 - share) * math.log(1 - share)
+    )
 
 
 def test_figures_depend_neither_on_batch_rows_nor_on_the_ranks(run):
     whole = figures(run, batches(run))
-    ranked = [found for rank in range(3) for found in batches(run, batch_rows=5, rank=rank, world_size=3)]
+    ranked = [
+        found for rank in range(3) for found in batches(run, batch_rows=5, rank=rank, world_size=3)
+    ]
     for key, value in figures(run, ranked).items():
-        assert value == pytest.approx(whole[key], abs=1e-3 if "auc" in key else 1e-5, nan_ok=True), key
+        assert value == pytest.approx(
+            whole[key], abs=1e-3 if "auc" in key else 1e-5, nan_ok=True
+        ), key
 
 
 def test_sums_of_all_ranks_are_what_counts(run):
@@ -113,7 +149,9 @@ def test_sums_of_all_ranks_are_what_counts(run):
 
     with torch.no_grad():
         unigrams = read_unigrams(run.data, 600)
-        two = evaluate.evaluate(run.module, batches(run), unigrams, SPECIAL, torch.device("cpu"), doubled)
+        two = evaluate.evaluate(
+            run.module, batches(run), unigrams, SPECIAL, torch.device("cpu"), doubled
+        )
     one = figures(run, batches(run))
     assert two["tokens"] == 2 * one["tokens"] and two["mlm_loss"] == one["mlm_loss"]
 
@@ -162,7 +200,9 @@ def detector(tmp_path_factory):
     (out / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     tokenizer = load_tokenizer(out / "vocab.txt")
     tokenizer.save(out / "tokenizer")
-    config = load_run("tiny", [*SETTINGS, "data.sequence_length=8"]).with_data(len(WORDS), tokenizer.special_ids, 8)
+    config = load_run("tiny", [*SETTINGS, "data.sequence_length=8"]).with_data(
+        len(WORDS), tokenizer.special_ids, 8
+    )
     save(make_module(config), config, out / "ckpt")
     return Detector.load(out)
 
@@ -170,10 +210,26 @@ def detector(tmp_path_factory):
 def test_every_token_gets_a_probability_and_its_place_in_the_text(detector):
     text = "The cook cooked, xyz sisters."
     found = detector(text)
-    assert [score.token for score in found] == ["the", "cook", "cooked", "[UNK]", "[UNK]", "sister", "##s", "."]
+    assert [score.token for score in found] == [
+        "the",
+        "cook",
+        "cooked",
+        "[UNK]",
+        "[UNK]",
+        "sister",
+        "##s",
+        ".",
+    ]
     assert [text[score.start : score.end].lower() for score in found] == [
-        "the", "cook", "cooked", ",", "xyz", "sister", "s", "."
-    ]  # fmt: skip
+        "the",
+        "cook",
+        "cooked",
+        ",",
+        "xyz",
+        "sister",
+        "s",
+        ".",
+    ]
     assert all(0 < score.probability < 1 for score in found)
 
 
@@ -183,7 +239,9 @@ def test_a_long_text_is_read_in_pieces_that_do_not_see_each_other(detector):
     parts = [score.probability for text in (first, second) for score in detector(text)]
     assert whole == pytest.approx(parts, abs=1e-6)  # the second is padded beside the first
     other = [score.probability for score in detector(f"{first} for the big meal")]
-    assert other[:6] == pytest.approx(whole[:6], abs=1e-6) and other[6:] != pytest.approx(whole[6:], abs=1e-6)
+    assert other[:6] == pytest.approx(whole[:6], abs=1e-6) and other[6:] != pytest.approx(
+        whole[6:], abs=1e-6
+    )
 
 
 def test_a_probability_depends_on_the_other_tokens(detector):
@@ -204,12 +262,24 @@ def test_another_tokenizer_is_refused(run, detector, tmp_path):
 
 
 def test_the_table_marks_what_is_suspicious_and_aligns_the_original():
-    found = [TokenScore("the", 0, 3, 0.1), TokenScore("cook", 4, 8, 0.2), TokenScore("ate", 9, 12, 0.7)]
-    original = [TokenScore("the", 0, 3, 0.1), TokenScore("sous", 4, 8, 0.3), TokenScore("cook", 9, 13, 0.2),
-                TokenScore("cooked", 14, 20, 0.25)]  # fmt: skip
+    found = [
+        TokenScore("the", 0, 3, 0.1),
+        TokenScore("cook", 4, 8, 0.2),
+        TokenScore("ate", 9, 12, 0.7),
+    ]
+    original = [
+        TokenScore("the", 0, 3, 0.1),
+        TokenScore("sous", 4, 8, 0.3),
+        TokenScore("cook", 9, 13, 0.2),
+        TokenScore("cooked", 14, 20, 0.25),
+    ]
     _, _, *lines = table(found, 0.5)
     assert [line.endswith("<-- replaced") for line in lines] == [False, False, True]
     _, _, *lines = table(found, 0.9)
     assert [line.endswith("<-- most suspicious") for line in lines] == [False, False, True]
     _, _, *lines = table(found, 0.5, original)
-    assert [line.split()[2:4] for line in lines] == [["the", "0.1000"], ["cook", "0.2000"], ["cooked", "0.2500"]]
+    assert [line.split()[2:4] for line in lines] == [
+        ["the", "0.1000"],
+        ["cook", "0.2000"],
+        ["cooked", "0.2500"],
+    ]

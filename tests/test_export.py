@@ -32,11 +32,30 @@ BOUND = 1e-5
 
 # ------------------------------------------------------------------------------------------------------ tokenizers
 
-EDGES = ["", " ", "   two   spaces  ", "\ttab\tthere", "line \n", "no\u00a0break", "cafe\u0301 E\u0301COLE A\u0308pfel",
-         "\x00\x01bell\x07", "zero\u200bwidth", "\ufeffmark", "\u201cquotes\u201d\u2014dash \u2026", "\uff11 \uff21",
-         "\uff76\uff9e \u30ab\u3099", "\u2603\u2603 \u2603 x\u2603y \U0001f600\U0001f44d\U0001f3fd", "aaaaaaaaaaaaaaaa",
-         "x" * 300, "\u6f22\u5b57\u304b\u306a", "a\u0300\u0301\u0302b", "\u00bd \u2103", "\u3000wide", "\u1e9e \u0130",
-         "\u2581literal \u2581a"]  # fmt: skip
+EDGES = [
+    "",
+    " ",
+    "   two   spaces  ",
+    "\ttab\tthere",
+    "line \n",
+    "no\u00a0break",
+    "cafe\u0301 E\u0301COLE A\u0308pfel",
+    "\x00\x01bell\x07",
+    "zero\u200bwidth",
+    "\ufeffmark",
+    "\u201cquotes\u201d\u2014dash \u2026",
+    "\uff11 \uff21",
+    "\uff76\uff9e \u30ab\u3099",
+    "\u2603\u2603 \u2603 x\u2603y \U0001f600\U0001f44d\U0001f3fd",
+    "aaaaaaaaaaaaaaaa",
+    "x" * 300,
+    "\u6f22\u5b57\u304b\u306a",
+    "a\u0300\u0301\u0302b",
+    "\u00bd \u2103",
+    "\u3000wide",
+    "\u1e9e \u0130",
+    "\u2581literal \u2581a",
+]
 
 
 def stock_tokenizer(tokenizer: Tokenizer, folder: Path):
@@ -63,7 +82,9 @@ def test_auto_tokenizer_gives_our_ids(kind, lowercase, tmp_path):
     lines += ["na\u00efve \u00c4pfel \u30ac"] * 3
     (tmp_path / "text.txt").write_text("\n".join(lines))
     text = [str(tmp_path / "text.txt")]
-    tokenizer = train_tokenizer(text, tmp_path / "t", kind=kind, vocab_size=500, lowercase=lowercase)
+    tokenizer = train_tokenizer(
+        text, tmp_path / "t", kind=kind, vocab_size=500, lowercase=lowercase
+    )
     stock = stock_tokenizer(tokenizer, tmp_path / "hf")
     assert_same_ids(tokenizer, stock, lines + EDGES)
     (a, b), ids = tokenizer.encode_batch(["first words", "and others"]), tokenizer.special_ids
@@ -71,9 +92,13 @@ def test_auto_tokenizer_gives_our_ids(kind, lowercase, tmp_path):
     assert pair["input_ids"] == [ids.cls, *a, ids.sep, *b, ids.sep]
     assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
     roles = ("pad", "unk", "cls", "sep", "mask")
-    assert [getattr(stock, f"{role}_token_id") for role in roles] == [getattr(ids, role) for role in roles]
+    assert [getattr(stock, f"{role}_token_id") for role in roles] == [
+        getattr(ids, role) for role in roles
+    ]
     assert stock.model_max_length == 64
-    assert stock("[MASK]", add_special_tokens=False)["input_ids"] == [ids.mask]  # theirs; ours never makes it from text
+    assert stock("[MASK]", add_special_tokens=False)["input_ids"] == [
+        ids.mask
+    ]  # theirs; ours never makes it from text
     assert read_tokenizer(tmp_path / "hf").content == tokenizer.content
     if kind == "wordpiece":
         (tmp_path / "hf" / "vocab.txt").unlink()  # as newer versions of the library save it
@@ -84,17 +109,23 @@ def shared_lines(name: str) -> list[str]:
     path = TEXT / "text" / name
     if not path.exists():
         pytest.skip("needs the shared text")
-    text = (lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()).decode()
+    text = (
+        lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    ).decode()
     return [line for line in text.splitlines()[:6000] if not line.startswith(("<doc", "</doc"))]
 
 
-@pytest.mark.parametrize("name", ["japanese_novel.txt", "german_novels.txt.xz", "wikitext2.valid.txt"])
+@pytest.mark.parametrize(
+    "name", ["japanese_novel.txt", "german_novels.txt.xz", "wikitext2.valid.txt"]
+)
 def test_ids_are_equal_on_thousands_of_lines(name, tmp_path):
     lines = shared_lines(name)
     (tmp_path / "text.txt").write_text("\n".join(lines))
     for kind in ("unigram", "bpe"):
         folder = tmp_path / kind
-        tokenizer = train_tokenizer([str(tmp_path / "text.txt")], folder, kind=kind, vocab_size=4000, lowercase=False)
+        tokenizer = train_tokenizer(
+            [str(tmp_path / "text.txt")], folder, kind=kind, vocab_size=4000, lowercase=False
+        )
         assert_same_ids(tokenizer, stock_tokenizer(tokenizer, folder / "hf"), lines)
     tokenizer = load_tokenizer(TEXT / "vocab" / "bert-base-uncased-vocab.txt")
     assert_same_ids(tokenizer, stock_tokenizer(tokenizer, tmp_path / "hf"), lines)
@@ -108,7 +139,9 @@ def stock_model(folder: Path, auto: str = "AutoModelForPreTraining"):
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     kind = getattr(transformers, auto if auto != "AutoModelForPreTraining" else name)
     model, info = kind.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     assert type(model).__name__ == name
     return model.eval()
 
@@ -118,13 +151,20 @@ def assert_same_logits(module, folder: Path) -> None:
     ids, mask, types = run_folders.rows_with_padding()
     place, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
     batch, real = Batch(ids, types, mask, place, place[:, :1], none, none > 0, none), mask > 0
-    found = stock_model(folder / "discriminator")(ids, attention_mask=mask, token_type_ids=types).logits
+    found = stock_model(folder / "discriminator")(
+        ids, attention_mask=mask, token_type_ids=types
+    ).logits
     assert float((module.discriminate(ids, batch) - found)[real].abs().max()) <= BOUND
     encoder = module.discriminator if module.sharing == "all" else module.generator
     embeddings = module.generator_embeddings if module.sharing == "untied" else module.embeddings
     ours = module.generator_head(encoder(embeddings(ids, types, place), mask), embeddings.word)
     model = stock_model(folder / "generator", "AutoModelForMaskedLM")
-    assert float((ours - model(ids, attention_mask=mask, token_type_ids=types).logits)[real].abs().max()) <= BOUND
+    assert (
+        float(
+            (ours - model(ids, attention_mask=mask, token_type_ids=types).logits)[real].abs().max()
+        )
+        <= BOUND
+    )
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -142,16 +182,33 @@ def test_two_ranks_of_zero3_export_from_the_command_line(data, tmp_path):
     sets = [f"--set=model.{key}={value}" for key, value in run_folders.SIZES["model"].items()]
     run = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero3-fp32", *sets]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "-m", "electra_ds", *run, "--set=train.total_steps=2", "--set=logging.every=1"]
-    command = [sys.executable, *map(str, command), "--set=train.micro_batch_size=16", "--set=train.eval_rows=16"]
-    done = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True, timeout=600)
+    command = [
+        *launcher,
+        "-m",
+        "electra_ds",
+        *run,
+        "--set=train.total_steps=2",
+        "--set=logging.every=1",
+    ]
+    command = [
+        sys.executable,
+        *map(str, command),
+        "--set=train.micro_batch_size=16",
+        "--set=train.eval_rows=16",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | CPU, capture_output=True, text=True, timeout=600
+    )
     assert len(list((out / "ckpt" / "final").glob("model-*"))) == 2, done.stderr[-4000:]
     told = run_cli("export", out, "--out", tmp_path / "hf", "--tokenizer", words).stdout
     assert "ElectraForPreTraining" in told and "ElectraForMaskedLM" in told
     assert_same_logits(load_module(out / "ckpt" / "final")[0], tmp_path / "hf")
     card = (tmp_path / "hf" / "generator" / "README.md").read_text()
     held_out = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert "| steps | 2 |" in card and f"| held out at step 2, mlm_loss | {held_out['mlm_loss']:.4f} |" in card
+    assert (
+        "| steps | 2 |" in card
+        and f"| held out at step 2, mlm_loss | {held_out['mlm_loss']:.4f} |" in card
+    )
 
 
 @pytest.mark.parametrize("kind", ["mlm", "replace_mlm", "all_tokens_mlm", "electra_15"])
@@ -164,7 +221,9 @@ def test_every_objective_exports_its_main_encoder(kind, tmp_path):
         return
     ids, mask, types = run_folders.rows_with_padding()
     with torch.no_grad():
-        hidden = module.discriminator(module.embeddings(ids, types, torch.arange(20).expand(3, -1)), mask)
+        hidden = module.discriminator(
+            module.embeddings(ids, types, torch.arange(20).expand(3, -1)), mask
+        )
         ours = module.mlm_head(hidden, module.embeddings.word)
         theirs = stock_model(tmp_path / "out" / "discriminator", "AutoModelForMaskedLM")(
             ids, attention_mask=mask, token_type_ids=types
@@ -180,18 +239,34 @@ TASKS = {
     "classification": dict(labels=["no", "maybe", "yes"], label_range=None, outputs=3),
     "regression": dict(labels=None, label_range=[1.0, 5.0], outputs=1),
     "token_classification": dict(labels=["O", "NAME"], label_range=None, outputs=2),
-    "many classes": dict(labels=[f"c{i}" for i in range(25)], label_range=None, outputs=25),  # 2 x 25 > 48
+    "many classes": dict(
+        labels=[f"c{i}" for i in range(25)], label_range=None, outputs=25
+    ),  # 2 x 25 > 48
 }
 
 
 def fine_tuned(folder: Path, name: str) -> nn.ModuleDict:
     model, task = run_folders.config().model, TASKS[name]
-    parts = nn.ModuleDict({"embeddings": Embeddings(model, 32, 0.0), "discriminator": Encoder(model, 32, 1e-12),
-                           "head": nn.Linear(48, task["outputs"])})  # fmt: skip
+    parts = nn.ModuleDict(
+        {
+            "embeddings": Embeddings(model, 32, 0.0),
+            "discriminator": Encoder(model, 32, 1e-12),
+            "head": nn.Linear(48, task["outputs"]),
+        }
+    )
     run_folders.drawn(parts)
     kind = "classification" if name == "many classes" else name
-    described = {"name": "own", "kind": kind, "labels": task["labels"], "label_range": task["label_range"]}
-    values = {"model": model.model_dump(mode="json"), "task": described, "scores": {"valid": {"accuracy": 0.5}}}
+    described = {
+        "name": "own",
+        "kind": kind,
+        "labels": task["labels"],
+        "label_range": task["label_range"],
+    }
+    values = {
+        "model": model.model_dump(mode="json"),
+        "task": described,
+        "scores": {"valid": {"accuracy": 0.5}},
+    }
     run_folders.vocabulary(folder / "tokenizer")
     run_folders.save(folder, "model", true_state(parts), values)
     return parts
@@ -203,7 +278,9 @@ def test_a_fine_tuned_model_exports_with_equal_logits(name, tmp_path):
     parts = fine_tuned(tmp_path / "seed-0", name)
     export(tmp_path / "seed-0", tmp_path / "out")
     ids, mask, types = run_folders.rows_with_padding()
-    hidden = parts["discriminator"](parts["embeddings"](ids, types, torch.arange(20).expand(3, -1)), mask)
+    hidden = parts["discriminator"](
+        parts["embeddings"](ids, types, torch.arange(20).expand(3, -1)), mask
+    )
     ours = parts["head"](hidden)
     per_token = name in ("token_classification", "many classes")
     auto = "AutoModelForTokenClassification" if per_token else "AutoModelForSequenceClassification"
@@ -214,10 +291,16 @@ def test_a_fine_tuned_model_exports_with_equal_logits(name, tmp_path):
     wanted = ours[mask > 0] if per_token else ours[:, 0]
     assert float((wanted - (logits[mask > 0] if per_token else logits)).abs().max()) <= BOUND
     labels = TASKS[name]["labels"] or ["own"]
-    assert model.config.id2label == dict(enumerate(labels)) and model.config.num_labels == len(labels)
-    problem = {"regression": "regression", "classification": "single_label_classification"}.get(name)
+    assert model.config.id2label == dict(enumerate(labels)) and model.config.num_labels == len(
+        labels
+    )
+    problem = {"regression": "regression", "classification": "single_label_classification"}.get(
+        name
+    )
     assert model.config.problem_type == problem
-    assert ("first token" in (tmp_path / "out" / "README.md").read_text()) == (name == "many classes")
+    assert ("first token" in (tmp_path / "out" / "README.md").read_text()) == (
+        name == "many classes"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ load_pretrained
@@ -227,7 +310,11 @@ def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
     run = tmp_path / "run"
     module = run_folders.pretrained(run)
     export(run, tmp_path / "hf")
-    wanted = {k: v for k, v in true_state(module).items() if k.startswith(("embeddings.", "discriminator."))}
+    wanted = {
+        k: v
+        for k, v in true_state(module).items()
+        if k.startswith(("embeddings.", "discriminator."))
+    }
     bare = transformers.ElectraModel.from_pretrained(tmp_path / "hf" / "discriminator")
     bare.save_pretrained(tmp_path / "bare")
     pickled = tmp_path / "pickled"
@@ -235,38 +322,62 @@ def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
     (pickled / "config.json").write_bytes((tmp_path / "bare" / "config.json").read_bytes())
     torch.save(bare.state_dict(), pickled / "pytorch_model.bin")
     words = run / "tokenizer"
-    for path in (run, run / "ckpt", run / "ckpt" / "final", tmp_path / "hf", tmp_path / "hf" / "discriminator"):
+    for path in (
+        run,
+        run / "ckpt",
+        run / "ckpt" / "final",
+        tmp_path / "hf",
+        tmp_path / "hf" / "discriminator",
+    ):
         found = load_pretrained(path)
-        assert found.state.keys() == wanted.keys() and all(torch.equal(found.state[k], wanted[k]) for k in wanted), path
-        assert found.model.hidden_size == 48 and found.model.vocab_size == found.tokenizer.vocab_size == 600
+        assert found.state.keys() == wanted.keys() and all(
+            torch.equal(found.state[k], wanted[k]) for k in wanted
+        ), path
+        assert (
+            found.model.hidden_size == 48
+            and found.model.vocab_size == found.tokenizer.vocab_size == 600
+        )
     for path in (tmp_path / "bare", pickled):
         found = load_pretrained(path, words).state
-        assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted), path
+        assert found.keys() == wanted.keys() and all(
+            torch.equal(found[k], wanted[k]) for k in wanted
+        ), path
     parts = fine_tuned(tmp_path / "seed-0", "classification")
     export(tmp_path / "seed-0", tmp_path / "tuned")
     for path in (tmp_path / "seed-0", tmp_path / "seed-0" / "model", tmp_path / "tuned"):
         found = load_pretrained(path).state
-        assert all(torch.equal(value, found[name]) for name, value in true_state(parts).items() if "head" not in name)
+        assert all(
+            torch.equal(value, found[name])
+            for name, value in true_state(parts).items()
+            if "head" not in name
+        )
     (tmp_path / "rte").mkdir()
     (tmp_path / "rte" / "seed-3").symlink_to(tmp_path / "seed-0")
     assert find_trained(tmp_path / "rte") == tmp_path / "rte" / "seed-3" / "model"
     assert load_pretrained(tmp_path / "rte").state.keys() == found.keys()
     (tmp_path / "rte" / "seed-5").symlink_to(tmp_path / "seed-0")
     kinds = "expected a run folder .*OUT/ckpt/STEP.*DIR/TASK/seed-N.*Hugging Face folder"
-    for path, part in (("rte", "models of 2 seeds; name one, such as .*rte/seed-3"), ("words", kinds)):
+    for path, part in (
+        ("rte", "models of 2 seeds; name one, such as .*rte/seed-3"),
+        ("words", kinds),
+    ):
         with pytest.raises(UserError, match=part):
             load_pretrained(tmp_path / path)
     torch.save({"x": Path}, pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):  # code in a pickle is not run
         load_pretrained(pickled, words)
-    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in run_folders.VOCABULARY[:50]))
+    (tmp_path / "vocab.txt").write_text(
+        "".join(f"{token}\n" for token in run_folders.VOCABULARY[:50])
+    )
     with pytest.raises(UserError, match="50 entries"):
         load_pretrained(run, tmp_path / "vocab.txt")
 
 
 def test_a_run_of_own_modules_is_refused(tmp_path):
     values = load_run("tiny").model_dump(mode="json")
-    made = run_folders.save(tmp_path / "run" / "ckpt", "7", {"generator.rnn.weight": torch.zeros(3)}, values)
+    made = run_folders.save(
+        tmp_path / "run" / "ckpt", "7", {"generator.rnn.weight": torch.zeros(3)}, values
+    )
     for verb in (load_pretrained, lambda path: export(path, tmp_path / "out")):
         with pytest.raises(UserError, match="modules of your own"):
             verb(made)

@@ -11,7 +11,12 @@ from electra_ds.config import FactoryConfig, ObjectiveConfig, config_folder, dif
 from electra_ds.errors import UserError
 from electra_ds.objective import FactoryObjective, build_objective, parameter_count
 
-FACTORY = {"factory": "own_pair:build", "options": {"width": 8}, "discr_dim": 8, "discr_layer": "conv"}
+FACTORY = {
+    "factory": "own_pair:build",
+    "options": {"width": 8},
+    "discr_dim": 8,
+    "discr_layer": "conv",
+}
 
 
 def run(tmp_path, *sets, **model):
@@ -32,7 +37,10 @@ def test_sizes_are_not_needed_and_parameters_are_counted(tmp_path):
 
 def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
     for sets, message in (
-        (["model.hidden_size=8"], "model.hidden_size: unknown key; known here: discr_dim, discr_layer, factory"),
+        (
+            ["model.hidden_size=8"],
+            "model.hidden_size: unknown key; known here: discr_dim, discr_layer, factory",
+        ),
         (["objective.kind=mlm"], "objective.kind mlm needs the built-in model"),
         (["generator.hidden_size=8"], "generator"),
         (["train.compile=true"], "are for the built-in layers"),
@@ -84,8 +92,8 @@ def test_forward_gets_what_it_names_and_logits_at_every_place_will_do():
     losses.total.backward()
     assert all(p.grad.any() for p in module.parameters()) and losses.counts.chosen == 11
     only = own(None, generator="uniform")
-    assert torch.isfinite(only(batch, *counts_of(batch)).total) and [n for n, _ in only.named_parameters()] == [
-        "discriminator.module.table.weight"
-    ]
+    assert torch.isfinite(only(batch, *counts_of(batch)).total) and [
+        n for n, _ in only.named_parameters()
+    ] == ["discriminator.module.table.weight"]
     with pytest.raises(UserError, match="the generator has 99 tokens, the data 101"):
         own(Bag(99))(batch)

@@ -13,7 +13,14 @@ import torch
 from conftest import CPU, ROOT, read_json, run_cli, run_ranks
 from test_lock import hold
 
-from electra_ds.glue.batches import collate, encode, epoch_batches, micro_batches, prediction_batches, swapped
+from electra_ds.glue.batches import (
+    collate,
+    encode,
+    epoch_batches,
+    micro_batches,
+    prediction_batches,
+    swapped,
+)
 from electra_ds.glue.classifier import Classifier, layerwise
 from electra_ds.glue.config import load_finetune
 from electra_ds.glue.examples import Example, read_examples
@@ -41,7 +48,11 @@ def write_tasks(folder: Path) -> Path:
 
     def pairs() -> dict:
         both = int(random.integers(2))
-        return {"a": " ".join(["ab", *text(3)]), "b": " ".join(["ab" if both else "cd", *text(8)]), "label": 5 * both}
+        return {
+            "a": " ".join(["ab", *text(3)]),
+            "b": " ".join(["ab" if both else "cd", *text(8)]),
+            "label": 5 * both,
+        }
 
     def words() -> dict:
         found = [WORDS[i] for i in random.integers(0, 10, random.integers(3, 9))]
@@ -59,7 +70,10 @@ def write_tasks(folder: Path) -> Path:
         (folder / f"{name}.json").write_text(json.dumps({"splits": splits} | description))
         for split, file in splits.items():
             hidden = ("label", "tags") if split == "test" else ()
-            rows = [{key: x for key, x in make().items() if key not in hidden} for _ in range(sizes[split])]
+            rows = [
+                {key: x for key, x in make().items() if key not in hidden}
+                for _ in range(sizes[split])
+            ]
             (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -71,7 +85,9 @@ def suites(tmp_path_factory) -> Path:
     run_folders.pretrained(folder / "model")
     write_tasks(folder / "tasks")
     for world_size, name in ((1, "one"), (2, "two")):
-        run_ranks(world_size, "finetune_scenario.py", folder / "model", folder / "tasks", folder / name)
+        run_ranks(
+            world_size, "finetune_scenario.py", folder / "model", folder / "tasks", folder / name
+        )
     return folder
 
 
@@ -94,7 +110,10 @@ def test_two_ranks_fine_tune_like_one(suites):
         one, two = suites / "one" / name, suites / "two" / name
         assert result(one)["train_loss"] == pytest.approx(result(two)["train_loss"], rel=1e-4), name
         assert scores(one) == pytest.approx(scores(two), abs=1e-3), name
-        texts = [next(folder.glob("*/seed-0/predictions-test.tsv")).read_text().split("\n") for folder in (one, two)]
+        texts = [
+            next(folder.glob("*/seed-0/predictions-test.tsv")).read_text().split("\n")
+            for folder in (one, two)
+        ]
         said = [[line.split("\t")[1] for line in lines[1:-1]] for lines in texts]
         if name == "pairs":
             said = [np.round(np.array(values, float), 2).tolist() for values in said]
@@ -112,22 +131,33 @@ def test_seeds_differ_and_the_best_ones_model_is_kept(suites):
 def test_an_interrupted_seed_goes_on_from_its_epoch_bit_for_bit(suites):
     whole, cut = (suites / "one" / name / "classes" / "seed-0" for name in ("classes", "cut"))
     for split in ("valid", "test"):
-        assert (cut / f"predictions-{split}.tsv").read_text() == (whole / f"predictions-{split}.tsv").read_text()
-    assert result(suites / "one" / "cut")["train_loss"] == result(suites / "one" / "classes")["train_loss"]
+        assert (cut / f"predictions-{split}.tsv").read_text() == (
+            whole / f"predictions-{split}.tsv"
+        ).read_text()
+    assert (
+        result(suites / "one" / "cut")["train_loss"]
+        == result(suites / "one" / "classes")["train_loss"]
+    )
     assert not (cut / "ckpt").exists()
 
 
 def test_packed_batches_teach_what_padded_ones_teach(suites):
     padded, packed = (suites / "one" / name for name in ("padded", "packed"))
     assert result(padded)["train_loss"] == pytest.approx(result(packed)["train_loss"], rel=1e-5)
-    texts = [next(path.glob("*/seed-0/predictions-test.tsv")).read_text() for path in (padded, packed)]
-    said = [np.array([line.split("\t")[2:] for line in text.split("\n")[1:-1]], float) for text in texts]
+    texts = [
+        next(path.glob("*/seed-0/predictions-test.tsv")).read_text() for path in (padded, packed)
+    ]
+    said = [
+        np.array([line.split("\t")[2:] for line in text.split("\n")[1:-1]], float) for text in texts
+    ]
     assert np.abs(said[0] - said[1]).max() < 1e-4
 
 
 def test_the_best_epoch_is_said_and_random_weights_too(suites):
     best, drawn = result(suites / "one" / "best"), result(suites / "one" / "random")
-    assert best["selected"] == "best epoch on dev" and "dev score flatters" in report(suites, "best")
+    assert best["selected"] == "best epoch on dev" and "dev score flatters" in report(
+        suites, "best"
+    )
     assert drawn["origin"] == "random initialisation" and drawn["steps"] == round(0.5 * 13)
     assert not list((suites / "one" / "random").rglob("model"))
     assert (suites / "one" / "best" / "classes" / "seed-0" / "model" / "meta.json").exists()
@@ -156,7 +186,10 @@ def test_predict_repeats_what_finetune_wrote_and_scores_what_is_labelled(suites,
     assert f"accuracy {scores(suites / 'one' / 'best')['accuracy']:.4f}" in said.stdout
     run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "q.tsv")
     assert (tmp_path / "p.tsv").read_text() == (tmp_path / "q.tsv").read_text()
-    ours, theirs = (path.read_text().split("\n") for path in (tmp_path / "p.tsv", seed / "predictions-valid.tsv"))
+    ours, theirs = (
+        path.read_text().split("\n")
+        for path in (tmp_path / "p.tsv", seed / "predictions-valid.tsv")
+    )
     assert ours[0] == "index\tprediction\tp(no)\tp(yes)" and len(ours) == 61 + 2
     assert [line.split("\t")[:2] for line in ours] == [line.split("\t")[:2] for line in theirs]
 
@@ -173,7 +206,9 @@ def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
     refused = run_cli(*command, "--seeds", "2", check=False)
     owner.kill()
     owner.wait()
-    assert refused.returncode == 2 and f"seed-1/lock names process {owner.pid} on " in refused.stderr
+    assert (
+        refused.returncode == 2 and f"seed-1/lock names process {owner.pid} on " in refused.stderr
+    )
     other = run_cli(*command, "--set", "optimizer.peak_lr=0.5", check=False)
     assert other.returncode == 2 and "Traceback" not in other.stderr
     assert "optimizer.peak_lr: 0.02 -> 0.5" in other.stderr
@@ -187,7 +222,9 @@ def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environ = os.environ | CPU | {"PATH": path, "RANKS": "3"}
     done = subprocess.run(script, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0 and "| classes | valid | accuracy |" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and "| classes | valid | accuracy |" in done.stdout, done.stderr[
+        -3000:
+    ]
     for seed in (0, 1):  # the third rank had nothing to do
         assert scores(out, seed) == scores(suites / "one" / "classes", seed)
     assert len(list(out.glob("classes/seed-*/model"))) == 1
@@ -195,9 +232,16 @@ def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(
 
 def test_bad_calls_are_refused_with_one_sentence(suites, tmp_path):
     misspelled = ["--set", 'tasks={"rte": {"epoch": 3}}']
-    for call, part in ((["smal"], "did you mean 'small'"), (misspelled, "tasks.rte.epoch: unknown key")):
-        done = run_cli("finetune", suites / "model", *call, "--tasks", "rte", "--out", tmp_path, check=False)
-        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
+    for call, part in (
+        (["smal"], "did you mean 'small'"),
+        (misspelled, "tasks.rte.epoch: unknown key"),
+    ):
+        done = run_cli(
+            "finetune", suites / "model", *call, "--tasks", "rte", "--out", tmp_path, check=False
+        )
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
 
 
 # ------------------------------------------------------------------------------------------------- the parts, alone
@@ -236,7 +280,9 @@ def test_the_first_token_of_a_word_carries_its_label(tmp_path):
 
 def test_every_example_is_in_one_batch_of_an_epoch_and_epochs_differ():
     lengths = np.random.default_rng(0).integers(5, 100, 1003)
-    first, again, second, other = (epoch_batches(lengths, 32, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    first, again, second, other = (
+        epoch_batches(lengths, 32, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
     assert sorted(np.concatenate(first)) == list(range(1003)) and max(map(len, first)) == 32
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     orders = [tuple(np.concatenate(batches)) for batches in (first, second, other)]
@@ -249,11 +295,15 @@ def test_micro_batches_are_the_global_batch_in_order_and_empty_ones_weigh_nothin
     encoded = encode(examples, task(labels=["a", "b"]), tokenizer, 40)
     micros = micro_batches(np.arange(5), 2, 4, encoded, 0, "classification")
     assert [tuple(m.input_ids.shape) for m in micros] == [(2, 5), (2, 7), (1, 8), (1, 2)]
-    assert [m.weights.sum().item() for m in micros] == [2, 2, 1, 0] and micros[1].labels.tolist() == [0, 1]
+    assert [m.weights.sum().item() for m in micros] == [2, 2, 1, 0] and micros[
+        1
+    ].labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
-def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(tmp_path, kind):
+def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(
+    tmp_path, kind
+):
     transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
     model = run_folders.config().model.model_copy(update={"max_positions": 128})
     per_token, regression = kind == "token_classification", kind == "regression"
@@ -267,41 +317,75 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
     if per_token:
         examples = [Example("", text(size), None, [i % 3 for i in range(size)]) for size in sizes]
     else:
-        examples = [Example("", " ".join(text(size)), " ".join(text(5)), i % 3) for i, size in enumerate(sizes)]
-    asked = task(kind, labels=None if regression else ["a", "b", "c"], label_range=(0.0, 2.0) if regression else None)
+        examples = [
+            Example("", " ".join(text(size)), " ".join(text(5)), i % 3)
+            for i, size in enumerate(sizes)
+        ]
+    asked = task(
+        kind,
+        labels=None if regression else ["a", "b", "c"],
+        label_range=(0.0, 2.0) if regression else None,
+    )
     encoded = encode(examples, asked, words_tokenizer(tmp_path), 128)
     lengths = [len(example.ids) for example in encoded]
     name, state = classifier_to_hf(true_state(module), kind)
-    stock = getattr(transformers, name)(transformers.ElectraConfig(
-        **hf_config(model, None, "discriminator", 0), num_labels=1 if regression else 3)).eval()  # fmt: skip
+    stock = getattr(transformers, name)(
+        transformers.ElectraConfig(
+            **hf_config(model, None, "discriminator", 0), num_labels=1 if regression else 3
+        )
+    ).eval()
     assert not stock.load_state_dict(state, strict=False).missing_keys
-    fixed = collate([*encoded, encoded[0]._replace(ids=[2] * 128, second=128, label=[-1] * 128 if per_token else 0)],
-                    0, kind)  # fmt: skip
-    ids, segments, real = (x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.piece_ids))  # padded to 128
+    fixed = collate(
+        [
+            *encoded,
+            encoded[0]._replace(ids=[2] * 128, second=128, label=[-1] * 128 if per_token else 0),
+        ],
+        0,
+        kind,
+    )
+    ids, segments, real = (
+        x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.piece_ids)
+    )  # padded to 128
     theirs = stock(ids, attention_mask=real, token_type_ids=segments).logits
-    expected = torch.cat([x[:size] for x, size in zip(theirs, lengths, strict=True)]) if per_token else theirs
+    expected = (
+        torch.cat([x[:size] for x, size in zip(theirs, lengths, strict=True)])
+        if per_token
+        else theirs
+    )
     expected.square().sum().backward()
     expected_grads = {name: p.grad for name, p in stock.named_parameters()}
     largest = max(float(grad.abs().max()) for grad in expected_grads.values())
     for packed in (False, True):
         batch = collate(encoded, 0, kind, packed)
-        assert batch.input_ids.shape == ((1, sum(lengths)) if packed else (len(sizes), max(lengths)))
+        assert batch.input_ids.shape == (
+            (1, sum(lengths)) if packed else (len(sizes), max(lengths))
+        )
         module.zero_grad()
         logits = module(batch, predict=True)
         logits = logits[batch.piece_ids.flatten() > 0] if per_token else logits
         logits.square().sum().backward()
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-        grads = {name: p.grad[: len(value)] for (name, p), value in
-                 zip(module.named_parameters(), true_state(module).values(), strict=True)}  # fmt: skip
+        grads = {
+            name: p.grad[: len(value)]
+            for (name, p), value in zip(
+                module.named_parameters(), true_state(module).values(), strict=True
+            )
+        }
         for name, grad in to_hf(grads, "discriminator").items():
-            torch.testing.assert_close(grad, expected_grads[name], atol=1e-6 * largest, rtol=1e-4, msg=name)
-        alone = sum(module(collate(one, 0, kind, packed)).total for one in [[], *([one] for one in encoded)])
+            torch.testing.assert_close(
+                grad, expected_grads[name], atol=1e-6 * largest, rtol=1e-4, msg=name
+            )
+        alone = sum(
+            module(collate(one, 0, kind, packed)).total for one in [[], *([one] for one in encoded)]
+        )
         torch.testing.assert_close(alone, module(batch).total)
 
 
 def test_a_micro_batch_is_at_most_a_ranks_share_of_the_global_batch():
     config = load_finetune("small")
-    sizes = [config.of("cola", None, 0, world_size).train.micro_batch_size for world_size in (1, 2, 16)]
+    sizes = [
+        config.of("cola", None, 0, world_size).train.micro_batch_size for world_size in (1, 2, 16)
+    ]
     assert sizes == [32, 16, 2]
     assert config.of("cola", None, 0, 16).accumulation(16) == 1
 
@@ -310,11 +394,21 @@ def test_predictions_do_not_depend_on_batching(tmp_path):
     tokenizer, config = words_tokenizer(tmp_path), run_folders.config()
     module = run_folders.drawn(Classifier(config.model, 3, per_token=False, regression=False))
     random = np.random.default_rng(1)
-    texts = [" ".join(WORDS[i] for i in random.integers(0, 300, random.integers(1, 30))) for _ in range(130)]
-    encoded = encode([Example(str(i), t, None, 0) for i, t in enumerate(texts)], task(labels=["a", "b"]), tokenizer, 40)
+    texts = [
+        " ".join(WORDS[i] for i in random.integers(0, 300, random.integers(1, 30)))
+        for _ in range(130)
+    ]
+    encoded = encode(
+        [Example(str(i), t, None, 0) for i, t in enumerate(texts)],
+        task(labels=["a", "b"]),
+        tokenizer,
+        40,
+    )
     with torch.no_grad():
         together = np.stack(logits_of(module, "classification", encoded, 0))
-        alone = np.concatenate([module(collate([one], 0, "classification"), predict=True).numpy() for one in encoded])
+        alone = np.concatenate(
+            [module(collate([one], 0, "classification"), predict=True).numpy() for one in encoded]
+        )
     assert np.abs(together - alone).max() < 1e-5
     shares = [np.concatenate(list(prediction_batches(encoded, 16, rank, 3))) for rank in range(3)]
     assert sorted(np.concatenate(shares)) == list(range(130))
@@ -323,7 +417,9 @@ def test_predictions_do_not_depend_on_batching(tmp_path):
 def test_the_head_has_dropout_of_its_own(tmp_path):
     config = run_folders.config().model.model_copy(update={"hidden_dropout": 0.5})
     module = run_folders.drawn(Classifier(config, 3, per_token=False, regression=False))
-    (one,) = encode([Example("0", "ab cd", None, 0)], task(labels=["a", "b"]), words_tokenizer(tmp_path), 40)
+    (one,) = encode(
+        [Example("0", "ab cd", None, 0)], task(labels=["a", "b"]), words_tokenizer(tmp_path), 40
+    )
     batch = collate([one], 0, "classification")
     module.train()
     module.embeddings.eval()
@@ -342,7 +438,10 @@ def test_the_second_order_of_a_pair_has_its_segments_changed_too(tmp_path):
     assert tokenizer.tokens(back.ids) == ["[CLS]", "ef", "[SEP]", "ab", "cd", "[SEP]"]
     batch = collate([there, back], 0, "regression")
     assert batch.segment_ids.tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
-    assert batch.labels.tolist() == [0.5, 0.5]  # trained on as a share of the range, told in the label's own unit
+    assert batch.labels.tolist() == [
+        0.5,
+        0.5,
+    ]  # trained on as a share of the range, told in the label's own unit
     assert predictions_of(asked, pair, [there], [np.array([0.5])]) == [3.0]
 
 
@@ -356,7 +455,10 @@ def test_words_that_are_cut_off_are_told_as_outside(tmp_path):
 
 def test_a_tasks_own_number_wins_and_the_command_lines_word_wins_over_the_file():
     config = load_finetune("small")
-    epochs = [config.of(name, own, 0).train.epochs for name, own in (("rte", None), ("rte", 5.0), ("cola", 5.0))]
+    epochs = [
+        config.of(name, own, 0).train.epochs
+        for name, own in (("rte", None), ("rte", 5.0), ("cola", 5.0))
+    ]
     assert epochs == [10, 10, 5]
     said = load_finetune("small", ["train.epochs=2", "tasks.stsb.epochs=7"])
     assert [said.of(name, None, 0).train.epochs for name in ("rte", "stsb", "cola")] == [2, 7, 2]
@@ -376,8 +478,15 @@ def test_padding_of_real_tasks_is_small(name):
     tokenizer = load_tokenizer(GLUE.parent / "vocab" / "bert-base-uncased-vocab.txt")
     found = load_task(name, GLUE)
     examples = read_examples(found, "train")
-    encoded = encode(examples + swapped(examples) if found.both_orders else examples, found, tokenizer, 128)
+    encoded = encode(
+        examples + swapped(examples) if found.both_orders else examples, found, tokenizer, 128
+    )
     lengths = np.array([len(example.ids) for example in encoded])
-    halves = [half for batch in epoch_batches(lengths, 32, 0, 0) for half in (batch[:16], batch[16:]) if len(half)]
+    halves = [
+        half
+        for batch in epoch_batches(lengths, 32, 0, 0)
+        for half in (batch[:16], batch[16:])
+        if len(half)
+    ]
     places = sum(lengths[half].max() * len(half) for half in halves)
     assert 1 - lengths.sum() / places < 0.06

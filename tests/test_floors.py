@@ -51,7 +51,11 @@ def imports(source):
 
 
 def sources():
-    found = [path for package in ("electra_ds", "data_tools") for path in sorted((ROOT / package).rglob("*.py"))]
+    found = [
+        path
+        for package in ("electra_ds", "data_tools")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    ]
     return [path for path in found if path != ROOT / "electra_ds" / "__init__.py"]
 
 
@@ -76,7 +80,12 @@ def imports_when_run(path):
 
 def importers(package):
     """Files that import a foreign package, wherever the import stands."""
-    found = {path for path in sources() for name, _ in imports(path.read_text()) if name.split(".")[0] == package}
+    found = {
+        path
+        for path in sources()
+        for name, _ in imports(path.read_text())
+        if name.split(".")[0] == package
+    }
     return {str(path.relative_to(ROOT)) for path in found}
 
 
@@ -100,7 +109,9 @@ def test_imports_go_down_only(path):
 def test_no_shared_sibling_is_listed_in_vain():
     pairs = {(module_of(path), there) for path in sources() for there, _ in own_imports(path)}
     for shared in SHARED:
-        assert any(there == shared != here and FLOOR[here] == FLOOR[there] for here, there in pairs), shared
+        assert any(
+            there == shared != here and FLOOR[here] == FLOOR[there] for here, there in pairs
+        ), shared
 
 
 def test_shared_siblings_make_no_circle():
@@ -133,13 +144,23 @@ def test_data_tools_and_what_it_stands_on_never_import_torch():
 def modules_after(statement):
     """Names in sys.modules of a fresh interpreter after a statement."""
     command = [sys.executable, "-c", f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
 
 def test_the_data_tools_start_without_torch():
-    tools = [f"data_tools.{path.stem}" for path in (ROOT / "data_tools").glob("*.py") if path.stem != "__init__"]
+    tools = [
+        f"data_tools.{path.stem}"
+        for path in (ROOT / "data_tools").glob("*.py")
+        if path.stem != "__init__"
+    ]
     assert "data_tools.prepare" in tools
     loaded = modules_after("import " + ", ".join(sorted(tools)))
     assert "data_tools.prepare" in loaded and not loaded & {"torch", "deepspeed", "transformers"}

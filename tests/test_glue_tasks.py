@@ -17,22 +17,55 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"
 MNLI = "index|promptID|pairID|genre|sentence1_binary_parse|sentence1|sentence2"
 SHAPES = {
     "cola": ("CoLA", ['gj04|0|*|A "quote'], ["index|sentence", "0|A test"], ('A "quote', None, 0)),
-    "sst2": ("SST-2", ["sentence|label", "fine film |1"], ["index|sentence", "0|A test"], ("fine film", None, 1)),
-    "mrpc": ("MRPC", ["Quality|#1 ID|#2 ID|#1 String|#2 String", '1|7|8|"a|b"'],
-             ["index|#1 ID|#2 ID|#1 String|#2 String", "0|7|8|A test|b"], ('"a', 'b"', 1)),
-    "stsb": ("STS-B", ["index|genre|sentence1|sentence2|score", "0|news|a|b|3.800"],
-             ["index|genre|sentence1|sentence2", "0|news|A test|b"], ("a", "b", 3.8)),
-    "qqp": ("QQP", ["id|qid1|qid2|question1|question2|is_duplicate", "7|1|2|a?|b?|0"],
-            ["id|question1|question2", "0|A test|b"], ("a?", "b?", 0)),
-    "mnli": ("MNLI", [f"{MNLI}|label1|gold_label", "0|1|2|news|(a)|a|b|entailment|neutral"],
-             [MNLI, "0|1|2|news|(a)|A test|b"], ("a", "b", 2)),
-    "qnli": ("QNLI", ["index|question|sentence|label", "0|a|b|not_entailment"],
-             ["index|question|sentence", "0|A test|b"], ("a", "b", 1)),
-    "rte": ("RTE", ["index|sentence1|sentence2|label", "0|a|b|entailment"],
-            ["index|sentence1|sentence2", "0|A test|b"], ("a", "b", 0)),
-    "wnli": ("WNLI", ["index|sentence1|sentence2|label", "0|a|b|1"],
-             ["index|sentence1|sentence2", "0|A test|b"], ("a", "b", 1)),
-}  # fmt: skip
+    "sst2": (
+        "SST-2",
+        ["sentence|label", "fine film |1"],
+        ["index|sentence", "0|A test"],
+        ("fine film", None, 1),
+    ),
+    "mrpc": (
+        "MRPC",
+        ["Quality|#1 ID|#2 ID|#1 String|#2 String", '1|7|8|"a|b"'],
+        ["index|#1 ID|#2 ID|#1 String|#2 String", "0|7|8|A test|b"],
+        ('"a', 'b"', 1),
+    ),
+    "stsb": (
+        "STS-B",
+        ["index|genre|sentence1|sentence2|score", "0|news|a|b|3.800"],
+        ["index|genre|sentence1|sentence2", "0|news|A test|b"],
+        ("a", "b", 3.8),
+    ),
+    "qqp": (
+        "QQP",
+        ["id|qid1|qid2|question1|question2|is_duplicate", "7|1|2|a?|b?|0"],
+        ["id|question1|question2", "0|A test|b"],
+        ("a?", "b?", 0),
+    ),
+    "mnli": (
+        "MNLI",
+        [f"{MNLI}|label1|gold_label", "0|1|2|news|(a)|a|b|entailment|neutral"],
+        [MNLI, "0|1|2|news|(a)|A test|b"],
+        ("a", "b", 2),
+    ),
+    "qnli": (
+        "QNLI",
+        ["index|question|sentence|label", "0|a|b|not_entailment"],
+        ["index|question|sentence", "0|A test|b"],
+        ("a", "b", 1),
+    ),
+    "rte": (
+        "RTE",
+        ["index|sentence1|sentence2|label", "0|a|b|entailment"],
+        ["index|sentence1|sentence2", "0|A test|b"],
+        ("a", "b", 0),
+    ),
+    "wnli": (
+        "WNLI",
+        ["index|sentence1|sentence2|label", "0|a|b|1"],
+        ["index|sentence1|sentence2", "0|A test|b"],
+        ("a", "b", 1),
+    ),
+}
 
 
 def write_glue(root, name):
@@ -41,7 +74,9 @@ def write_glue(root, name):
     (root / folder).mkdir()
     for kind in ("_matched", "_mismatched") if name == "mnli" else ("",):
         for split, rows in (("dev", train), ("test", test)):
-            (root / folder / f"{split}{kind}.tsv").write_text("\n".join(rows).replace("|", "\t") + "\n")
+            (root / folder / f"{split}{kind}.tsv").write_text(
+                "\n".join(rows).replace("|", "\t") + "\n"
+            )
     text = "\ufeff" + "\r\n".join(train).replace("|", "\t") + "\r\n"
     (root / folder / "train.tsv").write_text(text, encoding="utf-8", newline="")
 
@@ -58,18 +93,27 @@ def test_each_task_of_glue_is_read_from_the_root_and_from_its_own_folder(tmp_pat
     for split in tests:
         assert read_examples(task, split)[0][:2] == ("0", "A test")
         assert read_examples(task, split)[0].label is None
-    assert Task.model_validate(json.loads(task.model_dump_json())) == task  # as a fine-tuned model's meta.json has it
+    assert (
+        Task.model_validate(json.loads(task.model_dump_json())) == task
+    )  # as a fine-tuned model's meta.json has it
 
 
 def test_the_diagnostic_set_is_a_test_split_of_mnli(tmp_path):
     write_glue(tmp_path, "mnli")
     (tmp_path / "diagnostic").mkdir()
-    (tmp_path / "diagnostic" / "diagnostic.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
+    (tmp_path / "diagnostic" / "diagnostic.tsv").write_text(
+        "index\tsentence1\tsentence2\n0\ta\tb\n"
+    )
     assert read_examples(load_task("mnli", tmp_path), "test_ax") == [Example("0", "a", "b", None)]
     assert read_examples(load_task("AX", tmp_path), "test") == [Example("0", "a", "b", None)]
 
 
-ROWS = {"cola": (8551, 1043, 1063), "rte": (2490, 277, 3000), "mrpc": (3668, 408, 1725), "stsb": (5749, 1500, 1379)}
+ROWS = {
+    "cola": (8551, 1043, 1063),
+    "rte": (2490, 277, 3000),
+    "mrpc": (3668, 408, 1725),
+    "stsb": (5749, 1500, 1379),
+}
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the four original tasks beside the checkout")
@@ -79,8 +123,16 @@ def test_the_original_files_are_read_whole(name):
     found = {split: read_examples(task, split) for split in task.splits}
     assert tuple(map(len, found.values())) == ROWS[name]
     labels = [example.label for split in ("train", "valid") for example in found[split]]
-    assert set(labels) == {0, 1} if task.labels else (min(labels), max(labels)) == task.label_range == (0.0, 5.0)
-    assert all(example.text_a and (example.text_b or name == "cola") for rows in found.values() for example in rows)
+    assert (
+        set(labels) == {0, 1}
+        if task.labels
+        else (min(labels), max(labels)) == task.label_range == (0.0, 5.0)
+    )
+    assert all(
+        example.text_a and (example.text_b or name == "cola")
+        for rows in found.values()
+        for example in rows
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- own tasks
@@ -105,11 +157,26 @@ def test_own_tasks_fill_in_what_the_training_file_tells(own):
     task = own({"train.csv": rows})
     assert (task.name, task.labels, task.metrics) == ("own", ["a", "b"], ["accuracy"])
     assert read_examples(task, "valid")[0] == Example("0", 'He said "no",\nthen left', None, 1)
-    numbers = own({"n.tsv": "x\t9\t-2\ny\t8\t4.5\n"}, kind="regression", header=False, text_a=0, label=-1, index=1)
+    numbers = own(
+        {"n.tsv": "x\t9\t-2\ny\t8\t4.5\n"},
+        kind="regression",
+        header=False,
+        text_a=0,
+        label=-1,
+        index=1,
+    )
     assert (numbers.label_range, numbers.metrics) == ((-2.0, 4.5), ["pearson", "spearman"])
-    assert read_examples(numbers, "train") == [Example("9", "x", None, -2.0), Example("8", "y", None, 4.5)]
-    pairs = own({"p.jsonl": '{"l": true, "p": "x", "q": "y"}\n\n{"l": false, "p": 1, "q": "y"}\n'},
-                text_a="p", text_b="q", label="l", metrics=["f1", "macro_f1"])  # fmt: skip
+    assert read_examples(numbers, "train") == [
+        Example("9", "x", None, -2.0),
+        Example("8", "y", None, 4.5),
+    ]
+    pairs = own(
+        {"p.jsonl": '{"l": true, "p": "x", "q": "y"}\n\n{"l": false, "p": 1, "q": "y"}\n'},
+        text_a="p",
+        text_b="q",
+        label="l",
+        metrics=["f1", "macro_f1"],
+    )
     assert pairs.labels == ["false", "true"] and pairs.main_metric == "f1"
     assert read_examples(pairs, "train")[1] == Example("1", "1", "y", 0)
     (Path(task.folder) / "new.jsonl").write_text('{"p": "x", "q": "y"}')
@@ -141,13 +208,24 @@ dataset_info:
 
 def test_a_dataset_of_the_hub_library_is_read_from_a_local_folder(own, tmp_path):
     pytest.importorskip("datasets", reason="needs the extra [hf]")
-    for name, card, labels in (("words", "", ["a", "b", "a", None]), ("numbers", CARD, [1, 0, 1, -1])):
+    for name, card, labels in (
+        ("words", "", ["a", "b", "a", None]),
+        ("numbers", CARD, [1, 0, 1, -1]),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text(card)
-        for split, rows in (("train", labels[:2]), ("validation", labels[2:3]), ("test", labels[3:])):
-            lines = [json.dumps({"sentence": f"it is {label}", "label": label}) + "\n" for label in rows]
+        for split, rows in (
+            ("train", labels[:2]),
+            ("validation", labels[2:3]),
+            ("test", labels[3:]),
+        ):
+            lines = [
+                json.dumps({"sentence": f"it is {label}", "label": label}) + "\n" for label in rows
+            ]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(lines))
-        task = own({}, dataset=name, splits={"train": "train", "valid": "validation", "test": "test"})
+        task = own(
+            {}, dataset=name, splits={"train": "train", "valid": "validation", "test": "test"}
+        )
         assert task.labels == (["neg", "pos"] if card else ["a", "b"])
         found = {split: read_examples(task, split) for split in task.splits}
         assert [example.label for example in found["train"]] == ([1, 0] if card else [0, 1])
@@ -171,35 +249,103 @@ GOOD = "sentence\tlabel\nx\ta\ny\tb\n"
 TAGS = {"kind": "token_classification", "text_a": "words", "label": "tags"}
 TWO = {"labels": ["O", "X"]}
 MISTAKES = {  # name: files, values of the description, what the message holds
-    "missing file": ({"a.tsv": GOOD}, {"splits": {"train": "a.tsv", "valid": "b.tsv"}}, ["b.tsv: No such file"]),
-    "missing column": ({"a.tsv": GOOD}, {"text_a": "sentense"}, ["a.tsv:2", "'sentense'; did you mean 'sentence'?"]),
-    "unknown label": ({"a.tsv": GOOD, "b.tsv": GOOD + "z\tc\n"}, {}, ["b.tsv:4", "unknown label 'c'", "a, b"]),
-    "no number": ({"a.tsv": "sentence\tlabel\nx\t1\ny\tnan\n"}, {"kind": "regression"}, ["a.tsv:3", "'nan'", "number"]),
-    "one number": ({"a.tsv": "sentence\tlabel\nx\t1\n"}, {"kind": "regression"}, ["every label", "1.0"]),
-    "columns": ({"a.tsv": GOOD + "z\tb\tb\n"}, {}, ["a.tsv:4: found 3 columns, expected 2 (sentence, label)"]),
+    "missing file": (
+        {"a.tsv": GOOD},
+        {"splits": {"train": "a.tsv", "valid": "b.tsv"}},
+        ["b.tsv: No such file"],
+    ),
+    "missing column": (
+        {"a.tsv": GOOD},
+        {"text_a": "sentense"},
+        ["a.tsv:2", "'sentense'; did you mean 'sentence'?"],
+    ),
+    "unknown label": (
+        {"a.tsv": GOOD, "b.tsv": GOOD + "z\tc\n"},
+        {},
+        ["b.tsv:4", "unknown label 'c'", "a, b"],
+    ),
+    "no number": (
+        {"a.tsv": "sentence\tlabel\nx\t1\ny\tnan\n"},
+        {"kind": "regression"},
+        ["a.tsv:3", "'nan'", "number"],
+    ),
+    "one number": (
+        {"a.tsv": "sentence\tlabel\nx\t1\n"},
+        {"kind": "regression"},
+        ["every label", "1.0"],
+    ),
+    "columns": (
+        {"a.tsv": GOOD + "z\tb\tb\n"},
+        {},
+        ["a.tsv:4: found 3 columns, expected 2 (sentence, label)"],
+    ),
     "odd quote": ({"a.csv": 'sentence,label\nx,a\n"y" z,b\nx,b\n'}, {}, ["a.csv:3: odd quote"]),
     "open quote": ({"a.csv": 'sentence,label\nx,a\n"y,b\nx,b\nz,a\n'}, {}, ["a.csv:3: odd quote"]),
-    "not UTF-8": ({"a.tsv": GOOD.encode() + b"caf\xe9\ta\n"}, {}, ["a.tsv:4", "0xe9", "UTF-8", "iconv"]),
+    "not UTF-8": (
+        {"a.tsv": GOOD.encode() + b"caf\xe9\ta\n"},
+        {},
+        ["a.tsv:4", "0xe9", "UTF-8", "iconv"],
+    ),
     "empty file": ({"a.tsv": GOOD, "b.tsv": ""}, {}, ["b.tsv: holds no example"]),
-    "header alone": ({"a.tsv": GOOD, "b.tsv": "sentence\tlabel\n"}, {}, ["b.tsv: holds no example"]),
-    "no label in train": ({"a.jsonl": '{"sentence": "x"}\n'}, {}, ["a.jsonl:1", "no column 'label'", "sentence"]),
+    "header alone": (
+        {"a.tsv": GOOD, "b.tsv": "sentence\tlabel\n"},
+        {},
+        ["b.tsv: holds no example"],
+    ),
+    "no label in train": (
+        {"a.jsonl": '{"sentence": "x"}\n'},
+        {},
+        ["a.jsonl:1", "no column 'label'", "sentence"],
+    ),
     "one label": ({"a.tsv": "sentence\tlabel\nx\ta\n"}, {}, ["the one label"]),
-    "bad JSON": ({"a.jsonl": '{"sentence": "x", "label": "a"}\n{"sen\n'}, {}, ["a.jsonl:2: found", "JSON object"]),
+    "bad JSON": (
+        {"a.jsonl": '{"sentence": "x", "label": "a"}\n{"sen\n'},
+        {},
+        ["a.jsonl:2: found", "JSON object"],
+    ),
     "no object": ({"a.jsonl": "[1]\n"}, {}, ["a.jsonl:1: found"]),
     "format": ({"a.txt": GOOD}, {}, ["a.txt", "format: tsv, csv, jsonl, conll"]),
-    "tags": ({"a.jsonl": '{"words": ["x"], "tags": ["O", "O"]}\n'}, TAGS | TWO, ["1 words and 2 tags"]),
+    "tags": (
+        {"a.jsonl": '{"words": ["x"], "tags": ["O", "O"]}\n'},
+        TAGS | TWO,
+        ["1 words and 2 tags"],
+    ),
     "words": ({"a.jsonl": '{"words": "x", "tags": ["O"]}\n'}, TAGS | TWO, ["a list of words"]),
     "conll": ({"a.conll": "\na O\nb\n"}, TAGS, ["a.conll:2", "different numbers of columns"]),
-    "key": ({"a.tsv": GOOD}, {"lables": ["a", "b"]}, ["own.json: lables: unknown key; did you mean 'labels'?"]),
-    "split": ({"a.tsv": GOOD}, {"splits": {"train": "a.tsv", "dev": "a.tsv"}}, ["splits.dev: expected train, valid"]),
-    "no valid": ({"a.tsv": GOOD}, {"splits": {"train": "a.tsv"}}, ["own.json: splits: found train; expected at least"]),
+    "key": (
+        {"a.tsv": GOOD},
+        {"lables": ["a", "b"]},
+        ["own.json: lables: unknown key; did you mean 'labels'?"],
+    ),
+    "split": (
+        {"a.tsv": GOOD},
+        {"splits": {"train": "a.tsv", "dev": "a.tsv"}},
+        ["splits.dev: expected train, valid"],
+    ),
+    "no valid": (
+        {"a.tsv": GOOD},
+        {"splits": {"train": "a.tsv"}},
+        ["own.json: splits: found train; expected at least"],
+    ),
     "name": ({"a.tsv": GOOD}, {"name": "a/b"}, ["own.json: name", "a/b"]),
-    "metric": ({"a.tsv": GOOD}, {"metrics": ["pearson"]}, ["'pearson' is none of classification", "accuracy"]),
+    "metric": (
+        {"a.tsv": GOOD},
+        {"metrics": ["pearson"]},
+        ["'pearson' is none of classification", "accuracy"],
+    ),
     "f1 of three": ({"a.tsv": GOOD + "z\tc\n"}, {"metrics": ["f1"]}, ["f1 is for two labels"]),
     "no pair": ({"a.tsv": GOOD}, {"both_orders": True}, ["own.json: both_orders: for pairs"]),
-    "no label": ({"a.tsv": GOOD}, {"label": None}, ["own.json: label: null, but there is a split train"]),
-    "range": ({"a.tsv": GOOD}, {"kind": "regression", "label_range": [5, 5]}, ["own.json: label_range: [5.0, 5.0]"]),
-}  # fmt: skip
+    "no label": (
+        {"a.tsv": GOOD},
+        {"label": None},
+        ["own.json: label: null, but there is a split train"],
+    ),
+    "range": (
+        {"a.tsv": GOOD},
+        {"kind": "regression", "label_range": [5, 5]},
+        ["own.json: label_range: [5.0, 5.0]"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -220,8 +366,16 @@ def test_unknown_tasks_and_folders_are_named(tmp_path):
         ("rtee", tmp_path, "did you mean 'rte'?"),
         ("rte", tmp_path / "x", "x is no folder; expected GLUE_DIR"),
         ("RTE", None, "task rte: give --data GLUE_DIR"),
-        ("STS-B", tmp_path, "has no folder stsb (in any spelling: STS-B for stsb, diagnostic for ax); found CoLA"),
-        ("mnli", tmp_path / "news", "found no folder at all; give --data the folder that holds it, or the task's own"),
+        (
+            "STS-B",
+            tmp_path,
+            "has no folder stsb (in any spelling: STS-B for stsb, diagnostic for ax); found CoLA",
+        ),
+        (
+            "mnli",
+            tmp_path / "news",
+            "found no folder at all; give --data the folder that holds it, or the task's own",
+        ),
     )
     for name, data, part in cases:
         with pytest.raises(UserError, match=re.escape(part)):
@@ -246,7 +400,9 @@ def test_tasks_are_listed_once_and_found_from_any_folder(own, tmp_path, monkeypa
 
 def scores(truth, predictions, metrics, kind="classification", labels=("a", "b")):
     task = Task(name="t", kind=kind, splits={"train": "x"}, labels=list(labels), metrics=metrics)
-    return score(task, predictions, [Example(str(i), "", None, label) for i, label in enumerate(truth)])
+    return score(
+        task, predictions, [Example(str(i), "", None, label) for i, label in enumerate(truth)]
+    )
 
 
 def test_metrics_are_what_hands_compute():
@@ -255,27 +411,44 @@ def test_metrics_are_what_hands_compute():
     assert list(found) == ["accuracy", "f1", "macro_f1", "matthews"]
     f1, other = 2 * 2 / (2 * 2 + 1 + 2), 2 * 1 / (2 * 1 + 2 + 1)
     matthews = (2 * 1 - 1 * 2) / np.sqrt(3 * 4 * 2 * 3)
-    assert found == pytest.approx({"accuracy": 0.5, "f1": f1, "macro_f1": (f1 + other) / 2, "matthews": matthews})
+    assert found == pytest.approx(
+        {"accuracy": 0.5, "f1": f1, "macro_f1": (f1 + other) / 2, "matthews": matthews}
+    )
     x, y = [0.0, 1.0, 2.0, 5.0], [1.0, 3.0, 2.0, 2.5]
     centred = np.array(x) - 2, np.array(y) - 2.125
-    pearson = (centred[0] * centred[1]).sum() / np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+    pearson = (centred[0] * centred[1]).sum() / np.sqrt(
+        (centred[0] ** 2).sum() * (centred[1] ** 2).sum()
+    )
     found = scores(x, np.array(y), ["pearson", "spearman"], "regression")
-    assert found == pytest.approx({"pearson": pearson, "spearman": 1 - 6 * (0 + 4 + 1 + 1) / (4 * 15)})
+    assert found == pytest.approx(
+        {"pearson": pearson, "spearman": 1 - 6 * (0 + 4 + 1 + 1) / (4 * 15)}
+    )
 
 
 def test_predictions_without_skill_score_zero_and_broken_ones_nan():
     assert scores([0, 1, 1], [0, 0, 0], ["matthews", "f1"]) == {"matthews": 0.0, "f1": 0.0}
     names = ["pearson", "spearman"]
-    assert scores([0.0, 1.0, 2.0], [0.3, 0.3, 0.3], names, "regression") == {"pearson": 0.0, "spearman": 0.0}
-    assert np.isnan(list(scores([0.0, 1.0, 2.0], [0.3, np.nan, 0.3], names, "regression").values())).all()
+    assert scores([0.0, 1.0, 2.0], [0.3, 0.3, 0.3], names, "regression") == {
+        "pearson": 0.0,
+        "spearman": 0.0,
+    }
+    assert np.isnan(
+        list(scores([0.0, 1.0, 2.0], [0.3, np.nan, 0.3], names, "regression").values())
+    ).all()
 
 
 def test_entities_are_counted_whole():
     assert entities(["B-x", "I-x", "O", "I-y", "I-y", "B-y", "B-y", "I-x"]) == {
-        (0, 2, "x"), (3, 5, "y"), (5, 6, "y"), (6, 7, "y"), (7, 8, "x"),
-    }  # fmt: skip
+        (0, 2, "x"),
+        (3, 5, "y"),
+        (5, 6, "y"),
+        (6, 7, "y"),
+        (7, 8, "x"),
+    }
     kind, labels = "token_classification", ["O", "B-x", "I-x"]
-    found = scores([[1, 2, 0], [1, 0]], [[1, 0, 0], [1, 1]], ["entity_f1", "token_accuracy"], kind, labels)
+    found = scores(
+        [[1, 2, 0], [1, 0]], [[1, 0, 0], [1, 1]], ["entity_f1", "token_accuracy"], kind, labels
+    )
     # right: the second (0, 1, x)
     assert found == pytest.approx({"entity_f1": 2 * 1 / (2 + 3), "token_accuracy": 3 / 5})
     assert scores([[0]], [[0]], ["entity_f1"], kind, labels) == {"entity_f1": 0.0}
@@ -293,5 +466,6 @@ def test_the_main_metric_is_that_of_the_papers_tables(tmp_path):
         write_glue(tmp_path, name)
         found[name] = load_task(name, tmp_path).main_metric
     assert {name: metric for name, metric in found.items() if metric != "accuracy"} == {
-        "cola": "matthews", "stsb": "spearman",
-    }  # fmt: skip
+        "cola": "matthews",
+        "stsb": "spearman",
+    }

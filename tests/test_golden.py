@@ -29,17 +29,38 @@ def processor() -> str:
 
 def losses(folder: Path, *more: str) -> list[float]:
     """The loss of each of the first fifty steps of `tiny` (one rank, ZeRO 0, fp32) on random rows."""
-    data = shard_data.write_data(folder, [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)])
-    sets = ["train.total_steps=50", "logging.every=1", "train.eval_every=0", "optimizer.warmup_steps=10", *more]
+    data = shard_data.write_data(
+        folder, [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)]
+    )
+    sets = [
+        "train.total_steps=50",
+        "logging.every=1",
+        "train.eval_every=0",
+        "optimizer.warmup_steps=10",
+        *more,
+    ]
     options = [part for setting in sets for part in ("--set", setting)]
-    run_cli("pretrain", "tiny", "--data", data, "--out", folder / "run", "--engine", "zero0-fp32", *options)
+    run_cli(
+        "pretrain",
+        "tiny",
+        "--data",
+        data,
+        "--out",
+        folder / "run",
+        "--engine",
+        "zero0-fp32",
+        *options,
+    )
     return [record["loss"] for record in read_metrics(folder / "run" / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("deterministic", ("false", "true"))  # which changes nothing on a CPU
 def test_fifty_steps_give_the_golden_losses(tmp_path: Path, deterministic: str) -> None:
     machine, *lines = GOLDEN.read_text().splitlines()
-    golden, found = [float(line) for line in lines], losses(tmp_path, f"train.deterministic={deterministic}")
+    golden, found = (
+        [float(line) for line in lines],
+        losses(tmp_path, f"train.deterministic={deterministic}"),
+    )
     assert found == pytest.approx(golden, rel=1e-4)
     if machine == processor():
         assert found == golden

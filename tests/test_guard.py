@@ -51,4 +51,6 @@ def test_the_blame_names_every_part_that_is_not_finite_or_the_largest():
     assert Guard(0.0, []).blame(parts) == f"{NOT_FINITE} on rank 1; rank 3"
     assert Guard(0.0, []).blame(parts[::2]) == ""  # the gradients alone
     guard = Guard(3.0, FULL)
-    assert guard.refuses(10.0) and guard.blame(parts[::2]).endswith("(train.spike_factor = 3), most of it on rank 2")
+    assert guard.refuses(10.0) and guard.blame(parts[::2]).endswith(
+        "(train.spike_factor = 3), most of it on rank 2"
+    )

@@ -38,7 +38,12 @@ def read(plan, tally=None, field="text") -> list[str]:
         for unit in plan.units
         for file, start, end in unit
         for text in documents(
-            plan.sources[file], start, end, text_field=field, tally=tally or Tally(), moved=lambda count: None
+            plan.sources[file],
+            start,
+            end,
+            text_field=field,
+            tally=tally or Tally(),
+            moved=lambda count: None,
         )
     ]
 
@@ -59,7 +64,8 @@ def tar_of(members: dict[str, bytes], **options) -> bytes:
 
 def as_wikitext(texts) -> bytes:
     return "".join(
-        f" \n = Title {i} = \n \n {text} \n = = Part = = \n \n <unk> {i} \n = 7 = \n" for i, text in enumerate(texts)
+        f" \n = Title {i} = \n \n {text} \n = = Part = = \n \n <unk> {i} \n = 7 = \n"
+        for i, text in enumerate(texts)
     ).encode()
 
 
@@ -72,7 +78,10 @@ def write_parquet(path, texts, **options):
 
 def test_any_cut_of_wikitext_gives_each_article_once(tmp_path):
     (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS[:20]))
-    articles = words(f"= Title {i} = {text} = = Part = = {UNKNOWN} {i} = 7 =" for i, text in enumerate(TEXTS[:20]))
+    articles = words(
+        f"= Title {i} = {text} = = Part = = {UNKNOWN} {i} = 7 ="
+        for i, text in enumerate(TEXTS[:20])
+    )
     for step in (1, 2, 3, 7, 50, 300, 10000):
         plan = make_plan([str(tmp_path)], unit_bytes=step)
         assert plan.sources[0].format == "wikitext"
@@ -82,7 +91,9 @@ def test_any_cut_of_wikitext_gives_each_article_once(tmp_path):
 def test_the_unknown_word_of_wikitext_becomes_the_unknown_token(tmp_path):
     (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS))
     for kind, size in (("wordpiece", 300), ("unigram", 90)):
-        made = train_tokenizer([str(tmp_path / "wiki.tokens")], tmp_path / kind, kind=kind, vocab_size=size)
+        made = train_tokenizer(
+            [str(tmp_path / "wiki.tokens")], tmp_path / kind, kind=kind, vocab_size=size
+        )
         assert UNKNOWN not in "".join(made.names)
         tokenizer = load_tokenizer(tmp_path / kind)
         ids = tokenizer.encode_batch([f"word1 {UNKNOWN} end2"])[0]
@@ -98,12 +109,20 @@ def test_a_tar_is_read_as_the_files_in_it(tmp_path, name):
             "._owt": b"\0\1",
             "./.hidden/x": b"\0",
             "empty.txt": b"",
-            "rows.jsonl.gz": gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[50:100]).encode()),
+            "rows.jsonl.gz": gzip.compress(
+                "\n".join(json.dumps({"text": t}) for t in TEXTS[50:100]).encode()
+            ),
             "wiki": as_wikitext(["x"]),
             "long.txt": "\n\n".join(TEXTS[100:]).encode(),
         }
     )
-    packed = gzip.compress(content) if name.endswith("gz") else lzma.compress(content) if "xz" in name else content
+    packed = (
+        gzip.compress(content)
+        if name.endswith("gz")
+        else lzma.compress(content)
+        if "xz" in name
+        else content
+    )
     (tmp_path / name).write_bytes(packed)
     plan = make_plan([str(tmp_path / name)], unit_bytes=100)
     assert len(plan.units) == 1
@@ -116,13 +135,23 @@ def test_a_tar_is_read_as_the_files_in_it(tmp_path, name):
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress)])
 def test_a_broken_tar_is_an_error_wherever_it_is_broken(tmp_path, suffix, pack):
-    whole = tar_of({f"{i}.txt": text.encode() for i, text in enumerate(TEXTS[:30])}, format=tarfile.USTAR_FORMAT)
+    whole = tar_of(
+        {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS[:30])},
+        format=tarfile.USTAR_FORMAT,
+    )
     path = tmp_path / f"a.tar{suffix}"
     half = 1024 * 10  # each member has a block of header and one of data
     flipped = bytearray(whole)
     flipped[half + 5] ^= 1
     zeroed = whole[:half] + bytes(1024) + whole[half + 1024 :]
-    for content in (whole[:half], whole[: half + 100], whole[: half + 512], whole[: half + 600], flipped, zeroed):
+    for content in (
+        whole[:half],
+        whole[: half + 100],
+        whole[: half + 512],
+        whole[: half + 600],
+        flipped,
+        zeroed,
+    ):
         path.write_bytes(pack(bytes(content)))
         with pytest.raises(UserError, match=rf"a.tar{suffix}: broken, last read a.tar{suffix}/"):
             read(make_plan([str(path)]))
@@ -150,7 +179,10 @@ def test_any_cut_of_a_parquet_gives_each_row_once(tmp_path):
     for step in (50, 700, 100000):
         plan = make_plan([str(tmp_path)], unit_bytes=step)
         assert read(plan) == words(TEXTS)
-    sizes = [len(read(type(plan)(plan.sources, (((0, a, b),),)))) for a, b in pairwise([4, 700, 1500, 1 << 30])]
+    sizes = [
+        len(read(type(plan)(plan.sources, (((0, a, b),),))))
+        for a, b in pairwise([4, 700, 1500, 1 << 30])
+    ]
     assert sum(sizes) == len(TEXTS) and all(size % 7 == 0 for size in sizes[:2]) and all(sizes)
 
 
@@ -161,8 +193,19 @@ def test_bad_parquet_is_named(tmp_path, monkeypatch):
     assert read(make_plan([str(path)]), tally) == ["one", "two"]
     assert tally.bad == {"no text in field 'text'": 1} and tally.lines == 3
     whole = path.read_bytes()
-    with pytest.raises(UserError, match=r"a.parquet: no column 'body' of text; expected .* one of id, text"):
-        list(documents(make_plan([str(path)]).sources[0], 0, 1 << 30, text_field="body", tally=tally, moved=print))
+    with pytest.raises(
+        UserError, match=r"a.parquet: no column 'body' of text; expected .* one of id, text"
+    ):
+        list(
+            documents(
+                make_plan([str(path)]).sources[0],
+                0,
+                1 << 30,
+                text_field="body",
+                tally=tally,
+                moved=print,
+            )
+        )
     for content in (whole[:-20], whole[:4] + b"\xff" * 200 + whole[204:]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a.parquet: broken .*; expected a whole parquet file"):
@@ -185,7 +228,9 @@ def test_arrow_is_read_whole_or_named(tmp_path, kind):
     schema = pyarrow.schema([("text", pyarrow.string()), ("id", pyarrow.int64())])
     with open(path, "wb") as file, getattr(pyarrow.ipc, f"new_{kind}")(file, schema) as writer:
         for column in values:
-            writer.write_batch(pyarrow.record_batch([column, pyarrow.array(range(len(column)))], schema=schema))
+            writer.write_batch(
+                pyarrow.record_batch([column, pyarrow.array(range(len(column)))], schema=schema)
+            )
             ends.append(file.tell())
     whole, tally = path.read_bytes(), Tally()
     plan = make_plan([str(path)], unit_bytes=100)
@@ -193,16 +238,26 @@ def test_arrow_is_read_whole_or_named(tmp_path, kind):
     assert read(plan, tally) == ["one", "two", "x", *["three"] * 300]
     assert tally.bad == {"no text in field 'text'": 1, "not UTF-8": 1} and tally.lines == 305
     for field in ("body", "id"):
-        with pytest.raises(UserError, match=rf"^a.arrow: no column '{field}' of text; expected .* one of text, id"):
+        with pytest.raises(
+            UserError, match=rf"^a.arrow: no column '{field}' of text; expected .* one of text, id"
+        ):
             list(documents(plan.sources[0], 0, 1 << 30, text_field=field, tally=tally, moved=print))
     offsets = whole.index(b"\0\0\0\0\3\0\0\0\3\0\0\0\6\0\0\0") + 4
-    broken = [whole[: ends[1]], whole[: ends[1] + 50], whole[:-8], whole[:offsets] + b"\x7f" * 8 + whole[offsets + 8 :]]
+    broken = [
+        whole[: ends[1]],
+        whole[: ends[1] + 50],
+        whole[:-8],
+        whole[:offsets] + b"\x7f" * 8 + whole[offsets + 8 :],
+    ]
     for content in broken:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"^a.arrow: broken .*; expected a whole arrow file"):
             read(make_plan([str(path)]))
     path.unlink()
-    for name, content in (("b.arrow.gz", gzip.compress(whole)), ("b.tar", tar_of({"a.arrow": whole}))):
+    for name, content in (
+        ("b.arrow.gz", gzip.compress(whole)),
+        ("b.tar", tar_of({"a.arrow": whole})),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=r"^b.*: arrow compressed or in a tar cannot be read"):
             read(make_plan([str(tmp_path / name)]))
@@ -232,13 +287,17 @@ def test_a_dataset_is_its_shards_wherever_it_lies(tmp_path, dataset, monkeypatch
     plans = []
     for place in ("here", "there"):
         folder = dataset(tmp_path / place / "set", TEXTS[:30])
-        plans.append(make_plan([f"dataset:{folder}?config=all", f"dataset:{folder}/?split=train&config=all"]))
+        plans.append(
+            make_plan([f"dataset:{folder}?config=all", f"dataset:{folder}/?split=train&config=all"])
+        )
     assert plans[0].identity() == plans[1].identity()
     names = [f"dataset:set?config=all&split=train shard {shard}" for shard in range(2)]
     assert [source.name for source in plans[0].sources] == names and len(plans[0].units) == 2
     moved = []
     for source in plans[0].sources:
-        list(documents(source, 0, source.size, text_field="text", tally=Tally(), moved=moved.append))
+        list(
+            documents(source, 0, source.size, text_field="text", tally=Tally(), moved=moved.append)
+        )
     assert sum(moved) == sum(source.size for source in plans[0].sources)
     assert read(plans[0]) == words(TEXTS[:30:2] + TEXTS[1:30:2])
     assert read(make_plan([f"dataset:{folder}?config=few&split=test"])) == ["held out"]
@@ -246,7 +305,9 @@ def test_a_dataset_is_its_shards_wherever_it_lies(tmp_path, dataset, monkeypatch
     assert make_plan([f"dataset:{folder}?config=all"]).identity() != plans[0].identity()
 
 
-def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(tmp_path, dataset, monkeypatch):
+def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(
+    tmp_path, dataset, monkeypatch
+):
     folder = dataset(tmp_path / "set", TEXTS[:30])
     for given, message in (
         ("", "expected dataset:NAME"),
@@ -260,12 +321,18 @@ def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(tmp_pa
         own = tmp_path / name
         own.mkdir()
         (own / "a.jsonl").write_text('{"body": "good"}\n{broken\n')
-        plan = make_plan([f"dataset:{folder}?config=all" if name == "parquet" else f"dataset:{own}"])
-        with pytest.raises(UserError, match=f"^dataset:.* shard 0: .*{found}.*; expected rows with a text in"):
+        plan = make_plan(
+            [f"dataset:{folder}?config=all" if name == "parquet" else f"dataset:{own}"]
+        )
+        with pytest.raises(
+            UserError, match=f"^dataset:.* shard 0: .*{found}.*; expected rows with a text in"
+        ):
             list(documents(plan.sources[0], 0, 99, text_field="body", tally=Tally(), moved=print))
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
-    with pytest.raises(UserError, match=r"^dataset:.*code: cannot be read .*scripts are no longer supported"):
+    with pytest.raises(
+        UserError, match=r"^dataset:.*code: cannot be read .*scripts are no longer supported"
+    ):
         make_plan([f"dataset:{tmp_path / 'code'}"])
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -291,7 +358,9 @@ class Ranges(SimpleHTTPRequestHandler):
         start, _, end = asked.removeprefix("bytes=").partition("-")
         part = content[int(start) : int(end or len(content)) + 1]
         self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}")
+        self.send_header(
+            "Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}"
+        )
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         return io.BytesIO(part)
@@ -324,25 +393,35 @@ with mpi_ranks() as others:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a data folder by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("processes", [(3,), pytest.param((1, 2, 4, 7), marks=pytest.mark.slow)])
-def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(tmp_path, served, processes):
+def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(
+    tmp_path, served, processes
+):
     datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
     web, url = served
     local = tmp_path / "local"
     (web / "part").mkdir()
     local.mkdir()
     (local / "README.md").write_text("a card of the folder")
-    (local / "a.tar.xz").write_bytes(lzma.compress(tar_of({f"{i}.txt": t.encode() for i, t in enumerate(TEXTS[:40])})))
+    (local / "a.tar.xz").write_bytes(
+        lzma.compress(tar_of({f"{i}.txt": t.encode() for i, t in enumerate(TEXTS[:40])}))
+    )
     (local / "b.tokens").write_bytes(as_wikitext(TEXTS[40:80]))
     write_parquet(local / "c.parquet", TEXTS[80:110], row_group_size=9)
     saved = tmp_path / "cache" / "set"
     datasets.Dataset.from_dict({"text": TEXTS[110:120]}).save_to_disk(saved, num_shards=2)
     (web / "part" / "d.txt").write_text("\n\n".join(words(TEXTS[120:160])))
     write_parquet(web / "part" / "e.parquet", TEXTS[160:180], row_group_size=9)
-    (web / "f.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[180:]).encode()))
+    (web / "f.jsonl.gz").write_bytes(
+        gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[180:]).encode())
+    )
     inputs = [
         str(local),
         str(local / "*.tokens"),
@@ -353,7 +432,9 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(t
         f"dataset:{saved}",
     ]
     tokenizer = train_tokenizer([str(local / "b.tokens")], tmp_path / "tok", vocab_size=200)
-    options = dict(unit_bytes=600, shard_bytes=1200, block_rows=16, sequence_length=32, valid_fraction=0)
+    options = dict(
+        unit_bytes=600, shard_bytes=1200, block_rows=16, sequence_length=32, valid_fraction=0
+    )
     settings = dict(inputs=inputs, tokenizer=str(tmp_path / "tok"), **options)
     made = prepare(**settings, out=tmp_path / "out1")
     whole = contents(tmp_path / "out1")
@@ -375,7 +456,9 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(t
         shutil.rmtree(tmp_path / "data")
     (tmp_path / "job.py").write_text(JOB)
     for ranks in processes if has_mpi() else ():
-        done = mpirun(ranks, tmp_path / "job.py", json.dumps(settings | {"out": str(tmp_path / "data")}))
+        done = mpirun(
+            ranks, tmp_path / "job.py", json.dumps(settings | {"out": str(tmp_path / "data")})
+        )
         assert done.returncode == 0 and contents(tmp_path / "data") == whole, done.stderr
         shutil.rmtree(tmp_path / "data")
 
@@ -385,7 +468,9 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(t
     for block in range(len(reader.blocks)):
         ids = reader.block(block)
         for row, start, length, unit, number, token in reader.pieces(block).tolist():
-            piece = [i for i in ids[row, start : start + length].tolist() if i not in (2, 3)]  # [CLS], [SEP]
+            piece = [
+                i for i in ids[row, start : start + length].tolist() if i not in (2, 3)
+            ]  # [CLS], [SEP]
             found = tokenizer.encode_batch([units[unit][number]])[0][token : token + len(piece)]
             assert found == piece  # a piece lies where its provenance says
 
@@ -412,11 +497,24 @@ def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path
         with open(tmp_path / f"x-{shard:03}.tar", "wb") as file, webdataset.TarWriter(file) as tar:
             for i, text in enumerate(TEXTS[shard * 10 : shard * 10 + 10]):
                 key = f"part.{shard}/{i:04}"  # a folder may have a dot
-                tar.write({"__key__": key, "jpg": b"\xff\xd8\0", "seg.txt": text, "json": {"c": {}, "caption": text}})
+                tar.write(
+                    {
+                        "__key__": key,
+                        "jpg": b"\xff\xd8\0",
+                        "seg.txt": text,
+                        "json": {"c": {}, "caption": text},
+                    }
+                )
     tar = str(tmp_path / "x-{000..002}.tar")
     pretty = tmp_path / "y.tar"
     with open(pretty, "wb") as file, webdataset.TarWriter(file) as writer:
-        writer.write({"__key__": "a", "json": json.dumps({"caption": "one\ntwo"}, indent=2).encode(), "cls": 3})
+        writer.write(
+            {
+                "__key__": "a",
+                "json": json.dumps({"caption": "one\ntwo"}, indent=2).encode(),
+                "cls": 3,
+            }
+        )
     plan = make_plan([tar], format="webdataset")
     assert [source.name for source in plan.sources] == [f"x-00{i}.tar" for i in range(3)]
     assert read(plan, field="seg.txt") == read(plan, field="json.caption") == words(TEXTS[:30])
@@ -424,9 +522,14 @@ def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path
     with monkeypatch.context() as patched:
         patched.setattr("data_tools.corpus.LONGEST_LINE", 16)
         tally = Tally()
-        assert read(make_plan([str(pretty)], format="webdataset"), tally=tally, field="json.caption") == []
+        assert (
+            read(make_plan([str(pretty)], format="webdataset"), tally=tally, field="json.caption")
+            == []
+        )
         assert tally.lines == tally.bad.total() == 1
-    with pytest.raises(UserError, match=r"^x-000.tar: nothing for --text-field txt, .*is .*/0009.seg.txt"):
+    with pytest.raises(
+        UserError, match=r"^x-000.tar: nothing for --text-field txt, .*is .*/0009.seg.txt"
+    ):
         read(plan, field="txt")
     with pytest.raises(UserError, match=f"^{tmp_path}/x-003.tar: no such file"):
         make_plan([str(tmp_path / "x-{000..003}.tar")])

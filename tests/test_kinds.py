@@ -32,10 +32,14 @@ PARTS = {
 
 
 def corrupted(module, batch):
-    return put(batch.input_ids, batch.chosen, module._draw(batch, False).sampled, batch.chosen_weights)
+    return put(
+        batch.input_ids, batch.chosen, module._draw(batch, False).sampled, batch.chosen_weights
+    )
 
 
-@pytest.mark.parametrize(("kind", "generator"), [*((kind, "model") for kind in PARTS), ("electra", "uniform")])
+@pytest.mark.parametrize(
+    ("kind", "generator"), [*((kind, "model") for kind in PARTS), ("electra", "uniform")]
+)
 def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, generator):
     module, batch = build(kind=kind, generator=generator), make_batch()
     wanted = PARTS[kind] - (GENERATOR if generator == "uniform" else set())
@@ -62,7 +66,11 @@ def test_logits_are_never_there_for_the_whole_batch(kind, monkeypatch):
 
 def test_parameters_are_counted_kind_by_kind():
     def count(kind, generator="model"):
-        sets = [f"objective.kind={kind}", f"objective.generator={generator}", "model.vocab_size=101"]
+        sets = [
+            f"objective.kind={kind}",
+            f"objective.generator={generator}",
+            "model.vocab_size=101",
+        ]
         return parameter_count(load_run("tiny", sets))  # 128 wide
 
     main, joint = count("electra")
@@ -88,7 +96,10 @@ def test_kinds_share_the_chosen_places_the_generator_and_its_samples():
 
 def test_electra_15_is_electra_without_the_terms_of_the_other_places():
     batch = make_batch()
-    whole, chosen = build()(batch, 1, 1, with_counts=True), build(kind="electra_15")(batch, 1, 1, with_counts=True)
+    whole, chosen = (
+        build()(batch, 1, 1, with_counts=True),
+        build(kind="electra_15")(batch, 1, 1, with_counts=True),
+    )
     module = build()
     ids = corrupted(module, batch)
     terms = F.binary_cross_entropy_with_logits(
@@ -96,7 +107,10 @@ def test_electra_15_is_electra_without_the_terms_of_the_other_places():
     )
     others = (batch.piece_ids > 0) & (chosen_places(batch) == 0)
     torch.testing.assert_close(whole.disc_loss - terms[others].sum(), chosen.disc_loss)
-    assert chosen.counts.tokens == chosen.counts.chosen == 11 and whole.counts.replaced == chosen.counts.replaced
+    assert (
+        chosen.counts.tokens == chosen.counts.chosen == 11
+        and whole.counts.replaced == chosen.counts.replaced
+    )
 
 
 def test_mlm_is_the_main_encoder_on_masked_rows():
@@ -104,7 +118,9 @@ def test_mlm_is_the_main_encoder_on_masked_rows():
     losses = module(batch, *counts_of(batch))
     masked = mask_input(batch, IDS.mask)
     embedded = module.embeddings(masked, batch.segment_ids, batch.position_ids)
-    logits = module.mlm_head(module.discriminator(embedded, batch.piece_ids), module.embeddings.word)
+    logits = module.mlm_head(
+        module.discriminator(embedded, batch.piece_ids), module.embeddings.word
+    )
     at = chosen_places(batch) > 0
     torch.testing.assert_close(losses.mlm_loss, F.cross_entropy(logits[at], batch.input_ids[at]))
     assert losses.disc_loss == 0 and torch.equal(losses.total, losses.mlm_loss)
@@ -120,7 +136,9 @@ def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
     loss = module(batch, *counts_of(batch)).disc_loss
 
     dense = build(kind=kind).double()
-    hidden = dense.discriminator(dense.embeddings(ids, batch.segment_ids, batch.position_ids), batch.piece_ids)
+    hidden = dense.discriminator(
+        dense.embeddings(ids, batch.segment_ids, batch.position_ids), batch.piece_ids
+    )
     likely = dense.mlm_head(hidden, dense.embeddings.word).softmax(-1)  # [B, S, V]
     likely = likely.gather(2, batch.input_ids[..., None]).squeeze(2)
     places = chosen_places(batch) > 0
@@ -147,7 +165,9 @@ def test_uniform_samples_are_alike_likely_and_never_special(special):
         frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special, avoid), minlength=VOCAB)
         assert not frequency[[*special, ordinary[place]]].any() and frequency.sum() == count
         assert set(frequency[ordinary[:place] + ordinary[place + 1 :]].tolist()) <= {1010, 1011}
-    unknown = uniform_tokens(uniforms, VOCAB, special, torch.full((count,), special[1]))  # nothing there to avoid
+    unknown = uniform_tokens(
+        uniforms, VOCAB, special, torch.full((count,), special[1])
+    )  # nothing there to avoid
     assert torch.equal(unknown, uniform_tokens(uniforms, VOCAB, special))
 
 
@@ -156,7 +176,9 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
     plain, strict = build(temperature=0.05), build(temperature=0.05, disallow_correct=True)
     for module in (plain, strict):
         with torch.no_grad():
-            module.generator_head.bias[batch.input_ids.gather(1, batch.chosen)] = 3.0  # hits are likely
+            module.generator_head.bias[batch.input_ids.gather(1, batch.chosen)] = (
+                3.0  # hits are likely
+            )
     assert torch.equal(plain(batch, 9, 9).mlm_loss, strict(batch, 9, 9).mlm_loss)
     used = batch.chosen_weights > 0
     targets = batch.input_ids.gather(1, batch.chosen)
@@ -170,7 +192,9 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
         options = {"vocab_size": 128, "temperature": temperature, "disallow": True}
         drawn = vocab_head.vocab_head(x, table, torch.zeros(128), **rows, **options).sampled
         expected = (logits[0] / temperature).index_fill(0, torch.tensor([7]), -math.inf).softmax(-1)
-        torch.testing.assert_close(torch.bincount(drawn, minlength=128) / 20_000, expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(
+            torch.bincount(drawn, minlength=128) / 20_000, expected, rtol=0, atol=2e-4
+        )
 
 
 def test_options_without_meaning_are_refused():
@@ -207,7 +231,11 @@ def trained(data, tmp_path_factory):
 
 
 def losses(run):
-    return [[r["loss"], r["grad_norm"]] for r in read_metrics(run / "metrics.jsonl") if r["split"] == "train"]
+    return [
+        [r["loss"], r["grad_norm"]]
+        for r in read_metrics(run / "metrics.jsonl")
+        if r["split"] == "train"
+    ]
 
 
 @pytest.mark.parametrize("kind", [*sorted(PARTS.keys() - {"electra"}), "uniform"])

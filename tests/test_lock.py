@@ -75,7 +75,11 @@ def wait_for(what, seconds: float = 300.0) -> None:
 
 
 def beaten(out: Path) -> dict:
-    return read_json(out / "heartbeat.json") if (out / "heartbeat.json").exists() else {"beats": 0, "step": 0}
+    return (
+        read_json(out / "heartbeat.json")
+        if (out / "heartbeat.json").exists()
+        else {"beats": 0, "step": 0}
+    )
 
 
 def as_if_elsewhere(out: Path) -> None:
@@ -89,7 +93,9 @@ def test_an_owner_at_work_refuses_others_by_name_and_gives_the_lock_back(tmp_pat
     with pytest.raises(RunFailure), alone(out) as held:
         held.step = 7
         wait_for(lambda: beaten(out)["step"] == 7)
-        with pytest.raises(LockedOut, match=rf"process {os.getpid()} on .*at work there: wait for it, stop it"):
+        with pytest.raises(
+            LockedOut, match=rf"process {os.getpid()} on .*at work there: wait for it, stop it"
+        ):
             alone(out).__enter__()
         assert not held.lost and read_json(out / "lock")["pid"] == os.getpid()
         raise RunFailure("released on a failure too")
@@ -103,7 +109,10 @@ def test_a_killed_owner_of_this_machine_loses_the_lock_at_once(tmp_path: Path) -
     owner.send_signal(signal.SIGKILL)  # and not yet waited for: a zombie is dead too
     wait_for(lambda: not started(owner.pid))
     with alone(tmp_path) as taken:
-        assert f"process {owner.pid} on" in taken.took_over and "its process is gone" in taken.took_over
+        assert (
+            f"process {owner.pid} on" in taken.took_over
+            and "its process is gone" in taken.took_over
+        )
     owner.wait()
     (tmp_path / "lock").write_text(json.dumps(DEAD | {"pid": os.getpid()}))
     with alone(tmp_path) as taken:
@@ -145,7 +154,9 @@ def test_a_heart_that_fails_in_an_unforeseen_way_ends_the_run(tmp_path: Path) ->
         (tmp_path / "lock").unlink()
 
 
-def test_a_later_start_of_the_same_job_takes_over_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_start_of_the_same_job_takes_over_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for count in (1, 2):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
         owner = hold(tmp_path, SLURM_JOB_ID="12", SLURM_RESTART_COUNT="1")
@@ -166,7 +177,9 @@ def test_of_two_that_judged_the_same_owner_the_last_has_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "lock").write_text(json.dumps(DEAD))
-    monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "lock").write_text("{}"))  # the other renames after us
+    monkeypatch.setattr(
+        time, "sleep", lambda _: (tmp_path / "lock").write_text("{}")
+    )  # the other renames after us
     second = alone(tmp_path)
     assert not second._take() and not second.took_over and (tmp_path / "lock").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
@@ -176,7 +189,9 @@ def test_of_many_that_come_at_once_one_gets_the_lock(tmp_path: Path) -> None:
     """Four processes race for a free OUT and for that of a dead owner, by turns."""
     command = [sys.executable, "-c", RACE]
     racers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | CPU)
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | CPU
+        )
         for _ in range(4)
     ]
     try:
@@ -207,12 +222,22 @@ def test_failures_are_counted_until_a_checkpoint_is_gained(tmp_path: Path) -> No
             record_error(tmp_path, rank, error)
         count_failures(tmp_path, step, limit, silent)
         assert not list(tmp_path.glob("error-rank-*"))
-        return read_json(tmp_path / "restarts.json") if (tmp_path / "restarts.json").exists() else {}
+        return (
+            read_json(tmp_path / "restarts.json") if (tmp_path / "restarts.json").exists() else {}
+        )
 
-    assert attempt(0) == attempt(0, UserError("a wrong --data"), KeyboardInterrupt()) == {}  # no failures of the run
+    assert (
+        attempt(0) == attempt(0, UserError("a wrong --data"), KeyboardInterrupt()) == {}
+    )  # no failures of the run
     found = attempt(0, RunFailure("a"), RuntimeError("connection closed"))
-    assert (found["failures"], found["in_a_row"]) == (1, 1)  # one attempt, whatever the number of ranks
-    assert [error["error"] for error in found["errors"]] == ["RunFailure: a", "RuntimeError: connection closed"]
+    assert (found["failures"], found["in_a_row"]) == (
+        1,
+        1,
+    )  # one attempt, whatever the number of ranks
+    assert [error["error"] for error in found["errors"]] == [
+        "RunFailure: a",
+        "RuntimeError: connection closed",
+    ]
     assert attempt(0) == found  # stopped and saved: nothing counted, nothing lost
     assert attempt(0, silent="process 5 on node7: its process is gone")["in_a_row"] == 2
     assert attempt(0, OSError("b"))["in_a_row"] == 3
@@ -221,7 +246,9 @@ def test_failures_are_counted_until_a_checkpoint_is_gained(tmp_path: Path) -> No
         found = attempt(10, OSError("d"))
     (tmp_path / "error-rank-4.json").write_text('{"rank": 4, "err')  # the disk was full
     for _ in range(2):  # refused until it is mended, and refusals are not counted
-        with pytest.raises(UserError, match=r"failed 4 times in a row at step 10 .*= 3.*rank 4.*cut short"):
+        with pytest.raises(
+            UserError, match=r"failed 4 times in a row at step 10 .*= 3.*rank 4.*cut short"
+        ):
             attempt(10)
     assert read_json(tmp_path / "restarts.json")["failures"] == found["failures"] + 1 == 7
     attempt(10, limit=4)
@@ -229,35 +256,76 @@ def test_failures_are_counted_until_a_checkpoint_is_gained(tmp_path: Path) -> No
     attempt(11)
 
 
-def test_of_two_jobs_on_one_out_the_second_is_refused_and_a_dead_one_is_succeeded(data: Path, tmp_path: Path) -> None:
+def test_of_two_jobs_on_one_out_the_second_is_refused_and_a_dead_one_is_succeeded(
+    data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     record_error(out, 0, RunFailure("of an attempt before"))
-    sets = ["train.total_steps=4000", "checkpoint.every=20", "logging.every=20", "logging.tensorboard=false",
-            "train.eval_every=0", "optimizer.warmup_steps=5"]  # fmt: skip
-    arguments = ["pretrain", "tiny", "--data", data, "--out", out, *(f"--set={line}" for line in sets)]
+    sets = [
+        "train.total_steps=4000",
+        "checkpoint.every=20",
+        "logging.every=20",
+        "logging.tensorboard=false",
+        "train.eval_every=0",
+        "optimizer.warmup_steps=5",
+    ]
+    arguments = [
+        "pretrain",
+        "tiny",
+        "--data",
+        data,
+        "--out",
+        out,
+        *(f"--set={line}" for line in sets),
+    ]
     command = [sys.executable, "-m", "electra_ds", *map(str, arguments), "--engine", "zero0-fp32"]
     with subprocess.Popen(command, env=os.environ | CPU, stdout=subprocess.DEVNULL) as first:
         try:
             wait_for(lambda: first.poll() is None and beaten(out)["step"] > 0)
-            ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command[1:]]
-            second = subprocess.run(ranks, env=os.environ | CPU, capture_output=True, text=True, timeout=300)
-            assert second.returncode != 0 and second.stderr.count(f"names process {first.pid} on") == 2, second.stderr
-            assert not list(out.glob("error-rank-*")) and read_json(out / "lock")["pid"] == first.pid
+            ranks = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node=2",
+                *command[1:],
+            ]
+            second = subprocess.run(
+                ranks, env=os.environ | CPU, capture_output=True, text=True, timeout=300
+            )
+            assert (
+                second.returncode != 0 and second.stderr.count(f"names process {first.pid} on") == 2
+            ), second.stderr
+            assert (
+                not list(out.glob("error-rank-*")) and read_json(out / "lock")["pid"] == first.pid
+            )
             later = beaten(out)["step"] + 20
-            wait_for(lambda: first.poll() is None and beaten(out)["step"] > later and checkpoint.latest(out / "ckpt"))
+            wait_for(
+                lambda: (
+                    first.poll() is None
+                    and beaten(out)["step"] > later
+                    and checkpoint.latest(out / "ckpt")
+                )
+            )
         finally:
             first.kill()
-    assert read_json(out / "restarts.json")["errors"][0]["error"] == "RunFailure: of an attempt before"
+    assert (
+        read_json(out / "restarts.json")["errors"][0]["error"] == "RunFailure: of an attempt before"
+    )
     third = run_cli(*arguments, "--engine", "zero0-fp32", "--max-minutes", 0, check=False)
     assert third.returncode == 85, third.stderr
     assert f"taken over from process {first.pid} on" in third.stdout and "resuming" in third.stdout
     found = read_json(out / "restarts.json")
-    assert (found["failures"], found["in_a_row"]) == (2, 1) and "without a word" in found["errors"][1]["error"]
-    assert not (out / "lock").exists() and found["step"] == int(checkpoint.latest(out / "ckpt").name)
+    assert (found["failures"], found["in_a_row"]) == (2, 1) and "without a word" in found["errors"][
+        1
+    ]["error"]
+    assert not (out / "lock").exists() and found["step"] == int(
+        checkpoint.latest(out / "ckpt").name
+    )
 
 
-NOTE_LOCK = '''
+NOTE_LOCK = """
 from electra_ds import cli, run_folder
 record = run_folder.record_error
 def noting(out, *arguments):
@@ -265,15 +333,28 @@ def noting(out, *arguments):
     print("locked" if (out / "lock").exists() else "open")
 run_folder.record_error = noting
 cli.main()
-'''
+"""
 
 
 def test_the_lock_is_held_until_the_error_is_recorded(data: Path, tmp_path: Path) -> None:
     """Else a launcher that ends the others meanwhile leaves a folder that looks as if nothing had failed."""
     out = tmp_path / "run"
-    words = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero0-fp32", "--init-from", tmp_path]
+    words = [
+        "pretrain",
+        "tiny",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--engine",
+        "zero0-fp32",
+        "--init-from",
+        tmp_path,
+    ]
     command = [sys.executable, "-c", NOTE_LOCK, *map(str, words)]
-    done = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=os.environ | CPU, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 2 and done.stdout.split() == ["locked"], done.stdout + done.stderr
     assert list(out.glob("error-rank-0.json")) and not (out / "lock").exists()
 
@@ -308,6 +389,9 @@ def test_a_log_on_a_full_disk_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "rank-0.log").symlink_to("/dev/full")
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], env=os.environ | CPU, capture_output=True, text=True
+        [sys.executable, "-c", script, tmp_path],
+        env=os.environ | CPU,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr

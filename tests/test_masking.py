@@ -39,7 +39,11 @@ def words_of(row, begins):
 def drawn(row, numbers, begins, masking):
     """Columns in the order in which they are chosen, one row, one word or span after the other."""
     starts = [
-        (numbers[word[0]], [c for w in stretch[at : at + SPAN_LENGTHS[numbers[word[0]] % 4096]] for c in w], word)
+        (
+            numbers[word[0]],
+            [c for w in stretch[at : at + SPAN_LENGTHS[numbers[word[0]] % 4096]] for c in w],
+            word,
+        )
         for stretch in words_of(row, begins)
         for at, word in enumerate(stretch)
     ]
@@ -55,7 +59,9 @@ def rows_with_numbers(draw):
     n, length = draw(st.integers(1, 4)), draw(st.integers(8, 40))
     ids = draw(st.lists(st.lists(IDS, min_size=length, max_size=length), min_size=n, max_size=n))
     seed = draw(st.integers(0, 2**32 - 1))
-    return np.array(ids, np.uint16), np.random.default_rng(seed).integers(0, 2**32, (n, length), np.uint32)
+    return np.array(ids, np.uint16), np.random.default_rng(seed).integers(
+        0, 2**32, (n, length), np.uint32
+    )
 
 
 def check(ids, numbers, recipe):
@@ -68,7 +74,9 @@ def check(ids, numbers, recipe):
         assert places[weights].tolist() == sorted(expected) and len(set(expected)) == weights.sum()
         if recipe.masking == "whole_word":
             words = [set(word) for stretch in words_of(row, BEGINS) for word in stretch]
-            assert sum(0 < len(word & set(expected)) < len(word) for word in words) <= 1  # the last one drawn
+            assert (
+                sum(0 < len(word & set(expected)) < len(word) for word in words) <= 1
+            )  # the last one drawn
 
 
 @pytest.mark.parametrize("masking", ["whole_word", "span"])
@@ -89,7 +97,10 @@ def test_the_rule_holds_in_long_pieces(masking):
 @pytest.mark.parametrize("masking", ["token", "whole_word", "span"])
 def test_a_row_is_masked_the_same_in_any_company(masking):
     recipe, ids = RECIPE._replace(masking=masking), best_fit_rows(40, 64, vocab_size=VOCAB)
-    whole, part = make_batch(ids, np.arange(40), 3, recipe), make_batch(ids[7:9], np.array([7, 8]), 3, recipe)
+    whole, part = (
+        make_batch(ids, np.arange(40), 3, recipe),
+        make_batch(ids[7:9], np.array([7, 8]), 3, recipe),
+    )
     assert whole.chosen[7:9].equal(part.chosen) and whole.uniforms[7:9].equal(part.uniforms)
     assert not whole.chosen.equal(make_batch(ids, np.arange(40), 4, recipe).chosen)
 
@@ -115,17 +126,36 @@ def test_spans_are_as_long_as_those_of_spanbert():
 
 def test_token_masking_is_what_it_was():
     """Golden values from before words could be drawn: a change here is another experiment under the same name."""
-    batch = make_batch(best_fit_rows(1000, 128), np.arange(1000), 3, RECIPE._replace(begins_word=None))
+    batch = make_batch(
+        best_fit_rows(1000, 128), np.arange(1000), 3, RECIPE._replace(begins_word=None)
+    )
     digests = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] for tensor in batch[4:8]]
-    assert digests == ["cb6d0ff88af1a075", "3a241a22c0aafd67", "b38adfbd1e9e8b13", "a21556bccfb5f0cc"]
+    assert digests == [
+        "cb6d0ff88af1a075",
+        "3a241a22c0aafd67",
+        "b38adfbd1e9e8b13",
+        "a21556bccfb5f0cc",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
 def test_words_begin_where_the_text_has_them(tmp_path, kind):
-    firsts, lasts = ("un", "re", "over", "down"), ("load", "turn", "write", "play", "cast", "hold", "view")
-    words = [first + last + ending for first in firsts for last in lasts for ending in ("", "ing", "er", "s")]
-    (tmp_path / "text.txt").write_text("\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words))))
-    tokenizer = train_tokenizer([str(tmp_path / "text.txt")], tmp_path / "tok", kind=kind, vocab_size=80)
+    firsts, lasts = (
+        ("un", "re", "over", "down"),
+        ("load", "turn", "write", "play", "cast", "hold", "view"),
+    )
+    words = [
+        first + last + ending
+        for first in firsts
+        for last in lasts
+        for ending in ("", "ing", "er", "s")
+    ]
+    (tmp_path / "text.txt").write_text(
+        "\n".join(" ".join(words[i:] + words[:i]) for i in range(len(words)))
+    )
+    tokenizer = train_tokenizer(
+        [str(tmp_path / "text.txt")], tmp_path / "tok", kind=kind, vocab_size=80
+    )
     ids = tokenizer.encode_batch([" ".join(words)])[0]
     starts = np.flatnonzero(load_tokenizer(tmp_path / "tok").begins_word()[ids])
     assert len(ids) > len(starts) == len(words)  # some words have several pieces
@@ -136,10 +166,31 @@ def test_words_begin_where_the_text_has_them(tmp_path, kind):
 def test_a_run_masks_as_it_says_and_resumes_as_nothing_else(tmp_path, data):
     folder = shutil.copytree(data, tmp_path / "data")
     (folder / "tokenizer").mkdir()
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"{'##' * (i % 3 > 0)}w{i}" for i in range(5, 600))]
+    names = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *(f"{'##' * (i % 3 > 0)}w{i}" for i in range(5, 600)),
+    ]
     (folder / "tokenizer" / "vocab.txt").write_text("\n".join(names))
-    sets = ("train.total_steps=50", "optimizer.warmup_steps=10", "logging.every=1")  # those of the golden losses
-    run = ["pretrain", "tiny", "--data", folder, "--out", tmp_path / "run", "--engine", "zero0-fp32", "--stop-at-step"]
+    sets = (
+        "train.total_steps=50",
+        "optimizer.warmup_steps=10",
+        "logging.every=1",
+    )  # those of the golden losses
+    run = [
+        "pretrain",
+        "tiny",
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "run",
+        "--engine",
+        "zero0-fp32",
+        "--stop-at-step",
+    ]
     run += [2, *(part for setting in sets for part in ("--set", setting))]
     assert run_cli(*run, "--set", "objective.masking=span", check=False).returncode == 85
     loss = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"]

@@ -17,10 +17,16 @@ from electra_ds.plot import PANELS, plot
 def train_values(step):
     """Every key that the console line reads, with numbers that tell the step."""
     return {
-        "loss": 50.0 + step, "mlm_loss": 10.0 - step / 100, "disc_loss": 0.5 / step, "lr": 1e-3 / step,
-        "grad_norm": 1.0, "tokens": 1000.0 * step, "epoch": step / 100, "tokens_per_second": 12345.0,
+        "loss": 50.0 + step,
+        "mlm_loss": 10.0 - step / 100,
+        "disc_loss": 0.5 / step,
+        "lr": 1e-3 / step,
+        "grad_norm": 1.0,
+        "tokens": 1000.0 * step,
+        "epoch": step / 100,
+        "tokens_per_second": 12345.0,
         "disc_auc": math.nan,
-    }  # fmt: skip
+    }
 
 
 def valid_values(step):
@@ -40,7 +46,9 @@ def run(out, steps, start=0, tensorboard=False):
 
 
 def steps_of(out, split="train"):
-    return [record["step"] for record in read_metrics(out / "metrics.jsonl") if record["split"] == split]
+    return [
+        record["step"] for record in read_metrics(out / "metrics.jsonl") if record["split"] == split
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ metrics.jsonl
@@ -52,8 +60,9 @@ def test_the_first_line_names_the_schema_and_the_others_are_records(tmp_path):
     assert json.loads(first) == SCHEMA == {"schema": "electra_ds metrics", "version": 1}
     records = [json.loads(line) for line in lines]
     assert [(record["step"], record["split"]) for record in records] == [
-        *((step, "train") for step in range(1, 6)), (5, "valid")
-    ]  # fmt: skip
+        *((step, "train") for step in range(1, 6)),
+        (5, "valid"),
+    ]
     assert records == read_metrics(tmp_path / "metrics.jsonl")
     assert records[2] == {"step": 3, "split": "train"} | train_values(3) | {"disc_auc": None}
     assert "tokens_per_second" in TIMED
@@ -69,7 +78,9 @@ def test_a_resume_cuts_back_to_its_step(tmp_path):
     assert steps_of(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("tail", ['{"step": 4, "split": "tr', '{"step": 4, "split": "train"}', "\x00\x00"])
+@pytest.mark.parametrize(
+    "tail", ['{"step": 4, "split": "tr', '{"step": 4, "split": "train"}', "\x00\x00"]
+)
 def test_a_last_line_that_a_crash_cut_is_left_out(tmp_path, tail):
     run(tmp_path, range(1, 4))
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -79,7 +90,9 @@ def test_a_last_line_that_a_crash_cut_is_left_out(tmp_path, tail):
     assert steps_of(tmp_path) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("content", [json.dumps(SCHEMA | {"version": 2}) + "\n", '{"step": 1}\n', "3\n", ""])
+@pytest.mark.parametrize(
+    "content", [json.dumps(SCHEMA | {"version": 2}) + "\n", '{"step": 1}\n', "3\n", ""]
+)
 def test_metrics_of_another_schema_are_refused(tmp_path, content):
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
@@ -100,7 +113,10 @@ def test_the_console_says_what_the_record_says(tmp_path, capsys):
     train, valid = capsys.readouterr().out.strip().splitlines()
     assert "step 5  mlm 9.950  disc 0.1000  lr 2.00e-04  norm 1.00  12,345 tokens/s" in train
     assert train.endswith("epoch 0.05/1  ETA 1:02:05")
-    assert valid.startswith("step 5  held out: mlm 5.000 (unigram 5.100)") and "fixed-corruption AUC 5.700" in valid
+    assert (
+        valid.startswith("step 5  held out: mlm 5.000 (unigram 5.100)")
+        and "fixed-corruption AUC 5.700" in valid
+    )
 
 
 def test_a_console_that_nobody_reads_any_more_stops_nothing(tmp_path, monkeypatch):
@@ -143,7 +159,9 @@ def test_tensorboard_holds_the_same_numbers_without_overlap_after_a_resume(tmp_p
         logged = [(record["step"], record[key]) for record in records if record["split"] == split]
         found = [(event.step, event.value) for event in events.Scalars(f"{split}/{key}")]
         assert [step for step, _ in found] == [step for step, _ in logged]
-        assert [value for _, value in found] == pytest.approx([value for _, value in logged], rel=1e-6)
+        assert [value for _, value in found] == pytest.approx(
+            [value for _, value in logged], rel=1e-6
+        )
     assert math.isnan(events.Scalars("train/disc_auc")[0].value)
 
 
@@ -153,13 +171,18 @@ def test_a_full_disk_costs_tensorboard_alone_and_prints_no_traceback(tmp_path, c
     with Metrics(tmp_path, 0, 100, 1.0, tensorboard=True) as metrics:
         (events,) = (tmp_path / "tensorboard").iterdir()
         (tmp_path / "full").symlink_to("/dev/full")
-        (tmp_path / "full").replace(events)  # at once: the writer's thread makes a file that is missing anew
+        (tmp_path / "full").replace(
+            events
+        )  # at once: the writer's thread makes a file that is missing anew
         for step in (1, 2, 3):
             metrics.train(step, train_values(step), seconds_left=0.0)
             metrics.flush()
     assert steps_of(tmp_path) == [1, 2, 3]
     told = capfd.readouterr()
-    assert told.out.count("TensorBoard's file is given up until the next start") == 1 and told.err == ""
+    assert (
+        told.out.count("TensorBoard's file is given up until the next start") == 1
+        and told.err == ""
+    )
 
 
 def test_tensorboard_can_be_turned_off(tmp_path):
@@ -244,7 +267,9 @@ def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path):
 def test_the_last_act_tells_done_from_stopped(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     run_folder.finish(tmp_path, False, {"step": 5})
-    assert json.loads((tmp_path / "stopped.2").read_text()) == {"step": 5} and not run_folder.is_done(tmp_path)
+    assert json.loads((tmp_path / "stopped.2").read_text()) == {
+        "step": 5
+    } and not run_folder.is_done(tmp_path)
     run_folder.finish(tmp_path, True, {"step": 9})
     assert run_folder.is_done(tmp_path)
 
@@ -261,7 +286,9 @@ def test_the_written_config_names_its_versions_and_runs_again(tmp_path):
     run_folder.write_config(tmp_path, config, "abc")
     again = load_run(str(tmp_path / "config.json"))
     assert differences(config, again) == ([], [])
-    assert again.provenance["dataset_id"] == "abc" and {"torch", "deepspeed"} <= set(again.provenance["packages"])
+    assert again.provenance["dataset_id"] == "abc" and {"torch", "deepspeed"} <= set(
+        again.provenance["packages"]
+    )
 
 
 def test_an_error_is_left_for_the_other_ranks_and_a_full_disk_hides_none(tmp_path):

@@ -59,8 +59,12 @@ SIZES = st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 100)), min_size=1
 def order_of(sizes, seed=3, window=50):
     """A mixture's order over sources of so many rows, in blocks of 4, with so much weight each."""
     rows, weights = np.array([rows for rows, _ in sizes]), np.array([weight for _, weight in sizes])
-    own = {f"s{i}": Order(np.diff(np.r_[np.arange(0, n, 4), n]), seed, 2) for i, n in enumerate(rows)}
-    return MixtureOrder(own, window_rows(weights / weights.sum(), window), np.cumsum(rows) - rows, seed)
+    own = {
+        f"s{i}": Order(np.diff(np.r_[np.arange(0, n, 4), n]), seed, 2) for i, n in enumerate(rows)
+    }
+    return MixtureOrder(
+        own, window_rows(weights / weights.sum(), window), np.cumsum(rows) - rows, seed
+    )
 
 
 @given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), window=st.integers(40, 500))
@@ -78,10 +82,14 @@ def test_a_window_has_whole_rows_of_every_source_as_near_to_its_weight_as_can_be
 def test_shares_are_exact_over_every_window_and_near_at_every_position(sizes, seed):
     order = order_of(sizes, seed)
     sources = np.searchsorted(order.starts, order.rows(np.arange(150))[0], side="right") - 1
-    had = np.cumsum(sources[:, None] == np.arange(len(sizes)), axis=0)  # [150, S] up to each position
+    had = np.cumsum(
+        sources[:, None] == np.arange(len(sizes)), axis=0
+    )  # [150, S] up to each position
     assert np.array_equal(had[[49, 99, 149]], np.outer([1, 2, 3], order.counts))
     share = order.counts / 50
-    assert (abs(had - np.arange(1, 151)[:, None] * share) <= 1 + share * (len(sizes) - 2) + 1e-9).all()
+    assert (
+        abs(had - np.arange(1, 151)[:, None] * share) <= 1 + share * (len(sizes) - 2) + 1e-9
+    ).all()
 
 
 @given(sizes=SIZES)
@@ -92,9 +100,13 @@ def test_the_rows_of_each_source_come_in_its_own_order_each_once_per_its_epoch(s
     for (total, _), start, own in zip(sizes, order.starts, order.orders.values(), strict=True):
         here = (rows >= start) & (rows < start + total)
         expected = own.rows(np.arange(here.sum()))
-        assert np.array_equal(rows[here] - start, expected[0]) and np.array_equal(epochs[here], expected[1])
+        assert np.array_equal(rows[here] - start, expected[0]) and np.array_equal(
+            epochs[here], expected[1]
+        )
         for epoch in range(here.sum() // total):
-            assert np.array_equal(np.sort(rows[here][epochs[here] == epoch]), start + np.arange(total))
+            assert np.array_equal(
+                np.sort(rows[here][epochs[here] == epoch]), start + np.arange(total)
+            )
 
 
 @given(data=st.data())
@@ -106,8 +118,12 @@ def test_any_world_size_and_any_restart_see_one_stream(data):
     while position < 240:
         world = data.draw(st.sampled_from([1, 2, 3, 4]))
         each = 12 // world
-        order = order_of(sizes) if data.draw(st.booleans()) else order  # a restart, or on with what is kept
-        found = [np.stack(order.rows(position + rank * each + np.arange(each))) for rank in range(world)]
+        order = (
+            order_of(sizes) if data.draw(st.booleans()) else order
+        )  # a restart, or on with what is kept
+        found = [
+            np.stack(order.rows(position + rank * each + np.arange(each))) for rank in range(world)
+        ]
         assert np.array_equal(np.concatenate(found, axis=1), stream[:, position : position + 12])
         position += 12
 
@@ -128,9 +144,11 @@ def test_version_1_keeps_its_order():
 
 def test_a_batch_far_in_a_run_needs_no_history():
     order = MixtureOrder(
-        {"a": Order(np.full(781_250, 256), 0), "b": Order(np.full(100, 256), 0)}, window_rows(np.array([0.9, 0.1])),
-        np.array([0, 200_000_000]), 0,
-    )  # fmt: skip
+        {"a": Order(np.full(781_250, 256), 0), "b": Order(np.full(100, 256), 0)},
+        window_rows(np.array([0.9, 0.1])),
+        np.array([0, 200_000_000]),
+        0,
+    )
     rows, epochs = order.rows(5_000_000_000 + np.arange(256))
     assert len(set(rows.tolist())) == 256 and set(epochs[rows < 200_000_000]) == {22}
     assert set(epochs[rows >= 200_000_000]) == {500_000_000 // 25_600}
@@ -138,7 +156,9 @@ def test_a_batch_far_in_a_run_needs_no_history():
 
 def test_rows_are_those_of_the_sources_and_masked_apart(folders):
     """The same folder twice under two names: the same ids, other chosen places."""
-    twice = mixture(folders, [{"data": "de", "weight": 1}, {"data": "de", "weight": 1, "name": "again"}])
+    twice = mixture(
+        folders, [{"data": "de", "weight": 1}, {"data": "de", "weight": 1, "name": "again"}]
+    )
     rows, order = open_data(twice).training(7, 12)
     own = open_data(folders / "de").training(7, 12)[0]
     numbers = np.array([179, 3, 93, 89, 90])
@@ -160,7 +180,9 @@ def stream(data, steps, **options):
         loader.close()
     parts = [part for step in zip(*ranks, strict=True) for part in step]
     micros = [micro[:8] for part in parts for micro in part.micros]
-    return [np.concatenate([part.rows for part in parts])] + [torch.cat(field) for field in zip(*micros, strict=True)]
+    return [np.concatenate([part.rows for part in parts])] + [
+        torch.cat(field) for field in zip(*micros, strict=True)
+    ]
 
 
 def test_a_mixture_of_one_source_is_that_folder(folders):
@@ -183,13 +205,20 @@ def test_a_checkpoint_goes_on_with_the_same_shares_and_sources_alone(folders):
     loader = Batches(*parts, **RUN)
     state = json.loads(json.dumps(loader.state(240)))
     loader.close()
-    assert position_from_state(state, *parts) == 240 and state["rows_per_window"] == {"de": 7500, "ja": 2500}
+    assert position_from_state(state, *parts) == 240 and state["rows_per_window"] == {
+        "de": 7500,
+        "ja": 2500,
+    }
     for other in (weighted(de=2, ja=1), weighted(de=3, en=1), weighted(ja=1, de=3)):
-        with pytest.raises(UserError, match=r"checkpoint belongs to other data: .*dataset_id: .*--init-from"):
+        with pytest.raises(
+            UserError, match=r"checkpoint belongs to other data: .*dataset_id: .*--init-from"
+        ):
             position_from_state(state, *open_data(mixture(folders, other)).training(7, 12))
     shares = "rows_per_window: checkpoint {'de': 7500, 'ja': 2500}, now {'de': 6667, 'ja': 3333}"
     with pytest.raises(UserError, match=shares):
-        position_from_state(state, *open_data(mixture(folders, weighted(de=2, ja=1))).training(7, 12))
+        position_from_state(
+            state, *open_data(mixture(folders, weighted(de=2, ja=1))).training(7, 12)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ MIX.json
@@ -199,7 +228,9 @@ def test_a_temperature_takes_from_large_sources_less_than_they_have():
     tokens = [900, 90, 10]
 
     def weights(temperature):
-        return MixtureConfig(sources=[{"data": name} for name in "abc"], temperature=temperature).weights(tokens)
+        return MixtureConfig(
+            sources=[{"data": name} for name in "abc"], temperature=temperature
+        ).weights(tokens)
 
     assert weights(1) == pytest.approx([0.9, 0.09, 0.01])
     assert weights(2) == pytest.approx(np.sqrt(tokens) / np.sqrt(tokens).sum())
@@ -210,21 +241,39 @@ def test_a_temperature_takes_from_large_sources_less_than_they_have():
     ("content", "message"),
     [
         ([{"data": "de", "wieght": 1}], r"sources\.0\.wieght: unknown key; did you mean 'weight'"),
-        ({"temprature": 2, "sources": [{"data": "de"}]}, "temprature: unknown key; did you mean 'temperature'"),
-        ([{"data": "de", "weight": 1}, {"data": "ja"}], "give every source a weight, or none of them and a temper"),
+        (
+            {"temprature": 2, "sources": [{"data": "de"}]},
+            "temprature: unknown key; did you mean 'temperature'",
+        ),
+        (
+            [{"data": "de", "weight": 1}, {"data": "ja"}],
+            "give every source a weight, or none of them and a temper",
+        ),
         ([{"data": "de"}], "give every source a weight"),
         ({"temperature": 2, "sources": weighted(de=1)}, "give every source a weight"),
-        ({"temperature": 0.3, "sources": [{"data": "de"}]}, r"temperature = 0\.3: expected 1 .* write 3\.33"),
+        (
+            {"temperature": 0.3, "sources": [{"data": "de"}]},
+            r"temperature = 0\.3: expected 1 .* write 3\.33",
+        ),
         (weighted(de=0), r"sources\.0\.weight = 0: input should be greater than 0"),
         ([], r"sources = \[\]: list should have at least 1 item"),
-        ([*weighted(de=1), {"data": "../folders/de/", "weight": 1}], r"names that differ, found \['de'\]"),
+        (
+            [*weighted(de=1), {"data": "../folders/de/", "weight": 1}],
+            r"names that differ, found \['de'\]",
+        ),
         ([{"data": ".", "weight": 1}], r"names that differ, found \[''\]"),
         ([{"data": "de", "weight": 1, "name": "a/b"}], r"sources\.0\.name = \"a/b\""),
         (weighted(nowhere=1), r"nowhere/manifest\.json: not found"),
-        (weighted(de=1, odd=1), r"different kinds \(de: 32 tokens, best_fit, tokenizer 0{12}; odd: 16 tokens"),
+        (
+            weighted(de=1, odd=1),
+            r"different kinds \(de: 32 tokens, best_fit, tokenizer 0{12}; odd: 16 tokens",
+        ),
         (3, "found a JSON int; expected a mixture of data folders"),
         (weighted(**{"mixture.json": 1}), r"mixture\.json: it is a source of itself"),
-        ([{"data": "mixture.json.bak", "weight": 1}], r"mixture\.json\.bak/manifest\.json: not found"),
+        (
+            [{"data": "mixture.json.bak", "weight": 1}],
+            r"mixture\.json\.bak/manifest\.json: not found",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_named(folders, content, message):
@@ -234,16 +283,29 @@ def test_a_mistake_in_the_file_is_named(folders, content, message):
 
 
 def test_the_health_check_of_a_node_knows_mixtures(folders):
-    for place, is_seen in ((mixture(folders, []), True), (folders / "de", True), (folders, False), ("x.json", False)):
-        said = subprocess.run(["bash", HEALTH, place], env=os.environ | {"PYTHON": "true"}, capture_output=True).stderr
+    for place, is_seen in (
+        (mixture(folders, []), True),
+        (folders / "de", True),
+        (folders, False),
+        ("x.json", False),
+    ):
+        said = subprocess.run(
+            ["bash", HEALTH, place], env=os.environ | {"PYTHON": "true"}, capture_output=True
+        ).stderr
         assert (b"does not see" in said) != is_seen, said
 
 
 def test_check_shows_the_share_and_the_epochs_of_each_source(folders):
     data = open_data(
-        mixture(folders, {"temperature": 2, "sources": [{"data": "de"}, {"data": "ja", "name": "nihongo"}]})
+        mixture(
+            folders,
+            {"temperature": 2, "sources": [{"data": "de"}, {"data": "ja", "name": "nihongo"}]},
+        )
     )
-    lines = {line.key: line for line in check(load_run("tiny", ["train.total_steps=10"]), 1, data).derived}
+    lines = {
+        line.key: line
+        for line in check(load_run("tiny", ["train.total_steps=10"]), 1, data).derived
+    }
     tokens = [open_data(folders / name).manifest.splits["train"].tokens for name in ("de", "ja")]
     weight = np.sqrt(tokens[0]) / np.sqrt(tokens).sum()
     share = round(weight * WINDOW) / WINDOW
@@ -261,20 +323,31 @@ def test_held_out_figures_are_those_of_each_folder_and_their_mean_by_the_shares(
     mixture(folders, weighted(de=1, en=3), "west.json")
     content = [{"data": "west.json", "weight": 4}, {"data": "ja", "weight": 1}]
     held_out = open_data(mixture(folders, content)).held_out()
-    assert {name: source.share for name, source in held_out.items()} == pytest.approx({"west/de": 0.2, "ja": 0.2})
+    assert {name: source.share for name, source in held_out.items()} == pytest.approx(
+        {"west/de": 0.2, "ja": 0.2}
+    )
     held_out["ja"] = held_out["ja"]._replace(share=0.6)
     settings = ["model.num_layers=1", "generator.num_layers=1"]
     config = load_run("tiny", settings).with_data(600, SPECIAL, 32)
-    module = ElectraObjective(config.model, config.generator, config.objective, config.data.special_ids, seed=1).eval()
+    module = ElectraObjective(
+        config.model, config.generator, config.objective, config.data.special_ids, seed=1
+    ).eval()
     device, options = torch.device("cpu"), {"batch_rows": 8, "max_rows": 24}
     with torch.no_grad():
         found = evaluate_sources(module, held_out, RECIPE, device, **options)
         alone = {
-            name: evaluate_sources(module, open_data(folders / folder).held_out(), RECIPE, device, **options)
+            name: evaluate_sources(
+                module, open_data(folders / folder).held_out(), RECIPE, device, **options
+            )
             for name, folder in (("west/de", "de"), ("ja", "ja"))
         }
     for key in alone["ja"]:
         de, ja = alone["west/de"][key], alone["ja"][key]
         assert (found[f"west/de/{key}"], found[f"ja/{key}"]) == (de, ja)
-        assert found[key] == pytest.approx(de + ja if key in ("tokens", "chosen") else 0.25 * de + 0.75 * ja)
-    assert len(found) == 3 * len(alone["ja"]) and alone["west/de"]["unigram_loss"] != alone["ja"]["unigram_loss"]
+        assert found[key] == pytest.approx(
+            de + ja if key in ("tokens", "chosen") else 0.25 * de + 0.75 * ja
+        )
+    assert (
+        len(found) == 3 * len(alone["ja"])
+        and alone["west/de"]["unigram_loss"] != alone["ja"]["unigram_loss"]
+    )

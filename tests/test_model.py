@@ -12,9 +12,17 @@ IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
 def configs(vocab_size=101, dropout=0.0, generator=24, sharing="shared", **more):
-    sizes = dict(num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout)
+    sizes = dict(
+        num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout
+    )
     model = ModelConfig(
-        hidden_size=48, embedding_size=32, max_positions=40, vocab_size=vocab_size, sharing=sharing, **sizes, **more
+        hidden_size=48,
+        embedding_size=32,
+        max_positions=40,
+        vocab_size=vocab_size,
+        sharing=sharing,
+        **sizes,
+        **more,
     )
     return model, GeneratorConfig(hidden_size=48 if sharing == "all" else generator, **sizes)
 
@@ -25,7 +33,10 @@ def build(seed=1, **options):
 
 def test_memory_padding_changes_no_true_weight():
     padded, whole = true_state(build(vocab_size=101)), true_state(build(vocab_size=128))
-    assert padded_rows(build(vocab_size=101)) == {"embeddings.word.weight": 101, "generator_head.bias": 101}
+    assert padded_rows(build(vocab_size=101)) == {
+        "embeddings.word.weight": 101,
+        "generator_head.bias": 101,
+    }
     assert padded["embeddings.word.weight"].shape == (101, 32)
     torch.manual_seed(0)
     wide = build(vocab_size=101)
@@ -50,8 +61,12 @@ def test_initialisation_is_that_of_the_paper():
 
 def test_fan_in_initialisation_and_a_table_of_its_own():
     state = true_state(build(vocab_size=3000, init="fan_in", embedding_init_std=0.2))
-    assert float(state["discriminator.layers.0.ffn_in.weight"].std()) == pytest.approx(48**-0.5, rel=0.1)
-    assert float(state["discriminator.layers.0.ffn_out.weight"].std()) == pytest.approx(64**-0.5, rel=0.1)
+    assert float(state["discriminator.layers.0.ffn_in.weight"].std()) == pytest.approx(
+        48**-0.5, rel=0.1
+    )
+    assert float(state["discriminator.layers.0.ffn_out.weight"].std()) == pytest.approx(
+        64**-0.5, rel=0.1
+    )
     assert float(state["embeddings.word.weight"].std()) == pytest.approx(0.2, rel=0.05)
 
 
@@ -65,8 +80,13 @@ def test_the_seed_alone_decides_the_weights():
 
 def test_sharing_names_each_tensor_once():
     shared, untied, alone = (set(true_state(build(sharing=s))) for s in ("shared", "untied", "all"))
-    assert untied - shared == {n.replace("embeddings", "generator_embeddings", 1) for n in shared if n[:3] == "emb"}
-    assert shared - untied == {"generator.project.weight", "generator.project.bias"}  # as wide as the generator itself
+    assert untied - shared == {
+        n.replace("embeddings", "generator_embeddings", 1) for n in shared if n[:3] == "emb"
+    }
+    assert shared - untied == {
+        "generator.project.weight",
+        "generator.project.bias",
+    }  # as wide as the generator itself
     assert alone == {n for n in shared if not n.startswith("generator.")}
 
 
@@ -81,14 +101,20 @@ def test_packed_pieces_are_encoded_as_if_alone():
         return module.discriminator(embedded, pieces[:, part])
 
     packed, last = encode(slice(None)), torch.tensor([16, 0])
-    at = module.discriminator(module.embeddings(ids, torch.zeros_like(ids), places), pieces, places=last)
+    at = module.discriminator(
+        module.embeddings(ids, torch.zeros_like(ids), places), pieces, places=last
+    )
     torch.testing.assert_close(at, packed[0, last], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed[:, :8], encode(slice(0, 8)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed[:, 8:17], encode(slice(8, 17)), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_works_in_training_only():
-    encoder, x, ones = Encoder(configs(dropout=0.3)[0], 32, 1e-12), torch.randn(2, 9, 32), torch.ones(2, 9).long()
+    encoder, x, ones = (
+        Encoder(configs(dropout=0.3)[0], 32, 1e-12),
+        torch.randn(2, 9, 32),
+        torch.ones(2, 9).long(),
+    )
     assert not torch.equal(encoder(x, ones), encoder(x, ones))
     encoder.eval()
     assert torch.equal(encoder(x, ones), encoder(x, ones))
@@ -127,4 +153,6 @@ def test_weights_that_do_not_fit_are_refused_by_name():
 def test_a_model_without_a_vocabulary_is_refused():
     model, generator = configs()
     with pytest.raises(UserError, match="vocab_size"):
-        ElectraObjective(model.model_copy(update={"vocab_size": None}), generator, ObjectiveConfig(), IDS)
+        ElectraObjective(
+            model.model_copy(update={"vocab_size": None}), generator, ObjectiveConfig(), IDS
+        )

@@ -18,7 +18,9 @@ VOCAB = 101
 
 
 def build(dropout=0.0, **objective):
-    sizes = dict(num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout)
+    sizes = dict(
+        num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout
+    )
     model = ModelConfig(
         hidden_size=48,
         embedding_size=32,
@@ -58,17 +60,23 @@ def counts_of(batch: Batch):
     return batch.chosen_weights.sum(), (batch.piece_ids > 0).sum()
 
 
-@pytest.mark.parametrize("pieces", [None, torch.ones(4, 20, dtype=torch.long)], ids=["packed", "full"])
+@pytest.mark.parametrize(
+    "pieces", [None, torch.ones(4, 20, dtype=torch.long)], ids=["packed", "full"]
+)
 @pytest.mark.parametrize("with_counts", [False, True])
 def test_a_step_on_a_device_reads_nothing_back(pieces, with_counts, monkeypatch):
     """Tensors without numbers: whatever the host asks of one raises, as it would wait for a GPU."""
-    monkeypatch.setattr("electra_ds.model.compute_dtype", lambda x: x.dtype)  # there is no autocast for them
+    monkeypatch.setattr(
+        "electra_ds.model.compute_dtype", lambda x: x.dtype
+    )  # there is no autocast for them
     module, batch = build(dropout=0.1), make_batch()
     batch = batch if pieces is None else batch._replace(piece_ids=pieces)
     batch = batch._replace(bounds=piece_bounds(batch.piece_ids)).map(lambda value: value.to("meta"))
     losses = module.to("meta")(batch, 12, 70, with_counts=with_counts)
     losses.total.backward()
-    assert losses.total.device.type == "meta" and all(p.grad is not None for p in module.parameters())
+    assert losses.total.device.type == "meta" and all(
+        p.grad is not None for p in module.parameters()
+    )
 
 
 def test_masking_hides_the_chosen_places_that_do_not_keep_their_token():
@@ -76,7 +84,9 @@ def test_masking_hides_the_chosen_places_that_do_not_keep_their_token():
     masked = mask_input(batch, IDS.mask)
     expected = batch.input_ids.clone()
     for b in range(4):
-        for place, weight, keep in zip(batch.chosen[b], batch.chosen_weights[b], batch.keep[b], strict=True):
+        for place, weight, keep in zip(
+            batch.chosen[b], batch.chosen_weights[b], batch.keep[b], strict=True
+        ):
             if weight and not keep:
                 expected[b, place] = IDS.mask
     assert torch.equal(masked, expected)
@@ -88,7 +98,8 @@ def test_losses_are_the_definition_written_out():
     losses = module(batch, chosen_count, token_count)
 
     hidden = module.generator(
-        module.embeddings(mask_input(batch, IDS.mask), batch.segment_ids, batch.position_ids), batch.piece_ids
+        module.embeddings(mask_input(batch, IDS.mask), batch.segment_ids, batch.position_ids),
+        batch.piece_ids,
     )
     logits = module.generator_head(hidden, module.embeddings.word)  # every place, plainly
     corrupted, nll = batch.input_ids.clone(), 0.0
@@ -115,7 +126,9 @@ def test_micro_batches_add_up_under_the_counts_of_the_whole_batch():
         parts = [module(part(batch, rows), *counts_of(batch), with_counts=True) for rows in slices]
         sum(losses.total for losses in parts).backward()
         grads.append([p.grad for p in module.parameters()])
-        sums.append([sum(value) for value in zip(*(losses.counts for losses in parts), strict=True)])
+        sums.append(
+            [sum(value) for value in zip(*(losses.counts for losses in parts), strict=True)]
+        )
     for whole, halves in zip(*grads, strict=True):
         torch.testing.assert_close(whole, halves, rtol=1e-4, atol=1e-6)
     for whole, halves in zip(*sums, strict=True):
@@ -155,9 +168,12 @@ def test_options_change_what_they_say_and_nothing_else():
     batch = make_batch()
     args = batch, *counts_of(batch)
     plain, weighted, hot = (
-        build(**o)(*args) for o in ({}, {"gen_weight": 2.0, "disc_weight": 3.0}, {"temperature": 9.0})
+        build(**o)(*args)
+        for o in ({}, {"gen_weight": 2.0, "disc_weight": 3.0}, {"temperature": 9.0})
     )
-    assert torch.equal(plain.mlm_loss, weighted.mlm_loss) and torch.equal(plain.disc_loss, weighted.disc_loss)
+    assert torch.equal(plain.mlm_loss, weighted.mlm_loss) and torch.equal(
+        plain.disc_loss, weighted.disc_loss
+    )
     torch.testing.assert_close(weighted.total, 2 * plain.mlm_loss + 3 * plain.disc_loss)
     assert torch.equal(plain.mlm_loss, hot.mlm_loss)  # the temperature is of the draw alone
     assert not torch.equal(plain.disc_loss, hot.disc_loss)
@@ -187,7 +203,9 @@ def test_dropout_works_in_training_only():
 
 def test_discriminate_is_reached_through_forward():
     module, batch = build(), make_batch()
-    assert torch.equal(module(batch, task="discriminate"), module.discriminate(batch.input_ids, batch))
+    assert torch.equal(
+        module(batch, task="discriminate"), module.discriminate(batch.input_ids, batch)
+    )
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "autocast"])
@@ -241,8 +259,12 @@ def test_counts_are_what_counting_by_hand_gives():
         "false_positive": (~replaced & guess & real).sum(),
         "false_negative": (replaced & ~guess & real).sum(),
     }
-    assert {name: int(getattr(counts, name)) for name in expected} == {n: int(v) for n, v in expected.items()}
-    assert expected["sampled_correct"] >= 4 and expected["replaced"] < expected["chosen"]  # a lucky draw is original
+    assert {name: int(getattr(counts, name)) for name in expected} == {
+        n: int(v) for n, v in expected.items()
+    }
+    assert (
+        expected["sampled_correct"] >= 4 and expected["replaced"] < expected["chosen"]
+    )  # a lucky draw is original
     assert counts.histogram.sum(1).tolist() == [int((real & ~replaced).sum()), int(replaced.sum())]
 
 
@@ -256,5 +278,14 @@ def test_auc_of_the_histogram_is_the_area_under_the_curve():
     assert filled.shape == (2, BINS) and float(filled.sum()) == float(real.sum())
     known = roc_auc_score(label[real > 0].numpy(), logits[real > 0].numpy())
     assert auc(filled) == pytest.approx(known, abs=1e-3)
-    assert math.isnan(auc(histogram(torch.zeros(2, 5), label[:2, :5], torch.zeros(2, 5))))  # no labels, no pairs
-    assert auc(histogram(torch.zeros(1, 4), torch.tensor([[True, False, True, False]]), torch.ones(1, 4))) == 0.5
+    assert math.isnan(
+        auc(histogram(torch.zeros(2, 5), label[:2, :5], torch.zeros(2, 5)))
+    )  # no labels, no pairs
+    assert (
+        auc(
+            histogram(
+                torch.zeros(1, 4), torch.tensor([[True, False, True, False]]), torch.ones(1, 4)
+            )
+        )
+        == 0.5
+    )

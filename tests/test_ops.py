@@ -12,7 +12,13 @@ from electra_ds.ops import linear as linear_op
 from electra_ds.ops.attention import Pieces, attention, piece_bounds, pieces_of
 from electra_ds.ops.dropout import dropout
 from electra_ds.ops.linear import GeluLinear, linear
-from electra_ds.ops.vocab_head import logits_head, running_sums, sample_tokens, sample_weights, vocab_head
+from electra_ds.ops.vocab_head import (
+    logits_head,
+    running_sums,
+    sample_tokens,
+    sample_weights,
+    vocab_head,
+)
 
 PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3], [1] * 9])
 
@@ -22,13 +28,19 @@ def written_out_attention(qkv, heads, piece_ids):
     q, k, v = (t.view(batch, length, heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     same = piece_ids[:, None, :, None] == piece_ids[:, None, None, :]
-    return (scores.masked_fill(~same, -math.inf).softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)
+    return (
+        (scores.masked_fill(~same, -math.inf).softmax(-1) @ v)
+        .transpose(1, 2)
+        .reshape(batch, length, -1)
+    )
 
 
 def value_and_grads(function, *inputs):
     inputs = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(*inputs)
-    out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype))
+    out.backward(
+        torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+    )
     return out.detach(), *(t.grad for t in inputs)
 
 
@@ -36,7 +48,9 @@ def value_and_grads(function, *inputs):
 
 
 @pytest.mark.parametrize("backend", ["bmm", "sdpa"])
-@pytest.mark.parametrize("piece_ids", [PACKED, PACKED[1:2], torch.ones_like(PACKED)], ids=["packed", "one row", "full"])
+@pytest.mark.parametrize(
+    "piece_ids", [PACKED, PACKED[1:2], torch.ones_like(PACKED)], ids=["packed", "one row", "full"]
+)
 def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
     qkv = torch.randn(*piece_ids.shape, 3 * 8)
     pieces = pieces_of(piece_ids, qkv.dtype, piece_bounds(piece_ids))
@@ -50,7 +64,9 @@ def test_only_rows_of_several_pieces_have_a_mask():
     assert pieces_of(torch.ones(2, 5, dtype=torch.long), torch.float32) == Pieces()
     assert pieces_of(PACKED[[2, 0, 2, 1]], torch.float32).rows == [1, 3]
     alone = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
-    assert pieces_of(alone, torch.float32, piece_bounds(alone)) == Pieces(runs=[(2, 2), (1, 3), (1, 2)])
+    assert pieces_of(alone, torch.float32, piece_bounds(alone)) == Pieces(
+        runs=[(2, 2), (1, 3), (1, 2)]
+    )
 
 
 def test_attention_with_dropout_has_the_gradient_of_what_it_computes():
@@ -72,7 +88,21 @@ def test_attention_dropout_keeps_the_mean():
 
 
 def test_bounds_are_the_starts_of_the_pieces_in_one_of_few_sizes():
-    assert piece_bounds(PACKED).tolist() == [0, 4, 7, 9, 11, 14, 18, 27, 27, 27, 27, 27, 27]  # 3 rows x 4, and one
+    assert piece_bounds(PACKED).tolist() == [
+        0,
+        4,
+        7,
+        9,
+        11,
+        14,
+        18,
+        27,
+        27,
+        27,
+        27,
+        27,
+        27,
+    ]  # 3 rows x 4, and one
     assert piece_bounds(PACKED[:1]).tolist() == [0, 4, 7, 9, 9]
     assert piece_bounds(torch.ones(3, 9, dtype=torch.long)).tolist() == [0, 9, 18, 27]
     assert len(piece_bounds(torch.arange(5 * 9).view(5, 9) // 2)) == 5 * 8 + 1
@@ -82,7 +112,9 @@ def test_bounds_are_the_starts_of_the_pieces_in_one_of_few_sizes():
 def test_the_flash_kernel_is_called_with_what_it_takes():
     """Its own check of shapes and types, on tensors without numbers; values are for tests/gpu."""
     qkv = torch.empty(3, 9, 3 * 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    out = attention(qkv, 2, Pieces(bounds=piece_bounds(PACKED).to("meta")), dropout=0.1, backend="varlen")
+    out = attention(
+        qkv, 2, Pieces(bounds=piece_bounds(PACKED).to("meta")), dropout=0.1, backend="varlen"
+    )
     assert out.shape == (3, 9, 16) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert qkv.grad.shape == qkv.shape
@@ -106,7 +138,11 @@ def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean(p):
 def test_linear_is_the_plain_linear(shape):
     *lead, inputs, outputs = shape
     x, weight, bias = torch.randn(*lead, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    for a, b in zip(value_and_grads(linear, x, weight, bias), value_and_grads(F.linear, x, weight, bias), strict=True):
+    for a, b in zip(
+        value_and_grads(linear, x, weight, bias),
+        value_and_grads(F.linear, x, weight, bias),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -166,10 +202,14 @@ def test_samples_have_the_softmax_as_frequencies_and_never_a_padded_token():
     logits = torch.randn(1, 1, 192)
     logits[..., 130:] = -math.inf
     count = 40_000
-    uniforms = (torch.arange(count)[None] + 0.5) / count  # a ruler instead of dice: the error is 1 / count
+    uniforms = (
+        torch.arange(count)[None] + 0.5
+    ) / count  # a ruler instead of dice: the error is 1 / count
     drawn = sample_tokens(logits.expand(1, count, 192), uniforms, temperature=0.7)
     frequency = torch.bincount(drawn.flatten(), minlength=192) / count
-    torch.testing.assert_close(frequency, (logits[0, 0] / 0.7).softmax(-1), rtol=0, atol=2 / count + 1e-5)
+    torch.testing.assert_close(
+        frequency, (logits[0, 0] / 0.7).softmax(-1), rtol=0, atol=2 / count + 1e-5
+    )
     assert not frequency[130:].any()
 
 
@@ -191,12 +231,19 @@ def head_inputs(places=75, vocab=150, padded=192, width=16):
     torch.manual_seed(1)
     x, table, bias = torch.randn(places, width), torch.randn(padded, width), torch.randn(padded)
     weights = (torch.rand(places) > 0.2).float()
-    return (x, table, bias), (torch.randint(0, vocab, (places,)), weights, torch.rand(places), vocab)
+    return (x, table, bias), (
+        torch.randint(0, vocab, (places,)),
+        weights,
+        torch.rand(places),
+        vocab,
+    )
 
 
 def fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best):
     rows = {"targets": targets, "weights": weights, "uniforms": uniforms}
-    return vocab_head(x, table, bias, **rows, vocab_size=vocab_size, temperature=temperature, with_best=with_best)
+    return vocab_head(
+        x, table, bias, **rows, vocab_size=vocab_size, temperature=temperature, with_best=with_best
+    )
 
 
 def plain_head(x, table, bias, targets, weights, uniforms, vocab_size, *options):

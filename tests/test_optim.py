@@ -8,17 +8,27 @@ from torch import nn
 
 from electra_ds.config import ModelConfig, OptimizerConfig, SpecialIds, load_run
 from electra_ds.objective import ElectraObjective
-from electra_ds.optim import NO_BIAS_CORRECTION_STEP, AdamW, learning_rate, make_state, parameter_groups
+from electra_ds.optim import (
+    NO_BIAS_CORRECTION_STEP,
+    AdamW,
+    learning_rate,
+    make_state,
+    parameter_groups,
+)
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 # eps of the size of the gradients, so that its place (outside the root) matters.
-OPTIONS = OptimizerConfig(peak_lr=0.01, warmup_steps=10, beta1=0.9, beta2=0.98, eps=1e-2, weight_decay=0.1)
+OPTIONS = OptimizerConfig(
+    peak_lr=0.01, warmup_steps=10, beta1=0.9, beta2=0.98, eps=1e-2, weight_decay=0.1
+)
 
 
 def tables():
     """A decayed matrix and a plain vector, the same every time."""
     random = torch.Generator().manual_seed(0)
-    return nn.ParameterDict({name: nn.Parameter(torch.randn(*shape, generator=random)) for name, shape in SHAPES})
+    return nn.ParameterDict(
+        {name: nn.Parameter(torch.randn(*shape, generator=random)) for name, shape in SHAPES}
+    )
 
 
 SHAPES = (("matrix", (5, 3)), ("bias", (7,)))
@@ -56,7 +66,9 @@ def test_adam_without_bias_correction_is_the_formula_written_out():
             v[name] = OPTIONS.beta2 * v[name] + (1 - OPTIONS.beta2) * gradient**2
             weight -= rate * (m[name] / (v[name].sqrt() + OPTIONS.eps) + decay * weight)
     for name, parameter in module.items():
-        torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            parameter.detach().double(), expected[name], rtol=1e-6, atol=1e-6
+        )
 
 
 def test_adam_with_bias_correction_is_that_of_torch():
@@ -64,7 +76,13 @@ def test_adam_with_bias_correction_is_that_of_torch():
     corrected = OPTIONS.model_copy(update={"bias_correction": True})
     train(AdamW(parameter_groups(ours, OPTIONS.weight_decay), corrected), ours, RATES)
     groups = parameter_groups(theirs, OPTIONS.weight_decay)
-    train(torch.optim.AdamW(groups, betas=(OPTIONS.beta1, OPTIONS.beta2), eps=OPTIONS.eps, fused=True), theirs, RATES)
+    train(
+        torch.optim.AdamW(
+            groups, betas=(OPTIONS.beta1, OPTIONS.beta2), eps=OPTIONS.eps, fused=True
+        ),
+        theirs,
+        RATES,
+    )
     for name in ours:
         assert torch.equal(ours[name], theirs[name])
 
@@ -82,7 +100,9 @@ def test_bias_correction_changes_the_weights():
 @pytest.mark.parametrize("beta", [0.9, 0.98, 0.999, 0.9999])
 def test_the_starting_step_makes_the_correction_exactly_one(beta):
     assert 1 - torch.tensor(beta) ** torch.tensor(float(NO_BIAS_CORRECTION_STEP)) == 1
-    far = torch.tensor(float(NO_BIAS_CORRECTION_STEP + 4_000_000))  # the longest preset still counts by ones
+    far = torch.tensor(
+        float(NO_BIAS_CORRECTION_STEP + 4_000_000)
+    )  # the longest preset still counts by ones
     assert far + 1 - far == 1
 
 
@@ -150,7 +170,9 @@ def test_every_parameter_is_in_one_group_and_biases_and_layer_norms_do_not_decay
     decayed, plain = parameter_groups(module, 0.01)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    grouped = [[names.pop(id(parameter)) for parameter in group["params"]] for group in (decayed, plain)]
+    grouped = [
+        [names.pop(id(parameter)) for parameter in group["params"]] for group in (decayed, plain)
+    ]
     assert not names and len(grouped[0]) > 10
 
     norms = {
@@ -167,8 +189,15 @@ def test_every_parameter_is_in_one_group_and_biases_and_layer_norms_do_not_decay
 
 def test_each_factor_of_the_learning_rate_has_groups_of_its_own():
     module = objective()
-    groups = parameter_groups(module, 0.01, lambda name: 0.5 if name.startswith("embeddings.") else 1.0)
-    assert [(g["weight_decay"], g["lr_scale"]) for g in groups] == [(0.01, 0.5), (0.01, 1.0), (0.0, 0.5), (0.0, 1.0)]
+    groups = parameter_groups(
+        module, 0.01, lambda name: 0.5 if name.startswith("embeddings.") else 1.0
+    )
+    assert [(g["weight_decay"], g["lr_scale"]) for g in groups] == [
+        (0.01, 0.5),
+        (0.01, 1.0),
+        (0.0, 0.5),
+        (0.0, 1.0),
+    ]
     slow = {id(p) for p in module.embeddings.parameters()}
     assert {id(p) for g in groups if g["lr_scale"] == 0.5 for p in g["params"]} == slow
 

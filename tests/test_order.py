@@ -66,7 +66,9 @@ def test_permutation_holds_each_number_once(n, stream):
 
 def test_permutation_is_uniform():
     """All 24 orders of 4 things appear about equally often in 4800 draws."""
-    counts = np.unique([permutation(4, 0, 0, stream, 1) for stream in range(4800)], axis=0, return_counts=True)[1]
+    counts = np.unique(
+        [permutation(4, 0, 0, stream, 1) for stream in range(4800)], axis=0, return_counts=True
+    )[1]
     assert len(counts) == 24
     assert ((counts - 200) ** 2 / 200).sum() < 49.7  # chi-square, 23 degrees of freedom, p = .001
 
@@ -95,7 +97,9 @@ def test_each_row_comes_once_per_epoch(block_rows, window, seed):
 def test_each_row_comes_once_per_epoch_in_lanes(chunk_rows, batch, seed):
     order, total = LaneOrder(np.array(chunk_rows), seed, batch), sum(chunk_rows)
     assert order.lanes <= min(batch, total) and batch % order.lanes == 0
-    rows, epochs = order.rows(np.arange(batch * (3 * -(-total // order.lanes) // order.lane_rows + 1)))
+    rows, epochs = order.rows(
+        np.arange(batch * (3 * -(-total // order.lanes) // order.lane_rows + 1))
+    )
     for epoch in range(3):
         assert np.array_equal(np.sort(rows[epochs == epoch]), np.arange(total))
     for lane in epochs.reshape(-1, order.lanes, order.lane_rows).swapaxes(0, 1):
@@ -105,7 +109,10 @@ def test_each_row_comes_once_per_epoch_in_lanes(chunk_rows, batch, seed):
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_world_size_and_any_restart_see_one_stream_of_lanes(data):
-    chunk_rows, batch = np.array(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=30))), 24
+    chunk_rows, batch = (
+        np.array(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=30))),
+        24,
+    )
     stream, epochs = LaneOrder(chunk_rows, 3, batch).rows(np.arange(10 * batch))
     for position in range(0, 10 * batch, batch):
         world = data.draw(st.sampled_from([1, 2, 3, 4, 6, 24]))
@@ -121,7 +128,9 @@ def test_a_rank_reads_the_chunks_of_its_lanes(world):
     order, batch = LaneOrder(np.full(100, 1000), 0, 320), 320
     assert order.lanes == 160
     own = np.arange(batch // world)
-    rows = np.stack([order.rows(step * batch + own)[0] // 1000 for step in range(312)])  # chunks [steps, G / world]
+    rows = np.stack(
+        [order.rows(step * batch + own)[0] // 1000 for step in range(312)]
+    )  # chunks [steps, G / world]
     lanes = -(-160 // world)
     assert len(np.unique(rows)) <= lanes * 0.625 + 2
     assert max(len(np.unique(step)) for step in rows) <= lanes + 1
@@ -157,5 +166,7 @@ def test_a_batch_far_in_a_large_corpus_needs_no_history():
     assert len(order._windows) <= 2
     order = LaneOrder(np.full(48_829, 4096), 0, 256)
     rows, epochs = order.rows(np.arange(5 * order.total_rows, 5 * order.total_rows + 256))
-    assert (epochs == 5).all() and len(set((rows // 4096).tolist())) > 250  # rows from almost as many chunks
+    assert (epochs == 5).all() and len(
+        set((rows // 4096).tolist())
+    ) > 250  # rows from almost as many chunks
     assert len(order._windows) <= 256

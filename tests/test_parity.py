@@ -34,11 +34,15 @@ def reference():
 @pytest.fixture
 def authors_model():
     sizes = dict(num_layers=2, **NO_DROPOUT)
-    model = ModelConfig(hidden_size=128, num_heads=2, ffn_size=512, embedding_size=32, vocab_size=600, **sizes)
+    model = ModelConfig(
+        hidden_size=128, num_heads=2, ffn_size=512, embedding_size=32, vocab_size=600, **sizes
+    )
     generator = GeneratorConfig(hidden_size=64, num_heads=1, ffn_size=256, **sizes)
     objective = ElectraObjective(model, generator, ObjectiveConfig(), IDS, seed=0)
     variables = as_tensors(np.load(DATA / "weights.npz"))
-    state = {name: torch.cat([variables[f] for f in tf_names(name)]) for name in true_state(objective)}
+    state = {
+        name: torch.cat([variables[f] for f in tf_names(name)]) for name in true_state(objective)
+    }
     load_true_state(objective, state)
     return objective
 
@@ -59,7 +63,9 @@ def authors_batch(ref) -> Batch:
 
 def test_losses_logits_and_every_gradient_equal_the_authors_code(reference, authors_model):
     ref, batch = reference, authors_batch(reference)
-    mlm_loss = authors_model.generate(ref["masked_input_ids"], batch).nll / ref["masked_weights"].sum()
+    mlm_loss = (
+        authors_model.generate(ref["masked_input_ids"], batch).nll / ref["masked_weights"].sum()
+    )
     logits = authors_model.discriminate(ref["disc_input_ids"], batch)
     is_replaced = ref["disc_input_ids"] != ref["input_ids"]
     disc_loss = discriminator_nll(logits, is_replaced, batch.piece_ids) / ref["input_mask"].sum()
@@ -76,7 +82,9 @@ def test_losses_logits_and_every_gradient_equal_the_authors_code(reference, auth
         foreign = tf_names(name)
         for variable, grad in zip(foreign, p.grad.chunk(len(foreign)), strict=True):
             theirs = ref["grad/" + variable]
-            assert not grad[len(theirs) :].any() or variable.endswith("kernel")  # rows that pad the word table
+            assert not grad[len(theirs) :].any() or variable.endswith(
+                "kernel"
+            )  # rows that pad the word table
             ours = grad.T if variable.endswith("kernel") else grad[: len(theirs)]
             # adding a constant to all keys changes no softmax: that gradient is 0 but for rounding
             floor = float(ref["grad/" + variable.replace("/key/", "/query/")].abs().max())
@@ -87,9 +95,13 @@ def test_losses_logits_and_every_gradient_equal_the_authors_code(reference, auth
 
 def test_logits_at_chosen_places_equal_the_authors_code(reference, authors_model):
     ref, batch = reference, authors_batch(reference)
-    embedded = authors_model.embeddings(ref["masked_input_ids"], batch.segment_ids, batch.position_ids)
+    embedded = authors_model.embeddings(
+        ref["masked_input_ids"], batch.segment_ids, batch.position_ids
+    )
     hidden = authors_model.generator(embedded, batch.piece_ids)
-    logits = authors_model.generator_head(gather_places(hidden, batch.chosen), authors_model.embeddings.word)
+    logits = authors_model.generator_head(
+        gather_places(hidden, batch.chosen), authors_model.embeddings.word
+    )
     assert logits.shape == ref["mlm_logits"].shape
     assert relative(logits, ref["mlm_logits"]) <= BOUND
 
@@ -151,7 +163,9 @@ def our_logits(objective, batch, part):
     sharing = objective.sharing
     embeddings = objective.generator_embeddings if sharing == "untied" else objective.embeddings
     encoder = objective.discriminator if sharing == "all" else objective.generator
-    hidden = encoder(embeddings(batch.input_ids, batch.segment_ids, batch.position_ids), batch.piece_ids)
+    hidden = encoder(
+        embeddings(batch.input_ids, batch.segment_ids, batch.position_ids), batch.piece_ids
+    )
     return objective.generator_head(hidden, embeddings.word)
 
 
@@ -164,10 +178,14 @@ def test_stock_classes_give_our_logits_both_ways(shape, part):
     real = batch.piece_ids > 0
 
     def same():
-        logits = theirs(batch.input_ids, attention_mask=batch.piece_ids, token_type_ids=batch.segment_ids).logits
+        logits = theirs(
+            batch.input_ids, attention_mask=batch.piece_ids, token_type_ids=batch.segment_ids
+        ).logits
         assert float((our_logits(objective, batch, part) - logits)[real].abs().max()) <= 1e-5
 
-    load_true_state(objective, from_hf(theirs.state_dict(), true_state(objective), part), partial=True)
+    load_true_state(
+        objective, from_hf(theirs.state_dict(), true_state(objective), part), partial=True
+    )
     same()  # theirs -> ours
     for p in objective.parameters():
         p.add_(torch.randn_like(p) * 0.05)

@@ -47,7 +47,9 @@ def corpus(tmp_path_factory):
     (folder / "tok" / "vocab.txt").write_text("\n".join(ENTRIES) + "\n")
     (folder / "in").mkdir()
     texts = [text_of(i) for i in range(300)]
-    (folder / "in" / "a.wiki").write_text("".join(f'<doc id="{i}">\n{t}\n</doc>\n' for i, t in enumerate(texts[:150])))
+    (folder / "in" / "a.wiki").write_text(
+        "".join(f'<doc id="{i}">\n{t}\n</doc>\n' for i, t in enumerate(texts[:150]))
+    )
     copies = [t.upper().replace("\n", "  \n ") for t in texts[:30]]
     (folder / "in" / "b.txt").write_text("\n\n".join([*texts[150:], *copies]))
     return folder
@@ -55,13 +57,17 @@ def corpus(tmp_path_factory):
 
 def run(corpus, out, **options):
     """Prepare the corpus in small units and shards."""
-    settings = dict(sequence_length=16, valid_fraction=0.1, unit_bytes=9000, shard_bytes=4000, block_rows=64)
+    settings = dict(
+        sequence_length=16, valid_fraction=0.1, unit_bytes=9000, shard_bytes=4000, block_rows=64
+    )
     return prepare([str(corpus / "in")], corpus / "tok", out, **{**settings, **options})
 
 
 def contents(folder) -> dict[str, bytes]:
     """Every file of a data folder by name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def documents_of(data) -> dict[str, dict[tuple[int, int], list[int]]]:
@@ -72,34 +78,55 @@ def documents_of(data) -> dict[str, dict[tuple[int, int], list[int]]]:
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
             for row, start, length, unit, document, token in reader.pieces(block).tolist():
-                parts.setdefault((unit, document), []).append((token, rows[row, start : start + length].tolist()))
+                parts.setdefault((unit, document), []).append(
+                    (token, rows[row, start : start + length].tolist())
+                )
         found[split] = {}
         for key, pieces in parts.items():
             pieces.sort()
             ends = np.cumsum([len(ids) for _, ids in pieces])
-            assert [token for token, _ in pieces] == [0, *ends[:-1]]  # each token once, in its place
+            assert [token for token, _ in pieces] == [
+                0,
+                *ends[:-1],
+            ]  # each token once, in its place
             found[split][key] = [i for _, ids in pieces for i in ids]
     return found
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_every_token_of_every_document_is_in_one_row_and_its_place_in_the_source_is_known(corpus, tmp_path, packing):
+def test_every_token_of_every_document_is_in_one_row_and_its_place_in_the_source_is_known(
+    corpus, tmp_path, packing
+):
     manifest = run(corpus, tmp_path / "data", packing=packing)
-    tokenizer, found = load_tokenizer(tmp_path / "data" / "tokenizer"), documents_of(tmp_path / "data")
+    tokenizer, found = (
+        load_tokenizer(tmp_path / "data" / "tokenizer"),
+        documents_of(tmp_path / "data"),
+    )
     texts_of = reread(tmp_path / "data", [str(corpus / "in")])
-    texts = {(unit, number): text for unit in range(len(manifest.source.units))
-             for number, text in enumerate(texts_of(unit))}
+    texts = {
+        (unit, number): text
+        for unit in range(len(manifest.source.units))
+        for number, text in enumerate(texts_of(unit))
+    }
     source = dict(zip(texts, tokenizer.encode_batch(list(texts.values())), strict=True))
     first = {tuple(ids): key for key, ids in reversed(source.items())}  # of equal documents
     assert (len(source), len(first)) == (330, 300)
     assert found["train"] | found["valid"] == {key: list(ids) for ids, key in first.items()}
     assert not found["train"].keys() & found["valid"].keys()
-    assert manifest.removed == {"control_characters": 0, "repeated_lines": 0, "too_short": 0, "filtered": 0,
-                                "duplicates": 30, "near_duplicates": 0}
+    assert manifest.removed == {
+        "control_characters": 0,
+        "repeated_lines": 0,
+        "too_short": 0,
+        "filtered": 0,
+        "duplicates": 30,
+        "near_duplicates": 0,
+    }
     assert len(manifest.splits["train"].shards) > 2 and len(manifest.source.units) > 5
     assert verify(tmp_path / "data") == []
     for split, info in manifest.splits.items():
-        assert info.tokens == sum(map(len, found[split].values())) and info.documents == len(found[split])
+        assert info.tokens == sum(map(len, found[split].values())) and info.documents == len(
+            found[split]
+        )
     _, *lines = describe_rows(tmp_path / "data", "train", [0], inputs=[str(corpus / "in")])
     for piece, origin, document in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
         begins = document.removeprefix("    which begins: ").lower().split()
@@ -120,7 +147,9 @@ def test_rows_look_as_their_packing_says(corpus, tmp_path):
     assert ((fit == 2).sum(axis=1) == (fit == 3).sum(axis=1)).all() and (fit == 2).sum() > len(fit)
     assert (fit == 0).mean() < 0.02
     last = [(row == 0).sum() for row in rows["concat"]]
-    assert ((rows["concat"] == 2).sum(axis=1) == 1).all() and np.count_nonzero(last) <= 9  # the last row of each shard
+    assert ((rows["concat"] == 2).sum(axis=1) == 1).all() and np.count_nonzero(
+        last
+    ) <= 9  # the last row of each shard
     separators = (rows["google"] == 3).sum(axis=1)
     assert set(separators) == {1, 2} and ((rows["google"] == 2).sum(axis=1) == 1).all()
 
@@ -128,8 +157,17 @@ def test_rows_look_as_their_packing_says(corpus, tmp_path):
 def test_the_bytes_are_the_same_for_any_workers_and_place(corpus, tmp_path):
     run(corpus, tmp_path / "one")
     shutil.copytree(corpus / "in", tmp_path / "moved")
-    prepare([str(tmp_path / "moved" / "b.txt"), str(tmp_path / "moved" / "*.wiki")], corpus / "tok", tmp_path / "two",
-            sequence_length=16, valid_fraction=0.1, unit_bytes=9000, shard_bytes=4000, block_rows=64, workers=2)
+    prepare(
+        [str(tmp_path / "moved" / "b.txt"), str(tmp_path / "moved" / "*.wiki")],
+        corpus / "tok",
+        tmp_path / "two",
+        sequence_length=16,
+        valid_fraction=0.1,
+        unit_bytes=9000,
+        shard_bytes=4000,
+        block_rows=64,
+        workers=2,
+    )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -169,11 +207,14 @@ def test_a_killed_job_goes_on_to_the_same_bytes_with_other_workers(corpus, tmp_p
 from tests.test_prepare import run
 from pathlib import Path
 if __name__ == "__main__":
-    run(Path({str(corpus)!r}), Path({str(tmp_path / 'data')!r}), workers=2)
+    run(Path({str(corpus)!r}), Path({str(tmp_path / "data")!r}), workers=2)
 """
     (tmp_path / "job.py").write_text(code)
-    job = subprocess.Popen([sys.executable, tmp_path / "job.py"], start_new_session=True,
-                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    job = subprocess.Popen(
+        [sys.executable, tmp_path / "job.py"],
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     while not list((tmp_path / "data").rglob("unit-*.json")) and job.poll() is None:
         time.sleep(0.005)
     os.killpg(job.pid, signal.SIGKILL)
@@ -208,15 +249,21 @@ if __name__ == "__main__":
     with pool(3) as run:
         run(endless, [1, 2], lambda done: print(*[p.pid for p in multiprocessing.active_children()], flush=True))
 """)
-    job = subprocess.Popen([sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    job = subprocess.Popen(
+        [sys.executable, tmp_path / "job.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     pids = [int(pid) for pid in job.stdout.readline().split()]
     assert len(pids) == 3  # two at work, one waiting
     job.kill()
     job.wait()
     for _ in range(1000):
-        if not any(Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes()
-                   for pid in pids):
+        if not any(
+            Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes()
+            for pid in pids
+        ):
             return
         time.sleep(0.02)
     pytest.fail("a worker outlives its parent")
@@ -243,7 +290,9 @@ def test_kept_units_serve_other_lengths_and_packings(corpus, tmp_path, monkeypat
 def test_units_of_an_older_version_are_refused_and_its_markers_are_made_again(corpus, tmp_path):
     run(corpus, tmp_path / "a", units=tmp_path / "units")
     for marker in (tmp_path / "units").glob("unit-*.json"):
-        marker.write_text(json.dumps({"plan_sha256": json.loads(marker.read_text())["plan_sha256"]}))
+        marker.write_text(
+            json.dumps({"plan_sha256": json.loads(marker.read_text())["plan_sha256"]})
+        )
     run(corpus, tmp_path / "b", units=tmp_path / "units")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     plan = json.loads((tmp_path / "units" / "plan.json").read_text())
@@ -253,7 +302,9 @@ def test_units_of_an_older_version_are_refused_and_its_markers_are_made_again(co
         run(corpus, tmp_path / "c", units=tmp_path / "units")
 
 
-def test_a_second_prepare_in_the_same_out_or_units_is_refused_with_the_owner_named(corpus, tmp_path):
+def test_a_second_prepare_in_the_same_out_or_units_is_refused_with_the_owner_named(
+    corpus, tmp_path
+):
     (tmp_path / "job.py").write_text(f"""
 import sys, time
 from pathlib import Path
@@ -266,11 +317,17 @@ def stay(stage, done, total):
         time.sleep(600)
 run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=stay)
 """)
-    job = subprocess.Popen([sys.executable, tmp_path / "job.py", tmp_path / "data", tmp_path / "units"], text=True,
-                           stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    job = subprocess.Popen(
+        [sys.executable, tmp_path / "job.py", tmp_path / "data", tmp_path / "units"],
+        text=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     assert job.stdout.readline() == "at work\n"
     for out, units in ((tmp_path / "data", None), (tmp_path / "other", tmp_path / "units")):
-        with pytest.raises(LockedOut, match=f"lock names process {job.pid} on .*, which is at work there"):
+        with pytest.raises(
+            LockedOut, match=f"lock names process {job.pid} on .*, which is at work there"
+        ):
             run(corpus, out, units=units)
     job.kill()
     job.wait()
@@ -280,7 +337,9 @@ run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=
     assert not (tmp_path / "units" / "lock").exists()
 
 
-def test_a_finished_folder_is_returned_and_another_data_set_is_refused(corpus, tmp_path, monkeypatch):
+def test_a_finished_folder_is_returned_and_another_data_set_is_refused(
+    corpus, tmp_path, monkeypatch
+):
     manifest = run(corpus, tmp_path / "data")
     before = contents(tmp_path / "data")
     assert run(corpus, tmp_path / "data") == manifest and contents(tmp_path / "data") == before
@@ -289,7 +348,9 @@ def test_a_finished_folder_is_returned_and_another_data_set_is_refused(corpus, t
     shutil.copytree(corpus, tmp_path / "other")
     last = max(path for path in (tmp_path / "other" / "in").rglob("*") if path.is_file())
     last.unlink()
-    with pytest.raises(UserError, match=rf'files: \["{last.name}", .*\] there, null asked for; units: \[\['):
+    with pytest.raises(
+        UserError, match=rf'files: \["{last.name}", .*\] there, null asked for; units: \[\['
+    ):
         run(tmp_path / "other", tmp_path / "data")
 
 
@@ -337,8 +398,14 @@ def test_a_full_disk_is_no_traceback_and_leaves_no_remains(corpus, tmp_path, mon
 def test_the_text_field_says_where_the_text_is(corpus, tmp_path):
     lines = [json.dumps({"text": text_of(i), "body": text_of(i + 100)}) for i in range(20)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    manifest = prepare([str(tmp_path / "in.jsonl")], corpus / "tok", tmp_path / "out", text_field="body",
-                       sequence_length=16, valid_fraction=0)
+    manifest = prepare(
+        [str(tmp_path / "in.jsonl")],
+        corpus / "tok",
+        tmp_path / "out",
+        text_field="body",
+        sequence_length=16,
+        valid_fraction=0,
+    )
     counts = np.load(tmp_path / "out" / "unigrams.npy")
     assert manifest.splits["train"].documents == 20
     firsts = [ENTRIES[i] for i in np.flatnonzero(counts) if ENTRIES[i] not in WORDS]
@@ -376,7 +443,9 @@ def test_duplicates_stay_when_asked_and_short_documents_go(corpus, tmp_path):
     manifest = run(corpus, tmp_path / "a", deduplicate=False)
     assert sum(split.documents for split in manifest.splits.values()) == 330
     found = documents_of(tmp_path / "a")  # copies of one text stand on one side
-    assert not {ids[0] for ids in found["train"].values()} & {ids[0] for ids in found["valid"].values()}
+    assert not {ids[0] for ids in found["train"].values()} & {
+        ids[0] for ids in found["valid"].values()
+    }
     manifest = run(corpus, tmp_path / "b", min_chars=200)
     short = sum(sum(map(len, text_of(i).split("\n"))) < 200 for i in range(300))
     assert manifest.removed["too_short"] >= short > 0
@@ -391,24 +460,43 @@ def test_unigrams_count_the_training_rows(corpus, tmp_path):
 
 
 def test_too_many_bad_lines_fail_with_their_places_and_few_are_counted(corpus, tmp_path):
-    (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "{text_of(i)!r}"}}\n' for i in range(50)) + "{broken\n")
+    (tmp_path / "in.jsonl").write_text(
+        "".join(f'{{"text": "{text_of(i)!r}"}}\n' for i in range(50)) + "{broken\n"
+    )
     options = dict(sequence_length=16, valid_fraction=0)
-    with pytest.raises(UserError, match=r"1 of 51 lines are bad \(not JSON: 1\).*in\.jsonl: byte \d+"):
+    with pytest.raises(
+        UserError, match=r"1 of 51 lines are bad \(not JSON: 1\).*in\.jsonl: byte \d+"
+    ):
         prepare([str(tmp_path / "in.jsonl")], corpus / "tok", tmp_path / "a", **options)
-    manifest = prepare([str(tmp_path / "in.jsonl")], corpus / "tok", tmp_path / "b", max_bad_fraction=0.1, **options)
+    manifest = prepare(
+        [str(tmp_path / "in.jsonl")],
+        corpus / "tok",
+        tmp_path / "b",
+        max_bad_fraction=0.1,
+        **options,
+    )
     assert manifest.bad_lines == {"not JSON": 1} and list(manifest.splits) == ["train"]
 
 
 def test_an_error_in_a_worker_reaches_the_user(corpus, tmp_path):
     (tmp_path / "x.gz").write_bytes(b"\x1f\x8b\x08\x00 broken, though it begins like a gzip file")
     with pytest.raises(UserError, match=r"x\.gz: broken after byte"):
-        prepare([str(tmp_path / "x.gz")], corpus / "tok", tmp_path / "out", workers=2, format="text")
+        prepare(
+            [str(tmp_path / "x.gz")], corpus / "tok", tmp_path / "out", workers=2, format="text"
+        )
 
 
-@pytest.mark.parametrize(("options", "found"), [
-    (dict(packing="tight"), "expected one of best_fit"), (dict(sequence_length=4), "expected 8 to"),
-    (dict(valid_fraction=1.5), "less than 1"), (dict(valid_fraction=1e-9), "and 0 held out"),
-    (dict(format="pdf"), "expected one of auto"), (dict(workers=0), "expected at least 1")])
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (dict(packing="tight"), "expected one of best_fit"),
+        (dict(sequence_length=4), "expected 8 to"),
+        (dict(valid_fraction=1.5), "less than 1"),
+        (dict(valid_fraction=1e-9), "and 0 held out"),
+        (dict(format="pdf"), "expected one of auto"),
+        (dict(workers=0), "expected at least 1"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused(corpus, tmp_path, options, found):
     with pytest.raises(UserError, match=found):
         run(corpus, tmp_path / "data", **options)

@@ -84,14 +84,23 @@ def test_an_engine_file_is_what_its_name_says(engine):
     values = load_engine(engine)
     stage, _, kind = engine.removeprefix("zero").partition("-")
     assert values["zero_optimization"]["stage"] == int(stage)
-    enabled = {key: values[key]["enabled"] for key in ("bf16", "fp16", "torch_autocast") if key in values}
+    enabled = {
+        key: values[key]["enabled"] for key in ("bf16", "fp16", "torch_autocast") if key in values
+    }
     automatic = {"bf16": "auto"}
-    special = {"": automatic, "offload": automatic, "fp32": {}, "autocast": {"torch_autocast": True}}
+    special = {
+        "": automatic,
+        "offload": automatic,
+        "fp32": {},
+        "autocast": {"torch_autocast": True},
+    }
     assert enabled == special.get(kind, {kind: True})
     zero = values["zero_optimization"]
     assert ("offload_optimizer" in zero) == (kind == "offload")
     # one rank alone overlaps nothing, but for gradients on their way to the host
-    assert (zero_options(zero, 1) == zero) == (stage in "03" or kind == "offload") and zero_options(zero, 2) == zero
+    assert (zero_options(zero, 1) == zero) == (stage in "03" or kind == "offload") and zero_options(
+        zero, 2
+    ) == zero
 
 
 @pytest.mark.parametrize(
@@ -121,7 +130,11 @@ def test_check_reports_the_parameters_of_the_authors_models(preset, discriminato
 def test_a_preset_trains_as_published(preset, length, batch, steps, chosen, rate, warmup):
     run = load_run(preset)
     derived = {line.key: line.value for line in check(run, 1).derived}
-    assert (run.data.sequence_length, run.train.global_batch_size, run.train.total_steps) == (length, batch, steps)
+    assert (run.data.sequence_length, run.train.global_batch_size, run.train.total_steps) == (
+        length,
+        batch,
+        steps,
+    )
     assert (run.optimizer.peak_lr, run.optimizer.warmup_steps) == (rate, warmup)
     assert (derived["chosen"], derived["total_steps"]) == (str(chosen), f"{steps:,}")
     assert derived["tokens"] == f"{steps * batch * length:,}"
@@ -135,14 +148,20 @@ def test_a_preset_trains_as_published(preset, length, batch, steps, chosen, rate
 
 def test_check_lists_every_field_with_its_scope_and_meaning():
     lines = {line.key: line for line in check(load_run("tiny"), 1).fields}
-    assert lines["train.global_batch_size"][1:3] == ("32", "science") and lines["engine"].scope == "machine"
+    assert (
+        lines["train.global_batch_size"][1:3] == ("32", "science")
+        and lines["engine"].scope == "machine"
+    )
     assert all(line.meaning for line in lines.values()) and len(lines) > 40
 
 
 def test_check_with_data_counts_epochs_and_the_vocabulary(data):
     source = open_data(data)  # 300 rows of 32, vocabulary 600
     derived = {line.key: line.value for line in check(load_run("tiny"), 2, source).derived}
-    assert (derived["epochs"], derived["vocab_size"]) == ("320.000", "600")  # 3000 steps x 32 rows / 300
+    assert (derived["epochs"], derived["vocab_size"]) == (
+        "320.000",
+        "600",
+    )  # 3000 steps x 32 rows / 300
     by_epochs = load_run("tiny", ["train.total_steps=null", "train.epochs=75"])
     derived = {line.key: line.value for line in check(by_epochs, 2, source).derived}
     assert (derived["total_steps"], derived["epochs"]) == ("703", "74.987")  # 75 x 300 / 32 = 703.1
@@ -152,8 +171,14 @@ def test_check_with_data_counts_epochs_and_the_vocabulary(data):
 
 def test_model_states_shrink_with_the_stage_and_the_ranks():
     one = model_state_bytes([[1000]], 1)
-    assert one[0, "fp32"] == (16_004, 4000)  # weights, gradients and two moments, 4 bytes each, and a step counter
-    assert one[0, "half (bf16, fp16)"] == (16_004, 2000)  # 2 + 2 bytes, and 12 of fp32 master weights and moments
+    assert one[0, "fp32"] == (
+        16_004,
+        4000,
+    )  # weights, gradients and two moments, 4 bytes each, and a step counter
+    assert one[0, "half (bf16, fp16)"] == (
+        16_004,
+        2000,
+    )  # 2 + 2 bytes, and 12 of fp32 master weights and moments
     eight = model_state_bytes([[1000] * 8], 8)
     assert eight[3, "half (bf16, fp16)"][0] == 16_004  # all of it in eight shares
     for precision in PRECISIONS:
@@ -163,7 +188,9 @@ def test_model_states_shrink_with_the_stage_and_the_ranks():
 
 def test_rows_cost_activations_and_recomputing_spares_them():
     def needs(*sets):
-        return memory(load_run("tiny", ["data.sequence_length=128", *sets]), 1, [1], ["fp32"])[1, "fp32"]
+        return memory(load_run("tiny", ["data.sequence_length=128", *sets]), 1, [1], ["fp32"])[
+            1, "fp32"
+        ]
 
     plain, half = needs(), needs("train.micro_batch_size=8")
     spared = needs("train.activation_checkpointing=true")
@@ -174,7 +201,10 @@ def test_rows_cost_activations_and_recomputing_spares_them():
 
 def test_a_step_costs_the_products_that_its_kind_makes():
     sets = ["data.sequence_length=128", "train.global_batch_size=4", "train.micro_batch_size=2"]
-    cost = {kind: step_flops(load_run("tiny", [*sets, f"objective.kind={kind}"])) for kind in ("electra", "mlm")}
+    cost = {
+        kind: step_flops(load_run("tiny", [*sets, f"objective.kind={kind}"]))
+        for kind in ("electra", "mlm")
+    }
     cost["all"] = step_flops(load_run("tiny", [*sets, "objective.kind=all_tokens_mlm"]))
     cost["uniform"] = step_flops(load_run("tiny", [*sets, "objective.generator=uniform"]))
     run = load_run("tiny", sets)
@@ -188,12 +218,16 @@ def test_a_step_costs_the_products_that_its_kind_makes():
     def words(e):  # a place
         return (e.hidden_size + 30528) * width
 
-    places, binary = max_chosen(run.objective.mask_prob, 128), (main.hidden_size + 1) * main.hidden_size
+    places, binary = (
+        max_chosen(run.objective.mask_prob, 128),
+        (main.hidden_size + 1) * main.hidden_size,
+    )
     alone = 128 * (encoder(main) + binary)
     written = {
         "electra": alone + 128 * encoder(small) + places * words(small),
         "mlm": 128 * encoder(main) + places * words(main),
-        "all": 128 * (encoder(main) + encoder(small) + words(main) + main.hidden_size) + places * words(small),
+        "all": 128 * (encoder(main) + encoder(small) + words(main) + main.hidden_size)
+        + places * words(small),
         "uniform": alone,
     }
     assert cost == pytest.approx({kind: 4 * 3 * 2 * row for kind, row in written.items()}, rel=1e-4)

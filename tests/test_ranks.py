@@ -8,15 +8,32 @@ from electra_ds.ranks import Ranks, find_ranks
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = MASTER | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-DEEPSPEED = MASTER | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_RANK": "1"}
-SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+DEEPSPEED = MASTER | {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "4",
+    "CROSS_RANK": "1",
+}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
 }  # fmt: skip
 MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
 # What a batch script sees without srun: one task by the scheduler's count, and no step.
-SBATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+SBATCH = {
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "8",
+    "SLURM_NNODES": "2",
+}
 LAUNCHERS = {
     "torchrun": TORCHRUN, "deepspeed": DEEPSPEED, "srun": SRUN | MASTER,
     "open mpi": OPEN_MPI | MASTER, "mpich": MPICH | MASTER,
@@ -28,7 +45,13 @@ def test_every_launcher_gives_the_same_place_and_exports_it(launcher):
     environ = dict(LAUNCHERS[launcher])
     found = find_ranks(environ)
     assert (found.rank, found.world_size, found.local_rank, found.local_size) == (5, 8, 1, 4)
-    exported = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_RANK": "1"}
+    exported = {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "4",
+        "CROSS_RANK": "1",
+    }
     assert (exported | MASTER | {"CROSS_SIZE": "2"}).items() <= environ.items()
 
 
@@ -37,7 +60,11 @@ def test_asking_twice_gives_the_same_place(launcher):
     environ = dict(LAUNCHERS[launcher])
     first = find_ranks(environ)
     second = find_ranks(environ)
-    assert (first.rank, first.world_size, first.local_rank) == (second.rank, second.world_size, second.local_rank)
+    assert (first.rank, first.world_size, first.local_rank) == (
+        second.rank,
+        second.world_size,
+        second.local_rank,
+    )
 
 
 def test_without_a_launcher_one_rank_is_alone_and_can_still_meet():
@@ -73,7 +100,11 @@ def test_torchrun_on_each_task_of_srun_is_one_world():
 
 
 def test_mpirun_inside_a_step_of_srun_is_the_world():
-    daemons = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}  # one per node, made by mpirun
+    daemons = {
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": "0",
+    }  # one per node, made by mpirun
     found = find_ranks(OPEN_MPI | MASTER | daemons)
     assert (found.rank, found.world_size, found.local_rank) == (5, 8, 1)
 
@@ -110,10 +141,16 @@ def test_all_tasks_of_a_step_agree_on_a_meeting_point_without_talking(monkeypatc
         stdout = "node3\nnode4\n"
 
     asked = []
-    monkeypatch.setattr(ranks.subprocess, "run", lambda command, **_: asked.append(command) or Listed)
+    monkeypatch.setattr(
+        ranks.subprocess, "run", lambda command, **_: asked.append(command) or Listed
+    )
     found = set()
     for rank in range(8):
-        environ = SRUN | {"SLURM_PROCID": str(rank), "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": "node[3-4]"}
+        environ = SRUN | {
+            "SLURM_PROCID": str(rank),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_STEP_NODELIST": "node[3-4]",
+        }
         find_ranks(environ)
         found.add((environ["MASTER_ADDR"], environ["MASTER_PORT"]))
     assert found == {("node3", str(20000 + 123456 % 20000))}

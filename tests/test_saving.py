@@ -27,7 +27,9 @@ from electra_ds.metrics import read_metrics
 # ----------------------------------------------------------------------------------------------------- one process
 
 
-def test_a_snapshot_is_of_the_moment_it_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_is_of_the_moment_it_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights, held, original = FakeWeights(), threading.Event(), checkpoint.save_file
 
     def late(*arguments):
@@ -52,7 +54,10 @@ def test_latest_does_not_get_ahead_of_what_must_be_durable_before(tmp_path: Path
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
     saving = Saving(FakeWeights(), tmp_path / "ckpt", "1000", PROGRESS, CONFIG, PADDED)
-    with pytest.raises(RunFailure, match=r"rank 0: .*No space left.*metrics\.jsonl.*earlier checkpoints are untouched"):
+    with pytest.raises(
+        RunFailure,
+        match=r"rank 0: .*No space left.*metrics\.jsonl.*earlier checkpoints are untouched",
+    ):
         saving.commit(flush)
     assert list((tmp_path / "ckpt").iterdir()) == []
 
@@ -101,7 +106,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("again", [False, True])  # True: an attempt killed before saved it, but `latest` names step 1
+@pytest.mark.parametrize(
+    "again", [False, True]
+)  # True: an attempt killed before saved it, but `latest` names step 1
 def test_a_kill_before_any_call_leaves_a_checkpoint_that_loads(tmp_path: Path, again: bool) -> None:
     fork, found = multiprocessing.get_context("fork"), []
     for call in itertools.count(1):
@@ -140,11 +147,18 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_loads(tmp_path: Path) -> No
         left_over += any(folder.glob(".*"))
         weights = numbered(-1)
         progress = checkpoint.load(weights, found, PADDED).progress
-        assert progress.step > step and found.name == str(progress.step) and weights.equals(numbered(progress.step))
+        assert (
+            progress.step > step
+            and found.name == str(progress.step)
+            and weights.equals(numbered(progress.step))
+        )
         step = progress.step
     checkpoint.sweep(folder)
     assert left_over > 0
-    assert {path.name for path in folder.iterdir()} <= {"latest", *(str(step + i) for i in (-2, -1, 0, 1))}
+    assert {path.name for path in folder.iterdir()} <= {
+        "latest",
+        *(str(step + i) for i in (-2, -1, 0, 1)),
+    }
 
 
 # ----------------------------------------------------------------------------------------- two ranks, failing disks
@@ -167,12 +181,22 @@ def disk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
 
 def test_training_goes_on_while_a_checkpoint_is_written(disk: Path) -> None:
     assert [read_json(disk / f"whole-{rank}.json")[0] for rank in (0, 1)] == [True, True]
-    assert is_bit_equal(disk / "whole", disk / "waited") and curve(disk / "whole") == curve(disk / "waited")
-    assert {path.name for path in (disk / "whole" / "ckpt").iterdir()} == {"10", "15", "final", "latest"}
+    assert is_bit_equal(disk / "whole", disk / "waited") and curve(disk / "whole") == curve(
+        disk / "waited"
+    )
+    assert {path.name for path in (disk / "whole" / "ckpt").iterdir()} == {
+        "10",
+        "15",
+        "final",
+        "latest",
+    }
 
 
 def test_a_stop_at_the_step_of_a_save_waits_for_it(disk: Path) -> None:
-    assert checkpoint.latest(disk / "stopped" / "ckpt").name == "5" and (disk / "stopped" / "stopped.0").exists()
+    assert (
+        checkpoint.latest(disk / "stopped" / "ckpt").name == "5"
+        and (disk / "stopped" / "stopped.0").exists()
+    )
 
 
 def test_the_pause_of_every_save_is_in_the_metrics(disk: Path) -> None:
@@ -183,9 +207,15 @@ def test_the_pause_of_every_save_is_in_the_metrics(disk: Path) -> None:
         events.Reload()
         pauses = {event.step: event.value for event in events.Scalars("checkpoint/pause_seconds")}
         assert list(pauses) == [5, 10, 15, 20] and all(value > 0 for value in pauses.values())
-        train = [record for record in read_metrics(disk / run / "metrics.jsonl") if record["split"] == "train"]
+        train = [
+            record
+            for record in read_metrics(disk / run / "metrics.jsonl")
+            if record["split"] == "train"
+        ]
         logged = sum(record["checkpoint_pause_seconds"] for record in train)
-        assert logged == pytest.approx(sum(pauses.values()) - pauses[20], rel=1e-5)  # no line comes after the last
+        assert logged == pytest.approx(
+            sum(pauses.values()) - pauses[20], rel=1e-5
+        )  # no line comes after the last
 
 
 @pytest.mark.parametrize(
@@ -196,14 +226,28 @@ def test_the_pause_of_every_save_is_in_the_metrics(disk: Path) -> None:
         ("read-only", r"rank 0: .*Read-only file system: .*read-only/ckpt/\.10\."),
     ],
 )
-def test_a_failing_disk_stops_all_ranks_and_the_same_command_goes_on(disk: Path, run: str, cause: str) -> None:
+def test_a_failing_disk_stops_all_ranks_and_the_same_command_goes_on(
+    disk: Path, run: str, cause: str
+) -> None:
     ours, theirs = (read_json(disk / f"{run}-{rank}.json") for rank in (0, 1))
     assert ours == theirs and ours[-1] == 0
-    assert re.match(rf"RunFailure: saving .*/ckpt/10 failed: {cause}.*; earlier checkpoints are untouched", ours[0])
+    assert re.match(
+        rf"RunFailure: saving .*/ckpt/10 failed: {cause}.*; earlier checkpoints are untouched",
+        ours[0],
+    )
     assert is_bit_equal(disk / run, disk / "whole") and curve(disk / run) == curve(disk / "whole")
-    assert {path.name for path in (disk / run / "ckpt").iterdir()} == {"10", "15", "final", "latest"}
+    assert {path.name for path in (disk / run / "ckpt").iterdir()} == {
+        "10",
+        "15",
+        "final",
+        "latest",
+    }
 
 
 def test_a_start_on_a_full_disk_is_refused(disk: Path) -> None:
     message = read_json(disk / "full-0.json")[1]
-    assert message.startswith("UserError: ") and "not writable" in message and "No space left" in message
+    assert (
+        message.startswith("UserError: ")
+        and "not writable" in message
+        and "No space left" in message
+    )

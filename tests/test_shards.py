@@ -24,7 +24,11 @@ from electra_ds.shards import (
     write_shard,
 )
 
-ROWS = [best_fit_rows(50, 32), best_fit_rows(40, 32, 1), best_fit_rows(1, 32, 2)]  # blocks of 16: 4 + 3 + 1
+ROWS = [
+    best_fit_rows(50, 32),
+    best_fit_rows(40, 32, 1),
+    best_fit_rows(1, 32, 2),
+]  # blocks of 16: 4 + 3 + 1
 
 
 @pytest.fixture
@@ -43,7 +47,9 @@ def test_rows_come_back_in_any_order(data, monkeypatch):
     wanted = np.random.default_rng(0).integers(0, 91, 300)
     found = reader.read(wanted)
     assert found.dtype == np.uint16 and np.array_equal(found, np.concatenate(ROWS)[wanted])
-    assert len(reader._maps) <= 2 and set(reader.blocks["shard"][list(reader._views)]) <= set(reader._maps)
+    assert len(reader._maps) <= 2 and set(reader.blocks["shard"][list(reader._views)]) <= set(
+        reader._maps
+    )
     assert reader.read(np.array([], int)).shape == (0, 32)
     with pytest.raises(IndexError):
         reader.read(np.array([91]))
@@ -53,9 +59,13 @@ def test_pieces_come_back_by_block(data):
     reader = ShardReader(data, "train")
     starts = np.array([0, 16, 32, 48, 50, 66, 82, 90])
     assert np.array_equal(reader.block_starts[:-1], starts)
-    found = [reader.pieces(block) + np.array([start, 0, 0, 0, 0, 0]) for block, start in enumerate(starts)]
+    found = [
+        reader.pieces(block) + np.array([start, 0, 0, 0, 0, 0])
+        for block, start in enumerate(starts)
+    ]
     expected = [
-        pieces_of(rows) + np.array([first, 0, 0, 0, 0, 0]) for rows, first in zip(ROWS, (0, 50, 90), strict=True)
+        pieces_of(rows) + np.array([first, 0, 0, 0, 0, 0])
+        for rows, first in zip(ROWS, (0, 50, 90), strict=True)
     ]
     assert np.array_equal(np.concatenate(found), np.concatenate(expected))
 
@@ -70,10 +80,15 @@ def test_large_vocabularies_are_stored_wider(tmp_path):
 def test_format_version_1_keeps_its_bytes(tmp_path):
     """Golden digests: other bytes for the same rows need a new format version."""
     rows = (np.arange(40 * 32) % 600).astype(np.uint16).reshape(40, 32)
-    info, _ = write_shard(tmp_path / "x.tar", "train", 3, rows, np.arange(60, dtype=np.int32).reshape(10, 6), 16)
+    info, _ = write_shard(
+        tmp_path / "x.tar", "train", 3, rows, np.arange(60, dtype=np.int32).reshape(10, 6), 16
+    )
     data = (tmp_path / "x.tar").read_bytes()
     assert info.sha256 == hashlib.sha256(data).hexdigest() and info.bytes == len(data)
-    assert hashlib.sha256(npy_header(np.dtype("<u2"), (256, 512))).hexdigest()[:16] == "9eaff0e61ad3412d"
+    assert (
+        hashlib.sha256(npy_header(np.dtype("<u2"), (256, 512))).hexdigest()[:16]
+        == "9eaff0e61ad3412d"
+    )
     assert info.sha256[:16] == "f3476acf0d13b58d"
 
 
@@ -84,7 +99,9 @@ def test_members_are_plain_npy_files_on_64_byte_boundaries(data):
             for member in members:
                 assert member.isreg() and (member.mtime, member.uid, member.gid) == (0, 0, 0)
                 assert (member.offset_data + 128) % 64 == 0
-            arrays = [np.load(io.BytesIO(tar.extractfile(m).read()), allow_pickle=False) for m in members]
+            arrays = [
+                np.load(io.BytesIO(tar.extractfile(m).read()), allow_pickle=False) for m in members
+            ]
         assert np.array_equal(np.concatenate(arrays[0::2]), rows)
         assert sum(len(array) for array in arrays[1::2]) == len(pieces_of(rows))
 
@@ -110,7 +127,11 @@ def test_plain_webdataset_reads_our_shards_as_the_page_says(data):
     with tarfile.open(data / "hostile.tar", "w") as tar:
         tar.add(__file__, "block.pkl")
     done = subprocess.run(
-        [sys.executable, "-c", snippet + PLAIN], cwd=data, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", snippet + PLAIN],
+        cwd=data,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(data / "found.npy"), np.concatenate(ROWS))

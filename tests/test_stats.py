@@ -23,7 +23,9 @@ STRANGE = ["Zebra", "<i>", "\u5f97", "quagga"]  # "<i>" is three words, "<", "i"
 def text_of(number: int) -> str:
     """A document of 5 to 99 words in lines of ten, some of them unknown, the first ones often."""
     random = np.random.default_rng(number)
-    words = random.choice(WORDS + STRANGE, int(random.integers(5, 100)), p=[0.02] * 40 + [0.1, 0.05, 0.03, 0.02])
+    words = random.choice(
+        WORDS + STRANGE, int(random.integers(5, 100)), p=[0.02] * 40 + [0.1, 0.05, 0.03, 0.02]
+    )
     return "\n".join(" ".join(words[i : i + 10]) for i in range(0, len(words), 10))
 
 
@@ -43,13 +45,19 @@ def folder(tmp_path_factory, texts):
 
 
 def run(folder, out, **options):
-    settings = dict(sequence_length=16, valid_fraction=0.2, unit_bytes=9000, shard_bytes=4000, block_rows=32)
-    return prepare([str(folder / "in.txt")], folder / "vocab.txt", folder / out, **settings, **options)
+    settings = dict(
+        sequence_length=16, valid_fraction=0.2, unit_bytes=9000, shard_bytes=4000, block_rows=32
+    )
+    return prepare(
+        [str(folder / "in.txt")], folder / "vocab.txt", folder / out, **settings, **options
+    )
 
 
 def strange_words(texts):
     """Unknown words of texts as BERT cuts them: counted without a tokenizer."""
-    return Counter(word for text in texts for word in re.findall(r"Zebra|quagga|\u5f97|(?<=<)i|[<>]", text))
+    return Counter(
+        word for text in texts for word in re.findall(r"Zebra|quagga|\u5f97|(?<=<)i|[<>]", text)
+    )
 
 
 def test_lengths_counts_and_unknowns_are_those_of_the_documents(folder, texts):
@@ -62,7 +70,9 @@ def test_lengths_counts_and_unknowns_are_those_of_the_documents(folder, texts):
     found, sums = Counter(), 0
     for split in splits:
         spread = split["tokens_per_document"]
-        found.update({low: count for low, high, count, _ in spread["histogram"] if high == 2 * low - 1})
+        found.update(
+            {low: count for low, high, count, _ in spread["histogram"] if high == 2 * low - 1}
+        )
         assert sum(count for _, _, count, _ in spread["histogram"]) == split["documents"]
         assert sum(total for *_, total in spread["histogram"]) == split["tokens"]
         assert spread["mean"] == split["tokens"] / split["documents"]
@@ -78,11 +88,27 @@ def test_percentiles_and_coverage_are_exact(folder, texts):
     train, words = facts["splits"]["train"], facts["vocabulary"]
     unigrams = np.load(folder / "data" / "unigrams.npy")
     by_rank = np.sort(unigrams)[::-1]
-    assert words["entries"] == len(ENTRIES) - 5 and words["seen"] == 40 and words["never_seen"] == ["<b>", "never"]
-    assert all(count == by_rank[rank - 1] for rank, count, _ in words["curve"]) and words["curve"][-1][0] == 40
-    assert all(share == pytest.approx(by_rank[:rank].sum() / train["tokens"]) for rank, _, share in words["curve"])
+    assert (
+        words["entries"] == len(ENTRIES) - 5
+        and words["seen"] == 40
+        and words["never_seen"] == ["<b>", "never"]
+    )
+    assert (
+        all(count == by_rank[rank - 1] for rank, count, _ in words["curve"])
+        and words["curve"][-1][0] == 40
+    )
+    assert all(
+        share == pytest.approx(by_rank[:rank].sum() / train["tokens"])
+        for rank, _, share in words["curve"]
+    )
     assert words["curve"][-1][2] == pytest.approx(1 - train["unknown"])
-    prepare([str(folder / "in.txt")], folder / "vocab.txt", folder / "all", valid_fraction=0, sequence_length=64)
+    prepare(
+        [str(folder / "in.txt")],
+        folder / "vocab.txt",
+        folder / "all",
+        valid_fraction=0,
+        sequence_length=64,
+    )
     spread = stats(folder / "all")["splits"]["train"]["tokens_per_document"]
     lengths = [len(re.findall(r"\w+|[<>]", text)) for text in texts]
     for key, percent in (("percentile_5", 5), ("median", 50), ("percentile_95", 95)):
@@ -93,10 +119,16 @@ def test_percentiles_and_coverage_are_exact(folder, texts):
 def test_unknown_words_are_recorded_as_written_for_any_workers(folder, texts):
     expected = strange_words(texts + texts[:20])  # of the whole input: duplicates are found later
     recorded = read_manifest(folder / "data").unknowns
-    assert recorded.model_dump() == {"found": expected.total(), "looked_at": expected.total(), "words": expected}
+    assert recorded.model_dump() == {
+        "found": expected.total(),
+        "looked_at": expected.total(),
+        "words": expected,
+    }
     assert [*recorded.words.values()] == sorted(expected.values(), reverse=True)
     run(folder, "two", workers=2)
-    assert (folder / "two" / "manifest.json").read_bytes() == (folder / "data" / "manifest.json").read_bytes()
+    assert (folder / "two" / "manifest.json").read_bytes() == (
+        folder / "data" / "manifest.json"
+    ).read_bytes()
 
 
 def test_few_tokens_are_looked_at_twice_and_few_words_held(folder, tmp_path, texts, monkeypatch):
@@ -116,9 +148,12 @@ def test_unknown_parts_are_what_becomes_unk(tmp_path, kind):
     from data_tools.train_tokenizer import train_tokenizer
 
     (tmp_path / "in.txt").write_text(
-        "the cat sat on the mat and looked at the dog which jumped over a quick fox from Zurich by bus\n" * 50
+        "the cat sat on the mat and looked at the dog which jumped over a quick fox from Zurich by bus\n"
+        * 50
     )
-    tokenizer = train_tokenizer([str(tmp_path / "in.txt")], tmp_path / kind, kind=kind, vocab_size=64)
+    tokenizer = train_tokenizer(
+        [str(tmp_path / "in.txt")], tmp_path / kind, kind=kind, vocab_size=64
+    )
     text = "the cat \u5f97\u5f97 sat 7, on"
     parts = tokenizer.unknown_parts(text)
     ids, _ = load_tokenizer(tmp_path / kind).encode_flat([text])
@@ -159,7 +194,9 @@ def test_the_page_says_what_the_json_says_and_needs_nothing_else(folder, tmp_pat
     for split in facts["splits"].values():
         counted = [split[key] for key in ("documents", "tokens", "rows")]
         counted += [
-            count for entry in facts["splits"]["train"]["tokens_per_document"]["histogram"] for count in entry[2:]
+            count
+            for entry in facts["splits"]["train"]["tokens_per_document"]["histogram"]
+            for count in entry[2:]
         ]
         assert {f"{count:,}" for count in counted} <= set(found.cells)
     assert content.count("<polyline") == 2 and "http" not in content
@@ -172,10 +209,19 @@ def test_the_page_says_what_the_json_says_and_needs_nothing_else(folder, tmp_pat
 
 def test_an_older_folder_and_a_text_of_unknown_words_have_a_report(folder, tmp_path):
     (tmp_path / "in.txt").write_text(f"Zebra {'x' * 300}\n")
-    prepare([str(tmp_path / "in.txt")], folder / "vocab.txt", tmp_path / "data", valid_fraction=0, sequence_length=16)
+    prepare(
+        [str(tmp_path / "in.txt")],
+        folder / "vocab.txt",
+        tmp_path / "data",
+        valid_fraction=0,
+        sequence_length=16,
+    )
     facts = stats(tmp_path / "data")
     assert facts["splits"]["train"]["unknown"] == 1 and facts["vocabulary"]["seen"] == 0
-    assert facts["unknowns"]["words"] == {"Zebra": 1, "x" * 100: 1} and f"Zebra 1, {'x' * 100} 1" in page(facts, "data")
+    assert facts["unknowns"]["words"] == {
+        "Zebra": 1,
+        "x" * 100: 1,
+    } and f"Zebra 1, {'x' * 100} 1" in page(facts, "data")
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     del manifest["unknowns"]
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))

@@ -9,14 +9,40 @@ from electra_ds import tokenizer as module
 from electra_ds.errors import UserError
 from electra_ds.tokenizer import WordPiece, load_tokenizer
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdehlorstuw[]!,.-mk",
-          *(f"##{c}" for c in "abcdehlorstuwmk"),
-          "hello", "world", "##ld", "the", "##er", "\u65e5", "\u672c", "mask", "cafe"]
-TEXTS = ["Hello, WORLD!", "the [MASK] and [CLS] [SEP] [PAD]", "caf\u00e9 cafe\u0301 \u65e5\u672c", "", "  ",
-         "a\x85b\x0bc\u2028d", "x" * 120 + " hello", "hel\u200blo wor\x00ld", "hello\tworld\r\nthe\u3000a\u00a0b"]
+PIECES = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdehlorstuw[]!,.-mk",
+    *(f"##{c}" for c in "abcdehlorstuwmk"),
+    "hello",
+    "world",
+    "##ld",
+    "the",
+    "##er",
+    "\u65e5",
+    "\u672c",
+    "mask",
+    "cafe",
+]
+TEXTS = [
+    "Hello, WORLD!",
+    "the [MASK] and [CLS] [SEP] [PAD]",
+    "caf\u00e9 cafe\u0301 \u65e5\u672c",
+    "",
+    "  ",
+    "a\x85b\x0bc\u2028d",
+    "x" * 120 + " hello",
+    "hel\u200blo wor\x00ld",
+    "hello\tworld\r\nthe\u3000a\u00a0b",
+]
 
 
-CHARACTERS = "aAbeh_5.\x7f\u00e9\u0301 \t\n\r\x0b\x0c\x1c\x85\u00a0\u2028\u3000\u65e5[M]!\u200b\u0130\ufffd"
+CHARACTERS = (
+    "aAbeh_5.\x7f\u00e9\u0301 \t\n\r\x0b\x0c\x1c\x85\u00a0\u2028\u3000\u65e5[M]!\u200b\u0130\ufffd"
+)
 
 
 @pytest.fixture
@@ -30,7 +56,9 @@ def sentencepiece(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spm")
     text = " ".join(f"word{i} reads the quick brown fox number {i}" for i in range(200))
     (folder / "text.txt").write_text(text)
-    return train_tokenizer([str(folder / "text.txt")], folder / "tok", kind="unigram", vocab_size=80)
+    return train_tokenizer(
+        [str(folder / "text.txt")], folder / "tok", kind="unigram", vocab_size=80
+    )
 
 
 def reference(tokenizer: WordPiece, text: str) -> list[int]:
@@ -69,14 +97,19 @@ def test_text_never_makes_a_special_id(vocabulary, sentencepiece):
 
 
 def optioned(vocabulary, **options):
-    return WordPiece(vocabulary.read_bytes(), {"lowercase": True, "strip_accents": True} | options, "test")
+    return WordPiece(
+        vocabulary.read_bytes(), {"lowercase": True, "strip_accents": True} | options, "test"
+    )
 
 
 def test_saved_tokenizers_load_with_equal_ids_and_fingerprint(vocabulary, sentencepiece, tmp_path):
     for number, tokenizer in enumerate((optioned(vocabulary, lowercase=False), sentencepiece)):
         tokenizer.save(tmp_path / str(number))
         again = load_tokenizer(tmp_path / str(number))
-        assert (again.fingerprint, again.special_ids) == (tokenizer.fingerprint, tokenizer.special_ids)
+        assert (again.fingerprint, again.special_ids) == (
+            tokenizer.fingerprint,
+            tokenizer.special_ids,
+        )
         assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
 
@@ -84,8 +117,16 @@ def test_options_change_the_ids_and_the_fingerprint(vocabulary):
     plain, cased = load_tokenizer(vocabulary), optioned(vocabulary, lowercase=False)
     accents = optioned(vocabulary, strip_accents=False)
     assert len({t.fingerprint for t in (plain, cased, accents)}) == 3
-    assert cased.encode_batch(["HELLO"]) != plain.encode_batch(["HELLO"]) == plain.encode_batch(["hello"])
-    assert accents.encode_batch(["caf\u00e9"]) != plain.encode_batch(["caf\u00e9"]) == plain.encode_batch(["cafe"])
+    assert (
+        cased.encode_batch(["HELLO"])
+        != plain.encode_batch(["HELLO"])
+        == plain.encode_batch(["hello"])
+    )
+    assert (
+        accents.encode_batch(["caf\u00e9"])
+        != plain.encode_batch(["caf\u00e9"])
+        == plain.encode_batch(["cafe"])
+    )
 
 
 def test_a_vocabulary_with_capitals_is_not_lower_cased(tmp_path):
@@ -111,13 +152,18 @@ def test_decoding_gives_readable_text_and_shows_special_tokens(vocabulary, sente
         assert text in ("[CLS] hello world [SEP]", "[CLS] quick brown fox [SEP]")
 
 
-@pytest.mark.parametrize(("content", "found"), [
-    ("hello\nworld\n", r"no \[PAD\], \[UNK\], \[CLS\], \[SEP\], \[MASK\]"),
-    ("\n".join([*PIECES, "hello"]), "'hello' stands there twice"),
-    (b"\xff\xfe", "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("hello\nworld\n", r"no \[PAD\], \[UNK\], \[CLS\], \[SEP\], \[MASK\]"),
+        ("\n".join([*PIECES, "hello"]), "'hello' stands there twice"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
 def test_a_broken_vocabulary_is_refused_with_what_is_wrong(tmp_path, content, found):
-    (tmp_path / "vocab.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "vocab.txt").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     with pytest.raises(UserError, match=found):
         load_tokenizer(tmp_path / "vocab.txt")
 
@@ -139,8 +185,16 @@ def test_a_model_whose_mask_text_can_make_is_refused(tmp_path):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox"] * 9), model_writer=model, vocab_size=30, hard_vocab_limit=False,
-        user_defined_symbols=["[MASK]"], control_symbols=["[CLS]", "[SEP]"], pad_id=3, pad_piece="[PAD]", minloglevel=2)
+        sentence_iterator=iter(["the quick brown fox"] * 9),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        user_defined_symbols=["[MASK]"],
+        control_symbols=["[CLS]", "[SEP]"],
+        pad_id=3,
+        pad_piece="[PAD]",
+        minloglevel=2,
+    )
     (tmp_path / "spm.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match="no control symbol"):
         load_tokenizer(tmp_path)
@@ -148,12 +202,19 @@ def test_a_model_whose_mask_text_can_make_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
 def test_training_twice_gives_the_same_vocabulary(tmp_path, kind):
-    text = "\n\n".join(f"Document {i} says {'very ' * (i % 3)}little of {chr(97 + i % 26) * (i % 5)} things."
-                       for i in range(300))
+    text = "\n\n".join(
+        f"Document {i} says {'very ' * (i % 3)}little of {chr(97 + i % 26) * (i % 5)} things."
+        for i in range(300)
+    )
     (tmp_path / "text.txt").write_text(text)
-    one, two = (train_tokenizer([str(tmp_path)], tmp_path / f".{n}", kind=kind, vocab_size=160) for n in "ab")
+    one, two = (
+        train_tokenizer([str(tmp_path)], tmp_path / f".{n}", kind=kind, vocab_size=160)
+        for n in "ab"
+    )
     assert one.fingerprint == two.fingerprint
-    assert one.vocab_size <= 160 and one.special_ids.model_dump() == dict(pad=0, unk=1, cls=2, sep=3, mask=4)
+    assert one.vocab_size <= 160 and one.special_ids.model_dump() == dict(
+        pad=0, unk=1, cls=2, sep=3, mask=4
+    )
     assert one.special_ids.unk not in one.encode_batch(["Document 7 says little"])[0]
 
 

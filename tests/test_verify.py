@@ -39,8 +39,13 @@ def rewrite(data, rows, change_pieces=lambda pieces: None):
     pieces = pieces_of(SHARDS[0])
     change_pieces(pieces)
     shards = [(rows, pieces), (SHARDS[1], pieces_of(SHARDS[1]))]
-    written = [write_shard(data / shard_file("train", i), "train", i, r, p, 16) for i, (r, p) in enumerate(shards)]
-    index = write_index(data / index_file("train"), np.concatenate([blocks for _, blocks in written]))
+    written = [
+        write_shard(data / shard_file("train", i), "train", i, r, p, 16)
+        for i, (r, p) in enumerate(shards)
+    ]
+    index = write_index(
+        data / index_file("train"), np.concatenate([blocks for _, blocks in written])
+    )
     infos = tuple(info for info, _ in written)
     info = reader.info.model_copy(update={"index_sha256": index, "shards": infos})
     write_manifest(data, manifest.model_copy(update={"splits": {"train": info}}))
@@ -59,7 +64,11 @@ def test_every_damaged_block_is_named(data):
     flip(data / shard_file("train", 1), int(blocks["offset"][4]) - 400)
     found = verify(data)
     assert len(found) == 3
-    places = ["000.tar: block 0: its rows", "000.tar: block 2: its rows", "001.tar: block 1: its tar"]
+    places = [
+        "000.tar: block 0: its rows",
+        "000.tar: block 2: its rows",
+        "001.tar: block 1: its tar",
+    ]
     assert all(place in problem for place, problem in zip(places, found, strict=True))
 
 
@@ -100,7 +109,8 @@ def test_rows_that_cannot_be_are_found_though_all_digests_fit(data, row, column,
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"), [(1, 40, "lies outside"), (2, 2, "do not cover"), (3, -1, "lies outside")]
+    ("field", "value", "message"),
+    [(1, 40, "lies outside"), (2, 2, "do not cover"), (3, -1, "lies outside")],
 )
 def test_pieces_that_do_not_fit_are_found(data, field, value, message):
     def change(pieces):
@@ -127,7 +137,11 @@ def test_wrong_unigrams_and_id_are_found(data):
     path = data / "manifest.json"
     path.write_text(path.read_text().replace(read_manifest(data).dataset_id, "0" * 32))
     found = verify(data)
-    assert len(found) == 2 and found[0].startswith("manifest.json: dataset_id") and "token 50" in found[1]
+    assert (
+        len(found) == 2
+        and found[0].startswith("manifest.json: dataset_id")
+        and "token 50" in found[1]
+    )
 
 
 def test_rows_are_shown_by_piece_with_their_origin(data):

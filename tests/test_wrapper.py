@@ -55,14 +55,20 @@ def test_the_losses_are_the_definition_whatever_gives_the_logits(kind):
     generator, body = pair(return_embeddings=kind in ("sigmoid", "logits"))
     if kind in ("layer", "index"):
         trainer = Electra(
-            generator, body, discr_dim=16, discr_layer="reformer" if kind == "layer" else 2, gen_weight=2.0
+            generator,
+            body,
+            discr_dim=16,
+            discr_layer="reformer" if kind == "layer" else 2,
+            gen_weight=2.0,
         )
         head = trainer.discriminator.head
     else:
         head = nn.Linear(16, 1)
         if kind == "sigmoid":
             with pytest.warns(UserWarning, match="last Sigmoid is left out"):
-                trainer = Electra(generator, nn.Sequential(body, head, nn.Sigmoid()), gen_weight=2.0)
+                trainer = Electra(
+                    generator, nn.Sequential(body, head, nn.Sigmoid()), gen_weight=2.0
+                )
         else:
             trainer = Electra(generator, nn.Sequential(body, head, nn.Flatten(1)), gen_weight=2.0)
     drawn, found, data = watch(generator), watch(body.reformer), ids()
@@ -84,12 +90,19 @@ def test_the_losses_are_the_definition_whatever_gives_the_logits(kind):
         nll < result.mlm_loss * 1.3 * hidden_places.sum()
     )  # the chosen places that keep their token are not seen here
     result.backward()
-    assert head.weight.grad.any() and generator.to_logits.weight.grad.any() and body.token_emb.weight.grad.any()
+    assert (
+        head.weight.grad.any()
+        and generator.to_logits.weight.grad.any()
+        and body.token_emb.weight.grad.any()
+    )
 
 
 def test_every_chosen_place_counts_when_all_are_masked():
     generator, discriminator = pair()
-    trainer, data = Electra(generator, discriminator, discr_dim=16, discr_layer=2, replace_prob=1.0), ids()
+    trainer, data = (
+        Electra(generator, discriminator, discr_dim=16, discr_layer=2, replace_prob=1.0),
+        ids(),
+    )
     drawn = watch(generator)
     result = trainer(data)
     masked, logits = drawn[0]
@@ -105,9 +118,16 @@ def test_every_chosen_place_counts_when_all_are_masked():
 def test_random_tokens_fall_inside_the_mask_alone():
     generator, discriminator = pair()
     options = dict(
-        num_tokens=VOCAB, random_token_prob=0.5, replace_prob=0.4, mask_prob=0.3, mask_ignore_token_ids=(7, 8)
+        num_tokens=VOCAB,
+        random_token_prob=0.5,
+        replace_prob=0.4,
+        mask_prob=0.3,
+        mask_ignore_token_ids=(7, 8),
     )
-    trainer, drawn = Electra(generator, discriminator, discr_dim=16, discr_layer=2, **options), watch(generator)
+    trainer, drawn = (
+        Electra(generator, discriminator, discr_dim=16, discr_layer=2, **options),
+        watch(generator),
+    )
     data = ids(rows=400)
     trainer(data)
     masked = drawn[0][0]
@@ -163,19 +183,27 @@ def test_keyword_arguments_go_where_they_are_taken():
         with_layer()(data, attention_mask=mask)
     generator, body = pair()
     plain = nn.Sequential(body, nn.Linear(VOCAB, 1))
-    Electra(generator, plain)(data, input_mask=mask)  # the generator takes it, nn.Sequential does not
+    Electra(generator, plain)(
+        data, input_mask=mask
+    )  # the generator takes it, nn.Sequential does not
 
 
 def test_mistakes_are_named():
     generator, discriminator = pair()
     for layer in ("performer", 9):
-        with pytest.raises(UserError, match="no such layer; it has token_emb, pos_emb, reformer, to_logits"):
+        with pytest.raises(
+            UserError, match="no such layer; it has token_emb, pos_emb, reformer, to_logits"
+        ):
             Electra(generator, discriminator, discr_dim=16, discr_layer=layer)
     with pytest.raises(UserError, match=r"gave \[6, 64, 16\]; expected one tensor \[6, 64, 24\]"):
         Electra(generator, discriminator, discr_dim=24, discr_layer="reformer")(ids())
     with pytest.raises(UserError, match=r"must return logits \[6, 64\].* returned \[6, 64, 50\]"):
         Electra(generator, discriminator)(ids())
-    for last in (lambda x: x.squeeze(-1), lambda x: x.double().float().clamp(0, 1), lambda x: x[..., 0].contiguous()):
+    for last in (
+        lambda x: x.squeeze(-1),
+        lambda x: x.double().float().clamp(0, 1),
+        lambda x: x[..., 0].contiguous(),
+    ):
 
         class Shut(Language):
             def forward(self, x, last=last):

@@ -26,7 +26,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.server.folder / self.path.lstrip("/")
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.server.knows_ranges else None
+        asked = (
+            re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if self.server.knows_ranges
+            else None
+        )
         start = int(asked[1]) if asked else 0
         content = 404
         if path.is_file():

@@ -16,7 +16,9 @@ from electra_ds.glue.tasks import Task
 from electra_ds.ops.attention import piece_bounds
 from electra_ds.tokenizer import Tokenizer
 
-BUCKET_BATCHES = 32  # batches sorted by length together: padding 1 to 3 % on GLUE, the order still random
+BUCKET_BATCHES = (
+    32  # batches sorted by length together: padding 1 to 3 % on GLUE, the order still random
+)
 
 
 class Encoded(NamedTuple):
@@ -43,7 +45,9 @@ class TaskBatch(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- encoding
 
 
-def encode(examples: list[Example], task: Task, tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
+def encode(
+    examples: list[Example], task: Task, tokenizer: Tokenizer, max_length: int
+) -> list[Encoded]:
     """Token ids of examples, cut to max_length (of a pair, the longer text loses first, as in the authors' code)."""
     if task.kind == "token_classification":
         return [_encode_words(example, tokenizer, max_length) for example in examples]
@@ -67,8 +71,11 @@ def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> En
     special, room = tokenizer.special_ids, max_length - 2
     words = tokenizer.encode_batch(example.text_a)
     labels = example.label or [0] * len(words)
-    pairs = [(i, label if place == 0 else -1) for word, label in zip(words, labels, strict=True)
-             for place, i in enumerate(word or [special.unk])][:room]  # fmt: skip
+    pairs = [
+        (i, label if place == 0 else -1)
+        for word, label in zip(words, labels, strict=True)
+        for place, i in enumerate(word or [special.unk])
+    ][:room]
     ids = [special.cls, *(i for i, _ in pairs), special.sep]
     return Encoded(ids, len(ids), [-1, *(label for _, label in pairs), -1])
 
@@ -97,13 +104,21 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     shuffled = order.permutation(len(lengths), seed, epoch, 0, order.EXAMPLES)
     size = BUCKET_BATCHES * batch_size
     buckets = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
-    ordered = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
+    ordered = np.concatenate(
+        [bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets]
+    )
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     return [batches[i] for i in order.permutation(len(batches), seed, epoch, 1, order.EXAMPLES)]
 
 
 def micro_batches(
-    batch: np.ndarray, micro: int, slots: int, examples: list[Encoded], pad_id: int, kind: str, packed: bool = False
+    batch: np.ndarray,
+    micro: int,
+    slots: int,
+    examples: list[Encoded],
+    pad_id: int,
+    kind: str,
+    packed: bool = False,
 ) -> list[TaskBatch]:
     """A global batch cut into `slots` micro-batches of up to `micro` examples; empty ones hold a row of weight 0."""
     return [
@@ -123,7 +138,9 @@ def collate(examples: list[Encoded], pad_id: int, kind: str, packed: bool = Fals
     ids = np.full(rows * length, pad_id)
     segments, pieces, positions = np.zeros((3, rows * length), np.int64)
     per_token = kind == "token_classification"
-    labels = np.zeros(rows * length if per_token else len(sizes), np.float32 if kind == "regression" else np.int64)
+    labels = np.zeros(
+        rows * length if per_token else len(sizes), np.float32 if kind == "regression" else np.int64
+    )
     weights = np.zeros(labels.shape, np.float32)
     for i, (example, start) in enumerate(zip(examples, first, strict=False)):
         here, size = slice(start, start + sizes[i]), sizes[i]
@@ -139,7 +156,9 @@ def collate(examples: list[Encoded], pad_id: int, kind: str, packed: bool = Fals
     return TaskBatch(*tensors, piece_bounds(tensors[2]))
 
 
-def prediction_batches(examples: list[Encoded], batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+def prediction_batches(
+    examples: list[Encoded], batch_size: int, rank: int, world_size: int
+) -> Iterator[np.ndarray]:
     """This rank's batches of example numbers by falling length; every rank gets equally many (some empty)."""
     longest_first = np.argsort([-len(example.ids) for example in examples], kind="stable")
     share = world_size * batch_size

@@ -42,7 +42,9 @@ class Classifier(nn.Module):
             load_true_state(self, state, partial=True)
         return self
 
-    def forward(self, batch: TaskBatch, count: float = 1.0, *, predict: bool = False) -> TaskLoss | Tensor:
+    def forward(
+        self, batch: TaskBatch, count: float = 1.0, *, predict: bool = False
+    ) -> TaskLoss | Tensor:
         """The loss summed over the labels and divided by count, or with predict the logits.
 
         Logits: [N, C] (per token [B * S, C]) fp32. count: labels of the whole global batch. Cross-entropy, in
@@ -52,7 +54,11 @@ class Classifier(nn.Module):
         # Behind attention the last layer works at [CLS] alone: 1 (CoLA) to 7 % (RTE) less time of Small on a CPU.
         places = None if self.per_token else batch.first
         seen = self.discriminator(embedded, batch.piece_ids, batch.bounds, places)
-        logits = self.head(dropout(seen, self.dropout, self.training)).float().view(len(batch.labels), -1)
+        logits = (
+            self.head(dropout(seen, self.dropout, self.training))
+            .float()
+            .view(len(batch.labels), -1)
+        )
         if predict:
             return logits
         if self.regression:

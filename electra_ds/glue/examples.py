@@ -57,7 +57,9 @@ def read_examples(task: Task, split: str) -> list[Example]:
                     f"{', '.join(numbers)}; correct the row, or the labels of the task"
                 )
             if isinstance(label, list) and len(label) != len(text_a):
-                raise UserError(f"{where}: {len(text_a)} words and {len(label)} tags; expected one tag per word")
+                raise UserError(
+                    f"{where}: {len(text_a)} words and {len(label)} tags; expected one tag per word"
+                )
             label = [numbers[word] for word in words] if isinstance(label, list) else numbers[label]
         examples.append(Example(index, text_a, text_b, label))
     return examples
@@ -72,12 +74,18 @@ def read_file(task: Task, path: Path) -> list[Example]:
 def seen_labels(task: Task) -> list[Any]:
     """Every distinct label of the training split, sorted: words, tags or numbers."""
     found = (_label(task, "train", row, where) for where, row in _rows(task, "train"))
-    return sorted({word for label in found for word in (label if isinstance(label, list) else [label])})
+    return sorted(
+        {word for label in found for word in (label if isinstance(label, list) else [label])}
+    )
 
 
-def _label(task: Task, split: str, row: dict[str, Any], where: str) -> str | float | list[str] | None:
+def _label(
+    task: Task, split: str, row: dict[str, Any], where: str
+) -> str | float | list[str] | None:
     """The label as it is written: text, number or list of tags; None only outside train and valid."""
-    if task.label is None or (not split.startswith(("train", "valid")) and row.get(task.label) is None):
+    if task.label is None or (
+        not split.startswith(("train", "valid")) and row.get(task.label) is None
+    ):
         return None
     value = _value(task.label, row, where)
     if task.kind != "regression":
@@ -87,12 +95,16 @@ def _label(task: Task, split: str, row: dict[str, Any], where: str) -> str | flo
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where}: {task.label} is {value!r}; expected a number; correct or remove the row")
+        raise UserError(
+            f"{where}: {task.label} is {value!r}; expected a number; correct or remove the row"
+        )
     return number
 
 
 def _value(column: str | int, row: dict[str, Any], where: str) -> Any:
-    key = list(row)[column] if isinstance(column, int) and -len(row) <= column < len(row) else column
+    key = (
+        list(row)[column] if isinstance(column, int) and -len(row) <= column < len(row) else column
+    )
     if row.get(key) is None:
         raise UserError(
             f"{where}: no column {column!r}{nearest(str(column), list(row))}; found {', '.join(row)}; "
@@ -109,7 +121,9 @@ def _text(value: Any, where: str) -> str:
 
 def _list(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: found {json.dumps(value)[:60]}; expected a list of words or tags, not empty")
+        raise UserError(
+            f"{where}: found {json.dumps(value)[:60]}; expected a list of words or tags, not empty"
+        )
     return [_text(word, where) for word in value]
 
 
@@ -127,11 +141,15 @@ def _rows(task: Task, split: str) -> Iterator[Row]:
     elif form in ("jsonl", "json", "conll"):
         rows = _conll(path, text) if form == "conll" else _jsonl(path, text)
     else:
-        raise UserError(f"{path}: the name does not tell the format; give the task a format: tsv, csv, jsonl, conll")
+        raise UserError(
+            f"{path}: the name does not tell the format; give the task a format: tsv, csv, jsonl, conll"
+        )
     for count, row in enumerate(rows, 1):  # noqa: B007
         yield row
     if not count:
-        raise UserError(f"{path}: holds no example; expected at least one line beside a header; is the file complete?")
+        raise UserError(
+            f"{path}: holds no example; expected at least one line beside a header; is the file complete?"
+        )
 
 
 def _read(path: Path) -> str:
@@ -139,7 +157,9 @@ def _read(path: Path) -> str:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a file of examples; check --data and `splits`") from None
+        raise UserError(
+            f"{path}: {error.strerror}; expected a file of examples; check --data and `splits`"
+        ) from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
@@ -197,7 +217,9 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
         if isinstance(row, dict):
             yield f"{path}:{number}", row
         elif row is not None:
-            raise UserError(f"{path}:{number}: found {line[:60]!r}; expected one JSON object per line")
+            raise UserError(
+                f"{path}:{number}: found {line[:60]!r}; expected one JSON object per line"
+            )
 
 
 def _conll(path: Path, text: str) -> Iterator[Row]:
@@ -210,7 +232,9 @@ def _conll(path: Path, text: str) -> Iterator[Row]:
         elif sentence:
             where = f"{path}:{number - len(sentence)}"
             if len({len(cells) for cells in sentence}) > 1:
-                raise UserError(f"{where}: a sentence whose lines have different numbers of columns; expected word tag")
+                raise UserError(
+                    f"{where}: a sentence whose lines have different numbers of columns; expected word tag"
+                )
             tags = {"tags": [cells[-1] for cells in sentence]} if len(sentence[0]) > 1 else {}
             yield where, {"words": [cells[0] for cells in sentence]} | tags
             sentence = []
@@ -221,18 +245,30 @@ def _dataset(task: Task, split: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"task {task.name} reads a dataset: pip install 'electra_ds[hf]', or give files") from None
+        raise UserError(
+            f"task {task.name} reads a dataset: pip install 'electra_ds[hf]', or give files"
+        ) from None
     local, part = Path(task.folder, task.dataset), task.splits[split]
     source = f"dataset {task.dataset}, split {part}"
     try:
-        table = datasets.load_dataset(str(local) if local.exists() else task.dataset, task.dataset_config, split=part)
+        table = datasets.load_dataset(
+            str(local) if local.exists() else task.dataset, task.dataset_config, split=part
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
     kind = table.features.get(task.label)
-    names = getattr(getattr(kind, "feature", kind), "names", None)  # of a class label, or of a list of them
+    names = getattr(
+        getattr(kind, "feature", kind), "names", None
+    )  # of a class label, or of a list of them
     for number, row in enumerate(table):
         label = row.get(task.label)
         if names and label is not None:
-            word = [names[tag] for tag in label] if isinstance(label, list) else names[label] if label >= 0 else None
+            word = (
+                [names[tag] for tag in label]
+                if isinstance(label, list)
+                else names[label]
+                if label >= 0
+                else None
+            )
             row = row | {task.label: word}
         yield f"{source}, row {number}", row

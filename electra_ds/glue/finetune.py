@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,14 @@ from electra_ds.config import CheckpointConfig, differences, load_engine, neares
 from electra_ds.engine import Engine, from_first, leave, start
 from electra_ds.errors import UserError
 from electra_ds.files import read_json, write_json
-from electra_ds.glue.batches import Encoded, TaskBatch, encode, epoch_batches, micro_batches, swapped
+from electra_ds.glue.batches import (
+    Encoded,
+    TaskBatch,
+    encode,
+    epoch_batches,
+    micro_batches,
+    swapped,
+)
 from electra_ds.glue.classifier import layerwise
 from electra_ds.glue.config import FinetuneConfig
 from electra_ds.glue.examples import Example, read_examples
@@ -71,9 +79,17 @@ class Stopped(Exception):
 
 
 def finetune(
-    config: FinetuneConfig, model: Path, names: list[str], seeds: int, data: Path | None, out: Path, ranks: Ranks, *,
-    spread: bool = False, random_init: bool = False,
-) -> int:  # fmt: skip
+    config: FinetuneConfig,
+    model: Path,
+    names: list[str],
+    seeds: int,
+    data: Path | None,
+    out: Path,
+    ranks: Ranks,
+    *,
+    spread: bool = False,
+    random_init: bool = False,
+) -> int:
     """Run every task with every seed (from train.seed on) that has no result in `out` yet; the report is on all of it.
 
     model: what `load_pretrained` reads. names: for `load_task`, with data: the GLUE root, or a task's own folder.
@@ -87,7 +103,18 @@ def finetune(
     device = start(ranks, train.timeout_minutes)
     with Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first):
         try:
-            finetune_among(config, model, names, seeds, data, out, ranks, device, share=share, random_init=random_init)
+            finetune_among(
+                config,
+                model,
+                names,
+                seeds,
+                data,
+                out,
+                ranks,
+                device,
+                share=share,
+                random_init=random_init,
+            )
         except Stopped:
             return stop_exit_code()
     leave()
@@ -95,9 +122,18 @@ def finetune(
 
 
 def finetune_among(
-    config: FinetuneConfig, model: Path, names: list[str], seeds: int, data: Path | None, out: Path, ranks: Ranks,
-    device: torch.device, *, share: slice = slice(None), random_init: bool = False,
-) -> None:  # fmt: skip
+    config: FinetuneConfig,
+    model: Path,
+    names: list[str],
+    seeds: int,
+    data: Path | None,
+    out: Path,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    share: slice = slice(None),
+    random_init: bool = False,
+) -> None:
     """`finetune` among ranks that have met; share: which of all (task, seed) are theirs. Raises Stopped on a signal."""
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
@@ -107,13 +143,19 @@ def finetune_among(
     jobs = [(task, config.train.seed + i) for task in tasks for i in range(seeds)][share]
     for task in tasks:
         own = [seed for other, seed in jobs if other is task]
-        left = from_first(lambda: [seed for seed in own if not (_folder(out, task, seed) / "result.json").exists()])  # noqa: B023
+        left = from_first(partial(_unfinished, out, task, own))
         splits = _read(suite, task) if left else None
         for seed in left:
-            with Lock(_folder(out, task, seed), from_first):  # other ranks and jobs have other seeds of this suite
+            with Lock(
+                _folder(out, task, seed), from_first
+            ):  # other ranks and jobs have other seeds of this suite
                 Seed(suite, task, splits, seed).run()
     if ranks.rank == 0 and any(out.glob("*/seed-*/result.json")):
         write_report(out)
+
+
+def _unfinished(out: Path, task: Task, seeds: list[int]) -> list[int]:
+    return [seed for seed in seeds if not (_folder(out, task, seed) / "result.json").exists()]
 
 
 def _folder(out: Path, task: Task, seed: int) -> Path:
@@ -127,7 +169,9 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
     """Refuse what would fail, or would silently count for nothing, hours later."""
     config, model, names = suite.config, suite.pretrained.model, [task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--tasks holds two tasks named {twice[0]!r}: give one of them another name in its description")
+        raise UserError(
+            f"--tasks holds two tasks named {twice[0]!r}: give one of them another name in its description"
+        )
     known = [*GLUE, *names]
     if odd := [name for name in config.tasks if name not in known]:
         raise UserError(f"tasks.{odd[0]}: no task of that name{nearest(glue_name(odd[0]), known)}")
@@ -135,12 +179,18 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
         own = config.of(task.name, task.epochs, 0, suite.ranks.world_size)
         own.accumulation(suite.ranks.world_size)
         if own.train.max_length > model.max_positions:
-            raise UserError(f"train.max_length = {own.train.max_length}, but the model has {model.max_positions} "
-                            f"positions: --set train.max_length={model.max_positions}")  # fmt: skip
+            raise UserError(
+                f"train.max_length = {own.train.max_length}, but the model has {model.max_positions} "
+                f"positions: --set train.max_length={model.max_positions}"
+            )
         if task.text_b is not None and model.type_vocab_size < 2:
-            raise UserError(f"{task.name}: texts in pairs, but the model knows one segment only (type_vocab_size = 1)")
+            raise UserError(
+                f"{task.name}: texts in pairs, but the model knows one segment only (type_vocab_size = 1)"
+            )
         if "train" not in task.splits:
-            raise UserError(f"{task.name}: no split train; it is for predictions alone (ax: by mnli's model)")
+            raise UserError(
+                f"{task.name}: no split train; it is for predictions alone (ax: by mnli's model)"
+            )
 
 
 def _open(suite: Suite) -> None:
@@ -148,13 +198,19 @@ def _open(suite: Suite) -> None:
     digest = hashlib.sha256(suite.pretrained.model.model_dump_json().encode())
     for name, tensor in sorted({} if suite.random_init else suite.pretrained.state.items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
-    facts = {"weights": digest.hexdigest(), "model": suite.pretrained.origin, "random_init": suite.random_init}
+    facts = {
+        "weights": digest.hexdigest(),
+        "model": suite.pretrained.origin,
+        "random_init": suite.random_init,
+    }
 
     def differs(found: dict) -> list[str]:
         before = found.get("provenance") or {}
         if "weights" not in before:
             raise UserError(f"--out {suite.out} holds a run of another kind; choose another folder")
-        science, _ = differences(parse_config(found, f"{suite.out}/config.json", FinetuneConfig), suite.config)
+        science, _ = differences(
+            parse_config(found, f"{suite.out}/config.json", FinetuneConfig), suite.config
+        )
         is_same = before["weights"] == facts["weights"]
         return science if is_same else [f"weights: {before['model']} -> {facts['model']}", *science]
 
@@ -170,13 +226,20 @@ def _read(suite: Suite, task: Task) -> Splits:
     for split, found in examples.items():
         found = found + swapped(found) if split == "train" and task.both_orders else found
         encoded[split] = encode(found, task, suite.pretrained.tokenizer, max_length)
-    digest = hashlib.sha256(json.dumps([examples["train"], examples[task.valid_splits[0]]]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps([examples["train"], examples[task.valid_splits[0]]]).encode()
+    ).hexdigest()
 
     def differs(found: dict) -> list[str]:
         science, _ = differences(parse_config(found["task"], f"{task.name}/task.json", Task), task)
         return science or ["other examples in train or dev"] * (found["examples"] != digest)
 
-    _settle(suite, f"{task.name}/task.json", {"task": task.model_dump(mode="json"), "examples": digest}, differs)
+    _settle(
+        suite,
+        f"{task.name}/task.json",
+        {"task": task.model_dump(mode="json"), "examples": digest},
+        differs,
+    )
     return Splits(examples, encoded)
 
 
@@ -185,10 +248,16 @@ def _settle(suite: Suite, name: str, asked: dict, differs: Callable[[dict], list
     path = suite.out / name
 
     def compare_and_write() -> None:
-        listed = "; ".join(differs(read_json(path, "an earlier attempt's settings"))) if path.exists() else ""
+        listed = (
+            "; ".join(differs(read_json(path, "an earlier attempt's settings")))
+            if path.exists()
+            else ""
+        )
         trained = [*path.parent.rglob("seed-*/ckpt"), *path.parent.rglob("seed-*/result.json")]
         if listed and trained:
-            raise UserError(f"{path} is of another fine-tuning: {listed}. Take the old values, or another --out")
+            raise UserError(
+                f"{path} is of another fine-tuning: {listed}. Take the old values, or another --out"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asked)
 
@@ -225,23 +294,40 @@ class Seed:
                 self._after_epoch(progress)
             self._save_or_stop(progress)
         scores = {} if self._has_diverged(progress) else self._finish(progress)
-        diverged = not all(math.isfinite(value) for found in scores.values() for value in found.values()) or not scores
+        diverged = (
+            not all(math.isfinite(value) for found in scores.values() for value in found.values())
+            or not scores
+        )
         result = {
-            "task": self.task.name, "seed": self.seed, "status": "diverged" if diverged else "done",
+            "task": self.task.name,
+            "seed": self.seed,
+            "status": "diverged" if diverged else "done",
             "selected": "best epoch on dev" if self.config.train.select == "best" else "last",
-            "epochs": self.config.train.epochs, "steps": progress.step, "skipped": progress.skipped,
+            "epochs": self.config.train.epochs,
+            "steps": progress.step,
+            "skipped": progress.skipped,
             "train_loss": None if diverged else self._mean_loss(),
-            "origin": "random initialisation" if self.suite.random_init else self.suite.pretrained.origin,
-            "scores": {} if diverged else scores, "seconds": round(time.monotonic() - began, 1),
-        }  # fmt: skip
+            "origin": "random initialisation"
+            if self.suite.random_init
+            else self.suite.pretrained.origin,
+            "scores": {} if diverged else scores,
+            "seconds": round(time.monotonic() - began, 1),
+        }
         if self.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "result.json", result)
             shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
             prune_models(self.suite.out / self.task.name, self.config.train.keep)
             write_report(self.suite.out)
-            told = [f"{split} {name} {x:.4f}" for split, found in result["scores"].items() for name, x in found.items()]
-            print(f"{self.task.name} seed {self.seed}: {', '.join([result['status'], *told])}", flush=True)
+            told = [
+                f"{split} {name} {x:.4f}"
+                for split, found in result["scores"].items()
+                for name, x in found.items()
+            ]
+            print(
+                f"{self.task.name} seed {self.seed}: {', '.join([result['status'], *told])}",
+                flush=True,
+            )
         self.engine.close()
 
     def _ask_to_stop(self, _reason: str) -> None:
@@ -257,7 +343,9 @@ class Seed:
         return Engine(module, self.config, suite.config.engine, suite.ranks, suite.device, scale)
 
     def _resume(self) -> Progress:
-        self.lost = torch.zeros(2, dtype=torch.float64, device=self.suite.device)  # this epoch's losses, applied steps
+        self.lost = torch.zeros(
+            2, dtype=torch.float64, device=self.suite.device
+        )  # this epoch's losses, applied steps
         self.saved = time.monotonic()
         found = from_first(lambda: checkpoint.latest(self.folder / "ckpt"))
         if found is None:
@@ -265,7 +353,9 @@ class Seed:
                 shutil.rmtree(self.folder / "model", ignore_errors=True)
             return Progress()
         progress = checkpoint.load(self.engine, found, self.padded).progress
-        self.lost += torch.tensor(progress.interval[0], device=self.suite.device) if self.is_first else 0.0
+        self.lost += (
+            torch.tensor(progress.interval[0], device=self.suite.device) if self.is_first else 0.0
+        )
         return progress
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -288,7 +378,9 @@ class Seed:
                 progress = replace(progress, step=progress.step + 1, skipped_in_a_row=0)
             else:
                 in_a_row = progress.skipped_in_a_row + 1
-                progress = replace(progress, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row)
+                progress = replace(
+                    progress, skipped=progress.skipped + 1, skipped_in_a_row=in_a_row
+                )
                 if self._has_diverged(progress):
                     break
         return progress
@@ -308,9 +400,14 @@ class Seed:
         mine = batch[first : first + share]
         form = self.pad_id, self.task.kind, train.batching == "packed"
         micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, *form)
-        positions = [number * train.global_batch_size + first + i * train.micro_batch_size for i in range(accumulation)]
+        positions = [
+            number * train.global_batch_size + first + i * train.micro_batch_size
+            for i in range(accumulation)
+        ]
         labels = (examples[i].label for i in batch)
-        count = sum(sum(v >= 0 for v in label) if isinstance(label, list) else 1 for label in labels)
+        count = sum(
+            sum(v >= 0 for v in label) if isinstance(label, list) else 1 for label in labels
+        )
         return micros, positions, max(1, count)
 
     def _after_epoch(self, progress: Progress) -> None:
@@ -322,7 +419,9 @@ class Seed:
         if self.config.train.select == "best":
             metric, scores = self.task.main_metric, self._score(self.task.valid_splits[0])[0]
             kept = self.folder / "model"
-            before = from_first(lambda: checkpoint.read_meta(kept).config["scores"] if kept.exists() else None)
+            before = from_first(
+                lambda: checkpoint.read_meta(kept).config["scores"] if kept.exists() else None
+            )
             if before is None or scores[metric] > before[metric]:
                 self._save_model(progress, scores)
 
@@ -335,12 +434,17 @@ class Seed:
             return
         self.saved, folder = time.monotonic(), self.folder / "ckpt"
         progress = replace(progress, interval=[self.engine.sum(self.lost).tolist()])
-        checkpoint.save(self.engine, folder, str(attempts(progress)), progress, self._facts({}), self.padded)
+        checkpoint.save(
+            self.engine, folder, str(attempts(progress)), progress, self._facts({}), self.padded
+        )
         if self.is_first:
             checkpoint.prune(folder, CheckpointConfig(), attempts(progress))
         if stop:
             if self.is_first:
-                print(f"{self.task.name} seed {self.seed}: stopped and saved; the same command goes on", flush=True)
+                print(
+                    f"{self.task.name} seed {self.seed}: stopped and saved; the same command goes on",
+                    flush=True,
+                )
             self.engine.close()
             raise Stopped
 
@@ -366,26 +470,43 @@ class Seed:
 
     def _score(self, split: str) -> tuple[dict[str, float], list, list[np.ndarray]]:
         """Scores, predictions and logits, in fp32 whatever the engine trains in, as `predict` and exports give them."""
-        examples, encoded, engine = self.splits.examples[split], self.splits.encoded[split], self.engine
-        whole = {name: engine.whole(name, "master")[: self.padded.get(name)].cpu() for name in engine.parameters}
+        examples, encoded, engine = (
+            self.splits.examples[split],
+            self.splits.encoded[split],
+            self.engine,
+        )
+        whole = {
+            name: engine.whole(name, "master")[: self.padded.get(name)].cpu()
+            for name in engine.parameters
+        }
         module = classifier(self.model, self.task)
         load_true_state(module, whole)
         module.to(engine.device).eval()
         with torch.no_grad():
-            logits = logits_of(module, self.task.kind, encoded, self.pad_id, self.suite.ranks, engine.exchange)
+            logits = logits_of(
+                module, self.task.kind, encoded, self.pad_id, self.suite.ranks, engine.exchange
+            )
         predictions = predictions_of(self.task, examples, encoded, logits)
         labelled = all(example.label is not None for example in examples)
         return score(self.task, predictions, examples) if labelled else {}, predictions, logits
 
     def _save_model(self, progress: Progress, scores: dict) -> None:
         if self.is_first:
-            self.suite.pretrained.tokenizer.save(self.folder / "tokenizer")  # first: a model is never without
+            self.suite.pretrained.tokenizer.save(
+                self.folder / "tokenizer"
+            )  # first: a model is never without
         facts = self._facts(scores)
-        checkpoint.save(self.engine, self.folder, "model", progress, facts, self.padded, weights_only=True)
+        checkpoint.save(
+            self.engine, self.folder, "model", progress, facts, self.padded, weights_only=True
+        )
 
     def _facts(self, scores: dict) -> dict[str, Any]:
         """What meta.json says beside the tensors: enough to predict with and to export."""
-        own = {"model": self.model.model_dump(mode="json"), "task": self.task.model_dump(mode="json"), "scores": scores}
+        own = {
+            "model": self.model.model_dump(mode="json"),
+            "task": self.task.model_dump(mode="json"),
+            "scores": scores,
+        }
         return self.config.model_dump(mode="json") | own
 
 

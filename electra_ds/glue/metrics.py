@@ -33,8 +33,12 @@ def entities(tags: list[str]) -> set[tuple[int, int, str]]:
 def _entity_f1(labels: list[str], truth: list[list[int]], predicted: list[list[int]]) -> float:
     """Micro average over the sentences; 0.0 when there is no entity on either side."""
     if odd := [label for label in labels if label != "O" and label[:2] not in ("B-", "I-")]:
-        raise UserError(f"entity_f1 needs BIO tags (O, B-x, I-x), found the label {odd[0]!r}; use token_accuracy")
-    sides = [[entities([labels[tag] for tag in tags]) for tags in side] for side in (truth, predicted)]
+        raise UserError(
+            f"entity_f1 needs BIO tags (O, B-x, I-x), found the label {odd[0]!r}; use token_accuracy"
+        )
+    sides = [
+        [entities([labels[tag] for tag in tags]) for tags in side] for side in (truth, predicted)
+    ]
     right = sum(len(a & b) for a, b in zip(*sides, strict=True))
     return 2 * right / max(1, sum(len(found) for side in sides for found in side))
 

@@ -31,26 +31,41 @@ ALONE = Ranks(0, 1, 0, 1, "none")
 
 def classifier(model: ModelConfig, task: Task) -> Classifier:
     """The fine-tuned module of a task, its weights not set yet."""
-    return Classifier(model, len(task.labels or [0]), task.kind == "token_classification", task.kind == "regression")
+    return Classifier(
+        model,
+        len(task.labels or [0]),
+        task.kind == "token_classification",
+        task.kind == "regression",
+    )
 
 
 def logits_of(
-    module: nn.Module, kind: str, examples: list[Encoded], pad_id: int, ranks: Ranks = ALONE,
+    module: nn.Module,
+    kind: str,
+    examples: list[Encoded],
+    pad_id: int,
+    ranks: Ranks = ALONE,
     exchange: Callable[[Any], list] = lambda mine: [mine],
-) -> list[np.ndarray]:  # fmt: skip
+) -> list[np.ndarray]:
     """Logits of each example, [C] or [S, C] fp32, on every rank; module: a Classifier in eval mode. Collective."""
     mine, device = {}, next(module.parameters()).device
     for numbers in prediction_batches(examples, BATCH, ranks.rank, ranks.world_size):
-        batch = TaskBatch(*(tensor.to(device) for tensor in collate([examples[i] for i in numbers], pad_id, kind)))
+        batch = TaskBatch(
+            *(tensor.to(device) for tensor in collate([examples[i] for i in numbers], pad_id, kind))
+        )
         found = module(batch, predict=True).cpu().numpy()
-        found = found.reshape(*batch.piece_ids.shape, -1) if kind == "token_classification" else found
+        found = (
+            found.reshape(*batch.piece_ids.shape, -1) if kind == "token_classification" else found
+        )
         for i, row in zip(numbers, found, strict=False):  # an empty batch holds a row of padding
             mine[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
     whole = {i: row for part in exchange(mine) for i, row in part.items()}
     return [whole[i] for i in range(len(examples))]
 
 
-def predictions_of(task: Task, examples: list[Example], encoded: list[Encoded], logits: list[np.ndarray]) -> list:
+def predictions_of(
+    task: Task, examples: list[Example], encoded: list[Encoded], logits: list[np.ndarray]
+) -> list:
     """Class numbers, values in the label's own unit, or per example a class number for each word.
 
     Words behind max_length are not seen: they get O, or the first label where there is no O.
@@ -62,12 +77,16 @@ def predictions_of(task: Task, examples: list[Example], encoded: list[Encoded], 
         return [int(row.argmax()) for row in logits]
     unseen, found = task.labels.index("O") if "O" in task.labels else 0, []
     for example, tokens, rows in zip(examples, encoded, logits, strict=True):
-        seen = [int(row.argmax()) for row, label in zip(rows, tokens.label, strict=True) if label >= 0]
+        seen = [
+            int(row.argmax()) for row, label in zip(rows, tokens.label, strict=True) if label >= 0
+        ]
         found.append(seen + [unseen] * (len(example.text_a) - len(seen)))
     return found
 
 
-def write_predictions(path: Path, task: Task, examples: list[Example], predictions: list, logits: list) -> None:
+def write_predictions(
+    path: Path, task: Task, examples: list[Example], predictions: list, logits: list
+) -> None:
     """A TSV: index, prediction (label, value, or a label per word), and in classification each label's probability."""
     shares = [f"p({label})" for label in task.labels] if task.kind == "classification" else []
     lines = ["\t".join(["index", "prediction", *shares])]
@@ -84,7 +103,11 @@ def write_predictions(path: Path, task: Task, examples: list[Example], predictio
 
 
 def predict(
-    model: Path, out: Path, file: Path | None = None, split: str | None = None, data: Path | None = None
+    model: Path,
+    out: Path,
+    file: Path | None = None,
+    split: str | None = None,
+    data: Path | None = None,
 ) -> dict[str, float]:
     """The verb: predictions of a fine-tuned model for a file like its task's, or for a split of the task's own data.
 
@@ -94,7 +117,9 @@ def predict(
         raise UserError("give --input FILE, or --split NAME with --data")
     found, meta, weights = read_trained(model)
     if "task" not in meta.config:
-        raise UserError(f"{found}: a pretrained encoder, not a fine-tuned model; finetune writes DIR/TASK/seed-N/model")
+        raise UserError(
+            f"{found}: a pretrained encoder, not a fine-tuned model; finetune writes DIR/TASK/seed-N/model"
+        )
     task = Task.model_validate(meta.config["task"])
     if data is not None:
         folder = load_task(task.name, data).folder if task.name in GLUE else str(data)

@@ -47,11 +47,15 @@ def read_results(folder: Path) -> Results:
             continue
         result = read_json(path, "a seed's result") if path.exists() else None
         for metrics in result["scores"].values() if result else ():
-            for metric in [name for name, value in metrics.items() if value is None or not math.isfinite(value)]:
+            for metric in [
+                name for name, value in metrics.items() if value is None or not math.isfinite(value)
+            ]:
                 del metrics[metric]
         found.setdefault(place.parent.name, {})[int(number)] = result
     if not found:
-        raise UserError(f"{folder}: no TASK/seed-N inside; expected a folder that finetune wrote (its --out)")
+        raise UserError(
+            f"{folder}: no TASK/seed-N inside; expected a folder that finetune wrote (its --out)"
+        )
     order = {name: place for place, name in enumerate(GLUE)}
     names = sorted(found, key=lambda name: (order.get(name, len(order)), name))
     return {name: dict(sorted(found[name].items())) for name in names}
@@ -73,7 +77,9 @@ def _main(result: dict[str, Any] | None) -> tuple[str, str, float] | None:
 def _status(result: dict[str, Any] | None) -> str:
     if result is None:
         return "unfinished"
-    return "without a score" if result["status"] == "done" and not _main(result) else result["status"]
+    return (
+        "without a score" if result["status"] == "done" and not _main(result) else result["status"]
+    )
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -84,7 +90,11 @@ def write_report(folder: Path) -> dict[str, Any]:
     """
     tasks = {name: _task(seeds) for name, seeds in read_results(folder).items()}
     ran_glue = any(name in GLUE for name in tasks)
-    report = {"tasks": tasks, "comparison": _comparison(tasks) if ran_glue else {}, "notes": _notes(tasks)}
+    report = {
+        "tasks": tasks,
+        "comparison": _comparison(tasks) if ran_glue else {},
+        "notes": _notes(tasks),
+    }
     write_json(folder / "report.json", report)
     write_bytes(folder / "report.md", _markdown(report).encode())
     return report
@@ -95,7 +105,9 @@ def _task(seeds: dict[int, dict[str, Any] | None]) -> dict[str, Any]:
     best, scores = best_seed(seeds), {}
     for split, metrics in next(iter(done.values()))["scores"].items() if done else ():
         for metric in metrics:
-            given = {seed: result["scores"].get(split, {}).get(metric) for seed, result in done.items()}
+            given = {
+                seed: result["scores"].get(split, {}).get(metric) for seed, result in done.items()
+            }
             values = {seed: 100 * value for seed, value in given.items() if value is not None}
             listed = list(values.values())
             scores.setdefault(split, {})[metric] = {
@@ -119,9 +131,14 @@ def _comparison(tasks: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     ours = {}
     for title, (task, metric) in COLUMNS.items():
         scores = tasks.get(task, {}).get("scores", {})
-        ours[title] = scores.get("valid", scores.get("valid_matched", {})).get(metric, {}).get("median")
+        ours[title] = (
+            scores.get("valid", scores.get("valid_matched", {})).get(metric, {}).get("median")
+        )
     rows = {"this, median": ours}
-    rows |= {name: dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, row, strict=False)) for name, row in PUBLISHED.items()}
+    rows |= {
+        name: dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, row, strict=False))
+        for name, row in PUBLISHED.items()
+    }
     for row in rows.values():
         eight = [value for title, value in row.items() if title != "STS-B Pearson"]
         row["average of 8"] = None if None in eight else statistics.fmean(eight)
@@ -138,7 +155,9 @@ def _notes(tasks: dict[str, Any]) -> list[str]:
         for status in sorted(of.keys() - {"done"}):
             notes.append(f"{name}: {status}: seed {', '.join(of[status])}; {finished}")
         if chosen := [how for how in task["selected"] if how != "last"]:
-            notes.append(f"{name}: weights chosen by their dev score ({', '.join(chosen)}), so the dev score flatters")
+            notes.append(
+                f"{name}: weights chosen by their dev score ({', '.join(chosen)}), so the dev score flatters"
+            )
     absent = [name for name in GLUE if name not in tasks and name != "ax"]
     if 0 < len(absent) < len(GLUE) - 1:
         notes.append(f"not run: {', '.join(absent)}")
@@ -147,23 +166,38 @@ def _notes(tasks: dict[str, Any]) -> list[str]:
 
 def _markdown(report: dict[str, Any]) -> str:
     lines = ["# Fine-tuning", "", "Scores x 100. std: standard deviation over seeds (n - 1).", ""]
-    lines += _line("task", "split", "metric", "median", "mean", "std", "best on dev", "every seed", head=True)
+    lines += _line(
+        "task", "split", "metric", "median", "mean", "std", "best on dev", "every seed", head=True
+    )
     for name, task in report["tasks"].items():
         for split, metrics in task["scores"].items():
             for metric, found in metrics.items():
                 every = [f"{seed}: {value:.1f}" for seed, value in found["seeds"].items()]
-                every += [f"{seed}: {status}" for seed, status in task["seeds"].items() if status != "done"]
+                every += [
+                    f"{seed}: {status}"
+                    for seed, status in task["seeds"].items()
+                    if status != "done"
+                ]
                 figures = [found[key] for key in ("median", "mean", "std", "best")]
                 lines += _line(name, split, metric, *figures, ", ".join(every))
     for place, (name, row) in enumerate(report["comparison"].items()):
         if place == 0:
-            lines += ["", "Beside published results on the dev sets:", "", *_line("model", *row, head=True)]
+            lines += [
+                "",
+                "Beside published results on the dev sets:",
+                "",
+                *_line("model", *row, head=True),
+            ]
         lines += _line(name, *row.values())
     origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
-    notes = [f"- {note}" for note in [*(f"weights: {origin}" for origin in origins), *report["notes"]]]
+    notes = [
+        f"- {note}" for note in [*(f"weights: {origin}" for origin in origins), *report["notes"]]
+    ]
     return "\n".join([*lines, "", *notes, ""])
 
 
 def _line(*cells: str | float | None, head: bool = False) -> list[str]:
-    texts = ["" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else cell for cell in cells]
+    texts = [
+        "" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else cell for cell in cells
+    ]
     return [f"| {' | '.join(texts)} |", *(["|" + "---|" * len(texts)] if head else [])]

@@ -36,16 +36,22 @@ def write_submission(folder: Path, out: Path) -> list[str]:
         for name in FILES:
             predictions, seed = _predictions(folder, results, name)
             rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(predictions))
-            entry = zipfile.ZipInfo(f"{name}.tsv")  # dated 1980: the same predictions give the same zip
+            entry = zipfile.ZipInfo(
+                f"{name}.tsv"
+            )  # dated 1980: the same predictions give the same zip
             archive.writestr(entry, f"index\tprediction\n{rows}", zipfile.ZIP_DEFLATED)
             notes += [f"{name}.tsv: {seed}"] if seed else []
             filled += [] if seed else [name]
     if not notes:
-        raise UserError(f"{folder}: no GLUE task has a finished seed with predictions of its test split "
-                        f"(predictions-test.tsv); found {', '.join(results)}; nothing is written")  # fmt: skip
+        raise UserError(
+            f"{folder}: no GLUE task has a finished seed with predictions of its test split "
+            f"(predictions-test.tsv); found {', '.join(results)}; nothing is written"
+        )
     if filled:
-        notes.append(f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant, their scores mean "
-                     "nothing")  # fmt: skip
+        notes.append(
+            f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant, their scores mean "
+            "nothing"
+        )
     write_bytes(out, data.getvalue())
     return notes
 
@@ -58,7 +64,9 @@ def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], 
     labels = GLUE[task].get("labels", ["0", "1"])  # null: a value
     if not path.exists():
         return [labels[0] if labels else "0.000"] * rows, None
-    cells = [line.split("\t")[:2] for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
+    cells = [
+        line.split("\t")[:2] for line in path.read_text(encoding="utf-8").split("\n")[1:] if line
+    ]
     if [cell[0] for cell in cells] != [str(number) for number in range(rows)]:
         raise UserError(
             f"{path}: {len(cells)} rows, the first {cells[:1]}; expected {rows} with index 0 to {rows - 1}, the "
@@ -66,6 +74,8 @@ def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], 
         )
     answers = [text if labels else f"{min(5.0, max(0.0, float(text))):.3f}" for _, text in cells]
     if labels and (odd := [text for text in answers if text not in labels]):
-        raise UserError(f"{path}: the prediction {odd[0]!r} is no answer of {task}; predict its test file again")
+        raise UserError(
+            f"{path}: the prediction {odd[0]!r} is no answer of {task}; predict its test file again"
+        )
     seed, valid, metric, value = best
     return answers, f"seed {seed}, {metric} {100 * value:.1f} on {valid}"

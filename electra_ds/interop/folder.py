@@ -11,7 +11,12 @@ from torch import Tensor
 from electra_ds.errors import UserError
 from electra_ds.files import read_json
 
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -24,7 +29,9 @@ def read_config(folder: Path, kinds: tuple[str, ...] = ("electra",)) -> dict:
     config = read_json(folder / "config.json", "the config.json of a Hugging Face model")
     found = config.get("model_type")
     if found not in kinds:
-        raise UserError(f"{folder}/config.json: model_type = {found!r}; expected {' or '.join(map(repr, kinds))}")
+        raise UserError(
+            f"{folder}/config.json: model_type = {found!r}; expected {' or '.join(map(repr, kinds))}"
+        )
     return config
 
 
@@ -35,14 +42,24 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no weights here; expected one of {', '.join(FILES)}")
     names = [first.name]
     if first.suffix == ".json":
-        names = sorted(set(read_json(first, "the index of a model in several files")["weight_map"].values()))
+        names = sorted(
+            set(read_json(first, "the index of a model in several files")["weight_map"].values())
+        )
     found = {}
     for path in (folder / Path(name).name for name in names):
         try:
-            tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            tensors = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, "cpu", weights_only=True)
+            )
         except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: cannot be read as weights ({(str(error) or 'empty').splitlines()[0]})") from None
+            raise UserError(
+                f"{path}: cannot be read as weights ({(str(error) or 'empty').splitlines()[0]})"
+            ) from None
         if not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise UserError(f"{path}: expected a table of tensors by name, as `state_dict()` gives it")
+            raise UserError(
+                f"{path}: expected a table of tensors by name, as `state_dict()` gives it"
+            )
         found.update(tensors)
     return found

@@ -55,8 +55,14 @@ def part_names(names: Iterable[str], part: str) -> list[str]:
     encoder, embeddings = part, "embeddings"
     if part == "generator":
         encoder = "generator" if any(n.startswith("generator.") for n in names) else "discriminator"
-        embeddings = "generator_embeddings" if any(n.startswith("generator_embeddings.") for n in names) else embeddings
-    heads = (f"{part}_head.",) if part == "generator" else (f"{part}_head.", "mlm_head.")  # by the objective's kind
+        embeddings = (
+            "generator_embeddings"
+            if any(n.startswith("generator_embeddings.") for n in names)
+            else embeddings
+        )
+    heads = (
+        (f"{part}_head.",) if part == "generator" else (f"{part}_head.", "mlm_head.")
+    )  # by the objective's kind
     return [n for n in names if n.startswith((f"{embeddings}.", f"{encoder}.", *heads))]
 
 
@@ -83,7 +89,10 @@ def classifier_to_hf(
     out, weight, bias = to_hf(state, "discriminator"), state["head.weight"], state["head.bias"]
     labels, hidden = weight.shape
     if kind == "token_classification" or 2 * labels > hidden:
-        return "ElectraForTokenClassification", out | {"classifier.weight": weight, "classifier.bias": bias}
+        return "ElectraForTokenClassification", out | {
+            "classifier.weight": weight,
+            "classifier.bias": bias,
+        }
     low, high = label_range or (0.0, 1.0)
     weight, bias, rest = weight * (high - low), bias * (high - low) + low, hidden - 2 * labels
     one = torch.eye(labels)
@@ -107,7 +116,9 @@ def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], part: str) -> d
         for foreign in hf_names(name):
             found = tensors.get(foreign, tensors.get(foreign.removeprefix("electra.")))
             if found is None:
-                raise UserError(f"Hugging Face {part}: no tensor {foreign} for {name}; is this the {part}'s folder?")
+                raise UserError(
+                    f"Hugging Face {part}: no tensor {foreign} for {name}; is this the {part}'s folder?"
+                )
             parts.append(found.detach().float())
         state[name] = torch.cat(parts)
     return state
@@ -131,13 +142,17 @@ TABLES = {
 }
 
 
-def hf_config(model: ModelConfig, generator: GeneratorConfig | None, part: str, pad_id: int) -> dict:
+def hf_config(
+    model: ModelConfig, generator: GeneratorConfig | None, part: str, pad_id: int
+) -> dict:
     """The config.json of one part for the stock class; the discriminator's needs no generator."""
     sizes: EncoderConfig = model if part == "discriminator" else generator
     untied = part == "generator" and model.sharing == "untied"
     return {
         "model_type": "electra",
-        "architectures": ["ElectraForPreTraining" if part == "discriminator" else "ElectraForMaskedLM"],
+        "architectures": [
+            "ElectraForPreTraining" if part == "discriminator" else "ElectraForMaskedLM"
+        ],
         **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
         **{theirs: getattr(model, ours) for ours, theirs in TABLES.items()},
         **({"embedding_size": generator.hidden_size} if untied else {}),
@@ -149,25 +164,33 @@ def hf_config(model: ModelConfig, generator: GeneratorConfig | None, part: str, 
     }
 
 
-def from_hf_config(discriminator: Mapping, generator: Mapping | None = None) -> tuple[ModelConfig, GeneratorConfig]:
+def from_hf_config(
+    discriminator: Mapping, generator: Mapping | None = None
+) -> tuple[ModelConfig, GeneratorConfig]:
     """Our sizes from the config.json of the discriminator and, where there is one, of the generator.
 
     UserError for what our encoder does not do (another activation, relative positions) and for generator sizes
     that cannot share the discriminator's embeddings.
     """
     default = {"layer_norm_eps": 1e-12}  # the library's, where it is not said
-    mine, theirs = (default | dict(config) for config in (discriminator, generator or discriminator))
+    mine, theirs = (
+        default | dict(config) for config in (discriminator, generator or discriminator)
+    )
     for config in (mine, theirs):
         for key, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if config.get(key, only) != only:
                 raise UserError(f"config.json: {key} = {config[key]!r}; only {only!r} is supported")
         for key in (*TABLES.values(), *SIZES.values()):
             if not isinstance(config.get(key), (int, float)):
-                raise UserError(f"config.json: {key} = {config.get(key)!r}; sizes must be numbers, not strings")
+                raise UserError(
+                    f"config.json: {key} = {config.get(key)!r}; sizes must be numbers, not strings"
+                )
     is_untied = mine["embedding_size"] != theirs["embedding_size"] == theirs["hidden_size"]
     for key in TABLES.values():
         if mine[key] != theirs[key] and not (is_untied and key == "embedding_size"):
-            raise UserError(f"config.json: {key} of discriminator and generator differ ({mine[key]} and {theirs[key]})")
+            raise UserError(
+                f"config.json: {key} of discriminator and generator differ ({mine[key]} and {theirs[key]})"
+            )
     model = {ours: mine[key] for ours, key in (SIZES | TABLES).items()}
     made = GeneratorConfig(**{ours: theirs[key] for ours, key in SIZES.items()})
     return ModelConfig(**model, sharing="untied" if is_untied else "shared"), made
@@ -182,9 +205,13 @@ def electra_names(tensors: Iterable[str]) -> dict[str, str]:
     for name in tensors:
         plain = name.replace(".gamma", ".weight").replace(".beta", ".bias").removeprefix("bert.")
         plain = plain.replace("cls.predictions.transform.", "generator_predictions.")
-        plain = {"cls.predictions.bias": "generator_lm_head.bias",
-                 "cls.predictions.decoder.weight": "generator_lm_head.weight"}.get(plain, plain)  # fmt: skip
+        plain = {
+            "cls.predictions.bias": "generator_lm_head.bias",
+            "cls.predictions.decoder.weight": "generator_lm_head.weight",
+        }.get(plain, plain)
         if plain == "cls.predictions.decoder.bias" and "cls.predictions.bias" not in tensors:
             plain = "generator_lm_head.bias"
-        renamed[name] = f"electra.{plain}" if plain.startswith(("embeddings", "encoder.")) else plain
+        renamed[name] = (
+            f"electra.{plain}" if plain.startswith(("embeddings", "encoder.")) else plain
+        )
     return renamed

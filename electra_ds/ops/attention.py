@@ -16,10 +16,16 @@ from electra_ds.ops.dropout import dropout_factors
 class Pieces(NamedTuple):
     """Who attends to whom, made once per micro-batch. All None: every token of a row sees the whole row."""
 
-    bias: Tensor | None = None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
-    bounds: Tensor | None = None  # int32, starts of the pieces in the flattened batch (`piece_bounds`)
+    bias: Tensor | None = (
+        None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
+    )
+    bounds: Tensor | None = (
+        None  # int32, starts of the pieces in the flattened batch (`piece_bounds`)
+    )
     rows: list[int] | None = None  # on a CPU those whose bias is not 0
-    runs: list[tuple[int, int]] | None = None  # of one row: (pieces, tokens of each) of each stretch of equal lengths
+    runs: list[tuple[int, int]] | None = (
+        None  # of one row: (pieces, tokens of each) of each stretch of equal lengths
+    )
 
 
 def piece_bounds(piece_ids: Tensor) -> Tensor:
@@ -37,7 +43,9 @@ def piece_bounds(piece_ids: Tensor) -> Tensor:
     return F.pad(starts, (0, size + 1 - len(starts)), value=batch * length).to(torch.int32)
 
 
-def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = None, head_size: int = 64) -> Pieces:
+def pieces_of(
+    piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = None, head_size: int = 64
+) -> Pieces:
     """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
 
     dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks at
@@ -51,7 +59,9 @@ def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = Non
             return Pieces()
         if len(piece_ids) == 1 and bounds is not None:
             sizes, counts = torch.unique_consecutive(bounds.diff(), return_counts=True)
-            return Pieces(runs=[run for run in zip(counts.tolist(), sizes.tolist(), strict=True) if run[1]])
+            return Pieces(
+                runs=[run for run in zip(counts.tolist(), sizes.tolist(), strict=True) if run[1]]
+            )
     elif bounds is not None:
         if len(bounds) == len(piece_ids) + 1:
             return Pieces()
@@ -63,7 +73,11 @@ def pieces_of(piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = Non
 
 
 def attention(
-    qkv: Tensor, num_heads: int, pieces: Pieces = Pieces(), dropout: float = 0.0, backend: str = "auto"
+    qkv: Tensor,
+    num_heads: int,
+    pieces: Pieces = Pieces(),
+    dropout: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V per head, inside pieces (Vaswani et al. 2017, 3.2).
 
@@ -80,9 +94,13 @@ def attention(
         ]
         return torch.cat(seen)[None]
     if backend == "auto":
-        backend = "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
+        backend = (
+            "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
+        )
     if backend == "bmm":
-        rows = None if torch.compiler.is_compiling() else pieces.rows  # compiled code may not depend on their numbers
+        rows = (
+            None if torch.compiler.is_compiling() else pieces.rows
+        )  # compiled code may not depend on their numbers
         return _BmmAttention.apply(qkv, num_heads, pieces.bias, rows, dropout)
     batch, length, width = qkv.shape
     heads = qkv.view(batch, length, 3, num_heads, width // 3 // num_heads)
@@ -107,12 +125,21 @@ class _BmmAttention(torch.autograd.Function):
     """Batched products on contiguous heads; the probabilities stay in the compute dtype (speed.md, 2)."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, num_heads: int, bias: Tensor | None, rows: list[int] | None, dropout: float):
+    def forward(
+        ctx,
+        qkv: Tensor,
+        num_heads: int,
+        bias: Tensor | None,
+        rows: list[int] | None,
+        dropout: float,
+    ):
         batch, length, width = qkv.shape
         size = width // 3 // num_heads
         heads = qkv.view(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4).contiguous()
         q, k, v = heads.view(3, batch * num_heads, length, size)
-        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(size))  # [B*N, S, S]
+        scores = torch.baddbmm(
+            q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(size)
+        )  # [B*N, S, S]
         if rows is not None:
             for row in rows:
                 scores[row * num_heads : (row + 1) * num_heads].add_(bias[row])
@@ -129,7 +156,11 @@ class _BmmAttention(torch.autograd.Function):
         heads, probs, kept = ctx.saved_tensors
         _, batch, num_heads, length, size = heads.shape
         q, k, v = heads.view(3, batch * num_heads, length, size)
-        grad = grad.view(batch, length, num_heads, size).transpose(1, 2).reshape(batch * num_heads, length, size)
+        grad = (
+            grad.view(batch, length, num_heads, size)
+            .transpose(1, 2)
+            .reshape(batch * num_heads, length, size)
+        )
         grads = torch.empty_like(heads)
         dq, dk, dv = grads.view(3, batch * num_heads, length, size)
         torch.bmm((probs if kept is None else probs * kept).transpose(1, 2), grad, out=dv)

@@ -52,7 +52,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 # The operator behind PyTorch's own CPU inference graphs, where this build has it.
-_has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_has_product = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
 _product = torch.ops.mkldnn._linear_pointwise.default if _has_product else None
 
 
@@ -63,7 +65,11 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, with_gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.with_gelu = with_gelu
-        return product(F.gelu(x) if with_gelu else x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return product(
+            F.gelu(x) if with_gelu else x,
+            weight.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -78,7 +84,12 @@ class _Linear(torch.autograd.Function):
             dx = product(flat, weight.to(x.dtype).T).view(x.shape)
             if ctx.with_gelu:
                 torch.ops.aten.gelu_backward.grad_input(dx, x, grad_input=dx)
-        return dx, dweight, flat.sum(0) if wants_bias else None, None  # autograd casts them to the parameters' dtype
+        return (
+            dx,
+            dweight,
+            flat.sum(0) if wants_bias else None,
+            None,
+        )  # autograd casts them to the parameters' dtype
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:

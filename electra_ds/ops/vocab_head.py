@@ -14,7 +14,10 @@ from electra_ds.ops.linear import product
 
 CHUNK = 64  # the word table is padded to a multiple of it; sampling looks for the chunk first, then inside it
 
-ROWS_ON_CPU, ROWS_ON_GPU = 64, 1024  # places per block: a block of logits stays in the processor's cache
+ROWS_ON_CPU, ROWS_ON_GPU = (
+    64,
+    1024,
+)  # places per block: a block of logits stays in the processor's cache
 GROUP = 4096  # places whose gradient of the logits is held at once; a multiple of both
 
 
@@ -50,7 +53,9 @@ def sample_weights(weights: Tensor, uniforms: Tensor) -> Tensor:
     aim = uniforms.float()[:, None] * sums[:, -1:]
     chunk = _first_above(sums, aim)
     before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp(min=0)), 0.0)
-    inside = running_sums(chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1))  # [M, 64]
+    inside = running_sums(
+        chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1)
+    )  # [M, 64]
     return (chunk * CHUNK + _first_above(inside, aim - before)).squeeze(1)
 
 
@@ -66,7 +71,9 @@ def most_likely(logits: Tensor) -> Tensor:
     """argmax over the tokens of logits [M, P], P a multiple of 64: by chunks, ten times as fast on a CPU. [M] int64."""
     chunks = logits.view(len(logits), -1, CHUNK)
     chunk = chunks.amax(-1).argmax(-1, keepdim=True)  # [M, 1]
-    inside = chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1).argmax(-1, keepdim=True)
+    inside = (
+        chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1).argmax(-1, keepdim=True)
+    )
     return (chunk * CHUNK + inside).squeeze(1)
 
 
@@ -78,10 +85,20 @@ def _first_above(running: Tensor, aim: Tensor) -> Tensor:
 
 
 def vocab_head(
-    x: Tensor, table: Tensor, bias: Tensor, *, targets: Tensor, weights: Tensor, uniforms: Tensor, vocab_size: int,
-    temperature: float = 1.0, with_best: bool = False, disallow: bool = False, gate: Tensor | None = None,
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    *,
+    targets: Tensor,
+    weights: Tensor,
+    uniforms: Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    with_best: bool = False,
+    disallow: bool = False,
+    gate: Tensor | None = None,
     copied: Tensor | None = None,
-) -> HeadResult:  # fmt: skip
+) -> HeadResult:
     """Loss and samples at the chosen places, block by block; a block's logits become their own gradient in place.
 
     x:       [..., E] in the compute dtype; table [P, E] and bias [P] in that dtype or fp32
@@ -92,17 +109,29 @@ def vocab_head(
     Logits of the rows beyond vocab_size count for nothing. Gradients reach x, table and bias.
     """
     shape = targets.shape
-    x, targets, weights, uniforms = x.flatten(0, -2), targets.flatten(), weights.flatten(), uniforms.flatten()
+    x, targets, weights, uniforms = (
+        x.flatten(0, -2),
+        targets.flatten(),
+        weights.flatten(),
+        uniforms.flatten(),
+    )
     gate, copied = (None, None) if gate is None else (gate.flatten(), copied.flatten())
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
     options = vocab_size, temperature, with_best, disallow, wants_grad
-    nll, sampled, best = _FusedHead.apply(x, table, bias, gate, targets, weights.float(), uniforms, copied, options)
+    nll, sampled, best = _FusedHead.apply(
+        x, table, bias, gate, targets, weights.float(), uniforms, copied, options
+    )
     return HeadResult(nll, sampled.view(shape), best.view(shape) if with_best else None)
 
 
-def logits_head(logits, targets, weights, uniforms, temperature=1.0, with_best=False, disallow=False) -> HeadResult:
+def logits_head(
+    logits, targets, weights, uniforms, temperature=1.0, with_best=False, disallow=False
+) -> HeadResult:
     """Loss and samples of logits [..., P] that are there as a whole; targets, weights, uniforms [...]."""
-    nll = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none") * weights.flatten()
+    nll = (
+        F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+        * weights.flatten()
+    )
     drawn_from = logits.detach().float()
     if disallow:
         drawn_from = drawn_from.scatter(-1, targets[..., None], -math.inf)
@@ -148,7 +177,9 @@ class _FusedHead(torch.autograd.Function):
                 sampled[part] = sample_weights(probs, uniforms[part])
             weight_here = weights[part, None]
             if gate is not None:
-                nll[part], by_softmax, dgate[part] = _with_copies(nll[part], gate[part], copied[part])
+                nll[part], by_softmax, dgate[part] = _with_copies(
+                    nll[part], gate[part], copied[part]
+                )
                 weight_here = weight_here * by_softmax[:, None]
             if wants_grad:
                 probs.mul_(weight_here / total)
@@ -170,7 +201,9 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, *_):
         # scaled in fp32: a scale rounded to bf16 would shift the whole gradient
-        return *(g if g is None else (g.float() * scale).to(g.dtype) for g in ctx.saved_tensors), *[None] * 5
+        return *(g if g is None else (g.float() * scale).to(g.dtype) for g in ctx.saved_tensors), *[
+            None
+        ] * 5
 
 
 def _with_copies(nll: Tensor, gate: Tensor, copied: Tensor) -> tuple[Tensor, Tensor, Tensor]:

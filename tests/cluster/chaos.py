@@ -17,7 +17,16 @@ CHAOS = json.loads(os.environ["CHAOS"])
 RANK, TRACE = int(os.environ.get("RANK", "0")), Path(CHAOS["trace"])
 OUT = os.path.abspath(sys.argv[sys.argv.index("--out") + 1])
 WOUNDED = CHAOS.get("rank") in (RANK, -1) and CHAOS["place"] != "any time"
-FILES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree")
+FILES = (
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.listdir",
+    "os.scandir",
+    "shutil.rmtree",
+)
 ACTIONS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": signal.SIGSTOP}
 steps, met = 0, []  # attempts of a step in this process; calls of the fault's place
 
@@ -37,7 +46,16 @@ def at(place: str) -> None:
 
 
 def act(action: str, place: str) -> None:
-    write("faults", {"attempt": CHAOS["attempt"], "rank": RANK, "time": time.time(), "place": place, "action": action})
+    write(
+        "faults",
+        {
+            "attempt": CHAOS["attempt"],
+            "rank": RANK,
+            "time": time.time(),
+            "place": place,
+            "action": action,
+        },
+    )
     if action == "exit 3":
         os._exit(3)
     if action == "exception":

@@ -20,13 +20,24 @@ from cluster.slurm import Slurm
 from conftest import CPU, ROOT
 
 SMALL = [
-    "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
-    "generator.hidden_size=16", "generator.ffn_size=32", "generator.num_layers=1", "train.global_batch_size=8",
-    "train.micro_batch_size=4", "train.total_steps=400", "train.eval_every=0", "checkpoint.every=50",
+    "model.hidden_size=32",
+    "model.ffn_size=64",
+    "model.embedding_size=24",
+    "model.num_layers=1",
+    "generator.hidden_size=16",
+    "generator.ffn_size=32",
+    "generator.num_layers=1",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=4",
+    "train.total_steps=400",
+    "train.eval_every=0",
+    "checkpoint.every=50",
     "logging.tensorboard=false",
-]  # fmt: skip
+]
 BRIEF = ("train.total_steps=40", "checkpoint.every=20")  # where nothing happens on the way
-needs_pdsh = pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh here (apt-get install pdsh)")
+needs_pdsh = pytest.mark.skipif(
+    shutil.which("pdsh") is None, reason="no pdsh here (apt-get install pdsh)"
+)
 ENVIRON = CPU | {"PYTHON": sys.executable, "RANKS": "2"}
 
 
@@ -36,12 +47,16 @@ def arguments(data: Path, out: Path, *sets: str) -> list[object]:
     return ["tiny", "--data", data, "--out", out, "--engine", "zero1-fp32", *words]
 
 
-def start(script: str, *words: object, on: list[str] | None = None, **environ: object) -> subprocess.Popen:
+def start(
+    script: str, *words: object, on: list[str] | None = None, **environ: object
+) -> subprocess.Popen:
     """A script of launch/ as a user starts it, here or on a machine (Machines.on)."""
     command = [*(on or []), "bash", str(ROOT / "launch" / script), *map(str, words)]
     environ = os.environ | ENVIRON | {key: str(value) for key, value in environ.items()}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environ, start_new_session=True, **pipes)  # so that a test can type Ctrl-C
+    return subprocess.Popen(
+        command, env=environ, start_new_session=True, **pipes
+    )  # so that a test can type Ctrl-C
 
 
 def hostfile(folder: Path) -> dict[str, Path]:
@@ -64,17 +79,25 @@ def submit(
     shape = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={out}.log"]
     run = ["launch/pretrain.sbatch", *arguments(data, out, *sets), *words]
     meeting = {} if slurm.machines else {"MASTER_ADDR": "127.0.0.1"}
-    return slurm.run("sbatch", "--parsable", *shape, *options, *run, cwd=ROOT, **(ENVIRON | meeting | environ)).strip()
+    return slurm.run(
+        "sbatch", "--parsable", *shape, *options, *run, cwd=ROOT, **(ENVIRON | meeting | environ)
+    ).strip()
 
 
 def weights(out: Path) -> bytes:
     """The bytes of the final weights."""
-    return b"".join(path.read_bytes() for path in sorted((out / "ckpt/final").glob("model-*.safetensors")))
+    return b"".join(
+        path.read_bytes() for path in sorted((out / "ckpt/final").glob("model-*.safetensors"))
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen | None = None) -> None:
     """Until a file is there; fails when the process that should write it ends."""
-    wait_until(lambda: path.exists() or (process and process.poll() is not None), f"{path} is not written", 200)
+    wait_until(
+        lambda: path.exists() or (process and process.poll() is not None),
+        f"{path} is not written",
+        200,
+    )
     assert path.exists(), process.communicate()[0][-4000:]
 
 
@@ -83,8 +106,12 @@ def ranks_of(out: Path) -> dict[str, int]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = [word for word in (process / "cmdline").read_bytes().split(b"\0") if word != b"-u"]
-            rank = re.search(rb"\0(?:RANK|SLURM_PROCID|PMI_RANK)=(\d+)\0", (process / "environ").read_bytes())
+            words = [
+                word for word in (process / "cmdline").read_bytes().split(b"\0") if word != b"-u"
+            ]
+            rank = re.search(
+                rb"\0(?:RANK|SLURM_PROCID|PMI_RANK)=(\d+)\0", (process / "environ").read_bytes()
+            )
         except OSError:
             continue
         if rank and words[1:3] == [b"-m", b"electra_ds"] and str(out).encode() in words:
@@ -124,7 +151,9 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 @pytest.fixture(scope="session")
-def slurm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def slurm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Slurm]:
     """Two idle nodes: virtual machines, or without root all on 127.0.0.1."""
     if scheduler.MISSING:
         pytest.skip(f"no {', '.join(scheduler.MISSING)} here (apt-get install slurm-wlm munge)")

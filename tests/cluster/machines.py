@@ -64,9 +64,13 @@ class Machines:
     def __init__(self, folder: Path, nodes: int):
         self.folder, self.nodes = folder, [f"node{i + 1}" for i in range(nodes)]
         self._booted: dict[str, subprocess.Popen] = {}
-        self._address = {name: f"{NETWORK}.{10 + i}" for i, name in enumerate(["head", *self.nodes])}
+        self._address = {
+            name: f"{NETWORK}.{10 + i}" for i, name in enumerate(["head", *self.nodes])
+        }
         for name in ("id", "host"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+            )
         hosts = [f"{address} {name}" for name, address in self._address.items()]
         (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
@@ -82,28 +86,51 @@ class Machines:
         """Switch a machine on, and wait until it takes ssh."""
         init = INIT.format(name=name, folder=self.folder, address=self._address[name])
         spaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child"]
-        with (self.folder / f"{name}.log").open("w") as log:  # setpriv: it goes when we go, however that is
+        with (self.folder / f"{name}.log").open(
+            "w"
+        ) as log:  # setpriv: it goes when we go, however that is
             command = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "bash", "-c", init]
             self._booted[name] = subprocess.Popen(
-                command, env=os.environ | {"PATH": PATH}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                env=os.environ | {"PATH": PATH},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
-        wait_until(lambda: self._init(name) and self._hostname(name) == name, f"{name} does not start")
+        wait_until(
+            lambda: self._init(name) and self._hostname(name) == name, f"{name} does not start"
+        )
         if name == "head":
             self.run("head", "ip", "link", "add", "eth0", "type", "bridge")
         else:  # the same hardware address after a reboot, which others remember
             subprocess.run([*self.on("head"), "ip", "link", "del", name], capture_output=True)
             mac = "02:00:00:00:00:{:02x}".format(int(self._address[name].rpartition(".")[2]))
-            cable = ["type", "veth", "peer", "name", "eth0", "address", mac, "netns", str(self._init(name))]
+            cable = [
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "address",
+                mac,
+                "netns",
+                str(self._init(name)),
+            ]
             switch = ["nsenter", "-t", str(self._init("head")), "--net"]
             subprocess.run([*switch, "ip", "link", "add", name, *cable], check=True)
             self.run("head", "ip", "link", "set", name, "master", "eth0", "up")
         enter = [*self.on("head"), "ssh", name, "true"]
-        wait_until(lambda: subprocess.run(enter, capture_output=True).returncode == 0, f"{name} takes no ssh")
+        wait_until(
+            lambda: subprocess.run(enter, capture_output=True).returncode == 0,
+            f"{name} takes no ssh",
+        )
 
     def _init(self, name: str) -> int:
         """The number here of a machine's first process; 0: not yet."""
         unshare = self._booted[name].pid
-        return int((Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split() or ["0"])[0])
+        return int(
+            (Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split() or ["0"])[0]
+        )
 
     def _hostname(self, name: str) -> str:
         spaces = ["nsenter", "-t", str(self._init(name)), "--uts", "uname", "-n"]
@@ -117,7 +144,9 @@ class Machines:
     def run(self, name: str, *command: object) -> str:
         """What a command on a machine prints; it has to succeed."""
         words = [*self.on(name), *map(str, command)]
-        return subprocess.run(words, env=os.environ | {"PATH": PATH}, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            words, env=os.environ | {"PATH": PATH}, check=True, capture_output=True, text=True
+        ).stdout
 
     def cut(self, name: str) -> None:
         """Pull the cable: what is sent is lost, and nobody is told."""
@@ -140,7 +169,9 @@ class Machines:
             self._end(name)
 
 
-def wait_until(holds: Callable[[], object], problem: str, seconds: float = 30, logs: Sequence[Path] = ()) -> None:
+def wait_until(
+    holds: Callable[[], object], problem: str, seconds: float = 30, logs: Sequence[Path] = ()
+) -> None:
     """Poll; fails with `problem` and the ends of the logs."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -60,24 +60,35 @@ class Slurm:
     """The cluster while it is up; `run` is any of its commands, `environ` what they need."""
 
     def __init__(self, folder: Path, nodes: int, machines: Machines | None = None):
-        self.folder, self.machines, self.nodes = folder, machines, [f"node{i + 1}" for i in range(nodes)]
+        self.folder, self.machines, self.nodes = (
+            folder,
+            machines,
+            [f"node{i + 1}" for i in range(nodes)],
+        )
         self.children: list[subprocess.Popen] = []
         outer = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.environ = outer | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
-        host, user = os.uname().nodename.split(".")[0], subprocess.check_output(["id", "-un"], text=True).strip()
+        host, user = (
+            os.uname().nodename.split(".")[0],
+            subprocess.check_output(["id", "-un"], text=True).strip(),
+        )
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
         (folder / "state").mkdir()
         controller = "head" if machines else f"{host}(127.0.0.1)"
         self._socket = "/run/munge.socket" if machines else f"{folder}/munge.socket"
-        first_job = secrets.randbelow(60_000_000) + 1  # a killed MPICH leaves shared memory named by job and step
+        first_job = (
+            secrets.randbelow(60_000_000) + 1
+        )  # a killed MPICH leaves shared memory named by job and step
         values = {"controller": controller, "user": user, "folder": folder, "socket": self._socket}
         conf = CONF.format(first_job=first_job, port=free_port(), **values)
         for node in self.nodes:
             place = "" if machines else f"NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()}"
             conf += NODE.format(node=node, place=place)
         (folder / "slurm.conf").write_text(conf)
-        (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File=/dev/null,/dev/zero\n")
+        (folder / "gres.conf").write_text(
+            f"NodeName=node[1-{nodes}] Name=gpu File=/dev/null,/dev/zero\n"
+        )
         try:
             self._start_munged("head")
             self._start("head", "slurmctld", "-D", "-c")
@@ -99,8 +110,16 @@ class Slurm:
     def _start_munged(self, place: str) -> None:
         own = {"pid-file": "pid", "seed-file": "seed", "log-file": "log"}
         options = [f"--{option}={self.folder}/munge-{place}.{end}" for option, end in own.items()]
-        self._start(place, "munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
-                    f"--socket={self._socket}", "--num-threads=2", *options)  # fmt: skip
+        self._start(
+            place,
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={self.folder}/munge.key",
+            f"--socket={self._socket}",
+            "--num-threads=2",
+            *options,
+        )
         look = [*self._on(place), "test", "-e", self._socket]
         self.until(lambda: subprocess.run(look).returncode == 0)
 
@@ -112,10 +131,14 @@ class Slurm:
             words = [*self._on(place), *command]
             self.children.append(subprocess.Popen(words, env=self.environ, stdout=log, stderr=log))
 
-    def run(self, *command: object, check: bool = True, cwd: Path | None = None, **environ: str) -> str:
+    def run(
+        self, *command: object, check: bool = True, cwd: Path | None = None, **environ: str
+    ) -> str:
         """What a SLURM command prints."""
         words, environ = [*self._on("head", cwd or "/"), *map(str, command)], self.environ | environ
-        return subprocess.run(words, env=environ, check=check, capture_output=True, text=True, cwd=cwd).stdout
+        return subprocess.run(
+            words, env=environ, check=check, capture_output=True, text=True, cwd=cwd
+        ).stdout
 
     def idle(self) -> int:
         """The number of nodes that wait for work."""

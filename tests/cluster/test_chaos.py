@@ -27,17 +27,38 @@ from electra_ds.metrics import TIMED, read_metrics
 from electra_ds.ranks import free_port
 
 SEED, FAULTS = int(os.environ.get("CHAOS_SEED", "1")), int(os.environ.get("CHAOS_FAULTS", "36"))
-CHAINS = [(1, "one"), (2, "two"), (2, "two, awaited")]  # ranks, name; "awaited": saving is not asynchronous
+CHAINS = [
+    (1, "one"),
+    (2, "two"),
+    (2, "two, awaited"),
+]  # ranks, name; "awaited": saving is not asynchronous
 HANG, NEVER = 60, 180  # seconds from a fault to the last process's end; from a start to the fault
-ROWS, GLOBAL, EVERY = 300, 8, 10  # training rows of the fixture, rows of a step, steps between checkpoints
+ROWS, GLOBAL, EVERY = (
+    300,
+    8,
+    10,
+)  # training rows of the fixture, rows of a step, steps between checkpoints
 STEPS = 20 * FAULTS + 60
 SETS = [
-    "model.hidden_size=32", "model.ffn_size=64", "model.embedding_size=24", "model.num_layers=1",
-    "generator.hidden_size=16", "generator.ffn_size=32", "generator.num_layers=1", f"train.global_batch_size={GLOBAL}",
-    "train.micro_batch_size=4", f"train.total_steps={STEPS}", "train.eval_every=20", "train.eval_rows=24",
-    f"checkpoint.every={EVERY}", "logging.every=5", "logging.tensorboard=false", "train.max_restarts=0",
-    "train.timeout_minutes=1", "train.silence_seconds=5",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.ffn_size=64",
+    "model.embedding_size=24",
+    "model.num_layers=1",
+    "generator.hidden_size=16",
+    "generator.ffn_size=32",
+    "generator.num_layers=1",
+    f"train.global_batch_size={GLOBAL}",
+    "train.micro_batch_size=4",
+    f"train.total_steps={STEPS}",
+    "train.eval_every=20",
+    "train.eval_rows=24",
+    f"checkpoint.every={EVERY}",
+    "logging.every=5",
+    "logging.tensorboard=false",
+    "train.max_restarts=0",
+    "train.timeout_minutes=1",
+    "train.silence_seconds=5",
+]
 ANY = ("kill -9", "exit 3", "exception", "SIGTERM")
 # place: (weight, highest count on rank 0, on another rank, actions). Counts reach over two saves, evaluations, epochs.
 PLACES = {
@@ -70,8 +91,13 @@ def draw(name: str, ranks: int, number: int) -> dict:
     """The fault of that number; rank -1: all ranks. A stopped rank, or one that dies alone, needs a launcher's eye."""
     dice = random.Random(f"{SEED} {name} {number}")
     if ranks > 1 and number % 12 == 5:
-        return {"rank": dice.randrange(ranks), "place": "step", "count": dice.randint(1, 80), "action": "SIGSTOP",
-                "torchrun": True}  # fmt: skip
+        return {
+            "rank": dice.randrange(ranks),
+            "place": "step",
+            "count": dice.randint(1, 80),
+            "action": "SIGSTOP",
+            "torchrun": True,
+        }
     place = dice.choices(list(PLACES), [weight for weight, *_ in PLACES.values()])[0]
     _, most, most_elsewhere, actions = PLACES[place]
     action, rank = dice.choice(actions), dice.randrange(ranks)
@@ -82,7 +108,10 @@ def draw(name: str, ranks: int, number: int) -> dict:
     fault["torchrun"] = ranks > 1 and (place in ("imports", "any time") or dice.random() < 0.5)
     if place == "any time":
         first_step = dice.random() < 0.5
-        fault |= {"since": "first step" if first_step else "start", "delay": dice.uniform(0, 0.7 if first_step else 5)}
+        fault |= {
+            "since": "first step" if first_step else "start",
+            "delay": dice.uniform(0, 0.7 if first_step else 5),
+        }
     return fault
 
 
@@ -101,7 +130,11 @@ class Chain:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        self.out, self.trace, self.awaited = self.folder / "out", self.folder / "trace", "awaited" in self.name
+        self.out, self.trace, self.awaited = (
+            self.folder / "out",
+            self.folder / "trace",
+            "awaited" in self.name,
+        )
         self.trace.mkdir()
 
     def run(self, faults: int) -> "Chain":
@@ -124,7 +157,10 @@ class Chain:
             return
         where = f"chain {self.name!r}, seed {SEED}, fault {number}: {fault}, left with {codes}\n{said[-6000:]}"
         assert met, f"ended by itself: {where}"
-        fault |= {"place": met[-1]["place"], "action": met[-1]["action"]}  # another than drawn at LATEST
+        fault |= {
+            "place": met[-1]["place"],
+            "action": met[-1]["action"],
+        }  # another than drawn at LATEST
         stopped = any(self.out.glob("stopped.*"))
         assert stopped or any(codes), f"a failure with code 0: {where}"
         self.pending.append(outcome)
@@ -133,7 +169,9 @@ class Chain:
         outcome.corrupt = self.check_latest()
         outcome.lost = before - self.position // GLOBAL
         assert not (stopped and outcome.lost), f"a stop lost {outcome.lost} steps: {where}"
-        print(f"{self.name} {number}: {fault} -> {outcome.seconds:.1f} s, lost {outcome.lost}, left with {codes}")
+        print(
+            f"{self.name} {number}: {fault} -> {outcome.seconds:.1f} s, lost {outcome.lost}, left with {codes}"
+        )
 
     def attempt(self, fault: dict) -> tuple[list[int], str, float, bool]:
         """Start the ranks, wait until all processes are gone: exit codes, output, seconds since the fault, hung."""
@@ -147,7 +185,10 @@ class Chain:
                     process.poll()
                 if fault["place"] == "any time" and self.is_time(fault, began):
                     self.signal_ranks(fault, processes)
-                if time.time() - self.fault_time(began + NEVER) > HANG and fault["rank"] is not None:
+                if (
+                    time.time() - self.fault_time(began + NEVER) > HANG
+                    and fault["rank"] is not None
+                ):
                     hung = True
                     for process in processes:
                         os.kill(process, signal.SIGKILL)
@@ -158,17 +199,43 @@ class Chain:
     def start(self, chaos: str, torchrun: bool, log) -> list[subprocess.Popen]:
         asynchronous = f"checkpoint.asynchronous={str(not self.awaited).lower()}"
         sets = [word for value in (*SETS, asynchronous) for word in ("--set", value)]
-        command = [str(ROOT / "tests/cluster/chaos.py"), "pretrain", "tiny", "--data", self.data, "--out", self.out,
-                   "--engine", "zero1-fp32", *sets]  # fmt: skip
+        command = [
+            str(ROOT / "tests/cluster/chaos.py"),
+            "pretrain",
+            "tiny",
+            "--data",
+            self.data,
+            "--out",
+            self.out,
+            "--engine",
+            "zero1-fp32",
+            *sets,
+        ]
         environ = os.environ | CPU | {"CHAOS": chaos}
         if torchrun:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
-            return [subprocess.Popen([sys.executable, *launcher, *command], env=environ, stdout=log, stderr=log)]
-        place = {"WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": free_port()}  # fmt: skip
+            launcher = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={self.ranks}",
+            ]
+            return [
+                subprocess.Popen(
+                    [sys.executable, *launcher, *command], env=environ, stdout=log, stderr=log
+                )
+            ]
+        place = {
+            "WORLD_SIZE": self.ranks,
+            "LOCAL_WORLD_SIZE": self.ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
         places = [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(self.ranks)]
         environs = [environ | {key: str(value) for key, value in place.items()} for place in places]
-        return [subprocess.Popen([sys.executable, *command], env=e, stdout=log, stderr=log) for e in environs]
+        return [
+            subprocess.Popen([sys.executable, *command], env=e, stdout=log, stderr=log)
+            for e in environs
+        ]
 
     def is_time(self, fault: dict, began: float) -> bool:
         if self.fault_time(0):
@@ -183,11 +250,18 @@ class Chain:
         ranks = {rank: process for process in processes if (rank := rank_of(process)) is not None}
         wanted = range(self.ranks) if fault["rank"] == -1 else [fault["rank"]]
         if all(rank in ranks for rank in wanted):
-            line = {"attempt": self.attempts, "time": time.time(), "place": "any time", "action": fault["action"]}
+            line = {
+                "attempt": self.attempts,
+                "time": time.time(),
+                "place": "any time",
+                "action": fault["action"],
+            }
             with (self.trace / "faults").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             for rank in wanted:
-                os.kill(ranks[rank], signal.SIGKILL if fault["action"] == "kill -9" else signal.SIGTERM)
+                os.kill(
+                    ranks[rank], signal.SIGKILL if fault["action"] == "kill -9" else signal.SIGTERM
+                )
 
     def fault_time(self, otherwise: float) -> float:
         times = [line["time"] for line in self.lines("faults") if line["attempt"] == self.attempts]
@@ -202,9 +276,15 @@ class Chain:
         step = self.position // GLOBAL
         for rank in range(self.ranks):
             offset = rank * GLOBAL // self.ranks
-            positions = [line["position"] for line in self.lines(f"rank-{rank}") if line["attempt"] == self.attempts]
+            positions = [
+                line["position"]
+                for line in self.lines(f"rank-{rank}")
+                if line["attempt"] == self.attempts
+            ]
             if positions:
-                assert positions[0] - offset == self.position, f"{self.name}: resumed elsewhere than at its checkpoint"
+                assert positions[0] - offset == self.position, (
+                    f"{self.name}: resumed elsewhere than at its checkpoint"
+                )
                 step = max(step, (positions[-1] - offset) // GLOBAL + 1)
                 for outcome in self.pending:
                     outcome.resumed = True
@@ -233,7 +313,11 @@ class Chain:
             for line in self.lines(f"rank-{rank}"):
                 if line["attempt"] != attempt:
                     attempt = line["attempt"]
-                    own = {position: row for position, row in own.items() if position < line["position"]}
+                    own = {
+                        position: row
+                        for position, row in own.items()
+                        if position < line["position"]
+                    }
                 part = dict(enumerate(line["rows"], line["position"]))
                 assert not part.keys() & own.keys()
                 own |= part
@@ -246,11 +330,16 @@ class Chain:
         """Weights and moments."""
         found = checkpoint.latest(self.out / "ckpt")
         meta = checkpoint.read_meta(found)
-        return dict(checkpoint.tensors(found, meta)) | dict(checkpoint.tensors(found, meta, "optim"))
+        return dict(checkpoint.tensors(found, meta)) | dict(
+            checkpoint.tensors(found, meta, "optim")
+        )
 
     def curve(self) -> list[dict]:
         """The metrics without what depends on the machine's speed."""
-        return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(self.out / "metrics.jsonl")]
+        return [
+            {k: v for k, v in r.items() if k not in TIMED}
+            for r in read_metrics(self.out / "metrics.jsonl")
+        ]
 
 
 def living(chaos: str) -> list[int]:
@@ -278,29 +367,44 @@ def rank_of(process: int) -> int | None:
 
 def table(outcomes: list[Outcome]) -> str:
     """Markdown: by what happened, then the same faults by where."""
-    lines = ["| fault | ranks | faults | resumed | seconds until gone, max | steps lost, max | corrupt loads | hangs |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| fault | ranks | faults | resumed | seconds until gone, max | steps lost, max | corrupt loads | hangs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     groups = {}
     for outcome in outcomes:
         for name in (outcome.fault["action"], f"at {outcome.fault['place']}"):
             groups.setdefault((name.startswith("at "), name, outcome.ranks), []).append(outcome)
     groups = {key[1:]: groups[key] for key in sorted(groups)}
     groups["all, saving awaited", 2] = [outcome for outcome in outcomes if outcome.awaited]
-    groups["all, saving asynchronous", "1, 2"] = [outcome for outcome in outcomes if not outcome.awaited]
+    groups["all, saving asynchronous", "1, 2"] = [
+        outcome for outcome in outcomes if not outcome.awaited
+    ]
     for (name, ranks), some in groups.items():
         figures = (
-            len(some), sum(o.resumed for o in some), f"{max(o.seconds for o in some):.0f}", max(o.lost for o in some),
-            sum(o.corrupt for o in some), sum(o.hung for o in some),
-        )  # fmt: skip
+            len(some),
+            sum(o.resumed for o in some),
+            f"{max(o.seconds for o in some):.0f}",
+            max(o.lost for o in some),
+            sum(o.corrupt for o in some),
+            sum(o.hung for o in some),
+        )
         lines.append(f"| {name} | {ranks} | {' | '.join(map(str, figures))} |")
     return "\n".join(lines) + "\n"
 
 
 @pytest.mark.chaos
-def test_a_run_survives_a_hundred_faults(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_survives_a_hundred_faults(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with ThreadPoolExecutor(len(CHAINS)) as pool:
-        peaceful = [pool.submit(Chain(tmp_path / f"whole-{ranks}", data, ranks).run, 0) for ranks in (1, 2)]
-        hurt = [pool.submit(Chain(tmp_path / name, data, ranks, name).run, FAULTS) for ranks, name in CHAINS]
+        peaceful = [
+            pool.submit(Chain(tmp_path / f"whole-{ranks}", data, ranks).run, 0) for ranks in (1, 2)
+        ]
+        hurt = [
+            pool.submit(Chain(tmp_path / name, data, ranks, name).run, FAULTS)
+            for ranks, name in CHAINS
+        ]
         whole = {chain.result().ranks: chain.result() for chain in peaceful}
         chains = [chain.result() for chain in hurt]
     outcomes = [outcome for chain in chains for outcome in chain.outcomes]
@@ -316,7 +420,9 @@ def test_a_run_survives_a_hundred_faults(data: Path, tmp_path: Path, capsys: pyt
             epoch = rows[start : start + ROWS]
             assert len(set(epoch)) == len(epoch), "a row was seen twice in an epoch"
         ours, theirs = chain.final(), reference.final()
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(ours[key], theirs[key]) for key in ours
+        )
         assert chain.curve() == reference.curve()
     assert all(o.resumed and not o.corrupt and not o.hung for o in outcomes), text
     # Beside an interval, the steps made while the checkpoint at its end was being written; the next save waits for it.

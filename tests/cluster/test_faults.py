@@ -34,7 +34,9 @@ def test_a_node_that_is_not_fit_is_named_before_the_run(
     if shutil.which("pdsh" if script == "deepspeed.sh" else "mpirun") is None:
         pytest.skip("no pdsh or no mpirun here")
     places = {"MPIRUN": "-hosts node1,node2 -ppn 1 -iface eth0"} | hostfile(tmp_path)
-    process = start(script, *arguments(data, tmp_path / "run"), on=machines.on("head"), PYTHON=unfit, **places)
+    process = start(
+        script, *arguments(data, tmp_path / "run"), on=machines.on("head"), PYTHON=unfit, **places
+    )
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0 and not (tmp_path / "run").exists()
     for wrong in ("does not see", "left in /dev/shm", "cannot import torch"):
@@ -50,7 +52,9 @@ def test_a_lost_node_ends_the_job(
     fault: str, victim: str, machines: Machines, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
     out, sets = tmp_path / "run", (f"train.silence_seconds={SILENCE}",)
-    process = start("deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path))
+    process = start(
+        "deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path)
+    )
     wait_for(out / "ckpt/latest", process)
     began = time.monotonic()
     getattr(machines, fault)(victim)
@@ -58,15 +62,27 @@ def test_a_lost_node_ends_the_job(
         wait_until(lambda: not ranks_of(out), "ranks are left", SILENCE + 30)
         gone = time.monotonic() - began
         said = process.communicate(timeout=60)[0]
-        print(f"{fault} {victim}: ranks gone after {gone:.0f} s, launcher after {time.monotonic() - began:.0f} s")
+        print(
+            f"{fault} {victim}: ranks gone after {gone:.0f} s, launcher after {time.monotonic() - began:.0f} s"
+        )
     finally:
         (machines.heal if fault == "cut" else machines.boot)(victim)
     assert process.returncode not in (0, 85), said[-4000:]
     lost, left = (0, 1) if victim == "node1" else (1, 0)
     named = f"rank {lost} on {victim} went first: "
-    assert f"(rank {left}): error: {named}" in said and named in (out / f"log/rank-{left}.log").read_text()
+    assert (
+        f"(rank {left}): error: {named}" in said
+        and named in (out / f"log/rank-{left}.log").read_text()
+    )
     if fault == "cut":  # the other side, which cannot say so, names this one
-        assert f"rank {left} on node{left + 1} went first: " in (out / f"log/rank-{lost}.log").read_text()
-    again = start("deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path))
+        assert (
+            f"rank {left} on node{left + 1} went first: "
+            in (out / f"log/rank-{lost}.log").read_text()
+        )
+    again = start(
+        "deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path)
+    )
     said = again.communicate(timeout=300)[0]
-    assert again.returncode == 0 and "resuming" in said and weights(out) == weights(uninterrupted), said[-4000:]
+    assert (
+        again.returncode == 0 and "resuming" in said and weights(out) == weights(uninterrupted)
+    ), said[-4000:]

@@ -11,7 +11,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster.fixtures import BRIEF, arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
+from cluster.fixtures import (
+    BRIEF,
+    arguments,
+    hostfile,
+    needs_pdsh,
+    ranks_of,
+    start,
+    wait_for,
+    weights,
+)
 from cluster.machines import Machines, wait_until
 from conftest import ROOT, needs_mpi, read_json
 
@@ -26,29 +35,45 @@ def test_the_nodes_of_a_hostfile_train_one_world_from_disks_of_their_own(
     (tmp_path / "data/tokenizer").mkdir()
     for name in ("vocab.txt", "options.json"):
         (tmp_path / "data/tokenizer" / name).write_text("{}\n")
-    words, own = arguments(tmp_path / "data", tmp_path / "run", *BRIEF), "/dev/shm/data"  # of each machine
+    words, own = (
+        arguments(tmp_path / "data", tmp_path / "run", *BRIEF),
+        "/dev/shm/data",
+    )  # of each machine
     process = start("deepspeed.sh", *words, on=machines.on("head"), STAGE=own, **hostfile(tmp_path))
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), said[-4000:]
     for node in machines.nodes:
-        assert f"{node}: {own}: " in said and machines.run(node, "ls", own).split()[-1] == "unigrams.npy"
+        assert (
+            f"{node}: {own}: " in said
+            and machines.run(node, "ls", own).split()[-1] == "unigrams.npy"
+        )
         machines.run(node, "rm", "-r", own)
     assert f"--data {own} --world-size 2" in said
 
 
-def test_torchrun_on_each_node_trains_one_world(machines: Machines, brief: Path, data: Path, tmp_path: Path) -> None:
+def test_torchrun_on_each_node_trains_one_world(
+    machines: Machines, brief: Path, data: Path, tmp_path: Path
+) -> None:
     meeting = {"NODES": 2, "RANKS": 1, "RENDEZVOUS": "node1:29400"}
     words = arguments(data, tmp_path / "run with a space", *BRIEF)
-    agents = [start("torchrun.sh", *words, on=machines.on(node), **meeting) for node in machines.nodes]
+    agents = [
+        start("torchrun.sh", *words, on=machines.on(node), **meeting) for node in machines.nodes
+    ]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(text[-4000:] for text in said)
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(
+        text[-4000:] for text in said
+    )
     assert weights(tmp_path / "run with a space") == weights(brief)
 
 
 @needs_mpi
-def test_mpirun_trains_one_world(machines: Machines, brief: Path, data: Path, tmp_path: Path) -> None:
+def test_mpirun_trains_one_world(
+    machines: Machines, brief: Path, data: Path, tmp_path: Path
+) -> None:
     words = {"MPIRUN": "-hosts node1,node2 -ppn 1 -iface eth0"}
-    process = start("mpi.sh", *arguments(data, tmp_path / "run", *BRIEF), on=machines.on("head"), **words)
+    process = start(
+        "mpi.sh", *arguments(data, tmp_path / "run", *BRIEF), on=machines.on("head"), **words
+    )
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), said[-4000:]
 
@@ -56,11 +81,16 @@ def test_mpirun_trains_one_world(machines: Machines, brief: Path, data: Path, tm
 @pytest.mark.slow
 @needs_pdsh
 @needs_mpi
-@pytest.mark.parametrize(("script", "stop"), [("deepspeed.sh", "STOP"), ("deepspeed.sh", "^C"), ("mpi.sh", "^C")])
+@pytest.mark.parametrize(
+    ("script", "stop"), [("deepspeed.sh", "STOP"), ("deepspeed.sh", "^C"), ("mpi.sh", "^C")]
+)
 def test_a_run_on_two_nodes_saves_when_it_is_told_to_stop(
     script: str, stop: str, machines: Machines, data: Path, tmp_path: Path
 ) -> None:
-    out, places = tmp_path / "run", {"MPIRUN": "-hosts node1,node2 -ppn 1 -iface eth0"} | hostfile(tmp_path)
+    out, places = (
+        tmp_path / "run",
+        {"MPIRUN": "-hosts node1,node2 -ppn 1 -iface eth0"} | hostfile(tmp_path),
+    )
     words = arguments(data, out, "train.total_steps=100000")
     process = start(script, *words, on=machines.on("head"), **places)
     wait_for(out / "ckpt/latest", process)
@@ -73,7 +103,9 @@ def test_a_run_on_two_nodes_saves_when_it_is_told_to_stop(
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_the_death_of_a_rank(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+def test_torchrun_goes_on_after_the_death_of_a_rank(
+    uninterrupted: Path, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     process = start("torchrun.sh", *arguments(data, out))
     wait_for(out / "ckpt/latest", process)
@@ -91,7 +123,9 @@ def test_scripts_pass_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("line", ["-oProxyCommand=touch${IFS}x slots=1", "$(id) slots=1", "node1", "node1 slots=1;id"])
+@pytest.mark.parametrize(
+    "line", ["-oProxyCommand=touch${IFS}x slots=1", "$(id) slots=1", "node1", "node1 slots=1;id"]
+)
 def test_a_hostfile_line_that_is_no_host_is_refused(line: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(f"# nodes\nnode0 slots=1\n{line}\n")
     process = start("deepspeed.sh", *arguments(data, tmp_path / "run"), HOSTFILE=tmp_path / "hosts")
@@ -99,6 +133,13 @@ def test_a_hostfile_line_that_is_no_host_is_refused(line: str, data: Path, tmp_p
 
 
 @pytest.mark.parametrize("word", ["--set=$(touch x)", "a b", "x;id", "`id`", "two\nlines", "it's"])
-def test_a_word_that_a_remote_shell_would_read_is_refused(word: str, data: Path, tmp_path: Path) -> None:
-    process = start("deepspeed.sh", *arguments(data, tmp_path / "run"), word, HOSTFILE=ROOT / "launch/hostfile.example")
+def test_a_word_that_a_remote_shell_would_read_is_refused(
+    word: str, data: Path, tmp_path: Path
+) -> None:
+    process = start(
+        "deepspeed.sh",
+        *arguments(data, tmp_path / "run"),
+        word,
+        HOSTFILE=ROOT / "launch/hostfile.example",
+    )
     assert "cannot go through ssh" in process.communicate(timeout=60)[0] and process.returncode == 2

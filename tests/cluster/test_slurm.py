@@ -26,29 +26,49 @@ def end_of(slurm: Slurm, job: str, out: Path, seconds: float = 400) -> str:
     return log
 
 
-def test_a_job_on_two_nodes_trains_one_world(slurm: Slurm, brief: Path, data: Path, tmp_path: Path) -> None:
+def test_a_job_on_two_nodes_trains_one_world(
+    slurm: Slurm, brief: Path, data: Path, tmp_path: Path
+) -> None:
     log = end_of(slurm, submit(slurm, tmp_path / "run", data, sets=BRIEF), tmp_path / "run")
     assert "2 rank(s) under srun" in log and weights(tmp_path / "run") == weights(brief)
 
 
-def test_a_node_that_is_not_fit_is_named_before_the_run(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+def test_a_node_that_is_not_fit_is_named_before_the_run(
+    slurm: Slurm, data: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "python"  # an environment that one node does not have
     broken.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" != node2 ] && exec {sys.executable} "$@"\n')
     broken.chmod(0o755)
     job = submit(slurm, tmp_path / "run", data, PYTHON=str(broken))
     slurm.until(lambda: slurm.state(job) == "FAILED")
     log = (tmp_path / "run.log").read_text()
-    assert "bad node node2: " in log and "bad node node1" not in log and not (tmp_path / "run").exists()
+    assert (
+        "bad node node2: " in log
+        and "bad node node1" not in log
+        and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stop",
     [
-        ["scancel", "--batch", "--signal=USR1", "JOB"],  # as before the time limit: to the shell alone
+        [
+            "scancel",
+            "--batch",
+            "--signal=USR1",
+            "JOB",
+        ],  # as before the time limit: to the shell alone
         ["scancel", "--signal=TERM", "JOB"],  # to the ranks
         ["scontrol", "requeue", "JOB"],
-        ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"],
+        [
+            "sbatch",
+            "--partition=urgent",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=true",
+        ],
     ],
     ids=["USR1", "TERM", "requeue", "urgent"],
 )
@@ -67,13 +87,17 @@ def test_a_stopped_job_is_queued_again_once_and_ends_the_same(
 
 
 @pytest.mark.slow
-def test_a_job_at_its_time_limit_saves_and_goes_on(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+def test_a_job_at_its_time_limit_saves_and_goes_on(
+    slurm: Slurm, data: Path, tmp_path: Path
+) -> None:
     out, long = tmp_path / "run", ("train.total_steps=100000",)
     job = submit(slurm, out, data, "--time=1", "--signal=B:USR1@45", sets=long)
     wait_until(lambda: (out / "stopped.0").exists(), "the job was not told of its limit", 120)
     saved = read_json(out / "stopped.0")["step"]
     wait_until(
-        lambda: f"at step {saved}\n" in Path(f"{out}.log").read_text().partition("restart 1")[2], "no resume", 120
+        lambda: f"at step {saved}\n" in Path(f"{out}.log").read_text().partition("restart 1")[2],
+        "no resume",
+        120,
     )
     slurm.run("scancel", job)
     slurm.until(lambda: slurm.state(job) == "CANCELLED")
@@ -95,7 +119,9 @@ def test_what_the_user_ends_stays_ended(slurm: Slurm, data: Path, tmp_path: Path
         assert (out / "stopped.0").exists() and not (out / "done").exists()
     time.sleep(5)
     assert [slurm.state(job) for job in jobs.values()] == ["CANCELLED", "FAILED", "FAILED"]
-    assert "scontrol requeue" not in "".join((tmp_path / f"{name}.log").read_text() for name in jobs)
+    assert "scontrol requeue" not in "".join(
+        (tmp_path / f"{name}.log").read_text() for name in jobs
+    )
 
 
 @pytest.mark.slow
@@ -111,12 +137,16 @@ def test_a_mistake_of_the_user_ends_a_job_at_once(slurm: Slurm, data: Path, tmp_
     third = submit(slurm, out, data, sets=(*long, "optimizer.peak_lr=1"))
     slurm.until(lambda: slurm.state(third) in ENDED)
     said = Path(f"{out}.log").read_text()
-    assert f"names job {first} (restart 0)" in said and "was trained with another config" in said, said[-6000:]
+    assert f"names job {first} (restart 0)" in said and "was trained with another config" in said, (
+        said[-6000:]
+    )
     assert "+ scontrol requeue" not in said and not (out / "restarts.json").exists()
 
 
 @pytest.mark.slow
-def test_failures_go_on_until_they_gain_nothing(slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+def test_failures_go_on_until_they_gain_nothing(
+    slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
+) -> None:
     sets = ("checkpoint.every=200", "train.max_restarts=1", "train.silence_seconds=8")
     out = tmp_path / "run"
     job = submit(slurm, out, data, sets=sets)
@@ -124,27 +154,43 @@ def test_failures_go_on_until_they_gain_nothing(slurm: Slurm, uninterrupted: Pat
     os.kill(ranks_of(out)["1"], signal.SIGKILL)
     log = Path(f"{out}.log")
     slurm.until(lambda: "at step 200" in log.read_text().partition("restart 1")[2])
-    os.kill(ranks_of(out)["0"], signal.SIGKILL)  # without a new checkpoint: the next attempt is refused
+    os.kill(
+        ranks_of(out)["0"], signal.SIGKILL
+    )  # without a new checkpoint: the next attempt is refused
     slurm.until(lambda: slurm.state(job) in ENDED)
     said = log.read_text()
     assert slurm.state(job) == "FAILED" and said.count("+ scontrol requeue") == 2, said[-6000:]
     assert "failed 2 times in a row at step 200" in said
     lost = [(error["rank"], error["host"]) for error in read_json(out / "restarts.json")["errors"]]
-    assert lost == [(1, "node2"), (0, "node1")] if slurm.machines else [rank for rank, _ in lost] == [1, 0]
+    assert (
+        lost == [(1, "node2"), (0, "node1")]
+        if slurm.machines
+        else [rank for rank, _ in lost] == [1, 0]
+    )
     (out / "restarts.json").unlink()
     end_of(slurm, submit(slurm, out, data, sets=sets), out)
     assert weights(out) == weights(uninterrupted)
 
 
 @pytest.mark.slow
-def test_gpus_of_whole_nodes_and_another_mpi(slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+def test_gpus_of_whole_nodes_and_another_mpi(
+    slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
+) -> None:
     """Two ranks of one node see both of its GPUs, each takes its own; srun under pmi2 sets the names of MPICH, too."""
     whole = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-task=0", "--gpus-per-node=2"]
-    job, out = submit(slurm, tmp_path / "run", data, *whole, SLURM_MPI_TYPE="pmi2"), tmp_path / "run"
+    job, out = (
+        submit(slurm, tmp_path / "run", data, *whole, SLURM_MPI_TYPE="pmi2"),
+        tmp_path / "run",
+    )
     wait_for(out / "ckpt/latest")
-    seen = [Path(f"/proc/{process}/environ").read_text().split("\0") for process in ranks_of(out).values()]
+    seen = [
+        Path(f"/proc/{process}/environ").read_text().split("\0")
+        for process in ranks_of(out).values()
+    ]
     assert all("CUDA_VISIBLE_DEVICES=0,1" in names and "PMI_SIZE=2" in names for names in seen)
-    assert "2 rank(s) under srun" in end_of(slurm, job, out) and weights(out) == weights(uninterrupted)
+    assert "2 rank(s) under srun" in end_of(slurm, job, out) and weights(out) == weights(
+        uninterrupted
+    )
 
 
 @pytest.mark.slow
