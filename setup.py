@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # Versions are the ones that were tried; deepspeed's private names (listed in engine.py) hold for the 0.19 series.
 REQUIRES = [
@@ -56,6 +56,8 @@ EXTRAS = {
     ],  # Hugging Face datasets as inputs and own tasks; earlier versions run a dataset's code
 }
 
+KINDS = ("pretrain", "engine", "glue")  # folders of ds_configs
+
 setup(
     name="electra_ds",
     version="0.1.0",
@@ -65,24 +67,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
-        "electra_ds",
-        "electra_ds.ops",
-        "electra_ds.interop",
-        "electra_ds.glue",
+        *find_packages(include=["electra_ds", "electra_ds.*", "data_tools", "data_tools.*"]),
         "electra_ds.ds_configs",
-        "electra_ds.ds_configs.pretrain",
-        "electra_ds.ds_configs.engine",
-        "electra_ds.ds_configs.glue",
-        "data_tools",
+        *(f"electra_ds.ds_configs.{kind}" for kind in KINDS),
     ],
     package_dir={
         "electra_ds.ds_configs": "ds_configs",
-        "electra_ds.ds_configs.pretrain": "ds_configs/pretrain",
-        "electra_ds.ds_configs.engine": "ds_configs/engine",
-        "electra_ds.ds_configs.glue": "ds_configs/glue",
+        **{f"electra_ds.ds_configs.{kind}": f"ds_configs/{kind}" for kind in KINDS},
     },
     package_data={
-        f"electra_ds.ds_configs.{kind}": ["*.json"] for kind in ("pretrain", "engine", "glue")
+        "electra_ds": ["py.typed"],
+        **{f"electra_ds.ds_configs.{kind}": ["*.json"] for kind in KINDS},
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.clean import SHINGLE, clean_lines, signatures, text_hash
-from data_tools.corpus import Tally, documents
-from data_tools.plan import make_plan
+from data_tools.formats.corpus import Tally, documents
+from data_tools.inputs.plan import make_plan
+from data_tools.pipeline.clean import SHINGLE, clean_lines, signatures, text_hash
 from data_tools.prepare import prepare
-from electra_ds.shards import ShardReader
-from electra_ds.tokenizer import load_tokenizer
+from electra_ds.data.shard_reader import ShardReader
+from electra_ds.data.tokenizer import load_tokenizer
 
 PLANTED = 500  # documents of each kind
 SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)  # of the words changed

@@ -26,19 +26,19 @@ from report import bench, heading, parser_of, reached, row, spread
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from electra_ds.config import load_engine
-from electra_ds.engine import Engine, cpu_multiplies_bf16, leave, start
-from electra_ds.files import write_json
-from electra_ds.glue.batches import Encoded, collate, encode, epoch_batches
-from electra_ds.glue.classifier import layerwise
-from electra_ds.glue.config import load_finetune
-from electra_ds.glue.examples import read_examples
-from electra_ds.glue.predict import classifier
-from electra_ds.glue.tasks import Task, load_task
+from electra_ds.cluster.launchers import find_ranks
+from electra_ds.common.files import write_json
+from electra_ds.config.engine_files import load_engine
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.finetuning.batches import Encoded, collate, encode, epoch_batches
+from electra_ds.finetuning.config import load_finetune
+from electra_ds.finetuning.examples import read_examples
+from electra_ds.finetuning.model import layerwise
+from electra_ds.finetuning.predict import classifier
+from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.hf import classifier_to_hf, hf_config
-from electra_ds.model import true_state
-from electra_ds.ranks import find_ranks
-from electra_ds.tokenizer import load_tokenizer
+from electra_ds.model.weights import true_state
+from electra_ds.training.engine import Engine, cpu_multiplies_bf16, leave, start
 
 FIXED, PER_BATCH = "HF, padded to 128", "HF, padded per batch"
 GOALS = {FIXED: (3.0, 3.8, 4.3), PER_BATCH: (1.5, 1.8, 2.0)}  # floor, target, stretch

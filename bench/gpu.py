@@ -27,15 +27,16 @@ import torch
 from peers import HuggingFace, Ours, check_losses, random_batch, run_config
 from report import bench, heading, parser_of, row
 
-from electra_ds.config import RunConfig, load_engine
-from electra_ds.cost import step_flops
-from electra_ds.engine import Engine, leave, start
-from electra_ds.errors import UserError
-from electra_ds.files import write_json
-from electra_ds.objective import build_objective
-from electra_ds.ops.attention import piece_bounds
-from electra_ds.ranks import Ranks, find_ranks
-from electra_ds.values import Batch
+from electra_ds.cluster.launchers import Ranks, find_ranks
+from electra_ds.common.errors import UserError
+from electra_ds.common.files import write_json
+from electra_ds.config.engine_files import load_engine
+from electra_ds.config.schema import RunConfig
+from electra_ds.data.batch import Batch
+from electra_ds.model.build import build_objective
+from electra_ds.model.kernels.attention import piece_bounds
+from electra_ds.reporting.memory import step_flops
+from electra_ds.training.engine import Engine, leave, start
 
 # Dense bf16 or fp16 TFLOP/s by the vendor's datasheets; the first name that the device's holds.
 PEAKS = {

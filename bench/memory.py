@@ -20,9 +20,9 @@ import torch
 from peers import HuggingFace, Ours, contenders_of, random_batch, run_config, step
 from report import bench, parser_of
 
-from electra_ds.files import write_json
+from electra_ds.common.files import write_json
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from engine_memory import allocated
 
 CASES = {  # size, tokens a row, rows, bf16 autocast, recomputed layers

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from electra_ds.batches import max_chosen
-from electra_ds.config import RunConfig, SpecialIds, load_run
+from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.loading import load_run
+from electra_ds.config.schema import RunConfig
+from electra_ds.data.batch import Batch
+from electra_ds.data.masking import max_chosen
 from electra_ds.interop.hf import hf_config, to_hf
-from electra_ds.model import true_state
-from electra_ds.objective import build_objective, mask_input
-from electra_ds.values import Batch
+from electra_ds.model.build import build_objective
+from electra_ds.model.objective import mask_input
+from electra_ds.model.weights import true_state
 
 try:
     from electra_pytorch import electra_pytorch as wrapper

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from electra_ds.files import read_json
+from electra_ds.common.files import read_json
 
 TASKS = {"cola": "matthews", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson"}
 

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 import webdataset
 
-from electra_ds import shards
-from electra_ds.batches import READ_TOKENS, Batches, recipe_for
-from electra_ds.config import ObjectiveConfig, SpecialIds
-from electra_ds.order import Order
+from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.schema import ObjectiveConfig
+from electra_ds.data import shard_format, shard_reader
+from electra_ds.data.loader import READ_TOKENS, Batches
+from electra_ds.data.masking import recipe_for
+from electra_ds.data.shuffle import Order
 
 BLOCK_ROWS = 256
 SHARD_TOKENS = 1 << 23
@@ -40,33 +42,33 @@ def random_rows(n: int, sequence_length: int) -> np.ndarray:
 
 
 def describe(
-    folder: Path, sequence_length: int, infos: list[shards.ShardInfo], blocks: np.ndarray
+    folder: Path, sequence_length: int, infos: list[shard_format.ShardInfo], blocks: np.ndarray
 ) -> None:
     """Write index and manifest around shards that are there."""
     special = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
-    split = shards.SplitInfo(
+    split = shard_format.SplitInfo(
         documents=0,
         pieces=0,
         tokens=0,
         pad=0,
         rows=int(blocks["rows"].sum()),
         shards=tuple(infos),
-        index_sha256=shards.write_index(folder / shards.index_file("train"), blocks),
+        index_sha256=shard_format.write_index(folder / shard_format.index_file("train"), blocks),
     )
-    tokenizer = shards.TokenizerInfo(
+    tokenizer = shard_format.TokenizerInfo(
         kind="wordpiece", sha256="0" * 64, vocab_size=30522, special_ids=special
     )
-    manifest = shards.Manifest(
+    manifest = shard_format.Manifest(
         sequence_length=sequence_length,
         dtype="uint16",
         block_rows=BLOCK_ROWS,
         packing="concat",
         seed=0,
         tokenizer=tokenizer,
-        source=shards.SourcePlan(sha256="0" * 64, files=(), units=()),
+        source=shard_format.SourcePlan(sha256="0" * 64, files=(), units=()),
         splits={"train": split},
     )
-    shards.write_manifest(folder, manifest)
+    shard_format.write_manifest(folder, manifest)
 
 
 # ------------------------------------------------------------------------------------------------- the same rows
@@ -78,20 +80,27 @@ def make(folder: Path, rows: np.ndarray) -> None:
     (folder / "shards").mkdir(parents=True)
     (folder / "samples").mkdir()
     written, pieces = [], np.zeros((0, 6), np.int32)
-    header = shards.npy_header(rows.dtype, (1, rows.shape[1]))
+    header = shard_format.npy_header(rows.dtype, (1, rows.shape[1]))
     for shard, first in enumerate(range(0, len(rows), each)):
         own = rows[first : first + each]
         written.append(
-            shards.write_shard(
-                folder / shards.shard_file("train", shard), "train", shard, own, pieces, BLOCK_ROWS
+            shard_format.write_shard(
+                folder / shard_format.shard_file("train", shard),
+                "train",
+                shard,
+                own,
+                pieces,
+                BLOCK_ROWS,
             )
         )
         with open(folder / "samples" / f"{shard:06d}.tar", "wb") as tar:
             for i, row in enumerate(own):
                 payload = header + row.tobytes()
-                tar.write(shards.tar_header(f"{shard:06d}-{i:06d}.ids.npy", len(payload)) + payload)
-                tar.write(bytes(-len(payload) % shards.TAR_BLOCK))
-            tar.write(bytes(2 * shards.TAR_BLOCK))
+                tar.write(
+                    shard_format.tar_header(f"{shard:06d}-{i:06d}.ids.npy", len(payload)) + payload
+                )
+                tar.write(bytes(-len(payload) % shard_format.TAR_BLOCK))
+            tar.write(bytes(2 * shard_format.TAR_BLOCK))
     describe(
         folder,
         rows.shape[1],
@@ -124,7 +133,7 @@ def long_items(folder: Path, shard: int) -> Iterator[torch.Tensor]:
 
 
 def ours(folder: Path) -> Iterator[int]:
-    reader = shards.ShardReader(folder, "train")
+    reader = shard_reader.ShardReader(folder, "train")
     order, n, position = Order(reader.blocks["rows"], 0), READ_TOKENS // reader.sequence_length, 0
     while True:
         yield reader.read(order.rows(position + np.arange(n))[0]).size
@@ -202,22 +211,22 @@ def make_index(folder: Path, sequence_length: int) -> None:
     """An index of 10^9 rows and its shards as sparse files, which hold the blocks that `first_batch` will touch."""
     (folder / "shards").mkdir(parents=True)
     rows, per_shard = random_rows(BLOCK_ROWS, sequence_length), 1000
-    payload = shards.npy_header(rows.dtype, rows.shape) + rows.tobytes()
+    payload = shard_format.npy_header(rows.dtype, rows.shape) + rows.tobytes()
     step = (
-        3 * shards.TAR_BLOCK + len(payload) + -len(payload) % shards.TAR_BLOCK
+        3 * shard_format.TAR_BLOCK + len(payload) + -len(payload) % shard_format.TAR_BLOCK
     )  # both members; no pieces
-    blocks = np.zeros(BILLION // BLOCK_ROWS, shards.INDEX_DTYPE)
+    blocks = np.zeros(BILLION // BLOCK_ROWS, shard_format.INDEX_DTYPE)
     blocks["shard"], inside = np.divmod(np.arange(len(blocks)), per_shard)
     blocks["rows"], blocks["bytes"], blocks["crc32"] = BLOCK_ROWS, len(payload), zlib.crc32(payload)
-    blocks["offset"] = inside * step + shards.TAR_BLOCK
+    blocks["offset"] = inside * step + shard_format.TAR_BLOCK
     infos = []
     for shard, count in enumerate(np.bincount(blocks["shard"]).tolist()):
-        size = count * step + 2 * shards.TAR_BLOCK
-        with open(folder / shards.shard_file("train", shard), "wb") as file:
+        size = count * step + 2 * shard_format.TAR_BLOCK
+        with open(folder / shard_format.shard_file("train", shard), "wb") as file:
             file.truncate(size)
-        name, sha256 = shards.shard_file("train", shard), "0" * 64
+        name, sha256 = shard_format.shard_file("train", shard), "0" * 64
         infos.append(
-            shards.ShardInfo(file=name, rows=count * BLOCK_ROWS, bytes=size, sha256=sha256)
+            shard_format.ShardInfo(file=name, rows=count * BLOCK_ROWS, bytes=size, sha256=sha256)
         )
     describe(folder, sequence_length, infos, blocks)
     touched, _ = Order(blocks["rows"], 0).rows(
@@ -225,11 +234,12 @@ def make_index(folder: Path, sequence_length: int) -> None:
     )
     for block in np.unique(touched // BLOCK_ROWS):
         shard, _, offset, *_ = blocks[block].item()
-        with open(folder / shards.shard_file("train", shard), "r+b") as file:
-            file.seek(offset - shards.TAR_BLOCK)
+        with open(folder / shard_format.shard_file("train", shard), "r+b") as file:
+            file.seek(offset - shard_format.TAR_BLOCK)
             file.write(
-                shards.tar_header(
-                    f"{shards.block_name('train', shard, inside[block])}.ids.npy", len(payload)
+                shard_format.tar_header(
+                    f"{shard_format.block_name('train', shard, inside[block])}.ids.npy",
+                    len(payload),
                 )
                 + payload
             )
@@ -240,7 +250,7 @@ def first_batch(folder: Path, sequence_length: int = 128) -> None:
     if not (folder / "manifest.json").exists():
         make_index(folder, sequence_length)
     began = time.perf_counter()
-    reader = shards.ShardReader(folder, "train")
+    reader = shard_reader.ShardReader(folder, "train")
     opened = time.perf_counter()
     order, recipe = (
         Order(reader.blocks["rows"], 0),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from electra_ds.errors import UserError
+from electra_ds.common.errors import UserError
 
 MARKS = ("floor", "target", "stretch")
 

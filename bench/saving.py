@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from electra_ds import checkpoint
-from electra_ds.metrics import read_metrics
+from electra_ds.training import checkpoint
+from electra_ds.training.metrics_file import read_metrics
 
 SETS = [
     "train.global_batch_size=16",

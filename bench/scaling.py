@@ -24,12 +24,14 @@ import torch
 from peers import VOCAB, random_batch, run_config
 from report import bench, heading, parser_of, row, spread
 
-from electra_ds.config import load_engine, load_run
-from electra_ds.cost import step_flops, step_traffic
-from electra_ds.engine import Engine, start
-from electra_ds.files import write_json
-from electra_ds.objective import build_objective, parameter_count
-from electra_ds.ranks import find_ranks, free_port
+from electra_ds.cluster.launchers import find_ranks
+from electra_ds.common.files import write_json
+from electra_ds.common.processes import free_port
+from electra_ds.config.engine_files import load_engine
+from electra_ds.config.loading import load_run
+from electra_ds.model.build import build_objective, parameter_count
+from electra_ds.reporting.memory import step_flops, step_traffic
+from electra_ds.training.engine import Engine, start
 
 LENGTH, ROWS = 128, 16  # of a rank's step
 MEASURES = ("compute", "process", "wall")

@@ -20,12 +20,14 @@ import torch
 from peers import Ours, contenders_of, random_batch, run_config, seconds, step
 from report import bench, heading, parser_of, reached, row, spread
 
-from electra_ds.batches import make_batch, recipe_for
-from electra_ds.cost import step_flops
-from electra_ds.engine import cpu_multiplies_bf16, keep_freed_memory
-from electra_ds.files import write_json
-from electra_ds.ops.linear import product
-from electra_ds.shards import ShardReader, read_manifest
+from electra_ds.common.files import write_json
+from electra_ds.data.batch import make_batch
+from electra_ds.data.masking import recipe_for
+from electra_ds.data.shard_format import read_manifest
+from electra_ds.data.shard_reader import ShardReader
+from electra_ds.model.kernels.linear import product
+from electra_ds.reporting.memory import step_flops
+from electra_ds.training.engine import cpu_multiplies_bf16, keep_freed_memory
 
 TOKENS = 2048  # a micro-batch of packed rows
 

@@ -27,15 +27,15 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from data_tools.clean import clean_lines
-from data_tools.corpus import Tally, documents
-from data_tools.inspect import reread
-from data_tools.plan import UNIT_BYTES, make_plan
+from data_tools.formats.corpus import Tally, documents
+from data_tools.inputs.plan import UNIT_BYTES, make_plan
+from data_tools.inspect_rows import reread
+from data_tools.pipeline.clean import clean_lines
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
-from electra_ds.files import read_json, write_json
-from electra_ds.shards import ShardReader
-from electra_ds.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.common.files import read_json, write_json
+from electra_ds.data.shard_reader import ShardReader
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 BARE = {
     "google": "wordpiece",

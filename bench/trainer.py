@@ -29,17 +29,19 @@ from report import bench, heading, parser_of, row, spread
 from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, DataCollatorForLanguageModeling
 
-from electra_ds import shards
-from electra_ds.checkpoint import Progress
-from electra_ds.config import load_engine, load_run
-from electra_ds.engine import Engine, from_first, leave, precision_name, start
-from electra_ds.files import write_json
-from electra_ds.lock import Lock
-from electra_ds.objective import build_objective
-from electra_ds.pretrain import Limits, Run
-from electra_ds.ranks import find_ranks
-from electra_ds.sources import Folder, open_data
-from electra_ds.values import Batch
+from electra_ds.cluster.launchers import find_ranks
+from electra_ds.common.files import write_json
+from electra_ds.common.folder_lock import Lock
+from electra_ds.config.engine_files import load_engine
+from electra_ds.config.loading import load_run
+from electra_ds.data import shard_format
+from electra_ds.data.batch import Batch
+from electra_ds.data.dataset import Folder, open_data
+from electra_ds.model.build import build_objective
+from electra_ds.training.engine import Engine, from_first, leave, precision_name, start
+from electra_ds.training.pretrain import Limits
+from electra_ds.training.state import Progress
+from electra_ds.training.trainer import Run
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero0-fp32", "zero1-fp32", "zero1-bf16")
 ROWS, LENGTH = 32, 128
@@ -172,16 +174,16 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
     (folder / "tokenizer" / "vocab.txt").write_text(vocab, encoding="utf-8")
     rows = np.random.default_rng(0).integers(1000, VOCAB, (count, LENGTH)).astype(np.uint16)
     rows[:, 0], rows[:, -1] = IDS.cls, IDS.sep
-    path, pieces = folder / shards.shard_file("train", 0), np.zeros((0, 6), np.int32)
-    info, blocks = shards.write_shard(path, "train", 0, rows, pieces, 256)
-    index = shards.write_index(folder / shards.index_file("train"), blocks)
-    split = shards.SplitInfo(
+    path, pieces = folder / shard_format.shard_file("train", 0), np.zeros((0, 6), np.int32)
+    info, blocks = shard_format.write_shard(path, "train", 0, rows, pieces, 256)
+    index = shard_format.write_index(folder / shard_format.index_file("train"), blocks)
+    split = shard_format.SplitInfo(
         documents=0, pieces=0, tokens=0, pad=0, rows=count, shards=(info,), index_sha256=index
     )
-    tokenizer = shards.TokenizerInfo(
+    tokenizer = shard_format.TokenizerInfo(
         kind="wordpiece", sha256="0" * 64, vocab_size=VOCAB, special_ids=IDS
     )
-    source = shards.SourcePlan(sha256="0" * 64, files=(), units=())
+    source = shard_format.SourcePlan(sha256="0" * 64, files=(), units=())
     facts = {
         "sequence_length": LENGTH,
         "dtype": "uint16",
@@ -189,9 +191,9 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
         "packing": "best_fit",
         "seed": 0,
     }
-    shards.write_manifest(
+    shard_format.write_manifest(
         folder,
-        shards.Manifest(**facts, tokenizer=tokenizer, source=source, splits={"train": split}),
+        shard_format.Manifest(**facts, tokenizer=tokenizer, source=source, splits={"train": split}),
     )
     return folder
 

@@ -19,15 +19,15 @@ import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from data_tools.corpus import Source, Tally
-from data_tools.plan import make_plan, readable, unit_size
+from data_tools.formats.corpus import Source, Tally
+from data_tools.inputs.plan import make_plan, readable, unit_size
+from data_tools.inputs.streams import content_of, open_input
+from data_tools.pipeline.units import REMOVED, UnitTask, UnitWriter, finished, unit_paths
+from data_tools.pipeline.unknowns import Unknowns
 from data_tools.prepare import prepare
-from data_tools.streams import content_of, open_input
-from data_tools.units import REMOVED, UnitTask, UnitWriter, finished, unit_paths
-from data_tools.unknowns import Unknowns
-from electra_ds.errors import UserError
-from electra_ds.shards import Manifest, ids_dtype
-from electra_ds.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.common.errors import UserError
+from electra_ds.data.shard_format import Manifest, ids_dtype
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 FEATURES = ("input_ids", "input_mask", "segment_ids")
 EXAMPLE = """name: "example.proto"

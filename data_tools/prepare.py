@@ -19,22 +19,36 @@ from typing import Any
 
 import numpy as np
 
-from data_tools import assemble, clean
-from data_tools.assemble import SPLITS, ShardTask
-from data_tools.corpus import PLACES
-from data_tools.near import find_near_duplicates
-from data_tools.pack import PACKINGS
-from data_tools.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
-from data_tools.units import REMOVED, UnitTask, array_bytes, tokenize_unit, tokenizers, unit_paths
-from data_tools.unknowns import sum_unknowns
+from data_tools.formats.corpus import PLACES
+from data_tools.inputs.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
+from data_tools.pipeline import assemble, clean
+from data_tools.pipeline.assemble import SPLITS, ShardTask
+from data_tools.pipeline.dedup import find_near_duplicates
+from data_tools.pipeline.pack import PACKINGS
+from data_tools.pipeline.units import (
+    REMOVED,
+    UnitTask,
+    array_bytes,
+    tokenize_unit,
+    tokenizers,
+    unit_paths,
+)
+from data_tools.pipeline.unknowns import sum_unknowns
 from data_tools.workers import Progress, Rank, Run, Task, pool
-from electra_ds import shards
-from electra_ds.config import load_function
-from electra_ds.errors import RunFailure, UserError
-from electra_ds.files import read_json, write_bytes, write_json
-from electra_ds.lock import Lock
-from electra_ds.shards import INDEX_DTYPE, Manifest, SourcePlan, SplitInfo, TokenizerInfo, ids_dtype
-from electra_ds.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.common.folder_lock import Lock
+from electra_ds.common.plugins import load_function
+from electra_ds.data import shard_format
+from electra_ds.data.shard_format import (
+    INDEX_DTYPE,
+    Manifest,
+    SourcePlan,
+    SplitInfo,
+    TokenizerInfo,
+    ids_dtype,
+)
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_BYTES = 64 << 20
 UNIT_FORMAT = 2  # raise it when the output of a unit changes
@@ -155,7 +169,7 @@ def prepare(
         raise RunFailure(
             f"{out}: {error}; the same command goes on from what is finished"
         ) from error
-    return shards.read_manifest(out)
+    return shard_format.read_manifest(out)
 
 
 def _write(
@@ -341,7 +355,7 @@ def _finish(
         ]
         if own:
             blocks = np.concatenate([np.fromfile(file, INDEX_DTYPE) for file in files])
-            digest = shards.write_index(out / shards.index_file(split), blocks)
+            digest = shard_format.write_index(out / shard_format.index_file(split), blocks)
             counts = {
                 key: sum(m[key] for m in own) for key in ("documents", "pieces", "tokens", "pad")
             }
@@ -358,7 +372,7 @@ def _finish(
     )
     write_bytes(out / "unigrams.npy", array_bytes(unigrams))
     unknowns = sum_unknowns(unit_paths(first.units_folder, unit)[4] for unit in range(first.units))
-    shards.write_manifest(
+    shard_format.write_manifest(
         out,
         Manifest(
             sequence_length=first.sequence_length,

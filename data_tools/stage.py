@@ -17,10 +17,10 @@ from typing import NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from data_tools.workers import Progress
-from electra_ds.errors import LockedOut, RunFailure, UserError
-from electra_ds.files import file_system, parse_json, write_bytes
-from electra_ds.lock import Lock
-from electra_ds.shards import MANIFEST, Manifest, check_manifest, index_file
+from electra_ds.common.errors import LockedOut, RunFailure, UserError
+from electra_ds.common.files import file_system, parse_json, write_bytes
+from electra_ds.common.folder_lock import Lock
+from electra_ds.data.shard_format import MANIFEST, Manifest, check_manifest, index_file
 
 
 class File(NamedTuple):

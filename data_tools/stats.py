@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from electra_ds.shards import ShardReader, read_manifest
-from electra_ds.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.data.shard_format import read_manifest
+from electra_ds.data.shard_reader import ShardReader
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 COVERAGE = (1_000, 5_000, 10_000)  # most frequent entries, whose share of the text is told
 PERCENTILES = {"percentile_5": 5, "median": 50, "percentile_95": 95}

@@ -9,12 +9,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data_tools.clean import clean_lines
-from data_tools.corpus import UNKNOWN, Tally, documents
-from data_tools.plan import make_plan
+from data_tools.formats.corpus import UNKNOWN, Tally, documents
+from data_tools.inputs.plan import make_plan
+from data_tools.pipeline.clean import clean_lines
 from data_tools.workers import Progress, summed
-from electra_ds.errors import UserError
-from electra_ds.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
+from electra_ds.common.errors import UserError
+from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4

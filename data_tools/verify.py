@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from electra_ds.errors import UserError
-from electra_ds.files import sha256_file
-from electra_ds.shards import Manifest, ShardReader, read_manifest, read_unigrams
-from electra_ds.tokenizer import load_tokenizer
+from electra_ds.common.errors import UserError
+from electra_ds.common.files import sha256_file
+from electra_ds.data.shard_format import Manifest, read_manifest, read_unigrams
+from electra_ds.data.shard_reader import ShardReader
+from electra_ds.data.tokenizer import load_tokenizer
 
 
 def verify(data_dir: str | Path, moved: Callable[[int], None] | None = None) -> list[str]:

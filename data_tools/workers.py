@@ -12,8 +12,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from electra_ds.errors import UserError
-from electra_ds.ranks import find_ranks, mpi_world
+from electra_ds.common.errors import UserError
 
 Moved = Callable[[int], None]  # a task says how much more of it is done
 Task = Callable[[Any, Moved], dict]  # what a task does with its input
@@ -64,20 +63,20 @@ Pipe = Connection | Rank
 
 
 @contextmanager
-def mpi_ranks() -> Iterator[list[Rank] | None]:
-    """On rank 0 of several that mpirun or srun started: the others, for `pool`; [] when there are none. Else None.
+def mpi_ranks(world: Any) -> Iterator[list[Rank] | None]:
+    """On rank 0 of an MPI communicator: the other ranks, for `pool`. On the others None.
 
-    The others work for rank 0 on entering, until it leaves. When rank 0 fails its process must end them (MPI_Abort).
+    world: mpi4py's communicator, or None for a process without peers ([] is yielded). The other ranks work for rank 0
+    from entering on, until it leaves. When rank 0 fails, its process must end them (MPI_Abort).
     """
-    ranks = find_ranks()
-    world = (
-        mpi_world(ranks, "prepare on one machine with --workers") if ranks.world_size > 1 else None
-    )
-    if ranks.rank:
+    if world is None:
+        yield []
+        return
+    if world.Get_rank():
         _work(Rank(world, 0))
         yield None
         return
-    others = [Rank(world, rank) for rank in range(1, ranks.world_size)]
+    others = [Rank(world, rank) for rank in range(1, world.Get_size())]
     yield others
     for other in others:
         other.close()

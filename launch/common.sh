@@ -42,7 +42,7 @@ count() { # NAME VALUE: what bash computes with it would also run, PATH[$(...)]
     [[ $2 =~ ^[1-9][0-9]*$ ]] || { say "$1='$2' is no number above 0"; exit 2; }
     echo "$2"
 }
-free_port() { "$PYTHON" -c 'from electra_ds.ranks import free_port; print(free_port())'; }
+free_port() { "$PYTHON" -c 'from electra_ds.common.processes import free_port; print(free_port())'; }
 
 # Launchers lie in both directions (a rank fails, mpirun says 0; all is saved, srun passes a peer's signal on), so
 # rank 0's files decide. Only of a run that was finished before does the launcher know more.

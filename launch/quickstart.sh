@@ -25,7 +25,7 @@ say() { printf '\n== %s\n' "$*"; }
 run() { echo "+ $*"; "$@"; }
 train() {
     local port
-    port=$(python -c 'from electra_ds.ranks import free_port; print(free_port())')
+    port=$(python -c 'from electra_ds.common.processes import free_port; print(free_port())')
     run deepspeed --num_gpus 2 --master_port "$port" --no_local_rank --module electra_ds pretrain tiny \
         --data "$out/data" --out "$out/run" --engine zero1 --set train.total_steps="$steps" "$@" || [ $? -eq 85 ]
 }

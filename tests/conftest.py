@@ -1,23 +1,11 @@
-"""Shared fixtures: a small data folder, and real ranks started by torchrun."""
+"""Fixtures that many tests share."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import shard_data
 
-pytest_plugins = ["cluster.fixtures"]
-ROOT = Path(__file__).resolve().parent.parent
-CPU = {
-    "DS_ACCELERATOR": "cpu",
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": str(ROOT),
-}
+pytest_plugins = ["fixtures"]
 
 
 @pytest.fixture(scope="session")
@@ -26,53 +14,3 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, valid = tmp_path_factory.mktemp("data"), shard_data.best_fit_rows(50, 32, seed=9)
     shards = [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)]
     return shard_data.write_data(folder, shards, valid=valid)
-
-
-def has_mpi() -> bool:
-    """Whether mpirun is at hand and this environment's mpi4py loads a library."""
-    load = [sys.executable, "-c", "from mpi4py import MPI"]
-    return (
-        shutil.which("mpirun") is not None
-        and subprocess.run(load, capture_output=True).returncode == 0
-    )
-
-
-needs_mpi = pytest.mark.skipif(
-    not has_mpi(), reason="no mpirun with an MPI library that mpi4py loads"
-)
-
-
-def run_ranks(
-    world_size: int, script: str, *arguments: object, check: bool = True
-) -> subprocess.CompletedProcess:
-    """Run a script of tests/ on so many ranks (gloo) under torchrun; fails with its output unless check is False."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={world_size}",
-    ]
-    command = [*launcher, str(ROOT / "tests" / script), *map(str, arguments)]
-    done = subprocess.run(
-        command, env=os.environ | CPU, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0 or not check, done.stdout[-4000:] + done.stderr[-8000:]
-    return done
-
-
-def run_cli(
-    *arguments: object, check: bool = True, input: str = "", **environ: str
-) -> subprocess.CompletedProcess:
-    """`python -m electra_ds ...` on this CPU."""
-    command = [sys.executable, "-m", "electra_ds", *map(str, arguments)]
-    environ = os.environ | CPU | environ
-    done = subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=600, input=input
-    )
-    assert done.returncode == 0 or not check, done.stdout[-4000:] + done.stderr[-8000:]
-    return done
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from electra_ds.config import EncoderConfig, GeneratorConfig, ModelConfig
-from electra_ds.errors import UserError
+from electra_ds.common.errors import UserError
+from electra_ds.config.schema import EncoderConfig, GeneratorConfig, ModelConfig
 
 EMBEDDINGS = {
     "word": "word_embeddings",

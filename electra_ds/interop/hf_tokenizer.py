@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from electra_ds.errors import UserError
-from electra_ds.files import read_json, write_bytes, write_json
-from electra_ds.tokenizer import FILES, Tokenizer, WordPiece, load_tokenizer
+from electra_ds.common.errors import UserError
+from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.data.tokenizer import FILES, Tokenizer, WordPiece, load_tokenizer
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from electra_ds.errors import UserError
+from electra_ds.common.errors import UserError
 from electra_ds.interop.hf import hf_names
 
 # A name of Hugging Face is the authors' with dots for slashes, but for these.

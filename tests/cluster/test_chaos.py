@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, read_json
+from running import CPU, ROOT, read_json
 
-from electra_ds import checkpoint
-from electra_ds.errors import UserError
-from electra_ds.metrics import TIMED, read_metrics
-from electra_ds.ranks import free_port
+from electra_ds.common.errors import UserError
+from electra_ds.common.processes import free_port
+from electra_ds.training import checkpoint
+from electra_ds.training.metrics_file import TIMED, read_metrics
 
 SEED, FAULTS = int(os.environ.get("CHAOS_SEED", "1")), int(os.environ.get("CHAOS_FAULTS", "36"))
 CHAINS = [

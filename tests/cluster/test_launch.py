@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster.fixtures import (
+from fixtures import (
     BRIEF,
     arguments,
     hostfile,
@@ -21,10 +21,10 @@ from cluster.fixtures import (
     wait_for,
     weights,
 )
-from cluster.machines import Machines, wait_until
-from conftest import ROOT, needs_mpi, read_json
+from machines import Machines, wait_until
+from running import ROOT, needs_mpi, read_json
 
-from electra_ds import checkpoint
+from electra_ds.training import checkpoint
 
 
 @needs_pdsh

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CPU, ROOT, needs_mpi
+from running import CPU, ROOT, needs_mpi
 from slurm import MISSING, Slurm
 from test_prepare import contents, corpus  # noqa: F401 (a fixture)
 

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster.fixtures import BRIEF, ranks_of, submit, wait_for, weights
-from cluster.machines import wait_until
-from cluster.slurm import Slurm
-from conftest import read_json
+from fixtures import BRIEF, ranks_of, submit, wait_for, weights
+from machines import wait_until
+from running import read_json
+from slurm import Slurm
 
-from electra_ds.metrics import read_metrics
+from electra_ds.training.metrics_file import read_metrics
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_ops
+import test_kernels
 import torch
 
-from electra_ds import checkpoint
-from electra_ds.engine import precision
-from electra_ds.metrics import TIMED, read_metrics
-from electra_ds.ops.attention import Pieces, attention, piece_bounds, pieces_of
-from electra_ds.ops.vocab_head import sample_tokens
+from electra_ds.model.kernels.attention import Pieces, attention, piece_bounds, pieces_of
+from electra_ds.model.kernels.vocab_head import sample_tokens
+from electra_ds.training import checkpoint
+from electra_ds.training.engine import precision
+from electra_ds.training.metrics_file import TIMED, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
@@ -137,9 +137,9 @@ def test_every_backend_is_the_formula(kind: str, dtype: torch.dtype, rows: torch
         structure(kind, rows, dtype),
     )
     backend = "auto" if kind == "varlen" else kind
-    ours = test_ops.value_and_grads(lambda t: attention(t, 4, pieces, backend=backend), qkv)
-    formula = lambda t: test_ops.written_out_attention(t, 4, rows.to(DEVICE))  # noqa: E731
-    for a, b in zip(ours, test_ops.value_and_grads(formula, qkv.float()), strict=True):
+    ours = test_kernels.value_and_grads(lambda t: attention(t, 4, pieces, backend=backend), qkv)
+    formula = lambda t: test_kernels.written_out_attention(t, 4, rows.to(DEVICE))  # noqa: E731
+    for a, b in zip(ours, test_kernels.value_and_grads(formula, qkv.float()), strict=True):
         torch.testing.assert_close(
             a.float(), b, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02
         )
@@ -179,9 +179,10 @@ def test_draws_are_those_of_a_cpu() -> None:
 
 @needs_cuda
 def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
-    from electra_ds.batches import Batches, recipe_for
-    from electra_ds.config import load_run
-    from electra_ds.sources import open_data
+    from electra_ds.config.loading import load_run
+    from electra_ds.data.dataset import open_data
+    from electra_ds.data.loader import Batches
+    from electra_ds.data.masking import recipe_for
 
     config, source = load_run("tiny"), open_data(data)
     reader, order = source.training(0, 16)
@@ -299,7 +300,7 @@ def test_two_gpus_train_like_one(data: Path, tmp_path: Path, stage: int) -> None
 @needs_cuda
 def test_no_step_between_log_lines_waits_for_the_device(data: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    call(*launcher, ROOT / "tests/scenarios.py", "never-waits", data, tmp_path)
+    call(*launcher, ROOT / "tests/support/scenarios.py", "never-waits", data, tmp_path)
 
 
 @pytest.mark.parametrize(

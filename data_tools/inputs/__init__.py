@@ -1,0 +1,1 @@
+"""Which files are the input, and how they are opened."""

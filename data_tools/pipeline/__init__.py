@@ -1,0 +1,1 @@
+"""Stages of `prepare` from documents to shards."""

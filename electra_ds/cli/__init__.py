@@ -1,0 +1,26 @@
+"""The command line: one module per group of verbs."""
+
+import os
+import traceback
+
+# The order of the verbs in --help.
+from electra_ds.cli import (
+    data,  # noqa: F401
+    evaluate,  # noqa: F401
+    finetune,  # noqa: F401
+    train,  # noqa: F401
+    transfer,  # noqa: F401
+)
+from electra_ds.cli.console import app, leave
+from electra_ds.common.errors import RunFailure, UserError
+
+
+def main() -> None:
+    """Run a verb; a user's mistake becomes one message and exit code 2, a run that cannot go on exit code 1."""
+    try:
+        app()
+    except (UserError, RunFailure) as error:
+        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        leave(2 if isinstance(error, UserError) else 1, f"electra-ds{rank}: error: {error}\n")
+    except Exception:
+        leave(1, traceback.format_exc())

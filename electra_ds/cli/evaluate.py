@@ -1,0 +1,87 @@
+"""Verbs of a trained model: evaluate, detect. Imports stand inside each verb, so that `--help` is fast."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from electra_ds.cli.console import app
+from electra_ds.cli.options import Data, Model, TrustCode
+from electra_ds.common.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    max_rows: Annotated[
+        int | None, typer.Option(help="Held-out rows to read of each source (default: all).")
+    ] = None,
+    trust_code: TrustCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Held-out losses, accuracies, AUC, precision and recall of a checkpoint."""
+    import json
+
+    from electra_ds.evaluation.evaluate import evaluate_checkpoint
+    from electra_ds.training.checkpoint import find_checkpoint
+
+    values = evaluate_checkpoint(model, data, max_rows, trust_code=trust_code)
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    print(f"{find_checkpoint(model)}, held-out rows of {data}")
+    for key, value in values.items():
+        print(
+            f"  {key:24} {value:,.0f}"
+            if key.endswith(("tokens", "chosen"))
+            else f"  {key:24} {value:.4f}"
+        )
+
+
+@app.command()
+def detect(
+    model: Model,
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="A text; without it, standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Read the text from it.")
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option(help="The text before the change, shown beside it.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Mark tokens from this probability on.")] = 0.5,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Its tokenizer (default: the run folder's).")
+    ] = None,
+    trust_code: TrustCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Probability of being replaced, for each token of a text."""
+    import json
+
+    from electra_ds.evaluation.detect import Detector, table
+
+    if text is not None and file is not None:
+        raise UserError("a TEXT and --file were both given; choose one")
+    if text is None:
+        try:
+            text = (file.read_bytes() if file is not None else sys.stdin.buffer.read()).decode(
+                "utf-8"
+            )
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file or 'standard input'}: not UTF-8 at byte {error.start}; convert it first"
+            ) from None
+    detector = Detector.load(model, tokenizer, trust_code)
+    found = detector(text)
+    if as_json:
+        print(json.dumps([score._asdict() for score in found], indent=1, ensure_ascii=False))
+        return
+    for line in table(found, threshold, detector(original) if original is not None else None):
+        print(line)

@@ -1,0 +1,70 @@
+"""Verbs between formats: export, import. Imports stand inside each verb, so that `--help` is fast."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from electra_ds.cli.console import app
+from electra_ds.cli.options import Model, Sets
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="New folder: discriminator/ and generator/, or a fine-tuned model itself."
+        ),
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Its tokenizer (default: the one beside it).")
+    ] = None,
+) -> None:
+    """Write a run, a checkpoint or a fine-tuned model as stock Hugging Face folders."""
+    from electra_ds.interop.export import export
+
+    for line in export(model, out, tokenizer):
+        print(line)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="Hugging Face ELECTRA or BERT folder, TF checkpoint."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="New run folder, for `pretrain OUT/config.json --init-from OUT`.")
+    ],
+    run: Annotated[str, typer.Option(help="RUN with all that the weights do not say.")] = "small",
+    generator: Annotated[
+        Path | None, typer.Option(help="The generator's folder, beside a discriminator.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON with num_attention_heads, for a TF checkpoint.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Its vocabulary (default: the one in SRC).")
+    ] = None,
+    sets: Sets = None,
+) -> None:
+    """Make a run folder at step 0 from others' weights; every tensor is accounted for."""
+    from electra_ds.interop.import_weights import import_weights
+
+    account = import_weights(
+        source, out, run, sets or [], generator=generator, config=config, tokenizer=tokenizer
+    )
+    for foreign, ours in account.read:
+        print(f"read  {foreign} -> {ours}")
+    for ours in account.made:
+        print(f"made  {ours}")
+    for foreign, reason in account.left.items():
+        print(f"left  {foreign} ({reason})")
+    for warning in account.warnings:
+        print(f"note: {warning}")
+    print(f"{out}: {len(account.read)} read, {len(account.made)} made, {len(account.left)} left")

@@ -1,0 +1,1 @@
+"""Launchers, watchdog and run folder."""

@@ -1,0 +1,186 @@
+"""Who am I among the ranks? The environment of torch.distributed, derived from whichever launcher started us.
+
+DeepSpeed falls to its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are all set, and a
+launcher that sets none then trains N separate copies. So all are derived here, checked and exported.
+"""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.processes import free_port
+
+# launcher -> names of (rank, world size, local rank, ranks on this host), the innermost first: Open MPI starts a daemon
+# per node by srun, and srun --mpi=pmi2 sets the names of MPICH.
+LAUNCHERS = {
+    "torchrun or deepspeed": (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+    ),
+    "mpirun (Open MPI)": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    "srun": (
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        ("SLURM_STEP_TASKS_PER_NODE",),
+    ),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size`; `launcher` is for messages."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    launcher: str
+
+
+def find_ranks(
+    environ: MutableMapping[str, str] = os.environ, promised: int | None = None
+) -> Ranks:
+    """Derive this process's place from the launcher's variables and export all that torch and DeepSpeed read.
+
+    promised: the number of ranks the user asked for (--world-size), or None.
+    Raises UserError when the launcher's variables are incomplete, or when another number of ranks was promised.
+    """
+    sizes = {
+        name: int(environ[keys[1]])
+        for name, keys in LAUNCHERS.items()
+        if keys[0] in environ and keys[1] in environ
+    }
+    if not sizes:
+        pairs = [
+            keys[:2] for name, keys in LAUNCHERS.items() if name != "srun"
+        ]  # sbatch alone sets SLURM_PROCID too
+        for present, absent in [*pairs, *(pair[::-1] for pair in pairs)]:
+            if present in environ:
+                raise UserError(
+                    f"{present} is set but {absent} is not: the launcher's environment is incomplete"
+                )
+        sizes, ranks = {}, Ranks(0, 1, 0, 1, "none")
+    else:
+        launcher = next(iter(sizes))
+        ranks = _read(environ, launcher)
+    for name, size in sizes.items():
+        if size > ranks.world_size:
+            raise UserError(
+                f"{ranks.launcher} started a world of {ranks.world_size} ranks inside {name}, which promised {size}"
+            )
+    if promised is not None and promised != ranks.world_size:
+        raise UserError(
+            f"--world-size {promised} was promised, but {ranks.launcher} started {ranks.world_size} rank(s)"
+        )
+    _export(environ, ranks)
+    return ranks
+
+
+def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks:
+    """A world of its own for this rank, on its device: for work that is spread over ranks without talking."""
+    for name in [
+        name for name in environ if name.startswith("TORCHELASTIC_")
+    ]:  # or torch meets in the agent's store
+        del environ[name]
+    environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    single = Ranks(0, 1, ranks.local_rank, ranks.local_size, ranks.launcher)
+    _export(environ, single)
+    return single
+
+
+def _read(environ: MutableMapping[str, str], launcher: str) -> Ranks:
+    rank, size, local, local_sizes = LAUNCHERS[launcher]
+    world_size, found = (
+        int(environ[size]),
+        next((environ[name] for name in local_sizes if name in environ), "1"),
+    )
+    if local not in environ:
+        raise UserError(
+            f"{launcher} set {rank} and {size} but not {local}: the launcher's environment is incomplete"
+        )
+    local_size = int(re.match(r"\d+", found)[0])  # SLURM writes 4(x2)
+    place = Ranks(int(environ[rank]), world_size, int(environ[local]), local_size, launcher)
+    if not 0 <= place.rank < world_size:
+        raise UserError(
+            f"{launcher} set {rank}={place.rank}, outside a world of {world_size} ranks"
+        )
+    return place
+
+
+def _export(environ: MutableMapping[str, str], ranks: Ranks) -> None:
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if not (address and port):
+        found = _meeting_point(environ, ranks)
+        address, port = address or found[0], port or found[1]
+    hosts = max(1, ranks.world_size // max(1, ranks.local_size))
+    values = {
+        "RANK": ranks.rank,
+        "WORLD_SIZE": ranks.world_size,
+        "LOCAL_RANK": ranks.local_rank,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        "LOCAL_SIZE": ranks.local_size,
+        "CROSS_RANK": ranks.rank // max(1, ranks.local_size),
+        "CROSS_SIZE": hosts,
+    }
+    environ.update({key: str(value) for key, value in values.items()})
+
+
+def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str, int]:
+    if ranks.world_size == 1:
+        return "127.0.0.1", free_port()
+    if ranks.launcher == "srun":
+        nodes = [
+            "scontrol",
+            "show",
+            "hostnames",
+            environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"],
+        ]
+        first = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+        return first, 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+    if ranks.launcher.startswith("mpirun"):
+        here = (
+            socket.gethostname() if ranks.local_size < ranks.world_size else "127.0.0.1",
+            free_port(),
+        )
+        return mpi_world(ranks, "export MASTER_ADDR and MASTER_PORT").bcast(
+            here if ranks.rank == 0 else None
+        )
+    raise UserError(
+        f"{ranks.launcher} set RANK and WORLD_SIZE but not MASTER_ADDR and MASTER_PORT: export both"
+    )
+
+
+def mpi_world(ranks: Ranks, otherwise: str) -> Any:
+    """mpi4py's communicator of all ranks; UserError when it does not meet them, with what to do `otherwise`."""
+    if (
+        ranks.launcher == "srun"
+    ):  # MPICH's ucx writes addresses that are now and then too long for srun's pmi2
+        os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        raise UserError(
+            f"{ranks.launcher} started this, but mpi4py cannot load its MPI library: use this environment's mpirun "
+            f"(pip install mpich), or {otherwise}"
+        ) from None
+    if (met := MPI.COMM_WORLD.Get_size()) != ranks.world_size:
+        raise UserError(
+            f"{ranks.launcher} started {ranks.world_size} ranks, mpi4py meets {met}: it was built for another MPI; "
+            f"install the one of this launcher (for srun --mpi=pmi2: pip install mpich), or {otherwise}"
+        )
+    return MPI.COMM_WORLD

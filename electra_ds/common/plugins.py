@@ -1,0 +1,22 @@
+"""Functions of the user, loaded by `package.module:function`."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from electra_ds.common.errors import UserError
+
+
+def load_function(setting: str, name: str) -> Callable:
+    """The function of "package.module:function", looked for as Python does and in the current folder. Runs its code."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{setting} = {name!r}: {error}; expected package.module:function, found from the current folder or by "
+            "PYTHONPATH"
+        ) from error

@@ -1,0 +1,1 @@
+"""Run configs and engine files: schema, loading, differences."""

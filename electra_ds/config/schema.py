@@ -1,0 +1,334 @@
+"""What is a run? One frozen JSON config: every number has one owner, a unit and a scope.
+
+Scope `science`: a resume with another value is refused. Scope `machine`: said, then gone on with (seams: Config).
+"""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.section import Section, machine, science
+from electra_ds.common.special_ids import SpecialIds
+
+
+class EncoderConfig(Section):
+    """The sizes that each of the two encoders owns."""
+
+    hidden_size: int = science(..., "width of the encoder", ge=1)
+    num_layers: int = science(..., "transformer layers", ge=1)
+    num_heads: int = science(..., "attention heads, must divide hidden_size", ge=1)
+    ffn_size: int = science(..., "width of the feed-forward layer", ge=1)
+    hidden_dropout: float = science(0.1, "dropout after embeddings and sublayers", ge=0, lt=1)
+    attention_dropout: float = science(0.1, "dropout on attention probabilities", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "EncoderConfig":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
+        return self
+
+
+class GeneratorConfig(EncoderConfig):
+    """The generator's encoder: integers of its own, not fractions of the discriminator's."""
+
+
+class ModelConfig(EncoderConfig):
+    """The discriminator's encoder and what both encoders share."""
+
+    embedding_size: int = science(..., "width of the word, position and token-type tables", ge=1)
+    max_positions: int = science(512, "rows of the position table", ge=1)
+    type_vocab_size: int = science(2, "rows of the token-type table", ge=1)
+    layer_norm_eps: float = science(1e-12, "epsilon of every LayerNorm", gt=0)
+    init: Literal["normal", "fan_in"] = science(
+        "normal", "matrices: truncated normal of init_std, or plain normal of 1/sqrt(inputs)"
+    )
+    init_std: float = science(0.02, "standard deviation of `normal`", gt=0)
+    embedding_init_std: float = science(0.02, "standard deviation of the embedding tables", gt=0)
+    sharing: Literal["shared", "untied", "all"] = science(
+        "shared",
+        "embeddings of generator and discriminator are one, two, or the whole encoder is one",
+    )
+    vocab_size: int | None = science(None, "word table rows; filled from the data", ge=6)
+
+
+class FactoryConfig(Section):
+    """Encoders of the user's own instead of the built-in ones."""
+
+    factory: str = science(
+        ..., "package.module:build; build(config) -> (generator, discriminator), any torch modules"
+    )
+    options: dict[str, Any] = science({}, "for build, which finds it in config.model.options")
+    discr_dim: int = science(
+        -1, "width of the discriminator's hidden layer to put a head on; -1: it returns logits"
+    )
+    discr_layer: str | int = science(
+        -1, "that layer, by name or by index among the discriminator's children"
+    )
+    vocab_size: int | None = science(None, "filled from the data", ge=6)
+
+
+class ObjectiveConfig(Section):
+    """Replaced token detection (ELECTRA, section 2) and the objectives it is compared with (section 3.4)."""
+
+    kind: Literal["electra", "electra_15", "mlm", "replace_mlm", "all_tokens_mlm"] = science(
+        "electra",
+        "what the main encoder learns: to tell replaced tokens (_15: at the chosen places), or to predict",
+    )
+    generator: Literal["model", "uniform"] = science(
+        "model", "replacements: a network's, or any token alike"
+    )
+    disallow_correct: bool = science(False, "a replacement never equals the original")
+    mask_prob: float = science(0.15, "share of the real tokens that is chosen per row", gt=0, lt=1)
+    masking: Literal["token", "whole_word", "span"] = science(
+        "token",
+        "what is drawn until so many are chosen: tokens, words, or spans of 1 to 10 words (SpanBERT)",
+    )
+    mask_token_prob: float = science(
+        0.85, "share of the chosen places that becomes [MASK]; the rest keeps its token", ge=0, le=1
+    )
+    gen_weight: float = science(1.0, "weight of mlm_loss in the total", ge=0)
+    disc_weight: float = science(50.0, "weight of the binary disc_loss in the total", ge=0)
+    temperature: float = science(1.0, "of the softmax the generator's tokens are drawn from", gt=0)
+
+    @model_validator(mode="after")
+    def _mlm_replaces_nothing(self) -> "ObjectiveConfig":
+        if self.kind == "mlm" and (self.generator != "model" or self.disallow_correct):
+            raise ValueError(
+                "kind mlm replaces nothing: generator and disallow_correct have no meaning with it"
+            )
+        return self
+
+    @property
+    def detects(self) -> bool:
+        """Whether the main encoder tells replaced tokens; else it predicts tokens."""
+        return self.kind in ("electra", "electra_15")
+
+    @property
+    def has_generator(self) -> bool:
+        """Whether a generator network trains beside the main encoder."""
+        return self.kind != "mlm" and self.generator == "model"
+
+    @property
+    def counts_all_tokens(self) -> bool:
+        """Whether the main encoder's loss is over all real tokens, not the chosen places alone."""
+        return self.kind in ("electra", "all_tokens_mlm")
+
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Factors of mlm_loss and disc_loss in the total; a main encoder that predicts tokens has 1."""
+        return (
+            1.0 if self.kind == "mlm" else self.gen_weight,
+            self.disc_weight if self.detects else 1.0,
+        )
+
+
+class DataConfig(Section):
+    """The rows; everything but the length is the data folder's own."""
+
+    sequence_length: int = science(
+        ..., "tokens per row; the data must have been prepared with it", ge=8
+    )
+    special_ids: SpecialIds | None = science(None, "filled from the data")
+
+
+class TrainConfig(Section):
+    """How long, how much at once, from which seed."""
+
+    total_steps: int | None = science(
+        None, "optimizer steps of the whole schedule; or give epochs", ge=1
+    )
+    epochs: float | None = science(
+        None, "passes over the training rows, instead of total_steps", gt=0
+    )
+    global_batch_size: int = science(..., "rows per optimizer step, over all ranks", ge=1)
+    micro_batch_size: int = machine(..., "rows per forward and backward on one rank", ge=1)
+    seed: int = science(0, "of initialisation, order, masking, sampling, dropout", ge=0, lt=2**32)
+    eval_every: int = machine(0, "steps between held-out evaluations; 0: at the end only", ge=0)
+    eval_rows: int = machine(
+        2048, "held-out rows of each source per evaluation during training", ge=1
+    )
+    # Machine, although rows are left out: a run that stopped over a bad loss could not go on otherwise.
+    on_bad_loss: Literal["stop", "skip"] = machine(
+        "stop", "a loss that is not finite, or a spike: end the run, or leave out the step"
+    )
+    spike_factor: float = machine(
+        0.0, "a spike is a loss above this times the mean of the last 32; 0: none is", ge=0
+    )
+    max_skipped_steps: int = machine(
+        20, "skipped steps in a row (fp16 overflow, bad losses) that end the run", ge=1
+    )
+    max_restarts: int = machine(
+        10, "failures in a row that gain no checkpoint before a run is refused; 0: any", ge=0
+    )
+    activation_checkpointing: bool = machine(
+        False, "recompute each layer in backward: less memory, same numbers"
+    )
+    timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
+    silence_seconds: float = machine(
+        15.0, "without a word of a rank, until the others end the run", ge=1
+    )
+    compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
+    deterministic: bool = machine(
+        False, "on GPUs, too, the same bits from the same run again; slower"
+    )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "TrainConfig":
+        if (self.total_steps is None) == (self.epochs is None):
+            raise ValueError("give total_steps or epochs, exactly one (the other one null)")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"spike_factor = {self.spike_factor} calls every step a spike; expected 0 or above 1"
+            )
+        return self
+
+
+class AdamConfig(Section):
+    """Adam with decoupled weight decay and linear decay after warmup (ELECTRA, appendix A)."""
+
+    peak_lr: float = science(..., "learning rate that warmup aims at", gt=0)
+    beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = science(
+        0.999, "decay of the second moment", ge=0, le=0.9999
+    )  # above, 1 - beta2**2**20 < 1
+    eps: float = science(1e-6, "added to the root of the second moment", gt=0)
+    weight_decay: float = science(0.01, "decoupled, on everything but biases and LayerNorm", ge=0)
+    bias_correction: bool = science(False, "of Adam's moments; the authors' code has none")
+    gradient_clipping: float = science(1.0, "limit of the global gradient norm; 0: none", ge=0)
+
+
+class OptimizerConfig(AdamConfig):
+    """Adam with the schedule of pretraining: linear decay times linear warmup."""
+
+    warmup_steps: int = science(..., "steps of the linear warmup", ge=0)
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every: int = machine(1000, "steps between checkpoints", ge=1)
+    asynchronous: bool = machine(
+        True, "train on while a checkpoint is written; it costs host memory of its size"
+    )
+    keep_last: int = machine(2, "newest checkpoints kept (never fewer than two)", ge=2)
+    keep_every: int = machine(
+        0, "keep each step that is a multiple of this for good; 0: none", ge=0
+    )
+    keep_steps: list[int] = machine([], "steps kept for good")
+
+
+class LoggingConfig(Section):
+    """What is written while running."""
+
+    every: int = machine(100, "steps between log lines", ge=1)
+    tensorboard: bool = machine(True, "write OUT/tensorboard")
+
+
+class RunConfig(Section):
+    """A run: science and machine. `engine` names a DeepSpeed file (name, path) or holds it."""
+
+    model: ModelConfig
+    generator: GeneratorConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    engine: str | dict[str, Any] = machine(
+        "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object"
+    )
+    provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        length, most = self.data.sequence_length, self.model.max_positions
+        if length > most:
+            raise ValueError(f"data.sequence_length {length} exceeds max_positions {most}")
+        sizes = EncoderConfig.model_fields
+        if self.model.sharing == "all" and any(
+            getattr(self.model, f) != getattr(self.generator, f) for f in sizes
+        ):
+            raise ValueError(
+                "model.sharing = 'all' is one encoder: every field of generator must equal that of model"
+            )
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """`accumulation` of this run."""
+        return accumulation(self.train, world_size)
+
+    def total_steps(self, rows: int | None) -> int:
+        """Steps of the schedule; `rows` of the training split are needed when the length is given in epochs."""
+        if self.train.total_steps is not None:
+            return self.train.total_steps
+        if rows is None:
+            raise UserError("train.epochs needs the data to know the number of steps: give --data")
+        return max(1, round(self.train.epochs * rows / self.train.global_batch_size))
+
+    def with_data(
+        self, vocab_size: int, special_ids: SpecialIds, sequence_length: int
+    ) -> "RunConfig":
+        """The config with what the data decides filled in. UserError when a value is there and differs."""
+        if sequence_length != self.data.sequence_length:
+            raise UserError(
+                f"data.sequence_length = {self.data.sequence_length}, but the data has rows of {sequence_length}: "
+                f"prepare with --sequence-length {self.data.sequence_length}, or --set "
+                f"data.sequence_length={sequence_length}"
+            )
+        for key, mine, theirs in (
+            ("model.vocab_size", self.model.vocab_size, vocab_size),
+            ("data.special_ids", self.data.special_ids, special_ids),
+        ):
+            if mine is not None and mine != theirs:
+                raise UserError(
+                    f"{key} = {mine}, but the data has {theirs}: leave it out, or use the data of that tokenizer"
+                )
+        model = self.model.model_copy(update={"vocab_size": vocab_size})
+        data = self.data.model_copy(update={"special_ids": special_ids})
+        return self.model_copy(update={"model": model, "data": data})
+
+
+class FactoryRun(RunConfig):
+    """A run with encoders of the user's own."""
+
+    model: FactoryConfig
+    generator: None = science(None, "the factory makes it")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "FactoryRun":
+        if not self.objective.detects:
+            raise ValueError(
+                f"objective.kind {self.objective.kind} needs the built-in model; a factory's discriminator tells "
+                "replaced tokens: electra or electra_15"
+            )
+        if self.train.compile or self.train.activation_checkpointing:
+            raise ValueError(
+                "train.compile and train.activation_checkpointing are for the built-in layers: leave them"
+            )
+        return self
+
+
+def accumulation(train: Any, world_size: int) -> int:
+    """Micro-batches per step and rank of a section with global_batch_size and micro_batch_size.
+
+    UserError when the global batch cannot be split so.
+    """
+    per_micro = world_size * train.micro_batch_size
+    if train.global_batch_size % per_micro == 0:
+        return train.global_batch_size // per_micro
+    if train.global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks; "
+            "choose a number of ranks that divides it"
+        )
+    share = train.global_batch_size // world_size
+    fits = max(m for m in range(1, min(share, train.micro_batch_size) + 1) if share % m == 0)
+    raise UserError(
+        f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks x "
+        f"micro_batch_size {train.micro_batch_size}; the largest micro_batch_size that fits is {fits} "
+        f"(--set train.micro_batch_size={fits})"
+    )

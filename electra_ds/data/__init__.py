@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer, shard format, readers, shuffle, masking, loader."""

@@ -1,0 +1,1 @@
+"""Encoders, heads, objective and kernels."""

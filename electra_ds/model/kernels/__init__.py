@@ -1,0 +1,1 @@
+"""Kernels: attention, linear, dropout, vocabulary head. They import torch alone."""

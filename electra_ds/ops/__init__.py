@@ -1,1 +1,0 @@
-"""Pure tensor functions with a fast path and a plain one that means the same."""

@@ -1,0 +1,65 @@
+"""Curves of one or several runs as a picture, drawn from metrics.jsonl alone."""
+
+from pathlib import Path
+
+import numpy as np
+
+from electra_ds.common.errors import UserError
+from electra_ds.training.metrics_file import read_metrics
+
+# title -> (split, key) of its curves
+PANELS = {
+    "MLM loss (nats per chosen token)": "train/mlm_loss valid/mlm_loss valid/unigram_loss",
+    "discriminator loss (nats per token)": "train/disc_loss valid/disc_loss valid/base_rate_loss",
+    "discriminator AUC, held out": "valid/disc_auc valid/fixed_auc",
+    "generator, held out": "valid/mlm_accuracy valid/replaced_fraction",
+}
+NAMES = {
+    "disc_auc": "own generator",
+    "fixed_auc": "fixed corruption",
+    "unigram_loss": "unigram",
+    "base_rate_loss": "base rate",
+    "mlm_accuracy": "MLM accuracy",
+    "replaced_fraction": "replaced share",
+}
+
+
+def plot(runs: list[Path], out: Path) -> None:
+    """Draw the runs' curves against tokens seen into `out` (png, svg, pdf). UserError when a run has no metrics."""
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            raise UserError(f"{run}: no metrics.jsonl here; expected a run folder")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plot needs matplotlib: pip install 'electra_ds[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for run in runs:
+        records = read_metrics(run / "metrics.jsonl")
+        for axis, (title, curves) in zip(axes.flat, PANELS.items(), strict=True):
+            axis.set(title=title, xlabel="million tokens seen")
+            axis.grid(alpha=0.3)
+            for curve in curves.split():
+                _draw(
+                    axis, records, *curve.split("/"), prefix=f"{run.name} " if len(runs) > 1 else ""
+                )
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+
+
+def _draw(axis, records: list[dict], split: str, key: str, prefix: str) -> None:
+    seen = [
+        (record["step"], record["tokens"] / 1e6) for record in records if record["split"] == "train"
+    ]
+    found = [r for r in records if seen and r["split"] == split and r.get(key) is not None]
+    # Million tokens at each record, between the training log lines.
+    tokens = np.interp([r["step"] for r in found], *zip(*seen, strict=True)) if found else []
+    style = (
+        {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
+    )
+    label = NAMES.get(key, "training" if split == "train" else "held out")
+    axis.plot(tokens, [r[key] for r in found], label=prefix + label, **style)

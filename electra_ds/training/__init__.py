@@ -1,0 +1,1 @@
+"""Pretraining on a DeepSpeed engine: loop, checkpoints, metrics."""

@@ -1,0 +1,225 @@
+"""The command line: help is quick and torch-free, a user's mistake is one message and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_custom
+import typer
+
+from electra_ds import cli
+from electra_ds.common.errors import RunFailure, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+VERBS = sorted(typer.main.get_command(cli.app).commands)
+
+
+class Left(BaseException):
+    """os._exit was called."""
+
+
+@pytest.fixture
+def electra_ds(monkeypatch, capsys):
+    """Run the command line in this process: words -> (exit code, standard output, standard error)."""
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["electra-ds", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except Left as left:
+            code = left.args[0]
+        except SystemExit as left:
+            code = left.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    before = dict(os.environ)
+    yield run
+    for name in (
+        os.environ.keys() - before.keys()
+    ):  # what a verb exports for its ranks, later tests would inherit
+        del os.environ[name]
+
+
+def test_the_verbs_are_there():
+    expected = "check detect evaluate inspect plot prepare pretrain train-tokenizer verify"
+    assert set(expected.split()) <= set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_and_its_options(electra_ds, verb):
+    code, out, err = electra_ds(verb, "--help")
+    assert (code, err) == (0, "") and f"electra-ds {verb} [OPTIONS]" in out
+    command = typer.main.get_command(cli.app).commands[verb]
+    assert command.help and command.help.splitlines()[0] in " ".join(out.split())
+    for parameter in command.params:
+        assert parameter.help, f"{verb}: {parameter.name} has no help"
+
+
+def test_the_list_of_verbs_has_a_line_for_each(electra_ds):
+    _, out, _ = electra_ds("--help")
+    for verb in VERBS:
+        (line,) = [line for line in out.splitlines() if line.split()[:1] == [verb]]
+        assert len(line.split()) > 3
+
+
+MISTAKES = {
+    "an unknown preset": (["check", "smal"], "did you mean 'small'"),
+    "an unknown engine": (["check", "tiny", "--engine", "zero9"], "no engine config named 'zero9'"),
+    "an unknown key": (["check", "tiny", "--set", "train.sead=1"], "did you mean 'seed'"),
+    "a setting without a value": (
+        ["check", "tiny", "--set", "train.seed"],
+        "expected section.field=value",
+    ),
+    "ranks that do not fit": (
+        ["check", "tiny", "--world-size", "5"],
+        "cannot be split over 5 ranks",
+    ),
+    "no data to check against": (["check", "tiny", "--data", "nowhere"], "nowhere"),
+    "no data to verify": (["verify", "nowhere"], "nowhere"),
+    "no data to inspect": (["inspect", "nowhere"], "nowhere"),
+    "no data to tell of": (["stats", "nowhere"], "nowhere"),
+    "no tokenizer": (
+        ["prepare", "--input", "x", "--tokenizer", "nowhere", "--out", "data"],
+        "nowhere: not found",
+    ),
+    "no text for a tokenizer": (
+        ["train-tokenizer", "--input", "nowhere.txt", "--out", "tok"],
+        "nowhere.txt",
+    ),
+    "no checkpoint to evaluate": (
+        ["evaluate", "nowhere", "--data", "data"],
+        "nowhere: no checkpoint here",
+    ),
+    "no checkpoint to ask": (["detect", "nowhere", "a text"], "nowhere: no checkpoint here"),
+    "two texts": (["detect", "nowhere", "a text", "--file", __file__], "choose one"),
+    "no metrics to plot": (["plot", "nowhere"], "no metrics.jsonl here"),
+    "a promise not kept": (
+        ["pretrain", "tiny", "--data", "d", "--out", "o", "--world-size", "2"],
+        "was promised",
+    ),
+    "an unknown run": (
+        ["pretrain", "nowhere.json", "--data", "d", "--out", "o"],
+        "nowhere.json: not found",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_exit_code_2(electra_ds, monkeypatch, tmp_path, mistake):
+    words, expected = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    code, out, err = electra_ds(*words)
+    assert code == 2 and expected in err and "Traceback" not in out + err
+    assert err.count("error: ") == 1 and err.startswith("electra-ds: error: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "pretrain",
+        "pretrain tiny",
+        "nosuchverb",
+        "check tiny --nosuch",
+        "check tiny --world-size two",
+        "detect out --file nowhere.txt",
+        "prepare --input x --tokenizer y --out z --packing tight",
+    ],
+)
+def test_wrong_usage_is_exit_code_2_with_the_usage(electra_ds, words):
+    code, _, err = electra_ds(*words.split())
+    assert code == 2 and "Usage:" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("why"), 2), (RunFailure("why"), 1)])
+def test_an_error_names_its_rank_where_there_are_several(electra_ds, monkeypatch, error, code):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert electra_ds() == (code, "", "electra-ds: error: why\n")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert electra_ds() == (code, "", "electra-ds (rank 3): error: why\n")
+
+
+def test_a_mistake_that_nobody_reads_keeps_its_exit_code(electra_ds, monkeypatch, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as console:
+        monkeypatch.setattr(sys, "stderr", console)
+        assert electra_ds("inspect", tmp_path)[0] == 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # closing flushes what was left
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(electra_ds, monkeypatch):
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", fail)
+    code, _, err = electra_ds()
+    assert code == 1 and err.startswith("Traceback") and err.endswith("ZeroDivisionError\n")
+
+
+def python(*words):
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+
+
+def test_help_imports_neither_torch_nor_deepspeed():
+    for words in (["--help"], ["pretrain", "--help"]):
+        script = (
+            "import sys, electra_ds.cli\n"
+            f"sys.argv = ['electra-ds', *{words!r}]\n"
+            "try: electra_ds.cli.main()\n"
+            "except SystemExit: pass\n"
+            "print('loaded', [name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
+        )
+        done = python("-c", script)
+        assert "Usage:" in done.stdout and done.stdout.endswith("loaded []\n"), done.stderr
+
+
+def test_the_module_is_the_command():
+    done = python("-m", "electra_ds", "check", "smal")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "electra-ds: error: no pretrain config named 'smal'; did you mean 'small'?"
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_check_shows_values_meanings_and_derived_numbers(electra_ds, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = electra_ds(
+        "check", "small", "--world-size", "8", "--set", "train.micro_batch_size=4"
+    )
+    assert code == 0
+    lines = [
+        " ".join(line.replace("│", " ").replace("|", " ").split()) for line in out.splitlines()
+    ]
+    assert any(line.startswith("optimizer.peak_lr 0.0005 science learning rate") for line in lines)
+    assert any(line.startswith("train.micro_batch_size 4 machine") for line in lines)
+    assert any(
+        line.startswith("accumulation 4 derived") for line in lines
+    )  # 128 rows / (8 ranks x 4)
+    assert any(line.startswith("discriminator 13,549,057 derived") for line in lines)
+    assert any(line.startswith("GiB a rank") for line in lines)
+
+
+def test_check_says_nothing_of_the_memory_of_the_users_own_code(electra_ds, tmp_path):
+    test_custom.run(tmp_path)
+    code, out, _ = electra_ds("check", tmp_path / "run.json")
+    assert code == 0 and "parameters in all" in out and "GiB" not in out

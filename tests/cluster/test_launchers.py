@@ -1,0 +1,157 @@
+"""Ranks: every launcher's variables give the same answer, exported for torch; N ranks never become N times one."""
+
+import pytest
+
+from electra_ds.cluster import launchers
+from electra_ds.cluster.launchers import Ranks, find_ranks
+from electra_ds.common.errors import UserError
+
+MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+TORCHRUN = MASTER | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = MASTER | {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "4",
+    "CROSS_RANK": "1",
+}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}  # fmt: skip
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+# What a batch script sees without srun: one task by the scheduler's count, and no step.
+SBATCH = {
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "8",
+    "SLURM_NNODES": "2",
+}
+LAUNCHERS = {
+    "torchrun": TORCHRUN, "deepspeed": DEEPSPEED, "srun": SRUN | MASTER,
+    "open mpi": OPEN_MPI | MASTER, "mpich": MPICH | MASTER,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_gives_the_same_place_and_exports_it(launcher):
+    environ = dict(LAUNCHERS[launcher])
+    found = find_ranks(environ)
+    assert (found.rank, found.world_size, found.local_rank, found.local_size) == (5, 8, 1, 4)
+    exported = {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "4",
+        "CROSS_RANK": "1",
+    }
+    assert (exported | MASTER | {"CROSS_SIZE": "2"}).items() <= environ.items()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_asking_twice_gives_the_same_place(launcher):
+    environ = dict(LAUNCHERS[launcher])
+    first = find_ranks(environ)
+    second = find_ranks(environ)
+    assert (first.rank, first.world_size, first.local_rank) == (
+        second.rank,
+        second.world_size,
+        second.local_rank,
+    )
+
+
+def test_without_a_launcher_one_rank_is_alone_and_can_still_meet():
+    environ = {}
+    assert find_ranks(environ) == Ranks(0, 1, 0, 1, "none")
+    assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == ("0", "1", "0")
+    assert environ["MASTER_ADDR"] == "127.0.0.1" and 0 < int(environ["MASTER_PORT"]) < 65536
+
+
+def test_a_batch_script_without_srun_is_alone():
+    assert find_ranks(dict(SBATCH)).world_size == 1
+    with pytest.raises(UserError, match="--world-size 8 was promised, but none started 1"):
+        find_ranks(dict(SBATCH), promised=8)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_another_number_of_ranks_than_promised_is_refused(launcher):
+    assert find_ranks(dict(LAUNCHERS[launcher]), promised=8).world_size == 8
+    with pytest.raises(UserError, match=r"--world-size 4 was promised, but .* started 8 rank"):
+        find_ranks(dict(LAUNCHERS[launcher]), promised=4)
+
+
+@pytest.mark.parametrize("outer", ["srun", "open mpi", "mpich"])
+def test_a_world_smaller_than_the_surrounding_launcher_promised_is_refused(outer):
+    alone = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    with pytest.raises(UserError, match=r"started a world of 1 ranks inside .*, which promised 8"):
+        find_ranks(LAUNCHERS[outer] | alone)
+
+
+def test_torchrun_on_each_task_of_srun_is_one_world():
+    one_task_a_node = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    assert find_ranks(TORCHRUN | one_task_a_node).world_size == 8
+
+
+def test_mpirun_inside_a_step_of_srun_is_the_world():
+    daemons = {
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": "0",
+    }  # one per node, made by mpirun
+    found = find_ranks(OPEN_MPI | MASTER | daemons)
+    assert (found.rank, found.world_size, found.local_rank) == (5, 8, 1)
+
+
+def test_the_pmi_names_that_srun_sets_do_not_hide_srun():
+    found = find_ranks(SRUN | MASTER | {"PMI_RANK": "5", "PMI_SIZE": "8"})
+    assert (found.rank, found.local_rank, found.launcher) == (5, 1, "srun")
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"RANK": "1"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE"),
+        ({"PMI_SIZE": "2"}, "PMI_RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "2"} | MASTER, "LOCAL_RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "MASTER_ADDR"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT"),
+    ],
+)
+def test_half_an_environment_is_refused_with_what_is_missing(environ, named):
+    with pytest.raises(UserError, match=named):
+        find_ranks(dict(environ))
+
+
+def test_a_rank_outside_its_world_is_refused():
+    with pytest.raises(UserError, match="RANK=8, outside a world of 8 ranks"):
+        find_ranks(TORCHRUN | {"RANK": "8"})
+
+
+def test_all_tasks_of_a_step_agree_on_a_meeting_point_without_talking(monkeypatch):
+    class Listed:
+        stdout = "node3\nnode4\n"
+
+    asked = []
+    monkeypatch.setattr(
+        launchers.subprocess, "run", lambda command, **_: asked.append(command) or Listed
+    )
+    found = set()
+    for rank in range(8):
+        environ = SRUN | {
+            "SLURM_PROCID": str(rank),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_STEP_NODELIST": "node[3-4]",
+        }
+        find_ranks(environ)
+        found.add((environ["MASTER_ADDR"], environ["MASTER_PORT"]))
+    assert found == {("node3", str(20000 + 123456 % 20000))}
+    assert asked[0] == ["scontrol", "show", "hostnames", "node[3-4]"]

@@ -1,0 +1,539 @@
+"""Inputs beside plain files: WikiText, tars, parquet, URLs. Each document once, whatever is broken is named."""
+
+import gzip
+import io
+import json
+import lzma
+import re
+import shutil
+import sys
+import tarfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import webdataset
+from running import has_mpi
+from test_prepare_mpi import mpirun
+
+from data_tools.formats.corpus import UNKNOWN, Tally, documents
+from data_tools.inputs.plan import make_plan
+from data_tools.inspect_rows import reread
+from data_tools.prepare import prepare
+from data_tools.train_tokenizer import train_tokenizer
+from electra_ds.common.errors import UserError
+from electra_ds.data.shard_reader import ShardReader
+from electra_ds.data.tokenizer import load_tokenizer
+
+TEXTS = [f"word{i} " * (i % 7 + 1) + f"\n\n end{i}" for i in range(200)]
+
+
+def read(plan, tally=None, field="text") -> list[str]:
+    """The documents of all units, each as its words."""
+    return [
+        " ".join(text.split())
+        for unit in plan.units
+        for file, start, end in unit
+        for text in documents(
+            plan.sources[file],
+            start,
+            end,
+            text_field=field,
+            tally=tally or Tally(),
+            moved=lambda count: None,
+        )
+    ]
+
+
+def words(texts) -> list[str]:
+    return [" ".join(text.split()) for text in texts]
+
+
+def tar_of(members: dict[str, bytes], **options) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def as_wikitext(texts) -> bytes:
+    return "".join(
+        f" \n = Title {i} = \n \n {text} \n = = Part = = \n \n <unk> {i} \n = 7 = \n"
+        for i, text in enumerate(texts)
+    ).encode()
+
+
+def write_parquet(path, texts, **options):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), path, **options)
+
+
+def test_any_cut_of_wikitext_gives_each_article_once(tmp_path):
+    (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS[:20]))
+    articles = words(
+        f"= Title {i} = {text} = = Part = = {UNKNOWN} {i} = 7 ="
+        for i, text in enumerate(TEXTS[:20])
+    )
+    for step in (1, 2, 3, 7, 50, 300, 10000):
+        plan = make_plan([str(tmp_path)], unit_bytes=step)
+        assert plan.sources[0].format == "wikitext"
+        assert read(plan) == articles
+
+
+def test_the_unknown_word_of_wikitext_becomes_the_unknown_token(tmp_path):
+    (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS))
+    for kind, size in (("wordpiece", 300), ("unigram", 90)):
+        made = train_tokenizer(
+            [str(tmp_path / "wiki.tokens")], tmp_path / kind, kind=kind, vocab_size=size
+        )
+        assert UNKNOWN not in "".join(made.names)
+        tokenizer = load_tokenizer(tmp_path / kind)
+        ids = tokenizer.encode_batch([f"word1 {UNKNOWN} end2"])[0]
+        assert tokenizer.decode(ids).split() == ["word1", "[UNK]", "end2"]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tgz", "a.xz"])
+def test_a_tar_is_read_as_the_files_in_it(tmp_path, name):
+    texts = {f"{i:04}.txt": text.encode() for i, text in enumerate(TEXTS[:50])}
+    content = tar_of(
+        {
+            "owt/urlsf_subset00-1_data.xz": lzma.compress(tar_of(texts)),  # a tar by another name
+            "._owt": b"\0\1",
+            "./.hidden/x": b"\0",
+            "empty.txt": b"",
+            "rows.jsonl.gz": gzip.compress(
+                "\n".join(json.dumps({"text": t}) for t in TEXTS[50:100]).encode()
+            ),
+            "wiki": as_wikitext(["x"]),
+            "long.txt": "\n\n".join(TEXTS[100:]).encode(),
+        }
+    )
+    packed = (
+        gzip.compress(content)
+        if name.endswith("gz")
+        else lzma.compress(content)
+        if "xz" in name
+        else content
+    )
+    (tmp_path / name).write_bytes(packed)
+    plan = make_plan([str(tmp_path / name)], unit_bytes=100)
+    assert len(plan.units) == 1
+    rest = ["= Title 0 = x = = Part = = " + UNKNOWN + " 0 = 7 =", " ".join(words(TEXTS[100:]))]
+    assert read(plan) == words(TEXTS[:100]) + rest
+    lines = [part for text in TEXTS[:50] for part in text.split("\n\n")]
+    asked = make_plan([str(tmp_path / name)], format="text")
+    assert read(asked)[:100] == words(lines)  # the format asked for holds inside
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress)])
+def test_a_broken_tar_is_an_error_wherever_it_is_broken(tmp_path, suffix, pack):
+    whole = tar_of(
+        {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS[:30])},
+        format=tarfile.USTAR_FORMAT,
+    )
+    path = tmp_path / f"a.tar{suffix}"
+    half = 1024 * 10  # each member has a block of header and one of data
+    flipped = bytearray(whole)
+    flipped[half + 5] ^= 1
+    zeroed = whole[:half] + bytes(1024) + whole[half + 1024 :]
+    for content in (
+        whole[:half],
+        whole[: half + 100],
+        whole[: half + 512],
+        whole[: half + 600],
+        flipped,
+        zeroed,
+    ):
+        path.write_bytes(pack(bytes(content)))
+        with pytest.raises(UserError, match=rf"a.tar{suffix}: broken, last read a.tar{suffix}/"):
+            read(make_plan([str(path)]))
+    if suffix:
+        path.write_bytes(pack(whole)[:-4])  # in the checksum behind the last member
+        with pytest.raises(UserError, match="broken after byte"):
+            read(make_plan([str(path)]))
+
+
+def test_what_is_no_text_in_a_tar_is_named(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of({"pic/b.jpg": b"\xff\xd8\0"}))
+    with pytest.raises(UserError, match=r"^a.tar/pic/b.jpg: not text"):
+        read(make_plan([str(tmp_path)]))
+    (tmp_path / "a.tar").write_bytes(tar_of({"b.parquet": b"PAR1"}))
+    with pytest.raises(UserError, match=r"^a.tar/b.parquet: parquet compressed or in a tar"):
+        read(make_plan([str(tmp_path)]))
+    (tmp_path / "a.tar").write_bytes(tar_of({"b.txt": b"one\n\xfftwo"}))
+    tally = Tally()
+    assert read(make_plan([str(tmp_path)]), tally) == ["one"]
+    assert tally.places == ["a.tar/b.txt: byte 4: not UTF-8"]
+
+
+def test_any_cut_of_a_parquet_gives_each_row_once(tmp_path):
+    write_parquet(tmp_path / "a.parquet", TEXTS, row_group_size=7)
+    for step in (50, 700, 100000):
+        plan = make_plan([str(tmp_path)], unit_bytes=step)
+        assert read(plan) == words(TEXTS)
+    sizes = [
+        len(read(type(plan)(plan.sources, (((0, a, b),),))))
+        for a, b in pairwise([4, 700, 1500, 1 << 30])
+    ]
+    assert sum(sizes) == len(TEXTS) and all(size % 7 == 0 for size in sizes[:2]) and all(sizes)
+
+
+def test_bad_parquet_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ["one", None, "two"])
+    tally = Tally()
+    assert read(make_plan([str(path)]), tally) == ["one", "two"]
+    assert tally.bad == {"no text in field 'text'": 1} and tally.lines == 3
+    whole = path.read_bytes()
+    with pytest.raises(
+        UserError, match=r"a.parquet: no column 'body' of text; expected .* one of id, text"
+    ):
+        list(
+            documents(
+                make_plan([str(path)]).sources[0],
+                0,
+                1 << 30,
+                text_field="body",
+                tally=tally,
+                moved=print,
+            )
+        )
+    for content in (whole[:-20], whole[:4] + b"\xff" * 200 + whole[204:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a.parquet: broken .*; expected a whole parquet file"):
+            read(make_plan([str(path)]))
+    path.write_bytes(whole)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"a.parquet: reading parquet needs pyarrow: pip install"):
+        read(make_plan([str(path)]))
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_is_read_whole_or_named(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    path, ends = tmp_path / "a.arrow", []
+    values = [
+        pyarrow.array(["one", None, "two"]),
+        pyarrow.array([b"\xff", b"x"]).view(pyarrow.string()),
+        pyarrow.array(["three"] * 300),
+    ]
+    schema = pyarrow.schema([("text", pyarrow.string()), ("id", pyarrow.int64())])
+    with open(path, "wb") as file, getattr(pyarrow.ipc, f"new_{kind}")(file, schema) as writer:
+        for column in values:
+            writer.write_batch(
+                pyarrow.record_batch([column, pyarrow.array(range(len(column)))], schema=schema)
+            )
+            ends.append(file.tell())
+    whole, tally = path.read_bytes(), Tally()
+    plan = make_plan([str(path)], unit_bytes=100)
+    assert (plan.sources[0].format, len(plan.units)) == ("arrow", 1)
+    assert read(plan, tally) == ["one", "two", "x", *["three"] * 300]
+    assert tally.bad == {"no text in field 'text'": 1, "not UTF-8": 1} and tally.lines == 305
+    for field in ("body", "id"):
+        with pytest.raises(
+            UserError, match=rf"^a.arrow: no column '{field}' of text; expected .* one of text, id"
+        ):
+            list(documents(plan.sources[0], 0, 1 << 30, text_field=field, tally=tally, moved=print))
+    offsets = whole.index(b"\0\0\0\0\3\0\0\0\3\0\0\0\6\0\0\0") + 4
+    broken = [
+        whole[: ends[1]],
+        whole[: ends[1] + 50],
+        whole[:-8],
+        whole[:offsets] + b"\x7f" * 8 + whole[offsets + 8 :],
+    ]
+    for content in broken:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^a.arrow: broken .*; expected a whole arrow file"):
+            read(make_plan([str(path)]))
+    path.unlink()
+    for name, content in (
+        ("b.arrow.gz", gzip.compress(whole)),
+        ("b.tar", tar_of({"a.arrow": whole})),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"^b.*: arrow compressed or in a tar cannot be read"):
+            read(make_plan([str(tmp_path / name)]))
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """Writes a folder that is a dataset: two shards in one configuration, a test split in another."""
+    pytest.importorskip("datasets", reason="needs the extra [hf]")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+    def write(folder, texts):
+        folder.mkdir(parents=True)
+        for part in range(2):
+            write_parquet(folder / f"part-{part}.parquet", texts[part::2], row_group_size=9)
+        write_parquet(folder / "test.parquet", ["held out"])
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: all\n  data_files: part-*.parquet\n"
+            "- config_name: few\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
+        )
+        return folder
+
+    return write
+
+
+def test_a_dataset_is_its_shards_wherever_it_lies(tmp_path, dataset, monkeypatch):
+    plans = []
+    for place in ("here", "there"):
+        folder = dataset(tmp_path / place / "set", TEXTS[:30])
+        plans.append(
+            make_plan([f"dataset:{folder}?config=all", f"dataset:{folder}/?split=train&config=all"])
+        )
+    assert plans[0].identity() == plans[1].identity()
+    names = [f"dataset:set?config=all&split=train shard {shard}" for shard in range(2)]
+    assert [source.name for source in plans[0].sources] == names and len(plans[0].units) == 2
+    moved = []
+    for source in plans[0].sources:
+        list(
+            documents(source, 0, source.size, text_field="text", tally=Tally(), moved=moved.append)
+        )
+    assert sum(moved) == sum(source.size for source in plans[0].sources)
+    assert read(plans[0]) == words(TEXTS[:30:2] + TEXTS[1:30:2])
+    assert read(make_plan([f"dataset:{folder}?config=few&split=test"])) == ["held out"]
+    write_parquet(folder / "part-1.parquet", TEXTS[2:30:2])
+    assert make_plan([f"dataset:{folder}?config=all"]).identity() != plans[0].identity()
+
+
+def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(
+    tmp_path, dataset, monkeypatch
+):
+    folder = dataset(tmp_path / "set", TEXTS[:30])
+    for given, message in (
+        ("", "expected dataset:NAME"),
+        (f"{folder}?confg=all", "expected dataset:NAME"),
+        (f"{folder}?config=none", "cannot be read .*'none' not found. Available: ..all', 'few'"),
+        (f"{folder}?config=few", "cannot be read .*Bad split: train. Available splits: ..test'"),
+    ):
+        with pytest.raises(UserError, match=rf"^dataset:{re.escape(given)}: {message}"):
+            make_plan([f"dataset:{given}"])
+    for name, found in (("parquet", "body.*text"), ("jsonl", "Missing a name")):
+        own = tmp_path / name
+        own.mkdir()
+        (own / "a.jsonl").write_text('{"body": "good"}\n{broken\n')
+        plan = make_plan(
+            [f"dataset:{folder}?config=all" if name == "parquet" else f"dataset:{own}"]
+        )
+        with pytest.raises(
+            UserError, match=f"^dataset:.* shard 0: .*{found}.*; expected rows with a text in"
+        ):
+            list(documents(plan.sources[0], 0, 99, text_field="body", tally=Tally(), moved=print))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(
+        UserError, match=r"^dataset:.*code: cannot be read .*scripts are no longer supported"
+    ):
+        make_plan([f"dataset:{tmp_path / 'code'}"])
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"; pip install 'electra_ds\[hf\]'$"):
+        make_plan(["dataset:other"])
+
+
+def test_what_a_dataset_saved_to_disk_is_read_as_a_folder(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    made = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})})
+    made.save_to_disk(tmp_path / "saved", num_shards={"train": 3})
+    assert read(make_plan([str(tmp_path / "saved")])) == words(TEXTS)
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Files of a folder, with ranges of bytes as object stores give them."""
+
+    def send_head(self):
+        asked, path = self.headers.get("Range"), Path(self.translate_path(self.path))
+        if not asked or not path.is_file():
+            return super().send_head()
+        content = path.read_bytes()
+        start, _, end = asked.removeprefix("bytes=").partition("-")
+        part = content[int(start) : int(end or len(content)) + 1]
+        self.send_response(206)
+        self.send_header(
+            "Content-Range", f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}"
+        )
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        return io.BytesIO(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(folder, its URL) of a web server."""
+    pytest.importorskip("aiohttp", reason="needs the extra [remote]")
+    (tmp_path / "web").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path / "web")))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path / "web", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+JOB = """
+import json, sys
+from data_tools.prepare import prepare
+from data_tools.workers import mpi_ranks
+with mpi_ranks() as others:
+    if others is not None:
+        prepare(**json.loads(sys.argv[1]), ranks=others)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a data folder by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("processes", [(3,), pytest.param((1, 2, 4, 7), marks=pytest.mark.slow)])
+def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(
+    tmp_path, served, processes
+):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    web, url = served
+    local = tmp_path / "local"
+    (web / "part").mkdir()
+    local.mkdir()
+    (local / "README.md").write_text("a card of the folder")
+    (local / "a.tar.xz").write_bytes(
+        lzma.compress(tar_of({f"{i}.txt": t.encode() for i, t in enumerate(TEXTS[:40])}))
+    )
+    (local / "b.tokens").write_bytes(as_wikitext(TEXTS[40:80]))
+    write_parquet(local / "c.parquet", TEXTS[80:110], row_group_size=9)
+    saved = tmp_path / "cache" / "set"
+    datasets.Dataset.from_dict({"text": TEXTS[110:120]}).save_to_disk(saved, num_shards=2)
+    (web / "part" / "d.txt").write_text("\n\n".join(words(TEXTS[120:160])))
+    write_parquet(web / "part" / "e.parquet", TEXTS[160:180], row_group_size=9)
+    (web / "f.jsonl.gz").write_bytes(
+        gzip.compress("\n".join(json.dumps({"text": t}) for t in TEXTS[180:]).encode())
+    )
+    inputs = [
+        str(local),
+        str(local / "*.tokens"),
+        f"file://{local}/a.tar.xz",
+        f"{url}/part/",
+        f"{url}/part/*.txt",
+        f"{url}/f.jsonl.gz?signature=secret",
+        f"dataset:{saved}",
+    ]
+    tokenizer = train_tokenizer([str(local / "b.tokens")], tmp_path / "tok", vocab_size=200)
+    options = dict(
+        unit_bytes=600, shard_bytes=1200, block_rows=16, sequence_length=32, valid_fraction=0
+    )
+    settings = dict(inputs=inputs, tokenizer=str(tmp_path / "tok"), **options)
+    made = prepare(**settings, out=tmp_path / "out1")
+    whole = contents(tmp_path / "out1")
+    assert len(made.source.units) > 20 and len(made.splits["train"].shards) > 5
+    assert made.source.files == (
+        "a.tar.xz",
+        "b.tokens",
+        "c.parquet",
+        f"{url}/f.jsonl.gz",
+        f"{url}/part/d.txt",
+        f"{url}/part/e.parquet",
+        "dataset:set?split=train shard 0",
+        "dataset:set?split=train shard 1",
+    )
+    assert made.splits["train"].documents == len(TEXTS) and not made.bad_lines
+    for workers in processes:
+        prepare(**settings, workers=workers, out=tmp_path / "data")
+        assert contents(tmp_path / "data") == whole
+        shutil.rmtree(tmp_path / "data")
+    (tmp_path / "job.py").write_text(JOB)
+    for ranks in processes if has_mpi() else ():
+        done = mpirun(
+            ranks, tmp_path / "job.py", json.dumps(settings | {"out": str(tmp_path / "data")})
+        )
+        assert done.returncode == 0 and contents(tmp_path / "data") == whole, done.stderr
+        shutil.rmtree(tmp_path / "data")
+
+    reader = ShardReader(tmp_path / "out1", "train")
+    texts_of = reread(tmp_path / "out1", inputs)
+    units = [list(texts_of(unit)) for unit in range(len(made.source.units))]
+    for block in range(len(reader.blocks)):
+        ids = reader.block(block)
+        for row, start, length, unit, number, token in reader.pieces(block).tolist():
+            piece = [
+                i for i in ids[row, start : start + length].tolist() if i not in (2, 3)
+            ]  # [CLS], [SEP]
+            found = tokenizer.encode_batch([units[unit][number]])[0][token : token + len(piece)]
+            assert found == piece  # a piece lies where its provenance says
+
+
+def test_a_url_that_cannot_be_read_is_named(served):
+    web, url = served
+    for given, message in (
+        (f"{url}/none.txt", r"cannot be read \(ClientResponseError: 404"),
+        ("s4://x/y", "cannot be read"),
+        (f"{url}/*.txt", "no such file"),
+        ("http://127.0.0.1:9/x", r"cannot be read \(ClientConnectorError: Cannot connect"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(given)}: {message}"):
+            make_plan([given])
+    (web / "a.txt").write_text("text")
+    plan = make_plan([f"{url}/a.txt"])
+    (web / "a.txt").unlink()
+    with pytest.raises(OSError, match=f"{url}/a.txt"):
+        read(plan)
+
+
+def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path, monkeypatch):
+    for shard in range(3):
+        with open(tmp_path / f"x-{shard:03}.tar", "wb") as file, webdataset.TarWriter(file) as tar:
+            for i, text in enumerate(TEXTS[shard * 10 : shard * 10 + 10]):
+                key = f"part.{shard}/{i:04}"  # a folder may have a dot
+                tar.write(
+                    {
+                        "__key__": key,
+                        "jpg": b"\xff\xd8\0",
+                        "seg.txt": text,
+                        "json": {"c": {}, "caption": text},
+                    }
+                )
+    tar = str(tmp_path / "x-{000..002}.tar")
+    pretty = tmp_path / "y.tar"
+    with open(pretty, "wb") as file, webdataset.TarWriter(file) as writer:
+        writer.write(
+            {
+                "__key__": "a",
+                "json": json.dumps({"caption": "one\ntwo"}, indent=2).encode(),
+                "cls": 3,
+            }
+        )
+    plan = make_plan([tar], format="webdataset")
+    assert [source.name for source in plan.sources] == [f"x-00{i}.tar" for i in range(3)]
+    assert read(plan, field="seg.txt") == read(plan, field="json.caption") == words(TEXTS[:30])
+    assert read(make_plan([str(pretty)], format="webdataset"), field="json.caption") == ["one two"]
+    with monkeypatch.context() as patched:
+        patched.setattr("data_tools.formats.corpus.LONGEST_LINE", 16)
+        tally = Tally()
+        assert (
+            read(make_plan([str(pretty)], format="webdataset"), tally=tally, field="json.caption")
+            == []
+        )
+        assert tally.lines == tally.bad.total() == 1
+    with pytest.raises(
+        UserError, match=r"^x-000.tar: nothing for --text-field txt, .*is .*/0009.seg.txt"
+    ):
+        read(plan, field="txt")
+    with pytest.raises(UserError, match=f"^{tmp_path}/x-003.tar: no such file"):
+        make_plan([str(tmp_path / "x-{000..003}.tar")])
+    (tmp_path / "a{1.txt").write_text("one")
+    assert read(make_plan([str(tmp_path / "a{1.txt")])) == ["one"]
+    with pytest.raises(UserError, match=r"1\.txt: not a tar"):
+        make_plan([str(tmp_path / "a{1.txt")], format="webdataset")

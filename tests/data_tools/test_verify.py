@@ -1,0 +1,157 @@
+"""verify finds what is wrong and where; inspect shows the rows as text with their origin."""
+
+import json
+
+import numpy as np
+import pytest
+from shard_data import best_fit_rows, pieces_of, write_data, write_tokenizer
+
+from data_tools.inspect_rows import describe_rows
+from data_tools.verify import verify
+from electra_ds.common.errors import UserError
+from electra_ds.data.shard_format import (
+    index_file,
+    read_manifest,
+    shard_file,
+    write_index,
+    write_manifest,
+    write_shard,
+)
+from electra_ds.data.shard_reader import ShardReader
+
+SHARDS = [best_fit_rows(40, 32), best_fit_rows(20, 32, 1)]  # blocks of 16: 3 + 2
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path, SHARDS, fingerprint=write_tokenizer(tmp_path / "tokenizer"))
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(data, rows, change_pieces=lambda pieces: None):
+    """Replace shard 0 by `rows`, with index and manifest in step: damage that no checksum shows."""
+    manifest, reader = read_manifest(data), ShardReader(data, "train")
+    pieces = pieces_of(SHARDS[0])
+    change_pieces(pieces)
+    shards = [(rows, pieces), (SHARDS[1], pieces_of(SHARDS[1]))]
+    written = [
+        write_shard(data / shard_file("train", i), "train", i, r, p, 16)
+        for i, (r, p) in enumerate(shards)
+    ]
+    index = write_index(
+        data / index_file("train"), np.concatenate([blocks for _, blocks in written])
+    )
+    infos = tuple(info for info, _ in written)
+    info = reader.info.model_copy(update={"index_sha256": index, "shards": infos})
+    write_manifest(data, manifest.model_copy(update={"splits": {"train": info}}))
+
+
+def test_a_whole_folder_has_no_problems(data):
+    done = []
+    assert verify(data, done.append) == []
+    assert sum(done) == sum(shard.bytes for shard in read_manifest(data).splits["train"].shards)
+
+
+def test_every_damaged_block_is_named(data):
+    blocks = ShardReader(data, "train").blocks
+    flip(data / shard_file("train", 0), int(blocks["offset"][0]) + 200)
+    flip(data / shard_file("train", 0), int(blocks["offset"][2]) + 300)
+    flip(data / shard_file("train", 1), int(blocks["offset"][4]) - 400)
+    found = verify(data)
+    assert len(found) == 3
+    places = [
+        "000.tar: block 0: its rows",
+        "000.tar: block 2: its rows",
+        "001.tar: block 1: its tar",
+    ]
+    assert all(place in problem for place, problem in zip(places, found, strict=True))
+
+
+def test_files_that_are_missing_or_too_many_are_named(data):
+    (data / shard_file("train", 0)).rename(data / shard_file("train", 7))
+    (data / "unigrams.npy").unlink()
+    (data / "tokenizer" / "vocab.txt").unlink()
+    found = "\n".join(verify(data))
+    for place in [
+        "tokenizer: no vocabulary",
+        "shards/train-000007.tar: not in the manifest",
+        "train-000000.tar: shard 0",
+    ]:
+        assert place in found
+
+
+def test_another_tokenizer_is_found(data):
+    path = data / "tokenizer" / "vocab.txt"
+    path.write_text(path.read_text().replace("w77", "v77"))
+    (problem,) = verify(data)
+    assert problem.startswith("tokenizer: its fingerprint")
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "token", "message"),
+    [
+        (3, 10, 600, "block 0: token id 600"),
+        (20, 0, 9, "block 1: row 4 does not begin with [CLS]"),
+        (35, 15, 0, "block 2: padding before the end"),
+        (2, 1, 4, "block 0: its pieces do not cover the text"),
+    ],
+)
+def test_rows_that_cannot_be_are_found_though_all_digests_fit(data, row, column, token, message):
+    rows = SHARDS[0].copy()
+    rows[row, column] = token
+    rewrite(data, rows)
+    assert any(message in problem for problem in verify(data))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [(1, 40, "lies outside"), (2, 2, "do not cover"), (3, -1, "lies outside")],
+)
+def test_pieces_that_do_not_fit_are_found(data, field, value, message):
+    def change(pieces):
+        pieces[0, field] = value
+
+    rewrite(data, SHARDS[0], change)
+    assert any("block 0: " in problem and message in problem for problem in verify(data))
+
+
+@pytest.mark.parametrize("key", ["documents", "pieces", "tokens", "pad"])
+def test_wrong_counts_are_found(data, key):
+    path = data / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"][key] += 1
+    path.write_text(json.dumps(manifest))
+    (problem,) = verify(data)
+    assert f"{key}, the manifest says {manifest['splits']['train'][key]}" in problem
+
+
+def test_wrong_unigrams_and_id_are_found(data):
+    counts = np.load(data / "unigrams.npy")
+    counts[50] += 1
+    np.save(data / "unigrams.npy", counts)
+    path = data / "manifest.json"
+    path.write_text(path.read_text().replace(read_manifest(data).dataset_id, "0" * 32))
+    found = verify(data)
+    assert (
+        len(found) == 2
+        and found[0].startswith("manifest.json: dataset_id")
+        and "token 50" in found[1]
+    )
+
+
+def test_rows_are_shown_by_piece_with_their_origin(data):
+    lines = list(describe_rows(data, "train", [41], source=True))
+    row = SHARDS[1][1]
+    assert lines[0].startswith("row 41 (shard 1, block 0): ") and lines[0].endswith(" 3 pieces")
+    assert f"{(row == 0).sum()} padding" in lines[0]
+    first = row[1 : np.argmax(row == 3)]
+    assert lines[1] == f"  [1:{1 + len(first)}] " + " ".join(f"w{token}" for token in first)
+    assert lines[2] == "    from unit 0 (text.txt bytes 0-1000): document 3, token 0"
+    assert len(list(describe_rows(data, "train", [0, 1]))) == 2 + 3 + 3
+    with pytest.raises(UserError, match="row 60 asked, split train has rows 0 to 59"):
+        list(describe_rows(data, "train", [60]))

@@ -1,0 +1,291 @@
+"""Evaluation and detection: the figures of a checkpoint are those of counting by hand, and of the run it came from."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from shard_data import SPECIAL
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
+
+from electra_ds.common.errors import UserError
+from electra_ds.config.loading import load_run
+from electra_ds.data import dataset
+from electra_ds.data.batch import fixed_corruption
+from electra_ds.data.loader import evaluation_batches
+from electra_ds.data.masking import recipe_for
+from electra_ds.data.shard_format import read_unigrams
+from electra_ds.data.shard_reader import ShardReader
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.evaluation import evaluate
+from electra_ds.evaluation.detect import Detector, TokenScore, table
+from electra_ds.interop import load_model
+from electra_ds.model.objective import ElectraObjective
+from electra_ds.model.weights import padded_rows
+from electra_ds.training import checkpoint, checkpointer, held_out
+from electra_ds.training.state import Progress
+
+SETTINGS = [
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.ffn_size=32",
+    "model.embedding_size=16",
+    "generator.hidden_size=32",
+    "generator.num_layers=1",
+    "generator.ffn_size=32",
+    "objective.mask_token_prob=0.4",
+]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the cook cooked a big meal for his sister ##s .".split()  # noqa: SIM905
+
+
+def make_module(config):
+    return ElectraObjective(
+        config.model, config.generator, config.objective, config.data.special_ids, seed=1
+    ).eval()
+
+
+def save(module, config, folder, name="10"):
+    """A checkpoint of a bare module, as one rank saves it."""
+    parameters = dict(module.named_parameters())
+    weights = SimpleNamespace(
+        ranks=SimpleNamespace(rank=0, world_size=1),
+        parameters=parameters,
+        exchange=lambda value: [value],
+        whole=lambda name, kind: (
+            parameters[name].detach() if kind == "master" else torch.zeros_like(parameters[name])
+        ),
+        shape=lambda name: parameters[name].shape,
+        scaler_state=dict,
+    )
+    return checkpointer.save(
+        weights, folder, name, Progress(10), config.model_dump(mode="json"), padded_rows(module)
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """A run folder with one checkpoint of a small random model over the shared data folder."""
+    config = load_run("tiny", SETTINGS).with_data(600, SPECIAL, 32)
+    module, out = make_module(config), tmp_path_factory.mktemp("run")
+    path = save(module, config, out / "ckpt")
+    return SimpleNamespace(out=out, path=path, module=module, config=config, data=data)
+
+
+def batches(run, rows=40, **options):
+    reader, options = ShardReader(run.data, "train"), {"batch_rows": 16} | options
+    return evaluation_batches(
+        reader, recipe_for(reader.manifest, run.config.objective, 0), max_rows=rows, **options
+    )
+
+
+def figures(run, found):
+    with torch.no_grad():
+        return held_out.evaluate(
+            run.module, found, read_unigrams(run.data, 600), SPECIAL, torch.device("cpu")
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_the_fixed_corruption_is_judged_as_sklearn_judges_it(run):
+    logits, labels, unigrams = [], [], read_unigrams(run.data, 600)
+    for batch, rows in batches(run):
+        corrupted, is_replaced = fixed_corruption(batch, rows, unigrams, SPECIAL)
+        with torch.no_grad():
+            found = run.module(batch._replace(input_ids=corrupted), task="discriminate")
+        real = batch.piece_ids > 0
+        logits.append(found[real])
+        labels.append(is_replaced[real])
+    logits, labels = torch.cat(logits).numpy(), torch.cat(labels).numpy()
+    assert 0.02 < labels.mean() < 0.3
+    values = figures(run, batches(run))
+    assert values["fixed_auc"] == pytest.approx(roc_auc_score(labels, logits), abs=2e-3)
+    assert values["fixed_precision"] == pytest.approx(precision_score(labels, logits > 0))
+    assert (
+        values["fixed_recall"] == pytest.approx(recall_score(labels, logits > 0))
+        and 0 < values["fixed_recall"] < 1
+    )
+
+
+def test_the_losses_are_means_over_chosen_places_and_real_tokens(run):
+    mlm = disc = chosen = tokens = 0.0
+    counts = read_unigrams(run.data, 600)
+    unigram = 0.0
+    for batch, _ in batches(run):
+        with torch.no_grad():
+            losses = run.module(batch, 1.0, 1.0)
+        mlm, disc = mlm + float(losses.mlm_loss), disc + float(losses.disc_loss)
+        chosen, tokens = (
+            chosen + float(batch.chosen_weights.sum()),
+            tokens + float((batch.piece_ids > 0).sum()),
+        )
+        for row, places, weights in zip(
+            batch.input_ids, batch.chosen, batch.chosen_weights, strict=True
+        ):
+            targets = row[places[weights > 0]].numpy()
+            unigram -= np.log((counts[targets] + 1) / (counts.sum() + 600)).sum()
+    values = figures(run, batches(run))
+    assert (values["chosen"], values["tokens"]) == (chosen, tokens)
+    assert values["mlm_loss"] == pytest.approx(mlm / chosen) and values[
+        "disc_loss"
+    ] == pytest.approx(disc / tokens)
+    assert values["unigram_loss"] == pytest.approx(unigram / chosen)
+    share = values["replaced_fraction"]
+    assert values["base_rate_loss"] == pytest.approx(
+        -share * math.log(share) - (1 - share) * math.log(1 - share)
+    )
+
+
+def test_figures_depend_neither_on_batch_rows_nor_on_the_ranks(run):
+    whole = figures(run, batches(run))
+    ranked = [
+        found for rank in range(3) for found in batches(run, batch_rows=5, rank=rank, world_size=3)
+    ]
+    for key, value in figures(run, ranked).items():
+        assert value == pytest.approx(
+            whole[key], abs=1e-3 if "auc" in key else 1e-5, nan_ok=True
+        ), key
+
+
+def test_sums_of_all_ranks_are_what_counts(run):
+    def doubled(value):
+        return 2 * value
+
+    with torch.no_grad():
+        unigrams = read_unigrams(run.data, 600)
+        two = held_out.evaluate(
+            run.module, batches(run), unigrams, SPECIAL, torch.device("cpu"), doubled
+        )
+    one = figures(run, batches(run))
+    assert two["tokens"] == 2 * one["tokens"] and two["mlm_loss"] == one["mlm_loss"]
+
+
+def test_no_held_out_rows_are_said_to_be_none(run):
+    with pytest.raises(UserError, match="larger --valid-fraction"):
+        figures(run, [])
+
+
+def test_the_verb_gives_the_figures_of_training(run, monkeypatch):
+    rows = ShardReader(run.data, "train")
+    held_out = {"": dataset.HeldOut(rows, read_unigrams(run.data, 600), 1.0)}
+    monkeypatch.setattr(dataset.Folder, "held_out", lambda self: held_out)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = evaluate.evaluate_checkpoint(run.out, run.data, 40)
+    assert found == pytest.approx(figures(run, batches(run)), nan_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_a_checkpoint_becomes_the_module_that_was_saved(run):
+    module, config = load_model.load_module(run.path)
+    assert not module.training and config == run.config
+    own = dict(run.module.named_parameters())
+    for name, parameter in module.named_parameters():
+        true = padded_rows(module).get(name, len(parameter))
+        assert torch.equal(parameter[:true], own[name][:true]), name
+
+
+def test_a_checkpoint_is_found_from_the_run_the_folder_or_itself(run, tmp_path):
+    for path in (run.out, run.out / "ckpt", run.path):
+        assert checkpoint.find_checkpoint(path) == run.path
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no checkpoint here; expected a run folder"):
+            checkpoint.find_checkpoint(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- detection
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A detector over a vocabulary of a few words, loaded from a run folder with its tokenizer."""
+    out = tmp_path_factory.mktemp("detect")
+    (out / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    tokenizer = load_tokenizer(out / "vocab.txt")
+    tokenizer.save(out / "tokenizer")
+    config = load_run("tiny", [*SETTINGS, "data.sequence_length=8"]).with_data(
+        len(WORDS), tokenizer.special_ids, 8
+    )
+    save(make_module(config), config, out / "ckpt")
+    return Detector.load(out)
+
+
+def test_every_token_gets_a_probability_and_its_place_in_the_text(detector):
+    text = "The cook cooked, xyz sisters."
+    found = detector(text)
+    assert [score.token for score in found] == [
+        "the",
+        "cook",
+        "cooked",
+        "[UNK]",
+        "[UNK]",
+        "sister",
+        "##s",
+        ".",
+    ]
+    assert [text[score.start : score.end].lower() for score in found] == [
+        "the",
+        "cook",
+        "cooked",
+        ",",
+        "xyz",
+        "sister",
+        "s",
+        ".",
+    ]
+    assert all(0 < score.probability < 1 for score in found)
+
+
+def test_a_long_text_is_read_in_pieces_that_do_not_see_each_other(detector):
+    first, second = "the cook cooked a big meal", "for his sister ."  # rows of 8 hold 6 tokens
+    whole = [score.probability for score in detector(f"{first} {second}")]
+    parts = [score.probability for text in (first, second) for score in detector(text)]
+    assert whole == pytest.approx(parts, abs=1e-6)  # the second is padded beside the first
+    other = [score.probability for score in detector(f"{first} for the big meal")]
+    assert other[:6] == pytest.approx(whole[:6], abs=1e-6) and other[6:] != pytest.approx(
+        whole[6:], abs=1e-6
+    )
+
+
+def test_a_probability_depends_on_the_other_tokens(detector):
+    one, other = detector("the cook cooked a meal"), detector("the cook for a meal")
+    assert one[0].probability != other[0].probability
+
+
+def test_a_text_without_tokens_is_refused(detector):
+    for text in ("", "  \n"):
+        with pytest.raises(UserError, match="holds no tokens"):
+            detector(text)
+
+
+def test_another_tokenizer_is_refused(run, detector, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    with pytest.raises(UserError, match=f"{len(WORDS)} entries, but .* was trained with 600"):
+        Detector.load(run.out, tmp_path / "vocab.txt")
+
+
+def test_the_table_marks_what_is_suspicious_and_aligns_the_original():
+    found = [
+        TokenScore("the", 0, 3, 0.1),
+        TokenScore("cook", 4, 8, 0.2),
+        TokenScore("ate", 9, 12, 0.7),
+    ]
+    original = [
+        TokenScore("the", 0, 3, 0.1),
+        TokenScore("sous", 4, 8, 0.3),
+        TokenScore("cook", 9, 13, 0.2),
+        TokenScore("cooked", 14, 20, 0.25),
+    ]
+    _, _, *lines = table(found, 0.5)
+    assert [line.endswith("<-- replaced") for line in lines] == [False, False, True]
+    _, _, *lines = table(found, 0.9)
+    assert [line.endswith("<-- most suspicious") for line in lines] == [False, False, True]
+    _, _, *lines = table(found, 0.5, original)
+    assert [line.split()[2:4] for line in lines] == [
+        ["the", "0.1000"],
+        ["cook", "0.2000"],
+        ["cooked", "0.2500"],
+    ]

@@ -1,0 +1,492 @@
+"""Fine-tuning through the engine: what is learned, on any number of ranks, kept, gone on with and predicted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_folders
+import torch
+from running import CPU, ROOT, read_json, run_cli, run_ranks
+from test_folder_lock import hold
+
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.finetuning.batches import (
+    collate,
+    encode,
+    epoch_batches,
+    micro_batches,
+    prediction_batches,
+    swapped,
+)
+from electra_ds.finetuning.config import load_finetune
+from electra_ds.finetuning.examples import Example, read_examples
+from electra_ds.finetuning.model import Classifier, layerwise
+from electra_ds.finetuning.predict import logits_of, predictions_of
+from electra_ds.finetuning.tasks import Task, load_task
+from electra_ds.interop.hf import classifier_to_hf, hf_config, to_hf
+from electra_ds.model.weights import true_state
+
+WORDS = run_folders.VOCABULARY[5:305]
+GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
+
+
+def write_tasks(folder: Path) -> Path:
+    """Three own tasks whose labels are plain in the words: classes (sentences), pairs (regression), words (tags)."""
+    random = np.random.default_rng(0)
+
+    def text(size: int) -> list[str]:
+        return [WORDS[i] for i in random.integers(0, len(WORDS), size)]
+
+    def classes() -> dict:
+        label, words = int(random.integers(2)), text(int(random.integers(3, 12)))
+        words[int(random.integers(len(words)))] = ("ab", "cd")[label]
+        return {"sentence": " ".join(words), "label": ("no", "yes")[label]}
+
+    def pairs() -> dict:
+        both = int(random.integers(2))
+        return {
+            "a": " ".join(["ab", *text(3)]),
+            "b": " ".join(["ab" if both else "cd", *text(8)]),
+            "label": 5 * both,
+        }
+
+    def words() -> dict:
+        found = [WORDS[i] for i in random.integers(0, 10, random.integers(3, 9))]
+        return {"words": found, "tags": ["B-early" if word < "af" else "O" for word in found]}
+
+    tasks = {
+        "classes": (classes, {}),
+        "pairs": (pairs, {"kind": "regression", "text_a": "a", "text_b": "b", "both_orders": True}),
+        "words": (words, {"kind": "token_classification", "text_a": "words", "label": "tags"}),
+    }
+    folder.mkdir()
+    for name, (make, description) in tasks.items():
+        sizes = {"train": 200, "valid": 61, "test": 7}
+        splits = {split: f"{name}-{split}.jsonl" for split in sizes}
+        (folder / f"{name}.json").write_text(json.dumps({"splits": splits} | description))
+        for split, file in splits.items():
+            hidden = ("label", "tags") if split == "test" else ()
+            rows = [
+                {key: x for key, x in make().items() if key not in hidden}
+                for _ in range(sizes[split])
+            ]
+            (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suites(tmp_path_factory) -> Path:
+    """What finetune_scenario.py left on one rank and on two: one/NAME, two/NAME, beside model and tasks."""
+    folder = tmp_path_factory.mktemp("finetune")
+    run_folders.pretrained(folder / "model")
+    write_tasks(folder / "tasks")
+    for world_size, name in ((1, "one"), (2, "two")):
+        run_ranks(
+            world_size, "finetune_scenario.py", folder / "model", folder / "tasks", folder / name
+        )
+    return folder
+
+
+def result(folder: Path, seed: int = 0) -> dict:
+    return read_json(next(folder.glob(f"*/seed-{seed}/result.json")))
+
+
+def scores(folder: Path, seed: int = 0) -> dict:
+    return result(folder, seed)["scores"]["valid"]
+
+
+def test_what_is_plain_in_the_words_is_learned(suites):
+    assert scores(suites / "one" / "classes")["accuracy"] > 0.9
+    assert scores(suites / "one" / "pairs")["pearson"] > 0.8
+    assert scores(suites / "one" / "words")["entity_f1"] > 0.9
+
+
+def test_two_ranks_fine_tune_like_one(suites):
+    for name in ("classes", "pairs", "words"):
+        one, two = suites / "one" / name, suites / "two" / name
+        assert result(one)["train_loss"] == pytest.approx(result(two)["train_loss"], rel=1e-4), name
+        assert scores(one) == pytest.approx(scores(two), abs=1e-3), name
+        texts = [
+            next(folder.glob("*/seed-0/predictions-test.tsv")).read_text().split("\n")
+            for folder in (one, two)
+        ]
+        said = [[line.split("\t")[1] for line in lines[1:-1]] for lines in texts]
+        if name == "pairs":
+            said = [np.round(np.array(values, float), 2).tolist() for values in said]
+        assert said[0] == said[1]
+
+
+def test_seeds_differ_and_the_best_ones_model_is_kept(suites):
+    folder = suites / "one" / "classes" / "classes"
+    assert result(folder.parent, 0)["train_loss"] != result(folder.parent, 1)["train_loss"]
+    report = read_json(folder.parent / "report.json")
+    kept = [path.parent.name for path in folder.glob("seed-*/model")]
+    assert kept == [f"seed-{report['tasks']['classes']['best_seed']}"]
+
+
+def test_an_interrupted_seed_goes_on_from_its_epoch_bit_for_bit(suites):
+    whole, cut = (suites / "one" / name / "classes" / "seed-0" for name in ("classes", "cut"))
+    for split in ("valid", "test"):
+        assert (cut / f"predictions-{split}.tsv").read_text() == (
+            whole / f"predictions-{split}.tsv"
+        ).read_text()
+    assert (
+        result(suites / "one" / "cut")["train_loss"]
+        == result(suites / "one" / "classes")["train_loss"]
+    )
+    assert not (cut / "ckpt").exists()
+
+
+def test_packed_batches_teach_what_padded_ones_teach(suites):
+    padded, packed = (suites / "one" / name for name in ("padded", "packed"))
+    assert result(padded)["train_loss"] == pytest.approx(result(packed)["train_loss"], rel=1e-5)
+    texts = [
+        next(path.glob("*/seed-0/predictions-test.tsv")).read_text() for path in (padded, packed)
+    ]
+    said = [
+        np.array([line.split("\t")[2:] for line in text.split("\n")[1:-1]], float) for text in texts
+    ]
+    assert np.abs(said[0] - said[1]).max() < 1e-4
+
+
+def test_the_best_epoch_is_said_and_random_weights_too(suites):
+    best, drawn = result(suites / "one" / "best"), result(suites / "one" / "random")
+    assert best["selected"] == "best epoch on dev" and "dev score flatters" in report(
+        suites, "best"
+    )
+    assert drawn["origin"] == "random initialisation" and drawn["steps"] == round(0.5 * 13)
+    assert not list((suites / "one" / "random").rglob("model"))
+    assert (suites / "one" / "best" / "classes" / "seed-0" / "model" / "meta.json").exists()
+
+
+def test_a_seed_that_diverges_is_named_and_has_no_scores(suites):
+    found = result(suites / "one" / "blown")
+    assert (found["status"], found["scores"]) == ("diverged", {}) and found["steps"] < 39
+    assert "diverged: seed 0" in report(suites, "blown")
+
+
+def report(suites: Path, name: str) -> str:
+    return (suites / "one" / name / "report.md").read_text()
+
+
+def test_half_precision_is_scored_as_predict_does(suites, tmp_path):
+    seed = suites / "one" / "half" / "classes" / "seed-0"
+    run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "p.tsv")
+    assert (tmp_path / "p.tsv").read_text() == (seed / "predictions-valid.tsv").read_text()
+
+
+def test_predict_repeats_what_finetune_wrote_and_scores_what_is_labelled(suites, tmp_path):
+    seed = suites / "one" / "best" / "classes" / "seed-0"
+    file = suites / "tasks" / "classes-valid.jsonl"
+    said = run_cli("predict", seed.parent, "--input", file, "--out", tmp_path / "p.tsv")
+    assert f"accuracy {scores(suites / 'one' / 'best')['accuracy']:.4f}" in said.stdout
+    run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "q.tsv")
+    assert (tmp_path / "p.tsv").read_text() == (tmp_path / "q.tsv").read_text()
+    ours, theirs = (
+        path.read_text().split("\n")
+        for path in (tmp_path / "p.tsv", seed / "predictions-valid.tsv")
+    )
+    assert ours[0] == "index\tprediction\tp(no)\tp(yes)" and len(ours) == 61 + 2
+    assert [line.split("\t")[:2] for line in ours] == [line.split("\t")[:2] for line in theirs]
+
+
+def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
+    out, task = suites / "one" / "best", suites / "tasks" / "classes.json"
+    path, finished = suites / "again.json", out / "classes" / "seed-0" / "result.json"
+    path.write_text((out / "config.json").read_text())
+    command = ("finetune", suites / "model", path, "--tasks", task, "--out", out)
+    before = finished.stat().st_mtime_ns
+    assert "| classes | valid | accuracy |" in run_cli(*command).stdout
+    assert finished.stat().st_mtime_ns == before
+    owner = hold(out / "classes" / "seed-1")
+    refused = run_cli(*command, "--seeds", "2", check=False)
+    owner.kill()
+    owner.wait()
+    assert (
+        refused.returncode == 2 and f"seed-1/lock names process {owner.pid} on " in refused.stderr
+    )
+    other = run_cli(*command, "--set", "optimizer.peak_lr=0.5", check=False)
+    assert other.returncode == 2 and "Traceback" not in other.stderr
+    assert "optimizer.peak_lr: 0.02 -> 0.5" in other.stderr
+
+
+def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(suites, tmp_path):
+    config, out = suites / "spread.json", tmp_path / "out"
+    config.write_text((suites / "one" / "classes" / "config.json").read_text())
+    script = ["bash", ROOT / "launch" / "glue.sh", suites / "model", config, suites / "tasks", out]
+    script += ["--tasks", suites / "tasks" / "classes.json", "--seeds", "2"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environ = os.environ | CPU | {"PATH": path, "RANKS": "3"}
+    done = subprocess.run(script, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and "| classes | valid | accuracy |" in done.stdout, done.stderr[
+        -3000:
+    ]
+    for seed in (0, 1):  # the third rank had nothing to do
+        assert scores(out, seed) == scores(suites / "one" / "classes", seed)
+    assert len(list(out.glob("classes/seed-*/model"))) == 1
+
+
+def test_bad_calls_are_refused_with_one_sentence(suites, tmp_path):
+    misspelled = ["--set", 'tasks={"rte": {"epoch": 3}}']
+    for call, part in (
+        (["smal"], "did you mean 'small'"),
+        (misspelled, "tasks.rte.epoch: unknown key"),
+    ):
+        done = run_cli(
+            "finetune", suites / "model", *call, "--tasks", "rte", "--out", tmp_path, check=False
+        )
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
+
+
+# ------------------------------------------------------------------------------------------------- the parts, alone
+
+
+def words_tokenizer(folder: Path):
+    return load_tokenizer(run_folders.vocabulary(folder))
+
+
+def task(kind: str = "classification", **values) -> Task:
+    return Task(name="t", kind=kind, splits={"train": "x.tsv"}, **values)
+
+
+def test_a_pair_too_long_loses_from_its_longer_text(tmp_path):
+    tokenizer, ids = words_tokenizer(tmp_path), run_folders.IDS
+    long, short = " ".join(WORDS[:30]), " ".join(WORDS[30:34])
+
+    def lengths(a: str, b: str | None) -> tuple[int, int]:
+        (found,) = encode([Example("0", a, b, 0)], task(labels=["a", "b"]), tokenizer, 20)
+        assert found.ids[0] == ids["cls"] and found.ids[-1] == ids["sep"] and len(found.ids) <= 20
+        return found.second, len(found.ids) - found.second
+
+    assert lengths(long, short) == (1 + 13 + 1, 4 + 1)
+    assert lengths(short, long) == (1 + 4 + 1, 13 + 1)
+    assert lengths(long, long) == (1 + 9 + 1, 8 + 1)
+    assert lengths(long, None) == (20, 0)
+
+
+def test_the_first_token_of_a_word_carries_its_label(tmp_path):
+    tokenizer = words_tokenizer(tmp_path)
+    asked = task("token_classification", labels=["O", "B-x"])
+    (found,) = encode([Example("0", ["aaab", "ab"], None, [1, 0])], asked, tokenizer, 20)
+    assert tokenizer.tokens(found.ids) == ["[CLS]", "aa", "##ab", "ab", "[SEP]"]
+    assert found.label == [-1, 1, -1, 0, -1]
+
+
+def test_every_example_is_in_one_batch_of_an_epoch_and_epochs_differ():
+    lengths = np.random.default_rng(0).integers(5, 100, 1003)
+    first, again, second, other = (
+        epoch_batches(lengths, 32, *key) for key in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    assert sorted(np.concatenate(first)) == list(range(1003)) and max(map(len, first)) == 32
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    orders = [tuple(np.concatenate(batches)) for batches in (first, second, other)]
+    assert len(set(orders)) == 3
+
+
+def test_micro_batches_are_the_global_batch_in_order_and_empty_ones_weigh_nothing(tmp_path):
+    tokenizer = words_tokenizer(tmp_path)
+    examples = [Example(str(i), " ".join(WORDS[: 2 + i]), None, i % 2) for i in range(5)]
+    encoded = encode(examples, task(labels=["a", "b"]), tokenizer, 40)
+    micros = micro_batches(np.arange(5), 2, 4, encoded, 0, "classification")
+    assert [tuple(m.input_ids.shape) for m in micros] == [(2, 5), (2, 7), (1, 8), (1, 2)]
+    assert [m.weights.sum().item() for m in micros] == [2, 2, 1, 0] and micros[
+        1
+    ].labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
+def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(
+    tmp_path, kind
+):
+    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    model = run_folders.config().model.model_copy(update={"max_positions": 128})
+    per_token, regression = kind == "token_classification", kind == "regression"
+    module = run_folders.drawn(Classifier(model, 1 if regression else 3, per_token, regression))
+    random = np.random.default_rng(0)
+    sizes = [9, 9, 9, 4, 17, 17, 23, 9]  # stretches of equal lengths, and lengths that come again
+
+    def text(size: int) -> list[str]:
+        return [WORDS[i] for i in random.integers(0, 300, size)]
+
+    if per_token:
+        examples = [Example("", text(size), None, [i % 3 for i in range(size)]) for size in sizes]
+    else:
+        examples = [
+            Example("", " ".join(text(size)), " ".join(text(5)), i % 3)
+            for i, size in enumerate(sizes)
+        ]
+    asked = task(
+        kind,
+        labels=None if regression else ["a", "b", "c"],
+        label_range=(0.0, 2.0) if regression else None,
+    )
+    encoded = encode(examples, asked, words_tokenizer(tmp_path), 128)
+    lengths = [len(example.ids) for example in encoded]
+    name, state = classifier_to_hf(true_state(module), kind)
+    stock = getattr(transformers, name)(
+        transformers.ElectraConfig(
+            **hf_config(model, None, "discriminator", 0), num_labels=1 if regression else 3
+        )
+    ).eval()
+    assert not stock.load_state_dict(state, strict=False).missing_keys
+    fixed = collate(
+        [
+            *encoded,
+            encoded[0]._replace(ids=[2] * 128, second=128, label=[-1] * 128 if per_token else 0),
+        ],
+        0,
+        kind,
+    )
+    ids, segments, real = (
+        x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.piece_ids)
+    )  # padded to 128
+    theirs = stock(ids, attention_mask=real, token_type_ids=segments).logits
+    expected = (
+        torch.cat([x[:size] for x, size in zip(theirs, lengths, strict=True)])
+        if per_token
+        else theirs
+    )
+    expected.square().sum().backward()
+    expected_grads = {name: p.grad for name, p in stock.named_parameters()}
+    largest = max(float(grad.abs().max()) for grad in expected_grads.values())
+    for packed in (False, True):
+        batch = collate(encoded, 0, kind, packed)
+        assert batch.input_ids.shape == (
+            (1, sum(lengths)) if packed else (len(sizes), max(lengths))
+        )
+        module.zero_grad()
+        logits = module(batch, predict=True)
+        logits = logits[batch.piece_ids.flatten() > 0] if per_token else logits
+        logits.square().sum().backward()
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        grads = {
+            name: p.grad[: len(value)]
+            for (name, p), value in zip(
+                module.named_parameters(), true_state(module).values(), strict=True
+            )
+        }
+        for name, grad in to_hf(grads, "discriminator").items():
+            torch.testing.assert_close(
+                grad, expected_grads[name], atol=1e-6 * largest, rtol=1e-4, msg=name
+            )
+        alone = sum(
+            module(collate(one, 0, kind, packed)).total for one in [[], *([one] for one in encoded)]
+        )
+        torch.testing.assert_close(alone, module(batch).total)
+
+
+def test_a_micro_batch_is_at_most_a_ranks_share_of_the_global_batch():
+    config = load_finetune("small")
+    sizes = [
+        config.of("cola", None, 0, world_size).train.micro_batch_size for world_size in (1, 2, 16)
+    ]
+    assert sizes == [32, 16, 2]
+    assert config.of("cola", None, 0, 16).accumulation(16) == 1
+
+
+def test_predictions_do_not_depend_on_batching(tmp_path):
+    tokenizer, config = words_tokenizer(tmp_path), run_folders.config()
+    module = run_folders.drawn(Classifier(config.model, 3, per_token=False, regression=False))
+    random = np.random.default_rng(1)
+    texts = [
+        " ".join(WORDS[i] for i in random.integers(0, 300, random.integers(1, 30)))
+        for _ in range(130)
+    ]
+    encoded = encode(
+        [Example(str(i), t, None, 0) for i, t in enumerate(texts)],
+        task(labels=["a", "b"]),
+        tokenizer,
+        40,
+    )
+    with torch.no_grad():
+        together = np.stack(logits_of(module, "classification", encoded, 0))
+        alone = np.concatenate(
+            [module(collate([one], 0, "classification"), predict=True).numpy() for one in encoded]
+        )
+    assert np.abs(together - alone).max() < 1e-5
+    shares = [np.concatenate(list(prediction_batches(encoded, 16, rank, 3))) for rank in range(3)]
+    assert sorted(np.concatenate(shares)) == list(range(130))
+
+
+def test_the_head_has_dropout_of_its_own(tmp_path):
+    config = run_folders.config().model.model_copy(update={"hidden_dropout": 0.5})
+    module = run_folders.drawn(Classifier(config, 3, per_token=False, regression=False))
+    (one,) = encode(
+        [Example("0", "ab cd", None, 0)], task(labels=["a", "b"]), words_tokenizer(tmp_path), 40
+    )
+    batch = collate([one], 0, "classification")
+    module.train()
+    module.embeddings.eval()
+    module.discriminator.eval()
+    with torch.no_grad():
+        logits = [module(batch, predict=True) for _ in range(8)]
+        assert not all(torch.equal(logits[0], other) for other in logits[1:])
+        assert torch.equal(module.eval()(batch, predict=True), module(batch, predict=True))
+
+
+def test_the_second_order_of_a_pair_has_its_segments_changed_too(tmp_path):
+    tokenizer, pair = words_tokenizer(tmp_path), [Example("0", "ab cd", "ef", 3.0)]
+    asked = task("regression", label_range=(1.0, 5.0))
+    there, back = encode(pair + swapped(pair), asked, tokenizer, 40)
+    assert tokenizer.tokens(there.ids) == ["[CLS]", "ab", "cd", "[SEP]", "ef", "[SEP]"]
+    assert tokenizer.tokens(back.ids) == ["[CLS]", "ef", "[SEP]", "ab", "cd", "[SEP]"]
+    batch = collate([there, back], 0, "regression")
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert batch.labels.tolist() == [
+        0.5,
+        0.5,
+    ]  # trained on as a share of the range, told in the label's own unit
+    assert predictions_of(asked, pair, [there], [np.array([0.5])]) == [3.0]
+
+
+def test_words_that_are_cut_off_are_told_as_outside(tmp_path):
+    words = [Example("0", ["ab"] * 12, None, [1] * 12)]
+    asked = task("token_classification", labels=["B-x", "O"])
+    encoded = encode(words, asked, words_tokenizer(tmp_path), 8)
+    logits = [np.tile([1.0, 0.0], (len(encoded[0].ids), 1))]
+    assert predictions_of(asked, words, encoded, logits) == [[0] * 6 + [1] * 6]
+
+
+def test_a_tasks_own_number_wins_and_the_command_lines_word_wins_over_the_file():
+    config = load_finetune("small")
+    epochs = [
+        config.of(name, own, 0).train.epochs
+        for name, own in (("rte", None), ("rte", 5.0), ("cola", 5.0))
+    ]
+    assert epochs == [10, 10, 5]
+    said = load_finetune("small", ["train.epochs=2", "tasks.stsb.epochs=7"])
+    assert [said.of(name, None, 0).train.epochs for name in ("rte", "stsb", "cola")] == [2, 7, 2]
+    assert config.of("rte", None, 3).train.seed == 3 and said.optimizer == config.optimizer
+
+
+def test_rates_fall_from_the_head_to_the_embeddings():
+    scale = layerwise(12, 0.8)
+    assert [scale(f"discriminator.layers.{i}.qkv.weight") for i in (11, 0)] == [0.8, 0.8**12]
+    assert scale("head.bias") == 1
+    assert scale("embeddings.norm.weight") == scale("discriminator.project.bias") == 0.8**13
+
+
+@pytest.mark.skipif(not GLUE.is_dir(), reason="needs the shared GLUE files")
+@pytest.mark.parametrize("name", ["cola", "mrpc", "rte", "stsb"])
+def test_padding_of_real_tasks_is_small(name):
+    tokenizer = load_tokenizer(GLUE.parent / "vocab" / "bert-base-uncased-vocab.txt")
+    found = load_task(name, GLUE)
+    examples = read_examples(found, "train")
+    encoded = encode(
+        examples + swapped(examples) if found.both_orders else examples, found, tokenizer, 128
+    )
+    lengths = np.array([len(example.ids) for example in encoded])
+    halves = [
+        half
+        for batch in epoch_batches(lengths, 32, 0, 0)
+        for half in (batch[:16], batch[16:])
+        if len(half)
+    ]
+    places = sum(lengths[half].max() * len(half) for half in halves)
+    assert 1 - lengths.sum() / places < 0.06

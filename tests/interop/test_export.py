@@ -1,0 +1,383 @@
+"""What is exported is what was trained: the same ids and the same logits by stock classes."""
+
+import json
+import lzma
+import os
+import pydoc
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_folders
+import torch
+from running import CPU, run_cli
+from torch import nn
+
+from data_tools.train_tokenizer import train_tokenizer
+from electra_ds.common.errors import UserError
+from electra_ds.config.loading import load_run
+from electra_ds.data.batch import Batch
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.interop.export import export
+from electra_ds.interop.hf_tokenizer import read_tokenizer, write_tokenizer
+from electra_ds.interop.load_model import find_trained, load_module, load_pretrained
+from electra_ds.model.encoder import Embeddings, Encoder
+from electra_ds.model.weights import true_state
+
+transformers = pytest.importorskip("transformers")
+TEXT = Path(__file__).resolve().parents[3] / "shared" / "data"
+BOUND = 1e-5
+
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+EDGES = [
+    "",
+    " ",
+    "   two   spaces  ",
+    "\ttab\tthere",
+    "line \n",
+    "no\u00a0break",
+    "cafe\u0301 E\u0301COLE A\u0308pfel",
+    "\x00\x01bell\x07",
+    "zero\u200bwidth",
+    "\ufeffmark",
+    "\u201cquotes\u201d\u2014dash \u2026",
+    "\uff11 \uff21",
+    "\uff76\uff9e \u30ab\u3099",
+    "\u2603\u2603 \u2603 x\u2603y \U0001f600\U0001f44d\U0001f3fd",
+    "aaaaaaaaaaaaaaaa",
+    "x" * 300,
+    "\u6f22\u5b57\u304b\u306a",
+    "a\u0300\u0301\u0302b",
+    "\u00bd \u2103",
+    "\u3000wide",
+    "\u1e9e \u0130",
+    "\u2581literal \u2581a",
+]
+
+
+def stock_tokenizer(tokenizer: Tokenizer, folder: Path):
+    write_tokenizer(tokenizer, folder, 64)
+    (folder / "config.json").write_text('{"model_type": "electra"}')
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def assert_same_ids(tokenizer: Tokenizer, stock, lines: list[str]) -> None:
+    """Equal ids; where two cuts of a line have one score (unigram, runs of one sign) the same tokens in any order."""
+    ours = tokenizer.encode_batch(lines)
+    theirs = stock(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    unlike = [(line, a, b) for line, a, b in zip(lines, ours, theirs, strict=True) if a != b]
+    assert [case for case in unlike if sorted(case[1]) != sorted(case[2])] == []
+    is_unigram = "Unigram" in type(stock.backend_tokenizer.model).__name__
+    assert len(unlike) <= (len(lines) / 500 if is_unigram else 0), unlike
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
+def test_auto_tokenizer_gives_our_ids(kind, lowercase, tmp_path):
+    lines = [line for thing in (json, str) for line in pydoc.render_doc(thing).splitlines()]
+    lines = [line for line in lines if not re.search(r"([^\w\s])\1", line)]
+    lines += ["na\u00efve \u00c4pfel \u30ac"] * 3
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    text = [str(tmp_path / "text.txt")]
+    tokenizer = train_tokenizer(
+        text, tmp_path / "t", kind=kind, vocab_size=500, lowercase=lowercase
+    )
+    stock = stock_tokenizer(tokenizer, tmp_path / "hf")
+    assert_same_ids(tokenizer, stock, lines + EDGES)
+    (a, b), ids = tokenizer.encode_batch(["first words", "and others"]), tokenizer.special_ids
+    pair = stock("first words", "and others")
+    assert pair["input_ids"] == [ids.cls, *a, ids.sep, *b, ids.sep]
+    assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    roles = ("pad", "unk", "cls", "sep", "mask")
+    assert [getattr(stock, f"{role}_token_id") for role in roles] == [
+        getattr(ids, role) for role in roles
+    ]
+    assert stock.model_max_length == 64
+    assert stock("[MASK]", add_special_tokens=False)["input_ids"] == [
+        ids.mask
+    ]  # theirs; ours never makes it from text
+    assert read_tokenizer(tmp_path / "hf").content == tokenizer.content
+    if kind == "wordpiece":
+        (tmp_path / "hf" / "vocab.txt").unlink()  # as newer versions of the library save it
+        assert read_tokenizer(tmp_path / "hf").fingerprint == tokenizer.fingerprint
+
+
+def shared_lines(name: str) -> list[str]:
+    path = TEXT / "text" / name
+    if not path.exists():
+        pytest.skip("needs the shared text")
+    text = (
+        lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    ).decode()
+    return [line for line in text.splitlines()[:6000] if not line.startswith(("<doc", "</doc"))]
+
+
+@pytest.mark.parametrize(
+    "name", ["japanese_novel.txt", "german_novels.txt.xz", "wikitext2.valid.txt"]
+)
+def test_ids_are_equal_on_thousands_of_lines(name, tmp_path):
+    lines = shared_lines(name)
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    for kind in ("unigram", "bpe"):
+        folder = tmp_path / kind
+        tokenizer = train_tokenizer(
+            [str(tmp_path / "text.txt")], folder, kind=kind, vocab_size=4000, lowercase=False
+        )
+        assert_same_ids(tokenizer, stock_tokenizer(tokenizer, folder / "hf"), lines)
+    tokenizer = load_tokenizer(TEXT / "vocab" / "bert-base-uncased-vocab.txt")
+    assert_same_ids(tokenizer, stock_tokenizer(tokenizer, tmp_path / "hf"), lines)
+
+
+# ------------------------------------------------------------------------------------------------------ encoders
+
+
+def stock_model(folder: Path, auto: str = "AutoModelForPreTraining"):
+    """A stock model of the class its config names; no key may be missing or unexpected."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    kind = getattr(transformers, auto if auto != "AutoModelForPreTraining" else name)
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
+    assert type(model).__name__ == name
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same_logits(module, folder: Path) -> None:
+    ids, mask, types = run_folders.rows_with_padding()
+    place, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
+    batch, real = Batch(ids, types, mask, place, place[:, :1], none, none > 0, none), mask > 0
+    found = stock_model(folder / "discriminator")(
+        ids, attention_mask=mask, token_type_ids=types
+    ).logits
+    assert float((module.discriminate(ids, batch) - found)[real].abs().max()) <= BOUND
+    encoder = module.discriminator if module.sharing == "all" else module.generator
+    embeddings = module.generator_embeddings if module.sharing == "untied" else module.embeddings
+    ours = module.generator_head(encoder(embeddings(ids, types, place), mask), embeddings.word)
+    model = stock_model(folder / "generator", "AutoModelForMaskedLM")
+    assert (
+        float(
+            (ours - model(ids, attention_mask=mask, token_type_ids=types).logits)[real].abs().max()
+        )
+        <= BOUND
+    )
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
+def test_a_run_exports_with_equal_logits(sharing, tmp_path):
+    module = run_folders.pretrained(tmp_path / "run", sharing)
+    export(tmp_path / "run", tmp_path / "out")
+    assert_same_logits(module, tmp_path / "out")
+    with pytest.raises(UserError, match="not empty"):
+        export(tmp_path / "run", tmp_path / "out")
+
+
+def test_two_ranks_of_zero3_export_from_the_command_line(data, tmp_path):
+    out, words = tmp_path / "run", run_folders.vocabulary(tmp_path / "words")
+    sets = [f"--set=model.{key}={value}" for key, value in run_folders.SIZES["model"].items()]
+    run = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero3-fp32", *sets]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [
+        *launcher,
+        "-m",
+        "electra_ds",
+        *run,
+        "--set=train.total_steps=2",
+        "--set=logging.every=1",
+    ]
+    command = [
+        sys.executable,
+        *map(str, command),
+        "--set=train.micro_batch_size=16",
+        "--set=train.eval_rows=16",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | CPU, capture_output=True, text=True, timeout=600
+    )
+    assert len(list((out / "ckpt" / "final").glob("model-*"))) == 2, done.stderr[-4000:]
+    told = run_cli("export", out, "--out", tmp_path / "hf", "--tokenizer", words).stdout
+    assert "ElectraForPreTraining" in told and "ElectraForMaskedLM" in told
+    assert_same_logits(load_module(out / "ckpt" / "final")[0], tmp_path / "hf")
+    card = (tmp_path / "hf" / "generator" / "README.md").read_text()
+    held_out = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (
+        "| steps | 2 |" in card
+        and f"| held out at step 2, mlm_loss | {held_out['mlm_loss']:.4f} |" in card
+    )
+
+
+@pytest.mark.parametrize("kind", ["mlm", "replace_mlm", "all_tokens_mlm", "electra_15"])
+def test_every_objective_exports_its_main_encoder(kind, tmp_path):
+    module = run_folders.pretrained(tmp_path / "run", kind=kind)
+    export(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "generator").exists() == (kind != "mlm")
+    if kind == "electra_15":
+        assert_same_logits(module, tmp_path / "out")
+        return
+    ids, mask, types = run_folders.rows_with_padding()
+    with torch.no_grad():
+        hidden = module.discriminator(
+            module.embeddings(ids, types, torch.arange(20).expand(3, -1)), mask
+        )
+        ours = module.mlm_head(hidden, module.embeddings.word)
+        theirs = stock_model(tmp_path / "out" / "discriminator", "AutoModelForMaskedLM")(
+            ids, attention_mask=mask, token_type_ids=types
+        )
+    assert float((ours - theirs.logits)[mask > 0].abs().max()) <= BOUND
+    card = (tmp_path / "out" / "discriminator" / "README.md").read_text()
+    assert ("copy_gate.weight" in card) == (kind == "all_tokens_mlm")
+
+
+# ------------------------------------------------------------------------------------------------------ fine-tuned
+
+TASKS = {
+    "classification": dict(labels=["no", "maybe", "yes"], label_range=None, outputs=3),
+    "regression": dict(labels=None, label_range=[1.0, 5.0], outputs=1),
+    "token_classification": dict(labels=["O", "NAME"], label_range=None, outputs=2),
+    "many classes": dict(
+        labels=[f"c{i}" for i in range(25)], label_range=None, outputs=25
+    ),  # 2 x 25 > 48
+}
+
+
+def fine_tuned(folder: Path, name: str) -> nn.ModuleDict:
+    model, task = run_folders.config().model, TASKS[name]
+    parts = nn.ModuleDict(
+        {
+            "embeddings": Embeddings(model, 32, 0.0),
+            "discriminator": Encoder(model, 32, 1e-12),
+            "head": nn.Linear(48, task["outputs"]),
+        }
+    )
+    run_folders.drawn(parts)
+    kind = "classification" if name == "many classes" else name
+    described = {
+        "name": "own",
+        "kind": kind,
+        "labels": task["labels"],
+        "label_range": task["label_range"],
+    }
+    values = {
+        "model": model.model_dump(mode="json"),
+        "task": described,
+        "scores": {"valid": {"accuracy": 0.5}},
+    }
+    run_folders.vocabulary(folder / "tokenizer")
+    run_folders.save(folder, "model", true_state(parts), values)
+    return parts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TASKS)
+def test_a_fine_tuned_model_exports_with_equal_logits(name, tmp_path):
+    parts = fine_tuned(tmp_path / "seed-0", name)
+    export(tmp_path / "seed-0", tmp_path / "out")
+    ids, mask, types = run_folders.rows_with_padding()
+    hidden = parts["discriminator"](
+        parts["embeddings"](ids, types, torch.arange(20).expand(3, -1)), mask
+    )
+    ours = parts["head"](hidden)
+    per_token = name in ("token_classification", "many classes")
+    auto = "AutoModelForTokenClassification" if per_token else "AutoModelForSequenceClassification"
+    model = stock_model(tmp_path / "out", auto)
+    logits = model(ids, attention_mask=mask, token_type_ids=types).logits
+    if name == "regression":
+        ours = 1.0 + 4.0 * ours  # into the label's own unit
+    wanted = ours[mask > 0] if per_token else ours[:, 0]
+    assert float((wanted - (logits[mask > 0] if per_token else logits)).abs().max()) <= BOUND
+    labels = TASKS[name]["labels"] or ["own"]
+    assert model.config.id2label == dict(enumerate(labels)) and model.config.num_labels == len(
+        labels
+    )
+    problem = {"regression": "regression", "classification": "single_label_classification"}.get(
+        name
+    )
+    assert model.config.problem_type == problem
+    assert ("first token" in (tmp_path / "out" / "README.md").read_text()) == (
+        name == "many classes"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ load_pretrained
+
+
+def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
+    run = tmp_path / "run"
+    module = run_folders.pretrained(run)
+    export(run, tmp_path / "hf")
+    wanted = {
+        k: v
+        for k, v in true_state(module).items()
+        if k.startswith(("embeddings.", "discriminator."))
+    }
+    bare = transformers.ElectraModel.from_pretrained(tmp_path / "hf" / "discriminator")
+    bare.save_pretrained(tmp_path / "bare")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((tmp_path / "bare" / "config.json").read_bytes())
+    torch.save(bare.state_dict(), pickled / "pytorch_model.bin")
+    words = run / "tokenizer"
+    for path in (
+        run,
+        run / "ckpt",
+        run / "ckpt" / "final",
+        tmp_path / "hf",
+        tmp_path / "hf" / "discriminator",
+    ):
+        found = load_pretrained(path)
+        assert found.state.keys() == wanted.keys() and all(
+            torch.equal(found.state[k], wanted[k]) for k in wanted
+        ), path
+        assert (
+            found.model.hidden_size == 48
+            and found.model.vocab_size == found.tokenizer.vocab_size == 600
+        )
+    for path in (tmp_path / "bare", pickled):
+        found = load_pretrained(path, words).state
+        assert found.keys() == wanted.keys() and all(
+            torch.equal(found[k], wanted[k]) for k in wanted
+        ), path
+    parts = fine_tuned(tmp_path / "seed-0", "classification")
+    export(tmp_path / "seed-0", tmp_path / "tuned")
+    for path in (tmp_path / "seed-0", tmp_path / "seed-0" / "model", tmp_path / "tuned"):
+        found = load_pretrained(path).state
+        assert all(
+            torch.equal(value, found[name])
+            for name, value in true_state(parts).items()
+            if "head" not in name
+        )
+    (tmp_path / "rte").mkdir()
+    (tmp_path / "rte" / "seed-3").symlink_to(tmp_path / "seed-0")
+    assert find_trained(tmp_path / "rte") == tmp_path / "rte" / "seed-3" / "model"
+    assert load_pretrained(tmp_path / "rte").state.keys() == found.keys()
+    (tmp_path / "rte" / "seed-5").symlink_to(tmp_path / "seed-0")
+    kinds = "expected a run folder .*OUT/ckpt/STEP.*DIR/TASK/seed-N.*Hugging Face folder"
+    for path, part in (
+        ("rte", "models of 2 seeds; name one, such as .*rte/seed-3"),
+        ("words", kinds),
+    ):
+        with pytest.raises(UserError, match=part):
+            load_pretrained(tmp_path / path)
+    torch.save({"x": Path}, pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):  # code in a pickle is not run
+        load_pretrained(pickled, words)
+    (tmp_path / "vocab.txt").write_text(
+        "".join(f"{token}\n" for token in run_folders.VOCABULARY[:50])
+    )
+    with pytest.raises(UserError, match="50 entries"):
+        load_pretrained(run, tmp_path / "vocab.txt")
+
+
+def test_a_run_of_own_modules_is_refused(tmp_path):
+    values = load_run("tiny").model_dump(mode="json")
+    made = run_folders.save(
+        tmp_path / "run" / "ckpt", "7", {"generator.rnn.weight": torch.zeros(3)}, values
+    )
+    for verb in (load_pretrained, lambda path: export(path, tmp_path / "out")):
+        with pytest.raises(UserError, match="modules of your own"):
+            verb(made)

@@ -1,0 +1,293 @@
+"""Others' weights become ours whole: every tensor is read, made or left with its reason."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_folders
+import torch
+from running import read_json, run_cli
+from safetensors.torch import load_file, save_file
+
+from electra_ds.common.errors import UserError
+from electra_ds.data.batch import Batch
+from electra_ds.interop.export import export
+from electra_ds.interop.import_weights import import_weights
+from electra_ds.interop.load_model import load_module
+from electra_ds.model.weights import true_state
+from electra_ds.training import checkpoint
+from electra_ds.training.checkpoint import find_checkpoint
+from electra_ds.training.trainer import _refuse_other_words
+
+transformers = pytest.importorskip("transformers")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tf_reference"
+SETS = ["data.sequence_length=32"]  # the run that the weights are brought into: tiny
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def imported(*arguments, **keywords):
+    """(account, all weights) of an import; every parameter of ours is read or made, and the run config stands."""
+    *_, out = arguments
+    account = import_weights(*arguments, "tiny", SETS + keywords.pop("sets", []), **keywords)
+    weights = checkpoint.weights(find_checkpoint(out))
+    assert sorted([ours for _, ours in account.read] + account.made) == sorted(weights)
+    assert read_json(out / "import.json")["left"] == account.left
+    module, config = load_module(out / "ckpt" / "0")  # the sizes in config.json fit the weights
+    assert read_json(out / "config.json")["model"] == config.model.model_dump(mode="json")
+    assert equal(true_state(module), weights)
+    return account, weights
+
+
+def exported(folder: Path, sharing: str = "shared", kind: str = "electra") -> tuple[dict, Path]:
+    """(our tensors, the folder that `export` wrote of them)."""
+    state = true_state(run_folders.pretrained(folder / "run", sharing, kind))
+    export(folder / "run", folder / "hf")
+    return state, folder / "hf"
+
+
+@pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
+def test_ours_to_hugging_face_to_ours_is_bit_equal(sharing, tmp_path):
+    state, folder = exported(tmp_path, sharing)
+    account, weights = imported(folder, tmp_path / "i")
+    assert equal(state, weights) and not account.made and not account.warnings
+    assert read_json(tmp_path / "i" / "config.json")["model"]["sharing"] == sharing
+    tensors = sum(
+        len(load_file(folder / part / "model.safetensors"))
+        for part in ("discriminator", "generator")
+    )
+    assert (
+        sum(len(foreign.split(", ")) for foreign, _ in account.read) + len(account.left) == tensors
+    )
+
+
+@pytest.mark.parametrize("kind", ["mlm", "replace_mlm"])
+def test_an_encoder_that_predicts_tokens_comes_back_too(kind, tmp_path):
+    state, folder = exported(tmp_path, kind=kind)
+    account, weights = imported(folder, tmp_path / "i", sets=[f"objective.kind={kind}"])
+    assert equal(state, weights) and not account.made and not account.warnings
+
+
+def test_a_missing_part_is_made_beside_what_is_there(tmp_path):
+    state, folder = exported(tmp_path)
+    account, weights = imported(folder / "discriminator", tmp_path / "d")
+    made = {"generator", "generator_head"}
+    assert {
+        name.split(".")[0] for name in account.made
+    } == made and "drawn anew, what is shared" in account.warnings[0]
+    assert all(
+        torch.equal(weights[name], state[name])
+        for name in weights
+        if name.split(".")[0] not in made
+    )
+    assert weights["generator.layers.0.qkv.weight"].shape == (3 * 128, 128)  # the run's own sizes
+    account, weights = imported(folder / "generator", tmp_path / "g")
+    assert {name.split(".")[0] for name in account.made} == {"discriminator", "discriminator_head"}
+    assert "what is shared comes from the other part" in account.warnings[0]
+    kept = [name for name in weights if name.startswith(("embeddings", "generator"))]
+    assert all(torch.equal(weights[name], state[name]) for name in kept)
+    account, weights = imported(
+        folder / "discriminator", tmp_path / "both", generator=folder / "generator"
+    )
+    assert equal(state, weights) and not account.made
+
+
+def test_a_generator_with_embeddings_of_its_own_is_told(tmp_path):
+    state, folder = exported(tmp_path)
+    file, name = (
+        folder / "generator" / "model.safetensors",
+        "electra.embeddings.token_type_embeddings.weight",
+    )
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    account, weights = imported(folder, tmp_path / "i")
+    assert equal(state, weights) and len(account.warnings) == 1
+    assert (
+        name in account.warnings[0] and "differs from that of discriminator" in account.warnings[0]
+    )
+
+
+def test_a_pickled_bare_encoder_is_read_and_a_stranger_named(tmp_path):
+    state, folder = exported(tmp_path)
+    bare = transformers.ElectraModel.from_pretrained(folder / "discriminator").state_dict()
+    torch.save(
+        bare | {"stranger.weight": torch.zeros(3), "embeddings.position_ids": torch.zeros(1, 40)},
+        folder / "discriminator" / "pytorch_model.bin",
+    )
+    (folder / "discriminator" / "model.safetensors").unlink()
+    account, weights = imported(folder, tmp_path / "i")
+    assert [name for name in account.made] == [
+        name for name in state if name.startswith("discriminator_head.")
+    ]
+    assert torch.equal(
+        weights["discriminator.layers.1.qkv.bias"], state["discriminator.layers.1.qkv.bias"]
+    )
+    assert "stranger.weight" in account.warnings[0] and "(3,)" in account.warnings[0]
+    assert account.left["discriminator: embeddings.position_ids"] == "a buffer, not a weight"
+    del bare["encoder.layer.1.output.dense.weight"]
+    torch.save(bare, folder / "discriminator" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"electra\.encoder\.layer\.1\.output\.dense\.weight"):
+        imported(folder, tmp_path / "gap")
+
+
+def bert(folder: Path, old_names: bool = False) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=600,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=40,
+    )
+    model = run_folders.drawn(transformers.BertForPreTraining(config))
+    model.save_pretrained(folder)
+    run_folders.vocabulary(folder)
+    if old_names:
+        (folder / "model.safetensors").unlink()
+        new = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        state = {name: value for name, value in model.state_dict().items()}
+        for ending, old in new.items():
+            state = {name.replace(ending, old): value for name, value in state.items()}
+        torch.save(state, folder / "pytorch_model.bin")
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_bert_starts_both_encoders(old_names, tmp_path):
+    theirs = bert(tmp_path / "bert", old_names)
+    sizes = [
+        f"generator.{key}={value}"
+        for key, value in dict(hidden_size=64, num_layers=2, num_heads=2, ffn_size=96).items()
+    ]
+    account, weights = imported(tmp_path / "bert", tmp_path / "i", sets=sizes)
+    assert torch.equal(
+        weights["embeddings.word.weight"], theirs["bert.embeddings.word_embeddings.weight"]
+    )
+    layer = theirs["bert.encoder.layer.1.output.LayerNorm.weight"]
+    assert torch.equal(weights["discriminator.layers.1.ffn_norm.weight"], layer)
+    assert torch.equal(
+        weights["generator.layers.1.ffn_norm.weight"], layer
+    )  # cut to its two layers
+    assert torch.equal(weights["generator_head.bias"], theirs["cls.predictions.bias"])
+    assert all(name.startswith("discriminator_head.") for name in account.made)
+    reasons = {name.split(": ")[1]: reason for name, reason in account.left.items()}
+    assert "pooler" in reasons["bert.pooler.dense.weight"]
+    assert (
+        "next-sentence" in reasons["cls.seq_relationship.weight"]
+        and "fits nowhere" not in reasons.values()
+    )
+    account, _ = imported(tmp_path / "bert", tmp_path / "other")  # tiny's own generator is wider
+    assert {name.split(".")[0] for name in account.made} == {
+        "discriminator_head",
+        "generator",
+        "generator_head",
+    }
+    assert not any("the other part" in warning for warning in account.warnings)
+
+
+def test_what_cannot_be_ours_is_refused(tmp_path):
+    _, folder = exported(tmp_path)
+    part = folder / "discriminator"
+    config = read_json(part / "config.json")
+    (part / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
+    with pytest.raises(UserError, match=r"'roberta'; expected 'electra' or 'bert'"):
+        imported(folder, tmp_path / "i")
+    (part / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    with pytest.raises(UserError, match="600 entries, but the model was trained with 500"):
+        imported(part, tmp_path / "i")
+    (part / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(UserError, match="shape"):
+        imported(part, tmp_path / "i")
+    (part / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    with pytest.raises(UserError, match="layer_norm_eps of discriminator and generator differ"):
+        imported(folder, tmp_path / "i")
+    (part / "config.json").write_text(json.dumps(config))
+    bert(tmp_path / "b")
+    with pytest.raises(UserError, match=r"BERT .* starts both encoders"):
+        imported(tmp_path / "b", tmp_path / "i", generator=folder / "generator")
+    stored = read_json(part / "tokenizer_config.json")
+    (part / "tokenizer_config.json").write_text(
+        json.dumps(stored | {"tokenize_chinese_chars": False})
+    )
+    with pytest.raises(UserError, match="tokenize_chinese_chars = false"):
+        imported(part, tmp_path / "i")
+    (part / "tokenizer_config.json").write_text(json.dumps(stored))
+    (part / "vocab.txt").write_text("".join(f"w{i}\n" for i in range(600)))
+    with pytest.raises(UserError, match=r"no \[PAD\]"):
+        imported(part, tmp_path / "i")
+    with pytest.raises(UserError, match="--config with a TensorFlow"):
+        imported(part, tmp_path / "i", config=part / "config.json")
+    with pytest.raises(UserError, match="no weights here"):
+        imported(tmp_path / "run" / "tokenizer", tmp_path / "i")
+
+
+def test_pretraining_goes_on_from_an_import(data, tmp_path):
+    state, folder = exported(tmp_path)
+    told = run_cli("import", folder, "--out", tmp_path / "i", "--run", "tiny").stdout
+    assert (
+        "read  generator: generator_lm_head.bias -> generator_head.bias" in told
+        and " 0 made, " in told
+    )
+    run = ["pretrain", tmp_path / "i" / "config.json", "--data", data, "--out", tmp_path / "o"]
+    sets = [
+        "--set=train.total_steps=1",
+        "--set=train.eval_rows=16",
+        "--set=logging.tensorboard=false",
+    ]
+    run_cli(*run, "--init-from", tmp_path / "i", *sets)
+    # the first step has rate 0, the rate being warmed anew: the weights are still those that were brought in
+    assert equal(checkpoint.weights(tmp_path / "o" / "ckpt" / "final"), state)
+
+
+@torch.no_grad()
+def test_weights_of_another_vocabulary_are_refused(tmp_path):
+    run_folders.pretrained(tmp_path / "o")
+    run_folders.vocabulary(tmp_path / "tokenizer")
+    final = tmp_path / "o" / "ckpt" / "final"
+    _refuse_other_words(final, tmp_path / "tokenizer")
+    words = (tmp_path / "tokenizer" / "vocab.txt").read_text().replace("\naa\nab\n", "\nab\naa\n")
+    (tmp_path / "tokenizer" / "vocab.txt").write_text(words)
+    with pytest.raises(UserError, match=r"its vocabulary .* is not that of"):
+        _refuse_other_words(final, tmp_path / "tokenizer")
+
+
+def test_a_tensorflow_checkpoint_gives_the_authors_logits(tmp_path):
+    pytest.importorskip("tensorflow", reason="the extra [tf] is not installed")
+    source = SHARED / "shared_small"
+    if not source.exists():
+        pytest.skip("needs the shared TensorFlow checkpoint")
+    account, _ = imported(source, tmp_path / "i", tokenizer=SHARED / "vocab.txt")
+    assert not account.made and not account.left and not account.warnings
+    module, config = load_module(tmp_path / "i" / "ckpt" / "0")
+    assert (config.model.num_heads, config.generator.num_heads) == (2, 1)
+    values = np.load(source / "reference.npz")
+    ref = {
+        k: torch.tensor(values[k]).long() for k in ("disc_input_ids", "segment_ids", "input_mask")
+    }
+    place, none = (
+        torch.arange(ref["input_mask"].shape[1]).expand_as(ref["input_mask"]),
+        torch.zeros(1, 1),
+    )
+    batch = Batch(
+        ref["disc_input_ids"],
+        ref["segment_ids"],
+        ref["input_mask"],
+        place,
+        place[:, :1],
+        none,
+        none > 0,
+        none,
+    )
+    found, real = module.discriminate(ref["disc_input_ids"], batch).sigmoid(), ref["input_mask"] > 0
+    assert float((found - torch.tensor(values["disc_probs"]))[real].abs().max()) <= 1e-5
+
+
+def test_without_tensorflow_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorflow.train", None)
+    (tmp_path / "model.ckpt.index").touch()
+    with pytest.raises(UserError, match=r"electra_ds\[tf\]"):
+        imported(tmp_path, tmp_path / "i")

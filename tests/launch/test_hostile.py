@@ -1,0 +1,392 @@
+"""A thousand hostile values through the launch scripts: nothing in them is run, each arrives as it is or is refused.
+
+Only the heavy programs at the end are stand-ins, which record their words; bash, DeepSpeed's runner and, in the place
+of ssh, a second shell that reads the joined words again are real.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+from electra_ds.common.errors import UserError
+from electra_ds.config.loading import load_run
+
+COMMANDS = (
+    "touch executed",
+    "touch${IFS}executed",
+    "{touch,executed}",
+    ">executed",
+    "touch\texecuted",
+    "touch executed#",
+)
+SETTINGS = (
+    "$({})",
+    "`{}`",
+    ";{};",
+    "|{}",
+    "&&{}",
+    "||{}",
+    "&{}&",
+    "\n{}\n",
+    "\r\n{}",
+    "'{}'",
+    "';{};'",
+    '";{};"',
+    '"$({})"',
+    "'$({})'",
+    "PATH[$({})]",
+    "x=PATH[$({})]+1",
+    "${{x:-$({})}}",
+    "<({})",
+    "$((PATH[`{}`]))",
+    "\\\n{}",
+    "\\$({})",
+    "-oProxyCommand={}",
+    "--out=$({})",
+    "--data=`{}`",
+    "--set=model.x=$({})",
+    "%h;{}",
+    "~/{}",
+    "* {}",
+    "!{}",
+    "\x1b[0m{}",
+    "node1 slots=1;{}",
+    "node1,$({})",
+    "-e\n{}",
+    "-e1e{}",
+    "\u00e9 \u2028 $({})",
+    " {} ",
+    "-",
+    "--",
+    "",
+    "'",
+    '"',
+    "\\",
+    "$",
+    "$((",
+    "a b",
+    "*",
+    "?",
+    "[",
+    "~",
+    "-rf",
+    "%h%n",
+)
+STANDIN = r"""#!/bin/sh
+printf '%s\0' "${0##*/}" "$@" > "$RECORDS/${0##*/}.$$"
+case "$*" in *free_port*) echo 29500 ;; *device_count*) echo 2 ;; esac
+"""
+REMOTE = r"""#!/bin/sh
+# As pdsh: words in the place of %h, %u, %n, a host that is an option of ssh; as sshd: a shell for the joined words.
+while :; do
+    case $1 in
+        -w) case ",$2" in *,-*) touch executed ;; esac; shift 2 ;;
+        -f) shift 2 ;;
+        -S) shift ;;
+        *) break ;;
+    esac
+done
+exec sh -c "$(printf '%s' "$*" | sed 's/%h/node1/g; s/%u/root/g; s/%n/0/g')"
+"""
+ENVIRON = {
+    "NODES": "1",
+    "RANKS": "2",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "2",
+    "SLURM_NNODES": "1",
+    "SLURM_JOB_NODELIST": "node1",
+    "SLURM_ARRAY_TASK_ID": "0",
+}
+
+
+class Sandbox:
+    """A checkout's launch folder at a path of its own, stand-ins first on PATH, and what they were called with."""
+
+    def __init__(self, folder: Path, seed: str):
+        self.dice, self.folder = random.Random(seed), folder
+        self.launch, self.records, self.bin = (
+            folder / "checkout/launch",
+            folder / "records",
+            folder / "bin",
+        )
+        shutil.copytree(ROOT / "launch", self.launch)
+        (folder / "data").mkdir()
+        (folder / "data/manifest.json").write_text("{}")
+        for place in (self.records, self.bin, folder / "home"):
+            place.mkdir()
+        for name in (
+            "python",
+            "deepspeed",
+            "torchrun",
+            "mpirun",
+            "srun",
+            "pdsh",
+            "electra-ds",
+            "nvidia-smi",
+        ):
+            (self.bin / name).write_text(REMOTE if name == "pdsh" else STANDIN)
+            (self.bin / name).chmod(0o755)
+        self.environ = ENVIRON | {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "RECORDS": str(self.records),
+            "SLURM_SUBMIT_DIR": str(folder / "checkout"),
+            "HOME": str(folder / "home"),
+        }
+
+    def value(self) -> str:
+        """A hostile value: a command that would leave a file, in a setting where some shell would run it."""
+        parts = self.dice.choices(SETTINGS, k=self.dice.choice((1, 1, 1, 2)))
+        return "".join(part.format(self.dice.choice(COMMANDS)) for part in parts)
+
+    def run(
+        self, script: str, *words: str, **environ: str
+    ) -> tuple[int, dict[str, list[list[str]]]]:
+        """Run a script: its exit code, and the words of each stand-in's calls. Nothing else may have happened."""
+        environ = self.environ | environ
+        command = ["bash", str(Path(environ["SLURM_SUBMIT_DIR"]) / "launch" / script), *words]
+        done = subprocess.run(
+            command, env=environ, cwd=self.folder, input=b"-\n", capture_output=True, timeout=60
+        )
+        self.check(script, words, environ)
+        assert done.returncode != 2 or done.stderr, "refused without a word"
+        self.said = done.stderr.decode(errors="replace")
+        return done.returncode, self.calls()
+
+    def check(self, *what: object) -> None:
+        marks = [path for path in self.folder.rglob("executed*") if path.is_file()]
+        assert not marks, what
+
+    def calls(self) -> dict[str, list[list[str]]]:
+        found = {}
+        for path in sorted(self.records.iterdir()):
+            program, *words = path.read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+            found.setdefault(program, []).append(words)
+            path.unlink()
+        return found
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, request: pytest.FixtureRequest) -> Sandbox:
+    return Sandbox(tmp_path, request.node.name)
+
+
+def contains(call: list[str], words: list[str]) -> bool:
+    return any(call[i : i + len(words)] == words for i in range(len(call)))
+
+
+LAUNCHERS = {
+    "local.sh": "deepspeed",
+    "torchrun.sh": "torchrun",
+    "mpi.sh": "mpirun",
+    "pretrain.sbatch": "srun",
+}
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_options_arrive_as_they_are(sandbox: Sandbox, script: str) -> None:
+    arrived = 0
+    for _ in range(25):
+        options = [
+            sandbox.value(),
+            "--data",
+            sandbox.value(),
+            "--out",
+            sandbox.value(),
+            "--set",
+            sandbox.value(),
+        ]
+        if script == "torchrun.sh":  # its health check looks there
+            options[2] = str(sandbox.folder / "data")
+        other = sandbox.dice.choice(
+            ["JOB", "RENDEZVOUS", "RESTARTS", "MPIRUN", "MASTER_ADDR", "SLURM_JOB_NODELIST"]
+        )
+        code, calls = sandbox.run(script, *options, **{other: sandbox.value()})
+        if LAUNCHERS[script] not in calls:
+            assert (code == 2 and "" in options) or "bad node" in sandbox.said, sandbox.said
+        else:
+            assert contains(
+                calls[LAUNCHERS[script]][-1], ["pretrain", *options, "--world-size", "2"]
+            )
+            arrived += 1
+    assert arrived > 10
+
+
+@pytest.mark.parametrize("name", ["RANKS", "NODES", "PYTHON"])
+def test_what_is_no_number_is_not_computed_with(sandbox: Sandbox, name: str) -> None:
+    for script in LAUNCHERS:
+        for _ in range(10):
+            options = ["tiny", "--data", str(sandbox.folder / "data"), "--out", "out"]
+            code, calls = sandbox.run(script, *options, **{name: sandbox.value() or "-"})
+            assert code == 2 or contains(
+                calls[LAUNCHERS[script]][-1], ["pretrain", *options, "--world-size", "2"]
+            )
+
+
+def test_a_checkout_and_a_python_at_hostile_paths(sandbox: Sandbox) -> None:
+    options = ["tiny", "--data", str(sandbox.folder / "data"), "--out", "out"]
+    (sandbox.folder / "hosts").write_text("node1 slots=2\n")
+    for number in range(15):
+        checkout, tools = (
+            sandbox.folder / f"{number} {sandbox.value().replace('/', '')}"[:250] for _ in range(2)
+        )
+        tools = tools.with_name(tools.name.replace(":", ""))  # no entry of PATH could name it
+        shutil.copytree(sandbox.launch, checkout / "launch", dirs_exist_ok=True)
+        shutil.copytree(sandbox.bin, tools, dirs_exist_ok=True)
+        environ = {"PYTHON": str(tools / "python"), "SLURM_SUBMIT_DIR": str(checkout)}
+        for script, program in LAUNCHERS.items():
+            code, calls = sandbox.run(script, *options, **environ)
+            assert contains(calls[program][-1], ["pretrain", *options, "--world-size", "2"]), (
+                code,
+                environ,
+            )
+        assert (
+            sandbox.run(
+                "deepspeed.sh", *options, HOSTFILE=str(sandbox.folder / "hosts"), **environ
+            )[0]
+            == 2
+        )
+
+
+def test_the_other_scripts_pass_words_on(sandbox: Sandbox) -> None:
+    sandbox.environ |= {"SLURM_NTASKS": "2", "TASKS": "rte"}
+    for _ in range(15):
+        words = [sandbox.value() for _ in range(6)]
+        model, config, data, out, *options = words
+        expected = ["finetune", model, config, "--data", data, "--out", out]
+        for script, program in (("glue.sh", "torchrun"), ("glue.sbatch", "srun")):
+            (call,) = sandbox.run(script, *words)[1][program]
+            assert contains(call, expected) and call[-2:] == options
+        sandbox.run("glue.sbatch", *words, TASKS=sandbox.value())
+        options = [
+            "--input",
+            words[0],
+            "--tokenizer",
+            words[1],
+            "--out",
+            words[2] or "out",
+            *words[3:],
+        ]
+        for script, program in (("prepare.sh", "mpirun"), ("prepare.sbatch", "srun")):
+            (call,) = sandbox.run(script, *options, MPIRUN=words[0], SLURM_MPI_TYPE=words[1])[1][
+                program
+            ]
+            assert call[-len(options) - 1 :] == ["prepare", *options]
+        assert sandbox.run("prepare.sh", *options, RANKS=sandbox.value() or "-") == (2, {})
+        assert sandbox.run("health.sh", sandbox.value())[0] == 1
+
+
+def test_quickstart_passes_words_on(sandbox: Sandbox) -> None:
+    venv = sandbox.folder / "checkout/.venv"
+    shutil.copytree(sandbox.bin, venv / "bin")
+    (venv / ".installed").touch()
+    for _ in range(15):
+        source, out, steps = "/" + sandbox.value(), "/" + sandbox.value(), sandbox.value()
+        steps = sandbox.dice.choice((steps, "PATH[$(touch executed)]"))
+        code, calls = sandbox.run(
+            "quickstart.sh", "--input", source, "--out", out, "--steps", steps
+        )
+        assert code == 2 and not calls
+        calls = sandbox.run("quickstart.sh", "--input", source, "--out", out)[1]
+        assert all(contains(call, ["--input", source]) for call in calls["electra-ds"])
+        assert contains(calls["deepspeed"][0], ["--data", f"{out}/data", "--out", f"{out}/run"])
+
+
+def remote(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, environ: dict, words: list[str]
+) -> dict[str, list]:
+    """What the nodes run when DeepSpeed's own runner is started with these words."""
+    from deepspeed.launcher import runner
+
+    with monkeypatch.context() as here:
+        here.chdir(sandbox.folder)
+        for name in list(os.environ):
+            here.delenv(name)
+        for name, value in (sandbox.environ | environ).items():
+            here.setenv(name, value)
+        here.setattr(sys, "executable", str(sandbox.bin / "python"))
+        here.setattr(runner, "DEEPSPEED_ENVIRONMENT_NAME", environ["DS_ENV_FILE"])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with contextlib.suppress(SystemExit):
+            runner.main(words)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    sandbox.check(words, environ)
+    return sandbox.calls()
+
+
+def test_what_goes_through_ssh_arrives_or_is_refused(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words, variables that DeepSpeed exports, its file of variables, host names: a second shell reads them again."""
+    hosts, variables = sandbox.folder / "hosts", sandbox.folder / "variables"
+    plain = "".join(
+        chr(code) for code in range(33, 127) if chr(code).isalnum() or chr(code) in "_@+=:,./-"
+    )
+    arrived = refused = 0
+    for number in range(120):
+        hosts.write_text("node1 slots=2\n")
+        variables.write_text("NCCL_DEBUG=INFO\nOWN=a b;c|d&e<f>'g' (h) * ~\n")
+        odd = "".join(sandbox.dice.choices(plain, k=sandbox.dice.randint(1, 12)))
+        options = ["tiny", "--data", "data", "--out", "out", "--set", odd]
+        environ = {"HOSTFILE": str(hosts), "DS_ENV_FILE": str(variables), "MASTER_ADDR": "node1"}
+        value, hostile = sandbox.value(), number % 8
+        if hostile == 0:
+            options[-1] = sandbox.dice.choice((value, value, "50%h"))
+        elif hostile == 1:
+            environ[
+                sandbox.dice.choice(
+                    ["MASTER_ADDR", "PYTHONPATH", "PYTHONSTARTUP", "UCX_TLS", "NCCL_X"]
+                )
+            ] = value
+        elif hostile == 2:
+            before, after = sandbox.dice.choice(("A=1", "A=", "")), sandbox.dice.choice(("=1", ""))
+            variables.write_text(f"{before}{value}{after}\nB=2")
+        elif hostile == 3:
+            line = sandbox.dice.choice(
+                (
+                    "{} slots=1",
+                    "node2 {}",
+                    "node2 slots=1{}",
+                    "{}",
+                    "node2 slots=1 #\r-oProxyCommand={} slots=1",
+                )
+            )
+            hosts.write_bytes(f"node1 slots=2\n{line.format(value)}\n".encode())
+        elif hostile == 4:
+            environ["HOSTFILE"] = sandbox.dice.choice((value, "-e1e touch executed"))
+        code, calls = sandbox.run("deepspeed.sh", *options, **environ)
+        assert (code in (1, 2)) if "deepspeed" not in calls else code == 1
+        if "deepspeed" not in calls:
+            refused += 1
+            assert hostile < 5, sandbox.said
+            continue
+        arrived += 1
+        (start,) = remote(sandbox, monkeypatch, environ, calls["deepspeed"][0])["python"]
+        assert contains(start, ["electra_ds", "pretrain", *options, "--world-size"]), (
+            start,
+            options,
+            environ,
+        )
+    assert arrived > 40 and refused > 40
+
+
+def test_a_hostile_setting_is_a_mistake_of_the_user(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sandbox.folder)
+    for _ in range(250):
+        value = sandbox.value()
+        for text in (value, f"train.seed={value}", f"model.{value}=1", f"{value}=1"):
+            with pytest.raises(UserError):
+                load_run("tiny", [text])
+        with pytest.raises(UserError):
+            load_run(value or "-")
+    sandbox.check()

@@ -1,0 +1,298 @@
+"""Every fast path gives what the plain one gives, values and gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from electra_ds.model.kernels import linear as linear_op
+from electra_ds.model.kernels.attention import Pieces, attention, piece_bounds, pieces_of
+from electra_ds.model.kernels.dropout import dropout
+from electra_ds.model.kernels.linear import GeluLinear, linear
+from electra_ds.model.kernels.vocab_head import (
+    logits_head,
+    running_sums,
+    sample_tokens,
+    sample_weights,
+    vocab_head,
+)
+
+PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3], [1] * 9])
+
+
+def written_out_attention(qkv, heads, piece_ids):
+    batch, length, _ = qkv.shape
+    q, k, v = (t.view(batch, length, heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    same = piece_ids[:, None, :, None] == piece_ids[:, None, None, :]
+    return (
+        (scores.masked_fill(~same, -math.inf).softmax(-1) @ v)
+        .transpose(1, 2)
+        .reshape(batch, length, -1)
+    )
+
+
+def value_and_grads(function, *inputs):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    out.backward(
+        torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+    )
+    return out.detach(), *(t.grad for t in inputs)
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("backend", ["bmm", "sdpa"])
+@pytest.mark.parametrize(
+    "piece_ids", [PACKED, PACKED[1:2], torch.ones_like(PACKED)], ids=["packed", "one row", "full"]
+)
+def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
+    qkv = torch.randn(*piece_ids.shape, 3 * 8)
+    pieces = pieces_of(piece_ids, qkv.dtype, piece_bounds(piece_ids))
+    ours = value_and_grads(lambda t: attention(t, 2, pieces, backend=backend), qkv)
+    theirs = value_and_grads(lambda t: written_out_attention(t, 2, piece_ids), qkv)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_only_rows_of_several_pieces_have_a_mask():
+    assert pieces_of(torch.ones(2, 5, dtype=torch.long), torch.float32) == Pieces()
+    assert pieces_of(PACKED[[2, 0, 2, 1]], torch.float32).rows == [1, 3]
+    alone = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
+    assert pieces_of(alone, torch.float32, piece_bounds(alone)) == Pieces(
+        runs=[(2, 2), (1, 3), (1, 2)]
+    )
+
+
+def test_attention_with_dropout_has_the_gradient_of_what_it_computes():
+    qkv = torch.randn(3, 9, 3 * 4, dtype=torch.float64, requires_grad=True)
+
+    def repeatable(t):
+        torch.manual_seed(3)
+        return attention(t, 2, pieces_of(PACKED, t.dtype), dropout=0.4)
+
+    assert torch.autograd.gradcheck(repeatable, qkv)
+    assert not torch.equal(repeatable(qkv), attention(qkv, 2, pieces_of(PACKED, qkv.dtype)))
+
+
+def test_attention_dropout_keeps_the_mean():
+    qkv = torch.randn(1, 6, 3 * 4)
+    torch.manual_seed(0)
+    mean = torch.stack([attention(qkv, 1, dropout=0.3) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, attention(qkv, 1), rtol=0, atol=0.1)
+
+
+def test_bounds_are_the_starts_of_the_pieces_in_one_of_few_sizes():
+    assert piece_bounds(PACKED).tolist() == [
+        0,
+        4,
+        7,
+        9,
+        11,
+        14,
+        18,
+        27,
+        27,
+        27,
+        27,
+        27,
+        27,
+    ]  # 3 rows x 4, and one
+    assert piece_bounds(PACKED[:1]).tolist() == [0, 4, 7, 9, 9]
+    assert piece_bounds(torch.ones(3, 9, dtype=torch.long)).tolist() == [0, 9, 18, 27]
+    assert len(piece_bounds(torch.arange(5 * 9).view(5, 9) // 2)) == 5 * 8 + 1
+    assert piece_bounds(PACKED).dtype == torch.int32
+
+
+def test_the_flash_kernel_is_called_with_what_it_takes():
+    """Its own check of shapes and types, on tensors without numbers; values are for tests/gpu."""
+    qkv = torch.empty(3, 9, 3 * 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    out = attention(
+        qkv, 2, Pieces(bounds=piece_bounds(PACKED).to("meta")), dropout=0.1, backend="varlen"
+    )
+    assert out.shape == (3, 9, 16) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    out = dropout(torch.ones(301, 1001), p, training=True)
+    assert sorted(set(out.flatten().tolist())) == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
+    assert float((out == 0).float().mean()) == pytest.approx(p, abs=0.003)
+    assert float(out.mean()) == pytest.approx(1, abs=0.005)
+    columns = (out == 0).float().mean(0)  # no place is favoured
+    assert float((columns - p).abs().max()) < 0.18
+
+
+# ------------------------------------------------------------------------------------------------------------ linear
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 24, 40), (3, 4, 40, 24), (2, 3, 8, 1), (1, 1, 1, 3)])
+def test_linear_is_the_plain_linear(shape):
+    *lead, inputs, outputs = shape
+    x, weight, bias = torch.randn(*lead, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    for a, b in zip(
+        value_and_grads(linear, x, weight, bias),
+        value_and_grads(F.linear, x, weight, bias),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_follows_autocast_and_other_dtypes(monkeypatch):
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert linear(x.double(), weight.double()).dtype == torch.float64
+    monkeypatch.setattr(linear_op, "_product", None)  # a build without the operator
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
+def test_gelu_linear_is_linear_of_gelu_and_keeps_its_input_alone(kind):
+    torch.manual_seed(0)
+    layer, found = GeluLinear(24, 40).to(torch.bfloat16 if kind == "bf16" else torch.float32), []
+    x = torch.randn(5, 7, 24, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
+
+    def saved(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    for function in (layer, lambda x: linear(F.gelu(x), layer.weight, layer.bias)):
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            out = function(inputs := x.clone().requires_grad_())
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))
+        found.append([out, inputs.grad, layer.weight.grad, layer.bias.grad])
+        assert kept.count(x.numel()) == (1 if function is layer else 2)
+        layer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 400))
+def test_sampling_inverts_the_distribution_function(seed, size):
+    torch.manual_seed(seed)
+    weights = torch.rand(8, size) ** 8 * (torch.rand(8, size) > 0.3)
+    weights[:, seed % size] += 0.1
+    uniforms = torch.rand(8)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])
+    drawn = sample_weights(weights, uniforms)
+    picked = weights.gather(1, drawn[:, None]).squeeze(1)
+    assert (picked > 0).all()
+    running = weights.double().cumsum(1)
+    above = running.gather(1, drawn[:, None]).squeeze(1)
+    aim = uniforms.double() * running[:, -1]
+    slack = 1e-5 * running[:, -1]
+    assert ((above >= aim - slack) & (above - picked.double() <= aim + slack)).all()
+
+
+def test_samples_have_the_softmax_as_frequencies_and_never_a_padded_token():
+    logits = torch.randn(1, 1, 192)
+    logits[..., 130:] = -math.inf
+    count = 40_000
+    uniforms = (
+        torch.arange(count)[None] + 0.5
+    ) / count  # a ruler instead of dice: the error is 1 / count
+    drawn = sample_tokens(logits.expand(1, count, 192), uniforms, temperature=0.7)
+    frequency = torch.bincount(drawn.flatten(), minlength=192) / count
+    torch.testing.assert_close(
+        frequency, (logits[0, 0] / 0.7).softmax(-1), rtol=0, atol=2 / count + 1e-5
+    )
+    assert not frequency[130:].any()
+
+
+def test_sums_of_the_deterministic_mode_draw_the_same_tokens():
+    weights, uniforms = torch.rand(200, 5000) ** 8, torch.rand(200)
+    drawn = sample_weights(weights, uniforms)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(sample_weights(weights, uniforms), drawn)
+        torch.testing.assert_close(running_sums(weights), weights.cumsum(-1), rtol=1e-6, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# -------------------------------------------------------------------------------------------------------------- head
+
+
+def head_inputs(places=75, vocab=150, padded=192, width=16):
+    torch.manual_seed(1)
+    x, table, bias = torch.randn(places, width), torch.randn(padded, width), torch.randn(padded)
+    weights = (torch.rand(places) > 0.2).float()
+    return (x, table, bias), (
+        torch.randint(0, vocab, (places,)),
+        weights,
+        torch.rand(places),
+        vocab,
+    )
+
+
+def fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best):
+    rows = {"targets": targets, "weights": weights, "uniforms": uniforms}
+    return vocab_head(
+        x, table, bias, **rows, vocab_size=vocab_size, temperature=temperature, with_best=with_best
+    )
+
+
+def plain_head(x, table, bias, targets, weights, uniforms, vocab_size, *options):
+    """The same with all logits at once."""
+    logits = F.linear(x, table.to(x.dtype), bias.to(x.dtype))  # [M, P]
+    padding = torch.arange(len(table)) >= vocab_size
+    return logits_head(logits.masked_fill(padding, -math.inf), targets, weights, uniforms, *options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_fused_head_equals_the_plain_head(temperature):
+    tensors, rest = head_inputs()
+    results = [f(*tensors, *rest, temperature, True) for f in (fused_head, plain_head)]
+    assert torch.equal(results[0].sampled, results[1].sampled)
+    assert torch.equal(results[0].best, results[1].best)
+    grads = [
+        value_and_grads(lambda *t, f=f: 3 * f(*t, *rest, temperature, False).nll.view(1), *tensors)
+        for f in (fused_head, plain_head)
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not grads[0][2][150:].any() and not grads[0][3][150:].any()  # padded rows learn nothing
+
+
+@pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float32])
+def test_fused_head_in_bf16_is_the_plain_head_to_rounding(table_dtype):
+    (x, table, bias), rest = head_inputs()
+    tensors = x.bfloat16(), table.to(table_dtype), bias.to(table_dtype)
+    fused, plain = (
+        value_and_grads(lambda *t, f=f: f(*t, *rest, 1.0, False).nll.view(1), *tensors)
+        for f in (fused_head, plain_head)
+    )
+    assert fused[0].dtype == torch.float32
+    for a, b, like in zip(fused[1:], plain[1:], tensors, strict=True):
+        assert a.dtype == like.dtype
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.1)
+
+
+def test_head_without_gradient_makes_none():
+    tensors, (targets, weights, uniforms, vocab) = head_inputs()
+    shape = (5, 15)
+    tensors = [t.requires_grad_() for t in tensors]
+    with torch.no_grad():
+        found = vocab_head(
+            tensors[0].view(*shape, -1),
+            *tensors[1:],
+            targets=targets.view(shape),
+            weights=weights.view(shape),
+            uniforms=uniforms.view(shape),
+            vocab_size=vocab,
+        )
+    assert not found.nll.requires_grad and found.sampled.shape == shape and found.best is None

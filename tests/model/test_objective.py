@@ -1,0 +1,293 @@
+"""The ELECTRA objective: what is masked, drawn, labelled, summed and counted."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+
+from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
+from electra_ds.data.batch import Batch
+from electra_ds.model.kernels.attention import piece_bounds
+from electra_ds.model.losses import BINS, histogram
+from electra_ds.model.objective import ElectraObjective, mask_input, put
+from electra_ds.training.metrics import auc
+
+IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+VOCAB = 101
+
+
+def build(dropout=0.0, **objective):
+    sizes = dict(
+        num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout
+    )
+    model = ModelConfig(
+        hidden_size=48,
+        embedding_size=32,
+        max_positions=40,
+        vocab_size=VOCAB,
+        init="fan_in",
+        embedding_init_std=0.5,
+        **sizes,
+    )
+    generator = GeneratorConfig(hidden_size=24, **sizes)
+    return ElectraObjective(model, generator, ObjectiveConfig(**objective), IDS, seed=1)
+
+
+def make_batch(rows=4, length=20, chosen=4, seed=0) -> Batch:
+    """Row 0 full, row 1 two pieces, row 2 padded with an unused place, row 3 without any chosen place."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCAB, (rows, length), generator=g)
+    ids[:, 0] = IDS.cls
+    pieces = torch.ones(rows, length, dtype=torch.long)
+    places = torch.arange(length).repeat(rows, 1)
+    pieces[1, 9:], places[1, 9:] = 2, places[1, 9:] - 9
+    pieces[2, 12:], ids[2, 12:] = 0, IDS.pad
+    spots = torch.rand(rows, 11, generator=g).argsort(1)[:, :chosen] + 1
+    weights = torch.ones(rows, chosen)
+    weights[2, -1], spots[2, -1] = 0, 0
+    weights[3], spots[3] = 0, 0
+    keep = torch.rand(rows, chosen, generator=g) > 0.6
+    uniforms = torch.rand(rows, chosen, generator=g)
+    return Batch(ids, torch.zeros_like(ids), pieces, places, spots, weights, keep, uniforms)
+
+
+def part(batch: Batch, rows) -> Batch:
+    return batch.map(lambda value: value[rows])
+
+
+def counts_of(batch: Batch):
+    return batch.chosen_weights.sum(), (batch.piece_ids > 0).sum()
+
+
+@pytest.mark.parametrize(
+    "pieces", [None, torch.ones(4, 20, dtype=torch.long)], ids=["packed", "full"]
+)
+@pytest.mark.parametrize("with_counts", [False, True])
+def test_a_step_on_a_device_reads_nothing_back(pieces, with_counts, monkeypatch):
+    """Tensors without numbers: whatever the host asks of one raises, as it would wait for a GPU."""
+    monkeypatch.setattr(
+        "electra_ds.model.heads.compute_dtype", lambda x: x.dtype
+    )  # there is no autocast for them
+    module, batch = build(dropout=0.1), make_batch()
+    batch = batch if pieces is None else batch._replace(piece_ids=pieces)
+    batch = batch._replace(bounds=piece_bounds(batch.piece_ids)).map(lambda value: value.to("meta"))
+    losses = module.to("meta")(batch, 12, 70, with_counts=with_counts)
+    losses.total.backward()
+    assert losses.total.device.type == "meta" and all(
+        p.grad is not None for p in module.parameters()
+    )
+
+
+def test_masking_hides_the_chosen_places_that_do_not_keep_their_token():
+    batch = make_batch()
+    masked = mask_input(batch, IDS.mask)
+    expected = batch.input_ids.clone()
+    for b in range(4):
+        for place, weight, keep in zip(
+            batch.chosen[b], batch.chosen_weights[b], batch.keep[b], strict=True
+        ):
+            if weight and not keep:
+                expected[b, place] = IDS.mask
+    assert torch.equal(masked, expected)
+
+
+def test_losses_are_the_definition_written_out():
+    module, batch = build(), make_batch()
+    chosen_count, token_count = counts_of(batch)
+    losses = module(batch, chosen_count, token_count)
+
+    hidden = module.generator(
+        module.embeddings(mask_input(batch, IDS.mask), batch.segment_ids, batch.position_ids),
+        batch.piece_ids,
+    )
+    logits = module.generator_head(hidden, module.embeddings.word)  # every place, plainly
+    corrupted, nll = batch.input_ids.clone(), 0.0
+    for b in range(4):
+        for k in range(4):
+            if batch.chosen_weights[b, k]:
+                place = batch.chosen[b, k]
+                distribution = logits[b, place].softmax(-1)
+                nll = nll - distribution[batch.input_ids[b, place]].log()
+                corrupted[b, place] = (distribution.cumsum(0) <= batch.uniforms[b, k]).sum()
+    guess = module.discriminate(corrupted, batch)
+    real, label = batch.piece_ids > 0, (corrupted != batch.input_ids).float()
+    disc_loss = F.binary_cross_entropy_with_logits(guess[real], label[real])
+    torch.testing.assert_close(losses.mlm_loss, nll / chosen_count, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.disc_loss, disc_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.total, losses.mlm_loss + 50 * losses.disc_loss)
+    assert all(value.dtype == torch.float32 for value in losses[:3]) and losses.counts is None
+
+
+def test_micro_batches_add_up_under_the_counts_of_the_whole_batch():
+    batch, grads, sums = make_batch(), [], []
+    for slices in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
+        module = build()
+        parts = [module(part(batch, rows), *counts_of(batch), with_counts=True) for rows in slices]
+        sum(losses.total for losses in parts).backward()
+        grads.append([p.grad for p in module.parameters()])
+        sums.append(
+            [sum(value) for value in zip(*(losses.counts for losses in parts), strict=True)]
+        )
+    for whole, halves in zip(*grads, strict=True):
+        torch.testing.assert_close(whole, halves, rtol=1e-4, atol=1e-6)
+    for whole, halves in zip(*sums, strict=True):
+        assert torch.equal(whole, halves)
+
+
+def test_a_batch_without_any_chosen_place_has_a_loss_of_zero_for_the_generator():
+    module, batch = build(), part(make_batch(), slice(3, 4))
+    losses = module(batch, 7, counts_of(batch)[1])
+    losses.total.backward()
+    assert float(losses.mlm_loss) == 0 and torch.isfinite(losses.total)
+    assert not module.generator_head.dense.weight.grad.any()
+
+
+def test_padding_reaches_no_loss():
+    module, batch = build(), make_batch()
+    other = batch._replace(input_ids=torch.where(batch.piece_ids > 0, batch.input_ids, 77))
+    assert torch.equal(module(batch, 9, 9).total, module(other, 9, 9).total)
+
+
+def test_the_same_batch_gives_the_same_bits():
+    module, batch = build(), make_batch()
+    first, second = module(batch, 9, 9, with_counts=True), module(batch, 9, 9)
+    assert torch.equal(first.total, second.total)
+
+
+def test_no_gradient_passes_through_the_samples():
+    module, batch = build(gen_weight=0.0), make_batch()
+    module(batch, *counts_of(batch)).total.backward()
+    for name, p in module.named_parameters():
+        if name.startswith("generator"):
+            assert not p.grad.any(), name
+    assert module.embeddings.word.weight.grad.any()
+
+
+def test_options_change_what_they_say_and_nothing_else():
+    batch = make_batch()
+    args = batch, *counts_of(batch)
+    plain, weighted, hot = (
+        build(**o)(*args)
+        for o in ({}, {"gen_weight": 2.0, "disc_weight": 3.0}, {"temperature": 9.0})
+    )
+    assert torch.equal(plain.mlm_loss, weighted.mlm_loss) and torch.equal(
+        plain.disc_loss, weighted.disc_loss
+    )
+    torch.testing.assert_close(weighted.total, 2 * plain.mlm_loss + 3 * plain.disc_loss)
+    assert torch.equal(plain.mlm_loss, hot.mlm_loss)  # the temperature is of the draw alone
+    assert not torch.equal(plain.disc_loss, hot.disc_loss)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recomputed_layers_give_the_same_bits(bf16):
+    """Loss and gradients of both encoders, with dropout, pieces and padding."""
+    batch, found = make_batch(), []
+    for recompute in (False, True):
+        module = build(dropout=0.2)
+        module.recompute_layers(recompute)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = module(batch, *counts_of(batch)).total
+        loss.backward()
+        found.append([loss, *(p.grad for p in module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_dropout_works_in_training_only():
+    module, batch = build(dropout=0.3), make_batch()
+    assert not torch.equal(module(batch).total, module(batch).total)
+    module.eval()
+    assert torch.equal(module(batch).total, module(batch).total)
+
+
+def test_discriminate_is_reached_through_forward():
+    module, batch = build(), make_batch()
+    assert torch.equal(
+        module(batch, task="discriminate"), module.discriminate(batch.input_ids, batch)
+    )
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "autocast"])
+def test_half_precisions_give_fp32_losses_near_those_of_fp32(kind):
+    module, batch = build().eval(), make_batch()
+    exact = module(batch, *counts_of(batch))
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = module(batch, *counts_of(batch), with_counts=True)
+    else:
+        losses = module.to({"bf16": torch.bfloat16, "fp16": torch.float16}[kind])(
+            batch, *counts_of(batch), with_counts=True
+        )
+    losses.total.backward()
+    assert all(value.dtype == torch.float32 for value in losses[:3])
+    torch.testing.assert_close(losses.mlm_loss, exact.mlm_loss, rtol=0.02, atol=0)
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+def test_broken_weights_give_a_loss_that_is_not_finite_and_no_crash():
+    module, batch = build(), make_batch()
+    with torch.no_grad():
+        module.embeddings.norm.weight[0] = float("nan")
+    losses = module(batch, *counts_of(batch), with_counts=True)
+    losses.total.backward()
+    assert not torch.isfinite(losses.total)
+
+
+# ------------------------------------------------------------------------------------------------------------ counts
+
+
+def test_counts_are_what_counting_by_hand_gives():
+    module, batch = build(temperature=0.05), make_batch(seed=3)
+    batch.input_ids[0, batch.chosen[0]] = 50  # and a generator that has learned to say 50
+    with torch.no_grad():
+        module.generator_head.bias[50] = 30.0
+    counts = module(batch, 9, 9, with_counts=True).counts
+    drawn = module.generate(mask_input(batch, IDS.mask), batch, with_best=True)
+    corrupted = put(batch.input_ids, batch.chosen, drawn.sampled, batch.chosen_weights)
+    real, replaced = batch.piece_ids > 0, corrupted != batch.input_ids
+    guess = module.discriminate(corrupted, batch) > 0
+    used = batch.chosen_weights > 0
+    targets = batch.input_ids.gather(1, batch.chosen)
+    expected = {
+        "chosen": used.sum(),
+        "tokens": real.sum(),
+        "mlm_correct": ((drawn.best == targets) & used).sum(),
+        "sampled_correct": ((drawn.sampled == targets) & used).sum(),
+        "replaced": replaced.sum(),
+        "true_positive": (replaced & guess & real).sum(),
+        "false_positive": (~replaced & guess & real).sum(),
+        "false_negative": (replaced & ~guess & real).sum(),
+    }
+    assert {name: int(getattr(counts, name)) for name in expected} == {
+        n: int(v) for n, v in expected.items()
+    }
+    assert (
+        expected["sampled_correct"] >= 4 and expected["replaced"] < expected["chosen"]
+    )  # a lucky draw is original
+    assert counts.histogram.sum(1).tolist() == [int((real & ~replaced).sum()), int(replaced.sum())]
+
+
+def test_auc_of_the_histogram_is_the_area_under_the_curve():
+    torch.manual_seed(0)
+    label = torch.rand(50, 40) > 0.85
+    logits = torch.randn(50, 40) * 3 + label * 2
+    logits[0, 0], logits[0, 1] = 1e6, -1e6  # clipped, not lost
+    real = (torch.rand(50, 40) > 0.1).double()
+    filled = histogram(logits, label, real)
+    assert filled.shape == (2, BINS) and float(filled.sum()) == float(real.sum())
+    known = roc_auc_score(label[real > 0].numpy(), logits[real > 0].numpy())
+    assert auc(filled) == pytest.approx(known, abs=1e-3)
+    assert math.isnan(
+        auc(histogram(torch.zeros(2, 5), label[:2, :5], torch.zeros(2, 5)))
+    )  # no labels, no pairs
+    assert (
+        auc(
+            histogram(
+                torch.zeros(1, 4), torch.tensor([[True, False, True, False]]), torch.ones(1, 4)
+            )
+        )
+        == 0.5
+    )

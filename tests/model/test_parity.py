@@ -1,0 +1,211 @@
+"""Our objective computes what the authors' TensorFlow code and Hugging Face's stock classes compute."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
+from electra_ds.data.batch import Batch
+from electra_ds.interop.hf import from_hf, from_hf_config, hf_config, to_hf
+from electra_ds.interop.tf import as_tensors, tf_names
+from electra_ds.model.objective import ElectraObjective, discriminator_nll, gather_places, put
+from electra_ds.model.weights import load_true_state, true_state
+
+DATA = Path(__file__).parents[1] / "files" / "tf_reference"
+IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+BOUND = 1e-5  # relative, fp32
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> float:
+    return float((ours - theirs).detach().abs().max()) / max(float(theirs.abs().max()), floor)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    values = np.load(DATA / "reference.npz")
+    tensors = {k: torch.tensor(values[k]) for k in values.files}
+    return {k: v.long() if v.dtype == torch.int32 else v for k, v in tensors.items()}
+
+
+@pytest.fixture
+def authors_model():
+    sizes = dict(num_layers=2, **NO_DROPOUT)
+    model = ModelConfig(
+        hidden_size=128, num_heads=2, ffn_size=512, embedding_size=32, vocab_size=600, **sizes
+    )
+    generator = GeneratorConfig(hidden_size=64, num_heads=1, ffn_size=256, **sizes)
+    objective = ElectraObjective(model, generator, ObjectiveConfig(), IDS, seed=0)
+    variables = as_tensors(np.load(DATA / "weights.npz"))
+    state = {
+        name: torch.cat([variables[f] for f in tf_names(name)]) for name in true_state(objective)
+    }
+    load_true_state(objective, state)
+    return objective
+
+
+def authors_batch(ref) -> Batch:
+    rows, length = ref["input_ids"].shape
+    return Batch(
+        input_ids=ref["input_ids"],
+        segment_ids=ref["segment_ids"],
+        piece_ids=ref["input_mask"],
+        position_ids=torch.arange(length).expand(rows, -1),
+        chosen=ref["masked_positions"],
+        chosen_weights=ref["masked_weights"],
+        keep=torch.zeros_like(ref["masked_positions"], dtype=torch.bool),
+        uniforms=torch.full(ref["masked_positions"].shape, 0.5),
+    )
+
+
+def test_losses_logits_and_every_gradient_equal_the_authors_code(reference, authors_model):
+    ref, batch = reference, authors_batch(reference)
+    mlm_loss = (
+        authors_model.generate(ref["masked_input_ids"], batch).nll / ref["masked_weights"].sum()
+    )
+    logits = authors_model.discriminate(ref["disc_input_ids"], batch)
+    is_replaced = ref["disc_input_ids"] != ref["input_ids"]
+    disc_loss = discriminator_nll(logits, is_replaced, batch.piece_ids) / ref["input_mask"].sum()
+    total = mlm_loss + 50 * disc_loss
+    total.backward()
+
+    real = ref["input_mask"] > 0
+    assert torch.equal(is_replaced[real], ref["disc_labels"][real] > 0)
+    assert relative(logits.sigmoid()[real], ref["disc_probs"][real]) <= BOUND
+    for ours, name in ((mlm_loss, "mlm_loss"), (disc_loss, "disc_loss"), (total, "total_loss")):
+        assert relative(ours, ref[name]) <= BOUND, name
+    compared = set()
+    for name, p in authors_model.named_parameters():
+        foreign = tf_names(name)
+        for variable, grad in zip(foreign, p.grad.chunk(len(foreign)), strict=True):
+            theirs = ref["grad/" + variable]
+            assert not grad[len(theirs) :].any() or variable.endswith(
+                "kernel"
+            )  # rows that pad the word table
+            ours = grad.T if variable.endswith("kernel") else grad[: len(theirs)]
+            # adding a constant to all keys changes no softmax: that gradient is 0 but for rounding
+            floor = float(ref["grad/" + variable.replace("/key/", "/query/")].abs().max())
+            assert relative(ours, theirs, floor) <= BOUND, variable
+            compared.add("grad/" + variable)
+    assert compared == {k for k in ref if k.startswith("grad/")}
+
+
+def test_logits_at_chosen_places_equal_the_authors_code(reference, authors_model):
+    ref, batch = reference, authors_batch(reference)
+    embedded = authors_model.embeddings(
+        ref["masked_input_ids"], batch.segment_ids, batch.position_ids
+    )
+    hidden = authors_model.generator(embedded, batch.piece_ids)
+    logits = authors_model.generator_head(
+        gather_places(hidden, batch.chosen), authors_model.embeddings.word
+    )
+    assert logits.shape == ref["mlm_logits"].shape
+    assert relative(logits, ref["mlm_logits"]) <= BOUND
+
+
+def test_places_of_weight_zero_change_nothing(reference):
+    ref, batch = reference, authors_batch(reference)
+    written = put(batch.input_ids, batch.chosen, ref["sampled_ids"], batch.chosen_weights)
+    assert torch.equal(written[:, 0], batch.input_ids[:, 0])  # the unused places point at column 0
+
+
+# ------------------------------------------------------------------------------------------------------ Hugging Face
+
+SHAPES = {
+    "projected": dict(hidden_size=48, embedding_size=32, generator=24, sharing="shared"),
+    "same width": dict(hidden_size=32, embedding_size=32, generator=32, sharing="shared"),
+    "untied": dict(hidden_size=48, embedding_size=32, generator=24, sharing="untied"),
+    "all": dict(hidden_size=48, embedding_size=32, generator=48, sharing="all"),
+}
+
+
+def pair(hidden_size, embedding_size, generator, sharing):
+    sizes = dict(num_layers=2, num_heads=2, **NO_DROPOUT)
+    model = ModelConfig(
+        hidden_size=hidden_size,
+        ffn_size=80,
+        embedding_size=embedding_size,
+        vocab_size=101,  # not a multiple of 64
+        max_positions=40,
+        sharing=sharing,
+        **sizes,
+    )
+    gen = GeneratorConfig(hidden_size=generator, ffn_size=80, **sizes)
+    return model, gen, ElectraObjective(model, gen, ObjectiveConfig(), IDS, seed=1)
+
+
+def stock(model, gen, part, seed=5):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ElectraConfig(**hf_config(model, gen, part, IDS.pad))
+    torch.manual_seed(seed)
+    made = getattr(transformers, config.architectures[0])(config).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return made
+
+
+def rows_with_padding():
+    ids, mask = torch.randint(5, 101, (3, 20)), torch.ones(3, 20, dtype=torch.long)
+    ids[1, 12:], mask[1, 12:] = IDS.pad, 0
+    segments = (torch.arange(20) > 8).long().expand(3, -1)
+    place = torch.arange(20).expand(3, -1)
+    empty = torch.zeros(3, 1)
+    return Batch(ids, segments, mask, place, place[:, :1], empty, empty > 0, empty)
+
+
+def our_logits(objective, batch, part):
+    if part == "discriminator":
+        return objective.discriminate(batch.input_ids, batch)
+    sharing = objective.sharing
+    embeddings = objective.generator_embeddings if sharing == "untied" else objective.embeddings
+    encoder = objective.discriminator if sharing == "all" else objective.generator
+    hidden = encoder(
+        embeddings(batch.input_ids, batch.segment_ids, batch.position_ids), batch.piece_ids
+    )
+    return objective.generator_head(hidden, embeddings.word)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["generator", "discriminator"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stock_classes_give_our_logits_both_ways(shape, part):
+    model, gen, objective = pair(**SHAPES[shape])
+    theirs, batch = stock(model, gen, part), rows_with_padding()
+    real = batch.piece_ids > 0
+
+    def same():
+        logits = theirs(
+            batch.input_ids, attention_mask=batch.piece_ids, token_type_ids=batch.segment_ids
+        ).logits
+        assert float((our_logits(objective, batch, part) - logits)[real].abs().max()) <= 1e-5
+
+    load_true_state(
+        objective, from_hf(theirs.state_dict(), true_state(objective), part), partial=True
+    )
+    same()  # theirs -> ours
+    for p in objective.parameters():
+        p.add_(torch.randn_like(p) * 0.05)
+    missing, unexpected = theirs.load_state_dict(to_hf(true_state(objective), part), strict=False)
+    assert not unexpected and all("position_ids" in name for name in missing)
+    same()  # ours -> theirs
+
+
+def test_sizes_survive_the_config_json():
+    model, gen, _ = pair(**SHAPES["projected"])
+    configs = [hf_config(model, gen, part, IDS.pad) for part in ("discriminator", "generator")]
+    assert from_hf_config(*configs) == (model, gen)
+    with pytest.raises(UserError, match="hidden_act"):
+        from_hf_config(configs[0] | {"hidden_act": "relu"})
+    with pytest.raises(UserError, match="numbers"):
+        from_hf_config(configs[0], configs[1] | {"hidden_size": "1/4"})
+
+
+def test_the_wrong_folder_is_refused_by_name():
+    *_, objective = pair(**SHAPES["projected"])
+    with pytest.raises(UserError, match=r"generator_predictions|generator_lm_head"):
+        from_hf(to_hf(true_state(objective), "discriminator"), true_state(objective), "generator")

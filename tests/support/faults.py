@@ -1,0 +1,130 @@
+"""`electra-ds ARGUMENTS` with a fault on one rank: `faults.py KIND RANK NOTE ARGUMENTS`. Not a test file itself.
+
+The fault comes in this rank's twelfth step, or (`early`) while the engine is made; NOTE then holds the time.
+`faults.py meet` is three ranks that only meet, under a watchdog: rank 1 leaves long before rank 0, rank 2 long after.
+`faults.py groups` is two ranks one of which waits; `faults.py unheard` one whose console is gone; `faults.py refuse`
+two that end by themselves.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+STEP = 12
+FAULTS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "exit": lambda: sys.exit(3),
+    "vanish": lambda: os._exit(3),
+    "raise": lambda: {}["a key that is missing"],
+    "hang": lambda: time.sleep(600),
+    "early": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+}
+
+
+def main(kind: str, rank: str, note: str, *arguments: str) -> None:
+    from electra_ds.cli import main as electra_ds
+    from electra_ds.training.engine import Engine
+
+    name = "__init__" if kind == "early" else "step"
+    original, count = getattr(Engine, name), []
+
+    def faulty(self, *args, **options):
+        count.append(1)
+        if os.environ["RANK"] == rank and (kind == "early" or len(count) == STEP):
+            Path(note).write_text(str(time.time()))
+            FAULTS[kind]()
+        return original(self, *args, **options)
+
+    setattr(Engine, name, faulty)
+    sys.argv = ["electra-ds", *arguments]
+    electra_ds()
+
+
+def meet() -> None:
+    import torch.distributed as dist
+
+    from electra_ds.cluster.launchers import find_ranks
+    from electra_ds.cluster.watchdog import Watchdog
+    from electra_ds.training.engine import from_first
+
+    ranks = find_ranks()
+    dist.init_process_group("gloo")
+    with Watchdog(ranks, 4.0, 10.0, from_first):
+        print("met", flush=True)
+        sys.stdin.readline()
+        dist.barrier()
+        time.sleep(8 * (1, 0, 2)[ranks.rank])
+    print("left", flush=True)
+
+
+def unheard() -> None:
+    """A rank hangs when its watchdog has found who went first."""
+    import threading
+
+    from electra_ds.cluster.launchers import Ranks
+    from electra_ds.cluster.watchdog import Verdict, Watchdog
+
+    watchdog = Watchdog(Ranks(0, 2, 0, 1, "none"), 4.0, 10.0, lambda find: find())
+    watchdog._first = Verdict(1, "node2", "silent")
+    threading.Timer(0.1, watchdog._end).start()
+    time.sleep(5)
+    os._exit(0)
+
+
+def refuse() -> None:
+    """A mistake of the user ends both ranks, on a disk that takes a second for its record."""
+    import torch.distributed as dist
+
+    from electra_ds.cluster.launchers import find_ranks
+    from electra_ds.cluster.watchdog import Watchdog
+    from electra_ds.common.errors import UserError
+    from electra_ds.training.engine import from_first
+
+    ranks = find_ranks()
+    dist.init_process_group("gloo")
+    with (
+        contextlib.suppress(UserError),
+        Watchdog(ranks, 1.0, 10.0, from_first, lambda *_: time.sleep(1)),
+    ):
+        raise UserError("why")
+
+
+def groups(note: str) -> None:
+    """Rank 0 waits in every group of an engine for rank 1, which never comes, and notes for how long."""
+    import torch
+    import torch.distributed as dist
+    from run_folders import config
+
+    from electra_ds.cluster.launchers import find_ranks
+    from electra_ds.config.engine_files import load_engine
+    from electra_ds.model.build import build_objective
+    from electra_ds.training.engine import Engine, start
+
+    ranks, made_of = find_ranks(), config()
+    device = start(ranks, timeout_minutes=2)
+    made_of = made_of.model_copy(
+        update={"train": made_of.train.model_copy(update={"timeout_minutes": 0.05})}
+    )
+    Engine(build_objective(made_of, 0), made_of, load_engine("zero1-fp32"), ranks, device)
+    deadline, waited = time.monotonic() + 60, []
+    for group in list(dist.distributed_c10d._world.pg_map) if ranks.rank == 0 else ():
+        began = time.monotonic()
+        with contextlib.suppress(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=group)
+        waited.append(time.monotonic() - began)
+    if ranks.rank == 0:
+        Path(note).write_text(json.dumps(waited))
+    while not Path(note).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    parts = {"meet": meet, "unheard": unheard, "refuse": refuse, "groups": groups}
+    parts.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])

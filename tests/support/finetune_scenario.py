@@ -1,0 +1,147 @@
+"""Fine-tunings on real ranks, many in one process group: `torchrun tests/support/finetune_scenario.py MODEL TASKS OUT`.
+
+The tests in test_finetune.py read what they left in OUT/NAME. Not a test file itself.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from electra_ds.cluster.launchers import find_ranks
+from electra_ds.config.loading import parse_config
+from electra_ds.finetuning import finetune
+from electra_ds.finetuning.config import FinetuneConfig
+from electra_ds.training.engine import Engine, leave, start
+
+MODEL, TASKS, OUT = map(Path, sys.argv[1:])
+RANKS = find_ranks()
+DEVICE = start(RANKS, 2)
+
+
+def run(
+    name: str,
+    task: str,
+    engine: str = "zero0-fp32",
+    seeds: int = 1,
+    random_init: bool = False,
+    peak_lr: float = 3e-3,
+    **train,
+) -> None:
+    """One suite in OUT/NAME."""
+    values = {
+        "train": {"epochs": 3.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
+        | train,
+        "optimizer": {"peak_lr": peak_lr, "layerwise_lr_decay": 0.9},
+        "engine": engine,
+    }
+    config = parse_config(values, name, FinetuneConfig)
+    names = [str(TASKS / f"{task}.json")]
+    finetune.finetune_among(
+        config, MODEL, names, seeds, None, OUT / name, RANKS, DEVICE, random_init=random_init
+    )
+
+
+def interrupted(name: str, task: str, **train) -> None:
+    """The same in two attempts: the first one is asked to stop in the middle of its second epoch."""
+    untouched = finetune.Seed._steps
+
+    def signalled(self, progress):
+        progress = untouched(self, progress)
+        if progress.step == 18:  # of 39, 13 an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return progress
+
+    finetune.LOOK_STEPS, finetune.Seed._steps = 5, signalled
+    try:
+        run(name, task, **train)
+        raise AssertionError("the signal was not heard")
+    except finetune.Stopped:
+        assert not (OUT / name / task / "seed-0" / "result.json").exists()
+    finetune.Seed._steps = untouched
+    run(name, task, **train)
+
+
+def recorded(owner: type, method: str) -> list:
+    """(arguments, result) of every call of a method from now on; take back with setattr(owner, method, found[0])."""
+    untouched, calls = getattr(owner, method), []
+
+    def record(self, *arguments):
+        calls.append((arguments, untouched(self, *arguments)))
+        return calls[-1][1]
+
+    setattr(owner, method, record)
+    calls.append(untouched)
+    return calls
+
+
+def check_schedule() -> None:
+    """Rates warm up and fall, and fall from the head to the embeddings; epochs have orders of their own; every label
+    of the global batch is counted."""
+    groups = []
+    steps, micros = recorded(Engine, "step"), recorded(finetune.Seed, "_micros")
+    after = recorded(finetune.Seed, "_after_epoch")
+    untouched = Engine.step
+
+    def look(self, lr):
+        found = untouched(self, lr)
+        groups.append(
+            {round(group["lr"] / lr, 6) for group in self.optimizer.param_groups} if lr else {0}
+        )
+        return found
+
+    Engine.step = look
+    run("schedule", "words", epochs=2.0, peak_lr=1e-3)
+    Engine.step, finetune.Seed._micros, finetune.Seed._after_epoch = steps[0], micros[0], after[0]
+    rates = [arguments[0] for arguments, _ in steps[1:]]
+    assert (
+        rates[0] == 0
+        and rates.index(max(rates)) == round(0.1 * 26)
+        and rates[-1] < 0.05 * max(rates)
+    ), rates
+    assert groups[1] == {1.0, 0.9, 0.81, 0.729}, groups[1]
+    batches = [arguments[0].tolist() for arguments, _ in micros[1:]]
+    orders = [
+        [i for batch in batches[part] for i in batch] for part in (slice(13), slice(13, None))
+    ]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(200))
+    assert all(
+        count == sum(int(micro.weights.sum()) for micro in found)
+        for _, (found, _, count) in micros[1:]
+    )
+
+
+def check_best() -> None:
+    """The kept weights are those of the epoch with the highest dev score."""
+    calls = recorded(finetune.Seed, "_score")
+    run("best", "classes", select="best", keep="all", peak_lr=0.02, epochs=5.0)
+    finetune.Seed._score = calls[0]
+    scores = [found[0]["accuracy"] for arguments, found in calls[1:] if arguments == ("valid",)]
+    assert len(set(scores[:-1])) > 1 and scores[-1] == max(scores[:-1]), scores
+
+
+run("classes", "classes", seeds=2)
+run(
+    "pairs",
+    "pairs",
+    "zero2-fp32" if RANKS.world_size > 1 else "zero0-fp32",
+    epochs=2.0,
+    dropout=0.0,
+)
+run(
+    "words",
+    "words",
+    "zero3-fp32" if RANKS.world_size > 1 else "zero1-fp32",
+    epochs=3.5,
+    peak_lr=1e-3,
+)
+if RANKS.world_size == 1:
+    interrupted("cut", "classes")
+    check_best()
+    check_schedule()
+    run("half", "classes", "zero0-bf16", keep="all", epochs=1.0)
+    run("padded", "classes", epochs=1.0, dropout=0.0, batching="padded")
+    run("packed", "classes", epochs=1.0, dropout=0.0, batching="packed")
+    run("random", "classes", random_init=True, keep="none", epochs=0.5)
+    run("blown", "classes", peak_lr=1e30, max_skipped_steps=2)
+leave()

@@ -1,0 +1,123 @@
+"""Small data folders for the tests: packed rows of random tokens, written as `prepare` would."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from electra_ds.common.special_ids import SpecialIds
+from electra_ds.data.shard_format import (
+    Manifest,
+    SourcePlan,
+    SplitInfo,
+    TokenizerInfo,
+    index_file,
+    shard_file,
+    write_index,
+    write_manifest,
+    write_shard,
+)
+from electra_ds.data.tokenizer import load_tokenizer
+
+SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+
+
+def best_fit_rows(n: int, sequence_length: int, seed: int = 0, vocab_size: int = 600) -> np.ndarray:
+    """[n, S] uint16: each row holds pieces [CLS] tokens [SEP] of random lengths, then up to 3 places of padding."""
+    random = np.random.default_rng(seed)
+    rows = random.integers(5, vocab_size, (n, sequence_length)).astype(np.uint16)
+    for row in rows:
+        end = sequence_length - int(random.integers(0, 4))
+        row[end:] = SPECIAL.pad
+        cuts = [0, *sorted(random.choice(np.arange(3, end - 2, 3), 2, replace=False)), end]
+        for start, stop in itertools.pairwise(cuts):
+            row[start], row[stop - 1] = SPECIAL.cls, SPECIAL.sep
+    return rows
+
+
+def pieces_of(rows: np.ndarray) -> np.ndarray:
+    """The pieces of best_fit rows, [P, 6] int32: piece p of the shard is document p of unit 0."""
+    row, start = np.nonzero(rows == SPECIAL.cls)
+    end = np.nonzero(rows == SPECIAL.sep)[1]
+    zero = np.zeros_like(row)
+    return np.stack(
+        [row, start + 1, end - start - 1, zero, np.arange(len(row)), zero], axis=1
+    ).astype(np.int32)
+
+
+def write_data(
+    data_dir: Path,
+    shards: list[np.ndarray],
+    block_rows: int = 16,
+    vocab_size: int = 600,
+    fingerprint: str = "0" * 64,
+    valid: np.ndarray | None = None,
+) -> Path:
+    """Write a data folder with the given best_fit shards as split train (and rows as split valid); returns it."""
+    (data_dir / "shards").mkdir()
+    splits = {"train": shards} if valid is None else {"train": shards, "valid": [valid]}
+    rows = np.concatenate(shards)
+    np.save(data_dir / "unigrams.npy", token_counts(rows, vocab_size))
+    tokenizer = TokenizerInfo(
+        kind="wordpiece", sha256=fingerprint, vocab_size=vocab_size, special_ids=SPECIAL
+    )
+    source = SourcePlan(sha256="0" * 64, files=("text.txt",), units=(((0, 0, 1000),),))
+    write_manifest(
+        data_dir,
+        Manifest(
+            sequence_length=rows.shape[1],
+            dtype=rows.dtype.name,
+            block_rows=block_rows,
+            packing="best_fit",
+            seed=0,
+            tokenizer=tokenizer,
+            source=source,
+            splits={
+                name: write_split(data_dir, name, parts, block_rows)
+                for name, parts in splits.items()
+            },
+        ),
+    )
+    return data_dir
+
+
+def write_tokenizer(folder: Path) -> str:
+    """A tokenizer of 600 words for the rows; returns its fingerprint."""
+    vocab = folder.with_name("vocab.txt")
+    folder.mkdir(parents=True)
+    vocab.write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 600))])
+    )
+    tokenizer = load_tokenizer(vocab)
+    tokenizer.save(folder)
+    vocab.unlink()
+    return tokenizer.fingerprint
+
+
+def token_counts(rows: np.ndarray, vocab_size: int) -> np.ndarray:
+    """[V] int64 counts of the text tokens."""
+    counts = np.bincount(rows.ravel(), minlength=vocab_size)
+    counts[:5] = 0
+    return counts.astype(np.int64)
+
+
+def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows: int) -> SplitInfo:
+    """Write the shards and the index of one split; its entry in the manifest."""
+    written = [
+        write_shard(
+            data_dir / shard_file(split, shard), split, shard, rows, pieces_of(rows), block_rows
+        )
+        for shard, rows in enumerate(shards)
+    ]
+    rows = np.concatenate(shards)
+    return SplitInfo(
+        documents=int((rows == SPECIAL.cls).sum()),
+        pieces=int((rows == SPECIAL.cls).sum()),
+        tokens=int((rows > SPECIAL.mask).sum()),
+        pad=int((rows == SPECIAL.pad).sum()),
+        rows=len(rows),
+        index_sha256=write_index(
+            data_dir / index_file(split), np.concatenate([blocks for _, blocks in written])
+        ),
+        shards=tuple(info for info, _ in written),
+    )

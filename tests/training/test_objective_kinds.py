@@ -1,0 +1,263 @@
+"""Kinds of objectives and of generators: each changes what it says, and nothing else."""
+
+import math
+
+import pytest
+import test_objective
+import torch
+import torch.nn.functional as F
+from running import run_ranks
+from test_objective import IDS, VOCAB, build, counts_of, make_batch
+
+from electra_ds.common.errors import UserError
+from electra_ds.config.loading import load_run
+from electra_ds.config.schema import ObjectiveConfig
+from electra_ds.evaluation.detect import Detector
+from electra_ds.evaluation.evaluate import evaluate_checkpoint
+from electra_ds.model.build import parameter_count
+from electra_ds.model.kernels import vocab_head
+from electra_ds.model.objective import chosen_places, mask_input, put, uniform_tokens
+from electra_ds.reporting.memory import Live
+from electra_ds.training.metrics import own_figures
+from electra_ds.training.metrics_file import read_metrics, summary
+
+MAIN = {"embeddings", "discriminator"}
+GENERATOR = {"generator", "generator_head"}
+# What is trained, by the first part of the parameters' names.
+PARTS = {
+    "electra": MAIN | GENERATOR | {"discriminator_head"},
+    "electra_15": MAIN | GENERATOR | {"discriminator_head"},
+    "mlm": MAIN | {"mlm_head"},
+    "replace_mlm": MAIN | GENERATOR | {"mlm_head"},
+    "all_tokens_mlm": MAIN | GENERATOR | {"mlm_head", "copy_gate"},
+}
+
+
+def corrupted(module, batch):
+    return put(
+        batch.input_ids, batch.chosen, module._draw(batch, False).sampled, batch.chosen_weights
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "generator"), [*((kind, "model") for kind in PARTS), ("electra", "uniform")]
+)
+def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, generator):
+    module, batch = build(kind=kind, generator=generator), make_batch()
+    wanted = PARTS[kind] - (GENERATOR if generator == "uniform" else set())
+    assert {name.split(".")[0] for name, _ in module.named_parameters()} == wanted
+    module(batch, *counts_of(batch)).total.backward()
+    assert not [name for name, p in module.named_parameters() if not p.grad.any()]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_logits_are_never_there_for_the_whole_batch(kind, monkeypatch):
+    """Training, evaluation and detect make no tensor as large as [B, S, V], even in fp32."""
+    monkeypatch.setattr(test_objective, "VOCAB", 1000)  # more than anything else is wide
+    monkeypatch.setattr(vocab_head, "ROWS_ON_CPU", 8)
+    monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 places
+    module, batch = build(kind=kind), make_batch()
+    with Live() as live:
+        module(batch, *counts_of(batch)).total.backward()
+        with torch.no_grad():
+            module.eval()(batch, 1.0, 1.0, with_counts=True)
+            if module.objective.detects:
+                module(batch, task="discriminate")
+    assert 0 < live.largest < batch.input_ids.numel() * 1000 * 4
+
+
+def test_parameters_are_counted_kind_by_kind():
+    def count(kind, generator="model"):
+        sets = [
+            f"objective.kind={kind}",
+            f"objective.generator={generator}",
+            "model.vocab_size=101",
+        ]
+        return parameter_count(load_run("tiny", sets))  # 128 wide
+
+    main, joint = count("electra")
+    predicts = main - (128 * 128 + 128 + 128 + 1) + (128 * 128 + 128 + 2 * 128 + 101)
+    assert count("electra_15") == (main, joint) and count("electra", "uniform") == (main, main)
+    assert count("mlm") == (predicts, predicts)
+    assert count("replace_mlm") == (predicts, joint - main + predicts)
+    assert count("all_tokens_mlm") == (predicts + 129, joint - main + predicts + 129)
+
+
+def test_kinds_share_the_chosen_places_the_generator_and_its_samples():
+    batch = make_batch()
+    args = batch, *counts_of(batch)
+    electra = build()
+    for kind in ("electra_15", "replace_mlm", "all_tokens_mlm"):
+        other = build(kind=kind, gen_weight=2.0, disc_weight=3.0)
+        losses = other(*args)
+        assert torch.equal(corrupted(other, batch), corrupted(electra, batch))
+        assert torch.equal(losses.mlm_loss, electra(*args).mlm_loss)
+        weight = 3.0 if kind == "electra_15" else 1.0  # disc_weight is of the binary loss alone
+        torch.testing.assert_close(losses.total, 2 * losses.mlm_loss + weight * losses.disc_loss)
+
+
+def test_electra_15_is_electra_without_the_terms_of_the_other_places():
+    batch = make_batch()
+    whole, chosen = (
+        build()(batch, 1, 1, with_counts=True),
+        build(kind="electra_15")(batch, 1, 1, with_counts=True),
+    )
+    module = build()
+    ids = corrupted(module, batch)
+    terms = F.binary_cross_entropy_with_logits(
+        module.discriminate(ids, batch), (ids != batch.input_ids).float(), reduction="none"
+    )
+    others = (batch.piece_ids > 0) & (chosen_places(batch) == 0)
+    torch.testing.assert_close(whole.disc_loss - terms[others].sum(), chosen.disc_loss)
+    assert (
+        chosen.counts.tokens == chosen.counts.chosen == 11
+        and whole.counts.replaced == chosen.counts.replaced
+    )
+
+
+def test_mlm_is_the_main_encoder_on_masked_rows():
+    module, batch = build(kind="mlm", gen_weight=7.0, disc_weight=7.0), make_batch()
+    losses = module(batch, *counts_of(batch))
+    masked = mask_input(batch, IDS.mask)
+    embedded = module.embeddings(masked, batch.segment_ids, batch.position_ids)
+    logits = module.mlm_head(
+        module.discriminator(embedded, batch.piece_ids), module.embeddings.word
+    )
+    at = chosen_places(batch) > 0
+    torch.testing.assert_close(losses.mlm_loss, F.cross_entropy(logits[at], batch.input_ids[at]))
+    assert losses.disc_loss == 0 and torch.equal(losses.total, losses.mlm_loss)
+
+
+@pytest.mark.parametrize("kind", ["replace_mlm", "all_tokens_mlm"])
+def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
+    monkeypatch.setattr(vocab_head, "GROUP", 64)  # 80 places: two groups
+    module, batch = build(kind=kind, gen_weight=0.0), make_batch()
+    module(batch, *counts_of(batch)).total.backward()
+    found = {name: p.grad for name, p in module.named_parameters()}
+    ids = corrupted(module, batch)
+    loss = module(batch, *counts_of(batch)).disc_loss
+
+    dense = build(kind=kind).double()
+    hidden = dense.discriminator(
+        dense.embeddings(ids, batch.segment_ids, batch.position_ids), batch.piece_ids
+    )
+    likely = dense.mlm_head(hidden, dense.embeddings.word).softmax(-1)  # [B, S, V]
+    likely = likely.gather(2, batch.input_ids[..., None]).squeeze(2)
+    places = chosen_places(batch) > 0
+    if kind == "all_tokens_mlm":
+        copy = dense.copy_gate(hidden).squeeze(2).sigmoid()
+        likely = copy * (ids == batch.input_ids) + (1 - copy) * likely
+        places = batch.piece_ids > 0
+    expected = -likely[places].log().mean()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for name, p in dense.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name].double(), p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("special", [[0, 1, 2, 3, 4], [0, 60, 61, 62, 100]])
+def test_uniform_samples_are_alike_likely_and_never_special(special):
+    count, ordinary = 96_000, sorted({*range(VOCAB)} - {*special})
+    uniforms = (torch.arange(count) + 0.5) / count
+    frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special), minlength=VOCAB)
+    assert not frequency[special].any() and set(frequency[ordinary].tolist()) == {1000}
+    for place in (0, 50, 95):  # the first, one between, the last
+        avoid = torch.full((count,), ordinary[place])
+        frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special, avoid), minlength=VOCAB)
+        assert not frequency[[*special, ordinary[place]]].any() and frequency.sum() == count
+        assert set(frequency[ordinary[:place] + ordinary[place + 1 :]].tolist()) <= {1010, 1011}
+    unknown = uniform_tokens(
+        uniforms, VOCAB, special, torch.full((count,), special[1])
+    )  # nothing there to avoid
+    assert torch.equal(unknown, uniform_tokens(uniforms, VOCAB, special))
+
+
+def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
+    batch = make_batch()
+    plain, strict = build(temperature=0.05), build(temperature=0.05, disallow_correct=True)
+    for module in (plain, strict):
+        with torch.no_grad():
+            module.generator_head.bias[batch.input_ids.gather(1, batch.chosen)] = (
+                3.0  # hits are likely
+            )
+    assert torch.equal(plain(batch, 9, 9).mlm_loss, strict(batch, 9, 9).mlm_loss)
+    used = batch.chosen_weights > 0
+    targets = batch.input_ids.gather(1, batch.chosen)
+    hits = (plain._draw(batch, False).sampled == targets) & used
+    assert hits.any() and not ((strict._draw(batch, False).sampled == targets) & used).any()
+    for temperature in (1.0, 0.7):  # the softmax without the target, by a ruler instead of dice
+        logits, target = torch.randn(1, 128), torch.full((20_000,), 7)
+        uniforms = (torch.arange(20_000) + 0.5) / 20_000
+        x, table = torch.ones(20_000, 1), logits.T.contiguous()
+        rows = {"targets": target, "weights": torch.ones(20_000), "uniforms": uniforms}
+        options = {"vocab_size": 128, "temperature": temperature, "disallow": True}
+        drawn = vocab_head.vocab_head(x, table, torch.zeros(128), **rows, **options).sampled
+        expected = (logits[0] / temperature).index_fill(0, torch.tensor([7]), -math.inf).softmax(-1)
+        torch.testing.assert_close(
+            torch.bincount(drawn, minlength=128) / 20_000, expected, rtol=0, atol=2e-4
+        )
+
+
+def test_options_without_meaning_are_refused():
+    with pytest.raises(UserError, match="objective: kind mlm replaces nothing"):
+        load_run("tiny", ["objective.kind=mlm", "objective.generator=uniform"])
+
+
+def test_figures_that_a_kind_has_not_are_left_out():
+    names = "loss mlm_loss mlm_accuracy sampled_accuracy disc_loss replaced_fraction disc_auc base_rate_loss fixed_auc"
+    values = dict.fromkeys([*names.split(), "unigram_loss", "lr"], 0.0)
+
+    def missing(**options):
+        return values.keys() - own_figures(values, ObjectiveConfig(**options)).keys()
+
+    detecting = {"disc_auc", "base_rate_loss", "fixed_auc"}
+    assert missing() == missing(kind="electra_15") == set()
+    assert missing(kind="mlm") == detecting | {"disc_loss", "sampled_accuracy", "replaced_fraction"}
+    assert missing(kind="replace_mlm") == missing(kind="all_tokens_mlm") == detecting
+    assert missing(generator="uniform") == {"mlm_loss", "mlm_accuracy", "sampled_accuracy"}
+    assert summary({"mlm_loss": 2.0, "unigram_loss": 3.0, "mlm_accuracy": 0.5}) == (
+        "mlm 2.000 (unigram 3.000)  accuracy 0.500"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- real training
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Every other kind on two ranks, whole and stopped, resumed at another ZeRO stage; a factory's pair besides."""
+    outs = tmp_path_factory.mktemp("kinds")
+    run_ranks(2, "scenarios.py", "kinds", data, outs)
+    return outs
+
+
+def losses(run):
+    return [
+        [r["loss"], r["grad_norm"]]
+        for r in read_metrics(run / "metrics.jsonl")
+        if r["split"] == "train"
+    ]
+
+
+@pytest.mark.parametrize("kind", [*sorted(PARTS.keys() - {"electra"}), "uniform"])
+def test_a_kind_trains_and_resumes_at_another_stage(trained, data, kind):
+    whole, moved = losses(trained / f"{kind}-whole"), losses(trained / f"{kind}-moved")
+    assert len(whole) == 20 and sum(x for x, _ in whole[:5]) > sum(x for x, _ in whole[-5:])
+    torch.testing.assert_close(torch.tensor(moved), torch.tensor(whole), rtol=1e-5, atol=0)
+    values = evaluate_checkpoint(trained / f"{kind}-whole", data, max_rows=20)
+    valid = read_metrics(trained / f"{kind}-whole" / "metrics.jsonl")[-1]
+    assert values.keys() == valid.keys() - {"step", "split"}
+    assert all(math.isfinite(value) for key, value in values.items() if key.endswith("loss"))
+    if kind.endswith("mlm"):
+        with pytest.raises(UserError, match=f"objective.kind = {kind} predicts tokens"):
+            Detector.load(trained / f"{kind}-whole")
+
+
+def test_a_factory_trains_stops_and_resumes_like_the_uninterrupted_run(trained, data):
+    whole, cut = trained / "own-whole", trained / "own-cut"
+    assert len(losses(whole)) == 20 and losses(whole) == losses(cut)
+    with pytest.raises(UserError, match=r"own_pair:build.*--trust-code"):
+        evaluate_checkpoint(whole, data, max_rows=20)
+    values = evaluate_checkpoint(whole, data, max_rows=20, trust_code=True)
+    assert math.isfinite(values["disc_loss"]) and 0 < values["fixed_auc"] < 1
