@@ -72,7 +72,7 @@ def main() -> None:
     options.out.mkdir(parents=True)
     plan, reading = (
         make_plan(options.input),
-        dict(text_field="text", tally=Tally(), moved=lambda done: None),
+        dict(text_field="text", tally=Tally(), on_progress=lambda done: None),
     )
     texts = [
         text

@@ -34,7 +34,7 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.build import build_objective
-from electra_ds.model.kernels.attention import piece_bounds
+from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.reporting.memory import step_flops
 from electra_ds.training.engine import Engine, leave, start
 
@@ -102,7 +102,7 @@ def two_pieces(batch: Batch) -> Batch:
     rows, length = batch.input_ids.shape
     cuts, places = torch.randint(8, length - 8, (rows, 1)), torch.arange(length)
     second = (places >= cuts).long()
-    return batch._replace(piece_ids=1 + second, position_ids=places - cuts * second)
+    return batch._replace(document_ids=1 + second, position_ids=places - cuts * second)
 
 
 def host_batches(config: RunConfig, packed: bool, pin: bool) -> list[Batch]:
@@ -112,7 +112,7 @@ def host_batches(config: RunConfig, packed: bool, pin: bool) -> list[Batch]:
         random_batch(config.train.micro_batch_size, config.data.sequence_length) for _ in range(4)
     ]
     drawn = [two_pieces(batch) if packed else batch for batch in drawn]
-    drawn = [batch._replace(bounds=piece_bounds(batch.piece_ids)) for batch in drawn]
+    drawn = [batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids)) for batch in drawn]
     return [batch.map(torch.Tensor.pin_memory) for batch in drawn] if pin else drawn
 
 
@@ -136,7 +136,7 @@ class WithEngine:
         self.close, self.skipped = self.engine.close, 0
 
     def step(self, batch: Batch) -> torch.Tensor:
-        counts = batch.chosen.numel(), batch.input_ids.numel()
+        counts = batch.masked_positions.numel(), batch.input_ids.numel()
         losses = self.engine.forward_backward([batch], [0], counts)
         self.skipped += not self.engine.step(1e-5).applied
         return losses[0].total

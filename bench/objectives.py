@@ -3,7 +3,7 @@
 python bench/objectives.py --data D --out O [--glue GLUE] [--steps N] [--run tiny] [--set section.field=value ...]
 
 --steps are those of electra; mlm takes as many more as its step is cheaper. Everything else is equal: rows, order,
-chosen places, rates, warmup. Run again it goes on where it was. Without --glue it pretrains only. O/objectives.json,
+masked positions, rates, warmup. Run again it goes on where it was. Without --glue it pretrains only. O/objectives.json,
 O/objectives.md: median of the seeds on the development sets.
 """
 

@@ -5,7 +5,7 @@
 around those classes (`pip install --no-deps electra-pytorch`: its own requirements ask for transformers 3).
 All get our weights, and before any timing the same rows, masks and samples must give them our losses.
 
-Letters: B rows, S sequence, K chosen places.
+Letters: B rows, S sequence, K masked positions.
 """
 
 import time
@@ -20,7 +20,7 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_chosen
+from electra_ds.data.masking import max_masked
 from electra_ds.interop.hf import hf_config, to_hf
 from electra_ds.model.build import build_objective
 from electra_ds.model.objective import mask_input
@@ -60,7 +60,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, eps=1e-6, fused=True)
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.module(batch, batch.chosen.numel(), batch.input_ids.numel()).total
+        return self.module(batch, batch.masked_positions.numel(), batch.input_ids.numel()).total
 
 
 class HuggingFace:
@@ -89,12 +89,14 @@ class HuggingFace:
         )
 
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
-        chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(1, batch.chosen, True)
+        chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(
+            1, batch.masked_positions, True
+        )
         rows = (
             batch.input_ids,
             mask_input(batch, IDS.mask),
             chosen,
-            batch.piece_ids,
+            batch.document_ids,
             batch.segment_ids,
         )
         return self.joined_loss(*rows, samples)
@@ -108,11 +110,11 @@ class HuggingFace:
         segments: Tensor,
         samples: Tensor | None = None,
     ) -> Tensor:
-        """Rows [B, S] and what stands at their chosen places (bool) -> both losses; samples: in place of drawn ones."""
+        """Rows [B, S] and what stands at their masked positions (bool) -> both losses; samples: in place of drawn ones."""
         logits = self.module["generator"](
             masked, attention_mask=real, token_type_ids=segments
         ).logits
-        at_chosen = logits[chosen]  # [chosen places, V]
+        at_chosen = logits[chosen]  # [masked positions, V]
         with torch.no_grad():
             noise = -torch.empty_like(at_chosen, dtype=torch.float32).exponential_().log()
             drawn = (at_chosen.float() + noise).argmax(-1) if samples is None else samples.flatten()
@@ -156,9 +158,13 @@ class Wrapper:
 
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
         if samples is None:
-            return self.module(batch.input_ids, attention_mask=batch.piece_ids).loss
-        chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(1, batch.chosen, True)
-        becomes_mask = torch.zeros_like(chosen).scatter_(1, batch.chosen, ~batch.keep)
+            return self.module(batch.input_ids, attention_mask=batch.document_ids).loss
+        chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(
+            1, batch.masked_positions, True
+        )
+        becomes_mask = torch.zeros_like(chosen).scatter_(
+            1, batch.masked_positions, ~batch.keep_original
+        )
         given = {
             "get_mask_subset_with_prob": lambda *_: chosen,
             "prob_mask_like": lambda *_: becomes_mask,
@@ -189,8 +195,8 @@ def contenders_of(config: RunConfig, names: list[str]) -> dict:
 
 
 def random_batch(rows: int, length: int) -> Batch:
-    """Full rows of random ids; the chosen places in rising order, as the other contenders walk through them."""
-    chosen = max_chosen(0.15, length)
+    """Full rows of random ids; the masked positions in rising order, as the other contenders walk through them."""
+    chosen = max_masked(0.15, length)
     ids = torch.randint(1000, VOCAB, (rows, length))
     ids[:, 0], ids[:, -1] = IDS.cls, IDS.sep
     zeros = torch.zeros(rows, length, dtype=torch.long)

@@ -26,7 +26,7 @@ import webdataset
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data import shard_format, shard_reader
-from electra_ds.data.loader import READ_TOKENS, Batches
+from electra_ds.data.loader import READ_TOKENS, Loader
 from electra_ds.data.masking import recipe_for
 from electra_ds.data.shuffle import Order
 
@@ -257,7 +257,7 @@ def first_batch(folder: Path, sequence_length: int = 128) -> None:
         recipe_for(reader.manifest, ObjectiveConfig(), 0),
     )
     sizes = {"global_batch_size": 128, "micro_batch_size": 128, "position": 3 * reader.rows - 128}
-    batches = Batches(reader, order, recipe, **sizes)
+    batches = Loader(reader, order, recipe, **sizes)
     next(batches)
     found = time.perf_counter()
     batches.close()

@@ -62,11 +62,11 @@ def rank(pipe, place: dict[str, str], stages: list[int]) -> None:
         engine, batch = engines[stage], batches[count // len(stages) % len(batches)]
         began = time.thread_time(), time.process_time(), time.perf_counter()
         (losses,) = engine.forward_backward(
-            [batch], [count], (world * batch.chosen.numel(), world * ROWS * LENGTH)
+            [batch], [count], (world * batch.masked_positions.numel(), world * ROWS * LENGTH)
         )
-        engine.propose(batch.chosen.numel(), ROWS * LENGTH, False, False, False)
+        engine.send_votes(batch.masked_positions.numel(), ROWS * LENGTH, False, False, False)
         engine.step(lr=1e-4)
-        engine.agreed()
+        engine.wait_votes()
         ended = time.thread_time(), time.process_time(), time.perf_counter()
         pipe.send(
             [world * float(losses.total), *(b - a for a, b in zip(began, ended, strict=True))]

@@ -158,13 +158,13 @@ def boundaries(data: str, rounds: int) -> list[dict]:
         for turn in range(rounds + 1):
             numbers = draw.choice(reader.rows, rows, replace=False)
             packed = make_batch(reader.read(numbers), numbers, 0, recipe)
-            both = packed, packed._replace(piece_ids=torch.ones_like(packed.piece_ids))
+            both = packed, packed._replace(document_ids=torch.ones_like(packed.document_ids))
             taken = {
                 i: seconds(lambda b=both[i], half=bf16: step(ours, b, half))[0]
                 for i in np.roll((0, 1), turn)
             }
             ratios.append(taken[0] / taken[1])
-            pieces += packed.piece_ids.amax(1).tolist()
+            pieces += packed.document_ids.amax(1).tolist()
         middle, low, high = spread(ratios[1:])
         one, mean = statistics.mean(n == 1 for n in pieces), statistics.mean(pieces)
         shape = f"S{reader.sequence_length} B{rows} {'bf16' if bf16 else 'fp32'}"

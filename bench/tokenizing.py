@@ -200,7 +200,7 @@ def fill(scratch: Path, options: argparse.Namespace) -> None:
     raw, size = [], 0
     for source in make_plan(options.input).sources:
         for text in documents(
-            source, 0, source.size, text_field="text", tally=Tally(), moved=lambda done: None
+            source, 0, source.size, text_field="text", tally=Tally(), on_progress=lambda done: None
         ):
             if not options.megabytes or size < options.megabytes * 1e6:
                 raw.append(text)

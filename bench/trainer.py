@@ -38,7 +38,7 @@ from electra_ds.data import shard_format
 from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Folder, open_data
 from electra_ds.model.build import build_objective
-from electra_ds.training.engine import Engine, from_first, leave, precision_name, start
+from electra_ds.training.engine import Engine, leave, on_rank0, precision_name, start
 from electra_ds.training.pretrain import Limits
 from electra_ds.training.state import Progress
 from electra_ds.training.trainer import Run
@@ -85,24 +85,24 @@ class Paced(Engine):
     def _note(self, part: str) -> None:
         self.parts[part] = self.parts.get(part, 0) + self.clock.lap()
 
-    def agreed(self):
+    def wait_votes(self):
         self._note("logging")
         if "step" in self.parts:
             self.take_turns(self.parts, self.logs, self.batch, self.loss)
         self.parts = {}
         self.clock.lap()
-        return super().agreed()
+        return super().wait_votes()
 
-    def forward_backward(self, micros, *arguments, **options):
+    def forward_backward(self, micro_batches, *arguments, **options):
         self._note("votes")
-        losses = super().forward_backward(micros, *arguments, **options)
+        losses = super().forward_backward(micro_batches, *arguments, **options)
         self._note("forward_backward")
-        (self.batch,), self.logs, self.loss = micros, options["with_counts"], losses[0].total
+        (self.batch,), self.logs, self.loss = micro_batches, options["with_counts"], losses[0].total
         return losses
 
-    def propose(self, *arguments, **votes):
+    def send_votes(self, *arguments, **votes):
         self._note("data")
-        super().propose(*arguments, **votes)
+        super().send_votes(*arguments, **votes)
 
     def step(self, lr):
         self._note("votes")
@@ -237,7 +237,7 @@ def measure(name: str, data: Folder, out: Path, options: argparse.Namespace, dev
     loops = {
         peer: peer_loop(peer, contender, rows, tokenizer, bf16) for peer, contender in peers.items()
     }
-    with Lock(out, from_first) as lock:
+    with Lock(out, on_rank0) as lock:
         limits, began = Limits(stop_at_step=steps), time.monotonic()
         run = Run(
             config, engine, data, reader, order, out, config.train.total_steps, limits, began, lock

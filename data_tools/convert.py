@@ -66,10 +66,10 @@ def convert(
     )
 
 
-def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> dict:
+def _convert_unit(width: int, task: UnitTask, on_progress: Callable[[int], None]) -> dict:
     """As `tokenize_unit`, of a file of rows of `width` ids."""
     if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
-        moved(unit_size(task.unit))
+        on_progress(unit_size(task.unit))
         return found
     tokenizer, (source,), told, unknowns = (
         load_tokenizer(task.tokenizer),
@@ -85,7 +85,7 @@ def _convert_unit(width: int, task: UnitTask, moved: Callable[[int], None]) -> d
             hashed = struct.unpack("<QQ", blake2b(own.tobytes(), digest_size=16).digest())
             writer.add(number, hashed, own, int((own != tokenizer.special_ids.sep).sum()))
             unknowns.found += int((own == tokenizer.special_ids.unk).sum())
-            moved(at - told)
+            on_progress(at - told)
             told = at
         return writer.close(dict.fromkeys(REMOVED, 0), Tally(), unknowns)
 

@@ -76,7 +76,12 @@ def reread(data_dir: str | Path, inputs: Sequence[str]) -> Callable[[int], Itera
     def texts(unit: int) -> Iterator[str]:
         for file, start, end in settings["units"][unit]:
             yield from documents(
-                sources[file], start, end, text_field=field, tally=Tally(), moved=lambda count: None
+                sources[file],
+                start,
+                end,
+                text_field=field,
+                tally=Tally(),
+                on_progress=lambda count: None,
             )
 
     return texts

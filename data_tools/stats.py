@@ -45,7 +45,9 @@ Table = tuple[
 ]  # title, head, rows; a cell of # alone is a bar
 
 
-def stats(data_dir: str | Path, moved: Callable[[int], None] = lambda size: None) -> dict[str, Any]:
+def stats(
+    data_dir: str | Path, on_progress: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
     """The facts about a data folder, as JSON values; reads every row once, holds the pieces of one shard at a time.
 
     `moved` hears of shard bytes done. Shares are of 1; [UNK]s count as tokens; [CLS], [SEP] and padding do not.
@@ -55,7 +57,7 @@ def stats(data_dir: str | Path, moved: Callable[[int], None] = lambda size: None
     data_dir, manifest = Path(data_dir), read_manifest(data_dir)
     tokenizer, splits, vocabulary = load_tokenizer(data_dir / "tokenizer"), {}, {}
     for split, info in manifest.splits.items():
-        counts, lengths, per_row = _scan(ShardReader(data_dir, split), moved)
+        counts, lengths, per_row = _scan(ShardReader(data_dir, split), on_progress)
         unknown = int(counts[tokenizer.special_ids.unk])
         splits[split] = {
             "documents": info.documents,
@@ -81,7 +83,7 @@ def stats(data_dir: str | Path, moved: Callable[[int], None] = lambda size: None
 
 
 def _scan(
-    reader: ShardReader, moved: Callable[[int], None]
+    reader: ShardReader, on_progress: Callable[[int], None]
 ) -> tuple[np.ndarray, Counter[int], Counter[int]]:
     """Of a split: (how often each id occurs [V], spectrum of tokens per document, spectrum of pieces per row)."""
     counts = np.zeros(reader.manifest.tokenizer.vocab_size, np.int64)
@@ -98,7 +100,7 @@ def _scan(
         )  # all pieces of a document are in one shard
         _, number = np.unique(unit << 32 | document, return_inverse=True)
         lengths.update(np.bincount(number, length).astype(np.int64).tolist())
-        moved(info.bytes)
+        on_progress(info.bytes)
     return counts, lengths, per_row
 
 

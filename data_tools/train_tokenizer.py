@@ -74,10 +74,10 @@ def _lines(
     """Cleaned lines of the whole corpus."""
     plan = make_plan(inputs, format=format)
     total, found = sum(s.size for s in plan.sources), False
-    moved = summed(lambda done: progress("read", done, total))
+    on_progress = summed(lambda done: progress("read", done, total))
     for source in plan.sources:
         for text in documents(
-            source, 0, source.size, text_field=text_field, tally=Tally(), moved=moved
+            source, 0, source.size, text_field=text_field, tally=Tally(), on_progress=on_progress
         ):
             for line in clean_lines(text.replace(UNKNOWN, ""))[0]:
                 found = True

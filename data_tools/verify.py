@@ -16,7 +16,7 @@ from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 
 
-def verify(data_dir: str | Path, moved: Callable[[int], None] | None = None) -> list[str]:
+def verify(data_dir: str | Path, on_progress: Callable[[int], None] | None = None) -> list[str]:
     """Compare every byte and count of a data folder with its manifest; [] means that all is well.
 
     `moved` hears of shard bytes done (their total is the sum over the manifest's shards). UserError only when there
@@ -40,12 +40,12 @@ def verify(data_dir: str | Path, moved: Callable[[int], None] | None = None) -> 
     strangers = {f"shards/{path.name}" for path in (data_dir / "shards").glob("*")} - known
     problems += [f"{name}: not in the manifest" for name in sorted(strangers)]
     for split in manifest.splits:
-        problems += _verify_split(data_dir, split, manifest, moved or (lambda size: None))
+        problems += _verify_split(data_dir, split, manifest, on_progress or (lambda size: None))
     return problems
 
 
 def _verify_split(
-    data_dir: Path, split: str, manifest: Manifest, moved: Callable[[int], None]
+    data_dir: Path, split: str, manifest: Manifest, on_progress: Callable[[int], None]
 ) -> list[str]:
     try:
         reader = ShardReader(data_dir, split, check_files=False)
@@ -61,7 +61,7 @@ def _verify_split(
                 "bytes beside the rows differ; copy this shard again"
             ]
         problems += found
-        moved(info.bytes)
+        on_progress(info.bytes)
     if not problems:  # counts over damaged rows would say nothing new
         problems = [
             f"{split}: {totals[key]} {key}, the manifest says {getattr(reader.info, key)}"

@@ -14,10 +14,10 @@ from typing import Any
 
 from electra_ds.common.errors import UserError
 
-Moved = Callable[[int], None]  # a task says how much more of it is done
-Task = Callable[[Any, Moved], dict]  # what a task does with its input
+OnProgress = Callable[[int], None]  # a task says how much more of it is done
+Task = Callable[[Any, OnProgress], dict]  # what a task does with its input
 Run = Callable[
-    [Task, list, Moved], list[dict]
+    [Task, list, OnProgress], list[dict]
 ]  # (function, inputs, told) -> results in the order of the inputs
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -25,16 +25,16 @@ GRACE = 5  # seconds in which a worker may clean up
 PAUSE = 0.005  # seconds between two looks at the pipes; a call of MPI that waits keeps a core busy
 
 
-def summed(told: Moved) -> Moved:
+def summed(told: OnProgress) -> OnProgress:
     """A `moved` that tells the sum of what it hears."""
     done = 0
 
-    def moved(count: int) -> None:
+    def on_progress(count: int) -> None:
         nonlocal done
         done += count
         told(done)
 
-    return moved
+    return on_progress
 
 
 class Rank:
@@ -127,14 +127,14 @@ def _wait(pipes: list[Pipe]) -> list[Pipe]:
     return ready
 
 
-def _run_here(function: Task, inputs: list, told: Moved) -> list[dict]:
-    moved = summed(told)
-    return [function(one, moved) for one in inputs]
+def _run_here(function: Task, inputs: list, told: OnProgress) -> list[dict]:
+    on_progress = summed(told)
+    return [function(one, on_progress) for one in inputs]
 
 
-def _share_out(pipes: Sequence[Pipe], function: Task, inputs: list, told: Moved) -> list[dict]:
+def _share_out(pipes: Sequence[Pipe], function: Task, inputs: list, told: OnProgress) -> list[dict]:
     """Hand the inputs to idle workers, in order, until all have come back."""
-    idle, moved, results = list(pipes), summed(told), [{}] * len(inputs)
+    idle, on_progress, results = list(pipes), summed(told), [{}] * len(inputs)
     number_at: dict[Pipe, int] = {}  # of the busy ones
     given = 0
     while given < len(inputs) or number_at:
@@ -153,7 +153,7 @@ def _share_out(pipes: Sequence[Pipe], function: Task, inputs: list, told: Moved)
             if isinstance(found, Exception):
                 raise found
             if isinstance(found, int):
-                moved(found)
+                on_progress(found)
             else:
                 results[number_at.pop(pipe)] = found
                 idle.append(pipe)

@@ -130,12 +130,7 @@ def test_kernels_import_torch_alone():
     for path in (ROOT / "electra_ds" / "model" / "kernels").glob("*.py"):
         foreign = {name.split(".")[0] for name, _ in imports(path.read_text())}
         assert foreign <= {"torch", "electra_ds", *sys.stdlib_module_names}, path
-        own = {name.split(".")[1] for name, _ in imports(path.read_text()) if name[:11] == "electra_ds."}
-        assert own <= {"model"}
-            name.split(".")[1]
-            for name, _ in imports(path.read_text())
-            if name.startswith("electra_ds.")
-        } <= {"model"}
+        assert all(name.split(".")[0] == "model" for name, _ in own_imports(path)), path
 
 
 def test_data_tools_never_import_torch():

@@ -131,7 +131,7 @@ def documents(
     *,
     text_field: str,
     tally: Tally,
-    moved: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> Iterator[str]:
     """The texts of the documents that start in bytes [start, end) of a file; `moved` hears of bytes read, in sum.
 
@@ -142,10 +142,10 @@ def documents(
     try:
         for done, text in _read(source, start, end, tally, text_field):
             if min(done, end) - told >= 1 << 18:
-                moved(min(done, end) - told)
+                on_progress(min(done, end) - told)
                 told = min(done, end)
             yield text
-        moved(end - told)
+        on_progress(end - told)
     except (UserError, OSError):
         raise
     except (

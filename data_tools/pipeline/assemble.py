@@ -19,7 +19,7 @@ from data_tools.pipeline.units import DOCUMENT, array_bytes, finished, unit_path
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes, write_json
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.data import random_bits
+from electra_ds.data import philox
 from electra_ds.data.shard_format import ids_dtype, shard_file, write_shard
 
 SPLITS = ("train", "valid")
@@ -139,11 +139,11 @@ def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     return joined[by_key], stored
 
 
-def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
+def assemble_shard(task: ShardTask, on_progress: Callable[[int], None]) -> dict:
     """Write one shard unless it is there and whole; returns its marker."""
     marker = marker_path(task)
     if found := finished(marker, task.plan_sha256):
-        moved(found["tokens"])
+        on_progress(found["tokens"])
         return found
     rows, pieces, unigrams, counts = _pack(task)
     file = shard_file(task.split, task.shard)
@@ -156,7 +156,7 @@ def assemble_shard(task: ShardTask, moved: Callable[[int], None]) -> dict:
         files[marker.with_suffix(suffix).name] = sha256(content).hexdigest()
     counts |= {"plan_sha256": task.plan_sha256, "files": files, "shard": info.model_dump()}
     write_json(marker, counts)
-    moved(counts["tokens"])
+    on_progress(counts["tokens"])
     return counts
 
 
@@ -179,12 +179,12 @@ def _pack(task: ShardTask) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
     chance = np.empty(0, np.float32)
     if task.packing == "google":
         needed = chances_needed(len(ids), len(table))
-        chance = random_bits.uniforms(
-            random_bits.words(task.seed, split, np.array([task.shard]), needed, SEGMENTS)[0]
+        chance = philox.uniforms(
+            philox.random_bits(task.seed, split, np.array([task.shard]), needed, SEGMENTS)[0]
         )
     layout = lay_out(task.packing, line_lengths, np.diff(lines_before, prepend=0), width, chance)
     rows = fill(layout, ids, np.cumsum(tokens) - tokens, width, special)
-    new_row = random_bits.permutation(layout.rows, task.seed, split, task.shard, ROWS)
+    new_row = philox.permutation(layout.rows, task.seed, split, task.shard, ROWS)
     rows = rows[np.argsort(new_row)]
     row, start, length, document, token = layout.pieces.T
     by_row = np.lexsort((start, new_row[row]))

@@ -36,7 +36,7 @@ def similar_pairs(
     parts: int,
     band: slice,
     part: int,
-    moved: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> dict:
     """`pairs` [n, 2] uint64: places of documents whose similarity reaches the threshold, the earlier one first.
 
@@ -77,7 +77,7 @@ def similar_pairs(
         similar = sum(slot[leader] == slot[rest] for slot in slots) >= threshold * SLOTS
         pairs.append(np.column_stack([places[leader], places[rest]])[similar & ~begins])
         rest = rest[~similar]
-    moved(1)
+    on_progress(1)
     return {"pairs": np.concatenate(pairs)}
 
 

@@ -100,17 +100,17 @@ def finished(marker: Path, plan_sha256: str) -> dict | None:
     return found if whole else None
 
 
-def tokenize_unit(task: UnitTask, moved: Callable[[int], None]) -> dict:
+def tokenize_unit(task: UnitTask, on_progress: Callable[[int], None]) -> dict:
     """Make a unit's files unless they are there and whole; returns its marker. `moved` hears of input bytes done."""
     if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
-        moved(unit_size(task.unit))
+        on_progress(unit_size(task.unit))
         return found
     if task.fingerprint not in tokenizers:
         tokenizers[task.fingerprint] = load_tokenizer(task.tokenizer)
     tokenizer, tally, unknowns = tokenizers[task.fingerprint], Tally(), Unknowns()
     removed = dict.fromkeys(REMOVED, 0)
     with UnitWriter(task, ids_dtype(tokenizer.vocab_size)) as writer:
-        for batch in _batches(_cleaned(task, tally, removed, moved)):
+        for batch in _batches(_cleaned(task, tally, removed, on_progress)):
             encoded, texts = _encode(tokenizer, [lines for _, lines in batch], unknowns)
             signed = signatures(texts) if task.signatures else [None] * len(batch)
             for (number, lines), own, text, signature in zip(
@@ -127,7 +127,7 @@ def _cleaned(
     task: UnitTask,
     tally: Tally,
     removed: dict[str, int],
-    moved: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> Iterator[tuple[int, list[str]]]:
     """(number, lines) of the documents that the cleaning leaves; `removed` counts what it does not."""
     keep = task.keep and load_function("keep", task.keep)
@@ -135,7 +135,7 @@ def _cleaned(
         (source, text)
         for source, (_, start, end) in zip(task.sources, task.unit, strict=True)
         for text in documents(
-            source, start, end, text_field=task.text_field, tally=tally, moved=moved
+            source, start, end, text_field=task.text_field, tally=tally, on_progress=on_progress
         )
     )
     for number, (source, text) in enumerate(texts):

@@ -40,7 +40,7 @@ LOG.propagate = False
 LOG.addHandler(logging.NullHandler())  # else early words go to stderr
 
 
-def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> list[str]:
+def open_folder(out: Path, rank: int, all_gather_object: Callable[[Any], list[Any]]) -> list[str]:
     """Make OUT, clear what an earlier attempt left, and check that every rank sees the same folder. Collective.
 
     Returns the host of each rank. Raises UserError on every rank, naming the hosts that do not see what rank 0 wrote.
@@ -57,11 +57,11 @@ def open_folder(out: Path, rank: int, exchange: Callable[[Any], list[Any]]) -> l
             problem = (
                 f"--out {out}: cannot be written ({error}); choose a folder with room and rights"
             )
-    nonce, problem = exchange((nonce, problem))[0]
+    nonce, problem = all_gather_object((nonce, problem))[0]
     if problem:
         raise UserError(problem)
     seen = _read_soon(out / ".nonce", nonce)
-    everyone = exchange((socket.gethostname(), seen))
+    everyone = all_gather_object((socket.gethostname(), seen))
     blind = sorted({host for host, sees in everyone if not sees})
     if blind:
         raise UserError(

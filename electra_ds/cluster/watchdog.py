@@ -33,7 +33,7 @@ GRACE_SECONDS = 6.0  # from the verdict to the end of a rank whose main thread h
 ANSWER_SECONDS = 3.0  # for the store to answer before a rank judges, or leaves, without it
 
 
-class Verdict(NamedTuple):
+class Failure(NamedTuple):
     """The rank that went first, and how. is_silent: it may hang, and has to be ended by others."""
 
     rank: int
@@ -52,7 +52,7 @@ class Watchdog:
     the process ends within silence_seconds + 15 s. Silence is counted in rounds of the watcher's own: a machine that
     slept, or is slow, blames nobody. A rank without peers is not watched, its errors are recorded all the same.
 
-    silence_seconds: without a word of a rank. timeout_minutes: in which no rank moves. from_first: what rank 0 finds,
+    silence_seconds: without a word of a rank. timeout_minutes: in which no rank moves. on_rank0: what rank 0 finds,
     on every rank. record: is told what went first (rank, error, host), on one rank.
     """
 
@@ -61,13 +61,13 @@ class Watchdog:
         ranks: Ranks,
         silence_seconds: float,
         timeout_minutes: float,
-        from_first: Callable[[Callable], Any],
+        on_rank0: Callable[[Callable], Any],
         record: Callable[[int, BaseException | str, str], None] = lambda *_: None,
     ):
         self._rank, self._world_size, self._from_first, self._record = (
             ranks.rank,
             ranks.world_size,
-            from_first,
+            on_rank0,
             record,
         )
         self._silence, self._seconds = silence_seconds, silence_seconds / MISSES
@@ -84,7 +84,7 @@ class Watchdog:
         }
         self._beats: dict[int, dict] = {}  # as last read
         self._exchanges, self._lost = 0, ""  # with the store; why there can be no more
-        self._claim, self._first = "", None  # what this rank would say, what all say: a Verdict
+        self._claim, self._first = "", None  # what this rank would say, what all say: a Failure
         self._places, self._still, self._ends = [], 0, False
         self._wake, self._found, self._leaving = (
             threading.Event(),
@@ -110,7 +110,7 @@ class Watchdog:
             LOG.error("rank %d ends", self._rank, exc_info=error)
             if not (is_of_peers and self._found.wait(self._silence + 4 * self._seconds)):
                 self._settle(
-                    Verdict(self._rank, self._me["host"], f"{type(error).__name__}: {error}"), error
+                    Failure(self._rank, self._me["host"], f"{type(error).__name__}: {error}"), error
                 )
         self._leave()
         if is_of_peers and self._first.rank != self._rank:
@@ -133,7 +133,7 @@ class Watchdog:
                 self._me |= {"beat": self._me["beat"] + 1, "place": _place()}
                 store.set(str(self._rank), json.dumps(self._me))
                 if first := store.compare_set("first", "", self._claim):
-                    self._first = Verdict(*json.loads(first))
+                    self._first = Failure(*json.loads(first))
                 beats = store.multi_get([str(rank) for rank in watched])
                 self._beats = {
                     rank: json.loads(beat) for rank, beat in zip(watched, beats, strict=True)
@@ -197,10 +197,10 @@ class Watchdog:
                 self._found.set()
                 if not self._ends:  # with a message of its own
                     signal.raise_signal(signal.SIGUSR2)  # the stacks of this rank, by faulthandler
-                self._rouse(self._first)
+                self._kill_hung_rank(self._first)
                 return
 
-    def _look(self, missed: Counter) -> Verdict | None:
+    def _look(self, missed: Counter) -> Failure | None:
         """Who is gone, or hangs?"""
         others = {
             rank: beat
@@ -214,7 +214,7 @@ class Watchdog:
                 ):  # it said why, or went in order
                     return self._first
                 gone = f"process {beat['pid']} is gone: killed (kill -9, out of memory), or it left without a word"
-                return Verdict(rank, beat["host"], f"{gone}; last seen at {beat['place']}")
+                return Failure(rank, beat["host"], f"{gone}; last seen at {beat['place']}")
         if missed["store"] >= (2 if self._lost else MISSES):
             has_left = (
                 0 in self._beats and self._beats[0]["left"]
@@ -222,7 +222,7 @@ class Watchdog:
             return None if has_left else self._without_store()
         for rank, beat in others.items():
             if missed[rank] >= MISSES:
-                return Verdict(
+                return Failure(
                     rank,
                     beat["host"],
                     self._silent(f"last seen at {beat['place']}"),
@@ -230,22 +230,22 @@ class Watchdog:
                 )
         return self._standstill() if self._rank == 0 else None
 
-    def _without_store(self) -> Verdict:
+    def _without_store(self) -> Failure:
         where = f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         cause = self._lost or self._silent(f"it hangs, or {self._me['host']} is cut off from it")
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return Verdict(
+            return Failure(
                 self._rank, self._me["host"], f"{where} (torchrun's) does not answer: {cause}"
             )
         host = self._beats[0]["host"] if self._beats else os.environ["MASTER_ADDR"]
-        return Verdict(
+        return Failure(
             0, host, f"{where}, which it holds, does not answer: {cause}", is_silent=not self._lost
         )
 
     def _silent(self, detail: str) -> str:
         return f"silent for {self._silence:g} s, {detail}"
 
-    def _standstill(self) -> Verdict | None:
+    def _standstill(self) -> Failure | None:
         """Nobody moves, and somebody stands elsewhere than the others: they wait for it (rank 0 sees all)."""
         places = [(self._beats[rank]["place"], rank) for rank in sorted(self._beats)]
         self._still = self._still + 1 if places == self._places else 0
@@ -260,9 +260,9 @@ class Watchdog:
             f"{count} at {other}" for other, count in common.items() if other != place
         )
         waited = f"no rank moved for {self._still * self._seconds:.0f} s: it stands at {place}, of the others {others}"
-        return Verdict(rank, self._beats[rank]["host"], waited)
+        return Failure(rank, self._beats[rank]["host"], waited)
 
-    def _settle(self, verdict: Verdict, error: BaseException | str) -> None:
+    def _settle(self, verdict: Failure, error: BaseException | str) -> None:
         """Agree on what went first: this, unless the store holds another. Whoever brought it records it."""
         if self._first is None:
             self._claim = json.dumps(verdict)
@@ -271,7 +271,7 @@ class Watchdog:
             if self._first == verdict:
                 self._record(verdict.rank, error, verdict.host)
 
-    def _rouse(self, verdict: Verdict) -> None:
+    def _kill_hung_rank(self, verdict: Failure) -> None:
         """A silent rank of this machine may be stopped, or hold Python's lock: it shows its stacks, and is killed."""
         if verdict.is_silent and verdict.rank != self._rank and self._is_here(verdict.rank):
             beat = self._beats[verdict.rank]

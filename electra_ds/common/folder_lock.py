@@ -28,19 +28,19 @@ class Lock:
     machine that is gone; else when its heartbeat stands still for `stale_seconds` of our own monotonic clock. A
     heartbeat that moves is LockedOut, on every rank, with the owner named.
 
-    from_first: what rank 0 finds, on every rank (default: one process, alone). took_over: from whom and why, or empty.
+    on_rank0: what rank 0 finds, on every rank (default: one process, alone). took_over: from whom and why, or empty.
     step: for the heartbeat. lost: the error to raise, once the beats ended: another attempt took OUT, or one failed.
     """
 
     def __init__(
         self,
         out: Path,
-        from_first: Callable[..., Any] = lambda find: find(),
+        on_rank0: Callable[..., Any] = lambda find: find(),
         stale_seconds: float = STALE_SECONDS,
     ):
         self.took_over, self.step, self.lost = "", 0, None
         self._out, self._path, self._heartbeat = out, out / "lock", out / "heartbeat.json"
-        self._from_first, self._stale_seconds = from_first, stale_seconds
+        self._from_first, self._stale_seconds = on_rank0, stale_seconds
         self._me = {
             "job": os.environ.get("SLURM_JOB_ID", ""),
             "restart": restart_count(),

@@ -75,7 +75,7 @@ class ObjectiveConfig(Section):
 
     kind: Literal["electra", "electra_15", "mlm", "replace_mlm", "all_tokens_mlm"] = science(
         "electra",
-        "what the main encoder learns: to tell replaced tokens (_15: at the chosen places), or to predict",
+        "what the main encoder learns: to tell replaced tokens (_15: at the masked positions), or to predict",
     )
     generator: Literal["model", "uniform"] = science(
         "model", "replacements: a network's, or any token alike"
@@ -87,7 +87,10 @@ class ObjectiveConfig(Section):
         "what is drawn until so many are chosen: tokens, words, or spans of 1 to 10 words (SpanBERT)",
     )
     mask_token_prob: float = science(
-        0.85, "share of the chosen places that becomes [MASK]; the rest keeps its token", ge=0, le=1
+        0.85,
+        "share of the masked positions that becomes [MASK]; the rest keeps its token",
+        ge=0,
+        le=1,
     )
     gen_weight: float = science(1.0, "weight of mlm_loss in the total", ge=0)
     disc_weight: float = science(50.0, "weight of the binary disc_loss in the total", ge=0)
@@ -113,7 +116,7 @@ class ObjectiveConfig(Section):
 
     @property
     def counts_all_tokens(self) -> bool:
-        """Whether the main encoder's loss is over all real tokens, not the chosen places alone."""
+        """Whether the main encoder's loss is over all real tokens, not the masked positions alone."""
         return self.kind in ("electra", "all_tokens_mlm")
 
     @property

@@ -1,6 +1,6 @@
 """How do rows become this rank's batches? Order, gather, layout, exactly-k choice, prefetch: all from one position.
 
-Letters: B rows, S sequence, K chosen places per row, V vocabulary, G rows of the global batch.
+Letters: B rows, S sequence, K masked positions per row, V vocabulary, G rows of the global batch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.data import random_bits
-from electra_ds.data.masking import Recipe, choose
+from electra_ds.data import philox
+from electra_ds.data.masking import Recipe, select_masked_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ def layout(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What [CLS], [SEP] and [PAD] say about packed rows (text cannot make their ids).
 
-    ids: [B, S]. Returns segment_ids, piece_ids (0 = padding, else 1, 2, ...), position_ids, each [B, S] int64.
+    ids: [B, S]. Returns segment_ids, document_ids (0 = padding, else 1, 2, ...), position_ids, each [B, S] int64.
     best_fit: a piece from each [CLS] to the next, positions restart. concat: one piece. google: one piece,
     segment 1 after the first [SEP].
     """
@@ -55,15 +55,13 @@ def make_batch(
     ids: [B, S] unsigned; rows: [B] row numbers; epochs: [B] or one.
     """
 
-    def words(n: int, purpose: int) -> np.ndarray:
-        return random_bits.words(recipe.seed, epochs, rows, n, purpose)
+    def bits(n: int, purpose: int) -> np.ndarray:
+        return philox.random_bits(recipe.seed, epochs, rows, n, purpose)
 
     segments, pieces, positions = layout(ids, recipe.packing, recipe.special_ids)
-    chosen, used = choose(ids, recipe, words(ids.shape[1], random_bits.CHOSEN))
-    keep = random_bits.uniforms(words(used.shape[1], random_bits.KEEP)) >= np.float32(
-        recipe.mask_token_prob
-    )
-    uniforms = random_bits.uniforms(words(used.shape[1], random_bits.UNIFORMS))
+    chosen, used = select_masked_positions(ids, recipe, bits(ids.shape[1], philox.CHOSEN))
+    keep = philox.uniforms(bits(used.shape[1], philox.KEEP)) >= np.float32(recipe.mask_token_prob)
+    uniforms = philox.uniforms(bits(used.shape[1], philox.UNIFORMS))
     arrays = (
         ids.astype(np.int64),
         segments,
@@ -80,7 +78,7 @@ def make_batch(
 def fixed_corruption(
     batch: Batch, rows: np.ndarray, unigrams: np.ndarray, special_ids: SpecialIds
 ) -> tuple[Tensor, Tensor]:
-    """Unigram tokens at the batch's chosen places: a replaced-token task that is the same for every model.
+    """Unigram tokens at the batch's masked positions: a replaced-token task that is the same for every model.
 
     rows: [B] row numbers, the key beside a constant; unigrams: [V] token counts of the training rows (special ids
     are never drawn). Returns input_ids [B, S] int64 and is_replaced [B, S] bool (a draw of the same token is not).
@@ -90,15 +88,15 @@ def fixed_corruption(
         [special_ids.pad, special_ids.unk, special_ids.cls, special_ids.sep, special_ids.mask]
     ] = 0
     ends = np.cumsum(counts)
-    random_words = random_bits.words(
-        random_bits.EVALUATION_SEED, 0, rows, batch.chosen.shape[1], random_bits.CORRUPTION
+    random_words = philox.random_bits(
+        philox.EVALUATION_SEED, 0, rows, batch.masked_positions.shape[1], philox.CORRUPTION
     )
     draws = np.searchsorted(
         ends, (random_words + 0.5) * 2.0**-32 * ends[-1], side="right"
     )  # [B, K]
-    used = batch.chosen_weights.numpy() > 0
+    used = batch.masked_weights.numpy() > 0
     ids = batch.input_ids.numpy().copy()
-    ids[np.nonzero(used)[0], batch.chosen.numpy()[used]] = draws[used]
+    ids[np.nonzero(used)[0], batch.masked_positions.numpy()[used]] = draws[used]
     corrupted = torch.from_numpy(ids)
     return corrupted, corrupted != batch.input_ids
 
@@ -108,14 +106,14 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # [B, S] int64, unmasked
     segment_ids: Tensor  # [B, S] int64
-    piece_ids: Tensor  # [B, S] int64, 0 = padding, else 1, 2, ... within the row
+    document_ids: Tensor  # [B, S] int64, 0 = padding, else 1, 2, ... within the row
     position_ids: Tensor  # [B, S] int64, restart at each piece
-    chosen: Tensor  # [B, K] int64, places in the row; unused ones are 0 with weight 0
-    chosen_weights: Tensor  # [B, K] float32, 1 or 0
-    keep: Tensor  # [B, K] bool, True: the place keeps its token instead of [MASK]
+    masked_positions: Tensor  # [B, K] int64, places in the row; unused ones are 0 with weight 0
+    masked_weights: Tensor  # [B, K] float32, 1 or 0
+    keep_original: Tensor  # [B, K] bool, True: the place keeps its token instead of [MASK]
     uniforms: Tensor  # [B, K] float32 in [0, 1), one number per draw from the generator
-    bounds: Tensor | None = (
-        None  # int32, `ops.attention.piece_bounds` of piece_ids; made for CUDA alone
+    cu_seqlens: Tensor | None = (
+        None  # int32, `ops.attention.document_cu_seqlens` of document_ids; made for CUDA alone
     )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.data import random_bits
+from electra_ds.data import philox
 from electra_ds.data.batch import Batch, make_batch
 from electra_ds.data.masking import Recipe
 from electra_ds.data.rows import RowOrder, Rows
@@ -21,16 +21,16 @@ READ_TOKENS = 1 << 18  # gathered at once: several rows of each block then, abou
 class StepBatch(NamedTuple):
     """What one rank computes in one attempt of an optimizer step."""
 
-    position: int  # of the global batch's first row
-    micro_positions: list[int]  # of each micro-batch's first row on this rank: seeds its dropout
-    micros: list[Batch]
-    chosen_count: int  # this rank's sums over the micro-batches, for the global normalisers
+    first_row: int  # of the global batch's first row
+    first_rows: list[int]  # of each micro-batch's first row on this rank: seeds its dropout
+    micro_batches: list[Batch]
+    masked_count: int  # this rank's sums over the micro-batches, for the global normalisers
     token_count: int
     rows: np.ndarray  # [G / world_size] row numbers, for messages
     wait_seconds: float  # that the caller waited for the data
 
 
-class Batches:
+class Loader:
     """This rank's batches from a position on, endless, made ahead by one thread.
 
     The global batch at position p is the rows at p .. p + G - 1; rank r takes the r-th contiguous slice and
@@ -47,7 +47,7 @@ class Batches:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        position: int = 0,
+        consumed_rows: int = 0,
         pin_memory: bool = False,
         transform: Callable[[Batch], Batch] | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class Batches:
         self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(2 * self.steps_at_once)
         self._stop, self._failure = threading.Event(), None
         self._thread = threading.Thread(
-            target=self._produce, args=(position,), name="batches", daemon=True
+            target=self._produce, args=(consumed_rows,), name="batches", daemon=True
         )
         self._thread.start()
 
@@ -86,9 +86,9 @@ class Batches:
             raise item
         return item._replace(wait_seconds=time.perf_counter() - start)
 
-    def state(self, position: int) -> dict[str, Any]:
-        """The data's part of a checkpoint, the same on every rank; `position` is the next global batch's."""
-        return _state_head(self.reader, self.order) | {"position": position}
+    def state(self, consumed_rows: int) -> dict[str, Any]:
+        """The data's part of a checkpoint, the same on every rank; consumed_rows: row count at which the next global batch starts."""
+        return _state_head(self.reader, self.order) | {"position": consumed_rows}
 
     def close(self) -> None:
         """End the thread; batches made ahead are dropped."""
@@ -122,17 +122,20 @@ class Batches:
         batch = make_batch(self.reader.read(rows), rows, epochs, self.recipe)
         if self.pin_memory:
             batch = batch.map(Tensor.pin_memory)
-        chosen, tokens = batch.chosen_weights.numpy().sum(1), (batch.piece_ids.numpy() > 0).sum(1)
+        chosen, tokens = (
+            batch.masked_weights.numpy().sum(1),
+            (batch.document_ids.numpy() > 0).sum(1),
+        )
         for i, first in enumerate(firsts.tolist()):
             here = slice(i * own, (i + 1) * own)
             yield StepBatch(
-                position=first,
-                micro_positions=[first + self.first + start for start in range(0, own, micro)],
-                micros=[
+                first_row=first,
+                first_rows=[first + self.first + start for start in range(0, own, micro)],
+                micro_batches=[
                     self._micro(batch, slice(a, a + micro))
                     for a in range(here.start, here.stop, micro)
                 ],
-                chosen_count=int(chosen[here].sum()),
+                masked_count=int(chosen[here].sum()),
                 token_count=int(tokens[here].sum()),
                 rows=rows[here],
                 wait_seconds=0.0,
@@ -147,7 +150,7 @@ def _state_head(reader: Rows, row_order: RowOrder) -> dict[str, Any]:
     return row_order.state() | {"dataset_id": reader.manifest.dataset_id}
 
 
-def position_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder) -> int:
+def consumed_rows_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder) -> int:
     """The position to go on from. UserError lists every difference between the state and this run's data."""
     expected = _state_head(reader, row_order)
     differ = [
@@ -178,9 +181,9 @@ def evaluation_batches(
 
     Masked with the constant evaluation seed and by tokens, whatever the run's recipe says, so that every run and
     checkpoint sees the same. Every rank gets the same number of batches; rows that fill up are padding throughout
-    (number -1, piece_ids 0, chosen_weights 0).
+    (number -1, document_ids 0, masked_weights 0).
     """
-    recipe = recipe._replace(seed=random_bits.EVALUATION_SEED, masking="token")
+    recipe = recipe._replace(seed=philox.EVALUATION_SEED, masking="token")
     total = reader.rows if max_rows is None else min(max_rows, reader.rows)
     for start in range(rank * batch_rows, total + rank * batch_rows, world_size * batch_rows):
         rows = np.arange(start, start + batch_rows)

@@ -25,18 +25,20 @@ class Recipe(NamedTuple):
     packing: str  # best_fit, concat or google
     special_ids: SpecialIds
     mask_prob: float
-    mask_token_prob: float  # of a chosen place to become [MASK]
+    mask_token_prob: float  # of a masked position to become [MASK]
     seed: int  # the key
     masking: str = "token"  # or whole_word, span
     begins_word: np.ndarray | None = None  # [V] bool, the tokenizer's; not needed to draw tokens
 
 
-def max_chosen(mask_prob: float, sequence_length: int) -> int:
-    """K, the chosen places that a row has room for: 19 (S = 128, .15), 79 (512, .15), 130 (512, .25)."""
+def max_masked(mask_prob: float, sequence_length: int) -> int:
+    """K, the masked positions that a row has room for: 19 (S = 128, .15), 79 (512, .15), 130 (512, .25)."""
     return max(1, min(sequence_length, int((mask_prob + 0.005) * sequence_length)))
 
 
-def choose(ids: np.ndarray, recipe: Recipe, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def select_masked_positions(
+    ids: np.ndarray, recipe: Recipe, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Exactly k distinct places per row, k = min(candidates, max(1, min(K, round(mask_prob * real tokens)))).
 
     ids: [B, S]; numbers: [B, S] uint32, random. Candidates are the real tokens but [CLS], [SEP], [MASK]; the k with
@@ -45,10 +47,10 @@ def choose(ids: np.ndarray, recipe: Recipe, numbers: np.ndarray) -> tuple[np.nda
     Returns chosen [B, K] int64, ascending, 0 where unused, and used [B, K] bool.
     """
     n, special = ids.shape[1], recipe.special_ids
-    slots = max_chosen(recipe.mask_prob, n)
+    slots = max_masked(recipe.mask_prob, n)
     barred = np.isin(ids, (special.pad, special.cls, special.sep, special.mask))
     if recipe.masking != "token":
-        numbers = numbers_of_words(
+        numbers = word_priorities(
             numbers, recipe.begins_word[ids], barred, recipe.masking == "span"
         )
     wanted = np.rint(recipe.mask_prob * (ids != special.pad).sum(1))  # halves to even
@@ -61,7 +63,7 @@ def choose(ids: np.ndarray, recipe: Recipe, numbers: np.ndarray) -> tuple[np.nda
     return np.sort(np.where(used, columns, n), axis=1) * used, used
 
 
-def numbers_of_words(
+def word_priorities(
     numbers: np.ndarray, begins: np.ndarray, barred: np.ndarray, spans: bool
 ) -> np.ndarray:
     """The random number of each token's word, which is that of the word's first token; [B, S] uint32.

@@ -16,7 +16,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json
 from electra_ds.common.section import Section
 from electra_ds.config.loading import parse_config
-from electra_ds.data import random_bits
+from electra_ds.data import philox
 from electra_ds.data.rows import RowOrder, Rows
 from electra_ds.data.shard_format import Manifest, SplitInfo
 
@@ -203,9 +203,7 @@ class MixtureOrder:
     def _window(self, window: int) -> np.ndarray:
         """The source of each position and its turn within the window, [2, W]."""
         random = (
-            random_bits.words(
-                self.seed, 0, np.array([window]), len(self.turns), random_bits.MIXTURE
-            )[0]
+            philox.random_bits(self.seed, 0, np.array([window]), len(self.turns), philox.MIXTURE)[0]
             * 2.0**-32
         )
         places = np.argsort((self.turns + random) / self.counts[self.sources], kind="stable")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from electra_ds.common.arrays import runs
-from electra_ds.data.random_bits import BLOCKS, WINDOW, permutation
+from electra_ds.data.philox import BLOCKS, WINDOW, permutation
 
 ORDER_VERSION = 1
 MAX_LANES = 256

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from electra_ds.data import random_bits
+from electra_ds.data import philox
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.examples import Example
 from electra_ds.finetuning.tasks import Task
-from electra_ds.model.kernels.attention import piece_bounds
+from electra_ds.model.kernels.attention import document_cu_seqlens
 
 BUCKET_BATCHES = (
     32  # batches sorted by length together: padding 1 to 3 % on GLUE, the order still random
@@ -34,12 +34,12 @@ class TaskBatch(NamedTuple):
 
     input_ids: Tensor  # [B, S] int64
     segment_ids: Tensor  # [B, S] int64, 1 in the second text
-    piece_ids: Tensor  # [B, S] int64, 0 for padding: each example is a piece
+    document_ids: Tensor  # [B, S] int64, 0 for padding: each example is a piece
     position_ids: Tensor  # [B, S] int64, restart at each example
     first: Tensor  # [N] int64, where each example's [CLS] is in the flattened rows
     labels: Tensor  # [N] or, for token classification, [B * S]: float32 in regression, else int64
     weights: Tensor  # like labels, float32: 1 where a label counts, else 0
-    bounds: Tensor  # int32, `ops.attention.piece_bounds` of piece_ids
+    cu_seqlens: Tensor  # int32, `ops.attention.document_cu_seqlens` of document_ids
 
 
 def encode(
@@ -95,17 +95,14 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     A shuffle, cut into buckets of BUCKET_BATCHES batches, each sorted by length and cut into batches; the batches
     shuffled. Keyed by (seed, epoch), never by what ran before.
     """
-    shuffled = random_bits.permutation(len(lengths), seed, epoch, 0, random_bits.EXAMPLES)
+    shuffled = philox.permutation(len(lengths), seed, epoch, 0, philox.EXAMPLES)
     size = BUCKET_BATCHES * batch_size
     buckets = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
     ordered = np.concatenate(
         [bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets]
     )
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    return [
-        batches[i]
-        for i in random_bits.permutation(len(batches), seed, epoch, 1, random_bits.EXAMPLES)
-    ]
+    return [batches[i] for i in philox.permutation(len(batches), seed, epoch, 1, philox.EXAMPLES)]
 
 
 def micro_batches(
@@ -150,7 +147,7 @@ def collate(examples: list[Encoded], pad_id: int, kind: str, packed: bool = Fals
             labels[i], weights[i] = example.label, 1
     grid = [array.reshape(rows, length) for array in (ids, segments, pieces, positions)]
     tensors = [torch.from_numpy(array) for array in (*grid, first, labels, weights)]
-    return TaskBatch(*tensors, piece_bounds(tensors[2]))
+    return TaskBatch(*tensors, document_cu_seqlens(tensors[2]))
 
 
 def prediction_batches(

@@ -51,7 +51,7 @@ from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import Pretrained, load_pretrained
 from electra_ds.model.weights import load_true_state, padded_rows
 from electra_ds.training import checkpoint, checkpointer
-from electra_ds.training.engine import Engine, from_first, leave, start
+from electra_ds.training.engine import Engine, leave, on_rank0, start
 from electra_ds.training.schedule import learning_rate
 from electra_ds.training.state import Progress
 
@@ -104,9 +104,9 @@ def finetune(
     ranks = alone(ranks) if spread else ranks
     train = config.train
     device = start(ranks, train.timeout_minutes)
-    with Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first):
+    with Watchdog(ranks, train.silence_seconds, train.timeout_minutes, on_rank0):
         try:
-            finetune_among(
+            finetune_on_ranks(
                 config,
                 model,
                 names,
@@ -124,7 +124,7 @@ def finetune(
     return DONE
 
 
-def finetune_among(
+def finetune_on_ranks(
     config: FinetuneConfig,
     model: Path,
     names: list[str],
@@ -146,11 +146,11 @@ def finetune_among(
     jobs = [(task, config.train.seed + i) for task in tasks for i in range(seeds)][share]
     for task in tasks:
         own = [seed for other, seed in jobs if other is task]
-        left = from_first(partial(_unfinished, out, task, own))
+        left = on_rank0(partial(_unfinished, out, task, own))
         splits = _read(suite, task) if left else None
         for seed in left:
             with Lock(
-                _folder(out, task, seed), from_first
+                _folder(out, task, seed), on_rank0
             ):  # other ranks and jobs have other seeds of this suite
                 Seed(suite, task, splits, seed).run()
     if ranks.rank == 0 and any(out.glob("*/seed-*/result.json")):
@@ -261,7 +261,7 @@ def _settle(suite: Suite, name: str, asked: dict, differs: Callable[[dict], list
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asked)
 
-    from_first(compare_and_write)
+    on_rank0(compare_and_write)
 
 
 class Seed:
@@ -275,7 +275,7 @@ class Seed:
         self.lengths = np.array([len(example.ids) for example in splits.encoded["train"]])
         self.epoch_steps = math.ceil(len(self.lengths) / self.config.train.global_batch_size)
         self.total_steps = max(1, round(self.config.train.epochs * self.epoch_steps))
-        self.is_first = suite.ranks.rank == 0
+        self.is_rank0 = suite.ranks.rank == 0
         self.asked_to_stop = False
 
     def run(self) -> None:
@@ -310,7 +310,7 @@ class Seed:
             "scores": {} if diverged else scores,
             "seconds": round(time.monotonic() - began, 1),
         }
-        if self.is_first:
+        if self.is_rank0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "result.json", result)
             shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
@@ -344,14 +344,14 @@ class Seed:
             2, dtype=torch.float64, device=self.suite.device
         )  # this epoch's losses, applied steps
         self.saved = time.monotonic()
-        found = from_first(lambda: checkpoint.latest(self.folder / "ckpt"))
+        found = on_rank0(lambda: checkpoint.latest(self.folder / "ckpt"))
         if found is None:
-            if self.is_first:  # of an attempt that left nothing to go on from
+            if self.is_rank0:  # of an attempt that left nothing to go on from
                 shutil.rmtree(self.folder / "model", ignore_errors=True)
             return Progress()
         progress = checkpoint.load(self.engine, found, self.padded).progress
         self.lost += (
-            torch.tensor(progress.interval[0], device=self.suite.device) if self.is_first else 0.0
+            torch.tensor(progress.interval[0], device=self.suite.device) if self.is_rank0 else 0.0
         )
         return progress
 
@@ -366,12 +366,12 @@ class Seed:
         batches = epoch_batches(self.lengths, self.config.train.global_batch_size, self.seed, epoch)
         warmup = round(options.warmup_fraction * self.total_steps)
         for batch in batches[first : first + min(LOOK_STEPS, self.total_steps - done)]:
-            micros, positions, count = self._micros(batch, attempts(progress))
-            losses = self.engine.forward_backward(micros, positions, (count,))
+            micro_batches, positions, count = self._micro_batches(batch, attempts(progress))
+            losses = self.engine.forward_backward(micro_batches, positions, (count,))
             lr = learning_rate(options.peak_lr, warmup, progress.step, self.total_steps)
             if self.engine.step(lr).applied:
                 self.lost[0] += sum(found.total for found in losses)
-                self.lost[1] += 1 if self.is_first else 0
+                self.lost[1] += 1 if self.is_rank0 else 0
                 progress = replace(progress, step=progress.step + 1, skipped_in_a_row=0)
             else:
                 in_a_row = progress.skipped_in_a_row + 1
@@ -389,14 +389,16 @@ class Seed:
         loss, steps = self.engine.sum(self.lost).tolist()
         return loss / max(1.0, steps)
 
-    def _micros(self, batch: np.ndarray, number: int) -> tuple[list[TaskBatch], list[int], int]:
+    def _micro_batches(
+        self, batch: np.ndarray, number: int
+    ) -> tuple[list[TaskBatch], list[int], int]:
         """This rank's micro-batches of the number-th global batch, the positions, and the labels in all of it."""
         train, accumulation = self.config.train, self.engine.accumulation
         examples, share = self.splits.encoded["train"], train.micro_batch_size * accumulation
         first = self.suite.ranks.rank * share
         mine = batch[first : first + share]
         form = self.pad_id, self.task.kind, train.batching == "packed"
-        micros = micro_batches(mine, train.micro_batch_size, accumulation, examples, *form)
+        own = micro_batches(mine, train.micro_batch_size, accumulation, examples, *form)
         positions = [
             number * train.global_batch_size + first + i * train.micro_batch_size
             for i in range(accumulation)
@@ -405,18 +407,18 @@ class Seed:
         count = sum(
             sum(v >= 0 for v in label) if isinstance(label, list) else 1 for label in labels
         )
-        return micros, positions, max(1, count)
+        return own, positions, max(1, count)
 
     def _after_epoch(self, progress: Progress) -> None:
         """Say where the seed stands; keep the best epoch where the config asks for it."""
         loss = self._mean_loss()
-        if self.is_first:
+        if self.is_rank0:
             place = f"step {attempts(progress)}/{self.total_steps}"
             print(f"{self.task.name} seed {self.seed}: {place} loss {loss:.4f}", flush=True)
         if self.config.train.select == "best":
             metric, scores = self.task.main_metric, self._score(self.task.valid_splits[0])[0]
             kept = self.folder / "model"
-            before = from_first(
+            before = on_rank0(
                 lambda: checkpoint.read_meta(kept).config["scores"] if kept.exists() else None
             )
             if before is None or scores[metric] > before[metric]:
@@ -425,7 +427,7 @@ class Seed:
     def _save_or_stop(self, progress: Progress) -> None:
         """Save a long seed now and then, and everything when any rank was asked to stop; then all leave together."""
         late = time.monotonic() - self.saved > SAVE_SECONDS
-        votes = self.engine.exchange((self.asked_to_stop, late and self.is_first))
+        votes = self.engine.all_gather_object((self.asked_to_stop, late and self.is_rank0))
         stop = any(asked for asked, _ in votes)
         if not stop and not any(late for _, late in votes):
             return
@@ -434,10 +436,10 @@ class Seed:
         checkpointer.save(
             self.engine, folder, str(attempts(progress)), progress, self._facts({}), self.padded
         )
-        if self.is_first:
+        if self.is_rank0:
             checkpointer.prune(folder, CheckpointConfig(), attempts(progress))
         if stop:
-            if self.is_first:
+            if self.is_rank0:
                 print(
                     f"{self.task.name} seed {self.seed}: stopped and saved; the same command goes on",
                     flush=True,
@@ -458,7 +460,7 @@ class Seed:
             found, predictions, logits = self._score(split)
             if found:
                 scores[split] = found
-            if self.is_first:
+            if self.is_rank0:
                 path = self.folder / f"predictions-{split}.tsv"
                 write_predictions(path, self.task, self.splits.examples[split], predictions, logits)
         if self.config.train.keep != "none" and self.config.train.select == "last":
@@ -473,7 +475,7 @@ class Seed:
             self.engine,
         )
         whole = {
-            name: engine.whole(name, "master")[: self.padded.get(name)].cpu()
+            name: engine.full_tensor(name, "master")[: self.padded.get(name)].cpu()
             for name in engine.parameters
         }
         module = classifier(self.model, self.task)
@@ -481,14 +483,19 @@ class Seed:
         module.to(engine.device).eval()
         with torch.no_grad():
             logits = logits_of(
-                module, self.task.kind, encoded, self.pad_id, self.suite.ranks, engine.exchange
+                module,
+                self.task.kind,
+                encoded,
+                self.pad_id,
+                self.suite.ranks,
+                engine.all_gather_object,
             )
         predictions = predictions_of(self.task, examples, encoded, logits)
         labelled = all(example.label is not None for example in examples)
         return score(self.task, predictions, examples) if labelled else {}, predictions, logits
 
     def _save_model(self, progress: Progress, scores: dict) -> None:
-        if self.is_first:
+        if self.is_rank0:
             self.suite.pretrained.tokenizer.save(
                 self.folder / "tokenizer"
             )  # first: a model is never without

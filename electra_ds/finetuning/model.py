@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from electra_ds.config.schema import ModelConfig
 from electra_ds.finetuning.batches import TaskBatch
 from electra_ds.model.encoder import Embeddings, Encoder
-from electra_ds.model.initialization import initialise
+from electra_ds.model.initialization import initialize
 from electra_ds.model.kernels.dropout import dropout
 from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.weights import load_true_state
@@ -38,7 +38,7 @@ class Classifier(nn.Module):
 
     def start(self, model: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> "Classifier":
         """Set every weight: the encoder from `state`, or drawn as in pretraining; the head always drawn (Xavier)."""
-        initialise(self, model, seed)
+        initialize(self, model, seed)
         nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
         if state is not None:
             load_true_state(self, state, partial=True)
@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         embedded = self.embeddings(batch.input_ids, batch.segment_ids, batch.position_ids)
         # Behind attention the last layer works at [CLS] alone: 1 (CoLA) to 7 % (RTE) less time of Small on a CPU.
         places = None if self.per_token else batch.first
-        seen = self.discriminator(embedded, batch.piece_ids, batch.bounds, places)
+        seen = self.discriminator(embedded, batch.document_ids, batch.cu_seqlens, places)
         logits = (
             self.head(dropout(seen, self.dropout, self.training))
             .float()

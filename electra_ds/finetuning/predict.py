@@ -46,7 +46,7 @@ def logits_of(
     examples: list[Encoded],
     pad_id: int,
     ranks: Ranks = ALONE,
-    exchange: Callable[[Any], list] = lambda mine: [mine],
+    all_gather_object: Callable[[Any], list] = lambda mine: [mine],
 ) -> list[np.ndarray]:
     """Logits of each example, [C] or [S, C] fp32, on every rank; module: a Classifier in eval mode. Collective."""
     mine, device = {}, next(module.parameters()).device
@@ -56,11 +56,13 @@ def logits_of(
         )
         found = module(batch, predict=True).cpu().numpy()
         found = (
-            found.reshape(*batch.piece_ids.shape, -1) if kind == "token_classification" else found
+            found.reshape(*batch.document_ids.shape, -1)
+            if kind == "token_classification"
+            else found
         )
         for i, row in zip(numbers, found, strict=False):  # an empty batch holds a row of padding
             mine[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
-    whole = {i: row for part in exchange(mine) for i, row in part.items()}
+    whole = {i: row for part in all_gather_object(mine) for i, row in part.items()}
     return [whole[i] for i in range(len(examples))]
 
 

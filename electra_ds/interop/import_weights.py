@@ -24,6 +24,7 @@ from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.model.build import build_objective
 from electra_ds.model.weights import load_true_state, true_state
 from electra_ds.training import checkpointer
+from electra_ds.training.state import Progress
 
 REASONS = (  # of foreign tensors that have no place here
     (r"adam_[mv]$|(^|[/.])global_step$|^Adam|(beta[12])_power$", "optimizer state"),
@@ -49,7 +50,7 @@ class Source(NamedTuple):
     serves: tuple[str, ...]
 
 
-class Account(NamedTuple):
+class ImportReport(NamedTuple):
     """read: [foreign, ours] pairs; made: ours; left: {foreign: reason}; warnings: for people."""
 
     read: list[tuple[str, str]]
@@ -67,7 +68,7 @@ def import_weights(
     generator: Path | None = None,
     config: Path | None = None,
     tokenizer: Path | None = None,
-) -> Account:
+) -> ImportReport:
     """Write `out` as a run folder at step 0, for `pretrain out/config.json --init-from out`.
 
     source: a Hugging Face ELECTRA folder (discriminator or generator), a parent of `discriminator` and `generator`, a
@@ -105,7 +106,7 @@ def import_weights(
     write_config(out, imported, "")
     values = imported.model_dump(mode="json")
     checkpointer.save(
-        WholeWeights(whole), out / "ckpt", "0", state.Progress(), values, {}, weights_only=True
+        WholeWeights(whole), out / "ckpt", "0", Progress(), values, {}, weights_only=True
     )
     write_bytes(out / "ckpt" / "latest", b"0\n")
     write_json(out / "import.json", {"source": str(source), **account._asdict()})
@@ -120,13 +121,13 @@ class WholeWeights:
     def __init__(self, state: dict[str, Tensor]):
         self.parameters = state
 
-    def whole(self, name: str, kind: str) -> Tensor:
+    def full_tensor(self, name: str, kind: str) -> Tensor:
         return self.parameters[name]
 
     def shape(self, name: str) -> torch.Size:
         return self.parameters[name].shape
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value]
 
     def scaler_state(self) -> dict[str, float]:
@@ -232,8 +233,8 @@ def _source(folder: Path, tensors: dict[str, Tensor], serves: list[str]) -> Sour
     )
 
 
-def _fill(sources: list[Source], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], Account]:
-    state, account = {}, Account([], [], {}, [])
+def _fill(sources: list[Source], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], ImportReport]:
+    state, account = {}, ImportReport([], [], {}, [])
     used: dict[Path, set[str]] = {source.folder: set() for source in sources}
     for name in own:
         source = next((source for source in sources if name.startswith(source.serves)), None)

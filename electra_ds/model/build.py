@@ -59,7 +59,7 @@ class ParameterCount(NamedTuple):
     joint: int
 
 
-def blueprint(config: RunConfig) -> Objective:
+def meta_model(config: RunConfig) -> Objective:
     """The module of a config, of a built-in model with shapes alone (torch's device "meta"); VOCAB_SIZE is assumed
     where the data has not said it yet."""
     special_ids = config.data.special_ids or SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -72,6 +72,6 @@ def blueprint(config: RunConfig) -> Objective:
 
 def parameter_count(config: RunConfig) -> ParameterCount:
     """Parameters of the main encoder with its head, and of everything trained."""
-    sizes = {name: value.numel() for name, value in true_state(blueprint(config)).items()}
+    sizes = {name: value.numel() for name, value in true_state(meta_model(config)).items()}
     own = sum(size for name, size in sizes.items() if not name.startswith("generator"))
     return ParameterCount(own, sum(sizes.values()))

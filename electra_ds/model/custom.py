@@ -20,7 +20,7 @@ from electra_ds.config.schema import (
 )
 from electra_ds.data.batch import Batch
 from electra_ds.model.kernels.vocab_head import HeadResult, logits_head
-from electra_ds.model.objective import Objective, gather_places
+from electra_ds.model.objective import Objective, gather_positions
 
 load_factory = partial(
     load_function, "model.factory"
@@ -173,9 +173,9 @@ class FactoryObjective(Objective):
     """Encoders of the user's own (model.factory); kinds electra and electra_15.
 
     generator(ids [B, S]) -> logits [B, S, V], or hidden states [B, S, H] which its `predict` turns into logits at the
-    chosen places [B, K, H] -> [B, K, V]; None with objective.generator = "uniform". discriminator: see
-    `adapters.Discriminator`. A forward that names attention_mask, token_type_ids, position_ids or piece_ids gets them;
-    rows hold several pieces unless packed otherwise, and only piece_ids keeps these apart.
+    masked positions [B, K, H] -> [B, K, V]; None with objective.generator = "uniform". discriminator: see
+    `adapters.Discriminator`. A forward that names attention_mask, token_type_ids, position_ids or document_ids gets them;
+    rows hold several pieces unless packed otherwise, and only document_ids keeps these apart.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class FactoryObjective(Objective):
         found = call_generator(
             self.generator, masked_ids, self.ties, _inputs(self.generator, batch)
         )
-        logits = gather_places(found, batch.chosen)
+        logits = gather_positions(found, batch.masked_positions)
         logits = (
             self.generator.predict(logits) if hasattr(self.generator, "predict") else logits
         )  # [B, K, V]
@@ -204,9 +204,9 @@ class FactoryObjective(Objective):
             raise UserError(
                 f"the generator has {logits.shape[-1]} tokens, the data {self.vocab_size} (model.vocab_size)"
             )
-        targets = batch.input_ids.gather(1, batch.chosen)
+        targets = batch.input_ids.gather(1, batch.masked_positions)
         draw = batch.uniforms, options.temperature, with_best, options.disallow_correct
-        return logits_head(logits, targets, batch.chosen_weights, *draw)
+        return logits_head(logits, targets, batch.masked_weights, *draw)
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
         return self.discriminator(input_ids, **_inputs(self.discriminator.module, batch))
@@ -215,9 +215,10 @@ class FactoryObjective(Objective):
 def _inputs(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """What a module of the user's own is told of a batch: whatever its forward names."""
     known = {
-        "attention_mask": (batch.piece_ids > 0).long(),
+        "attention_mask": (batch.document_ids > 0).long(),
         "token_type_ids": batch.segment_ids,
         "position_ids": batch.position_ids,
-        "piece_ids": batch.piece_ids,
+        "document_ids": batch.document_ids,
+        "piece_ids": batch.document_ids,  # the name of version 0.1
     }
     return {name: value for name, value in known.items() if takes(module, name, by_name=True)}

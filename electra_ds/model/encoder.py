@@ -1,6 +1,6 @@
 """The encoder with its embeddings and heads (ELECTRA, section 3.1; BERT's post-LN transformer), and how they start.
 
-Letters: B rows, S sequence, K chosen places, H hidden, E embedding, V vocabulary, P = V padded in memory.
+Letters: B rows, S sequence, K masked positions, H hidden, E embedding, V vocabulary, P = V padded in memory.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.schema import EncoderConfig, ModelConfig
-from electra_ds.model.kernels.attention import Pieces, attention, pieces_of
+from electra_ds.model.kernels.attention import PackedMask, attention, packed_mask
 from electra_ds.model.kernels.dropout import dropout
 from electra_ds.model.kernels.linear import GeluLinear, Linear
 from electra_ds.model.kernels.vocab_head import CHUNK
@@ -61,7 +61,7 @@ class Layer(nn.Module):
         self.ffn_norm = nn.LayerNorm(hidden, eps)
 
     def forward(
-        self, x: Tensor, pieces: Pieces, places: Tensor | None = None
+        self, x: Tensor, pieces: PackedMask, places: Tensor | None = None
     ) -> Tensor:  # [B, S, H]
         seen = attention(
             self.qkv(x), self.num_heads, pieces, self.attention_dropout if self.training else 0.0
@@ -90,13 +90,13 @@ class Encoder(nn.Module):
     def forward(
         self,
         x: Tensor,
-        piece_ids: Tensor,
-        bounds: Tensor | None = None,
+        document_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
         dtype = compute_dtype(x)
         x = x.to(dtype) if self.project is None else self.project(x)
-        pieces = pieces_of(piece_ids, dtype, bounds, self.head_size)
+        pieces = packed_mask(document_ids, dtype, cu_seqlens, self.head_size)
         for i, layer in enumerate(self.layers, 1):
             at = places if i == len(self.layers) else None
             if self.recompute_layers and torch.is_grad_enabled():

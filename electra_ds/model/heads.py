@@ -14,7 +14,7 @@ from electra_ds.model.kernels.vocab_head import HeadResult, vocab_head
 
 
 class GeneratorHead(nn.Module):
-    """Hidden states at the chosen places -> logits over the vocabulary by the word table, or loss and samples."""
+    """Hidden states at the masked positions -> logits over the vocabulary by the word table, or loss and samples."""
 
     def __init__(self, config: ModelConfig, hidden_size: int, embedding_size: int):
         super().__init__()

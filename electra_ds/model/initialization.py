@@ -9,7 +9,7 @@ from electra_ds.model.heads import GeneratorHead
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, config: ModelConfig, seed: int | None = None) -> None:
+def initialize(module: nn.Module, config: ModelConfig, seed: int | None = None) -> None:
     """Set every weight of module in place; biases 0, LayerNorm 1 and 0.
 
     `normal`: truncated at two deviations, init_std for matrices and embedding_init_std for tables; Xavier-uniform for

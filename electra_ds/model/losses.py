@@ -1,4 +1,4 @@
-"""The values handed from stage to stage. Letters: B rows, S sequence, K chosen places."""
+"""The values handed from stage to stage. Letters: B rows, S sequence, K masked positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Counts(NamedTuple):
     """Sums for the metrics: 0-d tensors (and one histogram), additive over micro-batches and ranks."""
 
-    chosen: Tensor
+    masked: Tensor
     tokens: Tensor
     mlm_correct: Tensor
     sampled_correct: Tensor
@@ -50,11 +50,11 @@ def count(
     batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, places: Tensor
 ) -> Counts:
     """The sums behind the metrics, on the device (float64: exact up to 2**53); tokens are those at `places` [B, S]."""
-    weights, real = batch.chosen_weights.double(), (places > 0).double()
-    targets = batch.input_ids.gather(1, batch.chosen)
+    weights, real = batch.masked_weights.double(), (places > 0).double()
+    targets = batch.input_ids.gather(1, batch.masked_positions)
     label, guess = is_replaced.double() * real, (logits > 0).double() * real
     return Counts(
-        chosen=weights.sum(),
+        masked=weights.sum(),
         tokens=real.sum(),
         mlm_correct=(weights * (drawn.best == targets)).sum(),
         sampled_correct=(weights * (drawn.sampled == targets)).sum(),

@@ -1,7 +1,7 @@
 """Rows -> losses: replaced token detection with a generator trained beside (ELECTRA, section 2), and the objectives
 it is compared with (section 3.4), pure torch.
 
-Letters: B rows, S sequence, K chosen places, V vocabulary, H hidden.
+Letters: B rows, S sequence, K masked positions, V vocabulary, H hidden.
 """
 
 import torch
@@ -17,7 +17,7 @@ from electra_ds.config.schema import (
 from electra_ds.data.batch import Batch
 from electra_ds.model.encoder import Embeddings, Encoder, Layer
 from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
-from electra_ds.model.initialization import initialise
+from electra_ds.model.initialization import initialize
 from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.kernels.vocab_head import HeadResult
 from electra_ds.model.losses import Losses, count
@@ -34,7 +34,7 @@ class Objective(nn.Module):
     def forward(
         self,
         batch: Batch,
-        chosen_count: Tensor | float = 1.0,
+        masked_count: Tensor | float = 1.0,
         token_count: Tensor | float = 1.0,
         *,
         with_counts: bool = False,
@@ -42,7 +42,7 @@ class Objective(nn.Module):
     ) -> Losses | Tensor:
         """The losses of one micro-batch, or with task="discriminate" the logits [B, S] of batch.input_ids as they are.
 
-        chosen_count, token_count: what the sums over chosen places and over real tokens are divided by, the counts
+        masked_count, token_count: what the sums over masked positions and over real tokens are divided by, the counts
         of the whole global batch (seams: normalisers are global). All losses are 0-d fp32; no host sync on devices
         other than the CPU. Everything goes through this forward because ZeRO-3 gathers parameters only there.
         """
@@ -51,20 +51,20 @@ class Objective(nn.Module):
         options = self.objective
         drawn = self._draw(batch, with_best=with_counts)
         corrupted = put(
-            batch.input_ids, batch.chosen, drawn.sampled, batch.chosen_weights
+            batch.input_ids, batch.masked_positions, drawn.sampled, batch.masked_weights
         )  # [B, S]
         is_replaced = (
             corrupted != batch.input_ids
         )  # a sample that hits the original counts as original
-        places = batch.piece_ids if options.counts_all_tokens else chosen_places(batch)
+        places = batch.document_ids if options.counts_all_tokens else masked_indicator(batch)
         logits = torch.zeros_like(corrupted, dtype=torch.float32)
         if options.detects:
             logits = self.discriminate(corrupted, batch)  # [B, S]
             nll = discriminator_nll(logits, is_replaced, places)
         else:
             nll = logits.sum() if options.kind == "mlm" else self.predict(corrupted, batch)
-        mlm_loss = drawn.nll / chosen_count
-        disc_loss = nll / (token_count if options.counts_all_tokens else chosen_count)
+        mlm_loss = drawn.nll / masked_count
+        disc_loss = nll / (token_count if options.counts_all_tokens else masked_count)
         gen_weight, disc_weight = options.loss_weights
         total = gen_weight * mlm_loss + disc_weight * disc_loss
         counts = count(batch, drawn, logits.detach(), is_replaced, places) if with_counts else None
@@ -78,7 +78,7 @@ class Objective(nn.Module):
 
     def compile_layers(self) -> None:
         """torch.compile every layer in place, before DeepSpeed wraps the module; parameter names stay."""
-        # Two encoders, with and without gradient, each in the few sizes of `piece_bounds`: past the limit, which is 8,
+        # Two encoders, with and without gradient, each in the few sizes of `document_cu_seqlens`: past the limit, which is 8,
         # layers would run uncompiled.
         torch._dynamo.config.recompile_limit = 64
         for part in self.modules():
@@ -89,7 +89,9 @@ class Objective(nn.Module):
         options = self.objective
         if options.generator == "model":
             return self.generate(mask_input(batch, self.special_ids.mask), batch, with_best)
-        avoid = batch.input_ids.gather(1, batch.chosen) if options.disallow_correct else None
+        avoid = (
+            batch.input_ids.gather(1, batch.masked_positions) if options.disallow_correct else None
+        )
         special = list(self.special_ids.model_dump().values())
         sampled = uniform_tokens(batch.uniforms, self.vocab_size, special, avoid)
         return HeadResult(batch.uniforms.new_zeros(()), sampled, sampled)
@@ -131,10 +133,10 @@ class ElectraObjective(Objective):
             self.mlm_head = GeneratorHead(model, model.hidden_size, model.embedding_size)
         if objective.kind == "all_tokens_mlm":
             self.copy_gate = Linear(model.hidden_size, 1)
-        initialise(self, model, seed)
+        initialize(self, model, seed)
 
     def generate(self, masked_ids: Tensor, batch: Batch, with_best: bool = False) -> HeadResult:
-        """Run the generator (for mlm: the main encoder) on masked rows [B, S]: summed loss at the chosen places,
+        """Run the generator (for mlm: the main encoder) on masked rows [B, S]: summed loss at the masked positions,
         samples (and best) [B, K]."""
         is_main = self.objective.kind == "mlm"
         encoder = self.discriminator if is_main or self.sharing == "all" else self.generator
@@ -146,11 +148,13 @@ class ElectraObjective(Objective):
         head = self.mlm_head if is_main else self.generator_head
         hidden = encoder(
             embeddings(masked_ids, batch.segment_ids, batch.position_ids),
-            batch.piece_ids,
-            batch.bounds,
+            batch.document_ids,
+            batch.cu_seqlens,
         )
         return head(
-            gather_places(hidden, batch.chosen), embeddings.word, self._at_chosen(batch, with_best)
+            gather_positions(hidden, batch.masked_positions),
+            embeddings.word,
+            self._at_chosen(batch, with_best),
         )
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
@@ -162,11 +166,13 @@ class ElectraObjective(Objective):
         hidden, word = self._encode(corrupted, batch), self.embeddings.word
         if self.objective.kind == "replace_mlm":
             return self.mlm_head(
-                gather_places(hidden, batch.chosen), word, self._at_chosen(batch, False)
+                gather_positions(hidden, batch.masked_positions),
+                word,
+                self._at_chosen(batch, False),
             ).nll
         everywhere = {
             "targets": batch.input_ids,
-            "weights": batch.piece_ids > 0,
+            "weights": batch.document_ids > 0,
             "uniforms": torch.zeros_like(batch.input_ids, dtype=torch.float32),
             "gate": self.copy_gate(hidden).squeeze(-1).float(),
             "copied": corrupted == batch.input_ids,
@@ -175,12 +181,12 @@ class ElectraObjective(Objective):
 
     def _encode(self, input_ids: Tensor, batch: Batch) -> Tensor:  # [B, S, H]
         embedded = self.embeddings(input_ids, batch.segment_ids, batch.position_ids)
-        return self.discriminator(embedded, batch.piece_ids, batch.bounds)
+        return self.discriminator(embedded, batch.document_ids, batch.cu_seqlens)
 
     def _at_chosen(self, batch: Batch, with_best: bool) -> dict:
         return {
-            "targets": batch.input_ids.gather(1, batch.chosen),
-            "weights": batch.chosen_weights,
+            "targets": batch.input_ids.gather(1, batch.masked_positions),
+            "weights": batch.masked_weights,
             "uniforms": batch.uniforms,
             "temperature": self.objective.temperature,
             "with_best": with_best,
@@ -189,9 +195,14 @@ class ElectraObjective(Objective):
 
 
 def mask_input(batch: Batch, mask_id: int) -> Tensor:
-    """input_ids [B, S] with [MASK] at the chosen places that do not keep their token."""
-    hidden = batch.chosen_weights * ~batch.keep
-    return put(batch.input_ids, batch.chosen, torch.full_like(batch.chosen, mask_id), hidden)
+    """input_ids [B, S] with [MASK] at the masked positions that do not keep their token."""
+    hidden = batch.masked_weights * ~batch.keep_original
+    return put(
+        batch.input_ids,
+        batch.masked_positions,
+        torch.full_like(batch.masked_positions, mask_id),
+        hidden,
+    )
 
 
 def put(ids: Tensor, places: Tensor, values: Tensor, weights: Tensor) -> Tensor:
@@ -202,18 +213,18 @@ def put(ids: Tensor, places: Tensor, values: Tensor, weights: Tensor) -> Tensor:
     ]
 
 
-def gather_places(hidden: Tensor, places: Tensor) -> Tensor:
+def gather_positions(hidden: Tensor, places: Tensor) -> Tensor:
     """Hidden states at places: [B, S, H], [B, K] -> [B, K, H]."""
     return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def chosen_places(batch: Batch) -> Tensor:
-    """[B, S] int64: 1 at the chosen places, else 0."""
+def masked_indicator(batch: Batch) -> Tensor:
+    """[B, S] int64: 1 at the masked positions, else 0."""
     return put(
         torch.zeros_like(batch.input_ids),
-        batch.chosen,
-        torch.ones_like(batch.chosen),
-        batch.chosen_weights,
+        batch.masked_positions,
+        torch.ones_like(batch.masked_positions),
+        batch.masked_weights,
     )
 
 
@@ -236,7 +247,7 @@ def uniform_tokens(
 
 
 def discriminator_nll(logits: Tensor, is_replaced: Tensor, places: Tensor) -> Tensor:
-    """Binary cross-entropy summed over the tokens whose places [B, S] are above 0 (piece_ids: all real ones), fp32."""
+    """Binary cross-entropy summed over the tokens whose places [B, S] are above 0 (document_ids: all real ones), fp32."""
     weight = (places > 0).float()
     return F.binary_cross_entropy_with_logits(
         logits.float(), is_replaced.float(), weight=weight, reduction="sum"

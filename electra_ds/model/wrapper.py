@@ -1,6 +1,6 @@
 """`electra_ds.Electra`: replaced token detection around any two modules of the user's own, in a loop of their own.
 
-Letters: B rows, S sequence, K chosen places, V vocabulary.
+Letters: B rows, S sequence, K masked positions, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from electra_ds.common.errors import UserError
 from electra_ds.model.custom import Discriminator, call_generator, takes, tied
 from electra_ds.model.kernels.vocab_head import logits_head
-from electra_ds.model.objective import discriminator_nll, gather_places, put, uniform_tokens
+from electra_ds.model.objective import discriminator_nll, gather_positions, put, uniform_tokens
 
 
 class Result(NamedTuple):
-    """What one call gives: 0-d fp32 losses and accuracies over the chosen places (mlm, gen) or real tokens (disc)."""
+    """What one call gives: 0-d fp32 losses and accuracies over the masked positions (mlm, gen) or real tokens (disc)."""
 
     loss: Tensor  # gen_weight * mlm_loss + disc_weight * disc_loss
     mlm_loss: Tensor
@@ -99,7 +99,7 @@ class Electra(nn.Module):
         chosen, weights = self._choose(input)  # [B, K]
         originals = input.gather(1, chosen)
         masked = put(input, chosen, self._mask(originals), weights)
-        logits = gather_places(
+        logits = gather_positions(
             call_generator(self.generator, masked, self.ties, given[self.generator]), chosen
         )
         uniforms = torch.rand(chosen.shape, device=input.device)
@@ -138,7 +138,7 @@ class Electra(nn.Module):
         return dice.topk(slots).indices, (places < count[:, None]).float()
 
     def _mask(self, originals: Tensor) -> Tensor:
-        """What stands at the chosen places before the generator sees them, [B, K]."""
+        """What stands at the masked positions before the generator sees them, [B, K]."""
         to_mask, to_random, which = torch.rand(3, *originals.shape, device=originals.device)
         masked = originals.masked_fill(to_mask < self.replace_prob, self.mask_id)
         if self.random_token_prob == 0:

@@ -6,7 +6,7 @@ from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data
-from electra_ds.data.masking import max_chosen
+from electra_ds.data.masking import max_masked
 from electra_ds.model.build import VOCAB_SIZE, parameter_count
 
 
@@ -71,7 +71,7 @@ def _derived(
 ):
     train, length = config.train, config.data.sequence_length
     accumulation = config.accumulation(world_size)
-    slots = max_chosen(config.objective.mask_prob, length)
+    slots = max_masked(config.objective.mask_prob, length)
     yield Line("accumulation", str(accumulation), "derived", "micro-batches per step and rank")
     yield Line("chosen", str(slots), "derived", "places of a full row that the generator predicts")
     yield Line(

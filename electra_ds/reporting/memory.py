@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_chosen
-from electra_ds.model.build import blueprint
+from electra_ds.data.masking import max_masked
+from electra_ds.model.build import meta_model
 from electra_ds.training.optimizer import parameter_groups
 
 PRECISIONS = ("fp32", "bf16 autocast", "half (bf16, fp16)")
@@ -28,7 +28,7 @@ def step_flops(config: RunConfig) -> float:
     them while the objective runs on tensors that have shapes alone. Rows count as full; look-ups, norms, recomputing
     (activation checkpointing) and the optimizer are left out."""
     with FlopCounterMode(display=False) as counter:
-        _run(config, PRECISIONS[2], "cpu", Live(bool_is=True))
+        _run(config, PRECISIONS[2], "cpu", MemoryTracker(bool_is=True))
     return (
         counter.get_total_flops() * config.train.global_batch_size / config.train.micro_batch_size
     )
@@ -76,7 +76,7 @@ def memory(
 
     The buckets are those of the run's own engine file at its stage, elsewhere those of the shipped zeroN.json.
     """
-    groups = parameter_groups(blueprint(config), 1.0)
+    groups = parameter_groups(meta_model(config), 1.0)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
     own = load_engine(config.engine).get("zero_optimization", {})
     found = {}
@@ -170,7 +170,7 @@ def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
     as it is there, and all kept. On the kind of device that is here: attention on a CPU keeps its probabilities,
     [B, heads, S, S] a layer, flash attention does not. Rows hold several pieces.
     """
-    live = Live(bool_is=True)
+    live = MemoryTracker(bool_is=True)
     at_rest = _run(config, precision, device_here(), live)
     return live.peak_without - at_rest, live.peak - at_rest
 
@@ -180,16 +180,16 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _run(config: RunConfig, precision: str, device: str, live: "Live") -> int:
+def _run(config: RunConfig, precision: str, device: str, live: "MemoryTracker") -> int:
     """Forward and backward of one micro-batch on tensors that have shapes alone: what is counted holds for any
     kind, size and way of computing. Returns the bytes that were there before."""
-    module = blueprint(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
+    module = meta_model(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
     module.recompute_layers(config.train.activation_checkpointing)
     rows, length = config.train.micro_batch_size, config.data.sequence_length
     with FakeTensorMode(allow_non_fake_inputs=True), live, torch.device(device):
         module.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        places = torch.zeros(rows, max_chosen(config.objective.mask_prob, length), dtype=torch.long)
+        places = torch.zeros(rows, max_masked(config.objective.mask_prob, length), dtype=torch.long)
         batch = Batch(ids, ids, ids, ids, places, places.float(), places.bool(), places.float())
         at_rest = live.now
         for parameter in module.parameters():
@@ -200,7 +200,7 @@ def _run(config: RunConfig, precision: str, device: str, live: "Live") -> int:
     return at_rest
 
 
-class Live(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes of the tensors that come to life while it is on: `now`, the `peak`, that without what was given away, and
     the `largest` one. Of tensors without data (bool_is) a question is answered so."""
 

@@ -34,10 +34,10 @@ class Weights(Protocol):
     ranks: Any
     parameters: dict[str, Any]
 
-    def whole(self, name: str, kind: str) -> Tensor: ...
-    def set_whole(self, name: str, kind: str, value: Tensor) -> None: ...
+    def full_tensor(self, name: str, kind: str) -> Tensor: ...
+    def set_full_tensor(self, name: str, kind: str, value: Tensor) -> None: ...
     def shape(self, name: str) -> torch.Size: ...
-    def exchange(self, value: Any) -> list[Any]: ...
+    def all_gather_object(self, value: Any) -> list[Any]: ...
     def reset_moments(self, applied_steps: int) -> None: ...
     def scaler_state(self) -> dict[str, float]: ...
     def set_scaler_state(self, state: dict[str, float]) -> None: ...
@@ -55,7 +55,7 @@ class Meta:
 
 
 @contextlib.contextmanager
-def _together(engine: Weights, what: str) -> Iterator[dict]:
+def fail_on_all_ranks(engine: Weights, what: str) -> Iterator[dict]:
     """Run a block on every rank; if it fails on any, fail on all with the rank and the cause named.
 
     The yielded dict is exchanged: afterwards its key `everyone` lists that of each rank.
@@ -66,7 +66,7 @@ def _together(engine: Weights, what: str) -> Iterator[dict]:
         yield mine
     except (OSError, UserError) as error:
         problem = error
-    everyone = engine.exchange((problem, dict(mine)))
+    everyone = engine.all_gather_object((problem, dict(mine)))
     for rank, (error, _) in enumerate(everyone):
         if isinstance(error, UserError):
             raise UserError(f"{what} failed: rank {rank}: {error}")
@@ -161,7 +161,7 @@ def load(
     Raises UserError on every rank when a file is damaged or the parameters differ, with the differences listed.
     """
     meta = read_meta(path)
-    with _together(engine, f"loading {path}"):
+    with fail_on_all_ranks(engine, f"loading {path}"):
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
     engine.reset_moments(0 if weights_only else meta.progress.step)
     expected = {
@@ -176,7 +176,7 @@ def load(
                 raise UserError(
                     f"{path}: {key} has shape {tuple(value.shape)}, this run's model has {here}"
                 )
-            engine.set_whole(name, kind, _pad(value, engine.shape(name)))
+            engine.set_full_tensor(name, kind, _pad(value, engine.shape(name)))
             seen.add((name, kind))
     wanted = {
         (n, k) for n in expected for k in (("master",) if weights_only else ("master", *MOMENTS))

@@ -22,12 +22,12 @@ from electra_ds.training.checkpoint import (
     MOMENTS,
     VERSION,
     Weights,
-    _together,
+    fail_on_all_ranks,
 )
 from electra_ds.training.state import Progress
 
 
-class Saving:
+class PendingCheckpoint:
     """A checkpoint on its way: of the moment it was made, whatever the engine does since.
 
     Made on every rank (collective): the tensors are gathered into host memory, which is the pause; from then on a
@@ -57,7 +57,7 @@ class Saving:
             "world_size": engine.ranks.world_size,
             "config": config,
         }
-        with _together(engine, f"saving {self.target}") as report:
+        with fail_on_all_ranks(engine, f"saving {self.target}") as report:
             tensors = _gather(engine, padded, ("master",) if weights_only else ("master", *MOMENTS))
             if engine.ranks.rank == 0:
                 # A name of its own: an attempt that slept while another took its place disturbs nothing.
@@ -80,11 +80,11 @@ class Saving:
         """
         engine, target = self._engine, self.target
         try:
-            with _together(engine, f"saving {target}") as report:
+            with fail_on_all_ranks(engine, f"saving {target}") as report:
                 report.update(self._written.result())
                 flush()
             files = {file: facts for found in report["everyone"] for file, facts in found.items()}
-            with _together(engine, f"saving {target}"):
+            with fail_on_all_ranks(engine, f"saving {target}"):
                 if engine.ranks.rank == 0:
                     write_json(self._temporary / "meta.json", self._meta | {"files": files})
                     _replace_folder(self._temporary, target)
@@ -100,7 +100,7 @@ class Saving:
 
 def save(*arguments: Any, **options: Any) -> Path:
     """Write a checkpoint and wait for it: the arguments of `Saving`. Collective."""
-    return Saving(*arguments, **options).commit()
+    return PendingCheckpoint(*arguments, **options).commit()
 
 
 def _gather(
@@ -113,7 +113,7 @@ def _gather(
     weights, moments = {}, {}
     for name in engine.parameters:
         for kind in kinds:
-            whole = engine.whole(name, kind)
+            whole = engine.full_tensor(name, kind)
             if owners[name] == engine.ranks.rank:
                 true = whole[: padded[name]] if name in padded else whole
                 kept = true.to("cpu", torch.float32, copy=True).contiguous()
@@ -162,8 +162,8 @@ def _replace_folder(temporary: Path, target: Path) -> None:
 
 def rename_final(engine: Weights, final: Path, step: int) -> None:
     """Give `final` back its step's name, so that a longer schedule can go on from it. Collective."""
-    engine.exchange(None)  # other ranks may still read it
-    with _together(engine, f"renaming {final}"):
+    engine.all_gather_object(None)  # other ranks may still read it
+    with fail_on_all_ranks(engine, f"renaming {final}"):
         if engine.ranks.rank == 0:
             os.rename(final, final.with_name(str(step)))
             write_bytes(final.with_name("latest"), f"{step}\n".encode())
@@ -192,7 +192,7 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
     return removed
 
 
-def sweep(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Remove what a killed save or prune left half done. For rank 0, before anything is saved."""
     for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
         left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)

@@ -30,10 +30,10 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.training.optimizer import AdamW, make_state, parameter_groups
 
 
-class Agreement(NamedTuple):
+class Votes(NamedTuple):
     """Sums over the ranks of one control message: what the next step divides by, the votes, ranks that have written."""
 
-    chosen_count: int
+    masked_count: int
     token_count: int
     stop: int
     save: int
@@ -111,7 +111,7 @@ def _cuda_device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", index)
 
 
-def from_first(read: Callable[[], Any]) -> Any:
+def on_rank0(read: Callable[[], Any]) -> Any:
     """What rank 0 reads or writes, on every rank, or its mistake: once, so that all decide alike. Collective.
 
     RunFailure on every rank when the file system fails.
@@ -270,7 +270,7 @@ class Engine:
 
     def forward_backward(
         self,
-        micros: list[NamedTuple],
+        micro_batches: list[NamedTuple],
         positions: list[int],
         normalisers: tuple[float, ...],
         refuses: Callable[[float], bool] | None = None,
@@ -287,8 +287,8 @@ class Engine:
         """
         self._engine.train()
         results = []
-        for index, (batch, position) in enumerate(zip(micros, positions, strict=True)):
-            self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
+        for index, (batch, position) in enumerate(zip(micro_batches, positions, strict=True)):
+            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             self._seed_dropout(position)
             losses = self._engine(self.to_device(batch), *map(float, normalisers), **options)
             # DeepSpeed divides by accumulation and averages over ranks; the objective's normalisers are global already.
@@ -296,7 +296,7 @@ class Engine:
             results.append(losses._replace(total=losses.total.detach()))
             if (
                 refuses
-                and index == len(micros) - 1
+                and index == len(micro_batches) - 1
                 and refuses(float(self.sum(sum(part.total for part in results))))
             ):
                 # Reduced gradients cannot be taken back, but every stage drops those that are not finite.
@@ -378,29 +378,31 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------------- votes
 
-    def propose(
-        self, chosen_count: int, token_count: int, stop: bool, save: bool, written: bool
+    def send_votes(
+        self, masked_count: int, token_count: int, stop: bool, save: bool, written: bool
     ) -> None:
         """Send this rank's counts of the next step and its votes; `agreed` reads the sums. Does not wait."""
         self._message = torch.tensor(
-            [chosen_count, token_count, stop, save, written], dtype=torch.int64
+            [masked_count, token_count, stop, save, written], dtype=torch.int64
         )
         if self._control_group is not None:
             self._work = dist.all_reduce(self._message, group=self._control_group, async_op=True)
 
-    def agreed(self) -> Agreement:
+    def wait_votes(self) -> Votes:
         """Wait for the message of the last `propose`: the same numbers on every rank."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return Agreement(*self._message.tolist())
+        return Votes(*self._message.tolist())
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in fp64 on the CPU, in rank order (so that it is the same at any time and place)."""
         mine = tensor.detach().double().cpu()
-        return torch.stack(self.gather(mine)).sum(0) if self._control_group is not None else mine
+        return (
+            torch.stack(self.all_gather(mine)).sum(0) if self._control_group is not None else mine
+        )
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Each rank's CPU tensor, on every rank."""
         if self._control_group is None:
             return [tensor]
@@ -408,7 +410,7 @@ class Engine:
         dist.all_gather(found, tensor, group=self._control_group)
         return found
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Each rank's plain value (small), on every rank."""
         if self._control_group is None:
             return [value]
@@ -423,7 +425,7 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------- whole weights
 
-    def whole(self, name: str, kind: str) -> Tensor:
+    def full_tensor(self, name: str, kind: str) -> Tensor:
         """One parameter's fp32 `master`, `exp_avg` or `exp_avg_sq`, whole, on this device. Collective at stages 1-3."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -435,7 +437,7 @@ class Engine:
         master = self._half_masters.get(name, parameter)
         return master.detach() if kind == "master" else self.optimizer.state[master][kind]
 
-    def set_whole(self, name: str, kind: str, value: Tensor) -> None:
+    def set_full_tensor(self, name: str, kind: str, value: Tensor) -> None:
         """The inverse of `whole`; for `master` the working copy follows. Every rank passes the same whole value."""
         parameter, value = self.parameters[name], value.to(self.device, torch.float32)
         with torch.no_grad():

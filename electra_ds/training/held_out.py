@@ -13,9 +13,9 @@ from electra_ds.data.batch import Batch, fixed_corruption
 from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import Recipe
-from electra_ds.model.kernels.attention import piece_bounds
+from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.losses import BINS, Counts, histogram
-from electra_ds.training.metrics import auc, own_figures, rates, share
+from electra_ds.training.metrics import auc, metrics_of_kind, rates, share
 
 
 def evaluate(
@@ -30,7 +30,7 @@ def evaluate(
 
     module: an `Objective` in eval mode, under no_grad. unigrams: [V] training counts, behind the fixed
     corruption and behind `unigram_loss`, the cross-entropy a model without context would have.
-    Losses are in nats per chosen place (mlm) and per token that the kind's main loss counts (disc); the figures of the
+    Losses are in nats per masked position (mlm) and per token that the kind's main loss counts (disc); the figures of the
     own generator are over the same tokens, those of the fixed corruption over all. What a kind has not is left out.
     """
     smoothed = np.log((unigrams + 1.0) / (unigrams.sum() + len(unigrams)))
@@ -40,12 +40,12 @@ def evaluate(
     )  # mlm, disc, unigram, counts
     fixed = torch.zeros(2, BINS, dtype=torch.float64, device=device)
     for rows_of, rows in batches:
-        batch = rows_of._replace(bounds=piece_bounds(rows_of.piece_ids)).map(
+        batch = rows_of._replace(cu_seqlens=document_cu_seqlens(rows_of.document_ids)).map(
             lambda tensor: tensor.to(device)
         )
         losses = module(batch, 1.0, 1.0, with_counts=True)
-        targets = batch.input_ids.gather(1, batch.chosen)
-        unigram = -(log_unigram[targets] * batch.chosen_weights).sum()
+        targets = batch.input_ids.gather(1, batch.masked_positions)
+        unigram = -(log_unigram[targets] * batch.masked_weights).sum()
         scalars = torch.stack(
             [losses.mlm_loss.double(), losses.disc_loss.double(), unigram, *losses.counts[:8]]
         )
@@ -53,11 +53,11 @@ def evaluate(
         if module.objective.detects:
             corrupted, is_replaced = fixed_corruption(rows_of, rows, unigrams, special_ids)
             logits = module(batch._replace(input_ids=corrupted.to(device)), task="discriminate")
-            fixed += histogram(logits, is_replaced.to(device), (batch.piece_ids > 0).double())
-    figures = _figures(
+            fixed += histogram(logits, is_replaced.to(device), (batch.document_ids > 0).double())
+    figures = _metrics(
         sum_over_ranks(sums.cpu()), sum_over_ranks(fixed.cpu()), module.objective.counts_all_tokens
     )
-    return own_figures(figures, module.objective)
+    return metrics_of_kind(figures, module.objective)
 
 
 def evaluate_sources(
@@ -103,7 +103,7 @@ def evaluate_sources(
     }
 
 
-def _figures(sums: Tensor, fixed: Tensor, counts_all_tokens: bool) -> dict[str, float]:
+def _metrics(sums: Tensor, fixed: Tensor, counts_all_tokens: bool) -> dict[str, float]:
     mlm, disc, unigram, chosen, tokens = sums[:5].tolist()
     if not tokens:
         raise UserError(

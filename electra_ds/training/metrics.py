@@ -1,6 +1,6 @@
 """What is said of a loss: counts on the device, and the rates that people read.
 
-Letters: B rows, S sequence, K chosen places.
+Letters: B rows, S sequence, K masked positions.
 """
 
 import math
@@ -42,7 +42,7 @@ def rates(sums: Counts) -> dict[str, float]:
     }
 
 
-def own_figures(values: dict[str, float], options: ObjectiveConfig) -> dict[str, float]:
+def metrics_of_kind(values: dict[str, float], options: ObjectiveConfig) -> dict[str, float]:
     """values without the figures that do not exist for this kind of objective."""
 
     def exists(key: str) -> bool:

@@ -22,8 +22,8 @@ from electra_ds.model.objective import Objective
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.engine import (
     Engine,
-    from_first,
     leave,
+    on_rank0,
     start,
 )
 from electra_ds.training.trainer import Limits, Run, _say
@@ -45,17 +45,17 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
         limits.asked.append
     )  # earlier a signal ends a rank at once: it may wait for lost ones
     train = config.train
-    watchdog = Watchdog(ranks, train.silence_seconds, train.timeout_minutes, from_first, record)
+    watchdog = Watchdog(ranks, train.silence_seconds, train.timeout_minutes, on_rank0, record)
     with (
         contextlib.ExitStack() as held,
         watchdog,
     ):  # the lock stays until it is recorded who went first
-        code = run_among(config, data, out, ranks, device, limits, held)
+        code = pretrain_on_ranks(config, data, out, ranks, device, limits, held)
     leave()
     return code
 
 
-def run_among(
+def pretrain_on_ranks(
     config: RunConfig,
     data: str | Path,
     out: Path,
@@ -79,22 +79,22 @@ def run_among(
     reader, row_order = data.training(config.train.seed, config.train.global_batch_size)
     total_steps = config.total_steps(reader.rows)
     with contextlib.nullcontext(held) if held else contextlib.ExitStack() as held:
-        lock = held.enter_context(Lock(out, from_first))
-        if from_first(lambda: run_folder.is_done(out)) and not limits.extend:
+        lock = held.enter_context(Lock(out, on_rank0))
+        if on_rank0(lambda: run_folder.is_done(out)) and not limits.extend:
             _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
             return run_folder.DONE
         if lock.took_over:
             _say(ranks, f"{out}/lock: taken over from {lock.took_over}")
-        from_first(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+        on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
         engine = Engine(_objective(config), config, config.engine, ranks, device)
-        nodes = run_folder.open_folder(out, ranks.rank, engine.exchange)
+        nodes = run_folder.open_folder(out, ranks.rank, engine.all_gather_object)
         run_folder.open_log(out, ranks)
-        from_first(lambda: checkpointer.sweep(out / "ckpt"))
+        on_rank0(lambda: checkpointer.remove_stale(out / "ckpt"))
         _check_data_is_one(data, engine, nodes)
         run = Run(config, engine, data, reader, row_order, out, total_steps, limits, began, lock)
         progress = run.resume()
         attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
-        from_first(lambda: _describe(out, config, data, total_steps=total_steps, **attempt))
+        on_rank0(lambda: _describe(out, config, data, total_steps=total_steps, **attempt))
         done = run.train(progress)
     held.close()
     engine.close()  # after the lock is given back: the first rank to leave may take rank 0 down
@@ -110,7 +110,7 @@ def _describe(out: Path, config: RunConfig, data: Data, **attempt: Any) -> None:
 
 def _check_data_is_one(data: Data, engine: Engine, nodes: list[str]) -> None:
     """Each node may have a copy of its own. UserError on every rank when they differ."""
-    found = dict(zip(engine.exchange(data.manifest.dataset_id), nodes, strict=True))
+    found = dict(zip(engine.all_gather_object(data.manifest.dataset_id), nodes, strict=True))
     if len(found) > 1:
         listed = ", ".join(f"{dataset_id} on {node}" for dataset_id, node in found.items())
         raise UserError(

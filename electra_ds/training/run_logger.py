@@ -21,7 +21,7 @@ from electra_ds.training.metrics_file import SCHEMA, TRAIN, read_metrics, summar
 TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard's names where they are not SPLIT/KEY
 
 
-class Metrics:
+class RunLogger:
     """The three outputs of a run; rank 0 owns one. Use as a context manager."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Metrics:
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("pretrain", total=total_steps, completed=step)
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "RunLogger":
         self._bar.start()
         return self
 

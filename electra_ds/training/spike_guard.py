@@ -6,7 +6,7 @@ WINDOW = 32  # losses that a spike is measured against; nothing is a spike befor
 NOT_FINITE = "a loss that is not finite"
 
 
-class Guard:
+class SpikeGuard:
     """Judges the global losses of a run, one step after another.
 
     A spike is a loss above `spike_factor` times the mean of the last WINDOW that were accepted; 0 looks for none.

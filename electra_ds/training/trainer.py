@@ -18,27 +18,27 @@ from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Data
-from electra_ds.data.loader import Batches, StepBatch, position_from_state
+from electra_ds.data.loader import Loader, StepBatch, consumed_rows_from_state
 from electra_ds.data.masking import recipe_for
 from electra_ds.data.rows import RowOrder, Rows
 from electra_ds.data.tokenizer import load_tokenizer
-from electra_ds.model.kernels.attention import piece_bounds
+from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.losses import BINS, Counts, Losses
 from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
 from electra_ds.training.engine import (
-    Agreement,
     Engine,
     StepResult,
-    from_first,
+    Votes,
+    on_rank0,
     precision_name,
 )
 from electra_ds.training.held_out import evaluate_sources
-from electra_ds.training.metrics import own_figures, rates
-from electra_ds.training.run_logger import Metrics
+from electra_ds.training.metrics import metrics_of_kind, rates
+from electra_ds.training.run_logger import RunLogger
 from electra_ds.training.schedule import learning_rate
-from electra_ds.training.spike_guard import Guard
+from electra_ds.training.spike_guard import SpikeGuard
 from electra_ds.training.state import Progress
 
 
@@ -70,7 +70,7 @@ def _refuse_other_words(source: Path, ours: Path) -> None:
 
 
 def _with_bounds(batch: Batch) -> Batch:
-    return batch._replace(bounds=piece_bounds(batch.piece_ids).pin_memory())
+    return batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids).pin_memory())
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -113,10 +113,10 @@ class Run:
         masks_words = config.objective.masking != "token"
         begins_word = load_tokenizer(data.tokenizer).begins_word() if masks_words else None
         self.recipe = recipe_for(data.manifest, config.objective, config.train.seed, begins_word)
-        self.is_first = engine.ranks.rank == 0
+        self.is_rank0 = engine.ranks.rank == 0
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
-        self.metrics: Metrics | None = None
-        self.saving: checkpointer.Saving | None = None  # not yet a checkpoint
+        self.metrics: RunLogger | None = None
+        self.saving: checkpointer.PendingCheckpoint | None = None  # not yet a checkpoint
         self._voted = (
             self.saving
         )  # the one that the last vote told of: a save since then committed it
@@ -134,7 +134,7 @@ class Run:
     def resume(self) -> Progress:
         """Load OUT's latest checkpoint (or --init-from, weights alone), refusing another science or other data."""
         engine, limits = self.engine, self.limits
-        found = from_first(lambda: checkpoint.latest(self.out / "ckpt"))
+        found = on_rank0(lambda: checkpoint.latest(self.out / "ckpt"))
         if found is None:
             if limits.init_from is not None:
                 source = find_checkpoint(limits.init_from)
@@ -155,7 +155,7 @@ class Run:
                 f"{found} was trained with another config: {'; '.join(science)}. Take the old values back, choose "
                 "another --out, or start from its weights with --init-from"
             )
-        position_from_state(meta.progress.data, self.reader, self.row_order)
+        consumed_rows_from_state(meta.progress.data, self.reader, self.row_order)
         checkpoint.load(engine, found, self.padded)
         if limits.extend and found.name == checkpoint.FINAL:
             checkpointer.rename_final(engine, found, meta.progress.step)
@@ -171,40 +171,40 @@ class Run:
         batches = self._batches(progress)
         self.interval = self._open_interval(progress)
         self.saved_step = progress.step if progress.data else -1
-        self.guard = Guard(train.spike_factor, progress.recent_losses)
+        self.guard = SpikeGuard(train.spike_factor, progress.recent_losses)
         refuses = self.guard.refuses if train.spike_factor else None
-        from_first(lambda: self._open_metrics(progress.step))
+        on_rank0(lambda: self._open_metrics(progress.step))
         with self.metrics or contextlib.nullcontext():
             self._greet(progress)
             batch = next(batches)._replace(
                 wait_seconds=0.0
             )  # nothing was ahead of it, nor could be
-            engine.propose(batch.chosen_count, batch.token_count, **self._votes(progress.step))
+            engine.send_votes(batch.masked_count, batch.token_count, **self._votes(progress.step))
             while True:
-                agreed = engine.agreed()
-                if agreed.written == engine.ranks.world_size and self.saving is self._voted:
+                votes = engine.wait_votes()
+                if votes.written == engine.ranks.world_size and self.saving is self._voted:
                     self._commit()
-                if agreed.save:
+                if votes.save:
                     self._save(progress, batches)
-                if agreed.stop or progress.step >= self.last_step:
+                if votes.stop or progress.step >= self.last_step:
                     break
                 logs = (
                     progress.step + 1
                 ) % self.config.logging.every == 0 or progress.step + 1 == self.total_steps
-                counts = (agreed.chosen_count, agreed.token_count)
+                counts = (votes.masked_count, votes.token_count)
                 losses = engine.forward_backward(
-                    batch.micros, batch.micro_positions, counts, refuses, with_counts=logs
+                    batch.micro_batches, batch.first_rows, counts, refuses, with_counts=logs
                 )
                 following = next(batches)
-                engine.propose(
-                    following.chosen_count, following.token_count, **self._votes(progress.step)
+                engine.send_votes(
+                    following.masked_count, following.token_count, **self._votes(progress.step)
                 )
                 lr = learning_rate(
                     options.peak_lr, options.warmup_steps, progress.step, self.total_steps
                 )
                 result = engine.step(lr)
                 self._gather_interval(losses if result.applied else [], batch)
-                progress = self._advance(progress, batches, batch, agreed, result, losses)
+                progress = self._advance(progress, batches, batch, votes, result, losses)
                 batch = following
                 if not result.applied:
                     continue
@@ -219,9 +219,9 @@ class Run:
                     self._save(progress, batches)
             return self._leave(progress, batches)
 
-    def _batches(self, progress: Progress) -> Batches:
+    def _batches(self, progress: Progress) -> Loader:
         train, ranks = self.config.train, self.engine.ranks
-        return Batches(
+        return Loader(
             self.reader,
             self.row_order,
             self.recipe,
@@ -229,7 +229,7 @@ class Run:
             world_size=ranks.world_size,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            position=progress.data.get("position", 0),
+            consumed_rows=progress.data.get("position", 0),
             pin_memory=self.engine.device.type == "cuda",
             transform=_with_bounds if self.engine.device.type == "cuda" else None,
         )
@@ -237,15 +237,15 @@ class Run:
     def _advance(
         self,
         progress: Progress,
-        batches: Batches,
+        batches: Loader,
         batch: StepBatch,
-        agreed: Agreement,
+        votes: Votes,
         result: StepResult,
         losses: list[Losses],
     ) -> Progress:
         """Where the run stands after an attempt: rows are consumed, the step counts only if it was applied."""
-        data = batches.state(batch.position + self.config.train.global_batch_size)
-        tokens = progress.tokens + agreed.token_count
+        data = batches.state(batch.first_row + self.config.train.global_batch_size)
+        tokens = progress.tokens + votes.token_count
         progress = replace(progress, data=data, tokens=tokens, recent_losses=self.guard.recent)
         if result.applied:
             if self.metrics:
@@ -276,7 +276,9 @@ class Run:
             )
             for index, loss in enumerate(losses)
         ]
-        found = self.guard.blame([part for parts in self.engine.exchange(mine) for part in parts])
+        found = self.guard.blame(
+            [part for parts in self.engine.all_gather_object(mine) for part in parts]
+        )
         if found and self.config.train.on_bad_loss == "stop":
             raise RunFailure(
                 f"step {progress.step + 1} has {found}. The weights were not touched; --set train.on_bad_loss=skip "
@@ -309,7 +311,7 @@ class Run:
     def _gather_interval(self, losses: list[Losses], batch: StepBatch) -> None:
         for loss in losses:
             self.interval[:2] += torch.stack([loss.mlm_loss, loss.disc_loss])
-        self.interval[2] += 1 if self.is_first and losses else 0
+        self.interval[2] += 1 if self.is_rank0 and losses else 0
         self._waited += batch.wait_seconds
         self._steps_here += 1
         self._interval_tokens += batch.token_count
@@ -322,7 +324,7 @@ class Run:
         )
         timed = torch.tensor([self._waited, float(self._interval_tokens)], dtype=torch.float64)
         ranks = torch.stack(
-            self.engine.gather(torch.cat([self.interval.cpu(), timed, counts.cpu()]))
+            self.engine.all_gather(torch.cat([self.interval.cpu(), timed, counts.cpu()]))
         )
         sums, waited = ranks.sum(0), ranks[:, 3]
         mlm, disc, steps, _, tokens = sums[:5].tolist()
@@ -346,7 +348,7 @@ class Run:
                 "checkpoint_pause_seconds": self._pause,
                 "seconds": time.monotonic() - self.began,
             }
-            values = own_figures(values, self.config.objective)
+            values = metrics_of_kind(values, self.config.objective)
             self.metrics.train(
                 progress.step,
                 values,
@@ -379,7 +381,7 @@ class Run:
         if self.metrics:
             self.metrics.valid(step, values)
 
-    def _save(self, progress: Progress, batches: Batches, final: bool = False) -> None:
+    def _save(self, progress: Progress, batches: Loader, final: bool = False) -> None:
         """Take a snapshot, to be committed once every rank has said that its files are written."""
         if progress.step == self.saved_step and not final:
             return
@@ -387,11 +389,13 @@ class Run:
         began = time.perf_counter()
         if self.metrics:
             self.lock.beat()  # a process that slept may have lost OUT
-        interval = [part.tolist() for part in self.engine.gather(self.interval.cpu())]
+        interval = [part.tolist() for part in self.engine.all_gather(self.interval.cpu())]
         progress = replace(progress, data=progress.data or batches.state(0), interval=interval)
         folder, name = self.out / "ckpt", checkpoint.FINAL if final else str(progress.step)
         config = self.config.model_dump(mode="json")
-        self.saving = checkpointer.Saving(self.engine, folder, name, progress, config, self.padded)
+        self.saving = checkpointer.PendingCheckpoint(
+            self.engine, folder, name, progress, config, self.padded
+        )
         self.saved_step, self._gathering = progress.step, time.perf_counter() - began
         if not self.config.checkpoint.asynchronous:
             self._commit()
@@ -404,14 +408,14 @@ class Run:
         if self.metrics:
             self.lock.beat()
         saving.commit(self.metrics.flush if self.metrics else lambda: None)
-        if self.is_first:
+        if self.is_rank0:
             checkpointer.prune(self.out / "ckpt", self.config.checkpoint, self.saved_step)
         pause = self._gathering + time.perf_counter() - began
         self._pause += pause
         if self.metrics:
             self.metrics.saved(self.saved_step, pause)
 
-    def _leave(self, progress: Progress, batches: Batches) -> bool:
+    def _leave(self, progress: Progress, batches: Loader) -> bool:
         done = progress.step >= self.total_steps
         if done:
             evaluated = (
@@ -429,7 +433,7 @@ class Run:
         )
         reason = "" if done else [*self.asked, otherwise][0]
         facts = {"step": progress.step, "total_steps": self.total_steps, "reason": reason}
-        from_first(lambda: run_folder.finish(self.out, done, facts))
+        on_rank0(lambda: run_folder.finish(self.out, done, facts))
         if self.metrics:
             ended, why = ("finished", "") if done else ("stopped and saved", f" ({reason})")
             self.metrics.say(f"{ended} at step {progress.step}{why}: {self._last_checkpoint()}")
@@ -453,7 +457,7 @@ class Run:
     def _found_file(self, name: str) -> bool:
         """Whether somebody touched OUT/STOP or OUT/SAVE: rank 0 looks now and then."""
         now = time.monotonic()
-        if not self.is_first or now - self._looked.get(name, -math.inf) < LOOK_SECONDS:
+        if not self.is_rank0 or now - self._looked.get(name, -math.inf) < LOOK_SECONDS:
             return False
         self._looked[name] = now
         found = (self.out / name).exists()
@@ -465,7 +469,7 @@ class Run:
 
     def _open_metrics(self, step: int) -> None:
         epochs = self.total_steps * self.config.train.global_batch_size / self.reader.rows
-        self.metrics = Metrics(
+        self.metrics = RunLogger(
             self.out, step, self.total_steps, epochs, self.config.logging.tensorboard
         )
 

@@ -14,8 +14,8 @@ from shard_data import SPECIAL, best_fit_rows, write_data
 from electra_ds.common.errors import UserError
 from electra_ds.data import loader
 from electra_ds.data.batch import fixed_corruption, layout, make_batch
-from electra_ds.data.loader import Batches, evaluation_batches, position_from_state
-from electra_ds.data.masking import Recipe, choose, max_chosen
+from electra_ds.data.loader import Loader, consumed_rows_from_state, evaluation_batches
+from electra_ds.data.masking import Recipe, max_masked, select_masked_positions
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.shuffle import Order
 
@@ -39,7 +39,7 @@ def order_of(reader, seed=7):
 
 
 def batches_of(reader, **options):
-    return Batches(reader, order_of(reader), **options)
+    return Loader(reader, order_of(reader), **options)
 
 
 def take(loader, steps):
@@ -50,12 +50,12 @@ def take(loader, steps):
 
 def joined(steps, field):
     """One field of all micro-batches of all steps, [rows, ...]."""
-    return torch.cat([getattr(micro, field) for step in steps for micro in step.micros])
+    return torch.cat([getattr(micro, field) for step in steps for micro in step.micro_batches])
 
 
 def test_room_for_chosen_places_is_that_of_the_authors():
-    assert [max_chosen(p, s) for p, s in [(0.15, 128), (0.15, 512), (0.25, 512)]] == [19, 79, 130]
-    assert max_chosen(0.01, 16) == 1
+    assert [max_masked(p, s) for p, s in [(0.15, 128), (0.15, 512), (0.25, 512)]] == [19, 79, 130]
+    assert max_masked(0.01, 16) == 1
 
 
 def test_best_fit_layout_restarts_at_each_cls():
@@ -89,13 +89,13 @@ def test_exactly_k_distinct_candidates_are_chosen(mask_prob):
     ids[10] = SPECIAL.pad
     ids[10, :2] = SPECIAL.cls, SPECIAL.sep  # no candidates
     words = np.random.default_rng(0).integers(0, 2**32, ids.shape, np.uint32)
-    chosen, used = choose(ids, RECIPE._replace(mask_prob=mask_prob), words)
+    chosen, used = select_masked_positions(ids, RECIPE._replace(mask_prob=mask_prob), words)
     for row, places, weights in zip(ids, chosen, used, strict=True):
         candidates = np.flatnonzero(
             ~np.isin(row, [SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask])
         )
         real = (row != SPECIAL.pad).sum()
-        k = min(len(candidates), max(1, min(max_chosen(mask_prob, 64), round(mask_prob * real))))
+        k = min(len(candidates), max(1, min(max_masked(mask_prob, 64), round(mask_prob * real))))
         assert weights.sum() == k == len(set(places[weights])) and set(places[weights]) <= set(
             candidates
         )
@@ -105,7 +105,7 @@ def test_exactly_k_distinct_candidates_are_chosen(mask_prob):
 def test_each_candidate_is_chosen_equally_often():
     ids = np.tile(np.r_[2, np.full(18, 9), 3], (20_000, 1))
     words = np.random.default_rng(1).integers(0, 2**32, ids.shape, np.uint32)
-    chosen, used = choose(ids, RECIPE, words)  # 3 of 18
+    chosen, used = select_masked_positions(ids, RECIPE, words)  # 3 of 18
     share = np.bincount(chosen[used], minlength=20) / 20_000
     assert share[0] == share[19] == 0
     assert abs(share[1:19] - 3 / 18).max() < 0.012  # standard deviation .0026
@@ -114,15 +114,15 @@ def test_each_candidate_is_chosen_equally_often():
 def test_keep_and_uniforms_have_their_shares():
     ids = best_fit_rows(4000, 32)
     batch = make_batch(ids, np.arange(4000), 0, RECIPE)
-    assert abs(batch.keep.float().mean() - 0.15) < 0.01
+    assert abs(batch.keep_original.float().mean() - 0.15) < 0.01
     assert abs(batch.uniforms.mean() - 0.5) < 0.01 and batch.uniforms.dtype == torch.float32
     assert batch.uniforms.min() >= 0 and batch.uniforms.max() < 1
     assert (
-        abs(batch.uniforms[batch.keep].mean() - 0.5) < 0.02
+        abs(batch.uniforms[batch.keep_original].mean() - 0.5) < 0.02
     )  # the draw does not depend on the coin
     assert (
         make_batch(ids[:50], np.arange(50), 0, RECIPE._replace(mask_token_prob=1.0))
-        .keep.any()
+        .keep_original.any()
         .item()
         is False
     )
@@ -135,7 +135,7 @@ def test_a_row_is_masked_the_same_in_any_company():
     for of_whole, of_part in zip(whole[:8], part[:8], strict=True):
         assert torch.equal(of_whole[7:9], of_part)
     other = make_batch(ids, np.arange(20), 4, RECIPE)
-    assert not torch.equal(whole.chosen, other.chosen) and not torch.equal(
+    assert not torch.equal(whole.masked_positions, other.masked_positions) and not torch.equal(
         whole.uniforms, other.uniforms
     )
 
@@ -179,7 +179,7 @@ def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_rest
         order = Order(reader.blocks["rows"], 7, window)
         options = {"recipe": RECIPE, "global_batch_size": batch}
         whole = take(
-            Batches(reader, order, **options, micro_batch_size=batch),
+            Loader(reader, order, **options, micro_batch_size=batch),
             sum(steps for *_, steps in starts),
         )
         seen, position = np.concatenate([step.rows for step in whole]), 0
@@ -192,31 +192,29 @@ def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_rest
                     "rank": rank,
                     "world_size": world,
                     "micro_batch_size": micro,
-                    "position": position * batch,
+                    "consumed_rows": position * batch,
                 }
                 ranks.append(
                     take(
-                        Batches(
-                            reader, Order(reader.blocks["rows"], 7, window), **options, **place
-                        ),
+                        Loader(reader, Order(reader.blocks["rows"], 7, window), **options, **place),
                         steps,
                     )
                 )
             for expected, *found in zip(whole[position : position + steps], *ranks, strict=True):
-                assert {f.position for f in found} == {expected.position} == {position * batch}
-                assert sum(f.chosen_count for f in found) == expected.chosen_count
+                assert {f.first_row for f in found} == {expected.first_row} == {position * batch}
+                assert sum(f.masked_count for f in found) == expected.masked_count
                 assert sum(f.token_count for f in found) == expected.token_count
-                firsts = [expected.position + first for first in range(0, batch, micro)]
-                assert [first for f in found for first in f.micro_positions] == firsts
-                for field in expected.micros[0]._fields[:8]:
+                firsts = [expected.first_row + first for first in range(0, batch, micro)]
+                assert [first for f in found for first in f.first_rows] == firsts
+                for field in expected.micro_batches[0]._fields[:8]:
                     assert torch.equal(joined(found, field), joined([expected], field)), field
                 position += 1
 
 
 def test_counts_are_those_of_the_tensors(reader):
     for step in take(batches_of(reader, **RUN), 3):
-        assert step.chosen_count == joined([step], "chosen_weights").sum()
-        assert step.token_count == (joined([step], "piece_ids") > 0).sum()
+        assert step.masked_count == joined([step], "masked_weights").sum()
+        assert step.token_count == (joined([step], "document_ids") > 0).sum()
         assert np.array_equal(reader.read(step.rows), joined([step], "input_ids").numpy())
 
 
@@ -244,11 +242,11 @@ def test_state_is_small_plain_and_refused_for_other_data(reader):
     state = loader.state(240)
     loader.close()
     assert set(state) == {"kind", "version", "dataset_id", "position", "seed", "window"}
-    assert position_from_state(state, reader, order_of(reader)) == 240
+    assert consumed_rows_from_state(state, reader, order_of(reader)) == 240
     with pytest.raises(UserError, match="seed: checkpoint 7, now 8"):
-        position_from_state(state, reader, order_of(reader, 8))
+        consumed_rows_from_state(state, reader, order_of(reader, 8))
     with pytest.raises(UserError, match="dataset_id: checkpoint 'other'"):
-        position_from_state(state | {"dataset_id": "other"}, reader, order_of(reader))
+        consumed_rows_from_state(state | {"dataset_id": "other"}, reader, order_of(reader))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -275,9 +273,11 @@ def test_evaluation_sees_each_row_once_and_alike(reader, world, max_rows):
     )
     for batch, numbers in pairs:
         real = torch.from_numpy(numbers >= 0)
-        assert torch.equal(batch.chosen[real], alone.chosen[numbers[numbers >= 0]])
+        assert torch.equal(
+            batch.masked_positions[real], alone.masked_positions[numbers[numbers >= 0]]
+        )
         assert (batch.input_ids[~real] == SPECIAL.pad).all()
-        assert not batch.piece_ids[~real].any() and not batch.chosen_weights[~real].any()
+        assert not batch.document_ids[~real].any() and not batch.masked_weights[~real].any()
 
 
 def test_fixed_corruption_draws_unigrams_at_the_chosen_places(reader):
@@ -287,10 +287,10 @@ def test_fixed_corruption_draws_unigrams_at_the_chosen_places(reader):
     drawn = []
     for batch, rows in evaluation_batches(reader, RECIPE, batch_rows=16):
         corrupted, replaced = fixed_corruption(batch, rows, unigrams, SPECIAL)
-        used = batch.chosen_weights > 0
-        drawn.append(corrupted.gather(1, batch.chosen)[used])
+        used = batch.masked_weights > 0
+        drawn.append(corrupted.gather(1, batch.masked_positions)[used])
         elsewhere = torch.ones_like(corrupted, dtype=torch.bool)
-        elsewhere[torch.nonzero(used)[:, 0], batch.chosen[used]] = False
+        elsewhere[torch.nonzero(used)[:, 0], batch.masked_positions[used]] = False
         assert torch.equal(corrupted[elsewhere], batch.input_ids[elsewhere])
         assert torch.equal(replaced, corrupted != batch.input_ids)
         half = fixed_corruption(batch.map(lambda t: t[4:9]), rows[4:9], unigrams, SPECIAL)[0]

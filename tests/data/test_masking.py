@@ -12,7 +12,7 @@ from shard_data import SPECIAL, best_fit_rows
 
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.data.batch import make_batch
-from electra_ds.data.masking import SPAN_LENGTHS, Recipe, choose
+from electra_ds.data.masking import SPAN_LENGTHS, Recipe, select_masked_positions
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training.metrics_file import read_metrics
 
@@ -67,8 +67,8 @@ def rows_with_numbers(draw):
 
 def check(ids, numbers, recipe):
     """What is chosen are the first k columns drawn, k being that of token masking."""
-    chosen, used = choose(ids, recipe, numbers)
-    by_token, counts = choose(ids, recipe._replace(masking="token"), numbers)
+    chosen, used = select_masked_positions(ids, recipe, numbers)
+    by_token, counts = select_masked_positions(ids, recipe._replace(masking="token"), numbers)
     assert chosen.shape == by_token.shape and np.array_equal(used, counts)
     for row, own, places, weights in zip(ids.tolist(), numbers.tolist(), chosen, used, strict=True):
         expected = drawn(row, own, BEGINS, recipe.masking)[: weights.sum()]
@@ -102,18 +102,24 @@ def test_a_row_is_masked_the_same_in_any_company(masking):
         make_batch(ids, np.arange(40), 3, recipe),
         make_batch(ids[7:9], np.array([7, 8]), 3, recipe),
     )
-    assert whole.chosen[7:9].equal(part.chosen) and whole.uniforms[7:9].equal(part.uniforms)
-    assert not whole.chosen.equal(make_batch(ids, np.arange(40), 4, recipe).chosen)
+    assert whole.masked_positions[7:9].equal(part.masked_positions) and whole.uniforms[7:9].equal(
+        part.uniforms
+    )
+    assert not whole.masked_positions.equal(
+        make_batch(ids, np.arange(40), 4, recipe).masked_positions
+    )
 
 
 def test_each_word_is_drawn_equally_often():
     """9 words of 2 tokens, k = 3: one word whole and half of another; and k = 1: where a span starts."""
     ids = np.tile(np.r_[2, np.tile([5, 9], 9), 3], (20_000, 1)).astype(np.uint16)
     numbers = np.random.default_rng(1).integers(0, 2**32, ids.shape, np.uint32)
-    chosen, used = choose(ids, RECIPE._replace(masking="whole_word"), numbers)
+    chosen, used = select_masked_positions(ids, RECIPE._replace(masking="whole_word"), numbers)
     share = np.bincount(chosen[used], minlength=20)[1:19].reshape(9, 2) / 20_000
     assert abs(share - [2 / 9, 1 / 9]).max() < 0.013  # standard deviation .003
-    chosen, used = choose(ids, RECIPE._replace(masking="span", mask_prob=0.05), numbers)
+    chosen, used = select_masked_positions(
+        ids, RECIPE._replace(masking="span", mask_prob=0.05), numbers
+    )
     share = np.bincount(chosen[used], minlength=20)[1:19].reshape(9, 2) / 20_000
     assert abs(share - [1 / 9, 0]).max() < 0.01
 

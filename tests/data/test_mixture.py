@@ -15,7 +15,7 @@ from shard_data import SPECIAL, best_fit_rows, write_data
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
 from electra_ds.data.dataset import open_data
-from electra_ds.data.loader import Batches, position_from_state
+from electra_ds.data.loader import Loader, consumed_rows_from_state
 from electra_ds.data.masking import Recipe
 from electra_ds.data.mixture import WINDOW, MixtureConfig, MixtureOrder, window_rows
 from electra_ds.data.shuffle import Order
@@ -156,7 +156,7 @@ def test_a_batch_far_in_a_run_needs_no_history():
 
 
 def test_rows_are_those_of_the_sources_and_masked_apart(folders):
-    """The same folder twice under two names: the same ids, other chosen places."""
+    """The same folder twice under two names: the same ids, other masked positions."""
     twice = mixture(
         folders, [{"data": "de", "weight": 1}, {"data": "de", "weight": 1, "name": "again"}]
     )
@@ -164,25 +164,25 @@ def test_rows_are_those_of_the_sources_and_masked_apart(folders):
     own = open_data(folders / "de").training(7, 12)[0]
     numbers = np.array([179, 3, 93, 89, 90])
     assert rows.rows == 180 and np.array_equal(rows.read(numbers), own.read(numbers % 90))
-    loader = Batches(rows, order, **RUN | {"global_batch_size": 180, "micro_batch_size": 180})
+    loader = Loader(rows, order, **RUN | {"global_batch_size": 180, "micro_batch_size": 180})
     step = next(loader)
     loader.close()
-    chosen = dict(zip(step.rows.tolist(), step.micros[0].chosen, strict=True))
+    chosen = dict(zip(step.rows.tolist(), step.micro_batches[0].masked_positions, strict=True))
     both = [row for row in range(90) if row in chosen and row + 90 in chosen]
     assert len(both) > 50 and sum(torch.equal(chosen[row], chosen[row + 90]) for row in both) == 0
 
 
 def stream(data, steps, **options):
-    """(row numbers, ids, chosen places) of some ranks' first steps together."""
+    """(row numbers, ids, masked positions) of some ranks' first steps together."""
     ranks = []
     for rank in range(options.get("world_size", 1)):
-        loader = Batches(*data.training(7, 12), rank=rank, **RUN | options)
+        loader = Loader(*data.training(7, 12), rank=rank, **RUN | options)
         ranks.append([next(loader) for _ in range(steps)])
         loader.close()
     parts = [part for step in zip(*ranks, strict=True) for part in step]
-    micros = [micro[:8] for part in parts for micro in part.micros]
+    micro_batches = [micro[:8] for part in parts for micro in part.micro_batches]
     return [np.concatenate([part.rows for part in parts])] + [
-        torch.cat(field) for field in zip(*micros, strict=True)
+        torch.cat(field) for field in zip(*micro_batches, strict=True)
     ]
 
 
@@ -196,17 +196,17 @@ def test_ranks_and_restarts_get_the_same_batches(folders):
     data = open_data(mixture(folders, weighted(de=5, ja=1, en=2)))
     whole = stream(data, 20)
     for world, start in ((2, 0), (3, 7), (4, 11)):
-        cut = stream(data, 5, world_size=world, position=start * 12)
+        cut = stream(data, 5, world_size=world, consumed_rows=start * 12)
         for found, expected in zip(cut, whole, strict=True):
             assert np.array_equal(found, expected[start * 12 : (start + 5) * 12])
 
 
 def test_a_checkpoint_goes_on_with_the_same_shares_and_sources_alone(folders):
     parts = open_data(mixture(folders, weighted(de=3, ja=1))).training(7, 12)
-    loader = Batches(*parts, **RUN)
+    loader = Loader(*parts, **RUN)
     state = json.loads(json.dumps(loader.state(240)))
     loader.close()
-    assert position_from_state(state, *parts) == 240 and state["rows_per_window"] == {
+    assert consumed_rows_from_state(state, *parts) == 240 and state["rows_per_window"] == {
         "de": 7500,
         "ja": 2500,
     }
@@ -214,10 +214,10 @@ def test_a_checkpoint_goes_on_with_the_same_shares_and_sources_alone(folders):
         with pytest.raises(
             UserError, match=r"checkpoint belongs to other data: .*dataset_id: .*--init-from"
         ):
-            position_from_state(state, *open_data(mixture(folders, other)).training(7, 12))
+            consumed_rows_from_state(state, *open_data(mixture(folders, other)).training(7, 12))
     shares = "rows_per_window: checkpoint {'de': 7500, 'ja': 2500}, now {'de': 6667, 'ja': 3333}"
     with pytest.raises(UserError, match=shares):
-        position_from_state(
+        consumed_rows_from_state(
             state, *open_data(mixture(folders, weighted(de=2, ja=1))).training(7, 12)
         )
 

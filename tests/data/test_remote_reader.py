@@ -18,7 +18,7 @@ from web import Web, served
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.data import loader, remote_reader
 from electra_ds.data.dataset import open_data
-from electra_ds.data.loader import Batches, evaluation_batches
+from electra_ds.data.loader import Loader, evaluation_batches
 from electra_ds.data.masking import Recipe
 
 pytest.importorskip("aiohttp", reason="needs the extra [remote]")
@@ -58,14 +58,14 @@ def chunks_asked(web: Web) -> list[tuple[str, int]]:
 def steps_of(source, steps, **options):
     """(rows [G / world], input_ids, chosen) of some steps."""
     reader, row_order = source.training(7, 12)
-    loader = Batches(reader, row_order, **RUN | options)
+    loader = Loader(reader, row_order, **RUN | options)
     found = [next(loader) for _ in range(steps)]
     loader.close()
     return [
         (
             s.rows.tolist(),
-            [m.input_ids.tolist() for m in s.micros],
-            [m.chosen.tolist() for m in s.micros],
+            [m.input_ids.tolist() for m in s.micro_batches],
+            [m.masked_positions.tolist() for m in s.micro_batches],
         )
         for s in found
     ]
@@ -124,7 +124,7 @@ def test_ranks_share_the_chunks_and_a_resume_asks_for_nothing_that_is_done(web):
     source = open_data(web.url)
     steps = steps_of(source, 104)
     web.asked.clear()
-    assert steps_of(source, 2, position=100 * 12) == steps[100:102]
+    assert steps_of(source, 2, consumed_rows=100 * 12) == steps[100:102]
     assert (
         len(chunks_asked(web)) <= 12 + 6
     )  # one for each lane, and the following one where it ends
@@ -133,10 +133,10 @@ def test_ranks_share_the_chunks_and_a_resume_asks_for_nothing_that_is_done(web):
 def test_a_checkpoint_goes_on_with_chunks_of_the_same_size_alone(web, monkeypatch):
     reader, row_order = open_data(web.url).training(7, 12)
     state = row_order.state() | {"dataset_id": reader.manifest.dataset_id, "position": 240}
-    assert loader.position_from_state(state, reader, row_order) == 240
+    assert loader.consumed_rows_from_state(state, reader, row_order) == 240
     monkeypatch.setattr(remote_reader, "CHUNK_BYTES", 4 * 16 * 32 * 2)
     with pytest.raises(UserError, match="chunks: checkpoint 52, now 28"):
-        loader.position_from_state(state, *open_data(web.url).training(7, 12))
+        loader.consumed_rows_from_state(state, *open_data(web.url).training(7, 12))
 
 
 def test_a_mixture_takes_urls(folder, web, tmp_path):

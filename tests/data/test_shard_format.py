@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_data import best_fit_rows, pieces_of, write_data
+from shard_data import best_fit_rows, packed_mask, write_data
 
 from electra_ds.common.errors import UserError
 from electra_ds.data import shard_reader
@@ -64,7 +64,7 @@ def test_pieces_come_back_by_block(data):
         for block, start in enumerate(starts)
     ]
     expected = [
-        pieces_of(rows) + np.array([first, 0, 0, 0, 0, 0])
+        packed_mask(rows) + np.array([first, 0, 0, 0, 0, 0])
         for rows, first in zip(ROWS, (0, 50, 90), strict=True)
     ]
     assert np.array_equal(np.concatenate(found), np.concatenate(expected))
@@ -103,7 +103,7 @@ def test_members_are_plain_npy_files_on_64_byte_boundaries(data):
                 np.load(io.BytesIO(tar.extractfile(m).read()), allow_pickle=False) for m in members
             ]
         assert np.array_equal(np.concatenate(arrays[0::2]), rows)
-        assert sum(len(array) for array in arrays[1::2]) == len(pieces_of(rows))
+        assert sum(len(array) for array in arrays[1::2]) == len(packed_mask(rows))
 
 
 PLAIN = """

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.data.random_bits import permutation, philox, uniforms, words
+from electra_ds.data.philox import permutation, philox, random_bits, uniforms
 from electra_ds.data.shuffle import LaneOrder, Order
 
 
@@ -28,16 +28,16 @@ def test_philox_gives_the_published_answers(counter, key, expected):
 
 
 def test_words_belong_to_the_row_alone():
-    whole = words(7, np.array([0, 1, 2, 3]), np.array([5, 6, 7, 2**40]), 10, 2)
+    whole = random_bits(7, np.array([0, 1, 2, 3]), np.array([5, 6, 7, 2**40]), 10, 2)
     for i, (epoch, row) in enumerate([(0, 5), (1, 6), (2, 7), (3, 2**40)]):
-        assert np.array_equal(whole[i], words(7, epoch, np.array([row]), 10, 2)[0])
-        assert np.array_equal(whole[i, :3], words(7, epoch, np.array([row]), 3, 2)[0])
+        assert np.array_equal(whole[i], random_bits(7, epoch, np.array([row]), 10, 2)[0])
+        assert np.array_equal(whole[i, :3], random_bits(7, epoch, np.array([row]), 3, 2)[0])
 
 
 def test_words_differ_by_seed_epoch_row_and_purpose():
     base = (3, 1, 9, 2)
     seen = {
-        tuple(words(seed, epoch, np.array([row]), 4, purpose)[0])
+        tuple(random_bits(seed, epoch, np.array([row]), 4, purpose)[0])
         for seed, epoch, row, purpose in [
             base,
             (4, 1, 9, 2),
@@ -53,7 +53,7 @@ def test_words_differ_by_seed_epoch_row_and_purpose():
 
 def test_uniforms_stay_below_one_and_spread():
     assert uniforms(np.array([2**32 - 1], np.uint32))[0] < 1
-    values = uniforms(words(0, 0, np.arange(1000), 100, 4))
+    values = uniforms(random_bits(0, 0, np.arange(1000), 100, 4))
     histogram = np.histogram(values, bins=20, range=(0, 1))[0]
     assert values.dtype == np.float32
     assert abs(histogram / 5000 - 1).max() < 0.06  # 5000 per bin, standard deviation 1.4 %
@@ -153,7 +153,7 @@ def test_version_1_keeps_its_order():
     """Golden values: a change here breaks every resume, so it needs a new ORDER_VERSION."""
     rows, _ = Order(np.array([4, 4, 3, 4, 2]), 42, 2).rows(np.arange(14, 22))
     assert rows.tolist() == GOLDEN_ROWS
-    assert words(42, 1, np.array([5]), 3, 2)[0].tolist() == GOLDEN_WORDS
+    assert random_bits(42, 1, np.array([5]), 3, 2)[0].tolist() == GOLDEN_WORDS
     rows, _ = LaneOrder(np.array([4, 4, 3, 4, 2]), 42, 4).rows(np.arange(14, 22))
     assert rows.tolist() == GOLDEN_LANES
 

@@ -36,7 +36,12 @@ def read(
     """The documents of a range, white space at their ends left out."""
     end = source.size if end is None else end
     found = documents(
-        source, start, end, text_field="text", tally=tally or Tally(), moved=lambda count: None
+        source,
+        start,
+        end,
+        text_field="text",
+        tally=tally or Tally(),
+        on_progress=lambda count: None,
     )
     return [text.strip() for text in found]
 
@@ -98,7 +103,7 @@ def test_a_long_text_comes_in_bounded_parts_for_any_cut(
             text
             for at in range(0, source.size, step)
             for text in documents(
-                source, at, min(at + step, source.size), text_field="", tally=tally, moved=str
+                source, at, min(at + step, source.size), text_field="", tally=tally, on_progress=str
             )
         ]
     assert not tally.bad  # no character was cut

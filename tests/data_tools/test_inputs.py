@@ -43,7 +43,7 @@ def read(plan, tally=None, field="text") -> list[str]:
             end,
             text_field=field,
             tally=tally or Tally(),
-            moved=lambda count: None,
+            on_progress=lambda count: None,
         )
     ]
 
@@ -203,7 +203,7 @@ def test_bad_parquet_is_named(tmp_path, monkeypatch):
                 1 << 30,
                 text_field="body",
                 tally=tally,
-                moved=print,
+                on_progress=print,
             )
         )
     for content in (whole[:-20], whole[:4] + b"\xff" * 200 + whole[204:]):
@@ -241,7 +241,11 @@ def test_arrow_is_read_whole_or_named(tmp_path, kind):
         with pytest.raises(
             UserError, match=rf"^a.arrow: no column '{field}' of text; expected .* one of text, id"
         ):
-            list(documents(plan.sources[0], 0, 1 << 30, text_field=field, tally=tally, moved=print))
+            list(
+                documents(
+                    plan.sources[0], 0, 1 << 30, text_field=field, tally=tally, on_progress=print
+                )
+            )
     offsets = whole.index(b"\0\0\0\0\3\0\0\0\3\0\0\0\6\0\0\0") + 4
     broken = [
         whole[: ends[1]],
@@ -293,12 +297,19 @@ def test_a_dataset_is_its_shards_wherever_it_lies(tmp_path, dataset, monkeypatch
     assert plans[0].identity() == plans[1].identity()
     names = [f"dataset:set?config=all&split=train shard {shard}" for shard in range(2)]
     assert [source.name for source in plans[0].sources] == names and len(plans[0].units) == 2
-    moved = []
+    on_progress = []
     for source in plans[0].sources:
         list(
-            documents(source, 0, source.size, text_field="text", tally=Tally(), moved=moved.append)
+            documents(
+                source,
+                0,
+                source.size,
+                text_field="text",
+                tally=Tally(),
+                on_progress=on_progress.append,
+            )
         )
-    assert sum(moved) == sum(source.size for source in plans[0].sources)
+    assert sum(on_progress) == sum(source.size for source in plans[0].sources)
     assert read(plans[0]) == words(TEXTS[:30:2] + TEXTS[1:30:2])
     assert read(make_plan([f"dataset:{folder}?config=few&split=test"])) == ["held out"]
     write_parquet(folder / "part-1.parquet", TEXTS[2:30:2])
@@ -327,7 +338,11 @@ def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(
         with pytest.raises(
             UserError, match=f"^dataset:.* shard 0: .*{found}.*; expected rows with a text in"
         ):
-            list(documents(plan.sources[0], 0, 99, text_field="body", tally=Tally(), moved=print))
+            list(
+                documents(
+                    plan.sources[0], 0, 99, text_field="body", tally=Tally(), on_progress=print
+                )
+            )
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     with pytest.raises(

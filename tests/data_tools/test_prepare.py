@@ -222,20 +222,20 @@ if __name__ == "__main__":
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-def endless(_, moved):
+def endless(_, on_progress):
     """A task that would go on for ever."""
     while True:
-        moved(1)
+        on_progress(1)
         time.sleep(0.01)
 
 
-def fails_or_runs_for_ever(fails, moved):
+def fails_or_runs_for_ever(fails, on_progress):
     if fails:
         raise UserError("this one fails")
-    endless(None, moved)
+    endless(None, on_progress)
 
 
-def killed(_, moved):
+def killed(_, on_progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 

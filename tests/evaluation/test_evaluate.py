@@ -51,8 +51,8 @@ def save(module, config, folder, name="10"):
     weights = SimpleNamespace(
         ranks=SimpleNamespace(rank=0, world_size=1),
         parameters=parameters,
-        exchange=lambda value: [value],
-        whole=lambda name, kind: (
+        all_gather_object=lambda value: [value],
+        full_tensor=lambda name, kind: (
             parameters[name].detach() if kind == "master" else torch.zeros_like(parameters[name])
         ),
         shape=lambda name: parameters[name].shape,
@@ -95,7 +95,7 @@ def test_the_fixed_corruption_is_judged_as_sklearn_judges_it(run):
         corrupted, is_replaced = fixed_corruption(batch, rows, unigrams, SPECIAL)
         with torch.no_grad():
             found = run.module(batch._replace(input_ids=corrupted), task="discriminate")
-        real = batch.piece_ids > 0
+        real = batch.document_ids > 0
         logits.append(found[real])
         labels.append(is_replaced[real])
     logits, labels = torch.cat(logits).numpy(), torch.cat(labels).numpy()
@@ -118,11 +118,11 @@ def test_the_losses_are_means_over_chosen_places_and_real_tokens(run):
             losses = run.module(batch, 1.0, 1.0)
         mlm, disc = mlm + float(losses.mlm_loss), disc + float(losses.disc_loss)
         chosen, tokens = (
-            chosen + float(batch.chosen_weights.sum()),
-            tokens + float((batch.piece_ids > 0).sum()),
+            chosen + float(batch.masked_weights.sum()),
+            tokens + float((batch.document_ids > 0).sum()),
         )
         for row, places, weights in zip(
-            batch.input_ids, batch.chosen, batch.chosen_weights, strict=True
+            batch.input_ids, batch.masked_positions, batch.masked_weights, strict=True
         ):
             targets = row[places[weights > 0]].numpy()
             unigram -= np.log((counts[targets] + 1) / (counts.sum() + 600)).sum()

@@ -293,11 +293,12 @@ def test_micro_batches_are_the_global_batch_in_order_and_empty_ones_weigh_nothin
     tokenizer = words_tokenizer(tmp_path)
     examples = [Example(str(i), " ".join(WORDS[: 2 + i]), None, i % 2) for i in range(5)]
     encoded = encode(examples, task(labels=["a", "b"]), tokenizer, 40)
-    micros = micro_batches(np.arange(5), 2, 4, encoded, 0, "classification")
-    assert [tuple(m.input_ids.shape) for m in micros] == [(2, 5), (2, 7), (1, 8), (1, 2)]
-    assert [m.weights.sum().item() for m in micros] == [2, 2, 1, 0] and micros[
-        1
-    ].labels.tolist() == [0, 1]
+    found = micro_batches(np.arange(5), 2, 4, encoded, 0, "classification")
+    assert [tuple(m.input_ids.shape) for m in found] == [(2, 5), (2, 7), (1, 8), (1, 2)]
+    assert [m.weights.sum().item() for m in found] == [2, 2, 1, 0] and found[1].labels.tolist() == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
@@ -344,7 +345,7 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
         kind,
     )
     ids, segments, real = (
-        x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.piece_ids)
+        x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.document_ids)
     )  # padded to 128
     theirs = stock(ids, attention_mask=real, token_type_ids=segments).logits
     expected = (
@@ -362,7 +363,7 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
         )
         module.zero_grad()
         logits = module(batch, predict=True)
-        logits = logits[batch.piece_ids.flatten() > 0] if per_token else logits
+        logits = logits[batch.document_ids.flatten() > 0] if per_token else logits
         logits.square().sum().backward()
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         grads = {

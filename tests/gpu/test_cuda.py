@@ -13,7 +13,12 @@ import pytest
 import test_kernels
 import torch
 
-from electra_ds.model.kernels.attention import Pieces, attention, piece_bounds, pieces_of
+from electra_ds.model.kernels.attention import (
+    PackedMask,
+    attention,
+    document_cu_seqlens,
+    packed_mask,
+)
 from electra_ds.model.kernels.vocab_head import sample_tokens
 from electra_ds.training import checkpoint
 from electra_ds.training.engine import precision
@@ -116,11 +121,11 @@ def packed_rows(length: int = 96) -> torch.Tensor:
     return ids
 
 
-def structure(kind: str, piece_ids: torch.Tensor, dtype: torch.dtype) -> Pieces:
-    bounds = piece_bounds(piece_ids).to(DEVICE) if kind == "varlen" else None
-    pieces = pieces_of(piece_ids.to(DEVICE), dtype, bounds)
+def structure(kind: str, document_ids: torch.Tensor, dtype: torch.dtype) -> PackedMask:
+    cu_seqlens = document_cu_seqlens(document_ids).to(DEVICE) if kind == "varlen" else None
+    pieces = packed_mask(document_ids.to(DEVICE), dtype, cu_seqlens)
     if IS_CUDA and kind == "varlen" and torch.cuda.get_device_capability() >= (8, 0):
-        assert len(bounds) == 5 or pieces.bounds is not None
+        assert len(cu_seqlens) == 5 or pieces.cu_seqlens is not None
     return pieces
 
 
@@ -181,7 +186,7 @@ def test_draws_are_those_of_a_cpu() -> None:
 def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
     from electra_ds.config.loading import load_run
     from electra_ds.data.dataset import open_data
-    from electra_ds.data.loader import Batches
+    from electra_ds.data.loader import Loader
     from electra_ds.data.masking import recipe_for
 
     config, source = load_run("tiny"), open_data(data)
@@ -191,16 +196,16 @@ def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
         {"global_batch_size": 16, "micro_batch_size": 8},
     )
     pinned, plain = (
-        Batches(reader, order, recipe, pin_memory=pin, **options) for pin in (True, False)
+        Loader(reader, order, recipe, pin_memory=pin, **options) for pin in (True, False)
     )
     for _ in range(20):
-        ours, theirs = next(pinned).micros, next(plain).micros
+        ours, theirs = next(pinned).micro_batches, next(plain).micro_batches
         assert all(tensor.is_pinned() for micro in ours for tensor in micro)
         on_device = [micro.map(lambda value: value.to(DEVICE, non_blocking=True)) for micro in ours]
         del ours
         for copied, kept in zip(on_device, theirs, strict=True):
             assert all(torch.equal(a.cpu(), b) for a, b in zip(copied[:8], kept[:8], strict=True))
-            assert torch.equal(copied.bounds.cpu(), piece_bounds(kept.piece_ids))
+            assert torch.equal(copied.cu_seqlens.cpu(), document_cu_seqlens(kept.document_ids))
     pinned.close(), plain.close()
 
 
@@ -282,9 +287,9 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(
     data: Path, tmp_path: Path, first: str, then: str
 ) -> None:
     train(data, tmp_path / "run", "zero1-fp32", device=first, stop=20)
-    moved = losses(train(data, tmp_path / "run", "zero2-fp32", device=then))
+    on_progress = losses(train(data, tmp_path / "run", "zero2-fp32", device=then))
     stayed = losses(train(data, tmp_path / "stayed", "zero1-fp32", device="cpu"))
-    assert len(moved) == 60 and moved[:30] == pytest.approx(stayed[:30], rel=1e-3)
+    assert len(on_progress) == 60 and on_progress[:30] == pytest.approx(stayed[:30], rel=1e-3)
 
 
 @needs_cuda

@@ -86,7 +86,7 @@ def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
     module = test_objective.build(dropout=0.1)
     module.compile_layers()
     packed = test_objective.make_batch()
-    full = packed._replace(piece_ids=torch.ones_like(packed.piece_ids))
+    full = packed._replace(document_ids=torch.ones_like(packed.document_ids))
 
     def pass_through() -> int:
         for batch in (packed, full):

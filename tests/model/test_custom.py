@@ -92,7 +92,7 @@ def test_forward_gets_what_it_names_and_logits_at_every_place_will_do():
         assert part.given.keys() == {"token_type_ids", "position_ids"}  # **others is no wish
         assert part.given["position_ids"] is batch.position_ids
     losses.total.backward()
-    assert all(p.grad.any() for p in module.parameters()) and losses.counts.chosen == 11
+    assert all(p.grad.any() for p in module.parameters()) and losses.counts.masked == 11
     only = own(None, generator="uniform")
     assert torch.isfinite(only(batch, *counts_of(batch)).total) and [
         n for n, _ in only.named_parameters()

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from electra_ds.model.kernels import linear as linear_op
-from electra_ds.model.kernels.attention import Pieces, attention, piece_bounds, pieces_of
+from electra_ds.model.kernels.attention import (
+    PackedMask,
+    attention,
+    document_cu_seqlens,
+    packed_mask,
+)
 from electra_ds.model.kernels.dropout import dropout
 from electra_ds.model.kernels.linear import GeluLinear, linear
 from electra_ds.model.kernels.vocab_head import (
@@ -23,11 +28,11 @@ from electra_ds.model.kernels.vocab_head import (
 PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3], [1] * 9])
 
 
-def written_out_attention(qkv, heads, piece_ids):
+def written_out_attention(qkv, heads, document_ids):
     batch, length, _ = qkv.shape
     q, k, v = (t.view(batch, length, heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    same = piece_ids[:, None, :, None] == piece_ids[:, None, None, :]
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return (
         (scores.masked_fill(~same, -math.inf).softmax(-1) @ v)
         .transpose(1, 2)
@@ -49,22 +54,24 @@ def value_and_grads(function, *inputs):
 
 @pytest.mark.parametrize("backend", ["bmm", "sdpa"])
 @pytest.mark.parametrize(
-    "piece_ids", [PACKED, PACKED[1:2], torch.ones_like(PACKED)], ids=["packed", "one row", "full"]
+    "document_ids",
+    [PACKED, PACKED[1:2], torch.ones_like(PACKED)],
+    ids=["packed", "one row", "full"],
 )
-def test_attention_is_the_formula_inside_pieces(backend, piece_ids):
-    qkv = torch.randn(*piece_ids.shape, 3 * 8)
-    pieces = pieces_of(piece_ids, qkv.dtype, piece_bounds(piece_ids))
+def test_attention_is_the_formula_inside_pieces(backend, document_ids):
+    qkv = torch.randn(*document_ids.shape, 3 * 8)
+    pieces = packed_mask(document_ids, qkv.dtype, document_cu_seqlens(document_ids))
     ours = value_and_grads(lambda t: attention(t, 2, pieces, backend=backend), qkv)
-    theirs = value_and_grads(lambda t: written_out_attention(t, 2, piece_ids), qkv)
+    theirs = value_and_grads(lambda t: written_out_attention(t, 2, document_ids), qkv)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_only_rows_of_several_pieces_have_a_mask():
-    assert pieces_of(torch.ones(2, 5, dtype=torch.long), torch.float32) == Pieces()
-    assert pieces_of(PACKED[[2, 0, 2, 1]], torch.float32).rows == [1, 3]
+    assert packed_mask(torch.ones(2, 5, dtype=torch.long), torch.float32) == PackedMask()
+    assert packed_mask(PACKED[[2, 0, 2, 1]], torch.float32).rows == [1, 3]
     alone = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
-    assert pieces_of(alone, torch.float32, piece_bounds(alone)) == Pieces(
+    assert packed_mask(alone, torch.float32, document_cu_seqlens(alone)) == PackedMask(
         runs=[(2, 2), (1, 3), (1, 2)]
     )
 
@@ -74,10 +81,10 @@ def test_attention_with_dropout_has_the_gradient_of_what_it_computes():
 
     def repeatable(t):
         torch.manual_seed(3)
-        return attention(t, 2, pieces_of(PACKED, t.dtype), dropout=0.4)
+        return attention(t, 2, packed_mask(PACKED, t.dtype), dropout=0.4)
 
     assert torch.autograd.gradcheck(repeatable, qkv)
-    assert not torch.equal(repeatable(qkv), attention(qkv, 2, pieces_of(PACKED, qkv.dtype)))
+    assert not torch.equal(repeatable(qkv), attention(qkv, 2, packed_mask(PACKED, qkv.dtype)))
 
 
 def test_attention_dropout_keeps_the_mean():
@@ -88,7 +95,7 @@ def test_attention_dropout_keeps_the_mean():
 
 
 def test_bounds_are_the_starts_of_the_pieces_in_one_of_few_sizes():
-    assert piece_bounds(PACKED).tolist() == [
+    assert document_cu_seqlens(PACKED).tolist() == [
         0,
         4,
         7,
@@ -103,17 +110,21 @@ def test_bounds_are_the_starts_of_the_pieces_in_one_of_few_sizes():
         27,
         27,
     ]  # 3 rows x 4, and one
-    assert piece_bounds(PACKED[:1]).tolist() == [0, 4, 7, 9, 9]
-    assert piece_bounds(torch.ones(3, 9, dtype=torch.long)).tolist() == [0, 9, 18, 27]
-    assert len(piece_bounds(torch.arange(5 * 9).view(5, 9) // 2)) == 5 * 8 + 1
-    assert piece_bounds(PACKED).dtype == torch.int32
+    assert document_cu_seqlens(PACKED[:1]).tolist() == [0, 4, 7, 9, 9]
+    assert document_cu_seqlens(torch.ones(3, 9, dtype=torch.long)).tolist() == [0, 9, 18, 27]
+    assert len(document_cu_seqlens(torch.arange(5 * 9).view(5, 9) // 2)) == 5 * 8 + 1
+    assert document_cu_seqlens(PACKED).dtype == torch.int32
 
 
 def test_the_flash_kernel_is_called_with_what_it_takes():
     """Its own check of shapes and types, on tensors without numbers; values are for tests/gpu."""
     qkv = torch.empty(3, 9, 3 * 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
     out = attention(
-        qkv, 2, Pieces(bounds=piece_bounds(PACKED).to("meta")), dropout=0.1, backend="varlen"
+        qkv,
+        2,
+        PackedMask(cu_seqlens=document_cu_seqlens(PACKED).to("meta")),
+        dropout=0.1,
+        backend="varlen",
     )
     assert out.shape == (3, 9, 16) and out.dtype == torch.bfloat16
     out.sum().backward()

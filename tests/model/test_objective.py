@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
 from electra_ds.data.batch import Batch
-from electra_ds.model.kernels.attention import piece_bounds
+from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.losses import BINS, histogram
 from electra_ds.model.objective import ElectraObjective, mask_input, put
 from electra_ds.training.metrics import auc
@@ -37,7 +37,7 @@ def build(dropout=0.0, **objective):
 
 
 def make_batch(rows=4, length=20, chosen=4, seed=0) -> Batch:
-    """Row 0 full, row 1 two pieces, row 2 padded with an unused place, row 3 without any chosen place."""
+    """Row 0 full, row 1 two pieces, row 2 padded with an unused place, row 3 without any masked position."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCAB, (rows, length), generator=g)
     ids[:, 0] = IDS.cls
@@ -59,7 +59,7 @@ def part(batch: Batch, rows) -> Batch:
 
 
 def counts_of(batch: Batch):
-    return batch.chosen_weights.sum(), (batch.piece_ids > 0).sum()
+    return batch.masked_weights.sum(), (batch.document_ids > 0).sum()
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,13 @@ def counts_of(batch: Batch):
 @pytest.mark.parametrize("with_counts", [False, True])
 def test_a_step_on_a_device_reads_nothing_back(pieces, with_counts, monkeypatch):
     """Tensors without numbers: whatever the host asks of one raises, as it would wait for a GPU."""
-    monkeypatch.setattr(
-        "electra_ds.model.heads.compute_dtype", lambda x: x.dtype
-    )  # there is no autocast for them
+    for module in ("heads", "encoder"):  # there is no autocast for tensors of the device "meta"
+        monkeypatch.setattr(f"electra_ds.model.{module}.compute_dtype", lambda x: x.dtype)
     module, batch = build(dropout=0.1), make_batch()
-    batch = batch if pieces is None else batch._replace(piece_ids=pieces)
-    batch = batch._replace(bounds=piece_bounds(batch.piece_ids)).map(lambda value: value.to("meta"))
+    batch = batch if pieces is None else batch._replace(document_ids=pieces)
+    batch = batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids)).map(
+        lambda value: value.to("meta")
+    )
     losses = module.to("meta")(batch, 12, 70, with_counts=with_counts)
     losses.total.backward()
     assert losses.total.device.type == "meta" and all(
@@ -87,7 +88,7 @@ def test_masking_hides_the_chosen_places_that_do_not_keep_their_token():
     expected = batch.input_ids.clone()
     for b in range(4):
         for place, weight, keep in zip(
-            batch.chosen[b], batch.chosen_weights[b], batch.keep[b], strict=True
+            batch.masked_positions[b], batch.masked_weights[b], batch.keep_original[b], strict=True
         ):
             if weight and not keep:
                 expected[b, place] = IDS.mask
@@ -96,26 +97,26 @@ def test_masking_hides_the_chosen_places_that_do_not_keep_their_token():
 
 def test_losses_are_the_definition_written_out():
     module, batch = build(), make_batch()
-    chosen_count, token_count = counts_of(batch)
-    losses = module(batch, chosen_count, token_count)
+    masked_count, token_count = counts_of(batch)
+    losses = module(batch, masked_count, token_count)
 
     hidden = module.generator(
         module.embeddings(mask_input(batch, IDS.mask), batch.segment_ids, batch.position_ids),
-        batch.piece_ids,
+        batch.document_ids,
     )
     logits = module.generator_head(hidden, module.embeddings.word)  # every place, plainly
     corrupted, nll = batch.input_ids.clone(), 0.0
     for b in range(4):
         for k in range(4):
-            if batch.chosen_weights[b, k]:
-                place = batch.chosen[b, k]
+            if batch.masked_weights[b, k]:
+                place = batch.masked_positions[b, k]
                 distribution = logits[b, place].softmax(-1)
                 nll = nll - distribution[batch.input_ids[b, place]].log()
                 corrupted[b, place] = (distribution.cumsum(0) <= batch.uniforms[b, k]).sum()
     guess = module.discriminate(corrupted, batch)
-    real, label = batch.piece_ids > 0, (corrupted != batch.input_ids).float()
+    real, label = batch.document_ids > 0, (corrupted != batch.input_ids).float()
     disc_loss = F.binary_cross_entropy_with_logits(guess[real], label[real])
-    torch.testing.assert_close(losses.mlm_loss, nll / chosen_count, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.mlm_loss, nll / masked_count, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.disc_loss, disc_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.total, losses.mlm_loss + 50 * losses.disc_loss)
     assert all(value.dtype == torch.float32 for value in losses[:3]) and losses.counts is None
@@ -147,7 +148,7 @@ def test_a_batch_without_any_chosen_place_has_a_loss_of_zero_for_the_generator()
 
 def test_padding_reaches_no_loss():
     module, batch = build(), make_batch()
-    other = batch._replace(input_ids=torch.where(batch.piece_ids > 0, batch.input_ids, 77))
+    other = batch._replace(input_ids=torch.where(batch.document_ids > 0, batch.input_ids, 77))
     assert torch.equal(module(batch, 9, 9).total, module(other, 9, 9).total)
 
 
@@ -241,18 +242,18 @@ def test_broken_weights_give_a_loss_that_is_not_finite_and_no_crash():
 
 def test_counts_are_what_counting_by_hand_gives():
     module, batch = build(temperature=0.05), make_batch(seed=3)
-    batch.input_ids[0, batch.chosen[0]] = 50  # and a generator that has learned to say 50
+    batch.input_ids[0, batch.masked_positions[0]] = 50  # and a generator that has learned to say 50
     with torch.no_grad():
         module.generator_head.bias[50] = 30.0
     counts = module(batch, 9, 9, with_counts=True).counts
     drawn = module.generate(mask_input(batch, IDS.mask), batch, with_best=True)
-    corrupted = put(batch.input_ids, batch.chosen, drawn.sampled, batch.chosen_weights)
-    real, replaced = batch.piece_ids > 0, corrupted != batch.input_ids
+    corrupted = put(batch.input_ids, batch.masked_positions, drawn.sampled, batch.masked_weights)
+    real, replaced = batch.document_ids > 0, corrupted != batch.input_ids
     guess = module.discriminate(corrupted, batch) > 0
-    used = batch.chosen_weights > 0
-    targets = batch.input_ids.gather(1, batch.chosen)
+    used = batch.masked_weights > 0
+    targets = batch.input_ids.gather(1, batch.masked_positions)
     expected = {
-        "chosen": used.sum(),
+        "masked": used.sum(),
         "tokens": real.sum(),
         "mlm_correct": ((drawn.best == targets) & used).sum(),
         "sampled_correct": ((drawn.sampled == targets) & used).sum(),
@@ -265,7 +266,7 @@ def test_counts_are_what_counting_by_hand_gives():
         n: int(v) for n, v in expected.items()
     }
     assert (
-        expected["sampled_correct"] >= 4 and expected["replaced"] < expected["chosen"]
+        expected["sampled_correct"] >= 4 and expected["replaced"] < expected["masked"]
     )  # a lucky draw is original
     assert counts.histogram.sum(1).tolist() == [int((real & ~replaced).sum()), int(replaced.sum())]
 

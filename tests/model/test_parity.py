@@ -12,7 +12,7 @@ from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConf
 from electra_ds.data.batch import Batch
 from electra_ds.interop.hf import from_hf, from_hf_config, hf_config, to_hf
 from electra_ds.interop.tf import as_tensors, tf_names
-from electra_ds.model.objective import ElectraObjective, discriminator_nll, gather_places, put
+from electra_ds.model.objective import ElectraObjective, discriminator_nll, gather_positions, put
 from electra_ds.model.weights import load_true_state, true_state
 
 DATA = Path(__file__).parents[1] / "files" / "tf_reference"
@@ -53,11 +53,11 @@ def authors_batch(ref) -> Batch:
     return Batch(
         input_ids=ref["input_ids"],
         segment_ids=ref["segment_ids"],
-        piece_ids=ref["input_mask"],
+        document_ids=ref["input_mask"],
         position_ids=torch.arange(length).expand(rows, -1),
-        chosen=ref["masked_positions"],
-        chosen_weights=ref["masked_weights"],
-        keep=torch.zeros_like(ref["masked_positions"], dtype=torch.bool),
+        masked_positions=ref["masked_positions"],
+        masked_weights=ref["masked_weights"],
+        keep_original=torch.zeros_like(ref["masked_positions"], dtype=torch.bool),
         uniforms=torch.full(ref["masked_positions"].shape, 0.5),
     )
 
@@ -69,7 +69,7 @@ def test_losses_logits_and_every_gradient_equal_the_authors_code(reference, auth
     )
     logits = authors_model.discriminate(ref["disc_input_ids"], batch)
     is_replaced = ref["disc_input_ids"] != ref["input_ids"]
-    disc_loss = discriminator_nll(logits, is_replaced, batch.piece_ids) / ref["input_mask"].sum()
+    disc_loss = discriminator_nll(logits, is_replaced, batch.document_ids) / ref["input_mask"].sum()
     total = mlm_loss + 50 * disc_loss
     total.backward()
 
@@ -99,9 +99,9 @@ def test_logits_at_chosen_places_equal_the_authors_code(reference, authors_model
     embedded = authors_model.embeddings(
         ref["masked_input_ids"], batch.segment_ids, batch.position_ids
     )
-    hidden = authors_model.generator(embedded, batch.piece_ids)
+    hidden = authors_model.generator(embedded, batch.document_ids)
     logits = authors_model.generator_head(
-        gather_places(hidden, batch.chosen), authors_model.embeddings.word
+        gather_positions(hidden, batch.masked_positions), authors_model.embeddings.word
     )
     assert logits.shape == ref["mlm_logits"].shape
     assert relative(logits, ref["mlm_logits"]) <= BOUND
@@ -109,7 +109,7 @@ def test_logits_at_chosen_places_equal_the_authors_code(reference, authors_model
 
 def test_places_of_weight_zero_change_nothing(reference):
     ref, batch = reference, authors_batch(reference)
-    written = put(batch.input_ids, batch.chosen, ref["sampled_ids"], batch.chosen_weights)
+    written = put(batch.input_ids, batch.masked_positions, ref["sampled_ids"], batch.masked_weights)
     assert torch.equal(written[:, 0], batch.input_ids[:, 0])  # the unused places point at column 0
 
 
@@ -165,7 +165,7 @@ def our_logits(objective, batch, part):
     embeddings = objective.generator_embeddings if sharing == "untied" else objective.embeddings
     encoder = objective.discriminator if sharing == "all" else objective.generator
     hidden = encoder(
-        embeddings(batch.input_ids, batch.segment_ids, batch.position_ids), batch.piece_ids
+        embeddings(batch.input_ids, batch.segment_ids, batch.position_ids), batch.document_ids
     )
     return objective.generator_head(hidden, embeddings.word)
 
@@ -176,11 +176,11 @@ def our_logits(objective, batch, part):
 def test_stock_classes_give_our_logits_both_ways(shape, part):
     model, gen, objective = pair(**SHAPES[shape])
     theirs, batch = stock(model, gen, part), rows_with_padding()
-    real = batch.piece_ids > 0
+    real = batch.document_ids > 0
 
     def same():
         logits = theirs(
-            batch.input_ids, attention_mask=batch.piece_ids, token_type_ids=batch.segment_ids
+            batch.input_ids, attention_mask=batch.document_ids, token_type_ids=batch.segment_ids
         ).logits
         assert float((our_logits(objective, batch, part) - logits)[real].abs().max()) <= 1e-5
 

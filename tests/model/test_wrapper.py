@@ -88,7 +88,7 @@ def test_the_losses_are_the_definition_whatever_gives_the_logits(kind):
     nll = F.cross_entropy(logits[hidden_places], data[hidden_places], reduction="sum")
     assert (
         nll < result.mlm_loss * 1.3 * hidden_places.sum()
-    )  # the chosen places that keep their token are not seen here
+    )  # the masked positions that keep their token are not seen here
     result.backward()
     assert (
         head.weight.grad.any()

@@ -14,7 +14,7 @@ from electra_ds.common.files import write_json
 from electra_ds.common.folder_lock import Lock
 from electra_ds.config.loading import load_run
 from electra_ds.reporting.status import lines, status
-from electra_ds.training.run_logger import Metrics
+from electra_ds.training.run_logger import RunLogger
 
 FIGURES = {
     "mlm_loss": 6.5,
@@ -33,7 +33,7 @@ def out(tmp_path):
     """A run of 3,000 steps on two nodes: 300 tokens a step, logged at step 90, saved at step 80."""
     facts = {"total_steps": 3000, "nodes": ["node1", "node2"], "launcher": "srun", "world_size": 2}
     run_folder.write_config(tmp_path, load_run("tiny"), "abc", **facts)
-    with Metrics(tmp_path, 0, 3000, None, tensorboard=False) as metrics:
+    with RunLogger(tmp_path, 0, 3000, None, tensorboard=False) as metrics:
         metrics.train(90, FIGURES, 0.0)
     (tmp_path / "ckpt" / "80").mkdir(parents=True)
     write_json(tmp_path / "ckpt" / "80" / "meta.json", {"step": 80})

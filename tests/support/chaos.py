@@ -79,11 +79,11 @@ def on_audit(event: str, arguments: tuple) -> None:
 
 def install() -> None:
     """The places that are calls rather than files, and the trace of the steps that were applied."""
-    from electra_ds.data.loader import Batches
+    from electra_ds.data.loader import Loader
     from electra_ds.data.shard_reader import ShardReader
     from electra_ds.training.engine import Engine
 
-    read, following = ShardReader.read, Batches.__next__
+    read, following = ShardReader.read, Loader.__next__
     forward_backward, step = Engine.forward_backward, Engine.step
     rows, current = {}, []
 
@@ -93,15 +93,15 @@ def install() -> None:
 
     def traced_next(self):
         batch = following(self)
-        rows[batch.micro_positions[0]] = batch.rows.tolist()
+        rows[batch.first_rows[0]] = batch.rows.tolist()
         return batch
 
-    def traced_forward_backward(self, micros, positions, *arguments, **options):
+    def traced_forward_backward(self, micro_batches, positions, *arguments, **options):
         global steps
         steps += 1
         current[:] = positions
         at("step")
-        return forward_backward(self, micros, positions, *arguments, **options)
+        return forward_backward(self, micro_batches, positions, *arguments, **options)
 
     def traced_step(self, *arguments, **options):
         if WOUNDED and steps == LATEST:
@@ -114,7 +114,7 @@ def install() -> None:
         at("step")
         return result
 
-    ShardReader.read, Batches.__next__ = traced_read, traced_next
+    ShardReader.read, Loader.__next__ = traced_read, traced_next
     Engine.forward_backward, Engine.step = traced_forward_backward, traced_step
 
 

@@ -51,11 +51,11 @@ def meet() -> None:
 
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.cluster.watchdog import Watchdog
-    from electra_ds.training.engine import from_first
+    from electra_ds.training.engine import on_rank0
 
     ranks = find_ranks()
     dist.init_process_group("gloo")
-    with Watchdog(ranks, 4.0, 10.0, from_first):
+    with Watchdog(ranks, 4.0, 10.0, on_rank0):
         print("met", flush=True)
         sys.stdin.readline()
         dist.barrier()
@@ -68,10 +68,10 @@ def unheard() -> None:
     import threading
 
     from electra_ds.cluster.launchers import Ranks
-    from electra_ds.cluster.watchdog import Verdict, Watchdog
+    from electra_ds.cluster.watchdog import Failure, Watchdog
 
     watchdog = Watchdog(Ranks(0, 2, 0, 1, "none"), 4.0, 10.0, lambda find: find())
-    watchdog._first = Verdict(1, "node2", "silent")
+    watchdog._first = Failure(1, "node2", "silent")
     threading.Timer(0.1, watchdog._end).start()
     time.sleep(5)
     os._exit(0)
@@ -84,13 +84,13 @@ def refuse() -> None:
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.cluster.watchdog import Watchdog
     from electra_ds.common.errors import UserError
-    from electra_ds.training.engine import from_first
+    from electra_ds.training.engine import on_rank0
 
     ranks = find_ranks()
     dist.init_process_group("gloo")
     with (
         contextlib.suppress(UserError),
-        Watchdog(ranks, 1.0, 10.0, from_first, lambda *_: time.sleep(1)),
+        Watchdog(ranks, 1.0, 10.0, on_rank0, lambda *_: time.sleep(1)),
     ):
         raise UserError("why")
 

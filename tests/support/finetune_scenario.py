@@ -37,7 +37,7 @@ def run(
     }
     config = parse_config(values, name, FinetuneConfig)
     names = [str(TASKS / f"{task}.json")]
-    finetune.finetune_among(
+    finetune.finetune_on_ranks(
         config, MODEL, names, seeds, None, OUT / name, RANKS, DEVICE, random_init=random_init
     )
 
@@ -79,7 +79,7 @@ def check_schedule() -> None:
     """Rates warm up and fall, and fall from the head to the embeddings; epochs have orders of their own; every label
     of the global batch is counted."""
     groups = []
-    steps, micros = recorded(Engine, "step"), recorded(finetune.Seed, "_micros")
+    steps, micro_batches = recorded(Engine, "step"), recorded(finetune.Seed, "_micro_batches")
     after = recorded(finetune.Seed, "_after_epoch")
     untouched = Engine.step
 
@@ -92,7 +92,11 @@ def check_schedule() -> None:
 
     Engine.step = look
     run("schedule", "words", epochs=2.0, peak_lr=1e-3)
-    Engine.step, finetune.Seed._micros, finetune.Seed._after_epoch = steps[0], micros[0], after[0]
+    Engine.step, finetune.Seed._micro_batches, finetune.Seed._after_epoch = (
+        steps[0],
+        micro_batches[0],
+        after[0],
+    )
     rates = [arguments[0] for arguments, _ in steps[1:]]
     assert (
         rates[0] == 0
@@ -100,14 +104,14 @@ def check_schedule() -> None:
         and rates[-1] < 0.05 * max(rates)
     ), rates
     assert groups[1] == {1.0, 0.9, 0.81, 0.729}, groups[1]
-    batches = [arguments[0].tolist() for arguments, _ in micros[1:]]
+    batches = [arguments[0].tolist() for arguments, _ in micro_batches[1:]]
     orders = [
         [i for batch in batches[part] for i in batch] for part in (slice(13), slice(13, None))
     ]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(200))
     assert all(
         count == sum(int(micro.weights.sum()) for micro in found)
-        for _, (found, _, count) in micros[1:]
+        for _, (found, _, count) in micro_batches[1:]
     )
 
 

@@ -90,9 +90,9 @@ class Operators(TorchDispatchMode):
 @contextlib.contextmanager
 def during(first: int, last: int, *contexts: contextlib.AbstractContextManager):
     """Enter contexts for the steps `first` to `last` of a run, their forwards, backwards and votes."""
-    original, steps, held = Engine.agreed, [], contextlib.ExitStack()
+    original, steps, held = Engine.wait_votes, [], contextlib.ExitStack()
 
-    def agreed(self):  # the loop's first call in every step
+    def wait_votes(self):  # the loop's first call in every step
         steps.append(1)
         if len(steps) == first:
             for context in contexts:
@@ -101,11 +101,11 @@ def during(first: int, last: int, *contexts: contextlib.AbstractContextManager):
             held.close()
         return original(self)
 
-    Engine.agreed = agreed
+    Engine.votes = wait_votes
     try:
         yield
     finally:
-        Engine.agreed = original
+        Engine.votes = original
 
 
 @contextlib.contextmanager

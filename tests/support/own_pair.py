@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Generator(nn.Module):
-    """Hidden states; `predict` names tokens at the chosen places."""
+    """Hidden states; `predict` names tokens at the masked positions."""
 
     def __init__(self, words, width):
         super().__init__()
@@ -27,8 +27,8 @@ class Discriminator(nn.Module):
         self.words, self.turn = words, nn.Linear(words.embedding_dim, width)
         self.conv = nn.Linear(3 * width, width)
 
-    def forward(self, x, *, piece_ids):
-        hidden = self.turn(self.words(x)) * (piece_ids > 0)[..., None]
+    def forward(self, x, *, document_ids):
+        hidden = self.turn(self.words(x)) * (document_ids > 0)[..., None]
         around = [hidden.roll(1, 1), hidden, hidden.roll(-1, 1)]
         return self.conv(torch.cat(around, -1)).mean()
 

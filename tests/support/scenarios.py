@@ -30,14 +30,14 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import find_config, load_run
 from electra_ds.data import loader
-from electra_ds.data.loader import READ_TOKENS, Batches
+from electra_ds.data.loader import READ_TOKENS, Loader
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.reporting.status import status
 from electra_ds.training import checkpointer, spike_guard, trainer
 from electra_ds.training import engine as engine_module
 from electra_ds.training.engine import Engine, leave, start
-from electra_ds.training.pretrain import Limits, run_among
+from electra_ds.training.pretrain import Limits, pretrain_on_ranks
 
 STEPS, CUT = 20, 7
 STAGES = (0, 1, 2, 3)
@@ -84,7 +84,7 @@ def train(name: str, engine: str, *sets: str, data: Path | str = DATA, **limits)
     config, limits = load_run("tiny", [*SMALL, *sets], engine), Limits(**limits)
     run_folder.on_stop_signal(limits.asked.append)
     try:
-        return run_among(config, data, OUTS / name, RANKS, DEVICE, limits)
+        return pretrain_on_ranks(config, data, OUTS / name, RANKS, DEVICE, limits)
     except (UserError, RunFailure) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -181,15 +181,15 @@ def traffic() -> None:
 
 def wrong_split() -> None:
     """Both ranks read the first slice: what a broken data split would do."""
-    original = Batches.__init__
+    original = Loader.__init__
 
     def broken(self, *arguments, **options):
         original(self, *arguments, **(options | {"rank": 0}))
 
-    Batches.__init__ = broken
+    Loader.__init__ = broken
     train("full-broken", "zero1-fp32")
     train("full-broken-bf16", "zero1-bf16", "train.total_steps=60")
-    Batches.__init__ = original
+    Loader.__init__ = original
 
 
 def slow_reader() -> None:
@@ -319,13 +319,13 @@ def refused_resumes() -> None:
 
 def poison(step: int, rank: int, factor: float = float("nan")):
     """Multiply the loss of one rank at one attempt."""
-    original, seen, micros = ElectraObjective.forward, [], 4 // RANKS.world_size
+    original, seen, micro_batches = ElectraObjective.forward, [], 4 // RANKS.world_size
 
     def forward(self, *arguments, **options):
         losses = original(self, *arguments, **options)
         if self.training and RANKS.rank == rank:
             seen.append(1)
-            if len(seen) == micros * step:
+            if len(seen) == micro_batches * step:
                 return losses._replace(
                     total=losses.total * factor, mlm_loss=losses.mlm_loss * factor
                 )
@@ -478,7 +478,7 @@ def half_precision_overflow() -> None:
 def needed_memory() -> None:
     """Model states and the peak of a step, measured and predicted, at every stage and precision."""
     found, cases = {}, itertools.cycle(MEMORY_CASES)
-    micros = ["model.vocab_size=3000", f"train.global_batch_size={16 * RANKS.world_size}"]
+    micro_batches = ["model.vocab_size=3000", f"train.global_batch_size={16 * RANKS.world_size}"]
     buckets = {"reduce_bucket_size": 3_000_000, "stage3_prefetch_bucket_size": 3_000_000}
     for kind, switch in (
         ("fp32", {}),
@@ -489,7 +489,7 @@ def needed_memory() -> None:
             zero = load_engine(f"zero{stage}-fp32")["zero_optimization"] | buckets
             engine, case = {"zero_optimization": zero} | switch, next(cases)
             length, rows, *sets = MEMORY_CASES[case]
-            config = known_run("tiny", engine, length, rows, *micros, *sets)
+            config = known_run("tiny", engine, length, rows, *micro_batches, *sets)
             found[f"{case} z{stage} {kind}"] = engine_memory(config, RANKS, DEVICE)
     note(f"memory-of-{RANKS.world_size}", found)
 
@@ -633,7 +633,10 @@ def own_encoders() -> None:
     for name, limits in (("own-whole", {}), ("own-cut", {"stop_at_step": CUT}), ("own-cut", {})):
         sets = [line for line in SMALL if not line.startswith(("model.", "generator."))]
         config = load_run(str(OUTS / "own.json"), sets)
-        assert run_among(config, DATA, OUTS / name, RANKS, DEVICE, Limits(**limits)) in (0, 85)
+        assert pretrain_on_ranks(config, DATA, OUTS / name, RANKS, DEVICE, Limits(**limits)) in (
+            0,
+            85,
+        )
 
 
 PHASES = {

@@ -51,19 +51,19 @@ class FakeWeights:
                 self.values[name, kind][rows:] = 0
         self.applied_steps, self.scaler, self.fails_at = None, {"cur_scale": 8.0}, None
 
-    def whole(self, name, kind):
+    def full_tensor(self, name, kind):
         if (name, kind) == self.fails_at:
             raise OSError(28, "No space left on device")
         return self.values[name, kind]
 
-    def set_whole(self, name, kind, value):
+    def set_full_tensor(self, name, kind, value):
         assert value.shape == self.values[name, kind].shape
         self.values[name, kind] = value.clone()
 
     def shape(self, name):
         return torch.Size(self.parameters[name])
 
-    def exchange(self, value):
+    def all_gather_object(self, value):
         return [value]
 
     def reset_moments(self, applied_steps):
@@ -225,7 +225,7 @@ def test_a_crash_inside_a_save_leaves_latest_and_the_old_folder(saved, monkeypat
 
 def test_a_failure_on_another_rank_fails_here_too(tmp_path):
     weights = FakeWeights()
-    weights.exchange = lambda value: [value, (OSError("disk full"), {})]
+    weights.all_gather_object = lambda value: [value, (OSError("disk full"), {})]
     with pytest.raises(RunFailure, match="rank 1: disk full"):
         save(tmp_path / "ckpt", weights=weights)
     assert checkpoint.latest(tmp_path / "ckpt") is None
@@ -422,5 +422,5 @@ def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
 def test_what_a_killed_save_left_is_swept(tmp_path):
     for name in ("10", ".13.tmp", ".5.old"):
         (tmp_path / name).mkdir()
-    checkpointer.sweep(tmp_path)
+    checkpointer.remove_stale(tmp_path)
     assert names(tmp_path) == ["10"]

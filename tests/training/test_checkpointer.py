@@ -21,7 +21,7 @@ from test_ranks_train import curve, is_bit_equal
 from electra_ds.common.errors import RunFailure
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training import checkpoint, checkpointer
-from electra_ds.training.checkpointer import Saving
+from electra_ds.training.checkpointer import PendingCheckpoint
 from electra_ds.training.metrics_file import read_metrics
 from electra_ds.training.state import Progress
 
@@ -38,7 +38,7 @@ def test_a_snapshot_is_of_the_moment_it_was_taken(
         return original(*arguments)
 
     monkeypatch.setattr(checkpointer, "save_file", late)
-    saving = Saving(weights, tmp_path / "ckpt", "1000", PROGRESS, CONFIG, PADDED)
+    saving = PendingCheckpoint(weights, tmp_path / "ckpt", "1000", PROGRESS, CONFIG, PADDED)
     for value in weights.values.values():
         value += 1.0
     weights.scaler = {"cur_scale": 2.0}
@@ -54,7 +54,7 @@ def test_latest_does_not_get_ahead_of_what_must_be_durable_before(tmp_path: Path
     def flush() -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    saving = Saving(FakeWeights(), tmp_path / "ckpt", "1000", PROGRESS, CONFIG, PADDED)
+    saving = PendingCheckpoint(FakeWeights(), tmp_path / "ckpt", "1000", PROGRESS, CONFIG, PADDED)
     with pytest.raises(
         RunFailure,
         match=r"rank 0: .*No space left.*metrics\.jsonl.*earlier checkpoints are untouched",
@@ -72,9 +72,11 @@ def numbered(step: int) -> FakeWeights:
 
 def save_on(folder: Path, first: int, at_work) -> None:
     """Save the steps after `first` until killed."""
-    checkpointer.sweep(folder)
+    checkpointer.remove_stale(folder)
     for step in range(first + 1, 10**6):
-        Saving(numbered(step), folder, str(step), Progress(step), CONFIG, PADDED).commit()
+        PendingCheckpoint(
+            numbered(step), folder, str(step), Progress(step), CONFIG, PADDED
+        ).commit()
         at_work.set()
         checkpointer.prune(folder, CheckpointConfig(), step)
 
@@ -93,7 +95,7 @@ def killed_at(call: int, folder: Path) -> None:
 
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, deadly(getattr(os, name)))
-    Saving(numbered(2), folder, "2", Progress(2), CONFIG, PADDED).commit()
+    PendingCheckpoint(numbered(2), folder, "2", Progress(2), CONFIG, PADDED).commit()
     checkpointer.prune(folder, CheckpointConfig(), 2)
 
 
@@ -122,7 +124,7 @@ def test_a_kill_before_any_call_leaves_a_checkpoint_that_loads(tmp_path: Path, a
         weights = numbered(-1)
         found.append(checkpoint.load(weights, checkpoint.latest(folder), PADDED).progress.step)
         assert weights.equals(numbered(found[-1]))
-        checkpointer.sweep(folder)
+        checkpointer.remove_stale(folder)
         assert {path.name for path in folder.iterdir()} <= {"0", "1", "2", "latest"}
         if writer.exitcode == 0:
             break
@@ -154,7 +156,7 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_loads(tmp_path: Path) -> No
             and weights.equals(numbered(progress.step))
         )
         step = progress.step
-    checkpointer.sweep(folder)
+    checkpointer.remove_stale(folder)
     assert left_over > 0
     assert {path.name for path in folder.iterdir()} <= {
         "latest",

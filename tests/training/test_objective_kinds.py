@@ -16,9 +16,9 @@ from electra_ds.evaluation.detect import Detector
 from electra_ds.evaluation.evaluate import evaluate_checkpoint
 from electra_ds.model.build import parameter_count
 from electra_ds.model.kernels import vocab_head
-from electra_ds.model.objective import chosen_places, mask_input, put, uniform_tokens
-from electra_ds.reporting.memory import Live
-from electra_ds.training.metrics import own_figures
+from electra_ds.model.objective import mask_input, masked_indicator, put, uniform_tokens
+from electra_ds.reporting.memory import MemoryTracker
+from electra_ds.training.metrics import metrics_of_kind
 from electra_ds.training.metrics_file import read_metrics, summary
 
 MAIN = {"embeddings", "discriminator"}
@@ -35,7 +35,10 @@ PARTS = {
 
 def corrupted(module, batch):
     return put(
-        batch.input_ids, batch.chosen, module._draw(batch, False).sampled, batch.chosen_weights
+        batch.input_ids,
+        batch.masked_positions,
+        module._draw(batch, False).sampled,
+        batch.masked_weights,
     )
 
 
@@ -57,7 +60,7 @@ def test_logits_are_never_there_for_the_whole_batch(kind, monkeypatch):
     monkeypatch.setattr(vocab_head, "ROWS_ON_CPU", 8)
     monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 places
     module, batch = build(kind=kind), make_batch()
-    with Live() as live:
+    with MemoryTracker() as live:
         module(batch, *counts_of(batch)).total.backward()
         with torch.no_grad():
             module.eval()(batch, 1.0, 1.0, with_counts=True)
@@ -107,10 +110,10 @@ def test_electra_15_is_electra_without_the_terms_of_the_other_places():
     terms = F.binary_cross_entropy_with_logits(
         module.discriminate(ids, batch), (ids != batch.input_ids).float(), reduction="none"
     )
-    others = (batch.piece_ids > 0) & (chosen_places(batch) == 0)
+    others = (batch.document_ids > 0) & (masked_indicator(batch) == 0)
     torch.testing.assert_close(whole.disc_loss - terms[others].sum(), chosen.disc_loss)
     assert (
-        chosen.counts.tokens == chosen.counts.chosen == 11
+        chosen.counts.tokens == chosen.counts.masked == 11
         and whole.counts.replaced == chosen.counts.replaced
     )
 
@@ -121,9 +124,9 @@ def test_mlm_is_the_main_encoder_on_masked_rows():
     masked = mask_input(batch, IDS.mask)
     embedded = module.embeddings(masked, batch.segment_ids, batch.position_ids)
     logits = module.mlm_head(
-        module.discriminator(embedded, batch.piece_ids), module.embeddings.word
+        module.discriminator(embedded, batch.document_ids), module.embeddings.word
     )
-    at = chosen_places(batch) > 0
+    at = masked_indicator(batch) > 0
     torch.testing.assert_close(losses.mlm_loss, F.cross_entropy(logits[at], batch.input_ids[at]))
     assert losses.disc_loss == 0 and torch.equal(losses.total, losses.mlm_loss)
 
@@ -139,15 +142,15 @@ def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
 
     dense = build(kind=kind).double()
     hidden = dense.discriminator(
-        dense.embeddings(ids, batch.segment_ids, batch.position_ids), batch.piece_ids
+        dense.embeddings(ids, batch.segment_ids, batch.position_ids), batch.document_ids
     )
     likely = dense.mlm_head(hidden, dense.embeddings.word).softmax(-1)  # [B, S, V]
     likely = likely.gather(2, batch.input_ids[..., None]).squeeze(2)
-    places = chosen_places(batch) > 0
+    places = masked_indicator(batch) > 0
     if kind == "all_tokens_mlm":
         copy = dense.copy_gate(hidden).squeeze(2).sigmoid()
         likely = copy * (ids == batch.input_ids) + (1 - copy) * likely
-        places = batch.piece_ids > 0
+        places = batch.document_ids > 0
     expected = -likely[places].log().mean()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
@@ -178,12 +181,12 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
     plain, strict = build(temperature=0.05), build(temperature=0.05, disallow_correct=True)
     for module in (plain, strict):
         with torch.no_grad():
-            module.generator_head.bias[batch.input_ids.gather(1, batch.chosen)] = (
+            module.generator_head.bias[batch.input_ids.gather(1, batch.masked_positions)] = (
                 3.0  # hits are likely
             )
     assert torch.equal(plain(batch, 9, 9).mlm_loss, strict(batch, 9, 9).mlm_loss)
-    used = batch.chosen_weights > 0
-    targets = batch.input_ids.gather(1, batch.chosen)
+    used = batch.masked_weights > 0
+    targets = batch.input_ids.gather(1, batch.masked_positions)
     hits = (plain._draw(batch, False).sampled == targets) & used
     assert hits.any() and not ((strict._draw(batch, False).sampled == targets) & used).any()
     for temperature in (1.0, 0.7):  # the softmax without the target, by a ruler instead of dice
@@ -209,7 +212,7 @@ def test_figures_that_a_kind_has_not_are_left_out():
     values = dict.fromkeys([*names.split(), "unigram_loss", "lr"], 0.0)
 
     def missing(**options):
-        return values.keys() - own_figures(values, ObjectiveConfig(**options)).keys()
+        return values.keys() - metrics_of_kind(values, ObjectiveConfig(**options)).keys()
 
     detecting = {"disc_auc", "base_rate_loss", "fixed_auc"}
     assert missing() == missing(kind="electra_15") == set()
@@ -242,9 +245,9 @@ def losses(run):
 
 @pytest.mark.parametrize("kind", [*sorted(PARTS.keys() - {"electra"}), "uniform"])
 def test_a_kind_trains_and_resumes_at_another_stage(trained, data, kind):
-    whole, moved = losses(trained / f"{kind}-whole"), losses(trained / f"{kind}-moved")
+    whole, on_progress = losses(trained / f"{kind}-whole"), losses(trained / f"{kind}-moved")
     assert len(whole) == 20 and sum(x for x, _ in whole[:5]) > sum(x for x, _ in whole[-5:])
-    torch.testing.assert_close(torch.tensor(moved), torch.tensor(whole), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(on_progress), torch.tensor(whole), rtol=1e-5, atol=0)
     values = evaluate_checkpoint(trained / f"{kind}-whole", data, max_rows=20)
     valid = read_metrics(trained / f"{kind}-whole" / "metrics.jsonl")[-1]
     assert values.keys() == valid.keys() - {"step", "split"}

@@ -18,7 +18,7 @@ from electra_ds.training.metrics_file import TIMED, read_metrics
 STAGES = (0, 1, 2, 3)
 # Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on a CPU.
 # Stage 0 in fp32 has no finite check but ours (and clipping reads on a CPU, where it has no fused kernel).
-READS = {"electra_ds/engine.py:agreed", "electra_ds/ops/attention.py:pieces_of"}
+READS = {"electra_ds/engine.py:agreed", "electra_ds/ops/attention.py:packed_mask"}
 READS_AT_STAGE_0 = {"electra_ds/engine.py:step", "electra_ds/engine.py:_clip"}
 # Killed in a random step of 1 to 20 at each stage (the names of the tests say which), and inside the second save.
 KILLS = (*(f"{stage}-step{random.randint(1, 20)}" for stage in STAGES), "1-tensors", "1-latest")
@@ -131,8 +131,8 @@ def test_a_step_sends_what_theory_says_and_one_vote(
         "allgather_base": 1,
         "reduce_scatter_base": 1,
     }  # of (n - 1) / n, by a ring
-    moved = sum(shares[name] * elements * width / 2 for name, _, elements in weights[stage])
-    assert moved == pytest.approx(
+    on_progress = sum(shares[name] * elements * width / 2 for name, _, elements in weights[stage])
+    assert on_progress == pytest.approx(
         step_traffic(sum(sizes), stage, 2, accumulation, width), rel=1e-4
     )  # but for padding
 

@@ -13,7 +13,7 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import differences, load_run
 from electra_ds.reporting.plot import PANELS, plot
 from electra_ds.training.metrics_file import SCHEMA, TIMED, read_metrics
-from electra_ds.training.run_logger import Metrics
+from electra_ds.training.run_logger import RunLogger
 
 
 def train_values(step):
@@ -38,7 +38,7 @@ def valid_values(step):
 
 def run(out, steps, start=0, tensorboard=False):
     """Log every step of an attempt, and a held-out evaluation every fifth."""
-    with Metrics(out, start, 100, 1.0, tensorboard) as metrics:
+    with RunLogger(out, start, 100, 1.0, tensorboard) as metrics:
         for step in steps:
             metrics.train(step, train_values(step), seconds_left=3725.0)
             if step % 5 == 0:
@@ -131,7 +131,7 @@ def test_a_console_that_nobody_reads_any_more_stops_nothing(tmp_path, monkeypatc
 
 
 def test_lines_that_a_full_disk_refuses_are_kept_and_written_later(tmp_path, capsys):
-    with Metrics(tmp_path, 0, 100, 1.0, tensorboard=False) as metrics:
+    with RunLogger(tmp_path, 0, 100, 1.0, tensorboard=False) as metrics:
         metrics.train(1, train_values(1), seconds_left=0.0)
         whole, metrics._file = metrics._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
         for step in (2, 3):
@@ -170,7 +170,7 @@ def test_tensorboard_holds_the_same_numbers_without_overlap_after_a_resume(tmp_p
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_tensorboard_alone_and_prints_no_traceback(tmp_path, capfd):
     pytest.importorskip("tensorboard")
-    with Metrics(tmp_path, 0, 100, 1.0, tensorboard=True) as metrics:
+    with RunLogger(tmp_path, 0, 100, 1.0, tensorboard=True) as metrics:
         (events,) = (tmp_path / "tensorboard").iterdir()
         (tmp_path / "full").symlink_to("/dev/full")
         (tmp_path / "full").replace(
@@ -200,7 +200,7 @@ def test_a_plot_needs_metrics_alone_and_shows_every_held_out_point(tmp_path, mon
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         run(tmp_path / name, range(2, 11, 2))  # step 5 is no step of the training log
-        with Metrics(tmp_path / name, 10, 100, 1.0, tensorboard=False) as metrics:
+        with RunLogger(tmp_path / name, 10, 100, 1.0, tensorboard=False) as metrics:
             metrics.valid(7, valid_values(7))
     drawn = []
 
@@ -239,11 +239,11 @@ def test_opening_a_run_folder_clears_what_an_earlier_attempt_left_and_nothing_el
 
 
 def test_a_folder_that_another_host_does_not_see_is_refused_with_the_host(tmp_path):
-    def exchange(value):
+    def all_gather_object(value):
         return [value, ("node7", False)] if isinstance(value[1], bool) else [value, ("", None)]
 
     with pytest.raises(UserError, match=r"is not shared: node7 does not see"):
-        run_folder.open_folder(tmp_path / "new" / "out", 0, exchange)
+        run_folder.open_folder(tmp_path / "new" / "out", 0, all_gather_object)
 
 
 def test_a_rank_that_reads_another_nonce_says_so(tmp_path, monkeypatch):
@@ -251,12 +251,12 @@ def test_a_rank_that_reads_another_nonce_says_so(tmp_path, monkeypatch):
     (tmp_path / ".nonce").write_text("of an earlier attempt")
     said = []
 
-    def exchange(value):
+    def all_gather_object(value):
         said.append(value)
         return [("nonce of rank 0", None), value] if value[1] is None else [("node0", True), value]
 
     with pytest.raises(UserError, match="is not shared"):
-        run_folder.open_folder(tmp_path, 1, exchange)
+        run_folder.open_folder(tmp_path, 1, all_gather_object)
     assert said[1][1] is False
 
 

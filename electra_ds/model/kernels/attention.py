@@ -13,14 +13,14 @@ from torch import Tensor
 from electra_ds.model.kernels.dropout import dropout_factors
 
 
-class Pieces(NamedTuple):
+class PackedMask(NamedTuple):
     """Who attends to whom, made once per micro-batch. All None: every token of a row sees the whole row."""
 
     bias: Tensor | None = (
         None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
     )
-    bounds: Tensor | None = (
-        None  # int32, starts of the pieces in the flattened batch (`piece_bounds`)
+    cu_seqlens: Tensor | None = (
+        None  # int32, starts of the pieces in the flattened batch (`document_cu_seqlens`)
     )
     rows: list[int] | None = None  # on a CPU those whose bias is not 0
     runs: list[tuple[int, int]] | None = (
@@ -28,54 +28,56 @@ class Pieces(NamedTuple):
     )
 
 
-def piece_bounds(piece_ids: Tensor) -> Tensor:
-    """Starts of the pieces of piece_ids [B, S] in the flattened batch, and its length; int32, made on the host.
+def document_cu_seqlens(document_ids: Tensor) -> Tensor:
+    """Starts of the pieces of document_ids [B, S] in the flattened batch, and its length; int32, made on the host.
 
     Filled up with the length to B x 1, 2, 4, ... starts (and one), so that compiled layers meet few sizes: B x 1 says
     that every row is one piece. Not to the most that could be: the flash kernel starts blocks for every piece and holds
     128 rows of fp32 more in backward, 26 MB a row of Base at S = 128 were each of 2 tokens.
     """
-    batch, length = piece_ids.shape
-    begins = torch.ones_like(piece_ids, dtype=torch.bool)
-    begins[:, 1:] = piece_ids[:, 1:] != piece_ids[:, :-1]
+    batch, length = document_ids.shape
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = begins.view(-1).nonzero().view(-1)
     size = batch << (-(-len(starts) // batch) - 1).bit_length()
     return F.pad(starts, (0, size + 1 - len(starts)), value=batch * length).to(torch.int32)
 
 
-def pieces_of(
-    piece_ids: Tensor, dtype: torch.dtype, bounds: Tensor | None = None, head_size: int = 64
-) -> Pieces:
-    """The attention structure of piece_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
+def packed_mask(
+    document_ids: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None = None, head_size: int = 64
+) -> PackedMask:
+    """The attention structure of document_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
 
     dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks at
-    each (with `bounds`, one row alone goes piece by piece there); elsewhere the size of `bounds` tells, and nothing is
+    each (with `cu_seqlens`, one row alone goes piece by piece there); elsewhere the size of `cu_seqlens` tells, and nothing is
     read back, so that the step has no host sync.
     """
     rows = None
-    if piece_ids.device.type == "cpu":
-        rows = [row for row, is_packed in enumerate((piece_ids != 1).any(1).tolist()) if is_packed]
+    if document_ids.device.type == "cpu":
+        rows = [
+            row for row, is_packed in enumerate((document_ids != 1).any(1).tolist()) if is_packed
+        ]
         if not rows:
-            return Pieces()
-        if len(piece_ids) == 1 and bounds is not None:
-            sizes, counts = torch.unique_consecutive(bounds.diff(), return_counts=True)
-            return Pieces(
+            return PackedMask()
+        if len(document_ids) == 1 and cu_seqlens is not None:
+            sizes, counts = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
+            return PackedMask(
                 runs=[run for run in zip(counts.tolist(), sizes.tolist(), strict=True) if run[1]]
             )
-    elif bounds is not None:
-        if len(bounds) == len(piece_ids) + 1:
-            return Pieces()
-        if _has_varlen(piece_ids.device, dtype, head_size):
-            return Pieces(bounds=bounds)
-    apart = piece_ids[:, None, :, None] != piece_ids[:, None, None, :]
+    elif cu_seqlens is not None:
+        if len(cu_seqlens) == len(document_ids) + 1:
+            return PackedMask()
+        if _has_varlen(document_ids.device, dtype, head_size):
+            return PackedMask(cu_seqlens=cu_seqlens)
+    apart = document_ids[:, None, :, None] != document_ids[:, None, None, :]
     bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf)
-    return Pieces(bias, rows=rows)
+    return PackedMask(bias, rows=rows)
 
 
 def attention(
     qkv: Tensor,
     num_heads: int,
-    pieces: Pieces = Pieces(),
+    pieces: PackedMask = PackedMask(),
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -95,7 +97,11 @@ def attention(
         return torch.cat(seen)[None]
     if backend == "auto":
         backend = (
-            "varlen" if pieces.bounds is not None else "bmm" if qkv.device.type == "cpu" else "sdpa"
+            "varlen"
+            if pieces.cu_seqlens is not None
+            else "bmm"
+            if qkv.device.type == "cpu"
+            else "sdpa"
         )
     if backend == "bmm":
         rows = (
@@ -107,8 +113,10 @@ def attention(
     if backend == "varlen":
         q, k, v = heads.flatten(0, 1).unbind(1)  # [B*S, N, D] each
         # What torch's varlen_attn and jagged attention call; the first of these has no dropout.
-        bounds = (pieces.bounds, pieces.bounds, length, length)
-        out = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout, False, False)[0]
+        cu_seqlens = (pieces.cu_seqlens, pieces.cu_seqlens, length, length)
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *cu_seqlens, dropout, False, False)[
+            0
+        ]
         return out.reshape(batch, length, -1)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, S, D] each
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=pieces.bias, dropout_p=dropout)

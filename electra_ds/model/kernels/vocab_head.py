@@ -1,6 +1,6 @@
-"""The generator's vocabulary: linear, cross-entropy and sampling at the chosen places.
+"""The generator's vocabulary: linear, cross-entropy and sampling at the masked positions.
 
-Letters: M chosen places of a micro-batch, V vocabulary, P = V padded in memory, E embedding.
+Letters: M masked positions of a micro-batch, V vocabulary, P = V padded in memory, E embedding.
 """
 
 import math
@@ -98,7 +98,7 @@ def vocab_head(
     gate: Tensor | None = None,
     copied: Tensor | None = None,
 ) -> HeadResult:
-    """Loss and samples at the chosen places, block by block; a block's logits become their own gradient in place.
+    """Loss and samples at the masked positions, block by block; a block's logits become their own gradient in place.
 
     x:       [..., E] in the compute dtype; table [P, E] and bias [P] in that dtype or fp32
     targets: [...] ids; weights [...] 1 or 0; uniforms [...] in [0, 1)

@@ -38,7 +38,7 @@ def philox(counter: Sequence[np.ndarray], key: int) -> np.ndarray:
     return out
 
 
-def words(
+def random_bits(
     seed: int, epochs: np.ndarray | int, rows: np.ndarray, n: int, purpose: int
 ) -> np.ndarray:
     """n random words for each row, a pure function of (seed, epoch, row, purpose).
@@ -58,14 +58,14 @@ def words(
     return found.reshape(len(rows), -1)[:, :n]
 
 
-def uniforms(random_words: np.ndarray) -> np.ndarray:
+def uniforms(bits: np.ndarray) -> np.ndarray:
     """uint32 words -> float32 in [0, 1): the upper 24 bits, so that the largest is 1 - 2**-24."""
-    return (random_words >> 8).astype(np.float32) * np.float32(2.0**-24)
+    return (bits >> 8).astype(np.float32) * np.float32(2.0**-24)
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int, purpose: int) -> np.ndarray:
     """A random order of 0..n-1, [n] int64: numbers sorted by random keys that carry them in their low bits."""
-    pairs = words(seed, epoch, np.array([stream]), 2 * n, purpose)[0].view("<u8")
+    pairs = random_bits(seed, epoch, np.array([stream]), 2 * n, purpose)[0].view("<u8")
     low = np.uint64((1 << max(1, n - 1).bit_length()) - 1)
     keys = (pairs << 32 | pairs >> 32) & ~low  # the first word of a pair is the high one
     keys |= np.arange(n, dtype=np.uint64)
