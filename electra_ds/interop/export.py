@@ -33,14 +33,14 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     config = parse_run(meta.config, f"{found}/meta.json")
     facts = {
         "objective": config.objective.kind,
-        "steps": f"{meta.progress.step:,}",
-        "tokens read": f"{meta.progress.tokens:,}",
-        "data": meta.progress.data.get("dataset_id", "unknown"),
+        "steps": f"{meta.state.step:,}",
+        "tokens read": f"{meta.state.tokens:,}",
+        "data": meta.state.data.get("dataset_id", "unknown"),
         "rows": f"{config.data.sequence_length} tokens",
     }
     metrics = found.resolve().parent.parent / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
-    held_out = [r for r in records if r["split"] == "valid" and r["step"] <= meta.progress.step]
+    held_out = [r for r in records if r["split"] == "valid" and r["step"] <= meta.state.step]
     for key, value in held_out[-1].items() if held_out else ():
         if isinstance(value, float):
             title = f"held out at step {held_out[-1]['step']:,}, {key}"

@@ -24,7 +24,7 @@ from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.model.build import build_objective
 from electra_ds.model.weights import load_true_state, true_state
 from electra_ds.training import checkpointer
-from electra_ds.training.state import Progress
+from electra_ds.training.state import TrainingState
 
 REASONS = (  # of foreign tensors that have no place here
     (r"adam_[mv]$|(^|[/.])global_step$|^Adam|(beta[12])_power$", "optimizer state"),
@@ -106,7 +106,7 @@ def import_weights(
     write_config(out, imported, "")
     values = imported.model_dump(mode="json")
     checkpointer.save(
-        WholeWeights(whole), out / "ckpt", "0", Progress(), values, {}, weights_only=True
+        WholeWeights(whole), out / "ckpt", "0", TrainingState(), values, {}, weights_only=True
     )
     write_bytes(out / "ckpt" / "latest", b"0\n")
     write_json(out / "import.json", {"source": str(source), **account._asdict()})

@@ -76,7 +76,7 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
             if name.startswith(("embeddings.", "discriminator."))
         }
         model = ModelConfig.model_validate(meta.config["model"])
-        origin, beside = f"{found}, step {meta.progress.step}", tokenizer_of(found)
+        origin, beside = f"{found}, step {meta.state.step}", tokenizer_of(found)
     return Pretrained(
         model, state, checked_tokenizer(tokenizer or beside, model.vocab_size), origin
     )

@@ -10,7 +10,7 @@ from electra_ds.interop.import_weights import WholeWeights
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpointer
-from electra_ds.training.state import Progress
+from electra_ds.training.state import TrainingState
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY += [
@@ -60,7 +60,7 @@ def vocabulary(folder: Path) -> Path:
 
 def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) -> Path:
     """Write a checkpoint of plain weights as folder/name with the given config."""
-    progress = Progress(step=7)
+    progress = TrainingState(step=7)
     return checkpointer.save(
         WholeWeights(state), folder, name, progress, values, {}, weights_only=True
     )
