@@ -230,7 +230,7 @@ class Engine:
     @collective
     def forward_backward(
         self,
-        micro_batches: Sequence[tuple],
+        micro_batches: Sequence[Any],
         first_rows: Sequence[int],
         totals: Any,
         refuses: Callable[[float], bool] | None = None,

@@ -98,6 +98,16 @@ def copy(source: str, target: str) -> None:
         torch.distributed.barrier()
 
 
+def write_engine(name: str, values: dict) -> str:
+    """Rank 0 writes an engine file into OUTS; its path, on every rank."""
+    path = OUTS / f"{name}.json"
+    if RANKS.rank == 0:
+        path.write_text(json.dumps(values))
+    if RANKS.world_size > 1:
+        torch.distributed.barrier()
+    return str(path)
+
+
 def note(name: str, value: object) -> None:
     """Leave this rank's findings for the tests."""
     (OUTS / f"{name}-{RANKS.rank}.json").write_text(json.dumps(value))
@@ -121,8 +131,7 @@ def uninterrupted() -> None:
     for stage in (1, 2, 3):
         engine = json.loads(find_config(f"zero{stage}-fp32", "engine").read_text())
         engine["zero_optimization"]["reduce_bucket_size"] = 5000  # a third of the word table
-        (OUTS / f"buckets-z{stage}.json").write_text(json.dumps(engine))
-        assert train(f"buckets-z{stage}", str(OUTS / f"buckets-z{stage}.json")) == 0
+        assert train(f"buckets-z{stage}", write_engine(f"buckets-z{stage}", engine)) == 0
 
 
 class Collectives(TorchDispatchMode):
@@ -151,13 +160,13 @@ class Collectives(TorchDispatchMode):
 def traffic() -> None:
     """What the whole loop sends between the ends of its fourth and its fifth step, and the parameters' sizes."""
     owners = {"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": False}}
-    (OUTS / "zero1-owners.json").write_text(json.dumps(owners))
+    owners_file = write_engine("zero1-owners", owners)
     runs = [
         (f"zero{stage}-{kind}", a)
         for stage in STAGES
         for kind, a in (("fp32", 1), ("fp32", 2), ("bf16", 2))
     ]
-    runs += [("zero1-autocast", 1), (str(OUTS / "zero1-owners.json"), 1)]
+    runs += [("zero1-autocast", 1), (owners_file, 1)]
     original = Engine.step
     for engine, accumulation in runs:
         ends, shapes = [], []
