@@ -31,7 +31,7 @@ from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
-from electra_ds.training.collectives import leave, on_rank0
+from electra_ds.training.collectives import is_collective, leave, on_rank0
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
@@ -106,6 +106,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
         train.timeout_minutes,
         on_rank0,
         record,
+        is_collective,
     )
     lock = Lock(out, on_rank0)
     try:
