@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.files import fsync_folder, sha256_file, write_bytes, write_json
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training.checkpoint import (
@@ -196,3 +197,26 @@ def remove_stale(folder: Path) -> None:
     """Remove what a killed save or prune left half done. For rank 0, before anything is saved."""
     for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
         left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+
+
+def write_initial(folder: Path, state: dict[str, Tensor], config: dict) -> Path:
+    """Write folder/0, a checkpoint of weights alone, and point `latest` at it; returns folder/0.
+
+    For a single process without an engine. folder: OUT/ckpt. state: parameter name -> whole tensor
+    without padded rows, stored as fp32. config: the resolved config as JSON values.
+    Raises OSError when a file cannot be written.
+    """
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    target = folder / "0"
+    temporary = folder / f".0.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir(parents=True)
+    meta = {"format": FORMAT, "version": VERSION, **asdict(Progress())}
+    meta |= {"scaler": {}, "world_size": 1, "config": config}
+    meta["files"] = _write({"model": weights}, temporary, Ranks(0, 1, 0, 1, "none"))
+    write_json(temporary / "meta.json", meta)
+    _replace_folder(temporary, target)
+    write_bytes(folder / "latest", b"0\n")
+    return target

@@ -86,7 +86,7 @@ def figures(run, found):
         )
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def test_the_fixed_corruption_is_judged_as_sklearn_judges_it(run):
@@ -176,11 +176,11 @@ def test_the_verb_gives_the_figures_of_training(run, monkeypatch):
     assert found == pytest.approx(figures(run, batches(run)), nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def test_a_checkpoint_becomes_the_module_that_was_saved(run):
-    module, config = load_model.load_module(run.path)
+    module, config = load_model.load_objective(run.path)
     assert not module.training and config == run.config
     own = dict(run.module.named_parameters())
     for name, parameter in module.named_parameters():
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_found_from_the_run_the_folder_or_itself(run, tmp_path):
             checkpoint.find_checkpoint(path)
 
 
-# ---------------------------------------------------------------------------------------------------------- detection
+# ---------------------------------------------------------------------------------------- detection
 
 
 @pytest.fixture(scope="module")
