@@ -33,12 +33,14 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.batches import Encoded, collate, encode, epoch_batches
 from electra_ds.finetuning.config import load_finetune
 from electra_ds.finetuning.examples import read_examples
-from electra_ds.finetuning.model import layerwise
+from electra_ds.finetuning.model import TaskTotals, layerwise
 from electra_ds.finetuning.predict import classifier
 from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.hf import classifier_to_hf, hf_config
 from electra_ds.model.weights import true_state
-from electra_ds.training.engine import Engine, cpu_multiplies_bf16, leave, start
+from electra_ds.training.collectives import leave
+from electra_ds.training.engine import Engine, start
+from electra_ds.training.precision import cpu_multiplies_bf16
 
 FIXED, PER_BATCH = "HF, padded to 128", "HF, padded per batch"
 GOALS = {FIXED: (3.0, 3.8, 4.3), PER_BATCH: (1.5, 1.8, 2.0)}  # floor, target, stretch
@@ -88,7 +90,7 @@ class OurEngine(Ours):
 
     def train(self, batches: list[list[Encoded]], bf16: bool) -> None:
         for examples in batches:
-            self.engine.forward_backward([self.collate(examples)], [0], (len(examples),))
+            self.engine.forward_backward([self.collate(examples)], [0], TaskTotals(len(examples)))
             self.engine.step(1e-4)
 
 

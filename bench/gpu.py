@@ -36,7 +36,8 @@ from electra_ds.data.batch import Batch
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.reporting.memory import step_flops
-from electra_ds.training.engine import Engine, leave, start
+from electra_ds.training.collectives import leave
+from electra_ds.training.engine import Engine, start
 
 # Dense bf16 or fp16 TFLOP/s by the vendor's datasheets; the first name that the device's holds.
 PEAKS = {

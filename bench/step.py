@@ -27,7 +27,8 @@ from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.model.kernels.linear import product
 from electra_ds.reporting.memory import step_flops
-from electra_ds.training.engine import cpu_multiplies_bf16, keep_freed_memory
+from electra_ds.training.engine import keep_freed_memory
+from electra_ds.training.precision import cpu_multiplies_bf16
 
 TOKENS = 2048  # a micro-batch of packed rows
 

@@ -38,9 +38,11 @@ from electra_ds.data import shard_format
 from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Folder, open_data
 from electra_ds.model.build import build_objective
-from electra_ds.training.engine import Engine, leave, on_rank0, precision_name, start
+from electra_ds.training.collectives import leave, on_rank0
+from electra_ds.training.engine import Engine, start
+from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrain import Limits
-from electra_ds.training.state import Progress
+from electra_ds.training.state import TrainingState
 from electra_ds.training.trainer import Run
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "zero0-fp32", "zero1-fp32", "zero1-bf16")
@@ -243,7 +245,7 @@ def measure(name: str, data: Folder, out: Path, options: argparse.Namespace, dev
             config, engine, data, reader, order, out, config.train.total_steps, limits, began, lock
         )
         with open(out / "console", "w") as console, contextlib.redirect_stdout(console):
-            run.train(Progress())
+            run.train(TrainingState())
     found["loader"] = loader_seconds(run)
     engine.close()
     return found | {"logging_every": preset.every}
@@ -251,7 +253,7 @@ def measure(name: str, data: Folder, out: Path, options: argparse.Namespace, dev
 
 def loader_seconds(run: Run, steps: int = 512) -> float:
     """CPU seconds for the batch of one step, when nobody else is at work."""
-    batches, began = run._batches(Progress()), time.process_time()
+    batches, began = run._batches(TrainingState()), time.process_time()
     for _ in range(steps):
         next(batches)
     seconds = time.process_time() - began

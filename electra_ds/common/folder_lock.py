@@ -58,13 +58,21 @@ class Lock:
         )
 
     def __enter__(self) -> "Lock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the folder, on every rank; LockedOut when another job uses it."""
         while not self._from_first(
             self._take
         ):  # short turns: no rank waits longer for another than a collective may
             pass
-        return self
 
-    def __exit__(self, *_error: object) -> None:
+    def release(self) -> None:
+        """Give the folder back. A second call does nothing."""
         if self._thread.ident is None:  # another rank
             return
         self._leaving.set()

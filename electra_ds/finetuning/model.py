@@ -26,6 +26,12 @@ class TaskLoss(NamedTuple):
     total: Tensor
 
 
+class TaskTotals(NamedTuple):
+    """Counts of the whole global batch, by which the summed loss is divided."""
+
+    label_count: float
+
+
 class Classifier(nn.Module):
     """Dropout and one linear layer on [CLS], or on every token; parameters embeddings.*, discriminator.*, head.*."""
 
@@ -45,16 +51,16 @@ class Classifier(nn.Module):
         return self
 
     def forward(
-        self, batch: TaskBatch, count: float = 1.0, *, predict: bool = False
+        self, batch: TaskBatch, totals: TaskTotals = TaskTotals(1.0), *, predict: bool = False
     ) -> TaskLoss | Tensor:
-        """The loss summed over the labels and divided by count, or with predict the logits.
+        """The loss summed over the labels and divided by their count, or with predict the logits.
 
-        Logits: [N, C] (per token [B * S, C]) fp32. count: labels of the whole global batch. Cross-entropy, in
+        Logits: [N, C] (per token [B * S, C]) fp32. totals: labels of the whole global batch. Cross-entropy, in
         regression the squared error on labels in [0, 1].
         """
         embedded = self.embeddings(batch.input_ids, batch.segment_ids, batch.position_ids)
         # Behind attention the last layer works at [CLS] alone: 1 (CoLA) to 7 % (RTE) less time of Small on a CPU.
-        places = None if self.per_token else batch.first
+        places = None if self.per_token else batch.cls_positions
         seen = self.discriminator(embedded, batch.document_ids, batch.cu_seqlens, places)
         logits = (
             self.head(dropout(seen, self.dropout, self.training))
@@ -67,7 +73,7 @@ class Classifier(nn.Module):
             losses = (logits.squeeze(-1) - batch.labels) ** 2
         else:
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        return TaskLoss((losses * batch.weights).sum() / count)
+        return TaskLoss((losses * batch.weights).sum() / max(1.0, totals.label_count))
 
 
 def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:

@@ -67,21 +67,21 @@ def _export_run(source: Checkpoint, out: Path, words: Tokenizer) -> list[str]:
 
 def _run_facts(source: Checkpoint) -> dict[str, str]:
     """Facts of a pretraining run for its cards: base model, data, length, held-out metrics."""
-    config, progress = source.meta.config, source.meta.progress
+    config, state = source.meta.config, source.meta.state
     run_folder = source.folder.resolve().parent.parent
     facts = {}
     if (run_folder / "import.json").is_file():
         facts["base model"] = read_json(run_folder / "import.json", "an import's report")["source"]
     facts |= {
         "objective": config["objective"]["kind"],
-        "steps": f"{progress.step:,}",
-        "tokens read": f"{progress.tokens:,}",
-        "data": progress.data.get("dataset_id", "unknown"),
+        "steps": f"{state.step:,}",
+        "tokens read": f"{state.tokens:,}",
+        "data": state.data.get("dataset_id", "unknown"),
         "rows": f"{config['data']['sequence_length']} tokens",
     }
     metrics = run_folder / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
-    held_out = [r for r in records if r["split"] == "valid" and r["step"] <= progress.step]
+    held_out = [r for r in records if r["split"] == "valid" and r["step"] <= state.step]
     if held_out:
         last = held_out[-1]
         for key, value in last.items():

@@ -180,7 +180,7 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
         model = found.model
         prefixes = ("embeddings.", "discriminator.")
         state = {name: t for name, t in found.weights.items() if name.startswith(prefixes)}
-        origin = f"{found.folder}, step {found.meta.progress.step}"
+        origin = f"{found.folder}, step {found.meta.state.step}"
         vocabulary = checkpoint.tokenizer_of(found.folder)
     words = checked_tokenizer(tokenizer or vocabulary, model.vocab_size)
     return Pretrained(model, state, words, origin)

@@ -1,8 +1,9 @@
-"""The values handed from stage to stage. Letters: B rows, S sequence, K masked positions."""
+"""What one forward returns: losses, and the sums behind the metrics.
 
-from __future__ import annotations
+Letters: B rows, S sequence, K masked positions.
+"""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,14 +11,25 @@ from torch import Tensor
 from electra_ds.data.batch import Batch
 from electra_ds.model.kernels.vocab_head import HeadResult
 
-if TYPE_CHECKING:
-    from torch import Tensor
+BINS = 2000  # of the histogram of discriminator logits, from which the AUC is computed
+LIMIT = 20.0  # the bins divide [-LIMIT, LIMIT]
+
+
+class Totals(NamedTuple):
+    """Counts of the whole global batch, by which sums of losses are divided."""
+
+    masked_count: float  # masked positions
+    token_count: float  # real tokens
 
 
 class Counts(NamedTuple):
-    """Sums for the metrics: 0-d tensors (and one histogram), additive over micro-batches and ranks."""
+    """Sums behind the metrics: 0-d fp64 tensors and one histogram, additive over micro-batches and
+    ranks.
 
-    masked: Tensor
+    Positive means replaced. The counts of tokens are over the positions that the main loss counts.
+    """
+
+    masked: Tensor  # masked positions
     tokens: Tensor
     mlm_correct: Tensor
     sampled_correct: Tensor
@@ -25,9 +37,21 @@ class Counts(NamedTuple):
     true_positive: Tensor
     false_positive: Tensor
     false_negative: Tensor
-    histogram: (
-        Tensor  # [2, BINS]: discriminator logits of original (row 0) and replaced tokens (row 1)
-    )
+    histogram: Tensor  # [2, BINS]: discriminator logits of original (row 0) and replaced tokens
+
+    def to_vector(self) -> Tensor:
+        """All sums as one vector [COUNTS_SIZE], fp64."""
+        *scalars, histogram = self
+        return torch.cat([torch.stack(scalars), histogram.flatten()])
+
+    @classmethod
+    def from_vector(cls, vector: Tensor) -> "Counts":
+        """The inverse of `to_vector`."""
+        scalars = len(cls._fields) - 1
+        return cls(*vector[:scalars], vector[scalars:].view(2, BINS))
+
+
+COUNTS_SIZE = len(Counts._fields) - 1 + 2 * BINS
 
 
 class Losses(NamedTuple):
@@ -37,12 +61,6 @@ class Losses(NamedTuple):
     mlm_loss: Tensor  # of the generator (0 without a network); of the main encoder for kind mlm
     disc_loss: Tensor  # of the main encoder, whatever it learns; 0 for kind mlm
     counts: Counts | None
-
-
-BINS, LIMIT = (
-    2000,
-    20.0,
-)  # the histogram of discriminator logits behind the AUC: bins over [-LIMIT, LIMIT]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
 from electra_ds.model.initialization import initialize
 from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.kernels.vocab_head import HeadResult
-from electra_ds.model.losses import Losses, count
+from electra_ds.model.losses import Losses, Totals, count
 
 
 class Objective(nn.Module):
@@ -34,16 +34,15 @@ class Objective(nn.Module):
     def forward(
         self,
         batch: Batch,
-        masked_count: Tensor | float = 1.0,
-        token_count: Tensor | float = 1.0,
+        totals: Totals = Totals(1.0, 1.0),
         *,
         with_counts: bool = False,
         task: str = "losses",
     ) -> Losses | Tensor:
         """The losses of one micro-batch, or with task="discriminate" the logits [B, S] of batch.input_ids as they are.
 
-        masked_count, token_count: what the sums over masked positions and over real tokens are divided by, the counts
-        of the whole global batch (seams: normalisers are global). All losses are 0-d fp32; no host sync on devices
+        totals: counts of the whole global batch, by which the sums over masked positions and over real
+        tokens are divided. All losses are 0-d fp32. There is no host sync on devices
         other than the CPU. Everything goes through this forward because ZeRO-3 gathers parameters only there.
         """
         if task == "discriminate":
@@ -63,8 +62,8 @@ class Objective(nn.Module):
             nll = discriminator_nll(logits, is_replaced, places)
         else:
             nll = logits.sum() if options.kind == "mlm" else self.predict(corrupted, batch)
-        mlm_loss = drawn.nll / masked_count
-        disc_loss = nll / (token_count if options.counts_all_tokens else masked_count)
+        mlm_loss = drawn.nll / totals.masked_count
+        disc_loss = nll / (totals.token_count if options.counts_all_tokens else totals.masked_count)
         gen_weight, disc_weight = options.loss_weights
         total = gen_weight * mlm_loss + disc_weight * disc_loss
         counts = count(batch, drawn, logits.detach(), is_replaced, places) if with_counts else None

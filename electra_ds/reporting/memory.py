@@ -104,7 +104,7 @@ def _at_stage(stage, precision, sizes, config, world_size, zero, activations) ->
         else 0
     )
     if world_size == 1 and stage in (1, 2):
-        bucket = 0  # engine.ALONE
+        bucket = 0  # engine.SINGLE_RANK_ZERO
     buckets, update = (
         0,
         (4 + width % 4) * largest // world_size,

@@ -1,9 +1,10 @@
-"""Writing, committing and pruning of checkpoints."""
+"""Writing of checkpoints: snapshot, files beside the training, commit, pruning."""
 
 import contextlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,24 +19,20 @@ from torch import Tensor
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.files import fsync_folder, sha256_file, write_bytes, write_json
 from electra_ds.config.schema import CheckpointConfig
-from electra_ds.training.checkpoint import (
-    FORMAT,
-    MOMENTS,
-    VERSION,
-    Weights,
-    fail_on_all_ranks,
-)
-from electra_ds.training.state import Progress
+from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, VERSION, Weights, latest
+from electra_ds.training.collectives import Votes, fail_on_all_ranks
+from electra_ds.training.state import TrainingState
 
 
 class PendingCheckpoint:
-    """A checkpoint on its way: of the moment it was made, whatever the engine does since.
+    """A snapshot of the moment of its construction, not yet a checkpoint. Collective.
 
-    Made on every rank (collective): the tensors are gathered into host memory, which is the pause; from then on a
-    thread of each rank writes its files beside OUT/ckpt/NAME. `commit` makes them a checkpoint.
-    padded: parameter name -> true rows, for tensors padded in memory; the file holds the true rows.
-    weights_only: a model to carry away, not to resume: no moments, and `latest` is left alone.
-    Raises RunFailure on every rank when rank 0 cannot write; earlier checkpoints stay as they were.
+    The constructor gathers the tensors into host memory: that is the pause of the training. A thread
+    of each rank then writes its files beside OUT/ckpt/NAME. `commit` makes them a checkpoint.
+
+    padded: parameter name -> true rows, for tensors padded in memory; the files hold the true rows.
+    weights_only: a model to export or to start from: no moments, and `latest` is left alone.
+    Raises RunFailure on every rank when rank 0 cannot write; earlier checkpoints stay whole.
     """
 
     def __init__(
@@ -43,108 +40,247 @@ class PendingCheckpoint:
         engine: Weights,
         folder: Path,
         name: str,
-        progress: Progress,
-        config: dict,
+        state: TrainingState,
+        config: dict[str, Any],
         padded: dict[str, int],
         *,
         weights_only: bool = False,
     ):
-        self.target, self._engine, self._weights_only = folder / name, engine, weights_only
+        self.target = folder / name
+        self.step = state.step
+        self._engine = engine
+        self._weights_only = weights_only
         self._meta = {
             "format": FORMAT,
             "version": VERSION,
-            **asdict(progress),
+            **asdict(state),
             "scaler": engine.scaler_state(),
             "world_size": engine.ranks.world_size,
             "config": config,
         }
-        with fail_on_all_ranks(engine, f"saving {self.target}") as report:
-            tensors = _gather(engine, padded, ("master",) if weights_only else ("master", *MOMENTS))
+        kinds = ("master",) if weights_only else ("master", *MOMENTS)
+        with fail_on_all_ranks(engine.all_gather_object, f"saving {self.target}") as report:
+            tensors = _gather(engine, padded, kinds)
             if engine.ranks.rank == 0:
-                # A name of its own: an attempt that slept while another took its place disturbs nothing.
+                # A random name: two attempts that save at once, one of them after a long sleep,
+                # do not write into one folder.
                 report["temporary"] = folder / f".{name}.{secrets.token_hex(4)}.tmp"
                 report["temporary"].mkdir(parents=True)
-        self._temporary = report["everyone"][0]["temporary"]
+        self._temporary: Path = report["all_ranks"][0]["temporary"]
         writer = ThreadPoolExecutor(1, "saving")
-        self._written = writer.submit(_write, tensors, self._temporary, engine.ranks)
+        self._files = writer.submit(_write, tensors, self._temporary, engine.ranks)
         writer.shutdown(wait=False)
 
     def is_written(self) -> bool:
-        """Whether this rank's files are written, or cannot be: `commit` does not wait for this rank any more."""
-        return self._written.done()
+        """Whether this rank's thread has ended: `commit` does not wait for this rank any more."""
+        return self._files.done()
 
     def commit(self, flush: Callable[[], None] = lambda: None) -> Path:
-        """Wait for every rank's files, make the folder whole and point `latest` at it. Collective.
+        """Wait for the files of every rank, rename the folder, point `latest` at it. Collective.
 
-        flush: makes durable what `latest` must not get ahead of; OSError when it cannot.
-        Raises RunFailure on every rank when any rank could not write; earlier checkpoints stay as they were.
+        flush: makes the logs durable first, so that `latest` is never ahead of them; OSError when it
+        cannot. Raises RunFailure on every rank when any rank could not write.
         """
-        engine, target = self._engine, self.target
+        engine = self._engine
+        is_rank0 = engine.ranks.rank == 0
+        action = f"saving {self.target}"
         try:
-            with fail_on_all_ranks(engine, f"saving {target}") as report:
-                report.update(self._written.result())
+            with fail_on_all_ranks(engine.all_gather_object, action) as report:
+                report.update(self._files.result())
                 flush()
-            files = {file: facts for found in report["everyone"] for file, facts in found.items()}
-            with fail_on_all_ranks(engine, f"saving {target}"):
-                if engine.ranks.rank == 0:
+            files = {name: facts for rank in report["all_ranks"] for name, facts in rank.items()}
+            with fail_on_all_ranks(engine.all_gather_object, action):
+                if is_rank0:
                     write_json(self._temporary / "meta.json", self._meta | {"files": files})
-                    _replace_folder(self._temporary, target)
+                    _replace_folder(self._temporary, self.target)
                     if not self._weights_only:
-                        write_bytes(target.with_name("latest"), f"{target.name}\n".encode())
+                        _point_latest_at(self.target)
         finally:
-            if (
-                engine.ranks.rank == 0
-            ):  # after a failure: a half checkpoint would keep a full disk full
+            if is_rank0:  # after a failure: half a checkpoint would keep a full disk full
                 shutil.rmtree(self._temporary, ignore_errors=True)
-        return target
+        return self.target
 
 
 def save(*arguments: Any, **options: Any) -> Path:
-    """Write a checkpoint and wait for it: the arguments of `Saving`. Collective."""
+    """Write a checkpoint and wait for it. Takes the arguments of `PendingCheckpoint`. Collective."""
     return PendingCheckpoint(*arguments, **options).commit()
+
+
+class Checkpointer:
+    """Saves the training state, with at most one snapshot pending. The same calls on every rank.
+
+    config: the resolved config as JSON values, stored in each checkpoint.
+    before_write: called on rank 0 before anything is written (is the run folder still this run's?).
+    flush: see `PendingCheckpoint.commit`.
+    saved_step: the step of the checkpoint that was resumed.
+    """
+
+    def __init__(
+        self,
+        engine: Weights,
+        folder: Path,
+        rules: CheckpointConfig,
+        config: dict[str, Any],
+        padded: dict[str, int],
+        before_write: Callable[[], None] = lambda: None,
+        flush: Callable[[], None] = lambda: None,
+        saved_step: int | None = None,
+    ):
+        self._saved_step = saved_step  # of the last snapshot
+        self.on_commit: Callable[[int, float], None] = lambda step, pause_seconds: None
+        self._engine = engine
+        self._folder = folder
+        self._rules = rules
+        self._config = config
+        self._padded = padded
+        self._before_write = before_write
+        self._flush = flush
+        self._is_rank0 = engine.ranks.rank == 0
+        self._pending: PendingCheckpoint | None = None
+        self._announced: PendingCheckpoint | None = None  # the one that the last vote is about
+        self._pause_seconds = 0.0
+
+    def save(self, state: TrainingState, name: str | None = None) -> None:
+        """Take a snapshot. It is committed once every rank has reported its files as written.
+
+        name: of the checkpoint; default: the step, and nothing is done if that step is saved already.
+        With checkpoint.asynchronous = false it is committed at once. Collective.
+        """
+        if name is None and state.step == self._saved_step:
+            return
+        self.commit()
+        began = time.perf_counter()
+        if self._is_rank0:
+            self._before_write()
+        self._pending = PendingCheckpoint(
+            self._engine,
+            self._folder,
+            name or str(state.step),
+            state,
+            self._config,
+            self._padded,
+        )
+        self._saved_step = state.step
+        self._pause_seconds = time.perf_counter() - began
+        if not self._rules.asynchronous:
+            self.commit()
+
+    def save_final(self, state: TrainingState) -> None:
+        """Write the last checkpoint of the schedule under the name `final`. Collective."""
+        self.save(state, FINAL)
+        self.commit()
+
+    def is_written(self) -> bool:
+        """This rank's vote: its files of the pending snapshot are written."""
+        self._announced = self._pending
+        return self._pending is not None and self._pending.is_written()
+
+    def commit_if_written(self, votes: Votes) -> None:
+        """Commit the snapshot that the votes are about, once all ranks have written. Collective."""
+        if votes.written == self._engine.ranks.world_size and self._pending is self._announced:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the pending snapshot a checkpoint, if there is one; waits for it. Collective."""
+        if self._pending is None:
+            return
+        began = time.perf_counter()
+        pending, self._pending = self._pending, None
+        if self._is_rank0:
+            self._before_write()
+        pending.commit(self._flush if self._is_rank0 else lambda: None)
+        if self._is_rank0:
+            prune(self._folder, self._rules, pending.step)
+        self._pause_seconds += time.perf_counter() - began
+        self.on_commit(pending.step, self._pause_seconds)
+
+    def last_checkpoint(self) -> str:
+        """The path of the last checkpoint, for messages. Commits a pending one first. Collective."""
+        self.commit()
+        return str(latest(self._folder) or "none yet")
+
+
+def write_initial(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """Write folder/0, a checkpoint of weights alone, and point `latest` at it; returns folder/0.
+
+    For a single process without an engine, and for runs that start with --init-from.
+    folder: OUT/ckpt. state: parameter name -> full tensor without padded rows, stored as fp32.
+    config: the resolved config as JSON values. Raises OSError when a file cannot be written.
+    """
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    target = folder / "0"
+    temporary = folder / f".0.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir(parents=True)
+    meta = {"format": FORMAT, "version": VERSION, **asdict(TrainingState())}
+    meta |= {"scaler": {}, "world_size": 1, "config": config}
+    meta["files"] = _write({"model": weights}, temporary, Ranks(0, 1, 0, 1, "none"))
+    write_json(temporary / "meta.json", meta)
+    _replace_folder(temporary, target)
+    _point_latest_at(target)
+    return target
+
+
+def _point_latest_at(checkpoint: Path) -> None:
+    write_bytes(checkpoint.with_name("latest"), f"{checkpoint.name}\n".encode())
 
 
 def _gather(
     engine: Weights, padded: dict[str, int], kinds: tuple[str, ...]
 ) -> dict[str, dict[str, Tensor]]:
-    """Gather each tensor on all ranks, copy it on its owner; {"model": ..., "optim": ...} of this rank."""
-    owners = _owners(
-        {name: engine.shape(name).numel() for name in engine.parameters}, engine.ranks.world_size
-    )
-    weights, moments = {}, {}
+    """Gather each tensor on all ranks and copy it on its owner.
+
+    kinds: "master" and, to resume, the moments. Returns this rank's {"model": {name: tensor},
+    "optim": {kind/name: tensor}}, fp32 on the CPU.
+    """
+    sizes = {name: engine.shape(name).numel() for name in engine.parameters}
+    owners = _owners(sizes, engine.ranks.world_size)
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for name in engine.parameters:
         for kind in kinds:
-            whole = engine.full_tensor(name, kind)
-            if owners[name] == engine.ranks.rank:
-                true = whole[: padded[name]] if name in padded else whole
-                kept = true.to("cpu", torch.float32, copy=True).contiguous()
-                (weights if kind == "master" else moments)[
-                    name if kind == "master" else f"{kind}/{name}"
-                ] = kept
+            full = engine.full_tensor(name, kind)
+            if owners[name] != engine.ranks.rank:
+                continue
+            true_rows = full[: padded[name]] if name in padded else full
+            copied = true_rows.to("cpu", torch.float32, copy=True).contiguous()
+            if kind == "master":
+                weights[name] = copied
+            else:
+                moments[f"{kind}/{name}"] = copied
     return {"model": weights, "optim": moments} if len(kinds) > 1 else {"model": weights}
 
 
-def _write(tensors: dict[str, dict[str, Tensor]], folder: Path, ranks: Any) -> dict[str, dict]:
-    """Write this rank's files, durable; {file: size and sha256}. Runs beside the training: no collective in here."""
+def _write(
+    tensors: dict[str, dict[str, Tensor]], folder: Path, ranks: Any
+) -> dict[str, dict[str, Any]]:
+    """Write this rank's files durably; {file: size and sha256}.
+
+    Runs in a thread beside the training, so there is no collective in here.
+    """
     files = {}
     for prefix, part in tensors.items():
-        path = folder / f"{prefix}-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
+        name = f"{prefix}-{ranks.rank + 1:05d}-of-{ranks.world_size:05d}.safetensors"
+        path = folder / name
         try:
             save_file(part, path)
         except (
             SafetensorError
-        ) as error:  # the library hides the operating system's error, such as a full disk
+        ) as error:  # the library hides the system's error, such as a full disk
             raise OSError(f"{path}: {error}") from None
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     return files
 
 
 def _owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
-    """Parameter -> rank that writes it, largest first onto the least loaded: the same on every rank."""
-    load, owners = [0] * world_size, {}
-    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+    """Parameter -> the rank that writes it: largest first, each to the rank with least to write."""
+    load = [0] * world_size
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         owners[name] = min(range(world_size), key=load.__getitem__)
         load[owners[name]] += sizes[name]
     return owners
@@ -162,61 +298,42 @@ def _replace_folder(temporary: Path, target: Path) -> None:
 
 
 def rename_final(engine: Weights, final: Path, step: int) -> None:
-    """Give `final` back its step's name, so that a longer schedule can go on from it. Collective."""
+    """Rename `final` to its step, so that a longer schedule can continue from it. Collective."""
     engine.all_gather_object(None)  # other ranks may still read it
-    with fail_on_all_ranks(engine, f"renaming {final}"):
+    with fail_on_all_ranks(engine.all_gather_object, f"renaming {final}"):
         if engine.ranks.rank == 0:
-            os.rename(final, final.with_name(str(step)))
-            write_bytes(final.with_name("latest"), f"{step}\n".encode())
+            renamed = final.with_name(str(step))
+            os.rename(final, renamed)
+            _point_latest_at(renamed)
 
 
 def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
-    """Remove what the rules do not keep (never `final` nor the newest two); returns the names removed.
+    """Remove the checkpoints that the rules do not keep; returns the names removed.
 
-    newest: the step just saved. Later ones belong to a run that went back to an older checkpoint: they stay until it
-    gets there and overwrites them.
+    `final` and the newest two are always kept. newest: the step just saved. Later steps belong to a
+    run that went back to an older checkpoint: they stay until the run reaches and overwrites them.
     """
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    own = [step for step in steps if step <= newest]
-    kept = set(own[-rules.keep_last :]) | set(steps[len(own) :]) | set(rules.keep_steps)
+    up_to_newest = [step for step in steps if step <= newest]
+    later = steps[len(up_to_newest) :]
+    kept = {*up_to_newest[-rules.keep_last :], *later, *rules.keep_steps}
     if rules.keep_every:
         kept |= {step for step in steps if step % rules.keep_every == 0}
     removed = [str(step) for step in steps if step not in kept]
     for name in removed:
-        doomed = folder / f".{name}.old"
-        shutil.rmtree(doomed, ignore_errors=True)  # what a crash left here
-        with contextlib.suppress(OSError):  # what cannot be removed stays
-            os.rename(
-                folder / name, doomed
-            )  # gone at once under its name, so that nobody reads a half
-        shutil.rmtree(doomed, ignore_errors=True)
+        trash = folder / f".{name}.old"
+        shutil.rmtree(trash, ignore_errors=True)  # left by a crash
+        with contextlib.suppress(OSError):  # a folder that cannot be removed stays
+            # The rename comes first, so that a reader never sees half of a checkpoint.
+            os.rename(folder / name, trash)
+        shutil.rmtree(trash, ignore_errors=True)
     return removed
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what a killed save or prune left half done. For rank 0, before anything is saved."""
-    for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
-        left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
-
-
-def write_initial(folder: Path, state: dict[str, Tensor], config: dict) -> Path:
-    """Write folder/0, a checkpoint of weights alone, and point `latest` at it; returns folder/0.
-
-    For a single process without an engine. folder: OUT/ckpt. state: parameter name -> whole tensor
-    without padded rows, stored as fp32. config: the resolved config as JSON values.
-    Raises OSError when a file cannot be written.
-    """
-    weights = {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in state.items()
-    }
-    target = folder / "0"
-    temporary = folder / f".0.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir(parents=True)
-    meta = {"format": FORMAT, "version": VERSION, **asdict(Progress())}
-    meta |= {"scaler": {}, "world_size": 1, "config": config}
-    meta["files"] = _write({"model": weights}, temporary, Ranks(0, 1, 0, 1, "none"))
-    write_json(temporary / "meta.json", meta)
-    _replace_folder(temporary, target)
-    write_bytes(folder / "latest", b"0\n")
-    return target
+    """Remove what a killed save or prune left. Called on rank 0 before anything is saved."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)

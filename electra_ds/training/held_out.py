@@ -1,11 +1,12 @@
-"""How good is a checkpoint? Held-out rows, the same places and random numbers for every checkpoint of a data folder."""
+"""Evaluation of held-out rows: losses, rates, and detection of a fixed corruption."""
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
@@ -14,54 +15,64 @@ from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import Recipe
 from electra_ds.model.kernels.attention import document_cu_seqlens
-from electra_ds.model.losses import BINS, Counts, histogram
+from electra_ds.model.losses import BINS, COUNTS_SIZE, Counts, histogram
 from electra_ds.training.metrics import auc, metrics_of_kind, rates, share
+
+SUMMED_KEYS = ("tokens", "chosen")  # metrics that are sums, not means
 
 
 def evaluate(
-    module: nn.Module,
+    module: Any,
     batches: Iterable[tuple[Batch, np.ndarray]],
     unigrams: np.ndarray,
     special_ids: SpecialIds,
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, float]:
-    """Held-out losses and rates, against the run's own generator and against a fixed corruption.
+    """Held-out losses and rates, with the run's own generator and with a fixed corruption.
 
-    module: an `Objective` in eval mode, under no_grad. unigrams: [V] training counts, behind the fixed
-    corruption and behind `unigram_loss`, the cross-entropy a model without context would have.
-    Losses are in nats per masked position (mlm) and per token that the kind's main loss counts (disc); the figures of the
-    own generator are over the same tokens, those of the fixed corruption over all. What a kind has not is left out.
+    module: an `Objective` in eval mode, under no_grad.
+    batches: (batch, row numbers), as `evaluation_batches` yields them.
+    unigrams: [V] token counts of the training rows, for the fixed corruption and for
+    `unigram_loss`, the cross-entropy of a model without context.
+    Losses are in nats per masked position (mlm) and per token that the main loss counts (disc).
+    Rates of the own generator are over these tokens, those of the fixed corruption over all.
+    Metrics that a kind of objective does not have are left out.
     """
-    smoothed = np.log((unigrams + 1.0) / (unigrams.sum() + len(unigrams)))
-    log_unigram = torch.from_numpy(smoothed).to(device)
-    sums = torch.zeros(
-        3 + 8 + 2 * BINS, dtype=torch.float64, device=device
-    )  # mlm, disc, unigram, counts
+    log_unigrams = _log_unigrams(unigrams).to(device)
+    losses_sum = torch.zeros(3, dtype=torch.float64, device=device)  # mlm, disc, unigram
+    counts_sum = torch.zeros(COUNTS_SIZE, dtype=torch.float64, device=device)
     fixed = torch.zeros(2, BINS, dtype=torch.float64, device=device)
-    for rows_of, rows in batches:
-        batch = rows_of._replace(cu_seqlens=document_cu_seqlens(rows_of.document_ids)).map(
-            lambda tensor: tensor.to(device)
-        )
-        losses = module(batch, 1.0, 1.0, with_counts=True)
+    for cpu_batch, rows in batches:
+        with_lengths = cpu_batch._replace(cu_seqlens=document_cu_seqlens(cpu_batch.document_ids))
+        batch = with_lengths.map(lambda tensor: tensor.to(device))
+        losses = module(batch, with_counts=True)
         targets = batch.input_ids.gather(1, batch.masked_positions)
-        unigram = -(log_unigram[targets] * batch.masked_weights).sum()
-        scalars = torch.stack(
-            [losses.mlm_loss.double(), losses.disc_loss.double(), unigram, *losses.counts[:8]]
-        )
-        sums += torch.cat([scalars, losses.counts.histogram.flatten()])
+        unigram = -(log_unigrams[targets] * batch.masked_weights).sum()
+        losses_sum += torch.stack([losses.mlm_loss.double(), losses.disc_loss.double(), unigram])
+        counts_sum += losses.counts.to_vector()
         if module.objective.detects:
-            corrupted, is_replaced = fixed_corruption(rows_of, rows, unigrams, special_ids)
+            corrupted, is_replaced = fixed_corruption(cpu_batch, rows, unigrams, special_ids)
             logits = module(batch._replace(input_ids=corrupted.to(device)), task="discriminate")
-            fixed += histogram(logits, is_replaced.to(device), (batch.document_ids > 0).double())
-    figures = _metrics(
-        sum_over_ranks(sums.cpu()), sum_over_ranks(fixed.cpu()), module.objective.counts_all_tokens
+            real = (batch.document_ids > 0).double()
+            fixed += histogram(logits, is_replaced.to(device), real)
+    metrics = _metrics(
+        sum_over_ranks(losses_sum.cpu()),
+        Counts.from_vector(sum_over_ranks(counts_sum.cpu())),
+        sum_over_ranks(fixed.cpu()),
+        module.objective.counts_all_tokens,
     )
-    return metrics_of_kind(figures, module.objective)
+    return metrics_of_kind(metrics, module.objective)
+
+
+def _log_unigrams(unigrams: np.ndarray) -> Tensor:
+    """Log probabilities [V] fp64 of the training tokens, with one added to each count."""
+    smoothed = (unigrams + 1.0) / (unigrams.sum() + len(unigrams))
+    return torch.from_numpy(np.log(smoothed))
 
 
 def evaluate_sources(
-    module: nn.Module,
+    module: Any,
     held_out: dict[str, HeldOut],
     recipe: Recipe,
     device: torch.device,
@@ -72,63 +83,72 @@ def evaluate_sources(
     world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, float]:
-    """`evaluate` on at most `max_rows` rows of each source, as source/figure; plain figures are those of the mixture.
+    """`evaluate` on at most `max_rows` rows of each source, as source/metric.
 
-    That is the mean over the sources by their shares in training, so that it compares with the training's own figures
-    and does not depend on how many rows a source holds out; tokens and chosen are sums.
+    Metrics without a source are those of the mixture: the mean over the sources by their shares in
+    training. So they compare with the metrics of training and do not depend on how many rows a
+    source holds out. Tokens and masked positions are summed.
     """
-    figures, place = (
-        {},
-        {"batch_rows": batch_rows, "rank": rank, "world_size": world_size, "max_rows": max_rows},
-    )
-    for name, (rows, unigrams, _) in held_out.items():
-        batches = evaluation_batches(rows, recipe, **place)
-        figures[name] = evaluate(
-            module, batches, unigrams, recipe.special_ids, device, sum_over_ranks
+    by_source: dict[str, dict[str, float]] = {}
+    for name, source in held_out.items():
+        batches = evaluation_batches(
+            source.rows,
+            recipe,
+            batch_rows=batch_rows,
+            rank=rank,
+            world_size=world_size,
+            max_rows=max_rows,
         )
-    whole = sum(source.share for source in held_out.values())
-    weights = {name: source.share / whole for name, source in held_out.items()}
-    found = {
+        by_source[name] = evaluate(
+            module, batches, source.unigrams, recipe.special_ids, device, sum_over_ranks
+        )
+    total_share = sum(source.share for source in held_out.values())
+    weights = {name: source.share / total_share for name, source in held_out.items()}
+    mixture = {
         key: sum(
-            own[key] * (1.0 if key in ("tokens", "chosen") else weights[name])
-            for name, own in figures.items()
+            metrics[key] * (1.0 if key in SUMMED_KEYS else weights[name])
+            for name, metrics in by_source.items()
         )
-        for key in next(iter(figures.values()))
+        for key in next(iter(by_source.values()))
     }
-    return found | {
+    named = {
         f"{name}/{key}": value
-        for name, own in figures.items()
+        for name, metrics in by_source.items()
         if name
-        for key, value in own.items()
+        for key, value in metrics.items()
     }
+    return mixture | named
 
 
-def _metrics(sums: Tensor, fixed: Tensor, counts_all_tokens: bool) -> dict[str, float]:
-    mlm, disc, unigram, chosen, tokens = sums[:5].tolist()
+def _metrics(
+    losses: Tensor, counts: Counts, fixed: Tensor, counts_all_tokens: bool
+) -> dict[str, float]:
+    """Metrics of summed losses [3] (mlm, disc, unigram), counts, and the histogram `fixed`."""
+    mlm, disc, unigram = losses.tolist()
+    masked, tokens = float(counts.masked), float(counts.tokens)
     if not tokens:
         raise UserError(
             "the held-out split has no rows: prepare the data with a larger --valid-fraction"
         )
-    found = rates(Counts(*sums[3:11], sums[11:].view(2, BINS)))
-    half = BINS // 2  # logits above 0 say replaced
-    hits, alarms, misses = (
-        fixed[1, half:].sum().item(),
-        fixed[0, half:].sum().item(),
-        fixed[1, :half].sum().item(),
-    )
+    own = rates(counts)
+    half = BINS // 2  # a logit above 0 predicts replaced
+    hits = float(fixed[1, half:].sum())
+    false_alarms = float(fixed[0, half:].sum())
+    misses = float(fixed[1, :half].sum())
     return {
-        "mlm_loss": mlm / chosen,
-        "unigram_loss": unigram / chosen,
-        "disc_loss": disc / (tokens if counts_all_tokens else chosen),
-        "base_rate_loss": _entropy(found["replaced_fraction"]),
-        **found,
+        "mlm_loss": mlm / masked,
+        "unigram_loss": unigram / masked,
+        "disc_loss": disc / (tokens if counts_all_tokens else masked),
+        "base_rate_loss": _entropy(own["replaced_fraction"]),
+        **own,
         "fixed_auc": auc(fixed),
-        "fixed_precision": share(hits, hits + alarms),
+        "fixed_precision": share(hits, hits + false_alarms),
         "fixed_recall": share(hits, hits + misses),
         "tokens": tokens,
-        "chosen": chosen,
+        "chosen": masked,
     }
 
 
-def _entropy(share: float) -> float:
-    return -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
+def _entropy(probability: float) -> float:
+    """Entropy of a coin, in nats: the loss of a constant prediction at the base rate."""
+    return -sum(p * math.log(p) for p in (probability, 1 - probability) if p > 0)

@@ -1,7 +1,4 @@
-"""What is said of a loss: counts on the device, and the rates that people read.
-
-Letters: B rows, S sequence, K masked positions.
-"""
+"""Metrics of summed counts: accuracies, precision, recall, AUC."""
 
 import math
 
@@ -12,38 +9,43 @@ from electra_ds.model.losses import Counts
 
 
 def share(part: float, whole: float) -> float:
-    """part / whole; nan of nothing."""
+    """part / whole; NaN if whole is 0."""
     return part / whole if whole else math.nan
 
 
-def auc(filled: Tensor) -> float:
-    """Area under the ROC curve of a histogram [2, BINS]; pairs in one bin count half. nan without both labels."""
-    original, replaced = filled.double().cpu()
+def auc(histogram: Tensor) -> float:
+    """Area under the ROC curve of a histogram [2, BINS] of original and replaced tokens.
+
+    Pairs in one bin count half. NaN without tokens of both labels.
+    """
+    original, replaced = histogram.double().cpu()
     below = original.cumsum(0) - original / 2
     pairs = original.sum() * replaced.sum()
     return share(float((replaced * below).sum()), float(pairs))
 
 
-def rates(sums: Counts) -> dict[str, float]:
-    """Readable metrics of summed counts; nan where a class is empty. Positive means replaced."""
-    chosen, tokens, mlm_correct, sampled_correct, replaced, tp, fp, fn = (
-        float(value) for value in sums[:8]
-    )
+def rates(counts: Counts) -> dict[str, float]:
+    """Metrics of summed counts by key; NaN where a class is empty. Positive means replaced."""
+    masked, tokens = float(counts.masked), float(counts.tokens)
+    replaced = float(counts.replaced)
     original = tokens - replaced
+    true_positive = float(counts.true_positive)
+    false_positive = float(counts.false_positive)
+    false_negative = float(counts.false_negative)
     return {
-        "mlm_accuracy": share(mlm_correct, chosen),
-        "sampled_accuracy": share(sampled_correct, chosen),
+        "mlm_accuracy": share(float(counts.mlm_correct), masked),
+        "sampled_accuracy": share(float(counts.sampled_correct), masked),
         "replaced_fraction": share(replaced, tokens),
-        "disc_auc": auc(sums.histogram),
-        "disc_precision": share(tp, tp + fp),
-        "disc_recall": share(tp, tp + fn),
-        "disc_accuracy": share(tokens - fp - fn, tokens),
-        "disc_accuracy_original": share(original - fp, original),
+        "disc_auc": auc(counts.histogram),
+        "disc_precision": share(true_positive, true_positive + false_positive),
+        "disc_recall": share(true_positive, true_positive + false_negative),
+        "disc_accuracy": share(tokens - false_positive - false_negative, tokens),
+        "disc_accuracy_original": share(original - false_positive, original),
     }
 
 
 def metrics_of_kind(values: dict[str, float], options: ObjectiveConfig) -> dict[str, float]:
-    """values without the figures that do not exist for this kind of objective."""
+    """`values` without the metrics that do not exist for this kind of objective."""
 
     def exists(key: str) -> bool:
         if key.startswith("mlm_"):

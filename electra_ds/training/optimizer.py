@@ -1,46 +1,56 @@
-"""How do weights move? Parameter groups, the schedule, and Adam with or without bias correction."""
+"""Parameter groups, and Adam with or without bias correction."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from electra_ds.config.schema import OptimizerConfig
+from electra_ds.config.schema import AdamConfig
 
-# 1 - beta**step is exactly 1.0 in fp32 from here on, so torch's fused kernel applies no bias correction (tested).
+# From this step on 1 - beta**step is exactly 1.0 in fp32, so torch's fused kernel applies no bias
+# correction (tested).
 NO_BIAS_CORRECTION_STEP = 2**20
 
 
 def parameter_groups(
     module: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
-) -> list[dict]:
-    """Decayed parameters (matrices, embeddings included) apart from plain ones (biases and LayerNorm, all vectors).
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer: matrices and embeddings decay; biases and LayerNorms do not.
 
-    lr_scale: parameter name -> factor of its learning rate; each factor has groups of its own, under that key.
+    lr_scale: parameter name -> factor of its learning rate; each factor has groups of its own, which
+    hold it under the key "lr_scale".
     """
-    groups: dict[tuple, dict] = {}
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        is_plain, scale = parameter.ndim < 2, lr_scale(name)
-        group = {"params": [], "weight_decay": 0.0 if is_plain else weight_decay, "lr_scale": scale}
-        if parameter.requires_grad:
-            groups.setdefault((is_plain, scale), group)["params"].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        is_vector, scale = parameter.ndim < 2, lr_scale(name)
+        group = groups.setdefault(
+            (is_vector, scale),
+            {
+                "params": [],
+                "weight_decay": 0.0 if is_vector else weight_decay,
+                "lr_scale": scale,
+            },
+        )
+        group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW whose state can start past bias correction (ELECTRA, appendix A: Adam without it).
+    """torch's fused AdamW whose state can start past bias correction (ELECTRA, appendix A).
 
-    State is made here, not lazily in torch, since ZeRO swaps the parameters after construction.
+    The state is made here and not in torch, since ZeRO swaps the parameters after construction.
     """
 
-    def __init__(self, groups: list[dict], config: OptimizerConfig):
-        # lr 0: some DeepSpeed stages run a dummy step inside initialize, which must move nothing.
-        super().__init__(
-            groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+    def __init__(self, groups: list[dict[str, Any]], config: AdamConfig):
+        # lr 0: some DeepSpeed stages run a step inside initialize, which must move nothing.
+        betas = (config.beta1, config.beta2)
+        super().__init__(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
         self.bias_correction = config.bias_correction
 
-    def _init_group(self, group: dict, *args, **kwargs):
+    def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         for parameter in group["params"]:
             if parameter.grad is not None and not self.state[parameter]:
                 make_state(self, parameter, 0, self.bias_correction)
@@ -53,8 +63,11 @@ def make_state(
     applied_steps: int,
     bias_correction: bool,
 ) -> None:
-    """Set fresh moments and the step count of one parameter (a flat shard under ZeRO) that has seen `applied_steps`."""
-    step = applied_steps + (0 if bias_correction else NO_BIAS_CORRECTION_STEP)
+    """Set zero moments and the step count of one parameter (under ZeRO: of one flat shard).
+
+    applied_steps: steps that the run has applied so far.
+    """
+    step: Any = applied_steps + (0 if bias_correction else NO_BIAS_CORRECTION_STEP)
     if isinstance(optimizer, torch.optim.AdamW):
         step = torch.tensor(float(step), device=parameter.device)
     optimizer.state[parameter] = {

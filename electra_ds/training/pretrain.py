@@ -1,9 +1,10 @@
-"""The verb pretrain: resume, next batch, forward and backward, vote, step, log, evaluate, save; leave together."""
+"""The verb `pretrain`: meet the other ranks, set up or resume a run, train, leave together."""
 
 import contextlib
 import functools
 import shutil
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,103 @@ from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.config.engine_files import load_engine
+from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import RunConfig
+from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Data, open_data
+from electra_ds.data.loader import Loader, consumed_rows_from_state
+from electra_ds.data.masking import Recipe, recipe_for
+from electra_ds.data.rows import RowOrder, Rows
+from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
+from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.objective import Objective
-from electra_ds.training import checkpoint, checkpointer
-from electra_ds.training.engine import (
-    Engine,
-    leave,
-    on_rank0,
-    start,
-)
-from electra_ds.training.trainer import Limits, Run, _say
+from electra_ds.model.weights import padded_rows
+from electra_ds.training import checkpoint
+from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
+from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
+from electra_ds.training.collectives import leave, on_rank0
+from electra_ds.training.engine import Engine, start
+from electra_ds.training.precision import precision_name
+from electra_ds.training.pretrainer import Pretrainer, Schedule
+from electra_ds.training.run_logger import Logger, RunLogger
+from electra_ds.training.state import TrainingState
+from electra_ds.training.stop_requests import StopRequests
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an attempt ends before its schedule does, and where its weights come from.
+
+    asked: reasons to stop at the next vote; signal handlers append to it.
+    """
+
+    stop_at_step: int | None = None
+    max_minutes: float | None = None
+    extend: bool = False
+    init_from: Path | None = None
+    asked: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a run in their order, and how a row becomes a row of a batch."""
+
+    source: Data
+    reader: Rows
+    row_order: RowOrder
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run: what is known once the ranks have met."""
+
+    config: RunConfig
+    data: TrainingData
+    out: Path
+    ranks: Ranks
+    limits: Limits
+    lock: Lock
+    began: float  # time.monotonic()
+    total_steps: int
+
+    def print(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.ranks.rank == 0:
+            with contextlib.suppress(OSError):  # the console may be a file on a full disk
+                print(text, flush=True)
 
 
 def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limits: Limits) -> int:
-    """The verb: meet the other ranks, run, leave together; returns the exit code (0 done, 85 saved and stopped).
+    """Meet the other ranks, train, leave together. Called on every rank.
 
-    Raises UserError or RunFailure; what went first is left in OUT/error-rank-N.json.
+    Returns the exit code: 0 the schedule is complete, 85 saved and stopped.
+    Raises UserError or RunFailure; the first failure is left in OUT/error-rank-N.json.
     """
+    train = config.train
     record = functools.partial(run_folder.record_error, out)
     try:
-        device = start(ranks, config.train.timeout_minutes, config.train.deterministic)
+        device = start(ranks, train.timeout_minutes, train.deterministic)
     except BaseException as error:
-        if not owner_of(out)[0]:  # such as a port that the run at work in OUT has
+        if not owner_of(out)[0]:  # else the folder belongs to a run that continues
             record(ranks.rank, error)
         raise
-    run_folder.on_stop_signal(
-        limits.asked.append
-    )  # earlier a signal ends a rank at once: it may wait for lost ones
-    train = config.train
-    watchdog = Watchdog(ranks, train.silence_seconds, train.timeout_minutes, on_rank0, record)
-    with (
-        contextlib.ExitStack() as held,
-        watchdog,
-    ):  # the lock stays until it is recorded who went first
-        code = pretrain_on_ranks(config, data, out, ranks, device, limits, held)
+    # Before the ranks have met, a signal ends a rank at once: the others might never come.
+    run_folder.on_stop_signal(limits.asked.append)
+    watchdog = Watchdog(
+        ranks,
+        train.silence_seconds,
+        train.timeout_minutes,
+        on_rank0,
+        record,
+    )
+    lock = Lock(out, on_rank0)
+    try:
+        with watchdog:
+            code = pretrain_on_ranks(config, data, out, ranks, device, limits, lock)
+    finally:
+        lock.release()  # after the watchdog has recorded the first failure
     leave()
     return code
 
@@ -62,73 +124,279 @@ def pretrain_on_ranks(
     ranks: Ranks,
     device: torch.device,
     limits: Limits,
-    held: contextlib.ExitStack | None = None,
+    lock: Lock | None = None,
 ) -> int:
-    """Train among ranks that have met, until the schedule ends or a stop is agreed on. Resumes what OUT holds.
+    """Train on ranks that have met. Resumes what OUT holds. Collective.
 
-    held: keeps OUT's lock after an error, until it is closed; by default the lock is given back at once.
-    Raises UserError for mistakes of the user, RunFailure for a run that cannot go on; on every rank.
+    lock: of OUT; the caller releases it after an error. Without one, it is released here.
+    Returns the exit code. Raises UserError or RunFailure on every rank.
     """
     began = time.monotonic()
-    data = open_data(data)
-    manifest = data.manifest
+    source = open_data(data)
+    tokenizer = source.manifest.tokenizer
     config = config.with_data(
-        manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length
+        tokenizer.vocab_size, tokenizer.special_ids, source.manifest.sequence_length
     )
-    config = config.model_copy(update={"engine": load_engine(config.engine)})
-    reader, row_order = data.training(config.train.seed, config.train.global_batch_size)
-    total_steps = config.total_steps(reader.rows)
-    with contextlib.nullcontext(held) if held else contextlib.ExitStack() as held:
-        lock = held.enter_context(Lock(out, on_rank0))
-        if on_rank0(lambda: run_folder.is_done(out)) and not limits.extend:
-            _say(ranks, f"{out} is finished; to go on, raise train.total_steps and give --extend")
-            return run_folder.DONE
-        if lock.took_over:
-            _say(ranks, f"{out}/lock: taken over from {lock.took_over}")
-        on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
-        engine = Engine(_objective(config), config, config.engine, ranks, device)
-        nodes = run_folder.open_folder(out, ranks.rank, engine.all_gather_object)
-        run_folder.open_log(out, ranks)
-        on_rank0(lambda: checkpointer.remove_stale(out / "ckpt"))
-        _check_data_is_one(data, engine, nodes)
-        run = Run(config, engine, data, reader, row_order, out, total_steps, limits, began, lock)
-        progress = run.resume()
-        attempt = {"nodes": nodes, "launcher": ranks.launcher, "world_size": ranks.world_size}
-        on_rank0(lambda: _describe(out, config, data, total_steps=total_steps, **attempt))
-        done = run.train(progress)
-    held.close()
-    engine.close()  # after the lock is given back: the first rank to leave may take rank 0 down
-    return run_folder.DONE if done else run_folder.stop_exit_code()
+    engine_config = load_engine(config.engine)
+    config = config.model_copy(update={"engine": engine_config})
+    training_data = _training_data(config, source)
+    total_steps = config.total_steps(training_data.reader.rows)
+    held = lock or Lock(out, on_rank0)
+    attempt = Attempt(config, training_data, out, ranks, limits, held, began, total_steps)
+    try:
+        held.acquire()
+        return _run(attempt, engine_config, device)
+    finally:
+        if lock is None:
+            held.release()
 
 
-def _describe(out: Path, config: RunConfig, data: Data, **attempt: Any) -> None:
-    (out / "done").unlink(missing_ok=True)
-    run_folder.write_config(out, config, data.manifest.dataset_id, **attempt)
-    if data.tokenizer.is_dir():  # so that the run folder alone is enough for detect and export
-        shutil.copytree(data.tokenizer, out / "tokenizer", dirs_exist_ok=True)
+def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) -> int:
+    """Build the engine, resume, train, and close. Returns the exit code."""
+    config, out, lock = attempt.config, attempt.out, attempt.lock
+    if on_rank0(lambda: run_folder.is_done(out)) and not attempt.limits.extend:
+        attempt.print(f"{out} is finished; to continue, raise train.total_steps and give --extend")
+        return run_folder.DONE
+    if lock.took_over:
+        attempt.print(f"{out}/lock: taken over from {lock.took_over}")
+    on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+    engine = Engine(_objective(config), config, engine_config, attempt.ranks, device)
+    nodes = run_folder.open_folder(out, attempt.ranks.rank, engine.all_gather_object)
+    run_folder.open_log(out, attempt.ranks)
+    on_rank0(lambda: remove_stale(out / "ckpt"))
+    _check_same_data(attempt.data.source, engine, nodes)
+    resumed = _resume(attempt, engine)
+    on_rank0(lambda: _write_description(attempt, nodes))
+    is_complete = _train(attempt, engine, resumed)
+    lock.release()  # before the engine closes: the first rank to leave may take rank 0 down
+    engine.close()
+    return run_folder.DONE if is_complete else run_folder.stop_exit_code()
 
 
-def _check_data_is_one(data: Data, engine: Engine, nodes: list[str]) -> None:
-    """Each node may have a copy of its own. UserError on every rank when they differ."""
-    found = dict(zip(engine.all_gather_object(data.manifest.dataset_id), nodes, strict=True))
-    if len(found) > 1:
-        listed = ", ".join(f"{dataset_id} on {node}" for dataset_id, node in found.items())
-        raise UserError(
-            f"--data is not the same for all ranks: dataset_id {listed}; copy the same data to every node"
-        )
-
-
-def _count_failures(out: Path, limit: int, silent: str) -> None:
-    found = checkpoint.latest(out / "ckpt")
-    run_folder.count_failures(
-        out, checkpoint.read_meta(found).progress.step if found else 0, limit, silent
-    )
+def _training_data(config: RunConfig, source: Data) -> TrainingData:
+    train, objective = config.train, config.objective
+    reader, row_order = source.training(train.seed, train.global_batch_size)
+    begins_word = None
+    if objective.masking != "token":
+        begins_word = load_tokenizer(source.tokenizer).begins_word()
+    recipe = recipe_for(source.manifest, objective, train.seed, begins_word)
+    return TrainingData(source, reader, row_order, recipe)
 
 
 def _objective(config: RunConfig) -> Objective:
-    # Built whole on every rank from the same seed: zero.Init would silently skip our initialisation.
+    # Built whole on every rank from the same seed: DeepSpeed's zero.Init would skip the
+    # initialization without an error.
     objective = build_objective(config, config.train.seed)
     objective.recompute_layers(config.train.activation_checkpointing)
     if config.train.compile:
         objective.compile_layers()
     return objective
+
+
+# ----------------------------------------------------------------------------------- resuming
+
+
+def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
+    """Load OUT's latest checkpoint; None for a new run. Collective.
+
+    With --init-from a new run starts from the weights of another one. UserError when the checkpoint
+    belongs to another config or other data.
+    """
+    limits, config = attempt.limits, attempt.config
+    padded = padded_rows(engine.module)
+    found = on_rank0(lambda: checkpoint.latest(attempt.out / "ckpt"))
+    if found is None:
+        if limits.init_from is not None:
+            source = find_checkpoint(limits.init_from)
+            _check_same_vocabulary(source, attempt.data.source.tokenizer)
+            checkpoint.load(engine, source, padded, weights_only=True)
+            attempt.print(f"weights of {source}; new schedule, position 0")
+        return None
+    meta = checkpoint.read_meta(found)
+    science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), config)
+    if limits.extend:
+        lengths = ("train.total_steps:", "train.epochs:")
+        science = [line for line in science if not line.startswith(lengths)]
+    if science:
+        raise UserError(
+            f"{found} was trained with another config: {'; '.join(science)}. Take the old values "
+            "back, choose another --out, or start from its weights with --init-from"
+        )
+    consumed_rows_from_state(meta.state.data, attempt.data.reader, attempt.data.row_order)
+    checkpoint.load(engine, found, padded)
+    if limits.extend and found.name == checkpoint.FINAL:
+        rename_final(engine, found, meta.state.step)
+    changed = f"; now {', '.join(machine)}" if machine else ""
+    attempt.print(f"resuming {found} at step {meta.state.step}{changed}")
+    return meta.state
+
+
+def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:
+    """UserError when two vocabularies differ. Those of one size would fit each other's tables."""
+    tokenizer = tokenizer_of(checkpoint_path)
+    if not tokenizer.is_dir() or not data_tokenizer.is_dir():
+        return
+    if load_tokenizer(tokenizer).names != load_tokenizer(data_tokenizer).names:
+        raise UserError(
+            f"--init-from {checkpoint_path}: its vocabulary ({tokenizer}) is not that of the data "
+            f"({data_tokenizer}); prepare with that one"
+        )
+
+
+def _count_failures(out: Path, limit: int, silent: str) -> None:
+    newest = checkpoint.latest(out / "ckpt")
+    step = checkpoint.read_meta(newest).state.step if newest else 0
+    run_folder.count_failures(out, step, limit, silent)
+
+
+def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:
+    """UserError on every rank when nodes have different copies of the data. Collective."""
+    dataset_ids = engine.all_gather_object(source.manifest.dataset_id)
+    node_of = dict(zip(dataset_ids, nodes, strict=True))
+    if len(node_of) > 1:
+        listed = ", ".join(f"{dataset_id} on {node}" for dataset_id, node in node_of.items())
+        raise UserError(
+            f"--data is not the same for all ranks: dataset_id {listed}; "
+            "copy the same data to every node"
+        )
+
+
+def _write_description(attempt: Attempt, nodes: list[str]) -> None:
+    """config.json and the tokenizer: the run folder alone is enough for detect and export."""
+    out, source = attempt.out, attempt.data.source
+    (out / "done").unlink(missing_ok=True)
+    run_folder.write_config(
+        out,
+        attempt.config,
+        source.manifest.dataset_id,
+        total_steps=attempt.total_steps,
+        nodes=nodes,
+        launcher=attempt.ranks.launcher,
+        world_size=attempt.ranks.world_size,
+    )
+    if source.tokenizer.is_dir():
+        shutil.copytree(source.tokenizer, out / "tokenizer", dirs_exist_ok=True)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> bool:
+    """Train until the schedule ends or a stop; returns whether it ended. Collective."""
+    loader = _loader(attempt, engine, resumed.consumed_rows if resumed else 0)
+    state = resumed or TrainingState(data=loader.state(0))
+    with _open_logger(attempt, state.step) as logger:
+        for line in _start_lines(attempt, engine, state.step):
+            logger.say(line)
+        checkpointer = Checkpointer(
+            engine,
+            attempt.out / "ckpt",
+            attempt.config.checkpoint,
+            attempt.config.model_dump(mode="json"),
+            padded_rows(engine.module),
+            before_write=attempt.lock.beat,
+            flush=logger.flush,
+            saved_step=resumed.step if resumed else None,
+        )
+        pretrainer = _pretrainer(attempt, engine, loader, checkpointer, logger, state)
+        state = pretrainer.run(state)
+        is_complete = pretrainer.finish(state)
+        loader.close()
+        reason = "" if is_complete else pretrainer.stop_reason(state)
+        facts = {"step": state.step, "total_steps": attempt.total_steps, "reason": reason}
+        on_rank0(lambda: run_folder.finish(attempt.out, is_complete, facts))
+        ended = "finished" if is_complete else "stopped and saved"
+        why = f" ({reason})" if reason else ""
+        logger.say(f"{ended} at step {state.step}{why}: {checkpointer.last_checkpoint()}")
+    return is_complete
+
+
+def _loader(attempt: Attempt, engine: Engine, consumed_rows: int) -> Loader:
+    train, data = attempt.config.train, attempt.data
+    return Loader(
+        data.reader,
+        data.row_order,
+        data.recipe,
+        rank=attempt.ranks.rank,
+        world_size=attempt.ranks.world_size,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        consumed_rows=consumed_rows,
+        pin_memory=engine.device.type == "cuda",
+        transform=_with_bounds if engine.device.type == "cuda" else None,
+    )
+
+
+def _with_bounds(batch: Batch) -> Batch:
+    return batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids).pin_memory())
+
+
+def _open_logger(attempt: Attempt, step: int) -> Logger:
+    """Rank 0's logger, and loggers without output on the others. Collective."""
+    train = attempt.config.train
+    epochs = attempt.total_steps * train.global_batch_size / attempt.data.reader.rows
+    opened: list[Logger] = []
+
+    def open_files() -> None:
+        tensorboard = attempt.config.logging.tensorboard
+        opened.append(RunLogger(attempt.out, step, attempt.total_steps, epochs, tensorboard))
+
+    on_rank0(open_files)
+    return opened[0] if opened else Logger()
+
+
+def _pretrainer(
+    attempt: Attempt,
+    engine: Engine,
+    loader: Loader,
+    checkpointer: Checkpointer,
+    logger: Logger,
+    state: TrainingState,
+) -> Pretrainer:
+    limits, total_steps = attempt.limits, attempt.total_steps
+    last_step = min(total_steps, limits.stop_at_step or total_steps)
+    is_rank0 = attempt.ranks.rank == 0
+    return Pretrainer(
+        attempt.config,
+        engine,
+        loader,
+        attempt.data.source.held_out(),
+        attempt.data.recipe,
+        Schedule(total_steps, last_step, attempt.data.reader.rows),
+        checkpointer,
+        logger,
+        StopRequests(attempt.out, is_rank0, limits.asked, attempt.began, limits.max_minutes),
+        attempt.lock,
+        state,
+        attempt.began,
+    )
+
+
+def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
+    """What a run prints before its first step."""
+    config, ranks = attempt.config, attempt.ranks
+    train = config.train
+    precision = precision_name(engine.deepspeed_config)
+    lines = [
+        f"{engine.parameter_count():,} parameters, {ranks.world_size} rank(s) under "
+        f"{ranks.launcher}, ZeRO {engine.stage}, {precision}; a step is "
+        f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
+        f"({engine.accumulation} x {train.micro_batch_size} a rank); "
+        f"{attempt.total_steps} steps, from step {step}"
+    ]
+    offloads = "offload_optimizer" in engine.deepspeed_config.get("zero_optimization", {})
+    is_half = precision in ("bf16", "fp16")
+    if ranks.world_size == 1 and engine.stage and not is_half and not offloads:
+        name = "zero0-fp32" if precision == "fp32" else "zero0"
+        lines.append(
+            f"ZeRO {engine.stage} divides nothing on one rank: "
+            f"--engine {name} is faster and smaller"
+        )
+    rows = attempt.total_steps * train.global_batch_size
+    parts = [
+        f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs"
+        for name, part in attempt.data.source.portions.items()
+    ]
+    if parts:
+        lines.append(f"mixture: {'; '.join(parts)}")
+    return lines

@@ -1,7 +1,4 @@
-"""What does a run say while it runs? A console line, metrics.jsonl and TensorBoard, continuous across resumes.
-
-metrics.jsonl: the first line names the schema; every other one is {"step", "split": "train" | "valid", numbers}.
-"""
+"""Output of a run: console lines, metrics.jsonl and TensorBoard, continuous across resumes."""
 
 import contextlib
 import json
@@ -21,32 +18,61 @@ from electra_ds.training.metrics_file import SCHEMA, TRAIN, read_metrics, summar
 TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard's names where they are not SPLIT/KEY
 
 
-class RunLogger:
-    """The three outputs of a run; rank 0 owns one. Use as a context manager."""
+class Logger:
+    """A logger without output, for the ranks above 0. `RunLogger` is that of rank 0."""
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def train(self, step: int, values: dict[str, float], seconds_left: float) -> None:
+        """Log one interval of training."""
+
+    def valid(self, step: int, values: dict[str, float]) -> None:
+        """Log one held-out evaluation; metrics of a mixture's sources are called source/metric."""
+
+    def saved(self, step: int, pause_seconds: float) -> None:
+        """Log for how long the checkpoint of `step` paused the training."""
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+
+    def flush(self) -> None:
+        """Make what was logged durable; OSError when it cannot be."""
+
+
+class RunLogger(Logger):
+    """Console, OUT/metrics.jsonl and OUT/tensorboard. Use as a context manager."""
 
     def __init__(
         self, out: Path, step: int, total_steps: int, total_epochs: float | None, tensorboard: bool
     ):
-        """step: where the run continues; later records of an earlier attempt are cut away."""
-        self._cut_back(out / "metrics.jsonl", step)
-        self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        """step: where the run continues; later records of an earlier attempt are removed."""
+        _remove_later_records(out / "metrics.jsonl", step)
+        self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (see __exit__)
         self._unwritten = b""
-        self._writer = None
+        self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             threading.excepthook = _except_tensorboard
-            self._writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self._console = Console(soft_wrap=True)
         self._epochs = f"/{total_epochs:.4g}" if total_epochs else ""
-        columns = (
+        self._bar = Progress(
             "{task.description}",
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             "ETA",
             TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("pretrain", total=total_steps, completed=step)
 
     def __enter__(self) -> "RunLogger":
@@ -55,9 +81,8 @@ class RunLogger:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        with contextlib.suppress(
-            OSError
-        ):  # the last checkpoint's flush had all that a resume keeps
+        # The flush before the last checkpoint wrote everything that a resume keeps.
+        with contextlib.suppress(OSError):
             self.flush()
         self._file.close()
         self._tensorboard(lambda writer: writer.close())
@@ -72,58 +97,62 @@ class RunLogger:
         )
 
     def valid(self, step: int, values: dict[str, float]) -> None:
-        """Log one held-out evaluation; figures of a mixture's sources are called source/figure."""
+        """Log one held-out evaluation; metrics of a mixture's sources are called source/metric."""
         self._record(step, "valid", values)
-        for source in dict.fromkeys(key.rpartition("/")[0] for key in values):
-            own = {
-                key.rpartition("/")[2]: value
-                for key, value in values.items()
-                if key.rpartition("/")[0] == source
-            }
-            self.say(f"step {step}  held out{source and f', {source}'}: {summary(own)}")
+        sources: dict[str, dict[str, float]] = {}
+        for key, value in values.items():
+            source, _, name = key.rpartition("/")
+            sources.setdefault(source, {})[name] = value
+        for source, metrics in sources.items():
+            title = f"held out, {source}" if source else "held out"
+            self.say(f"step {step}  {title}: {summary(metrics)}")
 
     def saved(self, step: int, pause_seconds: float) -> None:
-        """How long the training stood still for the checkpoint of `step`; metrics.jsonl has the sum of an interval."""
-        self._tensorboard(
-            lambda writer: writer.add_scalar("checkpoint/pause_seconds", pause_seconds, step)
-        )
+        """Log for how long a checkpoint paused the training, to TensorBoard.
+
+        metrics.jsonl has the sum of an interval.
+        """
+        tag = "checkpoint/pause_seconds"
+        self._tensorboard(lambda writer: writer.add_scalar(tag, pause_seconds, step))
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         self._bar.update(self._task, completed=step)
 
     def say(self, text: str) -> None:
-        """One line for people, above the progress bar."""
-        with contextlib.suppress(
-            OSError, SystemExit
-        ):  # a file on a full disk; a pipe nobody reads: rich would leave
+        """Print one line above the progress bar."""
+        # The console may be a file on a full disk, or a closed pipe, for which rich exits.
+        with contextlib.suppress(OSError, SystemExit):
             self._console.print(text, highlight=False, markup=False)
 
     def flush(self) -> None:
-        """Make what was logged durable, before a checkpoint points past it; OSError when it cannot be."""
+        """Make what was logged durable, before a checkpoint points past it. OSError if it fails."""
         self._write()
         os.fsync(self._file.fileno())
         self._tensorboard(lambda writer: writer.flush())
 
     def _record(self, step: int, split: str, values: dict[str, float]) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._unwritten += (json.dumps({"step": step, "split": split, **finite}) + "\n").encode()
+        record = {"step": step, "split": split, **finite}
+        self._unwritten += (json.dumps(record) + "\n").encode()
         try:
             self._write()
         except OSError as error:
             self.say(
-                f"step {step}: not logged yet, tried again with the next line and by the next checkpoint: {error}"
+                f"step {step}: not logged yet, retried with the next line and by the next "
+                f"checkpoint: {error}"
             )
         for key, value in values.items():
-            tag = TAGS.get(key, f"{split}/{key}")
-            self._tensorboard(
-                lambda writer, tag=tag, value=value: writer.add_scalar(tag, value, step)
-            )
+            self._add_scalar(TAGS.get(key, f"{split}/{key}"), value, step)
+
+    def _add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._tensorboard(lambda writer: writer.add_scalar(tag, value, step))
 
     def _write(self) -> None:
         try:
-            while self._unwritten:  # a disk that gets full takes a part
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            while self._unwritten:  # a disk that fills up accepts a part
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
         except OSError as error:
             error.filename = self._file.name
             raise
@@ -132,18 +161,20 @@ class RunLogger:
         try:
             if self._writer is not None:
                 act(self._writer)
-        except OSError as error:  # it repeats metrics.jsonl: nothing to stop for
+        except OSError as error:  # it repeats metrics.jsonl, so the run continues
             self._writer = None
-            self.say(f"TensorBoard's file is given up until the next start: {error}")
+            self.say(f"TensorBoard's file is not written any more until the next start: {error}")
 
-    def _cut_back(self, path: Path, step: int) -> None:
-        found = read_metrics(path) if path.exists() and path.stat().st_size else []
-        records = (SCHEMA, *(record for record in found if record["step"] <= step))
-        write_bytes(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+def _remove_later_records(path: Path, step: int) -> None:
+    records = read_metrics(path) if path.exists() and path.stat().st_size else []
+    kept = [SCHEMA, *(record for record in records if record["step"] <= step)]
+    write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def _except_tensorboard(failure: threading.ExceptHookArgs) -> None:
-    # The thread that writes its file hands the error on; the traceback that it prints beside would say it twice.
+    # The thread that writes TensorBoard's file passes its error on to the caller. The traceback that
+    # it prints as well would repeat it.
     if not type(failure.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(failure)
 

@@ -1,22 +1,45 @@
-"""Training state: what a checkpoint holds beside tensors."""
+"""Training state: everything that a checkpoint holds beside tensors."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a run stands, the same on every rank, plus the sums of the open logging interval.
+class TrainingState:
+    """How far a run is, the same on every rank. The fields are keys of meta.json.
 
-    step: applied optimizer steps. skipped: attempts that were not applied; the position counts both.
-    tokens: real tokens of all attempts. data: the state of the rows (kind, version, dataset_id, position, ...).
-    interval: per rank, what the next log line has summed so far (continued only at the same world size).
-    recent_losses: what guard.Guard measures the next loss against.
+    step: applied optimizer steps.
+    skipped: attempts whose update was not applied (fp16 overflow, bad losses).
+    skipped_in_a_row: such attempts since the last applied step.
+    tokens: real tokens of all attempts.
+    data: state of the data order (kind, version, dataset_id, position = consumed rows, ...).
+    interval: per rank, sums of losses and of steps since the last report.
+    recent_losses: the losses against which a spike is measured (`spike_guard`).
     """
 
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     tokens: int = 0
-    data: dict = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     interval: list[list[float]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
+
+    @property
+    def attempts(self) -> int:
+        """Applied and skipped steps: they decide which batch is next."""
+        return self.step + self.skipped
+
+    @property
+    def consumed_rows(self) -> int:
+        """Training rows of all attempts."""
+        return self.data.get("position", 0)
+
+    def advanced(self, applied: bool, **changes: Any) -> "TrainingState":
+        """The state after one more attempt. Rows are consumed in any case; a step counts if applied."""
+        if applied:
+            changes |= {"step": self.step + 1, "skipped_in_a_row": 0}
+        else:
+            in_a_row = self.skipped_in_a_row + 1
+            changes |= {"skipped": self.skipped + 1, "skipped_in_a_row": in_a_row}
+        return replace(self, **changes)

@@ -299,7 +299,7 @@ class Chain:
                 meta = checkpoint.read_meta(found)
                 checkpoint.check_content(found, meta)
                 assert all(value.isfinite().all() for _, value in checkpoint.tensors(found, meta))
-                self.position = meta.progress.data["position"]
+                self.position = meta.state.data["position"]
         except UserError as error:
             print(error)
             return 1

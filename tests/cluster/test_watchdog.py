@@ -83,8 +83,8 @@ def saved(out: Path) -> int:
     """The step of the latest checkpoint, which is whole."""
     found = checkpoint.latest(out / "ckpt")
     meta = checkpoint.read_meta(found)
-    assert dict(checkpoint.tensors(found, meta)) and int(found.name) == meta.progress.step
-    return meta.progress.step
+    assert dict(checkpoint.tensors(found, meta)) and int(found.name) == meta.state.step
+    return meta.state.step
 
 
 def cause(out: Path) -> str:

@@ -16,7 +16,7 @@ from electra_ds.config import engine_files, loading
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, load_run, parse_run
 from electra_ds.config.schema import RunConfig
-from electra_ds.training import engine
+from electra_ds.training import precision
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -432,33 +432,36 @@ def test_auto_precision_follows_the_device(monkeypatch):
         {"bf16": {"enabled": "auto"}, "steps_per_print": 1},
     )
     for able, expected in ((True, "bf16 autocast"), (False, "fp32")):
-        monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda able=able: able)
-        resolved = engine.precision(file, cpu)
-        assert engine.precision_name(resolved) == expected and "bf16" not in resolved
+        monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda able=able: able)
+        resolved = precision.resolve_precision(file, cpu)
+        assert precision.precision_name(resolved) == expected and "bf16" not in resolved
         assert resolved["steps_per_print"] == 1
     for able, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able
         )
-        assert engine.precision_name(engine.precision(file, gpu)) == expected
+        assert precision.precision_name(precision.resolve_precision(file, gpu)) == expected
         assert (
-            engine.precision_name(engine.precision({"fp16": {"enabled": "auto"}}, gpu)) == expected
+            precision.precision_name(
+                precision.resolve_precision({"fp16": {"enabled": "auto"}}, gpu)
+            )
+            == expected
         )
     assert file == {"bf16": {"enabled": "auto"}, "steps_per_print": 1}
 
 
 def test_a_precision_that_is_written_is_not_second_guessed(monkeypatch):
-    monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     for kind, name in (("bf16", "bf16"), ("torch_autocast", "bf16 autocast")):
-        resolved = engine.precision({kind: {"enabled": True}}, torch.device("cpu"))
-        assert resolved == {kind: {"enabled": True}} and engine.precision_name(resolved) == name
-    assert engine.precision_name(engine.precision({}, torch.device("cpu"))) == "fp32"
+        resolved = precision.resolve_precision({kind: {"enabled": True}}, torch.device("cpu"))
+        assert resolved == {kind: {"enabled": True}} and precision.precision_name(resolved) == name
+    assert precision.precision_name(precision.resolve_precision({}, torch.device("cpu"))) == "fp32"
 
 
 def test_fp16_on_a_cpu_is_refused_with_what_to_write():
     with pytest.raises(UserError, match=r'"bf16": {"enabled": "auto"}'):
-        engine.precision({"fp16": {"enabled": True}}, torch.device("cpu"))
-    engine.precision({"fp16": {"enabled": False}}, torch.device("cpu"))
+        precision.resolve_precision({"fp16": {"enabled": True}}, torch.device("cpu"))
+    precision.resolve_precision({"fp16": {"enabled": False}}, torch.device("cpu"))
 
 
 def test_parse_run_names_where_the_config_came_from():

@@ -24,7 +24,7 @@ from electra_ds.interop import load_model
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint, checkpointer, held_out
-from electra_ds.training.state import Progress
+from electra_ds.training.state import TrainingState
 
 SETTINGS = [
     "model.hidden_size=32",
@@ -59,7 +59,12 @@ def save(module, config, folder, name="10"):
         scaler_state=dict,
     )
     return checkpointer.save(
-        weights, folder, name, Progress(10), config.model_dump(mode="json"), padded_rows(module)
+        weights,
+        folder,
+        name,
+        TrainingState(10),
+        config.model_dump(mode="json"),
+        padded_rows(module),
     )
 
 
@@ -114,7 +119,7 @@ def test_losses_are_means_over_masked_positions_and_real_tokens(run):
     counts = read_unigrams(run.data, 600)
     for batch, _ in batches(run):
         with torch.no_grad():
-            losses = run.module(batch, 1.0, 1.0)
+            losses = run.module(batch)
         mlm, disc = mlm + float(losses.mlm_loss), disc + float(losses.disc_loss)
         masked += float(batch.masked_weights.sum())
         tokens += float((batch.document_ids > 0).sum())

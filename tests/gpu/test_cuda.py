@@ -21,8 +21,8 @@ from electra_ds.model.kernels.attention import (
 )
 from electra_ds.model.kernels.vocab_head import sample_tokens
 from electra_ds.training import checkpoint
-from electra_ds.training.engine import precision
 from electra_ds.training.metrics_file import TIMED, read_metrics
+from electra_ds.training.precision import resolve_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
@@ -225,7 +225,7 @@ def test_every_precision_learns_at_every_stage(
 @needs_cuda
 def test_auto_is_bf16_where_the_device_has_it() -> None:
     has = torch.cuda.is_bf16_supported(including_emulation=False)
-    assert precision({"bf16": {"enabled": "auto"}}, torch.device("cuda")) == {
+    assert resolve_precision({"bf16": {"enabled": "auto"}}, torch.device("cuda")) == {
         ("bf16" if has else "fp16"): {"enabled": True}
     }
 

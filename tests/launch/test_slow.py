@@ -10,6 +10,7 @@ import pytest
 import torch
 from running import CPU, ROOT, run_cli
 
+from electra_ds.model.losses import Totals
 from electra_ds.training.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -90,13 +91,13 @@ def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
 
     def pass_through() -> int:
         for batch in (packed, full):
-            losses = module.train()(batch, 12, 70)
+            losses = module.train()(batch, Totals(12, 70))
             losses.total.backward()
             assert (
                 losses.total.isfinite()
             )  # torch 2.13's inductor made NaN of bernoulli_ beside a bias
             with torch.no_grad():
-                module.eval()(batch, 12, 70)
+                module.eval()(batch, Totals(12, 70))
         return counters["stats"]["unique_graphs"]
 
     assert (

@@ -87,14 +87,14 @@ def own(encoder, **options):
 
 def test_forward_gets_what_it_names_and_logits_at_every_place_will_do():
     module, batch = own(Bag(101)), make_batch()
-    losses = module(batch, *counts_of(batch), with_counts=True)
+    losses = module(batch, counts_of(batch), with_counts=True)
     for part in (module.generator, module.discriminator.module):
         assert part.given.keys() == {"token_type_ids", "position_ids"}  # **others is no wish
         assert part.given["position_ids"] is batch.position_ids
     losses.total.backward()
     assert all(p.grad.any() for p in module.parameters()) and losses.counts.masked == 11
     only = own(None, generator="uniform")
-    assert torch.isfinite(only(batch, *counts_of(batch)).total) and [
+    assert torch.isfinite(only(batch, counts_of(batch)).total) and [
         n for n, _ in only.named_parameters()
     ] == ["discriminator.module.table.weight"]
     with pytest.raises(UserError, match="the generator has 99 tokens, the data 101"):

@@ -11,7 +11,7 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.kernels.attention import document_cu_seqlens
-from electra_ds.model.losses import BINS, histogram
+from electra_ds.model.losses import BINS, Totals, histogram
 from electra_ds.model.objective import ElectraObjective, mask_input, put
 from electra_ds.training.metrics import auc
 
@@ -59,7 +59,7 @@ def part(batch: Batch, rows) -> Batch:
 
 
 def counts_of(batch: Batch):
-    return batch.masked_weights.sum(), (batch.document_ids > 0).sum()
+    return Totals(batch.masked_weights.sum(), (batch.document_ids > 0).sum())
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_step_on_a_device_reads_nothing_back(pieces, with_counts, monkeypatch)
     batch = batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids)).map(
         lambda value: value.to("meta")
     )
-    losses = module.to("meta")(batch, 12, 70, with_counts=with_counts)
+    losses = module.to("meta")(batch, Totals(12, 70), with_counts=with_counts)
     losses.total.backward()
     assert losses.total.device.type == "meta" and all(
         p.grad is not None for p in module.parameters()
@@ -98,7 +98,7 @@ def test_masking_hides_the_chosen_places_that_do_not_keep_their_token():
 def test_losses_are_the_definition_written_out():
     module, batch = build(), make_batch()
     masked_count, token_count = counts_of(batch)
-    losses = module(batch, masked_count, token_count)
+    losses = module(batch, Totals(masked_count, token_count))
 
     hidden = module.generator(
         module.embeddings(mask_input(batch, IDS.mask), batch.segment_ids, batch.position_ids),
@@ -126,7 +126,7 @@ def test_micro_batches_add_up_under_the_counts_of_the_whole_batch():
     batch, grads, sums = make_batch(), [], []
     for slices in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
         module = build()
-        parts = [module(part(batch, rows), *counts_of(batch), with_counts=True) for rows in slices]
+        parts = [module(part(batch, rows), counts_of(batch), with_counts=True) for rows in slices]
         sum(losses.total for losses in parts).backward()
         grads.append([p.grad for p in module.parameters()])
         sums.append(
@@ -140,7 +140,7 @@ def test_micro_batches_add_up_under_the_counts_of_the_whole_batch():
 
 def test_a_batch_without_any_chosen_place_has_a_loss_of_zero_for_the_generator():
     module, batch = build(), part(make_batch(), slice(3, 4))
-    losses = module(batch, 7, counts_of(batch)[1])
+    losses = module(batch, Totals(7, counts_of(batch).token_count))
     losses.total.backward()
     assert float(losses.mlm_loss) == 0 and torch.isfinite(losses.total)
     assert not module.generator_head.dense.weight.grad.any()
@@ -149,18 +149,18 @@ def test_a_batch_without_any_chosen_place_has_a_loss_of_zero_for_the_generator()
 def test_padding_reaches_no_loss():
     module, batch = build(), make_batch()
     other = batch._replace(input_ids=torch.where(batch.document_ids > 0, batch.input_ids, 77))
-    assert torch.equal(module(batch, 9, 9).total, module(other, 9, 9).total)
+    assert torch.equal(module(batch, Totals(9, 9)).total, module(other, Totals(9, 9)).total)
 
 
 def test_the_same_batch_gives_the_same_bits():
     module, batch = build(), make_batch()
-    first, second = module(batch, 9, 9, with_counts=True), module(batch, 9, 9)
+    first, second = module(batch, Totals(9, 9), with_counts=True), module(batch, Totals(9, 9))
     assert torch.equal(first.total, second.total)
 
 
 def test_no_gradient_passes_through_the_samples():
     module, batch = build(gen_weight=0.0), make_batch()
-    module(batch, *counts_of(batch)).total.backward()
+    module(batch, counts_of(batch)).total.backward()
     for name, p in module.named_parameters():
         if name.startswith("generator"):
             assert not p.grad.any(), name
@@ -169,7 +169,7 @@ def test_no_gradient_passes_through_the_samples():
 
 def test_options_change_what_they_say_and_nothing_else():
     batch = make_batch()
-    args = batch, *counts_of(batch)
+    args = batch, counts_of(batch)
     plain, weighted, hot = (
         build(**o)(*args)
         for o in ({}, {"gen_weight": 2.0, "disc_weight": 3.0}, {"temperature": 9.0})
@@ -191,7 +191,7 @@ def test_recomputed_layers_give_the_same_bits(bf16):
         module.recompute_layers(recompute)
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = module(batch, *counts_of(batch)).total
+            loss = module(batch, counts_of(batch)).total
         loss.backward()
         found.append([loss, *(p.grad for p in module.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -214,13 +214,13 @@ def test_discriminate_is_reached_through_forward():
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "autocast"])
 def test_half_precisions_give_fp32_losses_near_those_of_fp32(kind):
     module, batch = build().eval(), make_batch()
-    exact = module(batch, *counts_of(batch))
+    exact = module(batch, counts_of(batch))
     if kind == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
-            losses = module(batch, *counts_of(batch), with_counts=True)
+            losses = module(batch, counts_of(batch), with_counts=True)
     else:
         losses = module.to({"bf16": torch.bfloat16, "fp16": torch.float16}[kind])(
-            batch, *counts_of(batch), with_counts=True
+            batch, counts_of(batch), with_counts=True
         )
     losses.total.backward()
     assert all(value.dtype == torch.float32 for value in losses[:3])
@@ -232,7 +232,7 @@ def test_broken_weights_give_a_loss_that_is_not_finite_and_no_crash():
     module, batch = build(), make_batch()
     with torch.no_grad():
         module.embeddings.norm.weight[0] = float("nan")
-    losses = module(batch, *counts_of(batch), with_counts=True)
+    losses = module(batch, counts_of(batch), with_counts=True)
     losses.total.backward()
     assert not torch.isfinite(losses.total)
 
@@ -245,7 +245,7 @@ def test_counts_are_what_counting_by_hand_gives():
     batch.input_ids[0, batch.masked_positions[0]] = 50  # and a generator that has learned to say 50
     with torch.no_grad():
         module.generator_head.bias[50] = 30.0
-    counts = module(batch, 9, 9, with_counts=True).counts
+    counts = module(batch, Totals(9, 9), with_counts=True).counts
     drawn = module.generate(mask_input(batch, IDS.mask), batch, with_best=True)
     corrupted = put(batch.input_ids, batch.masked_positions, drawn.sampled, batch.masked_weights)
     real, replaced = batch.document_ids > 0, corrupted != batch.input_ids

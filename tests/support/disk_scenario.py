@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from scenarios import OUTS, RANKS, note, train
 
 from electra_ds.training import checkpointer
-from electra_ds.training.engine import Engine, leave
+from electra_ds.training.collectives import leave
+from electra_ds.training.engine import Engine
 
 SETS = ["logging.tensorboard=true"]
 FILLED = OUTS / "filled"

@@ -18,6 +18,7 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.data.masking import max_masked
 from electra_ds.model.build import build_objective
+from electra_ds.model.losses import Totals
 from electra_ds.reporting.memory import PRECISIONS, memory
 from electra_ds.training.engine import Engine, start
 
@@ -83,7 +84,7 @@ def engine_memory(config: RunConfig, ranks: Ranks, device: torch.device) -> dict
 
     def forward_backward():
         micro_batches = config.accumulation(ranks.world_size)
-        engine.forward_backward([batch] * micro_batches, [0] * micro_batches, (1.0, 1.0))
+        engine.forward_backward([batch] * micro_batches, [0] * micro_batches, Totals(1.0, 1.0))
         gc.collect()
 
     before = held()

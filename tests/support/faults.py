@@ -51,7 +51,7 @@ def meet() -> None:
 
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.cluster.watchdog import Watchdog
-    from electra_ds.training.engine import on_rank0
+    from electra_ds.training.collectives import on_rank0
 
     ranks = find_ranks()
     dist.init_process_group("gloo")
@@ -84,7 +84,7 @@ def refuse() -> None:
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.cluster.watchdog import Watchdog
     from electra_ds.common.errors import UserError
-    from electra_ds.training.engine import on_rank0
+    from electra_ds.training.collectives import on_rank0
 
     ranks = find_ranks()
     dist.init_process_group("gloo")

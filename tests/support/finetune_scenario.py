@@ -10,9 +10,10 @@ from pathlib import Path
 
 from electra_ds.cluster.launchers import find_ranks
 from electra_ds.config.loading import parse_config
-from electra_ds.finetuning import finetune
+from electra_ds.finetuning import finetune, seed
 from electra_ds.finetuning.config import FinetuneConfig
-from electra_ds.training.engine import Engine, leave, start
+from electra_ds.training.collectives import leave
+from electra_ds.training.engine import Engine, start
 
 MODEL, TASKS, OUT = map(Path, sys.argv[1:])
 RANKS = find_ranks()
@@ -44,21 +45,21 @@ def run(
 
 def interrupted(name: str, task: str, **train) -> None:
     """The same in two attempts: the first one is asked to stop in the middle of its second epoch."""
-    untouched = finetune.Seed._steps
+    untouched = seed.Seed.after_attempt
 
-    def signalled(self, progress):
-        progress = untouched(self, progress)
-        if progress.step == 18:  # of 39, 13 an epoch
+    def signalled(self, *arguments):
+        state = untouched(self, *arguments)
+        if state.step == 18:  # of 39, 13 an epoch
             os.kill(os.getpid(), signal.SIGTERM)
-        return progress
+        return state
 
-    finetune.LOOK_STEPS, finetune.Seed._steps = 5, signalled
+    seed.Seed.after_attempt = signalled
     try:
         run(name, task, **train)
         raise AssertionError("the signal was not heard")
-    except finetune.Stopped:
+    except seed.Stopped:
         assert not (OUT / name / task / "seed-0" / "result.json").exists()
-    finetune.Seed._steps = untouched
+    seed.Seed.after_attempt = untouched
     run(name, task, **train)
 
 
@@ -79,8 +80,7 @@ def check_schedule() -> None:
     """Rates warm up and fall, and fall from the head to the embeddings; epochs have orders of their own; every label
     of the global batch is counted."""
     groups = []
-    steps, micro_batches = recorded(Engine, "step"), recorded(finetune.Seed, "_micro_batches")
-    after = recorded(finetune.Seed, "_after_epoch")
+    steps, attempts = recorded(Engine, "step"), recorded(seed.Seed, "after_attempt")
     untouched = Engine.step
 
     def look(self, lr):
@@ -92,11 +92,7 @@ def check_schedule() -> None:
 
     Engine.step = look
     run("schedule", "words", epochs=2.0, peak_lr=1e-3)
-    Engine.step, finetune.Seed._micro_batches, finetune.Seed._after_epoch = (
-        steps[0],
-        micro_batches[0],
-        after[0],
-    )
+    Engine.step, seed.Seed.after_attempt = steps[0], attempts[0]
     rates = [arguments[0] for arguments, _ in steps[1:]]
     assert (
         rates[0] == 0
@@ -104,22 +100,22 @@ def check_schedule() -> None:
         and rates[-1] < 0.05 * max(rates)
     ), rates
     assert groups[1] == {1.0, 0.9, 0.81, 0.729}, groups[1]
-    batches = [arguments[0].tolist() for arguments, _ in micro_batches[1:]]
+    batches = [arguments[1].examples.tolist() for arguments, _ in attempts[1:]]
     orders = [
         [i for batch in batches[part] for i in batch] for part in (slice(13), slice(13, None))
     ]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(200))
     assert all(
-        count == sum(int(micro.weights.sum()) for micro in found)
-        for _, (found, _, count) in micro_batches[1:]
+        totals.label_count == sum(int(micro.weights.sum()) for micro in batch.micro_batches)
+        for (_, batch, totals, *_), _ in attempts[1:]
     )
 
 
 def check_best() -> None:
     """The kept weights are those of the epoch with the highest dev score."""
-    calls = recorded(finetune.Seed, "_score")
+    calls = recorded(seed.Seed, "_score")
     run("best", "classes", select="best", keep="all", peak_lr=0.02, epochs=5.0)
-    finetune.Seed._score = calls[0]
+    seed.Seed._score = calls[0]
     scores = [found[0]["accuracy"] for arguments, found in calls[1:] if arguments == ("valid",)]
     assert len(set(scores[:-1])) > 1 and scores[-1] == max(scores[:-1]), scores
 

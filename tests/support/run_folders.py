@@ -11,7 +11,7 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpointer
-from electra_ds.training.state import Progress
+from electra_ds.training.state import TrainingState
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY += [
@@ -82,9 +82,14 @@ def vocabulary(folder: Path) -> Path:
 
 def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) -> Path:
     """Write a checkpoint of weights alone as folder/name with a config."""
-    progress = Progress(step=7)
     return checkpointer.save(
-        SingleProcessWeights(state), folder, name, progress, values, {}, weights_only=True
+        SingleProcessWeights(state),
+        folder,
+        name,
+        TrainingState(step=7),
+        values,
+        {},
+        weights_only=True,
     )
 
 

@@ -34,9 +34,10 @@ from electra_ds.data.loader import READ_TOKENS, Loader
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.reporting.status import status
-from electra_ds.training import checkpointer, spike_guard, trainer
+from electra_ds.training import checkpointer, spike_guard, stop_requests
 from electra_ds.training import engine as engine_module
-from electra_ds.training.engine import Engine, leave, start
+from electra_ds.training.collectives import leave
+from electra_ds.training.engine import Engine, start
 from electra_ds.training.pretrain import Limits, pretrain_on_ranks
 
 STEPS, CUT = 20, 7
@@ -97,6 +98,16 @@ def copy(source: str, target: str) -> None:
         torch.distributed.barrier()
 
 
+def write_engine(name: str, values: dict) -> str:
+    """Rank 0 writes an engine file into OUTS; its path, on every rank."""
+    path = OUTS / f"{name}.json"
+    if RANKS.rank == 0:
+        path.write_text(json.dumps(values))
+    if RANKS.world_size > 1:
+        torch.distributed.barrier()
+    return str(path)
+
+
 def note(name: str, value: object) -> None:
     """Leave this rank's findings for the tests."""
     (OUTS / f"{name}-{RANKS.rank}.json").write_text(json.dumps(value))
@@ -120,8 +131,7 @@ def uninterrupted() -> None:
     for stage in (1, 2, 3):
         engine = json.loads(find_config(f"zero{stage}-fp32", "engine").read_text())
         engine["zero_optimization"]["reduce_bucket_size"] = 5000  # a third of the word table
-        (OUTS / f"buckets-z{stage}.json").write_text(json.dumps(engine))
-        assert train(f"buckets-z{stage}", str(OUTS / f"buckets-z{stage}.json")) == 0
+        assert train(f"buckets-z{stage}", write_engine(f"buckets-z{stage}", engine)) == 0
 
 
 class Collectives(TorchDispatchMode):
@@ -150,13 +160,13 @@ class Collectives(TorchDispatchMode):
 def traffic() -> None:
     """What the whole loop sends between the ends of its fourth and its fifth step, and the parameters' sizes."""
     owners = {"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": False}}
-    (OUTS / "zero1-owners.json").write_text(json.dumps(owners))
+    owners_file = write_engine("zero1-owners", owners)
     runs = [
         (f"zero{stage}-{kind}", a)
         for stage in STAGES
         for kind, a in (("fp32", 1), ("fp32", 2), ("bf16", 2))
     ]
-    runs += [("zero1-autocast", 1), (str(OUTS / "zero1-owners.json"), 1)]
+    runs += [("zero1-autocast", 1), (owners_file, 1)]
     original = Engine.step
     for engine, accumulation in runs:
         ends, shapes = [], []
@@ -418,7 +428,7 @@ def signals_and_files() -> None:
         "signal": act("signal", signal_self(signal.SIGUSR1)),
         "term": act("term", signal_self(signal.SIGTERM)),
     }
-    trainer.LOOK_SECONDS = 0.0
+    stop_requests.LOOK_SECONDS = 0.0
     found["stop-file"] = act("stop-file", touch("STOP", "stop-file"))
     found["save-file"] = act("save-file", touch("SAVE", "save-file"))
     note("stops", found)
@@ -452,7 +462,10 @@ def half_precision_overflow() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    original, engine_module.precision = engine_module.precision, lambda config, device: config
+    original, engine_module.resolve_precision = (
+        engine_module.resolve_precision,
+        lambda config, device: config,
+    )
     scaler = {
         "enabled": True,
         "loss_scale": 0,
@@ -472,7 +485,7 @@ def half_precision_overflow() -> None:
         passed_over(f"passed-fp16-z{stage}", str(engine))
         assert train(f"spiked-fp16-z{stage}", str(engine), *GUARDED, stop_at_step=CUT) in (0, 85)
         assert spoiled(f"spiked-fp16-z{stage}", str(engine), *GUARDED, attempt=1, rank=0) in (0, 85)
-    engine_module.precision = original
+    engine_module.resolve_precision = original
 
 
 def needed_memory() -> None:
@@ -551,10 +564,10 @@ def alone() -> None:
         note(f"reads-z{stage}", sorted(found))
     DeepSpeedEngine.allreduce_gradients = reduce
     note("reduced-at", sorted(set(reduced)))
-    switches, engine_module.ALONE = engine_module.ALONE, {}
+    switches, engine_module.SINGLE_RANK_ZERO = engine_module.SINGLE_RANK_ZERO, {}
     for stage in (1, 2):
         assert train(f"as-many-z{stage}", f"zero{stage}-fp32", *sets) == 0
-    engine_module.ALONE = switches
+    engine_module.SINGLE_RANK_ZERO = switches
 
 
 def never_waits() -> None:

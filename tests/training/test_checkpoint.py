@@ -14,10 +14,10 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.checkpoint import MOMENTS
-from electra_ds.training.state import Progress
+from electra_ds.training.state import TrainingState
 
 PADDED = {"word": 10}  # of 16 rows in memory
-PROGRESS = Progress(
+PROGRESS = TrainingState(
     step=1000,
     skipped=2,
     skipped_in_a_row=1,
@@ -114,7 +114,7 @@ def test_what_was_saved_comes_back(saved):
         and other.applied_steps == 1000
         and other.scaler == {"cur_scale": 8.0}
     )
-    assert (meta.progress, meta.config, meta.world_size) == (PROGRESS, CONFIG, 1)
+    assert (meta.state, meta.config, meta.world_size) == (PROGRESS, CONFIG, 1)
 
 
 def test_weights_alone_leave_the_moments_fresh(saved):
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_before_the_guard_is_read(saved):
     values = json.loads((saved[1] / "meta.json").read_text())
     del values["recent_losses"]
     (saved[1] / "meta.json").write_text(json.dumps(values))
-    assert checkpoint.read_meta(saved[1]).progress == PROGRESS
+    assert checkpoint.read_meta(saved[1]).state == PROGRESS
 
 
 def test_every_parameter_has_one_owner_and_the_load_is_even():

@@ -23,7 +23,7 @@ from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.checkpointer import PendingCheckpoint
 from electra_ds.training.metrics_file import read_metrics
-from electra_ds.training.state import Progress
+from electra_ds.training.state import TrainingState
 
 # ----------------------------------------------------------------------------------------------------- one process
 
@@ -46,7 +46,7 @@ def test_a_snapshot_is_of_the_moment_it_was_taken(
     held.set()
     assert saving.commit() == checkpoint.latest(tmp_path / "ckpt") and saving.is_written()
     found = FakeWeights(seed=1)
-    assert checkpoint.load(found, tmp_path / "ckpt" / "1000", PADDED).progress == PROGRESS
+    assert checkpoint.load(found, tmp_path / "ckpt" / "1000", PADDED).state == PROGRESS
     assert found.equals(FakeWeights()) and found.scaler == {"cur_scale": 8.0}
 
 
@@ -75,7 +75,7 @@ def save_on(folder: Path, first: int, at_work) -> None:
     checkpointer.remove_stale(folder)
     for step in range(first + 1, 10**6):
         PendingCheckpoint(
-            numbered(step), folder, str(step), Progress(step), CONFIG, PADDED
+            numbered(step), folder, str(step), TrainingState(step), CONFIG, PADDED
         ).commit()
         at_work.set()
         checkpointer.prune(folder, CheckpointConfig(), step)
@@ -95,7 +95,7 @@ def killed_at(call: int, folder: Path) -> None:
 
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, deadly(getattr(os, name)))
-    PendingCheckpoint(numbered(2), folder, "2", Progress(2), CONFIG, PADDED).commit()
+    PendingCheckpoint(numbered(2), folder, "2", TrainingState(2), CONFIG, PADDED).commit()
     checkpointer.prune(folder, CheckpointConfig(), 2)
 
 
@@ -117,12 +117,14 @@ def test_a_kill_before_any_call_leaves_a_checkpoint_that_loads(tmp_path: Path, a
     for call in itertools.count(1):
         folder = tmp_path / str(call)
         for step in (0, 2, 1) if again else (0, 1):
-            checkpointer.save(numbered(step), folder, str(step), Progress(step), CONFIG, PADDED)
+            checkpointer.save(
+                numbered(step), folder, str(step), TrainingState(step), CONFIG, PADDED
+            )
         writer = fork.Process(target=killed_at, args=(call, folder))
         writer.start()
         writer.join()
         weights = numbered(-1)
-        found.append(checkpoint.load(weights, checkpoint.latest(folder), PADDED).progress.step)
+        found.append(checkpoint.load(weights, checkpoint.latest(folder), PADDED).state.step)
         assert weights.equals(numbered(found[-1]))
         checkpointer.remove_stale(folder)
         assert {path.name for path in folder.iterdir()} <= {"0", "1", "2", "latest"}
@@ -149,7 +151,7 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_loads(tmp_path: Path) -> No
         found = checkpoint.latest(folder)
         left_over += any(folder.glob(".*"))
         weights = numbered(-1)
-        progress = checkpoint.load(weights, found, PADDED).progress
+        progress = checkpoint.load(weights, found, PADDED).state
         assert (
             progress.step > step
             and found.name == str(progress.step)

@@ -16,6 +16,7 @@ from electra_ds.evaluation.detect import Detector
 from electra_ds.evaluation.evaluate import evaluate_checkpoint
 from electra_ds.model.build import parameter_count
 from electra_ds.model.kernels import vocab_head
+from electra_ds.model.losses import Totals
 from electra_ds.model.objective import mask_input, masked_indicator, put, uniform_tokens
 from electra_ds.reporting.memory import MemoryTracker
 from electra_ds.training.metrics import metrics_of_kind
@@ -49,7 +50,7 @@ def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, gener
     module, batch = build(kind=kind, generator=generator), make_batch()
     wanted = PARTS[kind] - (GENERATOR if generator == "uniform" else set())
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == wanted
-    module(batch, *counts_of(batch)).total.backward()
+    module(batch, counts_of(batch)).total.backward()
     assert not [name for name, p in module.named_parameters() if not p.grad.any()]
 
 
@@ -61,9 +62,9 @@ def test_logits_are_never_there_for_the_whole_batch(kind, monkeypatch):
     monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 places
     module, batch = build(kind=kind), make_batch()
     with MemoryTracker() as live:
-        module(batch, *counts_of(batch)).total.backward()
+        module(batch, counts_of(batch)).total.backward()
         with torch.no_grad():
-            module.eval()(batch, 1.0, 1.0, with_counts=True)
+            module.eval()(batch, with_counts=True)
             if module.objective.detects:
                 module(batch, task="discriminate")
     assert 0 < live.largest < batch.input_ids.numel() * 1000 * 4
@@ -88,7 +89,7 @@ def test_parameters_are_counted_kind_by_kind():
 
 def test_kinds_share_the_chosen_places_the_generator_and_its_samples():
     batch = make_batch()
-    args = batch, *counts_of(batch)
+    args = batch, counts_of(batch)
     electra = build()
     for kind in ("electra_15", "replace_mlm", "all_tokens_mlm"):
         other = build(kind=kind, gen_weight=2.0, disc_weight=3.0)
@@ -102,8 +103,8 @@ def test_kinds_share_the_chosen_places_the_generator_and_its_samples():
 def test_electra_15_is_electra_without_the_terms_of_the_other_places():
     batch = make_batch()
     whole, chosen = (
-        build()(batch, 1, 1, with_counts=True),
-        build(kind="electra_15")(batch, 1, 1, with_counts=True),
+        build()(batch, with_counts=True),
+        build(kind="electra_15")(batch, with_counts=True),
     )
     module = build()
     ids = corrupted(module, batch)
@@ -120,7 +121,7 @@ def test_electra_15_is_electra_without_the_terms_of_the_other_places():
 
 def test_mlm_is_the_main_encoder_on_masked_rows():
     module, batch = build(kind="mlm", gen_weight=7.0, disc_weight=7.0), make_batch()
-    losses = module(batch, *counts_of(batch))
+    losses = module(batch, counts_of(batch))
     masked = mask_input(batch, IDS.mask)
     embedded = module.embeddings(masked, batch.segment_ids, batch.position_ids)
     logits = module.mlm_head(
@@ -135,10 +136,10 @@ def test_mlm_is_the_main_encoder_on_masked_rows():
 def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
     monkeypatch.setattr(vocab_head, "GROUP", 64)  # 80 places: two groups
     module, batch = build(kind=kind, gen_weight=0.0), make_batch()
-    module(batch, *counts_of(batch)).total.backward()
+    module(batch, counts_of(batch)).total.backward()
     found = {name: p.grad for name, p in module.named_parameters()}
     ids = corrupted(module, batch)
-    loss = module(batch, *counts_of(batch)).disc_loss
+    loss = module(batch, counts_of(batch)).disc_loss
 
     dense = build(kind=kind).double()
     hidden = dense.discriminator(
@@ -184,7 +185,7 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
             module.generator_head.bias[batch.input_ids.gather(1, batch.masked_positions)] = (
                 3.0  # hits are likely
             )
-    assert torch.equal(plain(batch, 9, 9).mlm_loss, strict(batch, 9, 9).mlm_loss)
+    assert torch.equal(plain(batch, Totals(9, 9)).mlm_loss, strict(batch, Totals(9, 9)).mlm_loss)
     used = batch.masked_weights > 0
     targets = batch.input_ids.gather(1, batch.masked_positions)
     hits = (plain._draw(batch, False).sampled == targets) & used

@@ -182,7 +182,7 @@ def test_a_full_disk_costs_tensorboard_alone_and_prints_no_traceback(tmp_path, c
     assert steps_of(tmp_path) == [1, 2, 3]
     told = capfd.readouterr()
     assert (
-        told.out.count("TensorBoard's file is given up until the next start") == 1
+        told.out.count("TensorBoard's file is not written any more until the next start") == 1
         and told.err == ""
     )
 

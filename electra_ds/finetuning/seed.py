@@ -1,0 +1,378 @@
+"""Fine-tuning of one task with one seed: training steps, epochs, scores, files.
+
+DIR/TASK/seed-N/result.json             written last: a seed with one is finished
+DIR/TASK/seed-N/predictions-SPLIT.tsv
+DIR/TASK/seed-N/model, tokenizer        the fine-tuned model, if train.keep keeps it
+DIR/TASK/seed-N/ckpt                    of a seed that was stopped, or takes long
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.run_folder import on_stop_signal
+from electra_ds.common.files import write_json
+from electra_ds.config.schema import CheckpointConfig
+from electra_ds.finetuning.batches import Encoded, TaskBatch, epoch_batches, micro_batches
+from electra_ds.finetuning.config import FinetuneConfig
+from electra_ds.finetuning.examples import Example
+from electra_ds.finetuning.metrics import score
+from electra_ds.finetuning.model import TaskLoss, TaskTotals, layerwise
+from electra_ds.finetuning.predict import classifier, logits_of, predictions_of, write_predictions
+from electra_ds.finetuning.report import best_seed, read_results, write_report
+from electra_ds.finetuning.tasks import Task
+from electra_ds.interop.load_model import Pretrained
+from electra_ds.model.weights import load_true_state, padded_rows
+from electra_ds.training import checkpoint, checkpointer
+from electra_ds.training.checkpointer import Checkpointer
+from electra_ds.training.collectives import on_rank0
+from electra_ds.training.engine import Engine, StepResult
+from electra_ds.training.loss_sums import LossSums
+from electra_ds.training.schedule import learning_rate
+from electra_ds.training.state import TrainingState
+from electra_ds.training.trainer import Trainer
+
+SAVE_SECONDS = 60.0  # between two checkpoints of a seed
+
+Scores = dict[str, float]
+
+
+class Suite(NamedTuple):
+    """What all seeds of a fine-tuning share."""
+
+    config: FinetuneConfig
+    pretrained: Pretrained
+    random_init: bool
+    out: Path
+    ranks: Ranks
+    device: torch.device
+
+
+class Splits(NamedTuple):
+    """A task's examples by split, as read and as encoded.
+
+    `train` holds both orders of a pair if the task trains on both.
+    """
+
+    examples: dict[str, list[Example]]
+    encoded: dict[str, list[Encoded]]
+
+
+class TaskStep(NamedTuple):
+    """One global batch, as far as this rank computes it."""
+
+    examples: np.ndarray  # [<= global batch] numbers of all its examples
+    micro_batches: list[TaskBatch]
+    first_rows: list[int]  # of each micro-batch, counted over all attempts: seeds its dropout
+    label_count: int  # of this rank
+
+
+class Stopped(Exception):
+    """A stop was requested; everything is saved."""
+
+
+def seed_folder(out: Path, task: Task, seed: int) -> Path:
+    """DIR/TASK/seed-N."""
+    return out / task.name / f"seed-{seed}"
+
+
+class Seed(Trainer):
+    """One task with one seed on this rank."""
+
+    def __init__(self, suite: Suite, task: Task, splits: Splits, seed: int):
+        self.suite = suite
+        self.task = task
+        self.splits = splits
+        self.seed = seed
+        self.config = suite.config.of(task.name, task.epochs, seed, suite.ranks.world_size)
+        self.folder = seed_folder(suite.out, task, seed)
+        self.pad_id = suite.pretrained.tokenizer.special_ids.pad
+        self.lengths = np.array([len(example.ids) for example in splits.encoded["train"]])
+        self.epoch_steps = math.ceil(len(self.lengths) / self.config.train.global_batch_size)
+        self.total_steps = max(1, round(self.config.train.epochs * self.epoch_steps))
+        self.is_rank0 = suite.ranks.rank == 0
+        self.stop_requested = False
+
+    def fit(self) -> None:
+        """Train from the start or from a checkpoint, score, write everything, result.json last.
+
+        Raises Stopped when a signal stopped the seed; it is saved then. Collective.
+        """
+        began = time.monotonic()
+        self.engine = self._make_engine()
+        self.padded = padded_rows(self.engine.module)
+        self.checkpointer = Checkpointer(
+            self.engine,
+            self.folder / "ckpt",
+            CheckpointConfig(asynchronous=False),
+            self._facts({}),
+            self.padded,
+        )
+        on_stop_signal(self._request_stop)
+        state = self._resume()
+        self.batches = self._steps(state.attempts)
+        state = self.run(state)
+        if self.stop_voted:
+            self._stop(state)
+        scores = {} if self._has_diverged(state) else self._finish(state)
+        result = self._result(state, scores, time.monotonic() - began)
+        if self.is_rank0:
+            self._write_result(result)
+        self.engine.close()
+
+    def _request_stop(self, _reason: str) -> None:
+        self.stop_requested = True
+
+    def _make_engine(self) -> Engine:
+        suite, train = self.suite, self.config.train
+        dropout = {"hidden_dropout": train.dropout, "attention_dropout": train.dropout}
+        self.model = suite.pretrained.model.model_copy(update=dropout)
+        weights = None if suite.random_init else suite.pretrained.state
+        module = classifier(self.model, self.task).start(self.model, weights, self.seed)
+        scale = layerwise(self.model.num_layers, self.config.optimizer.layerwise_lr_decay)
+        engine_config = suite.config.engine
+        assert isinstance(engine_config, dict)
+        return Engine(module, self.config, engine_config, suite.ranks, suite.device, scale)
+
+    def _resume(self) -> TrainingState:
+        self.saved_at = time.monotonic()
+        found = on_rank0(lambda: checkpoint.latest(self.folder / "ckpt"))
+        state = TrainingState()
+        if found is not None:
+            state = checkpoint.load(self.engine, found, self.padded).state
+        elif self.is_rank0:  # an earlier attempt left no checkpoint
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
+        device = self.suite.device
+        self.sums = LossSums(1, self.suite.ranks, device, state.interval)  # of this epoch
+        return state
+
+    # ------------------------------------------------------------------------------- the loop
+
+    def _steps(self, attempts: int) -> Iterator[TaskStep]:
+        """The batches from a number of attempts on, endless."""
+        batch_size = self.config.train.global_batch_size
+        while True:
+            epoch, first = divmod(attempts, self.epoch_steps)
+            for batch in epoch_batches(self.lengths, batch_size, self.seed, epoch)[first:]:
+                yield self._step(batch, attempts)
+                attempts += 1
+
+    def _step(self, batch: np.ndarray, attempts: int) -> TaskStep:
+        """This rank's part of a global batch. batch: [<= global batch] example numbers."""
+        train, accumulation = self.config.train, self.engine.accumulation
+        share = train.micro_batch_size * accumulation
+        first = self.suite.ranks.rank * share
+        own = micro_batches(
+            batch[first : first + share],
+            train.micro_batch_size,
+            accumulation,
+            self.splits.encoded["train"],
+            self.pad_id,
+            self.task.kind,
+            train.batching == "packed",
+        )
+        first_row = attempts * train.global_batch_size + first
+        first_rows = [first_row + i * train.micro_batch_size for i in range(accumulation)]
+        label_count = sum(int(micro_batch.weights.sum()) for micro_batch in own)
+        return TaskStep(batch, own, first_rows, label_count)
+
+    def totals(self, batch: TaskStep) -> TaskTotals:
+        """This rank's labels."""
+        return TaskTotals(batch.label_count)
+
+    def is_finished(self, state: TrainingState) -> bool:
+        """Whether all attempts are made, or too many in a row were skipped."""
+        return state.attempts >= self.total_steps or self._has_diverged(state)
+
+    def _has_diverged(self, state: TrainingState) -> bool:
+        return state.skipped_in_a_row > self.config.train.max_skipped_steps
+
+    def should_stop(self, state: TrainingState) -> bool:
+        """Whether this rank received a signal."""
+        return self.stop_requested
+
+    def should_save(self, state: TrainingState) -> bool:
+        """Whether the last checkpoint is older than SAVE_SECONDS, on rank 0's clock."""
+        return self.is_rank0 and time.monotonic() - self.saved_at > SAVE_SECONDS
+
+    def learning_rate(self, state: TrainingState) -> float:
+        """Linear warmup and decay over all attempts."""
+        options = self.config.optimizer
+        warmup_steps = round(options.warmup_fraction * self.total_steps)
+        return learning_rate(options.peak_lr, warmup_steps, state.step, self.total_steps)
+
+    def snapshot(self, state: TrainingState) -> TrainingState:
+        """The state with each rank's loss sums of the epoch. Collective."""
+        self.saved_at = time.monotonic()
+        return replace(state, interval=self.sums.per_rank(self.engine.control))
+
+    def after_attempt(
+        self,
+        state: TrainingState,
+        batch: TaskStep,
+        totals: TaskTotals,
+        losses: list[TaskLoss],
+        lr: float,
+        result: StepResult,
+    ) -> TrainingState:
+        """Count the attempt; report and keep the best model at the end of an epoch."""
+        if state.attempts % self.epoch_steps == 0:
+            self.sums.reset()
+        if result.applied:
+            self.sums.add_step([sum(loss.total for loss in losses).reshape(1)])  # type: ignore[union-attr]
+        state = state.advanced(result.applied)
+        is_epoch_end = state.attempts % self.epoch_steps == 0
+        if is_epoch_end or state.attempts == self.total_steps:
+            self._after_epoch(state)
+        return state
+
+    def _after_epoch(self, state: TrainingState) -> None:
+        """Print the mean loss; keep the best epoch if the config selects it. Collective."""
+        loss = self._mean_loss()
+        self._print(f"step {state.attempts}/{self.total_steps} loss {loss:.4f}")
+        if self.config.train.select != "best":
+            return
+        kept = self.folder / "model"
+
+        def kept_scores() -> Scores | None:
+            return checkpoint.read_meta(kept).config["scores"] if kept.exists() else None
+
+        metric = self.task.main_metric
+        scores = self._score(self.task.valid_splits[0])[0]
+        before = on_rank0(kept_scores)
+        if before is None or scores[metric] > before[metric]:
+            self._save_model(state, scores)
+
+    def _mean_loss(self) -> float:
+        """Mean loss of the epoch over all ranks. Collective."""
+        return self.sums.means(self.engine.control)[0]
+
+    def _stop(self, state: TrainingState) -> None:
+        self.checkpointer.save(self.snapshot(state))
+        self._print("stopped and saved; the same command continues")
+        self.engine.close()
+        raise Stopped
+
+    def _print(self, text: str) -> None:
+        if self.is_rank0:
+            print(f"{self.task.name} seed {self.seed}: {text}", flush=True)
+
+    # --------------------------------------------------------------------- scores and results
+
+    def _finish(self, state: TrainingState) -> dict[str, Scores]:
+        """Scores of the dev splits. Writes the predictions of every split but train, and the model."""
+        if self.config.train.select == "best":
+            checkpoint.load(self.engine, self.folder / "model", self.padded, weights_only=True)
+        scores = {}
+        for split in self.task.splits:
+            if split == "train":
+                continue
+            split_scores, predictions, logits = self._score(split)
+            if split_scores:
+                scores[split] = split_scores
+            if self.is_rank0:
+                path = self.folder / f"predictions-{split}.tsv"
+                write_predictions(path, self.task, self.splits.examples[split], predictions, logits)
+        if self.config.train.keep != "none" and self.config.train.select == "last":
+            self._save_model(state, scores)
+        return scores
+
+    def _score(self, split: str) -> tuple[Scores, list[Any], list[np.ndarray]]:
+        """Scores, predictions and logits of a split, computed in fp32. Collective.
+
+        fp32 whatever the engine trains in, so that `predict` and exports give the same.
+        """
+        examples, encoded = self.splits.examples[split], self.splits.encoded[split]
+        engine = self.engine
+        weights = {
+            name: engine.full_tensor(name, "master")[: self.padded.get(name)].cpu()
+            for name in engine.parameters
+        }
+        module = classifier(self.model, self.task)
+        load_true_state(module, weights)
+        module.to(engine.device).eval()
+        with torch.no_grad():
+            logits = logits_of(
+                module,
+                self.task.kind,
+                encoded,
+                self.pad_id,
+                self.suite.ranks,
+                engine.control.all_gather_object,
+            )
+        predictions = predictions_of(self.task, examples, encoded, logits)
+        has_labels = all(example.label is not None for example in examples)
+        scores = score(self.task, predictions, examples) if has_labels else {}
+        return scores, predictions, logits
+
+    def _save_model(self, state: TrainingState, scores: Any) -> None:
+        if self.is_rank0:  # before the model, which is never without its tokenizer
+            self.suite.pretrained.tokenizer.save(self.folder / "tokenizer")
+        facts = self._facts(scores)
+        checkpointer.save(
+            self.engine, self.folder, "model", state, facts, self.padded, weights_only=True
+        )
+
+    def _facts(self, scores: Any) -> dict[str, Any]:
+        """meta.json's config: enough to predict with and to export."""
+        return self.config.model_dump(mode="json") | {
+            "model": self.model.model_dump(mode="json"),
+            "task": self.task.model_dump(mode="json"),
+            "scores": scores,
+        }
+
+    def _result(
+        self, state: TrainingState, scores: dict[str, Scores], seconds: float
+    ) -> dict[str, Any]:
+        """result.json. A seed without scores, or with one that is not finite, has diverged."""
+        values = [value for split in scores.values() for value in split.values()]
+        diverged = not scores or not all(map(math.isfinite, values))
+        origin = self.suite.pretrained.origin
+        return {
+            "task": self.task.name,
+            "seed": self.seed,
+            "status": "diverged" if diverged else "done",
+            "selected": "best epoch on dev" if self.config.train.select == "best" else "last",
+            "epochs": self.config.train.epochs,
+            "steps": state.step,
+            "skipped": state.skipped,
+            "train_loss": None if diverged else self._mean_loss(),
+            "origin": "random initialisation" if self.suite.random_init else origin,
+            "scores": {} if diverged else scores,
+            "seconds": round(seconds, 1),
+        }
+
+    def _write_result(self, result: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "result.json", result)
+        shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
+        prune_models(self.suite.out / self.task.name, self.config.train.keep)
+        write_report(self.suite.out)
+        scores = [
+            f"{split} {name} {value:.4f}"
+            for split, values in result["scores"].items()
+            for name, value in values.items()
+        ]
+        self._print(", ".join([result["status"], *scores]))
+
+
+def prune_models(folder: Path, keep: str) -> None:
+    """Remove the models of DIR/TASK's finished seeds that `keep` does not name.
+
+    keep: best (of the best seed on dev), all, or none. A diverged seed's model is always removed.
+    """
+    seeds = read_results(folder.parent)[folder.name]
+    done = {seed for seed, result in seeds.items() if result and result["status"] == "done"}
+    best = best_seed(seeds)
+    kept = {"all": done, "best": {best[0]} if best else set(), "none": set()}[keep]
+    for seed, result in seeds.items():
+        if result and seed not in kept:
+            shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)

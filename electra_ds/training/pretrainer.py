@@ -1,0 +1,310 @@
+"""Pretraining steps: schedule, bad losses, log lines, held-out evaluation, checkpoints."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from electra_ds.common.errors import RunFailure
+from electra_ds.common.folder_lock import Lock
+from electra_ds.config.schema import RunConfig
+from electra_ds.data.dataset import HeldOut
+from electra_ds.data.loader import StepBatch
+from electra_ds.data.masking import Recipe
+from electra_ds.model.losses import Counts, Losses, Totals
+from electra_ds.training.checkpointer import Checkpointer
+from electra_ds.training.engine import Engine, StepResult
+from electra_ds.training.held_out import evaluate_sources
+from electra_ds.training.loss_sums import LossSums
+from electra_ds.training.metrics import metrics_of_kind, rates
+from electra_ds.training.run_logger import Logger
+from electra_ds.training.schedule import learning_rate
+from electra_ds.training.spike_guard import SpikeGuard
+from electra_ds.training.state import TrainingState
+from electra_ds.training.stop_requests import StopRequests
+from electra_ds.training.trainer import Trainer
+
+WAIT_SHARE = 0.05  # of an interval's time: a warning is printed above
+
+
+@dataclass
+class Timing:
+    """Times and counts of this rank since the last log line."""
+
+    began: float
+    wait_seconds: float = 0.0  # for data
+    tokens: int = 0
+    attempts: int = 0
+    pause_seconds: float = 0.0  # of checkpoints
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where a run ends, and the rows that an epoch has."""
+
+    total_steps: int
+    last_step: int  # of this attempt: --stop-at-step, or total_steps
+    epoch_rows: int
+
+
+class Pretrainer(Trainer):
+    """One attempt at a pretraining run on this rank."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        batches: Iterator[StepBatch],
+        held_out: dict[str, HeldOut],
+        recipe: Recipe,
+        schedule: Schedule,
+        checkpointer: Checkpointer,
+        logger: Logger,
+        requests: StopRequests,
+        lock: Lock,
+        state: TrainingState,
+        began: float,
+    ):
+        """state: where the run continues. began: `time.monotonic()` at the start of the attempt."""
+        self.config = config
+        self.engine = engine
+        self.batches = batches
+        self.held_out = held_out
+        self.recipe = recipe
+        self.schedule = schedule
+        self.checkpointer = checkpointer
+        self.logger = logger
+        self.requests = requests
+        self.lock = lock
+        self.began = began
+        self.guard = SpikeGuard(config.train.spike_factor, state.recent_losses)
+        self.refuses = self.guard.refuses if config.train.spike_factor else None
+        self.sums = LossSums(2, engine.ranks, engine.device, state.interval)  # mlm, disc
+        self.timing = Timing(time.perf_counter())
+        self._is_first_attempt = True
+        checkpointer.on_commit = self._record_pause
+
+    def totals(self, batch: StepBatch) -> Totals:
+        """This rank's masked positions and real tokens."""
+        return Totals(batch.masked_count, batch.token_count)
+
+    def is_finished(self, state: TrainingState) -> bool:
+        """Whether the last step of this attempt is applied."""
+        return state.step >= self.schedule.last_step
+
+    def should_stop(self, state: TrainingState) -> bool:
+        """Whether this rank asks to stop. Raises the error of a lost run folder."""
+        self.lock.step = state.step
+        if self.lock.lost:
+            raise self.lock.lost
+        return self.requests.should_stop()
+
+    def should_save(self, state: TrainingState) -> bool:
+        """Whether OUT/SAVE was touched."""
+        return self.requests.should_save()
+
+    def forward_options(self, state: TrainingState) -> dict[str, Any]:
+        """Counts are computed in the steps that are logged."""
+        return {"with_counts": self._is_logged(state.step + 1)}
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.logging.every == 0 or step == self.schedule.total_steps
+
+    def learning_rate(self, state: TrainingState) -> float:
+        """The learning rate after `state.step` applied steps."""
+        options = self.config.optimizer
+        total_steps = self.schedule.total_steps
+        return learning_rate(options.peak_lr, options.warmup_steps, state.step, total_steps)
+
+    def snapshot(self, state: TrainingState) -> TrainingState:
+        """The state with each rank's sums of the open interval. Collective."""
+        return replace(state, interval=self.sums.per_rank(self.engine.control))
+
+    def after_attempt(
+        self,
+        state: TrainingState,
+        batch: StepBatch,
+        totals: Totals,
+        losses: list[Losses],
+        lr: float,
+        result: StepResult,
+    ) -> TrainingState:
+        """Count the attempt; log, evaluate and save when due."""
+        if not self._is_first_attempt:  # nothing could be prepared ahead of the first batch
+            self.timing.wait_seconds += batch.wait_seconds
+        self._is_first_attempt = False
+        self.timing.tokens += batch.token_count
+        self.timing.attempts += 1
+        before = state
+        position = batch.first_row + self.config.train.global_batch_size
+        state = state.advanced(
+            result.applied,
+            data=state.data | {"position": position},
+            tokens=state.tokens + int(totals.token_count),
+            recent_losses=self.guard.recent,
+        )
+        if not result.applied:
+            self._report_skipped(before, state, batch, losses)
+            return state
+        self.sums.add_step([torch.stack([loss.mlm_loss, loss.disc_loss]) for loss in losses])
+        self.logger.advance(state.step)
+        if self._is_logged(state.step):
+            self._log(state, losses, lr, result)
+        if self._is_evaluated(state.step):
+            self.evaluate(state.step)
+        is_last = state.step >= self.schedule.total_steps
+        if state.step % self.config.checkpoint.every == 0 and not is_last:
+            self.checkpointer.save(self.snapshot(state))
+        return state
+
+    def finish(self, state: TrainingState) -> bool:
+        """Evaluate and save at the end of the schedule or at a stop. Collective.
+
+        Returns whether the schedule is complete.
+        """
+        is_complete = state.step >= self.schedule.total_steps
+        if not is_complete:
+            self.checkpointer.save(self.snapshot(state))
+            self.checkpointer.commit()
+            return False
+        if not self._is_evaluated(state.step):
+            self.evaluate(state.step)
+        self.checkpointer.save_final(self.snapshot(state))
+        return True
+
+    def stop_reason(self, state: TrainingState) -> str:
+        """Why an attempt ended before its schedule, for messages."""
+        if self.requests.reasons:
+            return self.requests.reasons[0]
+        if state.step >= self.schedule.last_step:
+            return f"--stop-at-step {self.schedule.last_step}"
+        return "requested on another rank"
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.config.train.eval_every
+        return bool(every) and step % every == 0
+
+    def evaluate(self, step: int) -> None:
+        """Log the metrics of the held-out rows, if there are any. Collective."""
+        if not self.held_out:
+            return
+        train, engine = self.config.train, self.engine
+        with engine.evaluating() as module:
+            values = evaluate_sources(
+                module,
+                self.held_out,
+                self.recipe,
+                engine.device,
+                batch_rows=train.micro_batch_size,
+                max_rows=train.eval_rows,
+                rank=engine.ranks.rank,
+                world_size=engine.ranks.world_size,
+                sum_over_ranks=engine.control.sum,
+            )
+        self.logger.valid(step, values)
+
+    # ------------------------------------------------------------------------------- skipped steps
+
+    def _report_skipped(
+        self, before: TrainingState, state: TrainingState, batch: StepBatch, losses: list[Losses]
+    ) -> None:
+        """Name the rows of a bad loss. RunFailure on every rank when the run cannot continue.
+
+        A skipped step is rare, so reading the losses may wait for the device. Collective.
+        """
+        options = self.config.train
+        step = before.step + 1
+        per_rank = self.engine.control.all_gather_object(self._described_losses(batch, losses))
+        blame = self.guard.blame([part for parts in per_rank for part in parts])
+        if blame and options.on_bad_loss == "stop":
+            raise RunFailure(
+                f"step {step} has {blame}. The weights were not touched; "
+                "--set train.on_bad_loss=skip leaves out such steps; last good checkpoint: "
+                f"{self.checkpointer.last_checkpoint()}"
+            )
+        if blame:
+            self.logger.say(f"step {step} has {blame}: skipped")
+        if state.skipped_in_a_row > options.max_skipped_steps:
+            raise RunFailure(
+                f"{state.skipped_in_a_row} steps in a row after step {state.step} were skipped, "
+                "for gradients or losses that are not finite or spikes "
+                f"(train.max_skipped_steps = {options.max_skipped_steps}): lower "
+                "optimizer.peak_lr, use bf16 or fp32, or look at the rows named above; "
+                f"last good checkpoint: {self.checkpointer.last_checkpoint()}"
+            )
+
+    def _described_losses(self, batch: StepBatch, losses: list[Losses]) -> list[tuple[float, str]]:
+        """(loss, description with its row numbers) of each micro-batch of this rank."""
+        micro = self.config.train.micro_batch_size
+        described = []
+        for index, loss in enumerate(losses):
+            rows = batch.rows[index * micro : (index + 1) * micro]
+            numbers = np.array2string(rows, separator=", ", threshold=64)
+            text = (
+                f"rank {self.engine.ranks.rank}: mlm_loss {float(loss.mlm_loss)}, "
+                f"disc_loss {float(loss.disc_loss)} in rows {numbers}"
+            )
+            described.append((float(loss.total), text))
+        return described
+
+    # ------------------------------------------------------------------------------------- logging
+
+    def _record_pause(self, step: int, pause_seconds: float) -> None:
+        self.timing.pause_seconds += pause_seconds
+        self.logger.saved(step, pause_seconds)
+
+    def _log(
+        self, state: TrainingState, losses: list[Losses], lr: float, result: StepResult
+    ) -> None:
+        """Log the interval: losses averaged over it, rates of its last step. Collective.
+
+        This is the only host sync of the step that is ours; DeepSpeed also reads the gradient norm.
+        """
+        sums, counts, waits, tokens = self._gather_interval(losses)
+        mlm, disc, steps = sums.tolist()
+        timing, now = self.timing, time.perf_counter()
+        seconds = now - timing.began
+        gen_weight, disc_weight = self.config.objective.loss_weights
+        values = {
+            "loss": (gen_weight * mlm + disc_weight * disc) / steps,
+            "mlm_loss": mlm / steps,
+            "disc_loss": disc / steps,
+            **rates(counts),
+            "lr": lr,
+            "grad_norm": float(result.grad_norm),
+            "loss_scale": result.loss_scale,
+            "skipped_steps": float(state.skipped),
+            "tokens": float(state.tokens),
+            "epoch": state.consumed_rows / self.schedule.epoch_rows,
+            "tokens_per_second": tokens / seconds,
+            "data_wait_share": float(waits.max()) / seconds,  # all ranks wait for the slowest
+            "checkpoint_pause_seconds": timing.pause_seconds,
+            "seconds": time.monotonic() - self.began,
+        }
+        steps_left = self.schedule.total_steps - state.step
+        seconds_left = seconds / timing.attempts * steps_left
+        values = metrics_of_kind(values, self.config.objective)
+        self.logger.train(state.step, values, seconds_left)
+        if values["data_wait_share"] > WAIT_SHARE:
+            self.logger.say(
+                f"WARNING: rank {int(waits.argmax())} waited for data in "
+                f"{values['data_wait_share']:.0%} of the time since the last line: stage the data "
+                "on local disks, or give each rank one more CPU core"
+            )
+        self.sums.reset()
+        self.timing = Timing(now)
+
+    def _gather_interval(self, losses: list[Losses]) -> tuple[Tensor, Counts, Tensor, float]:
+        """(loss sums [3], counts, wait seconds of each rank [world_size], tokens), over all ranks."""
+        counts = sum(loss.counts.to_vector() for loss in losses if loss.counts is not None)
+        assert isinstance(counts, Tensor)
+        times = [self.timing.wait_seconds, float(self.timing.tokens)]
+        timed = torch.tensor(times, dtype=torch.float64)
+        own = torch.cat([self.sums.values.cpu(), timed, counts.cpu()])
+        per_rank = torch.stack(self.engine.control.all_gather(own))
+        total = per_rank.sum(0)
+        return total[:3], Counts.from_vector(total[5:]), per_rank[:, 3], float(total[4])

@@ -1,0 +1,51 @@
+"""Requests to stop or to save: signals, a time limit, files touched in the run folder."""
+
+import math
+import time
+from pathlib import Path
+
+LOOK_SECONDS = (
+    1.0  # between two looks for OUT/STOP and OUT/SAVE, which may lie on a slow file system
+)
+
+
+class StopRequests:
+    """What this rank votes for. One rank's request is enough; all ranks follow it together.
+
+    reasons: why this rank asks to stop; signal handlers append to the list that is passed.
+    """
+
+    def __init__(
+        self, out: Path, is_rank0: bool, reasons: list[str], began: float, max_minutes: float | None
+    ):
+        """began: `time.monotonic()` at the start of the attempt, for max_minutes."""
+        self.reasons = reasons
+        self._out = out
+        self._is_rank0 = is_rank0
+        self._began = began
+        self._max_minutes = max_minutes
+        self._looked_at: dict[str, float] = {}
+
+    def should_stop(self) -> bool:
+        """Whether this rank asks to save and stop."""
+        minutes = self._max_minutes
+        if minutes is not None and time.monotonic() - self._began >= 60 * minutes:
+            self.reasons.append(f"--max-minutes {minutes}")
+        if self._take_file("STOP"):
+            self.reasons.append("OUT/STOP")
+        return bool(self.reasons)
+
+    def should_save(self) -> bool:
+        """Whether this rank asks to save."""
+        return self._take_file("SAVE")
+
+    def _take_file(self, name: str) -> bool:
+        """Whether OUT/name was touched; it is removed. Rank 0 looks once per LOOK_SECONDS."""
+        now = time.monotonic()
+        if not self._is_rank0 or now - self._looked_at.get(name, -math.inf) < LOOK_SECONDS:
+            return False
+        self._looked_at[name] = now
+        found = (self._out / name).exists()
+        if found:
+            (self._out / name).unlink(missing_ok=True)
+        return found
