@@ -56,15 +56,16 @@ def import_(
     """Make a run folder at step 0 from others' weights; every tensor is accounted for."""
     from electra_ds.interop.import_weights import import_weights
 
-    account = import_weights(
+    report = import_weights(
         source, out, run, sets or [], generator=generator, config=config, tokenizer=tokenizer
     )
-    for foreign, ours in account.read:
+    for foreign, ours in report.loaded:
         print(f"read  {foreign} -> {ours}")
-    for ours in account.made:
+    for ours in report.initialized:
         print(f"made  {ours}")
-    for foreign, reason in account.left.items():
+    for foreign, reason in report.unused.items():
         print(f"left  {foreign} ({reason})")
-    for warning in account.warnings:
+    for warning in report.warnings:
         print(f"note: {warning}")
-    print(f"{out}: {len(account.read)} read, {len(account.made)} made, {len(account.left)} left")
+    counts = f"{len(report.loaded)} read, {len(report.initialized)} made, {len(report.unused)} left"
+    print(f"{out}: {counts}")
