@@ -5,7 +5,7 @@ from typing import Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json, write_bytes, write_json
-from electra_ds.data.tokenizer import FILES, Tokenizer, WordPiece, load_tokenizer
+from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer, WordPiece, load_tokenizer
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -57,7 +57,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """`load_tokenizer`, and from a folder with nothing but a tokenizer.json its WordPiece."""
-    if not (path / "tokenizer.json").is_file() or any((path / name).is_file() for name in FILES):
+    if not (path / "tokenizer.json").is_file() or any(
+        (path / name).is_file() for name in VOCABULARY_FILES
+    ):
         return load_tokenizer(path)
     found = read_json(path / "tokenizer.json", "a tokenizer of Hugging Face")
     model, normalizer = found["model"], found["normalizer"] or {}

@@ -19,8 +19,8 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Data
 from electra_ds.data.loader import Loader, StepBatch, consumed_rows_from_state
-from electra_ds.data.masking import recipe_for
-from electra_ds.data.rows import RowOrder, Rows
+from electra_ds.data.masking import masking_recipe
+from electra_ds.data.rows import RowOrder, RowReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.losses import BINS, Counts, Losses
@@ -93,7 +93,7 @@ class Run:
         config: RunConfig,
         engine: Engine,
         data: Data,
-        reader: Rows,
+        reader: RowReader,
         row_order: RowOrder,
         out: Path,
         total_steps: int,
@@ -112,7 +112,9 @@ class Run:
         self.padded = padded_rows(engine.module)
         masks_words = config.objective.masking != "token"
         begins_word = load_tokenizer(data.tokenizer).begins_word() if masks_words else None
-        self.recipe = recipe_for(data.manifest, config.objective, config.train.seed, begins_word)
+        self.recipe = masking_recipe(
+            data.manifest, config.objective, config.train.seed, begins_word
+        )
         self.is_rank0 = engine.ranks.rank == 0
         self.last_step = min(total_steps, limits.stop_at_step or total_steps)  # of this attempt
         self.metrics: RunLogger | None = None
@@ -496,7 +498,7 @@ class Run:
             self.metrics.say(
                 f"ZeRO {engine.stage} divides nothing on one rank: --engine {same} is faster and smaller"
             )
-        rows, portions = self.total_steps * train.global_batch_size, self.data.portions.items()
+        rows, portions = self.total_steps * train.global_batch_size, self.data.shares.items()
         parts = [
             f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs" for name, part in portions
         ]
