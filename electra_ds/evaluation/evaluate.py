@@ -6,7 +6,7 @@ import torch
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.dataset import open_data
-from electra_ds.data.masking import recipe_for
+from electra_ds.data.masking import masking_recipe
 from electra_ds.interop.load_model import load_objective
 from electra_ds.training.checkpoint import find_checkpoint
 from electra_ds.training.held_out import evaluate_sources
@@ -32,7 +32,7 @@ def evaluate_checkpoint(
         raise UserError(f"{data}: no rows are held out; prepare it with a --valid-fraction above 0")
     tokenizer = manifest.tokenizer
     config.with_data(tokenizer.vocab_size, tokenizer.special_ids, manifest.sequence_length)
-    recipe = recipe_for(manifest, config.objective, config.train.seed)
+    recipe = masking_recipe(manifest, config.objective, config.train.seed)
     with torch.no_grad():
         return evaluate_sources(
             module, held_out, recipe, device, batch_rows=BATCH_ROWS, max_rows=max_rows

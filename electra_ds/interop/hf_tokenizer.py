@@ -5,7 +5,7 @@ from typing import Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json, write_bytes, write_json
-from electra_ds.data.tokenizer import FILES, Tokenizer, WordPiece, load_tokenizer
+from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer, WordPiece, load_tokenizer
 
 SPACE = "\u2581"  # SentencePiece's character for a space
 
@@ -71,7 +71,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
     Raises UserError for any other tokenizer.json.
     """
-    if not (path / "tokenizer.json").is_file() or any((path / name).is_file() for name in FILES):
+    if not (path / "tokenizer.json").is_file() or any(
+        (path / name).is_file() for name in VOCABULARY_FILES
+    ):
         return load_tokenizer(path)
     content = read_json(path / "tokenizer.json", "a tokenizer of Hugging Face")
     model, normalizer = content["model"], content["normalizer"] or {}

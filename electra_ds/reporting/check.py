@@ -6,7 +6,7 @@ from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import VOCAB_SIZE, parameter_count
 
 
@@ -35,7 +35,7 @@ def check(config: RunConfig, world_size: int, data: Data | None = None) -> Repor
         info, rows, portions = (
             data.manifest.tokenizer,
             data.manifest.splits["train"].rows,
-            data.portions,
+            data.shares,
         )
         config = config.with_data(info.vocab_size, info.special_ids, data.manifest.sequence_length)
     parameters = parameter_count(config)
@@ -71,7 +71,7 @@ def _derived(
 ):
     train, length = config.train, config.data.sequence_length
     accumulation = config.accumulation(world_size)
-    slots = max_masked(config.objective.mask_prob, length)
+    slots = max_masked_positions(config.objective.mask_prob, length)
     yield Line("accumulation", str(accumulation), "derived", "micro-batches per step and rank")
     yield Line("chosen", str(slots), "derived", "places of a full row that the generator predicts")
     yield Line(

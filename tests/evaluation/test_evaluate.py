@@ -14,7 +14,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.data import dataset
 from electra_ds.data.batch import fixed_corruption
 from electra_ds.data.loader import evaluation_batches
-from electra_ds.data.masking import recipe_for
+from electra_ds.data.masking import masking_recipe
 from electra_ds.data.shard_format import read_unigrams
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
@@ -80,7 +80,7 @@ def run(tmp_path_factory, data):
 def batches(run, rows=40, **options):
     reader, options = ShardReader(run.data, "train"), {"batch_rows": 16} | options
     return evaluation_batches(
-        reader, recipe_for(reader.manifest, run.config.objective, 0), max_rows=rows, **options
+        reader, masking_recipe(reader.manifest, run.config.objective, 0), max_rows=rows, **options
     )
 
 
@@ -172,7 +172,7 @@ def test_evaluation_without_rows_is_refused(run):
 def test_the_verb_returns_the_metrics_of_evaluation_during_training(run, monkeypatch):
     rows = ShardReader(run.data, "train")
     held_out = {"": dataset.HeldOut(rows, read_unigrams(run.data, 600), 1.0)}
-    monkeypatch.setattr(dataset.Folder, "held_out", lambda self: held_out)
+    monkeypatch.setattr(dataset.DataFolder, "held_out", lambda self: held_out)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = evaluate.evaluate_checkpoint(run.out, run.data, 40)
     assert found == pytest.approx(metrics(run, batches(run)), nan_ok=True)
