@@ -325,7 +325,7 @@ run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=
     assert job.stdout.readline() == "at work\n"
     for out, units in ((tmp_path / "data", None), (tmp_path / "other", tmp_path / "units")):
         with pytest.raises(
-            LockedOut, match=f"lock names process {job.pid} on .*, which is at work there"
+            LockedOut, match=f"lock names process {job.pid} on .*, which is running there"
         ):
             run(corpus, out, units=units)
     job.kill()
