@@ -24,7 +24,7 @@ def open_folder(out: Path, rank: int, all_gather_object: Callable[[Any], list[An
     wrote.
     """
     nonce = secrets.token_hex(8) if rank == 0 else ""
-    problem = _prepare(out, nonce) if rank == 0 else ""
+    problem = _prepare(out, nonce) if rank == 0 else None
     nonce, problem = all_gather_object((nonce, problem))[0]
     if problem:
         raise UserError(problem)
@@ -39,8 +39,8 @@ def open_folder(out: Path, rank: int, all_gather_object: Callable[[Any], list[An
     return [host for host, _ in per_rank]
 
 
-def _prepare(out: Path, nonce: str) -> str:
-    """Create the folder; returns what is wrong with it, or an empty text."""
+def _prepare(out: Path, nonce: str) -> str | None:
+    """Create the folder; returns what is wrong with it, or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for pattern in STALE_FILES:
@@ -49,7 +49,7 @@ def _prepare(out: Path, nonce: str) -> str:
         write_bytes(out / ".nonce", nonce.encode())
     except OSError as error:
         return f"--out {out}: cannot be written ({error}); choose a folder with room and rights"
-    return ""
+    return None
 
 
 def _appears(path: Path, expected: str) -> bool:

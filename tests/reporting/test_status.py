@@ -102,7 +102,7 @@ def test_failures_name_rank_host_and_cause_and_the_limit(out):
     assert text["state"] == "failed" and text["last error"].startswith("rank 1, ")
     assert (
         text["last error"].endswith(": RunFailure: first")
-        and "goes on from step 80" in text["next"]
+        and "resumes from step 80" in text["next"]
     )
     assert text["restarts"] == "0; failures 1, 1 in a row"
     for _ in range(10):
