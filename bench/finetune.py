@@ -117,7 +117,7 @@ class HuggingFace:
         )
         for i, example in enumerate(examples):
             size = len(example.ids)
-            ids[i, :size], segments[i, example.second : size], real[i, :size] = (
+            ids[i, :size], segments[i, example.second_start : size], real[i, :size] = (
                 torch.tensor(example.ids),
                 1,
                 1,

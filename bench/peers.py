@@ -20,7 +20,7 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.interop.hf import hf_config, to_hf
 from electra_ds.model.build import build_objective
 from electra_ds.model.objective import mask_input
@@ -196,7 +196,7 @@ def contenders_of(config: RunConfig, names: list[str]) -> dict:
 
 def random_batch(rows: int, length: int) -> Batch:
     """Full rows of random ids; the masked positions in rising order, as the other contenders walk through them."""
-    chosen = max_masked(0.15, length)
+    chosen = max_masked_positions(0.15, length)
     ids = torch.randint(1000, VOCAB, (rows, length))
     ids[:, 0], ids[:, -1] = IDS.cls, IDS.sep
     zeros = torch.zeros(rows, length, dtype=torch.long)

@@ -23,7 +23,7 @@ from report import bench, heading, parser_of, reached, row, spread
 
 from electra_ds.common.files import write_json
 from electra_ds.data.batch import make_batch
-from electra_ds.data.masking import recipe_for
+from electra_ds.data.masking import masking_recipe
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.model.kernels.linear import product
@@ -150,7 +150,7 @@ def boundaries(data: str, rounds: int) -> list[dict]:
     config = run_config("small", reader.sequence_length, rows, 0.0)
     ours, recipe, draw = (
         Ours(config),
-        recipe_for(manifest, config.objective, 0),
+        masking_recipe(manifest, config.objective, 0),
         np.random.default_rng(0),
     )
     found = []

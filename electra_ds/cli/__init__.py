@@ -16,7 +16,10 @@ from electra_ds.common.errors import RunFailure, UserError
 
 
 def main() -> None:
-    """Run a verb; a user's mistake becomes one message and exit code 2, a run that cannot go on exit code 1."""
+    """Run a verb.
+
+    A UserError becomes one message and exit code 2; a RunFailure becomes one message and exit code 1.
+    """
     try:
         app()
     except (UserError, RunFailure) as error:

@@ -22,7 +22,7 @@ from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
 from electra_ds.finetuning.tasks import GLUE, Task, load_task
-from electra_ds.interop.load_model import read_trained
+from electra_ds.interop.load_model import read_checkpoint
 from electra_ds.model.weights import load_true_state
 from electra_ds.training.checkpoint import tokenizer_of
 
@@ -118,7 +118,7 @@ def predict(
     """
     if (file is None) == (split is None):
         raise UserError("give --input FILE, or --split NAME with --data")
-    found, meta, weights = read_trained(model)
+    found, meta, _, weights = read_checkpoint(model)
     if "task" not in meta.config:
         raise UserError(
             f"{found}: a pretrained encoder, not a fine-tuned model; finetune writes DIR/TASK/seed-N/model"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import meta_model
 from electra_ds.training.optimizer import parameter_groups
 
@@ -161,7 +161,9 @@ def _run(config: RunConfig, precision: str, device: str, live: "MemoryTracker") 
     with FakeTensorMode(allow_non_fake_inputs=True), live, torch.device(device):
         module.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        places = torch.zeros(rows, max_masked(config.objective.mask_prob, length), dtype=torch.long)
+        places = torch.zeros(
+            rows, max_masked_positions(config.objective.mask_prob, length), dtype=torch.long
+        )
         batch = Batch(ids, ids, ids, ids, places, places.float(), places.bool(), places.float())
         at_rest = live.now
         for parameter in module.parameters():

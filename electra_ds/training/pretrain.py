@@ -21,8 +21,8 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
-from electra_ds.data.masking import Recipe, recipe_for
-from electra_ds.data.rows import RowOrder, Rows
+from electra_ds.data.masking import MaskingRecipe, masking_recipe
+from electra_ds.data.rows import RowOrder, RowReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention import document_cu_seqlens
@@ -31,7 +31,7 @@ from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
-from electra_ds.training.collectives import leave, on_rank0
+from electra_ds.training.collectives import is_collective, leave, on_rank0
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
@@ -59,9 +59,9 @@ class TrainingData:
     """The rows of a run in their order, and how a row becomes a row of a batch."""
 
     source: Data
-    reader: Rows
+    reader: RowReader
     row_order: RowOrder
-    recipe: Recipe
+    recipe: MaskingRecipe
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
         train.timeout_minutes,
         on_rank0,
         record,
+        is_collective,
     )
     lock = Lock(out, on_rank0)
     try:
@@ -179,7 +180,7 @@ def _training_data(config: RunConfig, source: Data) -> TrainingData:
     begins_word = None
     if objective.masking != "token":
         begins_word = load_tokenizer(source.tokenizer).begins_word()
-    recipe = recipe_for(source.manifest, objective, train.seed, begins_word)
+    recipe = masking_recipe(source.manifest, objective, train.seed, begins_word)
     return TrainingData(source, reader, row_order, recipe)
 
 
@@ -395,7 +396,7 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     rows = attempt.total_steps * train.global_batch_size
     parts = [
         f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs"
-        for name, part in attempt.data.source.portions.items()
+        for name, part in attempt.data.source.shares.items()
     ]
     if parts:
         lines.append(f"mixture: {'; '.join(parts)}")

@@ -210,13 +210,20 @@ def test_check_shows_values_meanings_and_derived_numbers(electra_ds, monkeypatch
     lines = [
         " ".join(line.replace("│", " ").replace("|", " ").split()) for line in out.splitlines()
     ]
+    assert "accumulation 4 micro-batches" in "\n".join(lines)  # 128 rows / (8 ranks x 4)
+    assert any(line.startswith("discriminator 13,549,057") for line in lines)
+    assert any(line.startswith("GiB per rank") for line in lines)
+    assert any(line.startswith("train.micro_batch_size 4 machine") for line in lines)  # changed
+    assert not any(line.startswith("optimizer.peak_lr") for line in lines)  # as in the preset
+
+
+def test_check_all_shows_every_value(electra_ds, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = electra_ds("check", "small", "--all")
+    lines = [" ".join(line.replace("│", " ").split()) for line in out.splitlines()]
+    assert code == 0
     assert any(line.startswith("optimizer.peak_lr 0.0005 science learning rate") for line in lines)
-    assert any(line.startswith("train.micro_batch_size 4 machine") for line in lines)
-    assert any(
-        line.startswith("accumulation 4 derived") for line in lines
-    )  # 128 rows / (8 ranks x 4)
-    assert any(line.startswith("discriminator 13,549,057 derived") for line in lines)
-    assert any(line.startswith("GiB a rank") for line in lines)
+    assert any("shared, untied, all" in line for line in lines)  # the choices of model.sharing
 
 
 def test_check_says_nothing_of_the_memory_of_the_users_own_code(electra_ds, tmp_path):

@@ -95,7 +95,7 @@ def test_an_owner_at_work_refuses_others_by_name_and_gives_the_lock_back(tmp_pat
         held.step = 7
         wait_for(lambda: beaten(out)["step"] == 7)
         with pytest.raises(
-            LockedOut, match=rf"process {os.getpid()} on .*at work there: wait for it, stop it"
+            LockedOut, match=rf"process {os.getpid()} on .*running there: wait for it, stop it"
         ):
             alone(out).__enter__()
         assert not held.lost and read_json(out / "lock")["pid"] == os.getpid()

@@ -62,7 +62,7 @@ def test_the_rows_of_the_authors_program_are_ours(tmp_path: Path) -> None:
     assert sorted(found.tolist()) == sorted(ROWS.tolist()) and found.tolist() != ROWS.tolist()
     assert verify(tmp_path / "data") == []
     reader = ShardReader(tmp_path / "data", "train")
-    for row, start, length, unit, number, token in reader.pieces(0).tolist():
+    for row, start, length, unit, number, token in reader.fragments(0).tolist():
         origin = ROWS[unit * 3 + number]  # file and record, then place in A and B put together
         text = origin[(origin > 4) | (origin == 1)]
         assert text[token : token + length].tolist() == found[row, start : start + length].tolist()

@@ -244,7 +244,7 @@ def test_bad_calls_are_refused_with_one_sentence(suites, tmp_path):
         )
 
 
-# ------------------------------------------------------------------------------------------------- the parts, alone
+# --------------------------------------------------------------------------------- the parts, alone
 
 
 def words_tokenizer(folder: Path):

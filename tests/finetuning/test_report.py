@@ -133,7 +133,7 @@ def test_own_tasks_stand_alone_and_broken_scores_and_copies_do_not_count(tmp_pat
     assert report["tasks"]["own"]["scores"]["valid"]["pearson"]["seeds"] == {1: -10.0}
 
 
-# --------------------------------------------------------------------------------------------------------- submission
+# --------------------------------------------------------------------------------------- submission
 
 ANSWERS = {"cola": "1", "stsb": "5.31", "mnli": "neutral", "rte": "not_entailment"}
 

@@ -135,7 +135,7 @@ def test_the_original_files_are_read_whole(name):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- own tasks
+# ---------------------------------------------------------------------------------------- own tasks
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_broken_rows_of_qqp_are_left_out_with_a_warning(tmp_path):
         assert len(read_examples(load_task("qqp", tmp_path), "train")) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 GOOD = "sentence\tlabel\nx\ta\ny\tb\n"
 TAGS = {"kind": "token_classification", "text_a": "words", "label": "tags"}
@@ -395,7 +395,7 @@ def test_tasks_are_listed_once_and_found_from_any_folder(own, tmp_path, monkeypa
     assert [len(read_examples(task, "train")) for task in tasks] == [2, 1]
 
 
-# ------------------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def scores(truth, predictions, metrics, kind="classification", labels=("a", "b")):

@@ -10,7 +10,7 @@ from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import config_folder, load_run
 from electra_ds.data.dataset import open_data
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import parameter_count
 from electra_ds.reporting import check as check_module
 from electra_ds.reporting.check import check
@@ -222,7 +222,7 @@ def test_a_step_costs_the_products_that_its_kind_makes():
         return (e.hidden_size + 30528) * width
 
     places, binary = (
-        max_masked(run.objective.mask_prob, 128),
+        max_masked_positions(run.objective.mask_prob, 128),
         (main.hidden_size + 1) * main.hidden_size,
     )
     alone = 128 * (encoder(main) + binary)

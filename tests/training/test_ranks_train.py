@@ -18,7 +18,10 @@ from electra_ds.training.metrics_file import TIMED, read_metrics
 STAGES = (0, 1, 2, 3)
 # Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on a CPU.
 # Stage 0 in fp32 has no finite check but ours (and clipping reads on a CPU, where it has no fused kernel).
-READS = {"electra_ds/training/collectives.py:wait_votes", "electra_ds/model/kernels/attention.py:packed_mask"}
+READS = {
+    "electra_ds/training/collectives.py:wait_votes",
+    "electra_ds/model/kernels/attention.py:packed_mask",
+}
 READS_AT_STAGE_0 = {"electra_ds/training/engine.py:_checked_step"}
 # Killed in a random step of 1 to 20 at each stage (the names of the tests say which), and inside the second save.
 KILLS = (*(f"{stage}-step{random.randint(1, 20)}" for stage in STAGES), "1-tensors", "1-latest")
