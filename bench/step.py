@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from cost import step_flops
 from peers import Ours, contenders_of, random_batch, run_config, seconds, step
 from report import bench, heading, parser_of, reached, row, spread
 
@@ -26,7 +27,6 @@ from electra_ds.data.masking import masking_recipe
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.model.kernels.linear import product
-from electra_ds.reporting.memory import step_flops
 from electra_ds.training.engine import keep_freed_memory
 from electra_ds.training.precision import cpu_multiplies_bf16
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from cost import step_flops
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.section import Section
@@ -13,7 +14,7 @@ from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import parameter_count
 from electra_ds.reporting import check as check_module
 from electra_ds.reporting.check import check
-from electra_ds.reporting.memory import PRECISIONS, memory, model_state_bytes, step_flops
+from electra_ds.reporting.memory import PRECISIONS, memory, model_state_bytes
 from electra_ds.training.engine import zero_options
 
 PRESETS = sorted(path.stem for path in config_folder("pretrain").glob("*.json"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import shard_data
 import torch
+from cost import step_traffic
 from running import run_ranks
 
-from electra_ds.reporting.memory import step_traffic
 from electra_ds.reporting.status import status
 from electra_ds.training import checkpoint
 from electra_ds.training.metrics_file import TIMED, read_metrics
