@@ -142,7 +142,9 @@ def micro_batches(
     one row of weight 0, so that every rank runs the same number of passes.
     """
     return [
-        collate([examples[i] for i in batch[start : start + micro_batch_size]], pad_id, kind, packed)
+        collate(
+            [examples[i] for i in batch[start : start + micro_batch_size]], pad_id, kind, packed
+        )
         for start in range(0, count * micro_batch_size, micro_batch_size)
     ]
 
