@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import meta_model
 
 
@@ -49,7 +49,7 @@ def _zero_batch(config: RunConfig) -> Batch:
     rows = config.train.micro_batch_size
     length = config.data.sequence_length
     ids = torch.zeros(rows, length, dtype=torch.long)
-    masked = max_masked(config.objective.mask_prob, length)
+    masked = max_masked_positions(config.objective.mask_prob, length)
     positions = torch.zeros(rows, masked, dtype=torch.long)
     return Batch(
         input_ids=ids,
