@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
+from nodes import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
 from machines import Machines, wait_until
 
 SILENCE = 8  # train.silence_seconds

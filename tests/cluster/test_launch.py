@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fixtures import (
+from nodes import (
     BRIEF,
     arguments,
     hostfile,
