@@ -39,7 +39,7 @@ def test_a_node_that_is_not_fit_is_named_before_the_run(
     )
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0 and not (tmp_path / "run").exists()
-    for wrong in ("does not see", "left in /dev/shm", "cannot import torch"):
+    for wrong in ("cannot read", "left in /dev/shm", "cannot import torch"):
         assert re.search(f"bad node node2: .*{wrong}", said), said
     assert "bad node node1" not in said
 
