@@ -42,7 +42,7 @@ def remaining(texts: list[str], tokenizer: Path, out: Path) -> set[int]:
         i
         for reader in readers
         for b in range(len(reader.blocks))
-        for i in reader.pieces(b)[:, 4].tolist()
+        for i in reader.fragments(b)[:, 4].tolist()
     }
 
 

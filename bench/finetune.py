@@ -1,16 +1,24 @@
-"""How fast is a fine-tuning step on real GLUE tasks beside Hugging Face's usual loop?
+"""Time of a fine-tuning step on GLUE tasks beside Hugging Face's usual loop.
 
-    python bench/finetune.py --glue GLUE_DIR                  CoLA, MRPC, RTE, STS-B in fp32 and bf16, 5 paired rounds
+    python bench/finetune.py --glue GLUE_DIR          four tasks, fp32 and bf16, 5 paired rounds
     python bench/finetune.py --glue GLUE_DIR --tasks cola --rounds 9 --json F
 
-ELECTRA-Small with random weights, dropout .1, steps of 32 examples: collate, forward, backward, clipping, AdamW. Ours
-is the real path (glue.batches, Classifier), padded and packed, with torch's optimizer and through our engine (ZeRO
-stage 0). Theirs is the stock class in a loop over a DataLoader with torch's AdamW, padded to 128 or per batch. In each
-round all train on the same examples in turn in one process, so that a busy machine slows them alike; theirs are
-shuffled, ours ordered as `finetune` orders an epoch. What counts is the ratio of CPU time, the median over the rounds;
-"an epoch of each" adds the tasks up by their examples. Before any timing the same weights must give all equal logits.
+The model is ELECTRA-Small with random weights and dropout .1. A step collates 32 examples and does
+forward, backward, clipping and AdamW.
+
+ours: the collate function and the Classifier of electra_ds, with padded and with packed rows, with
+torch's optimizer and through the engine (ZeRO stage 0).
+HF: the stock class in a loop over a DataLoader with torch's AdamW, padded to 128 tokens or to the
+longest example of the batch.
+
+In each round all contenders train on the same examples in turn, in one process, so that other work
+on the machine slows them alike. The examples of HF are shuffled; those of ours have the order of an
+epoch of `finetune`. The result is the ratio of CPU times, as the median over the rounds. "An epoch
+of each" adds up the tasks by their number of examples. Before any timing all contenders must give
+the same logits with the same weights.
 """
 
+import argparse
 import functools
 import os
 from collections.abc import Iterable
@@ -21,8 +29,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import numpy as np
 import torch
 import transformers
-from peers import IDS, autocast, run_config, seconds, update
-from report import bench, heading, parser_of, reached, row, spread
+from peers import SPECIAL_IDS, autocast, measure_seconds, run_config, update_weights
+from report import best_goal, make_parser, median_and_range, print_heading, print_row, run_main
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -33,7 +41,7 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.batches import Encoded, collate, encode, epoch_batches
 from electra_ds.finetuning.config import load_finetune
 from electra_ds.finetuning.examples import read_examples
-from electra_ds.finetuning.model import TaskTotals, layerwise
+from electra_ds.finetuning.model import Classifier, TaskTotals, layerwise
 from electra_ds.finetuning.predict import classifier
 from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.hf import classifier_to_hf, hf_config
@@ -42,21 +50,33 @@ from electra_ds.training.collectives import leave
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import cpu_multiplies_bf16
 
-FIXED, PER_BATCH = "HF, padded to 128", "HF, padded per batch"
-GOALS = {FIXED: (3.0, 3.8, 4.3), PER_BATCH: (1.5, 1.8, 2.0)}  # floor, target, stretch
-EXAMPLES, LENGTH = 32, 128  # of a step; the longest
-PAIRS = [(ours, theirs) for ours in ("packed", "padded", "padded, engine") for theirs in GOALS]
-MODEL = run_config("small", LENGTH, EXAMPLES, 0.1).model
-SAMPLE = 2  # steps that FIXED takes, for the time of all: one is like the other
+FIXED_HF = "HF, padded to 128"
+PER_BATCH_HF = "HF, padded per batch"
+PACKED = "packed"
+PADDED = "padded"
+PADDED_ENGINE = "padded, engine"
+GOALS = {FIXED_HF: (3.0, 3.8, 4.3), PER_BATCH_HF: (1.5, 1.8, 2.0)}  # floor, target, stretch
+PAIRS = [(ours, peer) for ours in (PACKED, PADDED, PADDED_ENGINE) for peer in GOALS]
+STEP_EXAMPLES = 32
+MAX_LENGTH = 128
+MODEL = run_config("small", MAX_LENGTH, STEP_EXAMPLES, 0.1).model
+FIXED_HF_STEPS = 2  # measured steps of FIXED_HF; all its steps have the same shape
+
+Times = dict[str, list[np.ndarray]]  # contender -> [2] (CPU, wall) seconds per step, of each round
+
+
+# ---------------------------------------------------------------------------------- contenders
 
 
 class Ours:
-    """Classifier and torch's fused AdamW, without DeepSpeed."""
+    """The Classifier and torch's fused AdamW, without DeepSpeed."""
 
     def __init__(self, task: Task, packed: bool):
-        self.module = classifier(MODEL, task).start(MODEL, None, 0)
+        self.module = new_classifier(task)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=True)
-        self.collate = functools.partial(collate, pad_id=IDS.pad, kind=task.kind, packed=packed)
+        self.collate = functools.partial(
+            collate, pad_id=SPECIAL_IDS.pad, kind=task.kind, packed=packed
+        )
 
     def logits(self, examples: list[Encoded]) -> Tensor:
         return self.module.eval()(self.collate(examples), predict=True)
@@ -65,69 +85,69 @@ class Ours:
         self.module.train()
         for examples in batches:
             with autocast(bf16):
-                loss = self.module(self.collate(examples), len(examples)).total
+                totals = TaskTotals(len(examples))
+                loss = self.module(self.collate(examples), totals).total
             loss.backward()
-            update(self)
+            update_weights(self)
 
 
-@functools.cache
-def device() -> torch.device:
-    return start(find_ranks(), timeout_minutes=2)
-
-
-class OurEngine(Ours):
-    """The same through our engine, with a rate for each layer: the step of `finetune`."""
+class OursWithEngine(Ours):
+    """The Classifier in the engine, with a learning rate for each layer: the step of `finetune`."""
 
     def __init__(self, task: Task, packed: bool, bf16: bool):
         super().__init__(task, packed)
-        config = load_finetune(
-            "small", [f"train.global_batch_size={EXAMPLES}", f"train.micro_batch_size={EXAMPLES}"]
-        )
-        engine = load_engine("zero0" if bf16 else "zero0-fp32")
+        settings = [
+            f"train.global_batch_size={STEP_EXAMPLES}",
+            f"train.micro_batch_size={STEP_EXAMPLES}",
+        ]
         self.engine = Engine(
-            self.module, config, engine, find_ranks(), device(), layerwise(MODEL.num_layers, 0.8)
+            self.module,
+            load_finetune("small", settings),
+            load_engine("zero0" if bf16 else "zero0-fp32"),
+            find_ranks(),
+            start_process(),
+            layerwise(MODEL.num_layers, 0.8),
         )
 
     def train(self, batches: list[list[Encoded]], bf16: bool) -> None:
         for examples in batches:
-            self.engine.forward_backward([self.collate(examples)], [0], TaskTotals(len(examples)))
+            batch = self.collate(examples)
+            self.engine.forward_backward([batch], [0], TaskTotals(len(examples)))
             self.engine.step(1e-4)
 
 
 class HuggingFace:
-    """The stock class with our weights, in a plain loop over a DataLoader."""
+    """The stock class with our weights, in a plain loop over a DataLoader.
+
+    length: rows are padded to this; None: to the longest example of the batch.
+    """
 
     def __init__(self, task: Task, length: int | None):
-        name, state = classifier_to_hf(
-            true_state(classifier(MODEL, task).start(MODEL, None, 0)), task.kind
-        )
+        name, state = classifier_to_hf(true_state(new_classifier(task)), task.kind)
         labels = 1 if task.kind == "regression" else len(task.labels)
-        config = transformers.ElectraConfig(
-            **hf_config(MODEL, None, "discriminator", IDS.pad), num_labels=labels
-        )
+        options = hf_config(MODEL, None, "discriminator", SPECIAL_IDS.pad)
+        config = transformers.ElectraConfig(**options, num_labels=labels)
         self.module = getattr(transformers, name)(config)
         self.module.load_state_dict(state, strict=False)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
-        self.kind, self.length = task.kind, length
+        self.length = length
 
     def collate(self, examples: list[Encoded]) -> dict[str, Tensor]:
         length = self.length or max(len(example.ids) for example in examples)
-        ids, segments, real = (
-            torch.zeros(len(examples), length, dtype=torch.long) for _ in range(3)
-        )
+        shape = len(examples), length
+        ids = torch.zeros(shape, dtype=torch.long)
+        segments = torch.zeros(shape, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
         for i, example in enumerate(examples):
             size = len(example.ids)
-            ids[i, :size], segments[i, example.second : size], real[i, :size] = (
-                torch.tensor(example.ids),
-                1,
-                1,
-            )
-        labels = torch.tensor([example.label for example in examples])
+            ids[i, :size] = torch.tensor(example.ids)
+            segments[i, example.second_start : size] = 1
+            attention_mask[i, :size] = 1
         return {
             "input_ids": ids,
             "token_type_ids": segments,
-            "attention_mask": real,
-            "labels": labels,
+            "attention_mask": attention_mask,
+            "labels": torch.tensor([example.label for example in examples]),
         }
 
     def logits(self, examples: list[Encoded]) -> Tensor:
@@ -136,125 +156,181 @@ class HuggingFace:
     def train(self, batches: list[list[Encoded]], bf16: bool) -> None:
         self.module.train()
         examples = [example for batch in batches for example in batch]
-        for batch in DataLoader(examples, EXAMPLES, collate_fn=self.collate):
+        for batch in DataLoader(examples, STEP_EXAMPLES, collate_fn=self.collate):
             with autocast(bf16):
                 loss = self.module(**batch).loss
             loss.backward()
-            update(self)
+            update_weights(self)
 
 
-def contenders_of(task: Task, bf16: bool) -> dict[str, Ours | HuggingFace]:
-    """Ours and theirs, all with the same weights."""
+def new_classifier(task: Task) -> Classifier:
+    """The module of a task with random weights, equal at every call."""
+    return classifier(MODEL, task).start(MODEL, None, 0)
+
+
+@functools.cache
+def start_process() -> torch.device:
+    return start(find_ranks(), timeout_minutes=2)
+
+
+def make_contenders(task: Task, bf16: bool) -> dict[str, Ours | HuggingFace]:
+    """All contenders of a task, with the same weights."""
     return {
-        "packed": Ours(task, True),
-        "padded": Ours(task, False),
-        "padded, engine": OurEngine(task, False, bf16),
-        FIXED: HuggingFace(task, LENGTH),
-        PER_BATCH: HuggingFace(task, None),
+        PACKED: Ours(task, packed=True),
+        PADDED: Ours(task, packed=False),
+        PADDED_ENGINE: OursWithEngine(task, packed=False, bf16=bf16),
+        FIXED_HF: HuggingFace(task, MAX_LENGTH),
+        PER_BATCH_HF: HuggingFace(task, None),
     }
 
 
 @torch.no_grad()
-def check_logits(contenders: dict, examples: list[Encoded]) -> None:
-    """The same weights must give the same logits."""
-    expected = contenders["packed"].logits(examples)
+def check_logits(contenders: dict[str, Ours | HuggingFace], examples: list[Encoded]) -> None:
+    """SystemExit if the contenders do not give the same logits."""
+    expected = contenders[PACKED].logits(examples)
     for name, contender in contenders.items():
-        if not torch.allclose(found := contender.logits(examples), expected, atol=1e-5):
-            raise SystemExit(
-                f"{name}: logits differ from ours by {float((found - expected).abs().max())}"
-            )
+        logits = contender.logits(examples)
+        if not torch.allclose(logits, expected, atol=1e-5):
+            difference = float((logits - expected).abs().max())
+            raise SystemExit(f"{name}: the logits differ from those of ours by {difference}")
 
 
-def measure(
-    task: Task, encoded: list[Encoded], bf16: bool, rounds: int, steps: int
-) -> dict[str, list]:
-    """Per contender the (CPU, wall) seconds of a step in each round."""
-    contenders, taken = contenders_of(task, bf16), {}
-    check_logits(contenders, encoded[:EXAMPLES])
+# --------------------------------------------------------------------------------- measurement
+
+
+def measure(task: Task, encoded: list[Encoded], bf16: bool, rounds: int, steps: int) -> Times:
+    """The times of each contender on one task."""
+    contenders = make_contenders(task, bf16)
+    check_logits(contenders, encoded[:STEP_EXAMPLES])
     lengths = np.array([len(example.ids) for example in encoded])
-    for number in range(rounds + 1):
-        ordered = [
-            batch for batch in epoch_batches(lengths, EXAMPLES, number, 0) if len(batch) == EXAMPLES
-        ][:steps]
-        shuffled = np.split(
-            np.random.default_rng(number).permutation(np.concatenate(ordered)), len(ordered)
-        )
-        for name in np.roll(list(contenders), number):  # the first of a round finds colder caches
-            orders = {FIXED: shuffled[:SAMPLE], PER_BATCH: shuffled}.get(name, ordered)
-            batches = [[encoded[i] for i in batch] for batch in orders]
-            found = seconds(lambda c=contenders[name], b=batches: c.train(b, bf16))
-            taken.setdefault(name, []).append(np.divide(found, len(batches)))
-    contenders["padded, engine"].engine.close()
-    return {name: values[1:] for name, values in taken.items()}  # the first round warms up
+    times: Times = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        ordered = full_batches(lengths, seed=turn, count=steps)
+        shuffled = shuffle_examples(ordered, seed=turn)
+        numbers_of = {FIXED_HF: shuffled[:FIXED_HF_STEPS], PER_BATCH_HF: shuffled}
+        for name in np.roll(list(contenders), turn):  # the first of a round has colder caches
+            batches = [[encoded[i] for i in numbers] for numbers in numbers_of.get(name, ordered)]
+            seconds = measure_seconds(contenders[name].train, batches, bf16)
+            times[name].append(np.divide(seconds, len(batches)))
+    contenders[PADDED_ENGINE].engine.close()
+    # The first round warms up.
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def ratios(taken: Iterable[dict], weights: list[int], ours: str, theirs: str) -> np.ndarray:
-    """[rounds, 2] (CPU, wall) time of theirs over ours, both summed over the tasks by weights."""
-    sums = [
-        np.tensordot(weights, np.array([task[name] for task in taken]), 1)
-        for name in (theirs, ours)
-    ]
-    return sums[0] / sums[1]
+def full_batches(lengths: np.ndarray, seed: int, count: int) -> list[np.ndarray]:
+    """The first `count` full batches of an epoch, as example numbers [STEP_EXAMPLES]."""
+    batches = epoch_batches(lengths, STEP_EXAMPLES, seed, 0)
+    return [batch for batch in batches if len(batch) == STEP_EXAMPLES][:count]
 
 
-def compared(task: str, precision: str, ours: str, theirs: str, found: np.ndarray) -> dict:
-    """One comparison, printed as a row of the table."""
-    (middle, low, high), wall, goals = (
-        spread(found[:, 0].tolist()),
-        float(np.median(found[:, 1])),
-        GOALS[theirs],
-    )
-    row(
-        task,
+def shuffle_examples(batches: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """The examples of the batches in random order, in as many batches."""
+    shuffled = np.random.default_rng(seed).permutation(np.concatenate(batches))
+    return np.split(shuffled, len(batches))
+
+
+def time_ratios(times: Iterable[Times], weights: list[int], ours: str, peer: str) -> np.ndarray:
+    """[rounds, 2] (CPU, wall) time of the peer over ours, each summed over the tasks by weights."""
+    tasks = list(times)
+    peer_seconds = np.tensordot(weights, np.array([task[peer] for task in tasks]), 1)
+    our_seconds = np.tensordot(weights, np.array([task[ours] for task in tasks]), 1)
+    return peer_seconds / our_seconds
+
+
+def report(title: str, precision: str, ours: str, peer: str, ratios: np.ndarray) -> dict:
+    """Print one comparison as a row of the table; returns it as a record."""
+    median, low, high = median_and_range(ratios[:, 0].tolist())
+    wall_ratio = float(np.median(ratios[:, 1]))
+    goals = GOALS[peer]
+    print_row(
+        title,
         precision,
         ours,
-        theirs,
-        f"{middle:.2f}",
+        peer,
+        f"{median:.2f}",
         f"{low:.2f}-{high:.2f}",
-        f"{wall:.2f}",
+        f"{wall_ratio:.2f}",
         " / ".join(map(str, goals)),
-        reached(middle, goals),
+        best_goal(median, goals),
     )
     return {
-        "task": task,
+        "task": title,
         "precision": precision,
         "ours": ours,
-        "against": theirs,
-        "ratio": middle,
+        "against": peer,
+        "ratio": median,
         "spread": (low, high),
-        "wall_ratio": wall,
+        "wall_ratio": wall_ratio,
         "goals": goals,
     }
 
 
-def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--glue", type=Path, required=True, help="the folder with CoLA/, RTE/, ...")
+def mean_tokens(encoded: Iterable[list[Encoded]]) -> float:
+    """Tokens per example."""
+    lengths = [len(example.ids) for examples in encoded for example in examples]
+    return sum(lengths) / len(lengths)
+
+
+def measure_precision(
+    precision: str,
+    tasks: dict[str, Task],
+    encoded: dict[str, list[Encoded]],
+    options: argparse.Namespace,
+) -> list[dict]:
+    """Measure and print every task in one precision, then all tasks together."""
+    records = []
+    times = {}
+    for name, task in tasks.items():
+        examples = encoded[name]
+        times[name] = measure(task, examples, precision == "bf16", options.rounds, options.steps)
+        title = f"{name} ({mean_tokens([examples]):.0f})"
+        for pair in PAIRS:
+            ratios = time_ratios([times[name]], [1], *pair)
+            records.append(report(title, precision, *pair, ratios))
+    title = f"an epoch of each ({mean_tokens(encoded.values()):.0f})"
+    sizes = [len(examples) for examples in encoded.values()]
+    for pair in PAIRS:
+        ratios = time_ratios(times.values(), sizes, *pair)
+        records.append(report(title, precision, *pair, ratios))
+    return records
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument(
-        "--vocab", type=Path, help="a vocab.txt (default: bert-base-uncased-vocab.txt in ../vocab)"
+        "--glue", type=Path, required=True, help="the folder that holds CoLA/, RTE/, ..."
     )
-    parser.add_argument("--tasks", default="cola,mrpc,rte,stsb")
-    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument(
+        "--vocab",
+        type=Path,
+        help="a vocab.txt (default: vocab/bert-base-uncased-vocab.txt beside the GLUE folder)",
+    )
+    parser.add_argument("--tasks", default="cola,mrpc,rte,stsb", help="names, with commas")
+    parser.add_argument("--precisions", default="fp32,bf16", help="names, with commas")
     parser.add_argument(
         "--rounds", type=int, default=5, help="paired rounds per task and precision"
     )
     parser.add_argument("--steps", type=int, default=8, help="steps of 32 examples in a round")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    options = parser.parse_args()
-    device()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    start_process()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    words = load_tokenizer(
-        options.vocab or options.glue.resolve().parent / "vocab" / "bert-base-uncased-vocab.txt"
-    )
-    rows = []
+    beside_glue = options.glue.resolve().parent / "vocab" / "bert-base-uncased-vocab.txt"
+    tokenizer = load_tokenizer(options.vocab or beside_glue)
     tasks = {name: load_task(name, options.glue) for name in options.tasks.split(",")}
     encoded = {
-        name: encode(read_examples(task, "train"), task, words, LENGTH)
+        name: encode(read_examples(task, "train"), task, tokenizer, MAX_LENGTH)
         for name, task in tasks.items()
     }
-    tokens = {name: sum(len(example.ids) for example in found) for name, found in encoded.items()}
-    heading(
+    print_heading(
         "task (mean tokens)",
         "precision",
         "ours",
@@ -265,30 +341,17 @@ def main() -> None:
         "floor / target / stretch",
         "reached",
     )
+    records = []
     for precision in options.precisions.split(","):
         if precision == "bf16" and not cpu_multiplies_bf16():
-            row("", "bf16", "this processor has no bf16 products", *[""] * 6)
+            reason = "not run: this processor has no bf16 products"
+            print_row("", "bf16", reason, *[""] * 6)
             continue
-        taken = {}
-        for name, task in tasks.items():
-            taken[name] = measure(
-                task, encoded[name], precision == "bf16", options.rounds, options.steps
-            )
-            title = f"{name} ({tokens[name] / len(encoded[name]):.0f})"
-            rows += [
-                compared(title, precision, *pair, ratios([taken[name]], [1], *pair))
-                for pair in PAIRS
-            ]
-        epoch = [len(found) for found in encoded.values()]
-        title = f"an epoch of each ({sum(tokens.values()) / sum(epoch):.0f})"
-        rows += [
-            compared(title, precision, *pair, ratios(taken.values(), epoch, *pair))
-            for pair in PAIRS
-        ]
+        records += measure_precision(precision, tasks, encoded, options)
     if options.json:
-        write_json(options.json, rows)
+        write_json(options.json, records)
     leave()
 
 
 if __name__ == "__main__":
-    bench(main)
+    run_main(main)

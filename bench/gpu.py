@@ -24,6 +24,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from cost import step_flops
 from peers import HuggingFace, Ours, check_losses, random_batch, run_config
 from report import bench, heading, parser_of, row
 
@@ -35,7 +36,6 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention import document_cu_seqlens
-from electra_ds.reporting.memory import step_flops
 from electra_ds.training.collectives import leave
 from electra_ds.training.engine import Engine, start
 

@@ -14,10 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cost import step_flops
+
 from electra_ds.common.files import write_bytes, write_json
 from electra_ds.config.loading import load_run
 from electra_ds.data.shard_format import read_manifest
-from electra_ds.reporting.memory import step_flops
 from electra_ds.training.metrics_file import read_metrics
 
 KINDS = ("electra", "mlm")

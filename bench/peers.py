@@ -1,139 +1,174 @@
-"""Whom are we compared with? The same model by other hands, and what every comparison needs.
+"""Contenders of the comparisons: this project's objective, and the same model in other code.
 
-"HF": ElectraForMaskedLM and ElectraForPreTraining with one embedding module, logits for every position, Gumbel noise.
-"tuned HF": the same with eager attention, compiled layers and fused AdamW. "wrapper": the electra-pytorch package
-around those classes (`pip install --no-deps electra-pytorch`: its own requirements ask for transformers 3).
-All get our weights, and before any timing the same rows, masks and samples must give them our losses.
+ours:     the objective with torch's fused AdamW, without DeepSpeed.
+HF:       ElectraForMaskedLM and ElectraForPreTraining with one embedding module, logits at every
+          position, Gumbel sampling.
+tuned HF: the same with eager attention, compiled layers and fused AdamW.
+wrapper:  the electra-pytorch package around the classes of HF. Install it with
+          `pip install --no-deps electra-pytorch`, because it requires transformers 3.
 
-Letters: B rows, S sequence, K masked positions.
+All contenders get the weights of ours. Before any timing they must give the loss of ours on the
+same rows, masks and samples.
+
+Letters: B rows, S sequence, K masked positions of a row, M masked positions of a batch,
+V vocabulary.
 """
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.interop.hf import hf_config, to_hf
 from electra_ds.model.build import build_objective
+from electra_ds.model.losses import Totals
 from electra_ds.model.objective import mask_input
 from electra_ds.model.weights import true_state
 
 try:
-    from electra_pytorch import electra_pytorch as wrapper
+    from electra_pytorch import electra_pytorch as wrapper_module
 except ImportError:
-    wrapper = None
+    wrapper_module = None
 
-IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
-VOCAB = 30522
+SPECIAL_IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)  # of BERT's vocabulary
+VOCAB_SIZE = 30522
+
+
+class Contender(Protocol):
+    """A module with its optimizer, and its loss on a batch."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor: ...
 
 
 def run_config(size: str, length: int, rows: int, dropout: float) -> RunConfig:
-    """A shipped run at another length and batch; the length of its rows is full."""
-    values = {
-        "data.sequence_length": length,
-        "train.global_batch_size": rows,
-        "train.micro_batch_size": rows,
-    }
-    values |= {
-        f"{part}.{kind}_dropout": dropout
-        for part in ("model", "generator")
-        for kind in ("hidden", "attention")
-    }
-    return load_run(size, [f"{key}={value}" for key, value in values.items()]).with_data(
-        VOCAB, IDS, length
-    )
+    """The shipped run `size` with rows of `length` tokens and one micro-batch of `rows` per step.
+
+    dropout: probability of all dropout layers. The vocabulary is BERT's.
+    """
+    settings = [
+        f"data.sequence_length={length}",
+        f"train.global_batch_size={rows}",
+        f"train.micro_batch_size={rows}",
+    ]
+    for part in ("model", "generator"):
+        for kind in ("hidden", "attention"):
+            settings.append(f"{part}.{kind}_dropout={dropout}")
+    return load_run(size, settings).with_data(VOCAB_SIZE, SPECIAL_IDS, length)
+
+
+def batch_totals(batch: Batch) -> Totals:
+    """The counts of a batch of full rows."""
+    return Totals(batch.masked_positions.numel(), batch.input_ids.numel())
+
+
+# ---------------------------------------------------------------------------------- contenders
 
 
 class Ours:
-    """The bare step: our module and torch's fused AdamW, without DeepSpeed."""
+    """This project's objective and torch's fused AdamW, without DeepSpeed."""
 
     def __init__(self, config: RunConfig):
-        self.config, self.module = config, build_objective(config, seed=0)
+        self.config = config
+        self.module = build_objective(config, seed=0)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, eps=1e-6, fused=True)
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.module(batch, batch.masked_positions.numel(), batch.input_ids.numel()).total
+        return self.module(batch, batch_totals(batch)).total
 
 
 class HuggingFace:
-    """The stock classes joined: one embedding module, the whole vocabulary at every position, Gumbel sampling."""
+    """The stock classes with one embedding module.
+
+    The generator computes logits over the whole vocabulary at every position; tokens are sampled
+    with Gumbel noise.
+    """
 
     def __init__(self, ours: Ours, tuned: bool = False):
-        parts = {}
-        for part, kind in (
-            ("generator", transformers.ElectraForMaskedLM),
-            ("discriminator", transformers.ElectraForPreTraining),
-        ):
-            config = transformers.ElectraConfig(
-                **hf_config(ours.config.model, ours.config.generator, part, IDS.pad)
-            )
-            config._attn_implementation = "eager" if tuned else "sdpa"
-            parts[part] = kind(config)
-            parts[part].load_state_dict(to_hf(true_state(ours.module), part), strict=False)
-        parts["discriminator"].electra.embeddings = parts["generator"].electra.embeddings
-        for layer in (
-            layer for part in parts.values() for layer in part.electra.encoder.layer if tuned
-        ):
-            layer.compile()
-        self.module = torch.nn.ModuleDict(parts)
+        generator = self._make_part(ours, "generator", transformers.ElectraForMaskedLM, tuned)
+        discriminator = self._make_part(
+            ours, "discriminator", transformers.ElectraForPreTraining, tuned
+        )
+        discriminator.electra.embeddings = generator.electra.embeddings
+        self.module = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
+        if tuned:
+            for part in self.module.values():
+                for layer in part.electra.encoder.layer:
+                    layer.compile()
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=1e-4, eps=1e-6, fused=tuned or None
         )
 
+    @staticmethod
+    def _make_part(ours: Ours, part: str, kind: type, tuned: bool) -> nn.Module:
+        options = hf_config(ours.config.model, ours.config.generator, part, SPECIAL_IDS.pad)
+        config = transformers.ElectraConfig(**options)
+        config._attn_implementation = "eager" if tuned else "sdpa"
+        module = kind(config)
+        module.load_state_dict(to_hf(true_state(ours.module), part), strict=False)
+        return module
+
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
-        chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(
-            1, batch.masked_positions, True
-        )
-        rows = (
+        """samples: [B, K] tokens of the generator; None: they are drawn."""
+        return self.joined_loss(
             batch.input_ids,
-            mask_input(batch, IDS.mask),
-            chosen,
+            mask_input(batch, SPECIAL_IDS.mask),
+            masked_indicator(batch),
             batch.document_ids,
             batch.segment_ids,
+            samples,
         )
-        return self.joined_loss(*rows, samples)
 
     def joined_loss(
         self,
         ids: Tensor,
-        masked: Tensor,
-        chosen: Tensor,
-        real: Tensor,
+        masked_ids: Tensor,
+        is_masked: Tensor,
+        attention_mask: Tensor,
         segments: Tensor,
         samples: Tensor | None = None,
     ) -> Tensor:
-        """Rows [B, S] and what stands at their masked positions (bool) -> both losses; samples: in place of drawn ones."""
-        logits = self.module["generator"](
-            masked, attention_mask=real, token_type_ids=segments
-        ).logits
-        at_chosen = logits[chosen]  # [masked positions, V]
-        with torch.no_grad():
-            noise = -torch.empty_like(at_chosen, dtype=torch.float32).exponential_().log()
-            drawn = (at_chosen.float() + noise).argmax(-1) if samples is None else samples.flatten()
-            corrupted = ids.clone()
-            corrupted[chosen] = drawn
-        guess = self.module["discriminator"](
-            corrupted, attention_mask=real, token_type_ids=segments
-        ).logits
-        mlm_loss = F.cross_entropy(at_chosen.float(), ids[chosen])
-        label = (corrupted != ids).float()
-        return mlm_loss + 50 * F.binary_cross_entropy_with_logits(
-            guess.float()[real > 0], label[real > 0]
+        """The loss of the generator plus 50 times that of the discriminator.
+
+        All arguments are [B, S], samples [B, K]. is_masked: bool, True at masked positions.
+        """
+        generator_output = self.module["generator"](
+            masked_ids, attention_mask=attention_mask, token_type_ids=segments
         )
+        masked_logits = generator_output.logits[is_masked]  # [M, V]
+        with torch.no_grad():
+            noise = -torch.empty_like(masked_logits, dtype=torch.float32).exponential_().log()
+            drawn = (masked_logits.float() + noise).argmax(-1)  # [M]
+            corrupted = ids.clone()
+            corrupted[is_masked] = drawn if samples is None else samples.flatten()
+        discriminator_output = self.module["discriminator"](
+            corrupted, attention_mask=attention_mask, token_type_ids=segments
+        )
+        real = attention_mask > 0
+        logits = discriminator_output.logits.float()
+        is_replaced = (corrupted != ids).float()
+        mlm_loss = F.cross_entropy(masked_logits.float(), ids[is_masked])
+        disc_loss = F.binary_cross_entropy_with_logits(logits[real], is_replaced[real])
+        return mlm_loss + 50 * disc_loss
 
 
-class Logits(torch.nn.Module):
-    """What the wrapper's documentation puts around a stock class: its logits alone."""
+class LogitsOnly(nn.Module):
+    """Returns the logits of a stock class, as the documentation of electra-pytorch requires."""
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, module: nn.Module):
         super().__init__()
         self.module = module
 
@@ -142,118 +177,137 @@ class Logits(torch.nn.Module):
 
 
 class Wrapper:
-    """electra-pytorch around the same classes; it chooses the places by itself."""
+    """electra-pytorch around the stock classes. It draws the masked positions itself."""
 
     def __init__(self, ours: Ours):
         parts = HuggingFace(ours).module
-        self.module = wrapper.Electra(
-            Logits(parts["generator"]),
-            Logits(parts["discriminator"]),
-            num_tokens=VOCAB,
-            mask_token_id=IDS.mask,
-            pad_token_id=IDS.pad,
-            mask_ignore_token_ids=[IDS.cls, IDS.sep],
+        self.module = wrapper_module.Electra(
+            LogitsOnly(parts["generator"]),
+            LogitsOnly(parts["discriminator"]),
+            num_tokens=VOCAB_SIZE,
+            mask_token_id=SPECIAL_IDS.mask,
+            pad_token_id=SPECIAL_IDS.pad,
+            mask_ignore_token_ids=[SPECIAL_IDS.cls, SPECIAL_IDS.sep],
         )
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, eps=1e-6)
 
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
+        """samples: [B, K] tokens of the generator, used with the batch's masked positions.
+
+        None: the package draws positions and tokens.
+        """
         if samples is None:
-            return self.module(batch.input_ids, attention_mask=batch.document_ids).loss
-        chosen = torch.zeros_like(batch.input_ids, dtype=torch.bool).scatter_(
-            1, batch.masked_positions, True
-        )
-        becomes_mask = torch.zeros_like(chosen).scatter_(
-            1, batch.masked_positions, ~batch.keep_original
-        )
-        given = {
-            "get_mask_subset_with_prob": lambda *_: chosen,
-            "prob_mask_like": lambda *_: becomes_mask,
-            "gumbel_sample": lambda *_, **__: samples.flatten(),
-        }
-        own = {name: getattr(wrapper, name) for name in given}
-        try:
-            vars(wrapper).update(given)
-            return self.loss(batch)
-        finally:
-            vars(wrapper).update(own)
+            return self._drawn_loss(batch)
+        is_masked = masked_indicator(batch)
+        becomes_mask = torch.zeros_like(is_masked)
+        becomes_mask.scatter_(1, batch.masked_positions, ~batch.keep_original)
+        with mock.patch.multiple(
+            wrapper_module,
+            get_mask_subset_with_prob=lambda *_: is_masked,
+            prob_mask_like=lambda *_: becomes_mask,
+            gumbel_sample=lambda *_, **__: samples.flatten(),
+        ):
+            return self._drawn_loss(batch)
+
+    def _drawn_loss(self, batch: Batch) -> Tensor:
+        return self.module(batch.input_ids, attention_mask=batch.document_ids).loss
 
 
-def contenders_of(config: RunConfig, names: list[str]) -> dict:
-    """Ours and those of the names that are installed, checked for equal losses; compiled ones start afresh."""
-    found = {"ours": (ours := Ours(config))}
-    makers = {
+def masked_indicator(batch: Batch) -> Tensor:
+    """[B, S] bool, True at the masked positions of full rows."""
+    indicator = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    return indicator.scatter_(1, batch.masked_positions, True)
+
+
+def make_contenders(config: RunConfig, names: list[str]) -> dict[str, Contender]:
+    """Ours and the named contenders that are installed, after a check of their losses."""
+    ours = Ours(config)
+    makers: dict[str, Callable[[Ours], Contender]] = {
         "HF": HuggingFace,
         "tuned HF": lambda ours: HuggingFace(ours, tuned=True),
         "wrapper": Wrapper,
     }
+    contenders = {"ours": ours}
     for name in names:
-        if name != "wrapper" or wrapper is not None:
-            found[name] = makers[name](ours)
-    check_losses(found, config.data.sequence_length)
-    torch.compiler.reset()  # the check's small batch must not make the compiled shapes dynamic
-    return found
+        if name != "wrapper" or wrapper_module is not None:
+            contenders[name] = makers[name](ours)
+    check_losses(contenders, config.data.sequence_length)
+    # Two shapes of batches would make the compiled shapes dynamic.
+    torch.compiler.reset()
+    return contenders
+
+
+@torch.no_grad()
+def check_losses(contenders: dict[str, Contender], length: int) -> None:
+    """Compare the losses in fp32 without dropout on equal weights, rows, masks and samples.
+
+    SystemExit if one differs from the loss of "ours" by more than 1e-5 of it.
+    """
+    batch = random_batch(2, length)
+    for contender in contenders.values():
+        contender.module.eval()
+    ours = contenders["ours"]
+    samples = ours.module.generate(mask_input(batch, SPECIAL_IDS.mask), batch).sampled
+    expected = float(ours.loss(batch))
+    for name, contender in contenders.items():
+        loss = expected if contender is ours else float(contender.loss(batch, samples))
+        if abs(loss / expected - 1) > 1e-5:
+            raise SystemExit(
+                f"{name}: loss {loss} on the same rows, masks and weights; expected {expected}, "
+                "the loss of ours"
+            )
+        contender.module.train()
+
+
+# --------------------------------------------------------------------------- batches and steps
 
 
 def random_batch(rows: int, length: int) -> Batch:
-    """Full rows of random ids; the masked positions in rising order, as the other contenders walk through them."""
-    chosen = max_masked(0.15, length)
-    ids = torch.randint(1000, VOCAB, (rows, length))
-    ids[:, 0], ids[:, -1] = IDS.cls, IDS.sep
+    """Full rows of random ids.
+
+    The masked positions ascend, because the other contenders select them in this order.
+    """
+    masked = max_masked_positions(0.15, length)
+    ids = torch.randint(1000, VOCAB_SIZE, (rows, length))
+    ids[:, 0] = SPECIAL_IDS.cls
+    ids[:, -1] = SPECIAL_IDS.sep
     zeros = torch.zeros(rows, length, dtype=torch.long)
-    places = (torch.rand(rows, length - 2).argsort(1)[:, :chosen] + 1).sort(1).values
-    coins = torch.rand(rows, chosen) >= 0.85
-    full = torch.arange(length).expand(rows, -1)
+    shuffled = torch.rand(rows, length - 2).argsort(1) + 1  # without [CLS] and [SEP]
     return Batch(
-        ids,
-        zeros,
-        zeros + 1,
-        full,
-        places,
-        torch.ones(rows, chosen),
-        coins,
-        torch.rand(rows, chosen),
+        input_ids=ids,
+        segment_ids=zeros,
+        document_ids=zeros + 1,
+        position_ids=torch.arange(length).expand(rows, -1),
+        masked_positions=shuffled[:, :masked].sort(1).values,
+        masked_weights=torch.ones(rows, masked),
+        keep_original=torch.rand(rows, masked) >= 0.85,
+        uniforms=torch.rand(rows, masked),
     )
 
 
-def autocast(bf16: bool):
-    """bf16 as a CPU trains in it, or fp32."""
+def autocast(bf16: bool) -> AbstractContextManager:
+    """The precision of a training on a CPU: bf16 autocast, or fp32."""
     return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
 
 
-def step(contender, batch: Batch, bf16: bool) -> None:
+def train_step(contender: Contender, batch: Batch, bf16: bool) -> None:
     """Forward, backward, clipping, AdamW."""
     with autocast(bf16):
         loss = contender.loss(batch)
     loss.backward()
-    update(contender)
+    update_weights(contender)
 
 
-def update(contender) -> None:
-    """Clipping, AdamW."""
+def update_weights(contender: Contender) -> None:
+    """Clipping and AdamW."""
     torch.nn.utils.clip_grad_norm_(contender.module.parameters(), 1.0)
     contender.optimizer.step()
     contender.optimizer.zero_grad(set_to_none=True)
 
 
-@torch.no_grad()
-def check_losses(contenders: dict, length: int) -> None:
-    """Same weights, rows, masks and samples must give the same loss, in fp32 and without dropout."""
-    batch = random_batch(2, length)
-    for contender in contenders.values():
-        contender.module.eval()
-    samples = contenders["ours"].module.generate(mask_input(batch, IDS.mask), batch).sampled
-    ours = float(contenders["ours"].loss(batch))
-    for name, contender in contenders.items():
-        theirs = ours if name == "ours" else float(contender.loss(batch, samples))
-        if abs(theirs / ours - 1) > 1e-5:
-            raise SystemExit(
-                f"{name}: loss {theirs} on the same rows, masks and weights, ours is {ours}"
-            )
-        contender.module.train()
-
-
-def seconds(work) -> tuple[float, float]:
-    """(CPU, wall) seconds of work()."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    work()
-    return time.process_time() - cpu, time.perf_counter() - wall
+def measure_seconds(function: Callable[..., object], *arguments: object) -> tuple[float, float]:
+    """(CPU, wall) seconds of one call."""
+    cpu_start = time.process_time()
+    wall_start = time.perf_counter()
+    function(*arguments)
+    return time.process_time() - cpu_start, time.perf_counter() - wall_start

@@ -6,7 +6,7 @@
 
 Makes the same rows in every form, reads each whole once, so that all lie in the page cache alike, then lets the
 readers take turns. A rate is tokens per second of this process's CPU time, its threads included; the table shows
-medians over the rounds. Ours: ShardReader and Order as Batches uses them. The others shuffle with their own means;
+medians over the rounds. Ours: ShardReader and ShuffledOrder as Batches uses them. The others shuffle with their own means;
 webdataset and litdata give single rows, ours and the memmap an array of many.
 """
 
@@ -27,8 +27,8 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data import shard_format, shard_reader
 from electra_ds.data.loader import READ_TOKENS, Loader
-from electra_ds.data.masking import recipe_for
-from electra_ds.data.shuffle import Order
+from electra_ds.data.masking import masking_recipe
+from electra_ds.data.shuffle import ShuffledOrder
 
 BLOCK_ROWS = 256
 SHARD_TOKENS = 1 << 23
@@ -134,7 +134,11 @@ def long_items(folder: Path, shard: int) -> Iterator[torch.Tensor]:
 
 def ours(folder: Path) -> Iterator[int]:
     reader = shard_reader.ShardReader(folder, "train")
-    order, n, position = Order(reader.blocks["rows"], 0), READ_TOKENS // reader.sequence_length, 0
+    order, n, position = (
+        ShuffledOrder(reader.blocks["rows"], 0),
+        READ_TOKENS // reader.sequence_length,
+        0,
+    )
     while True:
         yield reader.read(order.rows(position + np.arange(n))[0]).size
         position += n
@@ -229,7 +233,7 @@ def make_index(folder: Path, sequence_length: int) -> None:
             shard_format.ShardInfo(file=name, rows=count * BLOCK_ROWS, bytes=size, sha256=sha256)
         )
     describe(folder, sequence_length, infos, blocks)
-    touched, _ = Order(blocks["rows"], 0).rows(
+    touched, _ = ShuffledOrder(blocks["rows"], 0).rows(
         3 * BILLION - 128 + np.arange(READ_TOKENS // sequence_length)
     )
     for block in np.unique(touched // BLOCK_ROWS):
@@ -253,8 +257,8 @@ def first_batch(folder: Path, sequence_length: int = 128) -> None:
     reader = shard_reader.ShardReader(folder, "train")
     opened = time.perf_counter()
     order, recipe = (
-        Order(reader.blocks["rows"], 0),
-        recipe_for(reader.manifest, ObjectiveConfig(), 0),
+        ShuffledOrder(reader.blocks["rows"], 0),
+        masking_recipe(reader.manifest, ObjectiveConfig(), 0),
     )
     sizes = {"global_batch_size": 128, "micro_batch_size": 128, "position": 3 * reader.rows - 128}
     batches = Loader(reader, order, recipe, **sizes)

@@ -1,4 +1,4 @@
-"""How does a bench speak? Its options, its errors, its tables in markdown. A module, not a bench itself."""
+"""Options, error messages and markdown tables shared by the benches. Not a bench itself."""
 
 import argparse
 import statistics
@@ -8,20 +8,21 @@ from pathlib import Path
 
 from electra_ds.common.errors import UserError
 
-MARKS = ("floor", "target", "stretch")
+GOAL_NAMES = ("floor", "target", "stretch")
 
 
-def parser_of(doc: str) -> argparse.ArgumentParser:
-    """A parser that shows the whole of `doc`, with the option --json."""
+def make_parser(description: str, has_json: bool = True) -> argparse.ArgumentParser:
+    """A parser whose --help prints the whole description. has_json: adds the option --json."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    if has_json:
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     return parser
 
 
-def bench(main: Callable[[], None]) -> None:
-    """main(), whose user's mistakes are told without a traceback."""
+def run_main(main: Callable[[], None]) -> None:
+    """Call main(). A UserError is printed without a traceback; the exit code is then 2."""
     try:
         main()
     except UserError as error:
@@ -29,22 +30,27 @@ def bench(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def heading(*names: str) -> None:
-    """The head of a markdown table."""
+def print_heading(*names: str) -> None:
+    """Print the head of a markdown table."""
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
 
 
-def row(*cells: object) -> None:
-    """A row of a markdown table."""
+def print_row(*cells: object) -> None:
+    """Print a row of a markdown table."""
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """(median, lowest, highest)."""
+def median_and_range(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, smallest, largest)."""
     return statistics.median(values), min(values), max(values)
 
 
-def reached(value: float, goals: Sequence[float]) -> str:
-    """The best of MARKS that value reaches."""
-    marks = [mark for mark, goal in zip(MARKS, goals, strict=False) if value >= goal]
-    return marks[-1] if marks else "BELOW" if goals else ""
+def best_goal(value: float, goals: Sequence[float]) -> str:
+    """The name of the highest goal that the value reaches, "BELOW" for none, "" without goals.
+
+    goals: ascending, in the order of GOAL_NAMES; the last ones may be missing.
+    """
+    if not goals:
+        return ""
+    reached = [name for name, goal in zip(GOAL_NAMES, goals, strict=False) if value >= goal]
+    return reached[-1] if reached else "BELOW"

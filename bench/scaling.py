@@ -21,6 +21,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from cost import step_flops, step_traffic
 from peers import VOCAB, random_batch, run_config
 from report import bench, heading, parser_of, row, spread
 
@@ -30,7 +31,6 @@ from electra_ds.common.processes import free_port
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import load_run
 from electra_ds.model.build import build_objective, parameter_count
-from electra_ds.reporting.memory import step_flops, step_traffic
 from electra_ds.training.engine import Engine, start
 
 LENGTH, ROWS = 128, 16  # of a rank's step

@@ -1,41 +1,45 @@
-"""How fast is the bare training step beside Hugging Face's classes and the electra-pytorch wrapper?
+"""Time of the bare training step beside Hugging Face's classes and the electra-pytorch wrapper.
 
     python bench/step.py                      every case, 5 paired rounds each
     python bench/step.py --list               the names of the cases
     python bench/step.py small-bf16 --rounds 9 --threads 2
-    python bench/step.py --data D             instead: what the boundaries of packed pieces cost on the rows of D
+    python bench/step.py --data D             instead the cost of packed rows, on the rows of D
 
-Forward, backward, clipping and AdamW on random full rows. All contenders sit in one process and take turns, another one
-first in each round, so that a busy machine slows them alike; what counts is the ratio of CPU time, the median over the
-rounds. Before any timing the contenders get our weights, rows, masks and samples, and must give our losses.
-
-Who the contenders are: bench/peers.py.
+A step is forward, backward, clipping and AdamW on random full rows. All contenders run in one
+process and take turns; each round starts with another one. Other work on the machine slows them
+alike, so the result is the ratio of CPU times, as the median over the rounds. Before any timing the
+contenders must give the loss of ours on the same weights, rows, masks and samples. They are
+described in bench/peers.py.
 """
 
+import argparse
 import statistics
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peers import Ours, contenders_of, random_batch, run_config, seconds, step
-from report import bench, heading, parser_of, reached, row, spread
+from cost import step_flops
+from peers import Ours, make_contenders, measure_seconds, random_batch, run_config, train_step
+from report import best_goal, make_parser, median_and_range, print_heading, print_row, run_main
 
 from electra_ds.common.files import write_json
-from electra_ds.data.batch import make_batch
-from electra_ds.data.masking import recipe_for
+from electra_ds.config.schema import RunConfig
+from electra_ds.data.batch import Batch, make_batch
+from electra_ds.data.masking import masking_recipe
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.model.kernels.linear import product
-from electra_ds.reporting.memory import step_flops
 from electra_ds.training.engine import keep_freed_memory
 from electra_ds.training.precision import cpu_multiplies_bf16
 
-TOKENS = 2048  # a micro-batch of packed rows
+PACKED_TOKENS = 2048  # of a micro-batch with --data
+
+Times = dict[str, list[tuple[float, float]]]  # contender -> (CPU, wall) seconds of each round
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: sizes, precision, and (floor, target, stretch) of our advantage over each contender."""
+    """One comparison. goals: contender -> (floor, target, stretch) of the CPU-time ratio."""
 
     size: str
     length: int
@@ -44,7 +48,13 @@ class Case:
     dropout: float
     goals: dict[str, tuple[float, ...]]
 
+    def config(self) -> RunConfig:
+        return run_config(self.size, self.length, self.rows, self.dropout)
 
+
+HF_SMALL_BF16 = (1.8, 2.2, 2.5)
+WRAPPER_SMALL_BF16 = (2.8, 3.3, 3.7)
+TUNED_SMALL_BF16 = (1.5, 1.8, 2.0)
 CASES = {
     "small-bf16": Case(
         "small",
@@ -52,13 +62,13 @@ CASES = {
         16,
         True,
         0.0,
-        {"HF": (1.8, 2.2, 2.5), "wrapper": (2.8, 3.3, 3.7), "tuned HF": (1.5, 1.8, 2.0)},
+        {"HF": HF_SMALL_BF16, "wrapper": WRAPPER_SMALL_BF16, "tuned HF": TUNED_SMALL_BF16},
     ),
     "small-fp32": Case(
         "small", 128, 16, False, 0.0, {"HF": (1.5, 1.75, 1.9), "wrapper": (1.9, 2.2, 2.5)}
     ),
     "small-bf16-64": Case(
-        "small", 128, 64, True, 0.0, {"HF": (1.8, 2.2, 2.5), "wrapper": (2.8, 3.3, 3.7)}
+        "small", 128, 64, True, 0.0, {"HF": HF_SMALL_BF16, "wrapper": WRAPPER_SMALL_BF16}
     ),
     "small-fp32-64": Case("small", 128, 64, False, 0.0, {}),
     "small-bf16-dropout": Case("small", 128, 16, True, 0.1, {"HF": (1.7, 2.0, 2.2)}),
@@ -67,178 +77,223 @@ CASES = {
     "base-bf16": Case("base", 128, 4, True, 0.0, {"HF": (1.3, 1.45)}),
     "base-fp32": Case("base", 128, 4, False, 0.0, {"HF": (1.15, 1.28)}),
 }
-CEILING = {"small-bf16-64": (0.55, 0.65, 0.75), "small-fp32-64": (0.60, 0.70)}
+# Goals for the share of the FLOP rate of one large matrix product.
+CEILING_GOALS = {"small-bf16-64": (0.55, 0.65, 0.75), "small-fp32-64": (0.60, 0.70)}
 
 
-def config_of(case: Case):
-    return run_config(case.size, case.length, case.rows, case.dropout)
+# ---------------------------------------------------------------------------------- full rows
 
 
-def measure(case: Case, rounds: int) -> tuple[dict[str, list], float]:
-    """Per contender the (CPU, wall) seconds of each round, and the GEMM ceiling in FLOP per CPU second."""
-    contenders = contenders_of(config_of(case), list(case.goals))
-    taken, best = {name: [] for name in contenders}, 0.0
+def measure(case: Case, rounds: int) -> tuple[Times, float]:
+    """The times of each contender, and the FLOP per CPU second of a large matrix product."""
+    contenders = make_contenders(case.config(), list(case.goals))
+    times: Times = {name: [] for name in contenders}
+    ceiling = 0.0
     for turn in range(rounds + 1):
         batch = random_batch(case.rows, case.length)
-        for name in np.roll(list(contenders), turn):  # the first of a round finds colder caches
-            taken[name].append(seconds(lambda c=contenders[name], b=batch: step(c, b, case.bf16)))
-        best = max(best, gemm_rate(case))
-    return {name: values[1:] for name, values in taken.items()}, best  # the first round warms up
+        for name in np.roll(list(contenders), turn):  # the first of a round has colder caches
+            contender = contenders[name]
+            times[name].append(measure_seconds(train_step, contender, batch, case.bf16))
+        ceiling = max(ceiling, product_rate(case))
+    # The first round warms up.
+    return {name: seconds[1:] for name, seconds in times.items()}, ceiling
 
 
-def gemm_rate(case: Case, size: int = 1536) -> float:
-    """FLOP per CPU second of one large matrix product in the case's precision."""
-    a, b = torch.randn(2, size, size, dtype=torch.bfloat16 if case.bf16 else torch.float32)
-    return max(2 * size**3 / seconds(lambda: product(a, b))[0] for _ in range(3))
+def product_rate(case: Case, size: int = 1536) -> float:
+    """FLOP per CPU second of one large matrix product in the precision of the case."""
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    a, b = torch.randn(2, size, size, dtype=dtype)
+    return max(2 * size**3 / measure_seconds(product, a, b)[0] for _ in range(3))
 
 
-def report(name: str, case: Case, taken: dict[str, list], ceiling: float) -> list[dict]:
-    """Print the case's rows of the markdown table, one per contender; the same as records."""
-    found, shape = [], f"{name} (S{case.length} B{case.rows})"
-    for other, goals in case.goals.items():
-        if other not in taken:
-            row(shape, other, "not installed", "", "", "", "")
-            continue
-        cpu, wall = np.divide(taken[other], taken["ours"]).T.tolist()  # [rounds] each
-        (middle, low, high), walls, aims = (
-            spread(cpu),
-            statistics.median(wall),
-            " / ".join(map(str, goals)),
-        )
-        row(
-            shape,
-            other,
-            f"{middle:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{walls:.2f}",
-            aims,
-            reached(middle, goals),
-        )
-        found.append(
-            {
-                "against": other,
-                "ratio": middle,
-                "spread": (low, high),
-                "wall_ratio": walls,
-                "goals": goals,
-            }
-        )
-    cpu, goals = statistics.median(c for c, _ in taken["ours"]), CEILING.get(name, ())
-    share, aims = (
-        step_flops(config_of(case)) / cpu / ceiling,
-        " / ".join(f"{goal:.0%}" for goal in goals),
+def report(name: str, case: Case, times: Times, ceiling: float) -> list[dict]:
+    """Print the table rows of a case; returns them as records."""
+    shape = f"{name} (S{case.length} B{case.rows})"
+    records = []
+    for peer, goals in case.goals.items():
+        if peer in times:
+            records.append(report_peer(shape, peer, goals, times))
+        else:
+            print_row(shape, peer, "not installed", "", "", "", "")
+    records.append(report_ceiling(shape, name, case, times, ceiling))
+    return [{"case": name} | record for record in records]
+
+
+def report_peer(shape: str, peer: str, goals: tuple[float, ...], times: Times) -> dict:
+    """Print the ratio of a contender's times to ours."""
+    cpu_ratios, wall_ratios = np.divide(times[peer], times["ours"]).T.tolist()  # [rounds] each
+    median, low, high = median_and_range(cpu_ratios)
+    wall_ratio = statistics.median(wall_ratios)
+    print_row(
+        shape,
+        peer,
+        f"{median:.2f}",
+        f"{low:.2f}-{high:.2f}",
+        f"{wall_ratio:.2f}",
+        " / ".join(map(str, goals)),
+        best_goal(median, goals),
     )
-    row(
+    return {
+        "against": peer,
+        "ratio": median,
+        "spread": (low, high),
+        "wall_ratio": wall_ratio,
+        "goals": goals,
+    }
+
+
+def report_ceiling(shape: str, name: str, case: Case, times: Times, ceiling: float) -> dict:
+    """Print the share of the FLOP rate of a large matrix product that our step reaches."""
+    cpu_seconds = statistics.median(cpu for cpu, _ in times["ours"])
+    share = step_flops(case.config()) / cpu_seconds / ceiling
+    goals = CEILING_GOALS.get(name, ())
+    print_row(
         shape,
         "GEMM ceiling",
         f"{share:.0%}",
-        f"{cpu * 1000:.0f} ms CPU",
+        f"{cpu_seconds * 1000:.0f} ms CPU",
         "",
-        aims,
-        reached(share, goals),
+        " / ".join(f"{goal:.0%}" for goal in goals),
+        best_goal(share, goals),
     )
-    found.append(
-        {"against": "GEMM ceiling", "ratio": share, "ceiling": ceiling, "seconds": taken["ours"]}
+    return {
+        "against": "GEMM ceiling",
+        "ratio": share,
+        "ceiling": ceiling,
+        "seconds": times["ours"],
+    }
+
+
+def measure_cases(names: list[str], rounds: int) -> list[dict]:
+    """Measure and print the named cases."""
+    print_heading(
+        "case",
+        "against",
+        "CPU-time ratio, median",
+        "spread",
+        "wall ratio",
+        "floor / target / stretch",
+        "reached",
     )
-    return [{"case": name} | record for record in found]
+    records = []
+    for name in names:
+        case = CASES[name]
+        if case.bf16 and not cpu_multiplies_bf16():
+            reason = "not run: this processor has no bf16 products"
+            print_row(name, "", reason, "", "", "", "")
+            continue
+        records += report(name, case, *measure(case, rounds))
+    return records
 
 
-def boundaries(data: str, rounds: int) -> list[dict]:
-    """Print and return what the boundaries cost: a step on packed rows against one on the same rows as one piece."""
-    manifest, reader = read_manifest(data), ShardReader(data, "train")
-    rows = TOKENS // reader.sequence_length
-    config = run_config("small", reader.sequence_length, rows, 0.0)
-    ours, recipe, draw = (
-        Ours(config),
-        recipe_for(manifest, config.objective, 0),
-        np.random.default_rng(0),
+# -------------------------------------------------------------------------------- packed rows
+
+
+def measure_packed(data: str, rounds: int) -> list[dict]:
+    """Measure and print the time of a step on packed rows.
+
+    It is divided by the time on the same rows taken as one document each.
+    """
+    print_heading(
+        "packed rows",
+        "of one document",
+        "documents per row",
+        "CPU time, packed / as one document",
+        "spread",
     )
-    found = []
-    for bf16 in (True, False) if cpu_multiplies_bf16() else (False,):
-        ratios, pieces = [], []
-        for turn in range(rounds + 1):
-            numbers = draw.choice(reader.rows, rows, replace=False)
-            packed = make_batch(reader.read(numbers), numbers, 0, recipe)
-            both = packed, packed._replace(document_ids=torch.ones_like(packed.document_ids))
-            taken = {
-                i: seconds(lambda b=both[i], half=bf16: step(ours, b, half))[0]
-                for i in np.roll((0, 1), turn)
-            }
-            ratios.append(taken[0] / taken[1])
-            pieces += packed.document_ids.amax(1).tolist()
-        middle, low, high = spread(ratios[1:])
-        one, mean = statistics.mean(n == 1 for n in pieces), statistics.mean(pieces)
-        shape = f"S{reader.sequence_length} B{rows} {'bf16' if bf16 else 'fp32'}"
-        row(shape, f"{one:.0%}", f"{mean:.2f}", f"{middle:.3f}", f"{low:.3f}-{high:.3f}")
-        record = {
-            "length": reader.sequence_length,
-            "rows": rows,
-            "bf16": bf16,
-            "rows_of_one_piece": one,
-        }
-        found.append(record | {"pieces": mean, "ratio": middle, "spread": (low, high)})
-    return found
+    precisions = (True, False) if cpu_multiplies_bf16() else (False,)
+    return [measure_packed_precision(data, rounds, bf16) for bf16 in precisions]
 
 
-def main() -> None:
-    parser = parser_of(__doc__)
+def measure_packed_precision(data: str, rounds: int, bf16: bool) -> dict:
+    """One row of the table of packed rows."""
+    reader = ShardReader(data, "train")
+    length = reader.sequence_length
+    rows = PACKED_TOKENS // length
+    config = run_config("small", length, rows, 0.0)
+    recipe = masking_recipe(read_manifest(data), config.objective, 0)
+    ours = Ours(config)
+    generator = np.random.default_rng(0)
+    ratios: list[float] = []
+    documents: list[int] = []  # of each row
+    for turn in range(rounds + 1):
+        numbers = generator.choice(reader.rows, rows, replace=False)
+        packed = make_batch(reader.read(numbers), numbers, 0, recipe)
+        ratios.append(packed_ratio(ours, packed, bf16, turn))
+        documents += packed.document_ids.amax(1).tolist()
+    median, low, high = median_and_range(ratios[1:])  # the first round warms up
+    one_document = statistics.mean(count == 1 for count in documents)
+    mean_documents = statistics.mean(documents)
+    print_row(
+        f"S{length} B{rows} {'bf16' if bf16 else 'fp32'}",
+        f"{one_document:.0%}",
+        f"{mean_documents:.2f}",
+        f"{median:.3f}",
+        f"{low:.3f}-{high:.3f}",
+    )
+    return {
+        "length": length,
+        "rows": rows,
+        "bf16": bf16,
+        "rows_of_one_piece": one_document,
+        "pieces": mean_documents,
+        "ratio": median,
+        "spread": (low, high),
+    }
+
+
+def packed_ratio(ours: Ours, packed: Batch, bf16: bool, turn: int) -> float:
+    """CPU time of a step on packed rows over that on the same rows as one document each."""
+    joined = packed._replace(document_ids=torch.ones_like(packed.document_ids))
+    batches = {"packed": packed, "joined": joined}
+    cpu_seconds = {}
+    for name in np.roll(list(batches), turn):
+        batch = batches[name]
+        cpu_seconds[name], _ = measure_seconds(train_step, ours, batch, bf16)
+    return cpu_seconds["packed"] / cpu_seconds["joined"]
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="names of cases (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="paired rounds per case")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument(
         "--keep-memory",
         action="store_true",
-        help="glibc keeps freed memory: no page faults for anybody",
+        help="glibc keeps freed memory, so that no contender pays for page faults",
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument(
-        "--data", metavar="D", help="packed rows of a data folder with BERT's vocabulary"
+        "--data",
+        metavar="D",
+        help="a data folder with BERT's vocabulary: measure the cost of its packed rows",
     )
     options = parser.parse_args()
     if unknown := set(options.cases) - CASES.keys():
         parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
     if options.list:
-        return print("\n".join(CASES))
+        print("\n".join(CASES))
+        return
     if options.keep_memory:
         keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.data:
-        heading(
-            "packed rows",
-            "of one piece",
-            "pieces a row",
-            "CPU time, packed / as one piece",
-            "spread",
-        )
-        records = boundaries(options.data, options.rounds)
+        records = measure_packed(options.data, options.rounds)
     else:
-        heading(
-            "case",
-            "against",
-            "CPU-time ratio, median",
-            "spread",
-            "wall ratio",
-            "floor / target / stretch",
-            "reached",
-        )
-        records = []
-        for name in options.cases or CASES:
-            if CASES[name].bf16 and not cpu_multiplies_bf16():
-                row(
-                    name,
-                    "",
-                    "this processor has no bf16 products: the fp32 rows decide",
-                    "",
-                    "",
-                    "",
-                    "",
-                )
-                continue
-            records += report(name, CASES[name], *measure(CASES[name], options.rounds))
+        records = measure_cases(options.cases or list(CASES), options.rounds)
     if options.json:
         write_json(options.json, records)
 
 
 if __name__ == "__main__":
-    bench(main)
+    run_main(main)

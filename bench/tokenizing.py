@@ -228,7 +228,7 @@ def packed(data: Path, scratch: Path) -> dict[int, list[int]]:
     for reader in (ShardReader(data, split) for split in ("train", "valid")):
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
-            for row, start, length, unit, document, token in reader.pieces(block).tolist():
+            for row, start, length, unit, document, token in reader.fragments(block).tolist():
                 parts.setdefault((unit, document), []).append(
                     (token, rows[row, start : start + length].tolist())
                 )

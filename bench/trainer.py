@@ -36,7 +36,7 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import load_run
 from electra_ds.data import shard_format
 from electra_ds.data.batch import Batch
-from electra_ds.data.dataset import Folder, open_data
+from electra_ds.data.dataset import DataFolder, open_data
 from electra_ds.model.build import build_objective
 from electra_ds.training.collectives import leave, on_rank0
 from electra_ds.training.engine import Engine, start
@@ -66,7 +66,7 @@ class Clock:
 
     @staticmethod
     def loader() -> float:
-        threads = [thread.ident for thread in threading.enumerate() if thread.name == "batches"]
+        threads = [thread.ident for thread in threading.enumerate() if thread.name == "loader"]
         return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads)
 
     def lap(self) -> np.ndarray:
@@ -203,7 +203,9 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
 # ------------------------------------------------------------------------------------------------------ the measurement
 
 
-def measure(name: str, data: Folder, out: Path, options: argparse.Namespace, device, ranks) -> dict:
+def measure(
+    name: str, data: DataFolder, out: Path, options: argparse.Namespace, device, ranks
+) -> dict:
     """Run the loop with one engine; per round the parts of ours, of the bare step, and the peers' turns."""
     config = run_config("small", LENGTH, ROWS, 0.0)
     steps, preset = WARM_UP + options.rounds, load_run("small").logging

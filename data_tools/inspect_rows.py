@@ -41,7 +41,7 @@ def describe_rows(
             )
         block = int(np.searchsorted(reader.block_starts, number, side="right")) - 1
         inside = number - int(reader.block_starts[block])
-        ids, pieces = reader.block(block)[inside], reader.pieces(block)
+        ids, pieces = reader.block(block)[inside], reader.fragments(block)
         pieces = pieces[pieces[:, 0] == inside]
         shard, number_there = reader.place(block)
         padding = int((ids == pad).sum())

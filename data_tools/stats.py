@@ -91,7 +91,7 @@ def _scan(
     for shard, info in enumerate(reader.info.shards):
         tables = []
         for block in range(*reader.shard_starts[shard : shard + 2]):
-            rows, pieces = reader.block(block), reader.pieces(block)
+            rows, pieces = reader.block(block), reader.fragments(block)
             counts += np.bincount(rows.ravel(), minlength=len(counts))
             per_row.update(np.bincount(pieces[:, 0], minlength=len(rows)).tolist())
             tables.append(pieces[:, 2:5])

@@ -84,7 +84,7 @@ def _verify_shard(
     problems, special = [], reader.manifest.tokenizer.special_ids
     for block in range(*reader.shard_starts[shard : shard + 2]):
         try:
-            rows, pieces = reader.block(block), reader.pieces(block)
+            rows, pieces = reader.block(block), reader.fragments(block)
             if what := _disagreement(rows, pieces, reader.manifest):
                 raise reader.damage(block, what)
         except UserError as error:

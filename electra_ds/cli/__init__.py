@@ -3,20 +3,20 @@
 import os
 import traceback
 
-# The order of the verbs in --help.
-from electra_ds.cli import (
-    data,  # noqa: F401
-    evaluate,  # noqa: F401
-    finetune,  # noqa: F401
-    train,  # noqa: F401
-    transfer,  # noqa: F401
-)
+# isort: off
+# The verbs stand in --help in the order of these imports.
+from electra_ds.cli import data, train, evaluate, finetune, transfer  # noqa: F401
+
+# isort: on
 from electra_ds.cli.console import app, leave
 from electra_ds.common.errors import RunFailure, UserError
 
 
 def main() -> None:
-    """Run a verb; a user's mistake becomes one message and exit code 2, a run that cannot go on exit code 1."""
+    """Run a verb.
+
+    A UserError becomes one message and exit code 2; a RunFailure becomes one message and exit code 1.
+    """
     try:
         app()
     except (UserError, RunFailure) as error:

@@ -4,10 +4,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import typer
+
+PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 app = typer.Typer(
     name="electra-ds",
@@ -23,25 +25,34 @@ def root() -> None:
     """Pretrain text encoders by replaced token detection (ELECTRA) on DeepSpeed."""
 
 
-def print_table(title: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table over the terminal's whole width; long cells continue on the next line.
+
+    head: titles of the columns; empty: none are shown.
+    """
     from rich.console import Console
     from rich.table import Column, Table
 
     table = Table(*(Column(name, overflow="fold") for name in head), show_header=bool(head))
     for row in rows:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(f"\n{title}", table, sep="\n")
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    console.print(f"\n{title}", table, sep="\n")
 
 
-def leave(code: int, last_words: str = "") -> NoReturn:
-    # Threads of gloo or NCCL may wait for ranks that are gone, or abort after all work is done: an ordinary exit would
-    # hang on them or lie about the code.
-    for stream, text in ((sys.stdout, ""), (sys.stderr, last_words)):
-        with contextlib.suppress(OSError):  # whoever read them may be gone
+def leave(code: int, error: str = "") -> NoReturn:
+    """Print an error and end the process with this exit code.
+
+    An ordinary exit could hang or change the code: threads of gloo or NCCL may wait for ranks that
+    are gone, or abort after all work is done.
+    """
+    for stream, text in ((sys.stdout, ""), (sys.stderr, error)):
+        with contextlib.suppress(OSError):  # the reader of the stream may be gone
             print(text, end="", file=stream, flush=True)
-    if code in (1, 2) and (
-        mpi := sys.modules.get("mpi4py.MPI")
-    ):  # or srun leaves the other ranks waiting
-        time.sleep(1)  # a launcher that is told to abort may drop what was printed just before
+    mpi = sys.modules.get("mpi4py.MPI")
+    if code in (1, 2) and mpi:  # otherwise srun leaves the other ranks waiting
+        time.sleep(1)  # a launcher that aborts may drop what was printed just before
         mpi.COMM_WORLD.Abort(code)
     os._exit(code)

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 @app.command()
 def train_tokenizer(
     inputs: Inputs,
-    out: Annotated[Path, typer.Option(help="Folder for the vocabulary.")],
+    out: Annotated[Path, typer.Option(help="Folder in which the vocabulary is written.")],
     kind: Kind = "wordpiece",
-    vocab_size: Annotated[int, typer.Option(help="Entries, special tokens included.")] = 30522,
+    vocab_size: Annotated[
+        int, typer.Option(help="Number of entries, special tokens included.")
+    ] = 30522,
     lowercase: Annotated[bool, typer.Option(help="Lower-case the text.")] = True,
     strip_accents: Annotated[
-        bool | None, typer.Option(help="Strip accents (default: as lower-case).")
+        bool | None, typer.Option(help="Strip accents (default: if --lowercase).")
     ] = None,
     format: Format = "auto",
     text_field: TextField = "text",
@@ -60,40 +62,49 @@ def train_tokenizer(
 @app.command()
 def prepare(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="vocab.txt, spm.model, or a folder with one.")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="vocab.txt, spm.model, or a folder with one of them.")
+    ],
     out: Annotated[
         str,
-        typer.Option(help="Data folder, an unfinished one is gone on with; or a URL, with --work."),
+        typer.Option(
+            help="Output data folder (an interrupted prepare resumes), or a URL together with --work."
+        ),
     ],
     sequence_length: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
     packing: Packing = "best_fit",
     valid_fraction: Annotated[float, typer.Option(help="Share of the documents held out.")] = 0.005,
     workers: Annotated[
-        int, typer.Option(help="Processes; the bytes written are the same for any number.")
+        int, typer.Option(help="Number of processes; the output is the same for any number.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of the document shuffle.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the document shuffle.")] = 0,
     deduplicate: Annotated[
-        bool, typer.Option(help="Drop documents whose text was seen before.")
+        bool, typer.Option(help="Drop documents whose text occurred before.")
     ] = True,
     near_duplicates: NearDuplicates = None,
-    min_chars: Annotated[int, typer.Option(help="Drop shorter documents.")] = 1,
+    min_chars: Annotated[int, typer.Option(help="Drop documents with fewer characters.")] = 1,
     drop_repeated_lines: RepeatedLines = False,
     keep: Annotated[
-        str | None, typer.Option(help="package.module:function, (text) -> bool: what stays.")
+        str | None,
+        typer.Option(help="package.module:function, (text) -> bool; False drops the document."),
     ] = None,
     max_bad_fraction: Annotated[
-        float, typer.Option(help="Fail when more of the lines cannot be read.")
+        float, typer.Option(help="Fail if a larger share of the lines cannot be read.")
     ] = 0.001,
     units: Annotated[
-        Path | None, typer.Option(help="Keep tokenized units here, for other lengths.")
+        Path | None,
+        typer.Option(help="Keep the tokenized units in this folder, for other sequence lengths."),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Of an --out at a URL: prepare here, then copy there.")
+        Path | None, typer.Option(help="Local folder in which to prepare when --out is a URL.")
     ] = None,
     format: Format = "auto",
     text_field: TextField = "text",
 ) -> None:
-    """Turn text into packed rows in WebDataset tar shards, with a held-out split; alone, under mpirun or srun."""
+    """Write text as packed rows in WebDataset tar shards.
+
+    A share of the documents is held out. Runs alone, or under mpirun or srun.
+    """
     from data_tools.prepare import prepare
     from data_tools.stage import stage
     from data_tools.workers import console_progress, mpi_ranks
@@ -101,7 +112,8 @@ def prepare(
 
     if ("://" in out) != (work is not None):
         raise UserError(
-            f"--out {out}, --work {work}: expected --work DIR, to prepare in, for an --out at a URL alone"
+            f"--out {out}, --work {work}: expected --work DIR together with a URL as --out, and only "
+            "then"
         )
     ranks = find_ranks()
     otherwise = "prepare on one machine with --workers"
@@ -134,17 +146,18 @@ def prepare(
             if work:
                 stage(str(work), out, progress=progress)
     _print_splits(out, manifest)
-    gone = {**manifest.removed, **manifest.bad_lines}
-    print(
-        f"removed: {', '.join(f'{count:,} {reason}' for reason, count in gone.items()) or 'nothing'}"
-    )
+    removed = {**manifest.removed, **manifest.bad_lines}
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in removed.items())
+    print(f"removed: {counts or 'nothing'}")
 
 
 def _print_splits(out: str | Path, manifest: "Manifest") -> None:
     for name, split in manifest.splits.items():
         share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
-        found = f"{split.documents:,} documents, {split.tokens:,} tokens, {split.rows:,} rows, padding {share:.2%}"
-        print(f"{out} {name}: {found}")
+        print(
+            f"{out} {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{split.rows:,} rows, padding {share:.2%}"
+        )
 
 
 @app.command()
@@ -152,15 +165,18 @@ def convert(
     sources: Annotated[
         list[str], typer.Argument(metavar="SRC...", help="TFRecords: files, folders, globs, URLs.")
     ],
-    tokenizer: Annotated[Path, typer.Option(help="The vocabulary that the rows were made with.")],
-    out: Annotated[Path, typer.Option(help="Data folder; an unfinished one is gone on with.")],
+    tokenizer: Annotated[Path, typer.Option(help="Vocabulary with which the rows were made.")],
+    out: Annotated[Path, typer.Option(help="Output data folder; an interrupted convert resumes.")],
     valid_fraction: Annotated[float, typer.Option(help="Share of the rows held out.")] = 0.005,
     workers: Annotated[
-        int, typer.Option(help="Processes; the bytes written are the same for any number.")
+        int, typer.Option(help="Number of processes; the output is the same for any number.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
 ) -> None:
-    """Turn the pretraining TFRecords of google-research/electra into shards, row by row, without TensorFlow."""
+    """Convert TFRecords of google-research/electra to shards.
+
+    Every row is kept as it is. TensorFlow is not needed.
+    """
     from data_tools.convert import convert
     from data_tools.workers import console_progress
 
@@ -180,10 +196,13 @@ def convert(
 @app.command()
 def stage(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Data folder, or its URL.")],
-    to: Annotated[str, typer.Option(help="Where the copy goes: a folder of this node, or a URL.")],
-    workers: Annotated[int, typer.Option(min=1, help="Files copied at a time.")] = 4,
+    to: Annotated[str, typer.Option(help="Target: a folder of this node, or a URL.")],
+    workers: Annotated[int, typer.Option(min=1, help="Number of files copied at a time.")] = 4,
 ) -> None:
-    """Copy a data folder, checked by sha256: to a node's own disk, once however many ranks ask, or to a URL."""
+    """Copy a data folder to the disk of a node, or to a URL.
+
+    Files are checked by sha256. Several ranks of a node make one copy.
+    """
     from data_tools.stage import stage
     from data_tools.workers import console_progress
 
@@ -196,7 +215,10 @@ def stage(
 def verify(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")],
 ) -> None:
-    """Re-read a data folder against its manifest; says what is wrong, by shard and block."""
+    """Compare a data folder with its manifest.
+
+    Damage is reported by shard and block, with exit code 1.
+    """
     from data_tools.verify import verify
     from data_tools.workers import console_progress, summed
     from electra_ds.data.shard_format import read_manifest
@@ -219,11 +241,14 @@ def verify(
 def stats(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")],
     html: Annotated[
-        Path | None, typer.Option(help="Write the report as a page with plots, too.")
+        Path | None, typer.Option(help="Also write the report as an HTML page with plots.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Documents, lengths, vocabulary coverage, unknown words and what was removed, of a data folder."""
+    """Show statistics of a data folder.
+
+    They cover documents, lengths, vocabulary coverage, unknown words and removed documents.
+    """
     import json
 
     from data_tools.stats import page, stats, tables
@@ -253,13 +278,14 @@ def inspect(
     ] = None,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
     source: Annotated[
-        bool, typer.Option("--source", help="Say where each piece comes from.")
+        bool, typer.Option("--source", help="Show the source file of each document fragment.")
     ] = False,
     input: Annotated[
-        list[str] | None, typer.Option(help="As for prepare: show how documents begin.")
+        list[str] | None,
+        typer.Option(help="The inputs of prepare: show how the source documents begin."),
     ] = None,
 ) -> None:
-    """Show rows decoded, with the boundaries of their pieces."""
+    """Show rows as text, with document boundaries."""
     from data_tools.inspect_rows import describe_rows
 
     for line in describe_rows(data, split, rows or range(3), source=source, inputs=input or ()):

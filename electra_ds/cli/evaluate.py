@@ -1,8 +1,11 @@
-"""Verbs of a trained model: evaluate, detect. Imports stand inside each verb, so that `--help` is fast."""
+"""Verbs of a trained model: evaluate, detect.
+
+Imports stand inside each verb, so that `--help` is fast.
+"""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,21 +13,21 @@ from electra_ds.cli.console import app
 from electra_ds.cli.options import Data, Model, TrustCode
 from electra_ds.common.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def evaluate(
     model: Model,
     data: Data,
     max_rows: Annotated[
-        int | None, typer.Option(help="Held-out rows to read of each source (default: all).")
+        int | None, typer.Option(help="Largest number of held-out rows per source (default: all).")
     ] = None,
     trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Held-out losses, accuracies, AUC, precision and recall of a checkpoint."""
+    """Show losses and accuracies on held-out rows.
+
+    AUC, precision and recall of the detection of replaced tokens are included.
+    """
     import json
 
     from electra_ds.evaluation.evaluate import evaluate_checkpoint
@@ -47,22 +50,24 @@ def evaluate(
 def detect(
     model: Model,
     text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help="A text; without it, standard input.")
+        str | None, typer.Argument(metavar="TEXT", help="Text to score (default: standard input).")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Read the text from it.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="File with the text to score.")
     ] = None,
     original: Annotated[
-        str | None, typer.Option(help="The text before the change, shown beside it.")
+        str | None, typer.Option(help="Original text; its scores are shown beside.")
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Mark tokens from this probability on.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(help="Mark tokens with at least this probability.")
+    ] = 0.5,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Its tokenizer (default: the run folder's).")
+        Path | None, typer.Option(help="Tokenizer (default: that of the run folder).")
     ] = None,
     trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Probability of being replaced, for each token of a text."""
+    """Show for each token how likely it was replaced."""
     import json
 
     from electra_ds.evaluation.detect import Detector, table

@@ -1,55 +1,68 @@
-"""Verbs of fine-tuning: finetune, predict, submit. Imports stand inside each verb, so that `--help` is fast."""
+"""Verbs of fine-tuning: finetune, predict, submit.
+
+Imports stand inside each verb, so that `--help` is fast.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from electra_ds.cli.console import app, leave
 from electra_ds.cli.options import Engine, Sets
 
-if TYPE_CHECKING:
-    pass
-
 
 @app.command()
 def finetune(
     model: Annotated[
         Path,
-        typer.Argument(metavar="MODEL", help="Run, checkpoint, fine-tuned or Hugging Face model."),
+        typer.Argument(
+            metavar="MODEL", help="Run, checkpoint, fine-tuned model or Hugging Face folder."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the suite; finished seeds in it are kept.")],
+    out: Annotated[
+        Path, typer.Option(help="Output folder of the suite; finished seeds in it are kept.")
+    ],
     tasks: Annotated[
         str,
-        typer.Option(help="GLUE tasks (rte,cola; glue: all nine) and TASK.json files, by commas."),
+        typer.Option(
+            help="Comma-separated GLUE tasks (rte,cola; glue for all nine) and TASK.json files."
+        ),
     ],
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="small, base, large, tiny, or a JSON.")
+        str,
+        typer.Argument(metavar="CONFIG", help="Recipe (tiny, small, base, large) or a JSON file."),
     ] = "small",
     data: Annotated[
-        Path | None, typer.Option(help="Folder with CoLA, RTE, ..., or one task's own.")
+        Path | None, typer.Option(help="Folder with CoLA, RTE, ..., or the folder of one task.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per task, from train.seed on.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds per task, starting at train.seed.")
+    ] = 1,
     engine: Engine = None,
     sets: Sets = None,
     spread: Annotated[
-        bool, typer.Option("--spread", help="Spread seeds over the ranks, a world each.")
+        bool, typer.Option("--spread", help="Run seeds in parallel, one per rank.")
     ] = False,
     random_init: Annotated[
-        bool, typer.Option("--random-init", help="The same from random weights.")
+        bool, typer.Option("--random-init", help="Start from random weights, for comparison.")
     ] = False,
 ) -> None:
-    """Fine-tune on GLUE or own tasks, several seeds each; alone or under any launcher."""
+    """Fine-tune on GLUE or other tasks, with several seeds.
+
+    Runs alone or under any launcher. The same --out resumes.
+    """
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.finetuning.config import load_finetune
     from electra_ds.finetuning.tasks import task_names
 
-    found, ranks = load_finetune(config, sets or [], engine), find_ranks()
+    recipe = load_finetune(config, sets or [], engine)
+    ranks = find_ranks()
     from electra_ds.finetuning.finetune import finetune
 
     names = task_names(tasks)
     code = finetune(
-        found, model, names, seeds, data, out, ranks, spread=spread, random_init=random_init
+        recipe, model, names, seeds, data, out, ranks, spread=spread, random_init=random_init
     )
     if ranks.rank == 0 and code == 0:
         print(
@@ -62,20 +75,25 @@ def finetune(
 @app.command()
 def predict(
     model: Annotated[
-        Path, typer.Argument(metavar="FINETUNED", help="DIR/TASK, or DIR/TASK/seed-N.")
+        Path,
+        typer.Argument(metavar="FINETUNED", help="Fine-tuned model: DIR/TASK, or DIR/TASK/seed-N."),
     ],
-    out: Annotated[Path, typer.Option(help="TSV to write: index, prediction, probabilities.")],
+    out: Annotated[Path, typer.Option(help="Output TSV: index, prediction, probabilities.")],
     file: Annotated[
-        Path | None, typer.Option("--input", help="A file with the columns of the task.")
+        Path | None, typer.Option("--input", help="File with the columns of the task.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Or a split of the task's own data, such as valid.")
+        str | None,
+        typer.Option(help="Split of the task's data, such as valid, instead of --input."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Where the split lies, as for finetune.")
+        Path | None, typer.Option(help="Data folder of the split, as for finetune.")
     ] = None,
 ) -> None:
-    """Write a fine-tuned model's predictions for any file; prints the scores where labels are there."""
+    """Write predictions of a fine-tuned model.
+
+    Scores are printed if the file has labels.
+    """
     from electra_ds.finetuning.predict import predict
 
     scores = predict(model, out, file, split, data)
@@ -84,12 +102,12 @@ def predict(
 
 @app.command()
 def submit(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a suite.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of finetune.")],
     out: Annotated[
-        Path | None, typer.Option(help="Zip to write (default: DIR/submission.zip).")
+        Path | None, typer.Option(help="Output zip (default: DIR/submission.zip).")
     ] = None,
 ) -> None:
-    """Write the GLUE submission of a suite."""
+    """Write the zip that the GLUE site accepts."""
     from electra_ds.finetuning.submit import write_submission
 
     out = out or folder / "submission.zip"

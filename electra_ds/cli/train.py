@@ -1,4 +1,7 @@
-"""Verbs of a run: check, pretrain, status, plot. Imports stand inside each verb, so that `--help` is fast."""
+"""Verbs of a run: check, pretrain, status, plot.
+
+Imports stand inside each verb, so that `--help` is fast.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,73 +12,91 @@ from electra_ds.cli.console import app, leave, print_table
 from electra_ds.cli.options import Data, Engine, Run, Sets
 
 if TYPE_CHECKING:
-    pass
+    from electra_ds.config.schema import RunConfig
 
 
 @app.command()
 def check(
     run: Run,
     engine: Engine = None,
-    world_size: Annotated[int, typer.Option(help="Ranks the run is meant for.")] = 1,
+    world_size: Annotated[int, typer.Option(help="Number of ranks of the run.")] = 1,
     data: Annotated[
         str | None, typer.Option(help="Prepared data, for epochs and the vocabulary.")
     ] = None,
     sets: Sets = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every value with its scope and meaning.")
+    ] = False,
 ) -> None:
-    """Show every value with its meaning, derived numbers, parameters and memory; refuse what would fail later."""
-    from electra_ds.config.loading import load_run
+    """Show what a run needs; refuse what would fail later."""
+    from electra_ds.config.loading import config_names, load_run
     from electra_ds.config.schema import FactoryRun
     from electra_ds.data.dataset import open_data
     from electra_ds.reporting.check import Line, check
+
+    is_preset = run in config_names("pretrain")
+    report = check(
+        load_run(run, sets or [], engine),
+        world_size,
+        open_data(data) if data else None,
+        load_run(run) if is_preset else None,
+    )
+    derived = [(line.key, line.value, line.meaning) for line in report.derived]
+    print_table(f"{run} on {world_size} rank(s)", ("key", "value", "meaning"), derived)
+    if not isinstance(report.config, FactoryRun):  # what a user's modules keep is not known
+        _print_memory(report.config, world_size)
+    if show_all:
+        print_table("every value", Line._fields, report.fields)
+        return
+    other = f"differ from the preset {run}" if is_preset else "differ from the defaults"
+    if report.changed:
+        print_table(f"values that {other} (--all shows every value)", Line._fields, report.changed)
+    else:
+        print(f"\nno values {other} (--all shows every value)")
+
+
+def _print_memory(config: "RunConfig", world_size: int) -> None:
     from electra_ds.reporting.memory import device_here, memory
 
-    report = check(load_run(run, sets or [], engine), world_size, open_data(data) if data else None)
-    for title, lines in (
-        ("config", report.fields),
-        (f"derived, {world_size} rank(s)", report.derived),
-    ):
-        print_table(title, Line._fields, lines)
-    if isinstance(report.config, FactoryRun):
-        return  # what code of the user's own keeps for backward is not known
     head = ("ZeRO stage", "precision", "states", "buckets", "activations", "peak")
-    rows = (
-        (
-            str(stage),
-            name,
-            *(f"{n / 2**30:.3f}" for n in (need.states, need.buckets, need.activations, need.peak)),
-        )
-        for (stage, name), need in memory(report.config, world_size).items()
-    )
-    where = "a GPU" if device_here() == "cuda" else "a CPU (a GPU keeps less of attention)"
-    print_table(
-        f"GiB a rank at most, activations as on {where}, not compiled, without offload", head, rows
-    )
+    rows = []
+    for (stage, name), need in memory(config, world_size).items():
+        sizes = (need.states, need.buckets, need.activations, need.peak)
+        rows.append((str(stage), name, *(f"{size / 2**30:.3f}" for size in sizes)))
+    on_gpu = device_here() == "cuda"
+    where = "a GPU" if on_gpu else "a CPU (a GPU keeps less of attention)"
+    title = f"GiB per rank at most, activations as on {where}, not compiled, without offload"
+    print_table(title, head, rows)
 
 
 @app.command()
 def pretrain(
     run: Run,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Run folder; an unfinished run in it is resumed.")],
+    out: Annotated[Path, typer.Option(help="Run folder. An unfinished run in it is resumed.")],
     engine: Engine = None,
     sets: Sets = None,
     world_size: Annotated[
-        int | None, typer.Option(help="Refuse to start with another number of ranks.")
+        int | None, typer.Option(help="Number of ranks; another number is refused.")
     ] = None,
     stop_at_step: Annotated[
-        int | None, typer.Option(help="Save and leave with exit code 85 after this step.")
+        int | None, typer.Option(help="Save after this step and exit with code 85.")
     ] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Save and leave with exit code 85 after this time.")
+        float | None, typer.Option(help="Save after this many minutes and exit with code 85.")
     ] = None,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Go on with a finished run, total_steps raised.")
+        bool, typer.Option("--extend", help="Continue a finished run with a larger total_steps.")
     ] = False,
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of a run or checkpoint.")
     ] = None,
 ) -> None:
-    """Pretrain under deepspeed, torchrun, srun, mpirun, or alone. The same --out resumes."""
+    """Pretrain a model; the same --out resumes.
+
+    Runs alone, or under deepspeed, torchrun, srun or mpirun. Exit codes: 0 finished, 85 saved and
+    stopped, 2 a mistake in the command or the config, 1 any other failure.
+    """
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.config.loading import load_run
 
@@ -83,15 +104,19 @@ def pretrain(
     ranks = find_ranks(promised=world_size)
     from electra_ds.training.pretrain import Limits, pretrain
 
-    leave(pretrain(config, data, out, ranks, Limits(stop_at_step, max_minutes, extend, init_from)))
+    limits = Limits(stop_at_step, max_minutes, extend, init_from)
+    leave(pretrain(config, data, out, ranks, limits))
 
 
 @app.command()
 def status(
     runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Run folders.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per run.")] = False,
 ) -> None:
-    """What a run is doing, from its files alone: step, ETA, losses, checkpoint, failures, what to do next."""
+    """Show the state of runs from their files.
+
+    It covers step, ETA, losses, checkpoint, owner, failures, and the command to use next.
+    """
     import json
 
     from electra_ds.reporting.status import lines, status
@@ -112,7 +137,7 @@ def plot(
         Path | None, typer.Option(help="Picture (default: curves.png in the first run folder).")
     ] = None,
 ) -> None:
-    """Draw the curves of metrics.jsonl."""
+    """Draw the curves of runs from metrics.jsonl."""
     from electra_ds.reporting.plot import plot
 
     target = out or runs[0] / "curves.png"

@@ -1,15 +1,15 @@
-"""Verbs between formats: export, import. Imports stand inside each verb, so that `--help` is fast."""
+"""Verbs between formats: export, import.
+
+Imports stand inside each verb, so that `--help` is fast.
+"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from electra_ds.cli.console import app
 from electra_ds.cli.options import Model, Sets
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()
@@ -18,14 +18,14 @@ def export(
     out: Annotated[
         Path,
         typer.Option(
-            help="New folder: discriminator/ and generator/, or a fine-tuned model itself."
+            help="New folder with discriminator/ and generator/, or with a fine-tuned model."
         ),
     ],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Its tokenizer (default: the one beside it).")
+        Path | None, typer.Option(help="Tokenizer (default: the one beside the model).")
     ] = None,
 ) -> None:
-    """Write a run, a checkpoint or a fine-tuned model as stock Hugging Face folders."""
+    """Write a model as Hugging Face folders."""
     from electra_ds.interop.export import export
 
     for line in export(model, out, tokenizer):
@@ -36,35 +36,45 @@ def export(
 def import_(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SRC", help="Hugging Face ELECTRA or BERT folder, TF checkpoint."),
+        typer.Argument(
+            metavar="SRC", help="Hugging Face ELECTRA or BERT folder, or TensorFlow checkpoint."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="New run folder, for `pretrain OUT/config.json --init-from OUT`.")
     ],
-    run: Annotated[str, typer.Option(help="RUN with all that the weights do not say.")] = "small",
+    run: Annotated[
+        str,
+        typer.Option(help="Preset or RUN.json with the values that the weights do not determine."),
+    ] = "small",
     generator: Annotated[
-        Path | None, typer.Option(help="The generator's folder, beside a discriminator.")
+        Path | None, typer.Option(help="Folder of the generator, if SRC is a discriminator.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="JSON with num_attention_heads, for a TF checkpoint.")
+        Path | None,
+        typer.Option(help="JSON with num_attention_heads, for a TensorFlow checkpoint."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Its vocabulary (default: the one in SRC).")
+        Path | None, typer.Option(help="Vocabulary (default: the one in SRC).")
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """Make a run folder at step 0 from others' weights; every tensor is accounted for."""
+    """Write a run folder at step 0 from foreign weights.
+
+    Every tensor is listed: read, newly made, or left out.
+    """
     from electra_ds.interop.import_weights import import_weights
 
-    account = import_weights(
+    report = import_weights(
         source, out, run, sets or [], generator=generator, config=config, tokenizer=tokenizer
     )
-    for foreign, ours in account.read:
+    for foreign, ours in report.loaded:
         print(f"read  {foreign} -> {ours}")
-    for ours in account.made:
+    for ours in report.initialized:
         print(f"made  {ours}")
-    for foreign, reason in account.left.items():
+    for foreign, reason in report.unused.items():
         print(f"left  {foreign} ({reason})")
-    for warning in account.warnings:
+    for warning in report.warnings:
         print(f"note: {warning}")
-    print(f"{out}: {len(account.read)} read, {len(account.made)} made, {len(account.left)} left")
+    counts = f"{len(report.loaded)} read, {len(report.initialized)} made, {len(report.unused)} left"
+    print(f"{out}: {counts}")

@@ -1,8 +1,10 @@
-"""Is every rank alive, and if not, who went first? Beats in the store where the ranks met; one verdict ends them all.
+"""Watchdog: detects dead or hung ranks through heartbeats and stops all ranks with one error.
 
-Each rank writes a beat a few times per `silence_seconds` and reads those of rank 0 and of its own machine (rank 0: of
-all). kill -9 is seen in the process table, an exception is told by its rank, everything else is silence. What the
-store accepts first is the cause, on every rank; a rank whose main thread waits for the lost one is ended with it.
+Each rank writes a heartbeat a few times per `silence_seconds` into the TCP store where the ranks met.
+It reads those of rank 0 and of the ranks on its own machine; rank 0 reads all. A killed process is
+seen in the process table, an exception is reported by its rank, everything else is a missing
+heartbeat. The first failure that the store accepts is the cause on every rank. A rank whose main
+thread waits for a lost rank is ended.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -28,13 +31,14 @@ from electra_ds.common.errors import RunFailure
 from electra_ds.common.processes import is_gone, machine, started
 
 LOG = logging.getLogger("electra_ds")
-MISSES = 8  # beats that a silent rank, or the store, may miss
-GRACE_SECONDS = 6.0  # from the verdict to the end of a rank whose main thread hangs
-ANSWER_SECONDS = 3.0  # for the store to answer before a rank judges, or leaves, without it
+PACKAGE = str(Path(__file__).parents[1])
+MISSES = 8  # heartbeats that a rank, or answers that the store, may miss
+GRACE_SECONDS = 6.0  # from the failure to the end of a rank whose main thread hangs
+ANSWER_SECONDS = 3.0  # wait for the store before a rank decides, or leaves, without it
 
 
 class Failure(NamedTuple):
-    """The rank that went first, and how. is_silent: it may hang, and has to be ended by others."""
+    """The rank that failed first, and how. is_silent: it may hang, and other ranks must end it."""
 
     rank: int
     host: str
@@ -42,18 +46,39 @@ class Failure(NamedTuple):
     is_silent: bool = False
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} went first: {self.error}"
+        return f"rank {self.rank} on {self.host} failed first: {self.error}"
+
+
+class Heartbeat(NamedTuple):
+    """What a rank writes into the store."""
+
+    host: str
+    machine: str  # boot and process namespace, see `processes.machine`
+    pid: int
+    started: str  # start time of the process, see `processes.started`
+    number: int = 0
+    location: str = ""  # of the main thread, such as `engine.py:300 step`
+    in_collective: bool = False  # whether it waits there for other ranks
+    left: bool = False  # whether the rank left in order
+
+    def is_gone(self) -> bool:
+        """Whether the process has ended; False for one on another machine."""
+        return is_gone(self._asdict())
 
 
 class Watchdog:
-    """Watches over the ranks while a block runs, a context entered on every rank.
+    """Watches over the ranks while a block runs: a context manager entered on every rank.
 
-    When the block raises what a lost peer causes, RunFailure names that peer instead; when it hangs in a collective,
-    the process ends within silence_seconds + 15 s. Silence is counted in rounds of the watcher's own: a machine that
-    slept, or is slow, blames nobody. A rank without peers is not watched, its errors are recorded all the same.
+    If the block raises because a peer is lost, RunFailure names that peer instead. If the block hangs
+    in a collective, the process ends within silence_seconds + 15 s. Silence is counted in rounds of
+    the watching thread, not by a clock, so a machine that slept or is slow blames no other. A single
+    rank is not watched; its errors are recorded.
 
-    silence_seconds: without a word of a rank. timeout_minutes: in which no rank moves. on_rank0: what rank 0 finds,
-    on every rank. record: is told what went first (rank, error, host), on one rank.
+    silence_seconds: time without a heartbeat after which a rank counts as lost.
+    timeout_minutes: time in which no rank moves, after which the hanging one is looked for.
+    on_rank0: calls a function on rank 0 and returns its result on every rank.
+    record: called on one rank with the first failure (rank, error, host).
+    is_collective: whether a frame of this package waits for other ranks.
     """
 
     def __init__(
@@ -61,259 +86,275 @@ class Watchdog:
         ranks: Ranks,
         silence_seconds: float,
         timeout_minutes: float,
-        on_rank0: Callable[[Callable], Any],
+        on_rank0: Callable[[Callable[[], Any]], Any],
         record: Callable[[int, BaseException | str, str], None] = lambda *_: None,
+        is_collective: Callable[[FrameType], bool] = lambda frame: False,
     ):
-        self._rank, self._world_size, self._from_first, self._record = (
-            ranks.rank,
-            ranks.world_size,
-            on_rank0,
-            record,
-        )
-        self._silence, self._seconds = silence_seconds, silence_seconds / MISSES
-        # Before the collectives' own timeout, which blames the ranks that waited.
-        self._patience = max(MISSES, int(60 * timeout_minutes / self._seconds) - 4)
-        self._me = {
-            "host": socket.gethostname(),
-            "machine": machine(),
-            "pid": os.getpid(),
-            "started": started(os.getpid()),
-            "beat": 0,
-            "place": "",
-            "left": False,
-        }
-        self._beats: dict[int, dict] = {}  # as last read
-        self._exchanges, self._lost = 0, ""  # with the store; why there can be no more
-        self._claim, self._first = "", None  # what this rank would say, what all say: a Failure
-        self._places, self._still, self._ends = [], 0, False
-        self._wake, self._found, self._leaving = (
-            threading.Event(),
-            threading.Event(),
-            threading.Event(),
-        )
+        self._rank = ranks.rank
+        self._world_size = ranks.world_size
+        self._on_rank0 = on_rank0
+        self._record = record
+        self._is_collective = is_collective
+        self._silence_seconds = silence_seconds
+        self._round_seconds = silence_seconds / MISSES
+        # Shorter than the timeout of the collectives, which would blame the ranks that waited.
+        self._patience = max(MISSES, int(60 * timeout_minutes / self._round_seconds) - 4)
+        pid = os.getpid()
+        self._own = Heartbeat(socket.gethostname(), machine(), pid, started(pid))
+        self._heartbeats: dict[int, Heartbeat] = {}  # as last read
+        self._exchanges = 0  # with the store
+        self._store_error = ""  # after which there is no further exchange
+        self._proposal = ""  # this rank's failure as JSON, offered to the store
+        self._first: Failure | None = None  # the failure that all ranks agree on
+        self._locations: list[tuple[str, int]] = []
+        self._rounds_without_motion = 0
+        self._has_own_message = False  # the main thread ends with an error of its own
+        self._wake = threading.Event()
+        self._failed = threading.Event()
+        self._leaving = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         if self._world_size > 1:
-            attempt = self._from_first(
-                lambda: secrets.token_hex(8)
-            )  # torchrun's store outlives an attempt
-            for work in (lambda: self._exchange_on(attempt), self._judge_on):
-                threading.Thread(target=work, daemon=True).start()
+            # torchrun's store outlives an attempt: each attempt has keys of its own.
+            attempt = self._on_rank0(lambda: secrets.token_hex(8))
+            for loop in (lambda: self._exchange_heartbeats(attempt), self._watch):
+                threading.Thread(target=loop, daemon=True).start()
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        is_of_peers = isinstance(error, dist.DistError) or (
-            type(error) is RuntimeError and "gloo" in str(error)
-        )
+        is_lost_peer = _is_lost_connection(error)
         if error is not None:
-            self._ends = not is_of_peers
+            self._has_own_message = not is_lost_peer
             LOG.error("rank %d ends", self._rank, exc_info=error)
-            if not (is_of_peers and self._found.wait(self._silence + 4 * self._seconds)):
-                self._settle(
-                    Failure(self._rank, self._me["host"], f"{type(error).__name__}: {error}"), error
-                )
+            patience = self._silence_seconds + 4 * self._round_seconds
+            if not (is_lost_peer and self._failed.wait(patience)):
+                text = f"{type(error).__name__}: {error}"
+                self._agree_on(Failure(self._rank, self._own.host, text), error)
         self._leave()
-        if is_of_peers and self._first.rank != self._rank:
-            raise RunFailure(self._sentence()) from error
+        if is_lost_peer and self._first is not None and self._first.rank != self._rank:
+            raise RunFailure(self._message()) from error
 
-    # ------------------------------------------------------------------------------------------------------ the store
+    # ----------------------------------------------------------------------------- the store
 
-    def _exchange_on(self, attempt: str) -> None:
-        """Beat and read beats, in a thread of its own: with a host that is cut off the store's calls do not return."""
+    def _exchange_heartbeats(self, attempt: str) -> None:
+        """Write and read heartbeats until the store fails.
+
+        A thread of its own: the store's calls do not return when its host is cut off.
+        """
         try:
-            where, wait = (
-                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
-                datetime.timedelta(minutes=1),
-            )
-            store = dist.PrefixStore(
-                attempt, dist.TCPStore(*where, wait_for_workers=False, timeout=wait)
-            )
-            watched = range(self._world_size)
+            store = self._open_store(attempt)
+            watched = list(range(self._world_size))
             while True:
-                self._me |= {"beat": self._me["beat"] + 1, "place": _place()}
-                store.set(str(self._rank), json.dumps(self._me))
-                if first := store.compare_set("first", "", self._claim):
+                location, in_collective = self._current_location()
+                self._own = self._own._replace(
+                    number=self._own.number + 1, location=location, in_collective=in_collective
+                )
+                store.set(str(self._rank), json.dumps(self._own))
+                first = store.compare_set("first", "", self._proposal)
+                if first:
                     self._first = Failure(*json.loads(first))
-                beats = store.multi_get([str(rank) for rank in watched])
-                self._beats = {
-                    rank: json.loads(beat) for rank, beat in zip(watched, beats, strict=True)
+                texts = store.multi_get([str(rank) for rank in watched])
+                self._heartbeats = {
+                    rank: Heartbeat(*json.loads(text))
+                    for rank, text in zip(watched, texts, strict=True)
                 }
                 self._exchanges += 1
-                watched = [
-                    rank for rank in watched if self._rank == 0 or rank == 0 or self._is_here(rank)
-                ]
-                self._wake.wait(self._seconds)
+                watched = [rank for rank in watched if self._watches(rank)]
+                self._wake.wait(self._round_seconds)
                 self._wake.clear()
         except RuntimeError as error:
-            self._lost = str(error).splitlines()[0]
+            self._store_error = str(error).splitlines()[0]
+
+    def _open_store(self, attempt: str) -> Any:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            wait_for_workers=False,
+            timeout=datetime.timedelta(minutes=1),
+        )
+        return dist.PrefixStore(attempt, store)
+
+    def _watches(self, rank: int) -> bool:
+        return self._rank == 0 or rank == 0 or self._is_on_this_machine(rank)
 
     def _refresh(self) -> bool:
         """Whether the store answered an exchange that began after this call."""
-        goal, deadline = (
-            self._exchanges + 2,
-            time.monotonic() + ANSWER_SECONDS,
-        )  # one may be under way
-        while (
-            self._exchanges < goal
-            and time.monotonic() < deadline
-            and self._world_size > 1
-            and not self._lost
-        ):
+        goal = self._exchanges + 2  # one may be under way
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while self._exchanges < goal and time.monotonic() < deadline:
+            if self._world_size == 1 or self._store_error:
+                break
             self._wake.set()
             time.sleep(0.02)
         return self._exchanges >= goal
 
     def _leave(self) -> None:
-        """Be missed by nobody; rank 0, whose process may hold the store, goes last."""
+        """Tell the other ranks that this one leaves. Rank 0, which may hold the store, leaves last."""
         self._leaving.set()
-        self._me["left"] = True
-        deadline, gone = (
-            time.monotonic() + ANSWER_SECONDS,
-            self._first.rank if self._first else None,
-        )
+        self._own = self._own._replace(left=True)
+        lost = self._first.rank if self._first else None
+        deadline = time.monotonic() + ANSWER_SECONDS
         while self._refresh() and self._rank == 0 and time.monotonic() < deadline:
-            if all(beat["left"] for rank, beat in self._beats.items() if rank != gone):
+            others = (beat for rank, beat in self._heartbeats.items() if rank != lost)
+            if all(beat.left for beat in others):
                 break
 
-    # ---------------------------------------------------------------------------------------------------- the verdict
+    # ----------------------------------------------------------------------------- detection
 
-    def _judge_on(self) -> None:
-        heard, missed = {}, Counter()
-        while not self._leaving.wait(self._seconds):
-            now = {"store": self._exchanges} | {
-                rank: beat["beat"] for rank, beat in self._beats.items()
-            }
-            for who in (
-                now if heard.get("store") != now["store"] else ["store"]
-            ):  # through it all others are heard
-                missed[who] = missed[who] + 1 if heard.get(who) == now[who] else 0
-            heard = now
-            if verdict := self._first or self._look(missed):
-                threading.Timer(
-                    GRACE_SECONDS, self._end
-                ).start()  # first of all: files may hang like the rest
-                self._settle(verdict, verdict.error)
-                LOG.error("%s", self._first)
-                self._found.set()
-                if not self._ends:  # with a message of its own
-                    signal.raise_signal(signal.SIGUSR2)  # the stacks of this rank, by faulthandler
-                self._kill_hung_rank(self._first)
+    def _watch(self) -> None:
+        """Count missed heartbeats per round until a rank fails or this one leaves."""
+        previous: dict[int | str, int] = {}
+        missed: Counter[int | str] = Counter()
+        while not self._leaving.wait(self._round_seconds):
+            current: dict[int | str, int] = {"store": self._exchanges}
+            current |= {rank: beat.number for rank, beat in self._heartbeats.items()}
+            # Without an answer of the store nothing is known about the ranks.
+            store_answers = previous.get("store") != current["store"]
+            for key in current if store_answers else ["store"]:
+                missed[key] = missed[key] + 1 if previous.get(key) == current[key] else 0
+            previous = current
+            failure = self._first or self._find_failure(missed)
+            if failure:
+                self._stop(failure)
                 return
 
-    def _look(self, missed: Counter) -> Failure | None:
-        """Who is gone, or hangs?"""
+    def _find_failure(self, missed: Counter[int | str]) -> Failure | None:
+        """The rank that is gone or silent, if there is one."""
         others = {
             rank: beat
-            for rank, beat in self._beats.items()
-            if rank != self._rank and not beat["left"]
+            for rank, beat in self._heartbeats.items()
+            if rank != self._rank and not beat.left
         }
         for rank, beat in others.items():
-            if is_gone(beat):
-                if self._refresh() and (
-                    self._first or self._beats[rank]["left"]
-                ):  # it said why, or went in order
-                    return self._first
-                gone = f"process {beat['pid']} is gone: killed (kill -9, out of memory), or it left without a word"
-                return Failure(rank, beat["host"], f"{gone}; last seen at {beat['place']}")
-        if missed["store"] >= (2 if self._lost else MISSES):
-            has_left = (
-                0 in self._beats and self._beats[0]["left"]
-            )  # in order, and the store with it
-            return None if has_left else self._without_store()
+            if not beat.is_gone():
+                continue
+            if self._refresh() and (self._first or self._heartbeats[rank].left):
+                return self._first  # it reported its error, or left in order
+            gone = (
+                f"process {beat.pid} is gone: killed (kill -9, out of memory), or it left without "
+                "a message"
+            )
+            return Failure(rank, beat.host, f"{gone}; last seen at {beat.location}")
+        if missed["store"] >= (2 if self._store_error else MISSES):
+            # Rank 0 may have left in order, and the store with it.
+            left = 0 in self._heartbeats and self._heartbeats[0].left
+            return None if left else self._store_failure()
         for rank, beat in others.items():
             if missed[rank] >= MISSES:
-                return Failure(
-                    rank,
-                    beat["host"],
-                    self._silent(f"last seen at {beat['place']}"),
-                    is_silent=True,
-                )
-        return self._standstill() if self._rank == 0 else None
+                text = self._silent(f"last seen at {beat.location}")
+                return Failure(rank, beat.host, text, is_silent=True)
+        return self._hang() if self._rank == 0 else None
 
-    def _without_store(self) -> Failure:
-        where = f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        cause = self._lost or self._silent(f"it hangs, or {self._me['host']} is cut off from it")
+    def _store_failure(self) -> Failure:
+        store = f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        cut_off = self._silent(f"it hangs, or {self._own.host} is cut off from it")
+        cause = self._store_error or cut_off
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return Failure(
-                self._rank, self._me["host"], f"{where} (torchrun's) does not answer: {cause}"
-            )
-        host = self._beats[0]["host"] if self._beats else os.environ["MASTER_ADDR"]
-        return Failure(
-            0, host, f"{where}, which it holds, does not answer: {cause}", is_silent=not self._lost
-        )
+            text = f"{store} (torchrun's) does not answer: {cause}"
+            return Failure(self._rank, self._own.host, text)
+        host = self._heartbeats[0].host if self._heartbeats else os.environ["MASTER_ADDR"]
+        text = f"{store}, which it holds, does not answer: {cause}"
+        return Failure(0, host, text, is_silent=not self._store_error)
 
     def _silent(self, detail: str) -> str:
-        return f"silent for {self._silence:g} s, {detail}"
+        return f"silent for {self._silence_seconds:g} s, {detail}"
 
-    def _standstill(self) -> Failure | None:
-        """Nobody moves, and somebody stands elsewhere than the others: they wait for it (rank 0 sees all)."""
-        places = [(self._beats[rank]["place"], rank) for rank in sorted(self._beats)]
-        self._still = self._still + 1 if places == self._places else 0
-        self._places, common = places, Counter(place for place, _ in places)
-        if self._still < self._patience or len(common) < 2:
+    def _hang(self) -> Failure | None:
+        """The rank for which the others wait: no rank moves, and one stands elsewhere."""
+        beats = self._heartbeats
+        locations = [(beats[rank].location, rank) for rank in sorted(beats)]
+        is_same = locations == self._locations
+        self._rounds_without_motion = self._rounds_without_motion + 1 if is_same else 0
+        self._locations = locations
+        common = Counter(location for location, _ in locations)
+        if self._rounds_without_motion < self._patience or len(common) < 2:
             return None
-        # Whoever waits stands in engine.py, which makes all collectives.
-        place, rank = min(
-            places, key=lambda found: (found[0].startswith("engine.py"), common[found[0]])
+        # A rank outside collectives is the cause; else the one at the least common location.
+        location, rank = min(
+            locations, key=lambda pair: (beats[pair[1]].in_collective, common[pair[0]])
         )
         others = ", ".join(
-            f"{count} at {other}" for other, count in common.items() if other != place
+            f"{count} at {other}" for other, count in common.items() if other != location
         )
-        waited = f"no rank moved for {self._still * self._seconds:.0f} s: it stands at {place}, of the others {others}"
-        return Failure(rank, self._beats[rank]["host"], waited)
+        seconds = self._rounds_without_motion * self._round_seconds
+        text = f"no rank moved for {seconds:.0f} s: it stands at {location}, of the others {others}"
+        return Failure(rank, beats[rank].host, text)
 
-    def _settle(self, verdict: Failure, error: BaseException | str) -> None:
-        """Agree on what went first: this, unless the store holds another. Whoever brought it records it."""
-        if self._first is None:
-            self._claim = json.dumps(verdict)
-            self._refresh()
-            self._first = self._first or verdict  # the store does not answer
-            if self._first == verdict:
-                self._record(verdict.rank, error, verdict.host)
+    # ------------------------------------------------------------------------- after a failure
 
-    def _kill_hung_rank(self, verdict: Failure) -> None:
-        """A silent rank of this machine may be stopped, or hold Python's lock: it shows its stacks, and is killed."""
-        if verdict.is_silent and verdict.rank != self._rank and self._is_here(verdict.rank):
-            beat = self._beats[verdict.rank]
-            for number, pause in (
-                (signal.SIGUSR2, 0.0),
-                (signal.SIGCONT, 0.5),
-                (signal.SIGKILL, 0.0),
-            ):
-                with contextlib.suppress(OSError):
-                    if not is_gone(beat):
-                        os.kill(beat["pid"], number)
-                time.sleep(pause)
+    def _stop(self, failure: Failure) -> None:
+        # The timer starts first: files may hang like everything else.
+        threading.Timer(GRACE_SECONDS, self._end_process).start()
+        self._agree_on(failure, failure.error)
+        LOG.error("%s", self._first)
+        self._failed.set()
+        if not self._has_own_message:
+            signal.raise_signal(signal.SIGUSR2)  # faulthandler prints the stacks of this rank
+        if self._first:
+            self._kill_hung_rank(self._first)
 
-    def _end(self) -> None:
+    def _agree_on(self, failure: Failure, error: BaseException | str) -> None:
+        """Agree on the first failure: this one, unless the store holds another. Records it once."""
+        if self._first is not None:
+            return
+        self._proposal = json.dumps(failure)
+        self._refresh()
+        self._first = self._first or failure  # if the store does not answer
+        if self._first == failure:
+            self._record(failure.rank, error, failure.host)
+
+    def _kill_hung_rank(self, failure: Failure) -> None:
+        """Kill a silent rank of this machine, after it was made to print its stacks.
+
+        It may be stopped, or hold Python's lock.
+        """
+        if not failure.is_silent or failure.rank == self._rank:
+            return
+        if not self._is_on_this_machine(failure.rank):
+            return
+        beat = self._heartbeats[failure.rank]
+        steps = ((signal.SIGUSR2, 0.0), (signal.SIGCONT, 0.5), (signal.SIGKILL, 0.0))
+        for number, pause in steps:
+            with contextlib.suppress(OSError):
+                if not beat.is_gone():
+                    os.kill(beat.pid, number)
+            time.sleep(pause)
+
+    def _end_process(self) -> None:
         try:
-            print(
-                f"electra-ds (rank {self._rank}): error: {self._sentence()}",
-                file=sys.stderr,
-                flush=True,
-            )
-        finally:  # the launcher that read it may be gone
+            message = f"electra-ds (rank {self._rank}): error: {self._message()}"
+            print(message, file=sys.stderr, flush=True)
+        finally:  # the launcher that reads standard error may be gone
             os._exit(1)
 
-    def _sentence(self) -> str:
-        path = next(
-            (to.baseFilename for to in LOG.handlers if isinstance(to, logging.FileHandler)),
-            "standard error",
+    def _message(self) -> str:
+        files = (
+            handler.baseFilename
+            for handler in LOG.handlers
+            if isinstance(handler, logging.FileHandler)
         )
+        path = next(files, "standard error")
         return f"{self._first}; the stacks of this rank are in {path}"
 
-    def _is_here(self, rank: int) -> bool:
-        return rank in self._beats and self._beats[rank]["machine"] == self._me["machine"] != ""
+    def _is_on_this_machine(self, rank: int) -> bool:
+        return (
+            rank in self._heartbeats and self._heartbeats[rank].machine == self._own.machine != ""
+        )
+
+    def _current_location(self) -> tuple[str, bool]:
+        """Where the main thread is inside this package, and whether it waits there for ranks."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame and frame.f_back and not frame.f_code.co_filename.startswith(PACKAGE):
+            frame = frame.f_back
+        if frame is None:
+            return "its end", False
+        code = frame.f_code
+        location = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
+        return location, self._is_collective(frame)
 
 
-def _place() -> str:
-    """Where the main thread is, in code of this package, such as `engine.py:300 agreed`."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    home = str(Path(__file__).parents[1])
-    while frame and frame.f_back and not frame.f_code.co_filename.startswith(home):
-        frame = frame.f_back
-    return (
-        f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
-        if frame
-        else "its end"
+def _is_lost_connection(error: BaseException | None) -> bool:
+    """Whether an error is what a lost peer causes."""
+    return isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and "gloo" in str(error)
     )

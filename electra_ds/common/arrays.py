@@ -7,9 +7,9 @@ import numpy as np
 
 
 def runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The stretches of equal values, in order: (value, where)."""
+    """The stretches of equal values of a vector, in order: (value, slice)."""
+    if not len(values):
+        return
     cuts = np.flatnonzero(values[1:] != values[:-1]) + 1
-    for first, last in itertools.pairwise(
-        [0, *cuts.tolist(), len(values)][: len(values) + 1]
-    ):  # none if empty
+    for first, last in itertools.pairwise([0, *cuts.tolist(), len(values)]):
         yield int(values[first]), slice(first, last)

@@ -1,4 +1,7 @@
-"""How is a folder reached, and a file written whole or not at all? Temporary name, fsync, rename, of its folder."""
+"""Atomic file writes, JSON files, file systems behind URLs.
+
+A file is written under a temporary name, synced, and renamed; then its folder is synced.
+"""
 
 import contextlib
 import hashlib
@@ -22,12 +25,13 @@ def file_system(place: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(place)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"{place}: {error}; expected a folder, or a URL of one (http, s3: pip install 'electra_ds[remote]')"
+            f"{place}: {error}; expected a folder, or a URL of one "
+            "(http, s3: pip install 'electra_ds[remote]')"
         ) from None
 
 
 def fsync_folder(path: str | Path) -> None:
-    """Make the names inside `path` durable (POSIX needs this beside the fsync of the files)."""
+    """Make the names inside a folder durable. POSIX needs this beside the fsync of the files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,11 +40,13 @@ def fsync_folder(path: str | Path) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, even after a power cut, sees the old file or the new one."""
+    """Write a file atomically: a reader sees the old file or the new one, also after a power cut.
+
+    An OSError carries the path.
+    """
     path = Path(path)
-    temporary = path.with_name(
-        f".{path.name}.{secrets.token_hex(6)}.tmp"
-    )  # process numbers repeat across hosts
+    # A random name, since process numbers repeat across hosts.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -49,7 +55,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk is told without one
+            error.filename = str(path)  # the error of a full disk has none
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -62,8 +68,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict) -> Any:
-    """Read a JSON object (or another of `kinds`). UserError names the file and `what` was expected when it is missing,
-    broken or something else.
+    """Read a JSON object, or another of `kinds`.
+
+    what: the expected content, for the UserError of a file that is missing, broken or another.
     """
     try:
         content = Path(path).read_bytes()
@@ -77,7 +84,7 @@ def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict
 def parse_json(
     content: bytes, path: str | Path, what: str, kinds: type | tuple[type, ...] = dict
 ) -> Any:
-    """As `read_json`, of the content of `path`, which may be a URL."""
+    """Like `read_json`, for content that was read already. path: a file or URL, for messages."""
     try:
         value = json.loads(content.decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -11,9 +11,11 @@ def science(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 def machine(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field that decides where and how fast it is learned, or what is watched."""
+    """A field that decides where and how fast a run computes, or what is watched."""
     return Field(default, description=meaning, json_schema_extra={"scope": "machine"}, **limits)
 
 
 class Section(BaseModel):
+    """A frozen config section that refuses unknown keys and other types."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())

@@ -4,7 +4,7 @@ from electra_ds.common.section import Section, science
 
 
 class SpecialIds(Section):
-    """Token ids with a meaning of their own; the tokenizer's, never a choice of the run."""
+    """Ids of the special tokens. The tokenizer decides them, not the run."""
 
     pad: int = science(..., "id of [PAD]")
     unk: int = science(..., "id of [UNK]")

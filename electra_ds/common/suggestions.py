@@ -1,9 +1,10 @@
 """Suggestions for misspelled names."""
 
 import difflib
+from collections.abc import Sequence
 
 
-def nearest(word: str, words: list[str]) -> str:
-    """`; did you mean 'x'?`, or nothing when no word is near."""
-    found = difflib.get_close_matches(word, words, 1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+def nearest(word: str, words: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or an empty text if no word is similar."""
+    matches = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

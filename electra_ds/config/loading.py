@@ -1,6 +1,7 @@
 """Reading of config files: presets by name, `--set`, errors with suggestions, differences."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,39 +14,58 @@ from electra_ds.common.suggestions import nearest
 from electra_ds.config.schema import FactoryRun, RunConfig
 
 Config = TypeVar("Config", bound=BaseModel)
+Values = dict[str, Any]
 
 
 def config_folder(kind: str) -> Path:
-    """The folder of shipped files, `pretrain`, `engine` or `glue`: beside the package, or inside an installed one."""
+    """The folder of shipped files of a kind: `pretrain`, `engine` or `glue`.
+
+    It lies beside the package in a checkout, and inside the package after an installation.
+    """
     package = Path(__file__).resolve().parents[1]
     inside = package / "ds_configs" / kind
     return inside if inside.is_dir() else package.parent / "ds_configs" / kind
 
 
+def config_names(kind: str) -> list[str]:
+    """Names of the shipped files of a kind, sorted."""
+    return sorted(path.stem for path in config_folder(kind).glob("*.json"))
+
+
 def find_config(name: str, kind: str) -> Path:
-    """The file of a shipped name, or the path itself. UserError lists the names and the nearest one."""
+    """The file of a shipped name, or the path itself.
+
+    UserError lists the names and the nearest one.
+    """
     if name.endswith(".json") or "/" in name:
         return Path(name)
-    folder = config_folder(kind)
-    names = sorted(path.stem for path in folder.glob("*.json"))
+    names = config_names(kind)
     if name in names:
-        return folder / f"{name}.json"
+        return config_folder(kind) / f"{name}.json"
     raise UserError(
-        f"no {kind} config named {name!r}{nearest(name, names)}; there are {', '.join(names)}; or give a path (x.json)"
+        f"no {kind} config named {name!r}{nearest(name, names)}; there are {', '.join(names)}; "
+        "or give a path (x.json)"
     )
 
 
-def load_run(name: str, sets: list[str] = (), engine: str | None = None) -> RunConfig:
-    """`load_config` of a RUN.json."""
+def load_run(name: str, sets: Sequence[str] = (), engine: str | None = None) -> RunConfig:
+    """The run config of a preset's name or of a RUN.json. See `load_config`."""
     return load_config(name, "pretrain", RunConfig, sets, engine)
 
 
 def load_config(
-    name: str, kind: str, root: type[Config], sets: list[str] = (), engine: str | None = None
+    name: str,
+    kind: str,
+    root: type[Config],
+    sets: Sequence[str] = (),
+    engine: str | None = None,
 ) -> Config:
-    """Read a config file (shipped name of that kind, or path), apply `section.field=value` settings, check everything.
+    """Read a config file, apply settings, check everything.
 
-    Raises UserError naming the file, the key, what was found and what was expected.
+    name: a shipped name of that kind, or a path.
+    sets: `section.field=value` settings, as --set takes them.
+    engine: replaces the file's `engine`.
+    UserError names the file, the key, what was found and what was expected.
     """
     path = find_config(name, kind)
     values = read_json(path, f"a {kind} config")
@@ -56,75 +76,76 @@ def load_config(
     return parse_config(values, str(path), root)
 
 
-def parse_run(values: dict, where: str) -> RunConfig:
-    """`parse_config` of a run."""
+def parse_run(values: Values, where: str) -> RunConfig:
+    """Check the values of a run config. See `parse_config`."""
     return parse_config(values, where, RunConfig)
 
 
-def parse_config(values: dict, where: str, root: type[Config]) -> Config:
-    """Check a config object; `where` is named in the error. A run whose model has a factory becomes a FactoryRun."""
+def parse_config(values: Values, where: str, root: type[Config]) -> Config:
+    """Check the values of a config; UserError names `where`.
+
+    A run whose model has a factory becomes a FactoryRun.
+    """
     model = values.get("model")
-    root = (
-        FactoryRun if root is RunConfig and isinstance(model, dict) and "factory" in model else root
-    )
+    has_factory = isinstance(model, dict) and "factory" in model
+    schema: Any = FactoryRun if root is RunConfig and has_factory else root
     try:
-        return root.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise UserError(_readable(error, where, root)) from None
+        raise UserError(_message(error, where, schema)) from None
 
 
-def _apply(values: dict, setting: str) -> None:
+def _apply(values: Values, setting: str) -> None:
+    """Set one `section.field=value` in the values of a file; the value is JSON or plain text."""
     key, equals, text = setting.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    *sections, field = key.strip().split(".")
+    if not equals or not all([*sections, field]):
         raise UserError(f"--set {setting!r}: expected section.field=value, such as train.seed=1")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    for part in parts[:-1]:
-        values = values.setdefault(part, {})
+    for section in sections:
+        values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set {setting!r}: {part} is a value, not a section")
-    values[parts[-1]] = value
+            raise UserError(f"--set {setting!r}: {section} is a value, not a section")
+    values[field] = value
 
 
-def _readable(error: ValidationError, where: str, root: type[BaseModel]) -> str:
-    lines = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        key, found = ".".join(location), problem.get("input")
-        if problem["type"] == "extra_forbidden":
-            known = _fields_at(root, location[:-1])
-            lines.append(
-                f"{key}: unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}"
-            )
-        elif problem["type"] == "missing":
-            lines.append(f"{key}: missing; it has no default")
-        elif problem["type"] == "value_error":
-            lines.append(
-                f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-            )
-        else:
-            hint = _fraction_hint(root, location, found)
-            lines.append(
-                f"{key} = {json.dumps(found, default=str)}: {problem['msg'].lower()}{hint}"
-            )
+def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+    lines = [_line(dict(problem), root) for problem in error.errors()]
     return f"{where}: " + "\n  ".join(lines)
 
 
+def _line(problem: Values, root: type[BaseModel]) -> str:
+    """One line for one of pydantic's problems."""
+    location = [str(part) for part in problem["loc"]]
+    key, found = ".".join(location), problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(root, location[:-1])
+        suggestion = nearest(location[-1], known)
+        return f"{key}: unknown key{suggestion}; known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    if problem["type"] == "value_error":
+        text = str(problem["ctx"]["error"])
+        return f"{key}: {text}" if key else text
+    hint = _fraction_hint(location, found)
+    return f"{key} = {json.dumps(found, default=str)}: {problem['msg'].lower()}{hint}"
+
+
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the section at a path."""
     for part in path:
-        if part not in root.model_fields:  # a name in a table of sections
+        if part not in root.model_fields:  # a key of a table of sections
             continue
-        kind = root.model_fields[part].annotation
-        root = next(
-            k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)
-        )
+        annotation = root.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        root = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return sorted(root.model_fields)
 
 
-def _fraction_hint(root: type[BaseModel], location: list[str], found: Any) -> str:
+def _fraction_hint(location: list[str], found: Any) -> str:
     if location[:1] == ["generator"] and isinstance(found, (str, float)):
         return (
             f"; the generator has sizes of its own: write the integer, such as {location[-1]}: 64"
@@ -132,30 +153,34 @@ def _fraction_hint(root: type[BaseModel], location: list[str], found: Any) -> st
     return ""
 
 
-def differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
-    """(science, machine) fields that differ, as `section.field: old -> new`."""
-    found: dict[str, list[str]] = {"science": [], "machine": []}
+def differences(old: BaseModel, new: BaseModel) -> tuple[list[str], list[str]]:
+    """(science, machine) fields that differ, as `section.field: old -> new`.
 
-    def compare(a: BaseModel, b: BaseModel, prefix: str) -> None:
-        for name, info in type(a).model_fields.items():
-            x, y = getattr(a, name), getattr(b, name)
-            names = x | y if isinstance(x, dict) and isinstance(y, dict) else {}
-            if isinstance(x, Section) and type(x) is type(y):
-                compare(x, y, f"{prefix}{name}.")
-            elif any(isinstance(section, Section) for section in names.values()):
-                for key, section in names.items():  # one that is not named has the defaults
-                    compare(
-                        x.get(key, type(section)()),
-                        y.get(key, type(section)()),
-                        f"{prefix}{name}.{key}.",
-                    )
-            elif x != y and name != "provenance":
-                x, y = (
-                    value.model_dump() if isinstance(value, Section) else value for value in (x, y)
-                )
-                found[(info.json_schema_extra or {}).get("scope", "science")].append(
-                    f"{prefix}{name}: {x} -> {y}"
-                )
+    old, new: configs of one class.
+    """
+    lines: dict[str, list[str]] = {"science": [], "machine": []}
+    _compare(old, new, "", lines)
+    return lines["science"], lines["machine"]
 
-    compare(old, new, "")
-    return found["science"], found["machine"]
+
+def _compare(old: BaseModel, new: BaseModel, prefix: str, lines: dict[str, list[str]]) -> None:
+    for name, info in type(old).model_fields.items():
+        before, after = getattr(old, name), getattr(new, name)
+        key = f"{prefix}{name}"
+        tables = isinstance(before, dict) and isinstance(after, dict)
+        sections = before | after if tables else {}
+        if isinstance(before, Section) and type(before) is type(after):
+            _compare(before, after, f"{key}.", lines)
+        elif any(isinstance(section, Section) for section in sections.values()):
+            for part, section in sections.items():
+                default = type(section)()  # of a section that one side does not name
+                parts = before.get(part, default), after.get(part, default)
+                _compare(*parts, f"{key}.{part}.", lines)
+        elif before != after and name != "provenance":
+            extra = info.json_schema_extra
+            scope = str(extra.get("scope", "science")) if isinstance(extra, dict) else "science"
+            lines[scope].append(f"{key}: {_plain(before)} -> {_plain(after)}")
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Section) else value

@@ -1,6 +1,7 @@
-"""What is a run? One frozen JSON config: every number has one owner, a unit and a scope.
+"""Schema of run configs: every field with its meaning, unit, limits and scope.
 
-Scope `science`: a resume with another value is refused. Scope `machine`: said, then gone on with (seams: Config).
+Scope `science`: the field decides what is learned; a resume with another value is refused.
+Scope `machine`: where and how fast; a change is reported, and the run resumes.
 """
 
 from typing import Any, Literal
@@ -13,11 +14,11 @@ from electra_ds.common.special_ids import SpecialIds
 
 
 class EncoderConfig(Section):
-    """The sizes that each of the two encoders owns."""
+    """Sizes of one encoder."""
 
     hidden_size: int = science(..., "width of the encoder", ge=1)
     num_layers: int = science(..., "transformer layers", ge=1)
-    num_heads: int = science(..., "attention heads, must divide hidden_size", ge=1)
+    num_heads: int = science(..., "attention heads; must divide hidden_size", ge=1)
     ffn_size: int = science(..., "width of the feed-forward layer", ge=1)
     hidden_dropout: float = science(0.1, "dropout after embeddings and sublayers", ge=0, lt=1)
     attention_dropout: float = science(0.1, "dropout on attention probabilities", ge=0, lt=1)
@@ -32,40 +33,41 @@ class EncoderConfig(Section):
 
 
 class GeneratorConfig(EncoderConfig):
-    """The generator's encoder: integers of its own, not fractions of the discriminator's."""
+    """The generator's encoder. Its sizes are integers, not fractions of the discriminator's."""
 
 
 class ModelConfig(EncoderConfig):
-    """The discriminator's encoder and what both encoders share."""
+    """The discriminator's encoder, and what both encoders share."""
 
     embedding_size: int = science(..., "width of the word, position and token-type tables", ge=1)
     max_positions: int = science(512, "rows of the position table", ge=1)
     type_vocab_size: int = science(2, "rows of the token-type table", ge=1)
     layer_norm_eps: float = science(1e-12, "epsilon of every LayerNorm", gt=0)
     init: Literal["normal", "fan_in"] = science(
-        "normal", "matrices: truncated normal of init_std, or plain normal of 1/sqrt(inputs)"
+        "normal", "initial matrices: truncated normal of init_std, or normal of 1/sqrt(inputs)"
     )
     init_std: float = science(0.02, "standard deviation of `normal`", gt=0)
     embedding_init_std: float = science(0.02, "standard deviation of the embedding tables", gt=0)
     sharing: Literal["shared", "untied", "all"] = science(
         "shared",
-        "embeddings of generator and discriminator are one, two, or the whole encoder is one",
+        "one embedding for generator and discriminator, two, or one whole encoder",
     )
     vocab_size: int | None = science(None, "word table rows; filled from the data", ge=6)
 
 
 class FactoryConfig(Section):
-    """Encoders of the user's own instead of the built-in ones."""
+    """Encoders of the user instead of the built-in ones."""
 
     factory: str = science(
-        ..., "package.module:build; build(config) -> (generator, discriminator), any torch modules"
+        ...,
+        "package.module:build; build(config) returns (generator, discriminator), any torch modules",
     )
-    options: dict[str, Any] = science({}, "for build, which finds it in config.model.options")
+    options: dict[str, Any] = science({}, "passed to build as config.model.options")
     discr_dim: int = science(
-        -1, "width of the discriminator's hidden layer to put a head on; -1: it returns logits"
+        -1, "width of the discriminator's hidden layer that gets a head; -1: it returns logits"
     )
     discr_layer: str | int = science(
-        -1, "that layer, by name or by index among the discriminator's children"
+        -1, "this layer, by name or by index among the discriminator's children"
     )
     vocab_size: int | None = science(None, "filled from the data", ge=6)
 
@@ -75,26 +77,28 @@ class ObjectiveConfig(Section):
 
     kind: Literal["electra", "electra_15", "mlm", "replace_mlm", "all_tokens_mlm"] = science(
         "electra",
-        "what the main encoder learns: to tell replaced tokens (_15: at the masked positions), or to predict",
+        "task of the main encoder: detect replaced tokens (_15: at masked positions only), or predict tokens",
     )
     generator: Literal["model", "uniform"] = science(
-        "model", "replacements: a network's, or any token alike"
+        "model", "replacement tokens: sampled from the generator, or uniformly from the vocabulary"
     )
     disallow_correct: bool = science(False, "a replacement never equals the original")
-    mask_prob: float = science(0.15, "share of the real tokens that is chosen per row", gt=0, lt=1)
+    mask_prob: float = science(0.15, "share of the real tokens of a row that is masked", gt=0, lt=1)
     masking: Literal["token", "whole_word", "span"] = science(
         "token",
-        "what is drawn until so many are chosen: tokens, words, or spans of 1 to 10 words (SpanBERT)",
+        "unit that is masked: tokens, words, or spans of 1 to 10 words (SpanBERT)",
     )
     mask_token_prob: float = science(
         0.85,
-        "share of the masked positions that becomes [MASK]; the rest keeps its token",
+        "share of the masked positions that becomes [MASK]; the others keep their token",
         ge=0,
         le=1,
     )
     gen_weight: float = science(1.0, "weight of mlm_loss in the total", ge=0)
     disc_weight: float = science(50.0, "weight of the binary disc_loss in the total", ge=0)
-    temperature: float = science(1.0, "of the softmax the generator's tokens are drawn from", gt=0)
+    temperature: float = science(
+        1.0, "temperature of the softmax from which the generator's tokens are sampled", gt=0
+    )
 
     @model_validator(mode="after")
     def _mlm_replaces_nothing(self) -> "ObjectiveConfig":
@@ -106,7 +110,7 @@ class ObjectiveConfig(Section):
 
     @property
     def detects(self) -> bool:
-        """Whether the main encoder tells replaced tokens; else it predicts tokens."""
+        """Whether the main encoder detects replaced tokens; otherwise it predicts tokens."""
         return self.kind in ("electra", "electra_15")
 
     @property
@@ -116,12 +120,12 @@ class ObjectiveConfig(Section):
 
     @property
     def counts_all_tokens(self) -> bool:
-        """Whether the main encoder's loss is over all real tokens, not the masked positions alone."""
+        """Whether the main loss is over all real tokens; otherwise over the masked positions."""
         return self.kind in ("electra", "all_tokens_mlm")
 
     @property
     def loss_weights(self) -> tuple[float, float]:
-        """Factors of mlm_loss and disc_loss in the total; a main encoder that predicts tokens has 1."""
+        """Factors of mlm_loss and disc_loss in the total; 1 for a main encoder that predicts."""
         return (
             1.0 if self.kind == "mlm" else self.gen_weight,
             self.disc_weight if self.detects else 1.0,
@@ -129,16 +133,16 @@ class ObjectiveConfig(Section):
 
 
 class DataConfig(Section):
-    """The rows; everything but the length is the data folder's own."""
+    """The rows. The data folder owns everything but the length."""
 
     sequence_length: int = science(
-        ..., "tokens per row; the data must have been prepared with it", ge=8
+        ..., "tokens per row; the data must be prepared with the same length", ge=8
     )
     special_ids: SpecialIds | None = science(None, "filled from the data")
 
 
 class TrainConfig(Section):
-    """How long, how much at once, from which seed."""
+    """Length, batch sizes, seed, evaluation, faults, memory."""
 
     total_steps: int | None = science(
         None, "optimizer steps of the whole schedule; or give epochs", ge=1
@@ -148,34 +152,41 @@ class TrainConfig(Section):
     )
     global_batch_size: int = science(..., "rows per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = machine(..., "rows per forward and backward on one rank", ge=1)
-    seed: int = science(0, "of initialisation, order, masking, sampling, dropout", ge=0, lt=2**32)
+    seed: int = science(
+        0, "seed of initialization, data order, masking, sampling and dropout", ge=0, lt=2**32
+    )
     eval_every: int = machine(0, "steps between held-out evaluations; 0: at the end only", ge=0)
     eval_rows: int = machine(
         2048, "held-out rows of each source per evaluation during training", ge=1
     )
-    # Machine, although rows are left out: a run that stopped over a bad loss could not go on otherwise.
+    # Machine scope, although it changes which rows count: a run that stopped at a bad loss could not
+    # resume otherwise.
     on_bad_loss: Literal["stop", "skip"] = machine(
-        "stop", "a loss that is not finite, or a spike: end the run, or leave out the step"
+        "stop", "after a loss that is not finite, or a spike: end the run, or skip the step"
     )
     spike_factor: float = machine(
-        0.0, "a spike is a loss above this times the mean of the last 32; 0: none is", ge=0
+        0.0,
+        "treat a loss above this multiple of the mean of the last 32 as a spike; 0 disables",
+        ge=0,
     )
     max_skipped_steps: int = machine(
-        20, "skipped steps in a row (fp16 overflow, bad losses) that end the run", ge=1
+        20, "end the run after more skipped steps in a row (fp16 overflow, bad losses)", ge=1
     )
     max_restarts: int = machine(
-        10, "failures in a row that gain no checkpoint before a run is refused; 0: any", ge=0
+        10,
+        "refuse to start after more failures in a row without a new checkpoint; 0: no limit",
+        ge=0,
     )
     activation_checkpointing: bool = machine(
-        False, "recompute each layer in backward: less memory, same numbers"
+        False, "recompute each layer in backward: less memory, the same numbers"
     )
     timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
     silence_seconds: float = machine(
-        15.0, "without a word of a rank, until the others end the run", ge=1
+        15.0, "seconds without a heartbeat from a rank before the run is stopped", ge=1
     )
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
     deterministic: bool = machine(
-        False, "on GPUs, too, the same bits from the same run again; slower"
+        False, "a repeated run gives the same bits on GPUs as well; slower"
     )
 
     @model_validator(mode="after")
@@ -192,15 +203,19 @@ class TrainConfig(Section):
 class AdamConfig(Section):
     """Adam with decoupled weight decay and linear decay after warmup (ELECTRA, appendix A)."""
 
-    peak_lr: float = science(..., "learning rate that warmup aims at", gt=0)
+    peak_lr: float = science(..., "learning rate at the end of warmup, before decay", gt=0)
     beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = science(
         0.999, "decay of the second moment", ge=0, le=0.9999
     )  # above, 1 - beta2**2**20 < 1
     eps: float = science(1e-6, "added to the root of the second moment", gt=0)
-    weight_decay: float = science(0.01, "decoupled, on everything but biases and LayerNorm", ge=0)
-    bias_correction: bool = science(False, "of Adam's moments; the authors' code has none")
-    gradient_clipping: float = science(1.0, "limit of the global gradient norm; 0: none", ge=0)
+    weight_decay: float = science(
+        0.01, "decoupled weight decay of everything but biases and LayerNorm", ge=0
+    )
+    bias_correction: bool = science(
+        False, "correct the bias of Adam's moments; the authors' code does not"
+    )
+    gradient_clipping: float = science(1.0, "largest global gradient norm; 0 disables", ge=0)
 
 
 class OptimizerConfig(AdamConfig):
@@ -210,28 +225,28 @@ class OptimizerConfig(AdamConfig):
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep."""
+    """When checkpoints are saved and which are kept."""
 
     every: int = machine(1000, "steps between checkpoints", ge=1)
     asynchronous: bool = machine(
-        True, "train on while a checkpoint is written; it costs host memory of its size"
+        True, "continue training while a checkpoint is written; needs host memory of its size"
     )
     keep_last: int = machine(2, "newest checkpoints kept (never fewer than two)", ge=2)
     keep_every: int = machine(
-        0, "keep each step that is a multiple of this for good; 0: none", ge=0
+        0, "never remove checkpoints at multiples of this step; 0: none", ge=0
     )
-    keep_steps: list[int] = machine([], "steps kept for good")
+    keep_steps: list[int] = machine([], "steps whose checkpoints are never removed")
 
 
 class LoggingConfig(Section):
-    """What is written while running."""
+    """Log lines and TensorBoard."""
 
     every: int = machine(100, "steps between log lines", ge=1)
     tensorboard: bool = machine(True, "write OUT/tensorboard")
 
 
 class RunConfig(Section):
-    """A run: science and machine. `engine` names a DeepSpeed file (name, path) or holds it."""
+    """A pretraining run. `engine` is the name or path of a DeepSpeed file, or its object."""
 
     model: ModelConfig
     generator: GeneratorConfig
@@ -244,7 +259,9 @@ class RunConfig(Section):
     engine: str | dict[str, Any] = machine(
         "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object"
     )
-    provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
+    provenance: Any = machine(
+        None, "versions, commit, host and data that wrote the file; ignored as input"
+    )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -261,7 +278,7 @@ class RunConfig(Section):
         return self
 
     def accumulation(self, world_size: int) -> int:
-        """`accumulation` of this run."""
+        """Micro-batches per step and rank of this run."""
         return accumulation(self.train, world_size)
 
     def total_steps(self, rows: int | None) -> int:
@@ -296,10 +313,10 @@ class RunConfig(Section):
 
 
 class FactoryRun(RunConfig):
-    """A run with encoders of the user's own."""
+    """A run whose encoders are made by model.factory."""
 
     model: FactoryConfig
-    generator: None = science(None, "the factory makes it")
+    generator: None = science(None, "made by the factory")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "FactoryRun":

@@ -1,1 +1,1 @@
-"""From text to batches: tokenizer, shard format, readers, shuffle, masking, loader."""
+"""Tokenizers, shard format, row readers, shuffle, masking and the loader of batches."""

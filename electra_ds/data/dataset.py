@@ -1,154 +1,187 @@
-"""What is behind --data? The rows to train on with their order, the rows held out, and what they were made with."""
+"""The data behind --data: training rows with their order, held-out rows, manifest and tokenizer."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.mixture import (
     MixtureOrder,
-    MixtureRows,
-    Portion,
+    MixtureReader,
+    SourceShare,
     join_manifests,
     read_mixture,
-    window_rows,
+    rows_per_window,
 )
-from electra_ds.data.rows import RowOrder, Rows
-from electra_ds.data.shard_format import index_file, read_manifest, read_unigrams
+from electra_ds.data.rows import RowOrder, RowReader
+from electra_ds.data.shard_format import Manifest, index_file, read_manifest, read_unigrams
 from electra_ds.data.shard_reader import ShardReader
-from electra_ds.data.shuffle import LaneOrder, Order
+from electra_ds.data.shuffle import ShuffledOrder, StreamOrder
+
+if TYPE_CHECKING:
+    from electra_ds.data.remote_reader import RemoteReader
 
 
 class HeldOut(NamedTuple):
     """The held-out rows of one source."""
 
-    rows: Rows
-    unigrams: np.ndarray  # token counts of its training rows, [V] int64
-    share: float  # of the source in training, of 1
+    rows: RowReader
+    unigrams: np.ndarray  # [V] int64 token counts of the source's training rows
+    share: float  # of the source in the training rows, of 1
 
 
-class Folder:
-    """A folder that `prepare` wrote, on a disk of this machine or a file system that all share."""
+class Data(Protocol):
+    """What training, evaluation and `check` use of the data."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.tokenizer, self.manifest = (
-            folder,
-            folder / "tokenizer",
-            read_manifest(folder),
-        )
-        self.portions: dict[str, Portion] = {}  # of a mixture's sources, by name
+    manifest: Manifest
+    tokenizer: Path  # folder of the tokenizer's files
+    shares: dict[str, SourceShare]  # by name of a mixture's sources; empty for a single source
 
-    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
-        """The training rows and the order in which a run of this seed takes them."""
-        reader = self.reader("train")
-        return reader, Order(reader.blocks["rows"], seed)
+    def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
+        """Return the training rows and their order in a run with this seed."""
 
     def held_out(self) -> dict[str, HeldOut]:
-        """The held-out rows of each source that has any, by its name, "" where there is one source."""
+        """Return the held-out rows of each source that has any, by name; "" for a single source."""
+
+
+class _SingleSource(ABC):
+    """Data of one source; the manifest and the small files are in a local folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = folder / "tokenizer"
+        self.manifest = read_manifest(folder)
+        self.shares: dict[str, SourceShare] = {}
+
+    @abstractmethod
+    def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
+        """Return the training rows and their order in a run with this seed."""
+
+    @abstractmethod
+    def reader(self, split: str) -> RowReader:
+        """Return the reader of one split."""
+
+    def held_out(self) -> dict[str, HeldOut]:
+        """Return the held-out rows under the name "", or nothing when there are none."""
         if "valid" not in self.manifest.splits:
             return {}
         unigrams = read_unigrams(self.folder, self.manifest.tokenizer.vocab_size)
         return {"": HeldOut(self.reader("valid"), unigrams, 1.0)}
 
+
+class DataFolder(_SingleSource):
+    """A folder that `prepare` wrote, on a local disk or on a file system shared by all nodes."""
+
+    def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
+        reader = self.reader("train")
+        return reader, ShuffledOrder(reader.blocks["rows"], seed)
+
     def reader(self, split: str) -> ShardReader:
-        """The rows of one split."""
         return ShardReader(self.folder, split)
 
 
-class Mixture:
-    """Several sources in fixed shares, listed by a MIX.json; a source may be a mixture itself."""
-
-    def __init__(self, path: Path, above: tuple[Path, ...]) -> None:
-        """above: the mixtures that it is a source of."""
-        if path.resolve() in above:
-            raise UserError(
-                f"{path}: it is a source of itself; expected a folder, a URL, or another mixture"
-            )
-        config, above = read_mixture(path), (*above, path.resolve())
-        found = [
-            source.data if "://" in source.data else path.parent / source.data
-            for source in config.sources
-        ]
-        self.parts = {
-            name: open_data(data, above) for name, data in zip(config.names, found, strict=True)
-        }
-        manifests = {name: part.manifest for name, part in self.parts.items()}
-        splits = [manifest.splits["train"] for manifest in manifests.values()]
-        weights = config.weights([split.tokens for split in splits])
-        self.counts = window_rows(weights)
-        self.manifest = join_manifests(path, manifests, self.counts.tolist())
-        self.tokenizer = self.parts[config.names[0]].tokenizer
-        shares = (self.counts / self.counts.sum()).tolist()
-        self.portions = {
-            name: Portion(split.rows, split.tokens, weight, share)
-            for name, split, weight, share in zip(
-                self.parts, splits, weights.tolist(), shares, strict=True
-            )
-        }
-
-    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
-        """The training rows of all sources and the order in which a run of this seed takes them."""
-        found = {name: part.training(seed, global_batch_size) for name, part in self.parts.items()}
-        rows = MixtureRows(self.manifest, [part for part, _ in found.values()])
-        orders = {name: row_order for name, (_, row_order) in found.items()}
-        return rows, MixtureOrder(orders, self.counts, rows.starts, seed)
-
-    def held_out(self) -> dict[str, HeldOut]:
-        """The held-out rows of each source that has any, by its name, `name/inner` in a mixture of mixtures."""
-        return {
-            f"{name}/{inner}".rstrip("/"): held._replace(
-                share=held.share * self.portions[name].share
-            )
-            for name, part in self.parts.items()
-            for inner, held in part.held_out().items()
-        }
-
-
-class Stream(Folder):
-    """A folder behind a URL: rows are read where they lie, the small files copied for this process."""
+class StreamedFolder(_SingleSource):
+    """A data folder behind a URL. RowReader are streamed; this process copies the small files."""
 
     def __init__(self, url: str) -> None:
-        from electra_ds.data.remote_reader import RemoteFolder, RemoteReader
+        from electra_ds.data.remote_reader import RemoteFolder
 
-        place, self._copies = (
-            RemoteFolder(url),
-            TemporaryDirectory(prefix="electra_ds-"),
-        )  # goes with this object
+        self._remote = RemoteFolder(url)
+        self._copies = TemporaryDirectory(prefix="electra_ds-")  # removed with this object
         copies = Path(self._copies.name)
-        self.reader = lambda split: RemoteReader(place, split, copies)
-        place.copy({"manifest.json": None}, copies)
+        self._remote.copy({"manifest.json": None}, copies)
         try:
             super().__init__(copies)
         except UserError as error:
-            raise UserError(str(error).replace(str(copies), place.url)) from None
-        indexes = {
-            index_file(name): split.index_sha256 for name, split in self.manifest.splits.items()
-        }
-        place.copy(
-            dict.fromkeys(("unigrams.npy", *self.manifest.tokenizer.files)) | indexes, copies
+            raise UserError(str(error).replace(str(copies), self._remote.url)) from None
+        hashes: dict[str, str | None] = dict.fromkeys(
+            ("unigrams.npy", *self.manifest.tokenizer.files)
         )
+        for name, split in self.manifest.splits.items():
+            hashes[index_file(name)] = split.index_sha256
+        self._remote.copy(hashes, copies)
 
-    def training(self, seed: int, global_batch_size: int) -> tuple[Rows, RowOrder]:
+    def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
         reader = self.reader("train")
-        return reader, LaneOrder(reader.chunk_rows, seed, global_batch_size)
+        return reader, StreamOrder(reader.chunk_rows, seed, global_batch_size)
+
+    def reader(self, split: str) -> "RemoteReader":
+        from electra_ds.data.remote_reader import RemoteReader
+
+        return RemoteReader(self._remote, split, self.folder)
 
 
-Data = Folder | Mixture
+class Mixture:
+    """Several sources in fixed shares, listed in a MIX.json; a source may be a mixture itself."""
+
+    def __init__(self, path: Path, outer: tuple[Path, ...]) -> None:
+        """outer: the mixtures that have this one as a source, to detect cycles."""
+        if path.resolve() in outer:
+            raise UserError(
+                f"{path}: it is a source of itself; expected a folder, a URL, or another mixture"
+            )
+        config = read_mixture(path)
+        outer = (*outer, path.resolve())
+        self.sources: dict[str, Data] = {}
+        for name, source in zip(config.names, config.sources, strict=True):
+            is_url = "://" in source.data
+            data = source.data if is_url else path.parent / source.data
+            self.sources[name] = open_data(data, outer)
+        manifests = {name: source.manifest for name, source in self.sources.items()}
+        splits = [manifest.splits["train"] for manifest in manifests.values()]
+        weights = config.weights([split.tokens for split in splits])
+        self.counts = rows_per_window(weights)
+        self.manifest = join_manifests(path, manifests, self.counts.tolist())
+        self.tokenizer = self.sources[config.names[0]].tokenizer
+        shares = (self.counts / self.counts.sum()).tolist()
+        self.shares = {
+            name: SourceShare(split.rows, split.tokens, weight, share)
+            for name, split, weight, share in zip(
+                self.sources, splits, weights.tolist(), shares, strict=True
+            )
+        }
+
+    def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
+        """Return the training rows of all sources and their order in a run with this seed."""
+        readers = []
+        orders = {}
+        for name, source in self.sources.items():
+            reader, orders[name] = source.training(seed, global_batch_size)
+            readers.append(reader)
+        rows = MixtureReader(self.manifest, readers)
+        return rows, MixtureOrder(orders, self.counts, rows.starts, seed)
+
+    def held_out(self) -> dict[str, HeldOut]:
+        """Return the held-out rows of each source that has any.
+
+        The key is the source's name, `name/inner` for a source of an inner mixture.
+        """
+        held_out = {}
+        for name, source in self.sources.items():
+            for inner, rows in source.held_out().items():
+                share = rows.share * self.shares[name].share
+                held_out[f"{name}/{inner}".rstrip("/")] = rows._replace(share=share)
+        return held_out
 
 
-def open_data(data: str | Path, above: tuple[Path, ...] = ()) -> Data:
-    """Open what --data names. UserError when it is no complete data folder, or a mixture that cannot be."""
-    name, path = str(data), Path(data)
+def open_data(data: str | Path, outer: tuple[Path, ...] = ()) -> Data:
+    """Open the value of --data: a data folder, its URL, or a MIX.json.
+
+    outer: the mixtures that have this data as a source
+    Raises UserError when it is not a complete data folder or not a valid mixture.
+    """
+    name = str(data)
+    path = Path(data)
     if name.startswith("pipe:"):
         raise UserError(
-            f"--data {name}: commands are not run; expected a folder, or a URL such as https://host/D"
+            f"--data {name}: commands are not run; expected a folder, or a URL such as "
+            "https://host/D"
         )
-    return (
-        Stream(name)
-        if "://" in name
-        else Mixture(path, above)
-        if path.suffix == ".json"
-        else Folder(path)
-    )
+    if "://" in name:
+        return StreamedFolder(name)
+    if path.suffix == ".json":
+        return Mixture(path, outer)
+    return DataFolder(path)

@@ -1,4 +1,7 @@
-"""This rank's batches from a row count on, prepared ahead by a thread; batches for evaluation."""
+"""Endless batches of one rank, prepared by a thread, and batches of held-out rows.
+
+Letters: B rows of a micro-batch, G rows of the global batch.
+"""
 
 import queue
 import threading
@@ -12,36 +15,38 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.data import philox
 from electra_ds.data.batch import Batch, make_batch
-from electra_ds.data.masking import Recipe
-from electra_ds.data.rows import RowOrder, Rows
+from electra_ds.data.masking import MaskingRecipe
+from electra_ds.data.rows import RowOrder, RowReader
 
-READ_TOKENS = 1 << 18  # gathered at once: several rows of each block then, about 8 MB as tensors
+# Tokens read at once, about 8 MB as tensors: enough that several rows come from each block.
+READ_TOKENS = 1 << 18
 
 
 class StepBatch(NamedTuple):
-    """What one rank computes in one attempt of an optimizer step."""
+    """The rows of one rank in one attempt of an optimizer step."""
 
-    first_row: int  # of the global batch's first row
-    first_rows: list[int]  # of each micro-batch's first row on this rank: seeds its dropout
+    first_row: int  # position of the first row of the global batch
+    first_rows: list[int]  # position of the first row of each micro-batch; seeds its dropout
     micro_batches: list[Batch]
-    masked_count: int  # this rank's sums over the micro-batches, for the global normalisers
-    token_count: int
+    masked_count: int  # masked positions of this rank, for the global normalisers
+    token_count: int  # real tokens of this rank, for the global normalisers
     rows: np.ndarray  # [G / world_size] row numbers, for messages
-    wait_seconds: float  # that the caller waited for the data
+    wait_seconds: float  # time that the caller waited for the data
 
 
 class Loader:
-    """This rank's batches from a position on, endless, made ahead by one thread.
+    """Endless iterator over the batches of one rank, prepared ahead by one thread.
 
-    The global batch at position p is the rows at p .. p + G - 1; rank r takes the r-th contiguous slice and
-    micro-batch i the i-th slice of that. An error in the thread is raised by the next `next()`.
+    The global batch that starts at position p has the rows at positions p .. p + G - 1. Rank r
+    takes the r-th contiguous slice of it, and micro-batch i takes the i-th slice of that. An
+    exception in the thread is raised by the next call of `next()`.
     """
 
     def __init__(
         self,
-        reader: Rows,
+        reader: RowReader,
         row_order: RowOrder,
-        recipe: Recipe,
+        recipe: MaskingRecipe,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -51,24 +56,28 @@ class Loader:
         pin_memory: bool = False,
         transform: Callable[[Batch], Batch] | None = None,
     ) -> None:
-        assert global_batch_size % (world_size * micro_batch_size) == 0 and 0 <= rank < world_size
-        self.reader, self.order, self.recipe, self.pin_memory = (
-            reader,
-            row_order,
-            recipe,
-            pin_memory,
-        )
+        """consumed_rows: position of the first row of the first global batch
+
+        transform: applied to each micro-batch in the thread
+        """
+        assert global_batch_size % (world_size * micro_batch_size) == 0
+        assert 0 <= rank < world_size
+        self.reader = reader
+        self.order = row_order
+        self.recipe = recipe
+        self.pin_memory = pin_memory
         self.transform = transform
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
         self.rank_rows = global_batch_size // world_size
-        self.first = rank * self.rank_rows
-        self.steps_at_once = max(
-            1, min(64, READ_TOKENS // (self.rank_rows * reader.sequence_length))
-        )
-        self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(2 * self.steps_at_once)
-        self._stop, self._failure = threading.Event(), None
+        self.rank_offset = rank * self.rank_rows  # first row of this rank in the global batch
+        tokens_per_step = self.rank_rows * reader.sequence_length
+        self.steps_per_read = max(1, min(64, READ_TOKENS // tokens_per_step))
+        self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(2 * self.steps_per_read)
+        self._stop = threading.Event()
+        self._failure: Exception | None = None
         self._thread = threading.Thread(
-            target=self._produce, args=(consumed_rows,), name="batches", daemon=True
+            target=self._produce, args=(consumed_rows,), name="loader", daemon=True
         )
         self._thread.start()
 
@@ -78,7 +87,7 @@ class Loader:
     def __next__(self) -> StepBatch:
         if self._failure is not None:
             raise self._failure
-        assert not self._stop.is_set(), "these batches are closed"
+        assert not self._stop.is_set(), "the loader is closed"
         start = time.perf_counter()
         item = self._queue.get()
         if isinstance(item, Exception):
@@ -87,105 +96,111 @@ class Loader:
         return item._replace(wait_seconds=time.perf_counter() - start)
 
     def state(self, consumed_rows: int) -> dict[str, Any]:
-        """The data's part of a checkpoint, the same on every rank; consumed_rows: row count at which the next global batch starts."""
-        return _state_head(self.reader, self.order) | {"position": consumed_rows}
+        """Return the data's part of a checkpoint, the same on every rank.
+
+        consumed_rows: position at which the next global batch starts
+        """
+        return _data_state(self.reader, self.order) | {"position": consumed_rows}
 
     def close(self) -> None:
-        """End the thread; batches made ahead are dropped."""
+        """Stop the thread and drop the batches that it prepared."""
         self._stop.set()
         while not self._queue.empty():
             self._queue.get_nowait()
         self._thread.join()
 
-    def _produce(self, position: int) -> None:
+    def _produce(self, consumed_rows: int) -> None:
         try:
-            steps = 1  # at first, so that the first batch waits for no others
+            steps = 1  # at first, so that the first batch is ready early
             while not self._stop.is_set():
-                for step in self._read(position, steps):
+                for step in self._read(consumed_rows, steps):
                     self._put(step)
-                position, steps = position + steps * self.global_batch_size, self.steps_at_once
-        except Exception as error:  # handed to the caller of next()
+                consumed_rows += steps * self.global_batch_size
+                steps = self.steps_per_read
+        except Exception as error:  # raised by next() in the caller's thread
             self._put(error)
 
     def _put(self, item: StepBatch | Exception) -> None:
         while not self._stop.is_set():
             try:
-                return self._queue.put(item, timeout=0.1)
+                self._queue.put(item, timeout=0.1)
+                return
             except queue.Full:
                 pass
 
-    def _read(self, position: int, steps: int) -> Iterator[StepBatch]:
-        """The next `steps` steps, gathered and masked as one."""
-        own, micro = self.rank_rows, self.micro_batch_size
-        firsts = position + np.arange(steps) * self.global_batch_size
-        rows, epochs = self.order.rows((firsts[:, None] + self.first + np.arange(own)).ravel())
+    def _read(self, consumed_rows: int, steps: int) -> Iterator[StepBatch]:
+        """Read and mask the rows of the next `steps` steps at once, and yield the steps."""
+        first_rows = consumed_rows + np.arange(steps) * self.global_batch_size
+        positions = first_rows[:, None] + self.rank_offset + np.arange(self.rank_rows)
+        rows, epochs = self.order.rows(positions.ravel())
         batch = make_batch(self.reader.read(rows), rows, epochs, self.recipe)
         if self.pin_memory:
             batch = batch.map(Tensor.pin_memory)
-        chosen, tokens = (
-            batch.masked_weights.numpy().sum(1),
-            (batch.document_ids.numpy() > 0).sum(1),
-        )
-        for i, first in enumerate(firsts.tolist()):
-            here = slice(i * own, (i + 1) * own)
+        masked_counts = batch.masked_weights.numpy().sum(1)
+        token_counts = (batch.document_ids.numpy() > 0).sum(1)
+        micro_starts = range(0, self.rank_rows, self.micro_batch_size)
+        for i, first_row in enumerate(first_rows.tolist()):
+            start = i * self.rank_rows
+            here = slice(start, start + self.rank_rows)
             yield StepBatch(
-                first_row=first,
-                first_rows=[first + self.first + start for start in range(0, own, micro)],
-                micro_batches=[
-                    self._micro(batch, slice(a, a + micro))
-                    for a in range(here.start, here.stop, micro)
-                ],
-                masked_count=int(chosen[here].sum()),
-                token_count=int(tokens[here].sum()),
+                first_row=first_row,
+                first_rows=[first_row + self.rank_offset + offset for offset in micro_starts],
+                micro_batches=[self._micro_batch(batch, start + offset) for offset in micro_starts],
+                masked_count=int(masked_counts[here].sum()),
+                token_count=int(token_counts[here].sum()),
                 rows=rows[here],
                 wait_seconds=0.0,
             )
 
-    def _micro(self, batch: Batch, rows: slice) -> Batch:
-        own = batch.map(lambda tensor: tensor[rows])
-        return own if self.transform is None else self.transform(own)
+    def _micro_batch(self, batch: Batch, start: int) -> Batch:
+        micro_batch = batch.map(lambda tensor: tensor[start : start + self.micro_batch_size])
+        return micro_batch if self.transform is None else self.transform(micro_batch)
 
 
-def _state_head(reader: Rows, row_order: RowOrder) -> dict[str, Any]:
+def _data_state(reader: RowReader, row_order: RowOrder) -> dict[str, Any]:
     return row_order.state() | {"dataset_id": reader.manifest.dataset_id}
 
 
-def consumed_rows_from_state(state: dict[str, Any], reader: Rows, row_order: RowOrder) -> int:
-    """The position to go on from. UserError lists every difference between the state and this run's data."""
-    expected = _state_head(reader, row_order)
-    differ = [
+def consumed_rows_from_state(state: dict[str, Any], reader: RowReader, row_order: RowOrder) -> int:
+    """Return the number of rows that the checkpoint's run has consumed.
+
+    Raises UserError with every difference between the state and the data of this run.
+    """
+    expected = _data_state(reader, row_order)
+    differences = [
         f"{key}: checkpoint {state.get(key)!r}, now {value!r}"
         for key, value in expected.items()
         if state.get(key) != value
     ]
-    if differ:
+    if differences:
         raise UserError(
-            "the checkpoint belongs to other data: "
-            + "; ".join(differ)
-            + "; give the data it was made with, or "
-            "start from its weights with --init-from"
+            f"the checkpoint belongs to other data: {'; '.join(differences)}; pass the data of the "
+            "checkpoint, or start from its weights with --init-from"
         )
     return int(state["position"])
 
 
 def evaluation_batches(
-    reader: Rows,
-    recipe: Recipe,
+    reader: RowReader,
+    recipe: MaskingRecipe,
     *,
     batch_rows: int,
     rank: int = 0,
     world_size: int = 1,
     max_rows: int | None = None,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """The split's first `max_rows` rows (all: None), each once over the ranks, with the row numbers [batch_rows] int64.
+    """Yield this rank's batches of the first `max_rows` rows of a split, and their row numbers.
 
-    Masked with the constant evaluation seed and by tokens, whatever the run's recipe says, so that every run and
-    checkpoint sees the same. Every rank gets the same number of batches; rows that fill up are padding throughout
-    (number -1, document_ids 0, masked_weights 0).
+    The ranks together yield each row once; None means all rows. Masking uses the constant
+    evaluation seed and selects tokens, for every run and every checkpoint. All ranks yield the same
+    number of batches: missing rows are padding (row number -1, document_ids 0, masked_weights 0).
+
+    Row numbers: [batch_rows] int64
     """
     recipe = recipe._replace(seed=philox.EVALUATION_SEED, masking="token")
     total = reader.rows if max_rows is None else min(max_rows, reader.rows)
-    for start in range(rank * batch_rows, total + rank * batch_rows, world_size * batch_rows):
+    first = rank * batch_rows
+    for start in range(first, total + first, world_size * batch_rows):
         rows = np.arange(start, start + batch_rows)
         rows[rows >= total] = -1
         ids = np.full((batch_rows, reader.sequence_length), recipe.special_ids.pad, reader.dtype)

@@ -1,6 +1,6 @@
 """Selection of the masked positions of packed rows.
 
-Letters: B rows, S sequence, K masked positions, V vocabulary.
+Letters: B rows, S sequence, K masked positions, V vocabulary, W words of all rows.
 """
 
 from typing import NamedTuple
@@ -11,89 +11,31 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data.shard_format import Manifest
 
-COLUMN_BITS = np.uint64(24)  # of a sorting key; 32 random bits lie above them
-SPAN_WORDS = 10  # at most (SpanBERT, section 3.1)
-# Words of a span by 12 random bits, the inverse of 1 - .8 ** length: geometric with p = .2, 3.8 on average.
-SPAN_LENGTHS = (1 + np.log1p(np.arange(4096) / -4096 * (1 - 0.8**SPAN_WORDS)) / np.log(0.8)).astype(
-    np.uint8
-)
+COLUMN_BITS = np.uint64(24)  # low bits of a sorting key; the 32 random bits are above them
+MAX_SPAN_WORDS = 10  # SpanBERT, section 3.1
+# Words of a span by 12 random bits, the inverse of 1 - .8 ** length: geometric, p = .2, mean 3.8.
+SPAN_LENGTHS = (
+    1 + np.log1p(np.arange(4096) / -4096 * (1 - 0.8**MAX_SPAN_WORDS)) / np.log(0.8)
+).astype(np.uint8)
 
 
-class Recipe(NamedTuple):
-    """What turns a row into a batch row beside its ids: the data's facts, the objective's masking, the seed."""
+class MaskingRecipe(NamedTuple):
+    """What determines a batch besides token ids, row numbers and epochs."""
 
     packing: str  # best_fit, concat or google
     special_ids: SpecialIds
     mask_prob: float
-    mask_token_prob: float  # of a masked position to become [MASK]
-    seed: int  # the key
+    mask_token_prob: float  # probability that a masked position becomes [MASK]
+    seed: int
     masking: str = "token"  # or whole_word, span
-    begins_word: np.ndarray | None = None  # [V] bool, the tokenizer's; not needed to draw tokens
+    begins_word: np.ndarray | None = None  # [V] bool, of the tokenizer; not used by token masking
 
 
-def max_masked(mask_prob: float, sequence_length: int) -> int:
-    """K, the masked positions that a row has room for: 19 (S = 128, .15), 79 (512, .15), 130 (512, .25)."""
-    return max(1, min(sequence_length, int((mask_prob + 0.005) * sequence_length)))
-
-
-def select_masked_positions(
-    ids: np.ndarray, recipe: Recipe, numbers: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Exactly k distinct places per row, k = min(candidates, max(1, min(K, round(mask_prob * real tokens)))).
-
-    ids: [B, S]; numbers: [B, S] uint32, random. Candidates are the real tokens but [CLS], [SEP], [MASK]; the k with
-    the smallest numbers are chosen. With masking whole_word or span, a token takes the number of its word or span:
-    these are drawn in random order, and the last one is cut where the k-th place is reached.
-    Returns chosen [B, K] int64, ascending, 0 where unused, and used [B, K] bool.
-    """
-    n, special = ids.shape[1], recipe.special_ids
-    slots = max_masked(recipe.mask_prob, n)
-    barred = np.isin(ids, (special.pad, special.cls, special.sep, special.mask))
-    if recipe.masking != "token":
-        numbers = word_priorities(
-            numbers, recipe.begins_word[ids], barred, recipe.masking == "span"
-        )
-    wanted = np.rint(recipe.mask_prob * (ids != special.pad).sum(1))  # halves to even
-    k = np.minimum((~barred).sum(1), np.clip(wanted, 1, slots))
-    keys = (numbers.astype(np.uint64) << COLUMN_BITS) | np.arange(n, dtype=np.uint64)
-    keys |= barred.astype(np.uint64) << np.uint64(63)
-    smallest = np.sort(np.partition(keys, slots - 1, axis=1)[:, :slots], axis=1)
-    used = np.arange(slots) < k[:, None]
-    columns = (smallest & np.uint64((1 << int(COLUMN_BITS)) - 1)).astype(np.int64)
-    return np.sort(np.where(used, columns, n), axis=1) * used, used
-
-
-def word_priorities(
-    numbers: np.ndarray, begins: np.ndarray, barred: np.ndarray, spans: bool
-) -> np.ndarray:
-    """The random number of each token's word, which is that of the word's first token; [B, S] uint32.
-
-    numbers: [B, S] uint32; begins: [B, S] bool, by spelling; barred: [B, S] bool, no candidates: no word goes past.
-    spans: each word also starts a span of 1 to 10 words, cut before what is barred, and a word takes the smallest
-    number of the spans that cover it: that of the first one drawn, starts being drawn uniformly, each once.
-    """
-    edges = barred.copy()
-    edges[:, 1:] |= barred[:, :-1]
-    edges[:, 0] = True
-    starts = (begins | edges).ravel()
-    own = numbers.ravel()[starts]  # [words of all rows]
-    drawn = own.copy()
-    if spans:
-        lengths = SPAN_LENGTHS[own & 4095]  # the order is that of the upper bits, but for ties
-        pieces = np.cumsum(edges, dtype=np.int32)[starts]
-        for d in range(1, SPAN_WORDS):
-            beyond = (lengths[:-d] <= d) | (pieces[:-d] != pieces[d:])
-            np.minimum(
-                drawn[d:], own[:-d] | -beyond.astype(np.uint32), out=drawn[d:]
-            )  # all ones: never the smallest
-    return drawn[np.cumsum(starts) - 1].reshape(numbers.shape)
-
-
-def recipe_for(
+def masking_recipe(
     manifest: Manifest, objective: ObjectiveConfig, seed: int, begins_word: np.ndarray | None = None
-) -> Recipe:
-    """The recipe of a run on these rows."""
-    return Recipe(
+) -> MaskingRecipe:
+    """Return the masking recipe of a run on these rows."""
+    return MaskingRecipe(
         manifest.packing,
         manifest.tokenizer.special_ids,
         objective.mask_prob,
@@ -102,3 +44,79 @@ def recipe_for(
         objective.masking,
         begins_word,
     )
+
+
+def max_masked_positions(mask_prob: float, sequence_length: int) -> int:
+    """Return K, the most masked positions of a row.
+
+    19 (S = 128, mask_prob = .15), 79 (512, .15), 130 (512, .25).
+    """
+    return max(1, min(sequence_length, int((mask_prob + 0.005) * sequence_length)))
+
+
+def select_masked_positions(
+    ids: np.ndarray, recipe: MaskingRecipe, random_bits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Select exactly k distinct positions of each row.
+
+    k = min(candidates, max(1, min(K, round(mask_prob * real tokens)))). Candidates are the real
+    tokens except [CLS], [SEP] and [MASK]. The k candidates with the smallest random bits are
+    selected. With masking whole_word or span, a token has the random bits of its word or span, so
+    that words or spans are selected in random order; the last one is cut after the k-th position.
+
+    ids:         [B, S] token ids
+    random_bits: [B, S] uint32
+    Returns masked positions [B, K] int64, ascending, 0 where unused, and used [B, K] bool.
+    """
+    length = ids.shape[1]
+    special = recipe.special_ids
+    slots = max_masked_positions(recipe.mask_prob, length)
+    excluded = np.isin(ids, (special.pad, special.cls, special.sep, special.mask))
+    priorities = random_bits
+    if recipe.masking != "token":
+        assert recipe.begins_word is not None
+        priorities = word_priorities(
+            random_bits, recipe.begins_word[ids], excluded, recipe.masking == "span"
+        )
+    wanted = np.rint(recipe.mask_prob * (ids != special.pad).sum(1))  # rounds halves to even
+    k = np.minimum((~excluded).sum(1), np.clip(wanted, 1, slots))
+    keys = (priorities.astype(np.uint64) << COLUMN_BITS) | np.arange(length, dtype=np.uint64)
+    keys |= excluded.astype(np.uint64) << np.uint64(63)
+    smallest = np.sort(np.partition(keys, slots - 1, axis=1)[:, :slots], axis=1)
+    used = np.arange(slots) < k[:, None]
+    columns = (smallest & np.uint64((1 << int(COLUMN_BITS)) - 1)).astype(np.int64)
+    return np.sort(np.where(used, columns, length), axis=1) * used, used
+
+
+def word_priorities(
+    random_bits: np.ndarray, begins_word: np.ndarray, excluded: np.ndarray, spans: bool
+) -> np.ndarray:
+    """Return the priority of each token's word, [B, S] uint32; smaller values are selected first.
+
+    The priority of a word is the random bits of its first token. With `spans`, each word also
+    starts a span of 1 to 10 words that ends before an excluded token, and a word has the smallest
+    priority of the spans that cover it. Spans are thus drawn by their first words, uniformly and
+    without replacement.
+
+    random_bits: [B, S] uint32
+    begins_word: [B, S] bool, by the spelling of the token
+    excluded:    [B, S] bool, tokens that are no candidates; no word continues across them
+    """
+    boundaries = excluded.copy()
+    boundaries[:, 1:] |= excluded[:, :-1]
+    boundaries[:, 0] = True
+    starts = (begins_word | boundaries).ravel()
+    word_bits = random_bits.ravel()[starts]  # [W]
+    priorities = word_bits.copy()
+    if spans:
+        # The low 12 bits give the length; the order is that of the upper bits except for ties.
+        lengths = SPAN_LENGTHS[word_bits & 4095]
+        segments = np.cumsum(boundaries, dtype=np.int32)[starts]  # words between excluded tokens
+        for distance in range(1, MAX_SPAN_WORDS):
+            out_of_reach = (lengths[:-distance] <= distance) | (
+                segments[:-distance] != segments[distance:]
+            )
+            # all bits set where out of reach: never the smallest
+            candidates = word_bits[:-distance] | -out_of_reach.astype(np.uint32)
+            np.minimum(priorities[distance:], candidates, out=priorities[distance:])
+    return priorities[np.cumsum(starts) - 1].reshape(random_bits.shape)

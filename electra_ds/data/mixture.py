@@ -1,6 +1,6 @@
-"""How are several sources read as one? Exact shares in every window, and still a pure function of the position.
+"""Mixtures: several sources read as one in exact shares, as a pure function of the position.
 
-Letters: n rows or positions, S sources, T tokens of a row.
+Letters: n rows or positions, S sources, T tokens of a row, W positions of a window.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from electra_ds.common.files import read_json
 from electra_ds.common.section import Section
 from electra_ds.config.loading import parse_config
 from electra_ds.data import philox
-from electra_ds.data.rows import RowOrder, Rows
+from electra_ds.data.rows import RowOrder, RowReader
 from electra_ds.data.shard_format import Manifest, SplitInfo
 
 VERSION = 1  # of the order
@@ -25,7 +25,11 @@ WINDOW = 10_000  # positions over which the shares are exact
 
 
 class SourceConfig(Section):
-    """One source: what --data takes, relative to the mixture's file; named after its folder or MIX.json."""
+    """One source of a mixture.
+
+    data: any value of --data; a path is relative to the folder of MIX.json
+    name: name in metrics, by default that of the folder or of the MIX.json
+    """
 
     data: str
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -33,11 +37,12 @@ class SourceConfig(Section):
 
 
 class MixtureConfig(Section):
-    """MIX.json: a weight for each source, or one temperature for all.
+    """MIX.json: a weight for each source, or one temperature for all of them.
 
-    temperature: weights are tokens ** (1 / temperature): 1 takes them as they are, a large one takes from all alike
-    (Arivazhagan et al. 2019, "Massively multilingual neural machine translation in the wild"; T5). The exponent alpha
-    of XLM-R is its inverse: .3 there is 3.33 here.
+    With a temperature the weights are tokens ** (1 / temperature). A temperature of 1 keeps the
+    proportions of the sources, a large one gives all sources nearly equal weights (Arivazhagan et
+    al. 2019, "Massively multilingual neural machine translation in the wild"; T5). The exponent
+    alpha of XLM-R is the inverse: its 0.3 is a temperature of 3.33.
     """
 
     sources: list[SourceConfig] = Field(min_length=1, max_length=WINDOW)
@@ -45,72 +50,87 @@ class MixtureConfig(Section):
 
     @property
     def names(self) -> list[str]:
-        """What the sources are called in metrics."""
+        """Names of the sources in metrics."""
         return [
             source.name or Path(source.data).name.removesuffix(".json") for source in self.sources
         ]
 
     @model_validator(mode="after")
-    def _is_possible(self) -> "MixtureConfig":
-        if unusable := sorted(
-            {name for name in self.names if not name or self.names.count(name) > 1}
-        ):
+    def _check(self) -> "MixtureConfig":
+        unusable = {name for name in self.names if not name or self.names.count(name) > 1}
+        if unusable:
             raise ValueError(
-                f'sources need names that differ, found {unusable} twice or empty: give them a "name"'
+                f"sources need different names, found {sorted(unusable)} twice or empty; "
+                'give each of them a "name"'
             )
         weighted = sum(source.weight is not None for source in self.sources)
-        if weighted != (len(self.sources) if self.temperature is None else 0):
+        expected = len(self.sources) if self.temperature is None else 0
+        if weighted != expected:
             raise ValueError(
-                "give every source a weight, or none of them and a temperature for all"
+                "give every source a weight, or give no source a weight and set a temperature"
             )
         if self.temperature is not None and self.temperature < 1:
             raise ValueError(
-                f"temperature = {self.temperature}: expected 1 (tokens as they are) or more; the exponent of XLM-R "
-                "is 1 / temperature, so for its .3 write 3.33"
+                f"temperature = {self.temperature}: expected 1 (proportions as they are) or more; "
+                "the exponent of XLM-R is 1 / temperature, so for its .3 write 3.33"
             )
         return self
 
     def weights(self, tokens: Sequence[int]) -> np.ndarray:
-        """What share of the whole each source is wanted to have, [S], from the tokens of their training rows, [S]."""
-        given = [source.weight for source in self.sources]
-        found = np.array(tokens) ** (1 / self.temperature) if self.temperature else np.array(given)
-        return found / found.sum()
+        """Return the intended share of each source, [S], with sum 1.
+
+        tokens: [S] tokens of the sources' training rows
+        """
+        if self.temperature:
+            weights = np.array(tokens) ** (1 / self.temperature)
+        else:
+            weights = np.array([source.weight for source in self.sources])
+        return weights / weights.sum()
 
 
 def read_mixture(path: Path) -> MixtureConfig:
-    """Read MIX.json, an object or the bare list of its sources. UserError names the key and what was expected."""
+    """Read MIX.json, an object or the bare list of its sources.
+
+    Raises UserError with the key and the expected value.
+    """
     values = read_json(path, "a mixture of data folders", (dict, list))
-    return parse_config(
-        {"sources": values} if isinstance(values, list) else values, str(path), MixtureConfig
-    )
+    if isinstance(values, list):
+        values = {"sources": values}
+    return parse_config(values, str(path), MixtureConfig)
 
 
-def window_rows(weights: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Rows of each source in a window, [S] int64: within one of the weights (largest remainder), but at least one."""
-    wanted = weights * window
-    counts = np.maximum(wanted.astype(np.int64), 1)
+def rows_per_window(weights: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """Return the rows of each source in a window, [S] int64, at least one for each.
+
+    By the largest remainder method: each count is within one row of its weight.
+    """
+    exact = weights * window
+    counts = np.maximum(exact.astype(np.int64), 1)
     while step := np.sign(window - counts.sum()):
-        counts[np.where(counts + step > 0, step * (wanted - counts), -np.inf).argmax()] += step
+        remainders = np.where(counts + step > 0, step * (exact - counts), -np.inf)
+        counts[remainders.argmax()] += step
     return counts
 
 
-class Portion(NamedTuple):
-    """What one source is of a mixture."""
+class SourceShare(NamedTuple):
+    """Size of one source of a mixture and its share of the mixture."""
 
     rows: int  # of its training split
-    tokens: int
-    weight: float  # wanted, of 1
-    share: float  # had, of 1, in every window
+    tokens: int  # of its training split
+    weight: float  # intended share, of 1
+    share: float  # actual share in every window, of 1
 
     def epochs(self, positions: int) -> float:
-        """How often so many rows of the mixture go through this source."""
+        """Return the epochs over this source in so many rows of the mixture."""
         return positions * self.share / self.rows
 
 
 def join_manifests(path: Path, manifests: dict[str, Manifest], counts: Sequence[int]) -> Manifest:
-    """What the sources have in common, with the training rows of all; its dataset_id also tells the counts.
+    """Return a manifest of the training rows of all sources; its dataset_id covers the counts.
 
-    UserError lists by source what must be the same in all of them and is not.
+    path:   the MIX.json, for messages
+    counts: [S] rows of each source in a window
+    Raises UserError when sequence length, packing or tokenizer of the sources differ.
     """
     kinds = {
         name: f"{m.sequence_length} tokens, {m.packing}, tokenizer {m.tokenizer.sha256[:12]}"
@@ -119,7 +139,8 @@ def join_manifests(path: Path, manifests: dict[str, Manifest], counts: Sequence[
     if len(set(kinds.values())) > 1:
         listed = "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
         raise UserError(
-            f"{path}: the rows of its sources are of different kinds ({listed}); prepare them alike"
+            f"{path}: the rows of its sources are of different kinds ({listed}); "
+            "prepare all sources with the same options"
         )
     first, *_ = manifests.values()
     ids = repr([(m.dataset_id, count) for m, count in zip(manifests.values(), counts, strict=True)])
@@ -132,79 +153,96 @@ def join_manifests(path: Path, manifests: dict[str, Manifest], counts: Sequence[
     return first.model_copy(update={"dataset_id": dataset_id, "splits": {"train": train}})
 
 
-class MixtureRows:
-    """The training rows of all sources, numbered one source after the other."""
+class MixtureReader:
+    """The training rows of all sources, numbered source by source."""
 
-    def __init__(self, manifest: Manifest, parts: Sequence[Rows]) -> None:
-        self.manifest, self.parts = manifest, parts
-        ends = np.cumsum([part.rows for part in parts])
-        self.starts = ends - [part.rows for part in parts]  # [S]
-        self.rows, self.sequence_length, self.dtype = (
-            int(ends[-1]),
-            parts[0].sequence_length,
-            parts[0].dtype,
-        )
+    def __init__(self, manifest: Manifest, readers: Sequence[RowReader]) -> None:
+        self.manifest = manifest
+        self.readers = readers
+        ends = np.cumsum([reader.rows for reader in readers])
+        self.starts = ends - [reader.rows for reader in readers]  # [S] first row of each source
+        self.rows = int(ends[-1])
+        self.sequence_length = readers[0].sequence_length
+        self.dtype = readers[0].dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """[n] row numbers -> [n, T] of the stored type."""
+        """Return the token ids of [n] row numbers, [n, T] of the stored type."""
         sources = np.searchsorted(self.starts, rows, side="right") - 1
-        found = np.empty((len(rows), self.sequence_length), self.dtype)
-        for source, (start, part) in enumerate(zip(self.starts, self.parts, strict=True)):
+        gathered = np.empty((len(rows), self.sequence_length), self.dtype)
+        for source, (start, reader) in enumerate(zip(self.starts, self.readers, strict=True)):
             here = sources == source
-            found[here] = part.read(rows[here] - start)
-        return found
+            gathered[here] = reader.read(rows[here] - start)
+        return gathered
 
 
 class MixtureOrder:
-    """The order of training over the sources' own orders: position -> (row, epoch of its source).
+    """The order of a mixture's rows over the orders of its sources: position -> (row, epoch).
 
-    Each window of W = sum(counts) positions, from 0 on, has exactly counts[s] rows of source s. They are spread evenly,
-    each at a random place of its own stretch of the window, so that up to any position a source of share p is at most
-    1 + p * (S - 2) rows from exact. The rows of a source come as in its own order, whatever stands between them.
+    Each window of W = sum(counts) positions has exactly counts[s] rows of source s. They are spread
+    evenly, each at a random position of its own part of the window, so that up to any position a
+    source with share p is at most 1 + p * (S - 2) rows from its exact share. The rows of each
+    source keep the order of that source. The epoch is that of the row's source.
     """
 
     def __init__(
         self, orders: dict[str, RowOrder], counts: np.ndarray, starts: np.ndarray, seed: int
     ) -> None:
-        """orders: of S sources by name; counts: [S] rows in a window; starts: [S] the first row number of each."""
-        self.orders, self.counts, self.starts, self.seed = orders, counts, starts, seed
+        """orders: order of each source by name
+
+        counts: [S] rows of each source in a window
+        starts: [S] first row number of each source
+        """
+        self.orders = orders
+        self.counts = counts
+        self.starts = starts
+        self.seed = seed
         self.sources = np.repeat(np.arange(len(counts)), counts)  # [W]
-        self.turns = np.concatenate(
-            [np.arange(count) for count in counts]
-        )  # [W] of each within its source
-        self._window = lru_cache(2)(self._window)
+        # [W] index of each row among the rows of its source in the window
+        self.source_indices = np.concatenate([np.arange(count) for count in counts])
+        self._cached_window = lru_cache(2)(self._window)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to go on from a position."""
+        """Return what must be equal in a checkpoint and in the run that resumes from it."""
         counts = dict(zip(self.orders, self.counts.tolist(), strict=True))
-        parts = {name: part.state() for name, part in self.orders.items()}
+        sources = {name: order.state() for name, order in self.orders.items()}
         return {
             "kind": "mixture",
             "version": VERSION,
             "seed": self.seed,
             "rows_per_window": counts,
-            "sources": parts,
+            "sources": sources,
         }
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n] positions, any, -> ([n] row numbers, [n] epochs), int64. Costs the windows touched, not the history."""
-        windows, places = np.divmod(np.asarray(positions, np.int64), len(self.turns))
-        sources, turns, rows, epochs = (np.empty_like(places) for _ in range(4))
+        """Map [n] positions to ([n] row numbers, [n] epochs), int64.
+
+        The cost depends on the windows touched, not on the size of the positions.
+        """
+        windows, offsets = np.divmod(np.asarray(positions, np.int64), len(self.sources))
+        sources = np.empty_like(offsets)
+        source_positions = np.empty_like(offsets)  # in the order of the row's source
         for window in np.unique(windows):
             here = windows == window
-            sources[here], turns[here] = self._window(int(window))[:, places[here]]
-        turns += windows * self.counts[sources]
-        for source, (start, part) in enumerate(zip(self.starts, self.orders.values(), strict=True)):
+            sources[here], source_positions[here] = self._cached_window(int(window))[
+                :, offsets[here]
+            ]
+        source_positions += windows * self.counts[sources]
+        rows = np.empty_like(offsets)
+        epochs = np.empty_like(offsets)
+        for source, (start, order) in enumerate(
+            zip(self.starts, self.orders.values(), strict=True)
+        ):
             here = sources == source
-            rows[here], epochs[here] = part.rows(turns[here])
+            rows[here], epochs[here] = order.rows(source_positions[here])
             rows[here] += start
         return rows, epochs
 
     def _window(self, window: int) -> np.ndarray:
-        """The source of each position and its turn within the window, [2, W]."""
-        random = (
-            philox.random_bits(self.seed, 0, np.array([window]), len(self.turns), philox.MIXTURE)[0]
-            * 2.0**-32
-        )
-        places = np.argsort((self.turns + random) / self.counts[self.sources], kind="stable")
-        return np.stack([self.sources[places], self.turns[places]])
+        """Return the source of each position of a window and its index in that source, [2, W]."""
+        bits = philox.random_bits(
+            self.seed, 0, np.array([window]), len(self.sources), philox.MIXTURE
+        )[0]
+        jitter = bits * 2.0**-32  # in [0, 1)
+        relative = (self.source_indices + jitter) / self.counts[self.sources]
+        order = np.argsort(relative, kind="stable")
+        return np.stack([self.sources[order], self.source_indices[order]])

@@ -1,203 +1,229 @@
-"""How are rows read where they lie, behind http or in an object store? In ranges of bytes, checked, asked for again.
+"""Random access to the rows of a data folder behind a URL, with checks and retries.
 
-A chunk is blocks of one shard that follow one another, about 1 MiB: one request, taken apart by webdataset. Letters:
-n rows, S sequence.
+Rows are fetched by byte ranges over http or from an object store.
+
+A chunk is a run of consecutive blocks of one shard, about 1 MiB, and takes one request.
+
+Letters: n rows, S sequence.
 """
 
 import hashlib
-import io
 import itertools
-import os
 import sys
-import tarfile
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from webdataset.tariterators import tar_file_iterator
 
 from electra_ds.common.arrays import runs
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.files import file_system
-from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, block_name, padded, shard_file
+from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, padded, shard_file
 from electra_ds.data.shard_reader import SplitIndex
 
-os.environ.setdefault(
-    "WDS_SECURE", "1"
-)  # read when webdataset is imported: no commands behind URLs, no unpickling
-CHUNK_BYTES = 1 << 20  # of rows; the pieces between the blocks come along
-REQUESTS = 16  # at a time
-PAUSES = (0.5, 1, 2, 4, 8, 16, 32)  # seconds before an answer is asked for again
-CHUNKS_KEPT = 256  # in memory, of those read last
-PASSING = (
-    408,
-    429,
-)  # timeout, too many requests: of the answers 4xx, those that another attempt may mend
+CHUNK_BYTES = 1 << 20  # rows of a chunk; the fragments between its blocks are fetched in addition
+CONCURRENT_REQUESTS = 16
+RETRY_PAUSES = (0.5, 1, 2, 4, 8, 16, 32)  # seconds
+CACHED_CHUNKS = 256  # in memory, the most recently read ones
+# Client errors (4xx) that a retry may resolve: request timeout, too many requests.
+TRANSIENT_STATUSES = (408, 429)
 
 
-class Part(NamedTuple):
-    """Bytes [start, end) of a file; without an end the whole of it."""
+class ByteRange(NamedTuple):
+    """Bytes [start, end) of a file; the whole file when start and end are None."""
 
     name: str
     start: int | None = None
     end: int | None = None
 
+    @property
+    def size(self) -> int | None:
+        """Number of bytes, None for a whole file."""
+        if self.start is None or self.end is None:
+            return None
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return "all" if self.size is None else f"bytes {self.start:,} to {self.end:,}"
+
 
 class RemoteFolder:
-    """A folder behind a URL of any kind that fsspec knows."""
+    """A folder behind a URL of any kind that fsspec supports."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._system, self._root = file_system(self.url)
 
-    def read(self, parts: Sequence[Part], take: Callable[[Part, bytes], Exception | None]) -> None:
-        """Hand the content of each part to `take`, several being asked for at once.
+    def read(
+        self,
+        ranges: Sequence[ByteRange],
+        accept: Callable[[ByteRange, bytes], Exception | None],
+    ) -> None:
+        """Read byte ranges, several at a time, and call accept(range, content) for each.
 
-        What does not come, or is found wrong by `take`, is asked for again after a pause; if that never helps the last
-        error is raised: that of `take`, or RunFailure. UserError at once when a file is not there or may not be read.
+        A range that fails, or for which `accept` returns an error, is requested again after a
+        pause. After the last retry its error is raised: that of `accept`, or RunFailure. Raises
+        UserError at once when a file does not exist or may not be read.
         """
-        for pause in (*PAUSES, None):
-            troubles = {}
-            for group in (
-                parts[start : start + REQUESTS] for start in range(0, len(parts), REQUESTS)
-            ):
-                names, starts, ends = map(list, zip(*group, strict=True))
-                paths = [f"{self._root}/{name}" for name in names]
-                answers = self._system.cat_ranges(paths, starts, ends, on_error="return")
-                for part, answer in zip(group, answers, strict=True):
-                    if trouble := self._trouble(part, answer) or take(part, answer):
-                        troubles[part] = trouble
-            if not troubles:
+        for pause in (*RETRY_PAUSES, None):
+            errors = self._read_once(ranges, accept)
+            if not errors:
                 return
             if pause is None:
-                raise next(iter(troubles.values()))
-            if pause == PAUSES[0]:  # a minute without a word would look like a hang
-                first = f"{self.url}/{next(iter(troubles)).name}"
+                raise next(iter(errors.values()))
+            if pause == RETRY_PAUSES[0]:  # a minute without output would look like a hang
+                name = next(iter(errors)).name
                 print(
-                    f"{first}: no whole answer yet, asked for again for {sum(PAUSES):.0f} s",
+                    f"{self.url}/{name}: no complete answer yet, retrying for "
+                    f"{sum(RETRY_PAUSES):.0f} s",
                     file=sys.stderr,
                 )
-            parts = list(troubles)
+            ranges = list(errors)
             time.sleep(pause)
 
-    def copy(self, names: dict[str, str | None], to: Path) -> None:
-        """Copy small files into the folder `to`, whole; names: with their sha256 where it is known."""
+    def copy(self, names: dict[str, str | None], folder: Path) -> None:
+        """Copy small files into `folder`.
 
-        def take(part: Part, content: bytes) -> UserError | None:
-            if names[part.name] not in (None, hashlib.sha256(content).hexdigest()):
+        names: file name -> expected sha256, or None where it is not known
+        """
+
+        def accept(part: ByteRange, content: bytes) -> UserError | None:
+            expected = names[part.name]
+            if expected is not None and hashlib.sha256(content).hexdigest() != expected:
                 return UserError(
-                    f"{self.url}/{part.name}: its sha256 is not the manifest's; copy the data there again"
+                    f"{self.url}/{part.name}: its sha256 differs from the manifest's; "
+                    "copy the data there again"
                 )
+            path = folder / part.name
             try:
-                (to / part.name).parent.mkdir(exist_ok=True)
-                (to / part.name).write_bytes(content)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
             except OSError as error:
                 raise RunFailure(
-                    f"{to / part.name}: {error}; make room, or set TMPDIR to another folder"
+                    f"{path}: {error}; make room, or set TMPDIR to another folder"
                 ) from error
+            return None
 
-        self.read([Part(name) for name in names], take)
+        self.read([ByteRange(name) for name in names], accept)
 
-    def _trouble(self, part: Part, answer: bytes | Exception) -> Exception | None:
-        """What is wrong with an answer and may pass; UserError for what does not."""
-        name, status = f"{self.url}/{part.name}", getattr(answer, "status", 0)
-        found = (
+    def _read_once(
+        self,
+        ranges: Sequence[ByteRange],
+        accept: Callable[[ByteRange, bytes], Exception | None],
+    ) -> dict[ByteRange, Exception]:
+        """Request each range once. Returns the errors of those that failed."""
+        errors = {}
+        for first in range(0, len(ranges), CONCURRENT_REQUESTS):
+            group = ranges[first : first + CONCURRENT_REQUESTS]
+            answers = self._system.cat_ranges(
+                [f"{self._root}/{part.name}" for part in group],
+                [part.start for part in group],
+                [part.end for part in group],
+                on_error="return",
+            )
+            for part, answer in zip(group, answers, strict=True):
+                error = self._transient_error(part, answer) or accept(part, answer)
+                if error:
+                    errors[part] = error
+        return errors
+
+    def _transient_error(self, part: ByteRange, answer: bytes | Exception) -> Exception | None:
+        """Return the error of an answer that a retry may resolve; raise UserError for any other."""
+        path = f"{self.url}/{part.name}"
+        status = getattr(answer, "status", 0)
+        received = (
             f"{type(answer).__name__}: {answer}"
             if isinstance(answer, Exception)
             else f"{len(answer):,} bytes"
         )
-        if isinstance(answer, FileNotFoundError | PermissionError) or (
-            400 <= status < 500 and status not in PASSING
-        ):
-            raise UserError(f"{name}: {found}; expected a file of a data folder")
-        if isinstance(answer, bytes) and (part.end is None or len(answer) == part.end - part.start):
-            return None
-        asked = f"asked for {'all' if part.end is None else f'bytes {part.start:,} to {part.end:,}'}, found {found}"
-        if isinstance(answer, bytes) and len(answer) > part.end - part.start:
-            raise UserError(
-                f"{name}: {asked}; expected a server that knows Range requests; else stage the data"
-            )
+        is_client_error = 400 <= status < 500 and status not in TRANSIENT_STATUSES
+        if isinstance(answer, FileNotFoundError | PermissionError) or is_client_error:
+            raise UserError(f"{path}: {received}; expected a file of a data folder")
+        requested = f"requested {part}, received {received}"
+        if isinstance(answer, bytes):
+            if part.size is None or len(answer) == part.size:
+                return None
+            if len(answer) > part.size:
+                raise UserError(
+                    f"{path}: {requested}; expected a server that supports Range requests; "
+                    "otherwise stage the data"
+                )
         return RunFailure(
-            f"{name}: {asked}, {len(PAUSES) + 1} times in {sum(PAUSES):.0f} s; the same command resumes"
+            f"{path}: {requested}, {len(RETRY_PAUSES) + 1} times in {sum(RETRY_PAUSES):.0f} s; "
+            "the same command resumes"
         )
 
 
 class RemoteReader(SplitIndex):
-    """The rows of one split, by number, fetched by the chunk.
+    """The rows of one split behind a URL, by row number, fetched by chunk.
 
-    Whatever comes is compared with the index: names of members and crc32 of blocks. Damage that stays when it is asked
-    for again is a UserError with shard and block.
+    Headers and crc32 of every block are compared with the index. Damage that persists after the
+    retries raises UserError with shard and block.
     """
 
     def __init__(self, folder: RemoteFolder, split: str, small_files: Path) -> None:
-        """small_files: where copies of the manifest and the index are."""
+        """small_files: folder with copies of the manifest and the index."""
         super().__init__(small_files, split, location=folder.url)
         self.folder = folder
         block_bytes = self.manifest.block_rows * self.sequence_length * self.dtype.itemsize
-        step = max(1, CHUNK_BYTES // block_bytes)
-        firsts = [np.arange(*ends, step) for ends in itertools.pairwise(self.shard_starts)]
-        self.chunk_blocks = np.concatenate(
-            [*firsts, [len(self.blocks)]]
-        )  # [chunks + 1], the first block of each
-        self.chunk_starts = self.block_starts[
-            self.chunk_blocks
-        ]  # [chunks + 1], the first row of each
+        blocks_per_chunk = max(1, CHUNK_BYTES // block_bytes)
+        first_blocks = [
+            np.arange(first, end, blocks_per_chunk)
+            for first, end in itertools.pairwise(self.shard_starts)
+        ]
+        # first block and first row of each chunk, [chunks + 1]
+        self.chunk_blocks = np.concatenate([*first_blocks, [len(self.blocks)]])
+        self.chunk_starts = self.block_starts[self.chunk_blocks]
         self.chunk_rows = np.diff(self.chunk_starts)
-        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()  # [n, S] each
+        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()  # chunk -> [n, S]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Rows by number: [n] integers -> [n, S] of the stored type."""
+        """Return the token ids of [n] row numbers, [n, S] of the stored type."""
         rows = np.asarray(rows, np.int64)
-        by_row = np.argsort(rows)
-        chunks = np.searchsorted(self.chunk_starts, rows[by_row], side="right") - 1
-        needed = {chunk: by_row[here] for chunk, here in runs(chunks)}
+        ascending = np.argsort(rows)
+        chunks = np.searchsorted(self.chunk_starts, rows[ascending], side="right") - 1
+        needed = {chunk: ascending[here] for chunk, here in runs(chunks)}
         self._fetch([chunk for chunk in needed if chunk not in self._chunks])
-        found = np.empty((len(rows), self.sequence_length), self.dtype)
+        gathered = np.empty((len(rows), self.sequence_length), self.dtype)
         for chunk, here in needed.items():
-            found[here] = self._chunks[chunk][rows[here] - self.chunk_starts[chunk]]
+            gathered[here] = self._chunks[chunk][rows[here] - self.chunk_starts[chunk]]
             self._chunks.move_to_end(chunk)
-        while len(self._chunks) > max(CHUNKS_KEPT, len(needed)):
+        while len(self._chunks) > max(CACHED_CHUNKS, len(needed)):
             self._chunks.popitem(last=False)
-        return found
+        return gathered
 
     def _fetch(self, chunks: list[int]) -> None:
-        """From the tar header of a chunk's first block to the end of the rows of its last."""
-        wanted = {}
+        """Fetch chunks, each from its first block's tar header to the end of its last rows."""
+        chunk_of: dict[ByteRange, int] = {}
         for chunk in chunks:
             first, last = self.blocks[self.chunk_blocks[chunk : chunk + 2] - [0, 1]]
+            start = int(first["offset"]) - TAR_BLOCK
             end = int(last["offset"]) + padded(int(last["bytes"]))
-            wanted[
-                Part(shard_file(self.split, first["shard"]), int(first["offset"]) - TAR_BLOCK, end)
-            ] = chunk
+            chunk_of[ByteRange(shard_file(self.split, first["shard"]), start, end)] = chunk
 
-        def take(part: Part, content: bytes) -> UserError | None:
+        def accept(part: ByteRange, content: bytes) -> UserError | None:
             try:
-                self._chunks[wanted[part]] = self._parse(wanted[part], content)
+                self._chunks[chunk_of[part]] = self._parse(chunk_of[part], content)
             except UserError as error:
                 return error
+            return None
 
-        self.folder.read(list(wanted), take)
+        self.folder.read(list(chunk_of), accept)
 
     def _parse(self, chunk: int, content: bytes) -> np.ndarray:
-        """The chunk's rows [n, S]. UserError: damage."""
-        members = tar_file_iterator(
-            io.BytesIO(content), select_files=lambda name: name.endswith(".ids.npy")
-        )
-        found = []
-        for block in range(*self.chunk_blocks[chunk : chunk + 2]):
-            try:
-                name, data = next(members, {"fname": "nothing", "data": b""}).values()
-            except tarfile.TarError as error:
-                raise self.damage(block, str(error)) from None
-            if name != f"{block_name(self.split, *self.place(block))}.ids.npy":
-                raise self.damage(block, f"{name} stands in its place")
-            if zlib.crc32(data) != self.blocks["crc32"][block]:
-                raise self.damage(block, "its rows differ from their crc32")
-            found.append(
-                np.frombuffer(data, self.dtype, offset=NPY_HEADER).reshape(-1, self.sequence_length)
-            )
-        return np.concatenate(found)
+        """Return the rows in the bytes of a chunk, [n, S]; UserError when they are damaged."""
+        view = memoryview(content)
+        blocks = range(*self.chunk_blocks[chunk : chunk + 2])
+        content_start = int(self.blocks["offset"][blocks[0]]) - TAR_BLOCK
+        parts = []
+        for block in blocks:
+            _, _, offset, size, _, _ = self.blocks[block].item()
+            start = offset - content_start
+            headers = content[start - TAR_BLOCK : start + NPY_HEADER]
+            self.check_ids(block, headers, view[start : start + size])
+            ids = np.frombuffer(view[start + NPY_HEADER : start + size], self.dtype)
+            parts.append(ids.reshape(-1, self.sequence_length))
+        return np.concatenate(parts)

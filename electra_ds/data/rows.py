@@ -1,4 +1,7 @@
-"""Interfaces of row readers and row orders."""
+"""Interfaces of row readers and row orders.
+
+Letters: n rows or positions, S sequence.
+"""
 
 from typing import Any, Protocol
 
@@ -7,23 +10,26 @@ import numpy as np
 from electra_ds.data.shard_format import Manifest
 
 
-class Rows(Protocol):
-    """The rows of one split, by number."""
+class RowReader(Protocol):
+    """Random access to the rows of one split, by row number."""
 
-    manifest: Manifest  # what they mean
+    manifest: Manifest  # of the data folder
     rows: int
     sequence_length: int
     dtype: np.dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """[n] row numbers -> [n, S] unsigned."""
+        """Return the token ids of [n] row numbers, [n, S] unsigned."""
 
 
 class RowOrder(Protocol):
-    """Which row is the n-th, endlessly."""
+    """The endless order of the training rows; position 0 is the first row that a run takes."""
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n] positions -> ([n] row numbers, [n] epochs), int64."""
+        """Map [n] positions to ([n] row numbers, [n] epochs), int64."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to go on from a position, JSON values."""
+        """Return what must be equal in a checkpoint and in the run that resumes from it.
+
+        The values are those of JSON.
+        """

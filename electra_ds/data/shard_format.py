@@ -1,11 +1,18 @@
-"""How do packed rows lie on disk? Format version 1: tar shards, block index, manifest, random access, checks.
+"""Data folder format, version 1: tar shards of packed rows, block index, manifest.
 
-Every byte around the rows (tar header, npy header) follows from the manifest and the index, so a reader compares
-headers with what the writer would have written and parses none of them: nothing in a shard can be executed, and a
-link, a device, a foreign name or an object array is simply a difference. Letters: n rows, S sequence, P pieces.
+Every byte around the rows (tar header, npy header) follows from the manifest and the index. A
+reader compares the headers with those that the writer makes and parses none of them. Nothing in a
+shard can be executed, and a link, a device, another name or an object array is detected as a
+difference.
+
+A fragment is a run of text tokens of one document in one row; [CLS] and [SEP] do not belong to it.
+On disk (member names, manifest keys) fragments are called pieces.
+
+Letters: n rows, S sequence, F fragments, V vocabulary.
 """
 
 import hashlib
+import io
 import tarfile
 import zlib
 from pathlib import Path
@@ -18,11 +25,12 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json, write_bytes, write_json
 from electra_ds.common.special_ids import SpecialIds
 
-FORMAT, VERSION = "electra_ds shards", 1
-MANIFEST = "a data folder's manifest (`prepare` writes it last: run it again, it resumes)"
-# A piece is a stretch of one document's text tokens in one row (start, length: without [CLS] and [SEP]); `row` counts
-# from the block's first row, `document` within its unit, `token` within its document.
-PIECE_FIELDS = ("row", "start", "length", "unit", "document", "token")
+FORMAT: Literal["electra_ds shards"] = "electra_ds shards"
+VERSION: Literal[1] = 1
+MANIFEST = "a data folder's manifest (`prepare` writes it last; run `prepare` again to resume)"
+# Columns of the fragments: `row` counts from the first row of the block, `start` is the first
+# column in the row, `document` counts within its unit and `token` within its document.
+FRAGMENT_FIELDS = ("row", "start", "length", "unit", "document", "token")
 INDEX_MAGIC = b"EDSIDX1\0"
 INDEX_DTYPE = np.dtype(
     [
@@ -34,16 +42,19 @@ INDEX_DTYPE = np.dtype(
         ("zero", "<u4"),
     ]
 )
-TAR_BLOCK = 512  # bytes: every tar header and payload starts on a multiple of it, so the rows are 64-byte aligned
+# Bytes. Tar headers and payloads start at multiples of it, so the rows are aligned to 64 bytes.
+TAR_BLOCK = 512
 NPY_HEADER = 128  # bytes
 
 
-class _Part(BaseModel):
+class _ManifestPart(BaseModel):
+    """Base class of the manifest and its parts."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TokenizerInfo(_Part):
-    """The tokenizer that made the ids; its files lie in DATA/tokenizer."""
+class TokenizerInfo(_ManifestPart):
+    """The tokenizer that made the token ids. Its files are in DATA/tokenizer."""
 
     kind: Literal["wordpiece", "sentencepiece"]
     sha256: str  # the tokenizer's fingerprint
@@ -52,30 +63,32 @@ class TokenizerInfo(_Part):
 
     @property
     def files(self) -> tuple[str, str]:
-        """Relative to DATA."""
-        return (
-            "tokenizer/options.json",
-            f"tokenizer/{'vocab.txt' if self.kind == 'wordpiece' else 'spm.model'}",
-        )
+        """Paths of the tokenizer's files, relative to DATA."""
+        vocabulary = "vocab.txt" if self.kind == "wordpiece" else "spm.model"
+        return ("tokenizer/options.json", f"tokenizer/{vocabulary}")
 
 
-class SourcePlan(_Part):
-    """How the input was cut: a unit is the documents that start in bytes [start, end) of files[file], file by file."""
+class SourcePlan(_ManifestPart):
+    """Division of the input into units.
+
+    A unit is a list of (file, start, end): the documents that start in bytes [start, end) of
+    files[file].
+    """
 
     sha256: str
     files: tuple[str, ...]  # relative to the input root
     units: tuple[tuple[tuple[int, int, int], ...], ...]  # each ((file, start, end), ...)
 
 
-class UnknownWords(_Part):
-    """What became [UNK] in the input, duplicates included."""
+class UnknownWords(_ManifestPart):
+    """Words of the input that became [UNK], duplicate documents included."""
 
-    found: int  # [UNK]s
-    looked_at: int  # of them
-    words: dict[str, int]  # how often the most frequent ones stood there, the first one most often
+    found: int  # number of [UNK] tokens
+    looked_at: int  # number of [UNK] tokens whose words were recorded
+    words: dict[str, int]  # the most frequent words with their counts, by falling count
 
 
-class ShardInfo(_Part):
+class ShardInfo(_ManifestPart):
     """One tar file of a split."""
 
     file: str  # relative to DATA
@@ -84,40 +97,39 @@ class ShardInfo(_Part):
     sha256: str
 
 
-class SplitInfo(_Part):
-    """One split, its counts over all shards."""
+class SplitInfo(_ManifestPart):
+    """One split, with counts over all shards."""
 
     documents: int
-    pieces: int
-    tokens: int  # of text: without [CLS], [SEP] and padding
+    pieces: int  # document fragments
+    tokens: int  # text tokens: without [CLS], [SEP] and padding
     pad: int
     rows: int
     index_sha256: str
     shards: tuple[ShardInfo, ...]
 
 
-class Manifest(_Part):
-    """DATA/manifest.json: everything about a data folder; its presence means that the folder is complete."""
+class Manifest(_ManifestPart):
+    """DATA/manifest.json: description of a data folder. A folder with a manifest is complete."""
 
     format: Literal["electra_ds shards"] = FORMAT
     version: Literal[1] = VERSION
-    dataset_id: str = ""  # filled by write_manifest
+    dataset_id: str = ""  # set by write_manifest
     sequence_length: int
     dtype: Literal["uint16", "uint32"]
     block_rows: int
     packing: Literal["best_fit", "concat", "google"]
-    seed: int  # of the document shuffle and the packing
+    seed: int  # of the document shuffle and of the packing
     tokenizer: TokenizerInfo
     source: SourcePlan
     splits: dict[str, SplitInfo]
-    removed: dict[
-        str, int
-    ] = {}  # by reason: documents, unless the reason names lines or characters
-    bad_lines: dict[str, int] = {}  # unreadable input lines by class
-    unknowns: UnknownWords | None = None  # None: prepared before they were recorded
+    # reason -> removed documents, or lines or characters where the reason names these
+    removed: dict[str, int] = {}
+    bad_lines: dict[str, int] = {}  # class -> unreadable input lines
+    unknowns: UnknownWords | None = None  # None in data prepared by versions without this record
 
     def content_id(self) -> str:
-        """Fingerprint of the rows and of what they mean; the same for the same rows, whatever the input's names."""
+        """Return a fingerprint of the rows and of their meaning, without names of input files."""
         parts = [self.format, self.version, self.sequence_length, self.dtype, self.packing]
         parts += [
             self.tokenizer.sha256,
@@ -130,24 +142,34 @@ class Manifest(_Part):
 
 
 def write_manifest(data_dir: str | Path, manifest: Manifest) -> Manifest:
-    """Fill in dataset_id and write DATA/manifest.json, the last file of a data folder. Returns what was written."""
+    """Set dataset_id and write DATA/manifest.json, the last file of a data folder.
+
+    Returns the manifest as written.
+    """
     manifest = manifest.model_copy(update={"dataset_id": manifest.content_id()})
     write_json(Path(data_dir) / "manifest.json", manifest.model_dump(mode="json"))
     return manifest
 
 
 def read_manifest(data_dir: str | Path) -> Manifest:
-    """Read DATA/manifest.json. UserError when it is missing, of another format or version, or malformed."""
+    """Read DATA/manifest.json.
+
+    Raises UserError when it is missing, malformed, or of another format or version.
+    """
     path = Path(data_dir) / "manifest.json"
     return check_manifest(read_json(path, MANIFEST), path)
 
 
 def check_manifest(raw: dict, path: str | Path) -> Manifest:
-    """The manifest in `raw`, the JSON of `path`. UserError when it is of another format or version, or malformed."""
-    found = raw.get("format"), raw.get("version")
-    if found != (FORMAT, VERSION):
+    """Return the manifest in `raw`, the parsed JSON of `path`.
+
+    Raises UserError when it is malformed, or of another format or version.
+    """
+    format_and_version = raw.get("format"), raw.get("version")
+    if format_and_version != (FORMAT, VERSION):
         raise UserError(
-            f"{path}: format and version {found}, this program reads {(FORMAT, VERSION)}; prepare again"
+            f"{path}: found format and version {format_and_version}, expected {(FORMAT, VERSION)}; "
+            "prepare the data again"
         )
     try:
         return Manifest.model_validate(raw)
@@ -159,58 +181,59 @@ def check_manifest(raw: dict, path: str | Path) -> Manifest:
 
 
 def read_unigrams(data_dir: str | Path, vocab_size: int) -> np.ndarray:
-    """Token counts of the training rows, [V] int64, special ids 0 (DATA/unigrams.npy)."""
+    """Read DATA/unigrams.npy: token counts of the training rows, [V] int64, 0 for special tokens.
+
+    Raises UserError when it is missing, unreadable, or of another type or size.
+    """
     path = Path(data_dir) / "unigrams.npy"
     try:
         counts = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: not readable ({error}); expected token counts, prepare the data again"
+            f"{path}: not readable ({error}); expected token counts; prepare the data again"
         ) from None
     if counts.shape != (vocab_size,) or counts.dtype != np.int64:
         raise UserError(
-            f"{path}: {counts.dtype}{list(counts.shape)}, expected int64[{vocab_size}]; prepare again"
+            f"{path}: found {counts.dtype}{list(counts.shape)}, expected int64[{vocab_size}]; "
+            "prepare the data again"
         )
     return counts
 
 
 def shard_file(split: str, shard: int) -> str:
-    """A shard's path inside DATA."""
+    """Return a shard's path, relative to DATA."""
     return f"shards/{split}-{shard:06d}.tar"
 
 
 def block_name(split: str, shard: int, block: int) -> str:
-    """The key that a block's two members share; webdataset takes it as the sample's key."""
+    """Return the common name of a block's two members; webdataset uses it as the sample's key."""
     return f"{split}-{shard:06d}-{block:06d}"
 
 
 def ids_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest stored type: uint16 up to 65,536 tokens, else uint32."""
+    """Return the stored type of token ids: uint16 up to 65,536 tokens, else uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: USTAR, regular file, no time, no owner."""
+    """Return the 512 bytes before a member: USTAR, regular file, time and owner 0."""
     member = tarfile.TarInfo(name)
     member.size = size
     return member.tobuf(format=tarfile.USTAR_FORMAT)
 
 
 def npy_header(dtype: np.dtype, shape: tuple[int, int]) -> bytes:
-    """The 128 bytes before an array in C order: npy version 1.0, the same for every numpy version."""
+    """Return the 128 bytes before an array in C order: npy 1.0, for every numpy version."""
     text = (
         f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}"
     )
-    return (
-        b"\x93NUMPY\x01\x00"
-        + (NPY_HEADER - 10).to_bytes(2, "little")
-        + text.ljust(NPY_HEADER - 11).encode()
-        + b"\n"
-    )
+    magic = b"\x93NUMPY\x01\x00"
+    text_size = (NPY_HEADER - 10).to_bytes(2, "little")
+    return magic + text_size + text.ljust(NPY_HEADER - 11).encode() + b"\n"
 
 
 def padded(size: int) -> int:
-    """The bytes that a payload takes in a tar."""
+    """Return the bytes that a payload of `size` bytes occupies in a tar."""
     return -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
@@ -219,64 +242,74 @@ def write_shard(
     split: str,
     shard: int,
     rows: np.ndarray,
-    pieces: np.ndarray,
+    fragments: np.ndarray,
     block_rows: int = 256,
 ) -> tuple[ShardInfo, np.ndarray]:
-    """Write one tar of rows, whole or not at all; the same arguments give the same bytes on every machine.
+    """Write one tar of rows atomically; equal arguments give equal bytes on every machine.
 
-    path:   where the tar goes (its place in a data folder is shard_file(split, shard))
-    rows:   [n, S] uint16 or uint32 token ids, unmasked, n > 0
-    pieces: [P, 6] int32, PIECE_FIELDS, sorted by row; `row` counts from the shard's first row
-    Returns what the manifest and the index say about it, the latter [blocks] INDEX_DTYPE.
+    path:      the tar file; in a data folder it is DATA / shard_file(split, shard)
+    rows:      [n, S] uint16 or uint32 token ids, unmasked, n > 0
+    fragments: [F, 6] int32, columns FRAGMENT_FIELDS, sorted by `row`, which counts from the first
+               row of the shard
+    Returns the shard's entry in the manifest and its part of the index, [blocks] INDEX_DTYPE.
     """
-    assert (
-        rows.ndim == 2
-        and len(rows)
-        and rows.dtype in (np.uint16, np.uint32)
-        and pieces.shape[1:] == (6,)
-    )
-    assert (np.diff(pieces[:, 0]) >= 0).all(), "pieces come sorted by row"
+    assert rows.ndim == 2
+    assert len(rows)
+    assert rows.dtype in (np.uint16, np.uint32)
+    assert fragments.shape[1:] == (len(FRAGMENT_FIELDS),)
+    assert (np.diff(fragments[:, 0]) >= 0).all(), "fragments must be sorted by row"
     rows = rows.astype(rows.dtype.newbyteorder("<"), copy=False)
-    data, blocks = bytearray(), []
+    tar = io.BytesIO()
+    index = []
     for block, start in enumerate(range(0, len(rows), block_rows)):
-        own = rows[start : start + block_rows]
-        first, last = np.searchsorted(pieces[:, 0], (start, start + len(own)))
-        own_pieces = (pieces[first:last] - np.array([start, 0, 0, 0, 0, 0])).astype("<i4")
-        for kind, array in (("ids", own), ("pieces", own_pieces)):
+        ids = rows[start : start + block_rows]
+        first, last = np.searchsorted(fragments[:, 0], (start, start + len(ids)))
+        block_fragments = fragments[first:last] - np.array([start, 0, 0, 0, 0, 0])
+        for kind, array in (("ids", ids), ("pieces", block_fragments.astype("<i4"))):
             payload = npy_header(array.dtype, array.shape) + array.tobytes()
-            data += tar_header(f"{block_name(split, shard, block)}.{kind}.npy", len(payload))
+            tar.write(tar_header(f"{block_name(split, shard, block)}.{kind}.npy", len(payload)))
             if kind == "ids":
-                blocks.append((shard, len(own), len(data), len(payload), zlib.crc32(payload), 0))
-            data += payload.ljust(padded(len(payload)), b"\0")
-    data += bytes(2 * TAR_BLOCK)
-    write_bytes(path, data)
-    digest = hashlib.sha256(data).hexdigest()
-    info = ShardInfo(file=shard_file(split, shard), rows=len(rows), bytes=len(data), sha256=digest)
-    return info, np.array(blocks, INDEX_DTYPE)
+                offset = tar.tell()
+                index.append((shard, len(ids), offset, len(payload), zlib.crc32(payload), 0))
+            tar.write(payload.ljust(padded(len(payload)), b"\0"))
+    tar.write(bytes(2 * TAR_BLOCK))  # end of the tar
+    content = tar.getvalue()
+    write_bytes(path, content)
+    info = ShardInfo(
+        file=shard_file(split, shard),
+        rows=len(rows),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    return info, np.array(index, INDEX_DTYPE)
 
 
 def index_file(split: str) -> str:
-    """The block index's path inside DATA."""
+    """Return the path of a split's block index, relative to DATA."""
     return f"index-{split}.bin"
 
 
 def write_index(path: str | Path, blocks: np.ndarray) -> str:
-    """Write the index of a split's blocks, [blocks] INDEX_DTYPE in order; returns its sha256 for the manifest."""
-    data = INDEX_MAGIC + np.array([VERSION, len(blocks)], "<u4").tobytes() + blocks.tobytes()
-    write_bytes(path, data)
-    return hashlib.sha256(data).hexdigest()
+    """Write a block index, [blocks] INDEX_DTYPE in order. Returns its sha256 for the manifest."""
+    content = INDEX_MAGIC + np.array([VERSION, len(blocks)], "<u4").tobytes() + blocks.tobytes()
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_index(path: str | Path, sha256: str) -> np.ndarray:
-    """Read a block index: [blocks] INDEX_DTYPE. UserError when it is missing or not the manifest's."""
+    """Read a block index, [blocks] INDEX_DTYPE.
+
+    Raises UserError when it is missing or its sha256 differs from that of the manifest.
+    """
     try:
-        data = Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(
             f"{path}: not readable ({error.strerror}); expected the block index of a split"
         ) from None
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(
-            f"{path}: its sha256 is not the manifest's; copy the data again or prepare it again"
+            f"{path}: its sha256 differs from the manifest's; copy the data again or prepare it "
+            "again"
         )
-    return np.frombuffer(data, INDEX_DTYPE, offset=len(INDEX_MAGIC) + 8)
+    return np.frombuffer(content, INDEX_DTYPE, offset=len(INDEX_MAGIC) + 8)

@@ -1,1 +1,1 @@
-"""Held-out evaluation and replaced-token detection."""
+"""Evaluation on held-out rows, and detection of replaced tokens in text."""

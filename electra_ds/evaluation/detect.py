@@ -1,6 +1,6 @@
-"""Which tokens of a text look replaced? Text and a checkpoint in, a probability per token out.
+"""Detection of replaced tokens: text and a checkpoint to one probability for each token.
 
-Letters: B rows, S sequence.
+Letters: B rows, S tokens a row.
 """
 
 import difflib
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.batch import Batch
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.load_model import checked_tokenizer, load_module
+from electra_ds.interop.load_model import checked_tokenizer, load_objective, rows_of_token_ids
 from electra_ds.model.objective import Objective
 from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
 
@@ -20,7 +21,10 @@ BATCH_ROWS = 64
 
 
 class TokenScore(NamedTuple):
-    """One token of the text. start, end: its characters; probability: of being replaced, by the discriminator."""
+    """One token of a text with its probability of being replaced.
+
+    token: its spelling in the vocabulary. start, end: its characters in the text.
+    """
 
     token: str
     start: int
@@ -29,85 +33,111 @@ class TokenScore(NamedTuple):
 
 
 class Detector:
-    """A discriminator with its tokenizer and length, loaded once for many texts."""
+    """A discriminator that scores texts; loaded once for many texts.
+
+    module: an objective in eval mode whose main encoder detects replaced tokens.
+    sequence_length: most tokens of a row, [CLS] and [SEP] included.
+    """
 
     def __init__(self, module: Objective, tokenizer: Tokenizer, sequence_length: int):
-        self.module, self.tokenizer, self.sequence_length = module, tokenizer, sequence_length
+        self.module = module
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
 
     @classmethod
     def load(
-        cls, path: Path, tokenizer: Path | None = None, trust_code: bool = False
+        cls,
+        path: str | Path,
+        tokenizer: str | Path | None = None,
+        trust_code: bool = False,
     ) -> "Detector":
-        """From a run folder, a checkpoint folder, or any below a run folder; its tokenizer lies in OUT/tokenizer.
+        """The detector of a run folder (its latest checkpoint), of OUT/ckpt or of OUT/ckpt/STEP.
 
-        Raises UserError when there is no checkpoint or no tokenizer, or when they do not belong together.
+        tokenizer: the vocabulary, when it is not in OUT/tokenizer. trust_code: run the code that
+        model.factory of the checkpoint names. Raises UserError when there is no checkpoint or no
+        tokenizer, when their sizes differ, and for an objective that does not detect.
         """
-        found = find_checkpoint(path)
-        module, config = load_module(found, trust_code=trust_code)
+        folder = find_checkpoint(Path(path))
+        module, config = load_objective(folder, trust_code=trust_code)
         if not config.objective.detects:
             raise UserError(
-                f"{found}: objective.kind = {config.objective.kind} predicts tokens and cannot tell replaced ones; "
-                "detect needs electra or electra_15"
+                f"{folder}: objective.kind = {config.objective.kind} predicts tokens and does not "
+                "detect replaced ones; detect needs electra or electra_15"
             )
-        words = checked_tokenizer(tokenizer or tokenizer_of(found), config.model.vocab_size)
+        vocabulary = Path(tokenizer) if tokenizer is not None else tokenizer_of(folder)
+        words = checked_tokenizer(vocabulary, config.model.vocab_size)
         return cls(module, words, config.data.sequence_length)
 
     def __call__(self, text: str) -> list[TokenScore]:
-        """Score every token of `text`; a text longer than a row is read in consecutive pieces."""
+        """Scores of every token of `text`, in order.
+
+        A text longer than a row is split into consecutive rows, which are scored independently.
+        Raises UserError for a text without tokens.
+        """
         ids, spans = self.tokenizer.encode_with_offsets(text)
         if not ids:
             raise UserError("the text holds no tokens; give a sentence")
-        room = self.sequence_length - 2
-        pieces = [ids[start : start + room] for start in range(0, len(ids), room)]
-        probabilities = []
-        for start in range(0, len(pieces), BATCH_ROWS):
-            probabilities += self._score(pieces[start : start + BATCH_ROWS])
+        room = self.sequence_length - 2  # beside [CLS] and [SEP]
+        rows = [ids[start : start + room] for start in range(0, len(ids), room)]
+        probabilities: list[float] = []
+        for start in range(0, len(rows), BATCH_ROWS):
+            probabilities += self._score(rows[start : start + BATCH_ROWS])
         tokens = self.tokenizer.tokens(ids)
         return [
-            TokenScore(t, *span, p) for t, span, p in zip(tokens, spans, probabilities, strict=True)
+            TokenScore(token, *span, probability)
+            for token, span, probability in zip(tokens, spans, probabilities, strict=True)
         ]
 
-    def _score(self, pieces: list[list[int]]) -> list[float]:
-        special, length = self.tokenizer.special_ids, max(map(len, pieces)) + 2
-        ids = torch.full((len(pieces), length), special.pad)  # [B, S]
-        for row, piece in zip(ids, pieces, strict=True):
-            row[: len(piece) + 2] = torch.tensor([special.cls, *piece, special.sep])
-        real = (ids != special.pad).long()
-        positions = torch.arange(length) * real
-        none = torch.zeros(len(pieces), 1, dtype=torch.long)
-        batch = Batch(
-            ids,
-            torch.zeros_like(ids),
-            real,
-            positions,
-            none,
-            none.float(),
-            none.bool(),
-            none.float(),
-        )
+    def _score(self, rows: list[list[int]]) -> list[float]:
+        """Probabilities of all tokens of B rows of token ids, [CLS] and [SEP] left out."""
+        input_ids = rows_of_token_ids(rows, self.tokenizer.special_ids)  # [B, S]
+        batch = _unmasked_batch(input_ids, self.tokenizer.special_ids.pad)
         with torch.no_grad():
-            found = torch.sigmoid(self.module(batch, task="discriminate"))  # [B, S]
+            logits = self.module(batch, task="discriminate")  # [B, S]
+        probabilities = torch.sigmoid(logits).tolist()
         return [
-            p
-            for row, piece in zip(found.tolist(), pieces, strict=True)
-            for p in row[1 : len(piece) + 1]
+            probability
+            for scored, row in zip(probabilities, rows, strict=True)
+            for probability in scored[1 : len(row) + 1]
         ]
+
+
+def _unmasked_batch(input_ids: Tensor, pad_id: int) -> Batch:
+    """A batch of one document a row [B, S] with one masked position of weight 0 in each row."""
+    is_real = (input_ids != pad_id).long()
+    unused = torch.zeros(len(input_ids), 1)
+    return Batch(
+        input_ids=input_ids,
+        segment_ids=torch.zeros_like(input_ids),
+        document_ids=is_real,
+        position_ids=torch.arange(input_ids.shape[1]) * is_real,
+        masked_positions=unused.long(),
+        masked_weights=unused,
+        keep_original=unused.bool(),
+        uniforms=unused,
+    )
 
 
 def table(
-    found: list[TokenScore], threshold: float, original: list[TokenScore] | None = None
+    scores: list[TokenScore], threshold: float, original: list[TokenScore] | None = None
 ) -> list[str]:
-    """Lines for people: a token each, suspicious ones marked; `original` puts the unchanged text's scores beside.
+    """Lines of a table for the terminal: a heading, a rule, one line for each token.
 
-    Tokens are aligned by their spelling, as a difference of two texts is.
+    scores: what a Detector returns. Tokens with a probability of at least `threshold` are marked as
+    replaced; below it, the highest one is marked as most suspicious. original: scores of the text
+    before a change; tokens are aligned by their spelling and shown in two more columns.
     """
-    beside = _aligned(found, original) if original is not None else [None] * len(found)
-    width = max(5, *(len(score.token) for score in found)) + 2
-    columns = ["token"] if original is None else ["token", "original"]
-    head = "  ".join(f"{column:{width}}replaced" for column in columns)
-    lines = [head, "-" * len(head)]
-    highest = max(score.probability for score in found)
-    for score, other in zip(found, beside, strict=True):
+    if original is None:
+        aligned: list[TokenScore | None] = [None] * len(scores)
+        columns = ["token"]
+    else:
+        aligned = _align(scores, original)
+        columns = ["token", "original"]
+    width = max(5, *(len(score.token) for score in scores)) + 2
+    heading = "  ".join(f"{column:{width}}replaced" for column in columns)
+    lines = [heading, "-" * len(heading)]
+    highest = max(score.probability for score in scores)
+    for score, other in zip(scores, aligned, strict=True):
         line = f"{score.token:{width}}{score.probability:8.4f}"
         if other is not None:
             line += f"  {other.token:{width}}{other.probability:8.4f}"
@@ -119,12 +149,13 @@ def table(
     return lines
 
 
-def _aligned(found: list[TokenScore], original: list[TokenScore]) -> list[TokenScore | None]:
+def _align(scores: list[TokenScore], original: list[TokenScore]) -> list[TokenScore | None]:
+    """For each score the token of the original text that corresponds to it, or None."""
     matcher = difflib.SequenceMatcher(
-        None, [s.token for s in original], [s.token for s in found], autojunk=False
+        None, [s.token for s in original], [s.token for s in scores], autojunk=False
     )
-    beside: list[TokenScore | None] = [None] * len(found)
+    aligned: list[TokenScore | None] = [None] * len(scores)
     for _, old, old_end, new, new_end in matcher.get_opcodes():
         for offset in range(min(old_end - old, new_end - new)):
-            beside[new + offset] = original[old + offset]
-    return beside
+            aligned[new + offset] = original[old + offset]
+    return aligned

@@ -1,4 +1,4 @@
-"""Held-out metrics of a checkpoint: the verb `evaluate`."""
+"""Metrics of a checkpoint on held-out rows: the verb `evaluate`."""
 
 from pathlib import Path
 
@@ -6,25 +6,34 @@ import torch
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.dataset import open_data
-from electra_ds.data.masking import recipe_for
-from electra_ds.interop.load_model import load_module
+from electra_ds.data.masking import masking_recipe
+from electra_ds.interop.load_model import load_objective
 from electra_ds.training.checkpoint import find_checkpoint
 from electra_ds.training.held_out import evaluate_sources
+
+BATCH_ROWS = 64
 
 
 def evaluate_checkpoint(
     path: Path, data: str | Path, max_rows: int | None, trust_code: bool = False
 ) -> dict[str, float]:
-    """The verb: figures of one checkpoint on the held-out split of `data`, in fp32, on CUDA where it is at hand."""
+    """Metrics of a checkpoint on the held-out split of `data`, in fp32, on CUDA if available.
+
+    path: a run folder or a checkpoint. max_rows: most rows of each source; None for all.
+    Returns the metrics of `held_out.evaluate_sources` by name. Raises UserError when no rows are
+    held out, and when vocabulary or sequence length of the data differ from those of the model.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module, config = load_module(find_checkpoint(path), device, trust_code)
-    source = open_data(data)
-    manifest = source.manifest
-    if not (held_out := source.held_out()):
+    module, config = load_objective(find_checkpoint(Path(path)), device, trust_code)
+    dataset = open_data(data)
+    manifest = dataset.manifest
+    held_out = dataset.held_out()
+    if not held_out:
         raise UserError(f"{data}: no rows are held out; prepare it with a --valid-fraction above 0")
-    config.with_data(
-        manifest.tokenizer.vocab_size, manifest.tokenizer.special_ids, manifest.sequence_length
-    )
-    recipe = recipe_for(manifest, config.objective, config.train.seed)
+    tokenizer = manifest.tokenizer
+    config.with_data(tokenizer.vocab_size, tokenizer.special_ids, manifest.sequence_length)
+    recipe = masking_recipe(manifest, config.objective, config.train.seed)
     with torch.no_grad():
-        return evaluate_sources(module, held_out, recipe, device, batch_rows=64, max_rows=max_rows)
+        return evaluate_sources(
+            module, held_out, recipe, device, batch_rows=BATCH_ROWS, max_rows=max_rows
+        )

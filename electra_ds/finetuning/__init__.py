@@ -1,1 +1,1 @@
-"""Fine-tuning on GLUE and own tasks."""
+"""Fine-tuning on GLUE and on tasks of the user's own."""

@@ -1,4 +1,4 @@
-"""How do examples become batches? Token ids, both orders, length buckets: a pure function of (examples, seed, epoch).
+"""Token ids, batches by length and micro-batches: a pure function of (examples, seed, epoch).
 
 Letters: N examples of a micro-batch in B rows of S tokens.
 """
@@ -16,84 +16,106 @@ from electra_ds.finetuning.examples import Example
 from electra_ds.finetuning.tasks import Task
 from electra_ds.model.kernels.attention import document_cu_seqlens
 
-BUCKET_BATCHES = (
-    32  # batches sorted by length together: padding 1 to 3 % on GLUE, the order still random
-)
+# Batches that are sorted by length together: 1 to 3 % padding on GLUE, and still a random order.
+BUCKET_BATCHES = 32
 
 
 class Encoded(NamedTuple):
-    """One example as the encoder reads it. label: class number, value in [0, 1], or per token (-1: not scored)."""
+    """One example as token ids.
 
-    ids: list[int]  # [CLS] a [SEP] or [CLS] a [SEP] b [SEP]
-    second: int  # where segment 1 begins
+    ids: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] of a pair. second_start: index in ids at which
+    segment 1 begins; len(ids) without a second text. label: a class number, in regression a value
+    in [0, 1], in token classification one class number for each token (-1: not scored).
+    """
+
+    ids: list[int]
+    second_start: int
     label: float | list[int]
 
 
 class TaskBatch(NamedTuple):
-    """One micro-batch of N examples: N rows padded to the longest, or a single row without padding."""
+    """One micro-batch of N examples: padded, B = N rows, or packed without padding, B = 1 row."""
 
     input_ids: Tensor  # [B, S] int64
-    segment_ids: Tensor  # [B, S] int64, 1 in the second text
-    document_ids: Tensor  # [B, S] int64, 0 for padding: each example is a piece
+    segment_ids: Tensor  # [B, S] int64, 1 in the second text of a pair
+    document_ids: Tensor  # [B, S] int64, 0 for padding; each example is a document
     position_ids: Tensor  # [B, S] int64, restart at each example
-    first: Tensor  # [N] int64, where each example's [CLS] is in the flattened rows
-    labels: Tensor  # [N] or, for token classification, [B * S]: float32 in regression, else int64
-    weights: Tensor  # like labels, float32: 1 where a label counts, else 0
-    cu_seqlens: Tensor  # int32, `ops.attention.document_cu_seqlens` of document_ids
+    cls_positions: Tensor  # [N] int64, index of each [CLS] in the flattened rows
+    labels: Tensor  # [N], or [B * S] in token classification; float32 in regression, else int64
+    weights: Tensor  # float32, shaped as labels: 1 where a label counts, else 0
+    cu_seqlens: Tensor  # int32, `document_cu_seqlens` of document_ids
 
 
 def encode(
     examples: list[Example], task: Task, tokenizer: Tokenizer, max_length: int
 ) -> list[Encoded]:
-    """Token ids of examples, cut to max_length (of a pair, the longer text loses first, as in the authors' code)."""
+    """Examples as token ids, each cut to max_length tokens, [CLS] and [SEP] included.
+
+    Of a pair the longer text is cut first, as in the authors' code. A missing label becomes 0.
+    """
     if task.kind == "token_classification":
         return [_encode_words(example, tokenizer, max_length) for example in examples]
     special = tokenizer.special_ids
-    firsts = tokenizer.encode_batch([example.text_a for example in examples])
-    pairs = [example.text_b for example in examples]
-    seconds = tokenizer.encode_batch([text or "" for text in pairs])
-    found = []
+    firsts = tokenizer.encode_batch([str(example.text_a) for example in examples])
+    seconds = tokenizer.encode_batch([example.text_b or "" for example in examples])
+    encoded = []
     for example, a, b in zip(examples, firsts, seconds, strict=True):
-        is_pair = example.text_b is not None
-        room = max_length - (3 if is_pair else 2)
-        keep_b = min(len(b), max(room - len(a), room // 2)) if is_pair else 0
-        a = a[: room - keep_b]
-        ids = [special.cls, *a, special.sep, *([*b[:keep_b], special.sep] if is_pair else [])]
-        found.append(Encoded(ids, len(a) + 2, _target(example.label, task)))
-    return found
+        label = _target(example.label, task)
+        if example.text_b is None:
+            ids = [special.cls, *a[: max_length - 2], special.sep]
+            encoded.append(Encoded(ids, len(ids), label))
+            continue
+        room = max_length - 3
+        b = b[: max(room - len(a), room // 2)]
+        a = a[: room - len(b)]
+        ids = [special.cls, *a, special.sep, *b, special.sep]
+        encoded.append(Encoded(ids, len(a) + 2, label))
+    return encoded
 
 
 def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """The first token of each word carries the word's label."""
-    special, room = tokenizer.special_ids, max_length - 2
-    words = tokenizer.encode_batch(example.text_a)
-    labels = example.label or [0] * len(words)
-    pairs = [
-        (i, label if place == 0 else -1)
-        for word, label in zip(words, labels, strict=True)
-        for place, i in enumerate(word or [special.unk])
-    ][:room]
-    ids = [special.cls, *(i for i, _ in pairs), special.sep]
-    return Encoded(ids, len(ids), [-1, *(label for _, label in pairs), -1])
+    """A list of words; the first token of each word has the label of the word, the others -1."""
+    special = tokenizer.special_ids
+    words = tokenizer.encode_batch(list(example.text_a))
+    labels = example.label if isinstance(example.label, list) else [0] * len(words)
+    ids: list[int] = []
+    targets: list[int] = []
+    for word, label in zip(words, labels, strict=True):
+        tokens = word or [special.unk]
+        ids += tokens
+        targets += [label] + [-1] * (len(tokens) - 1)
+    room = max_length - 2
+    ids = [special.cls, *ids[:room], special.sep]
+    return Encoded(ids, len(ids), [-1, *targets[:room], -1])
 
 
-def _target(label: int | float | None, task: Task) -> float:
-    if label is None or task.label_range is None:
-        return label or 0
+def _target(label: int | float | list[int] | None, task: Task) -> float:
+    """The label of a text as the loss uses it: a class number, or a value in [0, 1]."""
+    if label is None:
+        return 0
+    assert not isinstance(label, list)
+    if task.label_range is None:
+        return label
     low, high = task.label_range
     return (label - low) / (high - low)
 
 
 def swapped(examples: list[Example]) -> list[Example]:
-    """The same pairs in the other order (MRPC and STS-B train on both)."""
-    return [example._replace(text_a=example.text_b, text_b=example.text_a) for example in examples]
+    """The same pairs with text_a and text_b exchanged (MRPC and STS-B train on both orders)."""
+    swaps = []
+    for example in examples:
+        assert isinstance(example.text_a, str) and example.text_b is not None
+        swaps.append(example._replace(text_a=example.text_b, text_b=example.text_a))
+    return swaps
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Shuffled batches of example numbers, each of alike lengths; every example once.
+    """Shuffled batches of example numbers; the examples of a batch have similar lengths.
 
-    A shuffle, cut into buckets of BUCKET_BATCHES batches, each sorted by length and cut into batches; the batches
-    shuffled. Keyed by (seed, epoch), never by what ran before.
+    lengths: [examples] tokens of each example. Every example is in one batch; the last batch of a
+    bucket may be smaller. The order is a function of (seed, epoch) alone: the examples are shuffled
+    and cut into buckets of BUCKET_BATCHES batches, each bucket is sorted by length and cut into
+    batches, and the batches are shuffled.
     """
     shuffled = philox.permutation(len(lengths), seed, epoch, 0, philox.EXAMPLES)
     size = BUCKET_BATCHES * batch_size
@@ -107,53 +129,79 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 def micro_batches(
     batch: np.ndarray,
-    micro: int,
-    slots: int,
+    micro_batch_size: int,
+    count: int,
     examples: list[Encoded],
     pad_id: int,
     kind: str,
     packed: bool = False,
 ) -> list[TaskBatch]:
-    """A global batch cut into `slots` micro-batches of up to `micro` examples; empty ones hold a row of weight 0."""
+    """Exactly `count` micro-batches of up to micro_batch_size examples each.
+
+    batch: numbers of this rank's examples of a global batch. A micro-batch without examples holds
+    one row of weight 0, so that every rank runs the same number of passes.
+    """
     return [
-        collate([examples[i] for i in batch[start : start + micro]], pad_id, kind, packed)
-        for start in range(0, slots * micro, micro)
+        collate(
+            [examples[i] for i in batch[start : start + micro_batch_size]], pad_id, kind, packed
+        )
+        for start in range(0, count * micro_batch_size, micro_batch_size)
     ]
 
 
 def collate(examples: list[Encoded], pad_id: int, kind: str, packed: bool = False) -> TaskBatch:
-    """Examples of a kind of task, each a row padded to the longest, or packed: one after the other in a single row.
+    """One micro-batch of N examples of a task kind, on the CPU.
 
-    No examples: one of two padding tokens and weight 0.
+    packed: False: B = N rows padded to the longest example; True: B = 1 row in which the examples
+    follow each other. Without examples: one row of two padding tokens and weight 0.
     """
     sizes = np.array([len(example.ids) for example in examples] or [2])
     rows, length = (1, sizes.sum()) if packed else (len(sizes), sizes.max())
-    first = np.cumsum(sizes) - sizes if packed else np.arange(rows) * length
-    ids = np.full(rows * length, pad_id)
-    segments, pieces, positions = np.zeros((3, rows * length), np.int64)
+    # Index of each example's first token in the flattened rows.
+    starts = np.cumsum(sizes) - sizes if packed else np.arange(rows) * length
+    total = rows * length
+    ids = np.full(total, pad_id)
+    segments = np.zeros(total, np.int64)
+    documents = np.zeros(total, np.int64)
+    positions = np.zeros(total, np.int64)
     per_token = kind == "token_classification"
-    labels = np.zeros(
-        rows * length if per_token else len(sizes), np.float32 if kind == "regression" else np.int64
-    )
+    label_dtype = np.float32 if kind == "regression" else np.int64
+    labels = np.zeros(total if per_token else len(sizes), label_dtype)
     weights = np.zeros(labels.shape, np.float32)
-    for i, (example, start) in enumerate(zip(examples, first, strict=False)):
-        here, size = slice(start, start + sizes[i]), sizes[i]
-        ids[here], segments[start + example.second : start + size] = example.ids, 1
-        pieces[here], positions[here] = i + 1 if packed else 1, np.arange(size)
+    for i, (example, start, size) in enumerate(zip(examples, starts, sizes, strict=False)):
+        tokens = slice(start, start + size)
+        ids[tokens] = example.ids
+        segments[start + example.second_start : start + size] = 1
+        documents[tokens] = i + 1 if packed else 1
+        positions[tokens] = np.arange(size)
         if per_token:
-            found = np.array(example.label)
-            labels[here], weights[here] = np.maximum(found, 0), found >= 0
+            token_labels = np.array(example.label)
+            labels[tokens] = np.maximum(token_labels, 0)
+            weights[tokens] = token_labels >= 0
         else:
-            labels[i], weights[i] = example.label, 1
-    grid = [array.reshape(rows, length) for array in (ids, segments, pieces, positions)]
-    tensors = [torch.from_numpy(array) for array in (*grid, first, labels, weights)]
-    return TaskBatch(*tensors, document_cu_seqlens(tensors[2]))
+            labels[i] = example.label
+            weights[i] = 1
+    shape = (rows, length)
+    document_ids = torch.from_numpy(documents.reshape(shape))
+    return TaskBatch(
+        input_ids=torch.from_numpy(ids.reshape(shape)),
+        segment_ids=torch.from_numpy(segments.reshape(shape)),
+        document_ids=document_ids,
+        position_ids=torch.from_numpy(positions.reshape(shape)),
+        cls_positions=torch.from_numpy(starts),
+        labels=torch.from_numpy(labels),
+        weights=torch.from_numpy(weights),
+        cu_seqlens=document_cu_seqlens(document_ids),
+    )
 
 
 def prediction_batches(
     examples: list[Encoded], batch_size: int, rank: int, world_size: int
 ) -> Iterator[np.ndarray]:
-    """This rank's batches of example numbers by falling length; every rank gets equally many (some empty)."""
+    """This rank's batches of example numbers, longest examples first.
+
+    Every rank gets the same number of batches; the last ones may be empty.
+    """
     longest_first = np.argsort([-len(example.ids) for example in examples], kind="stable")
     share = world_size * batch_size
     for start in range(0, len(examples), share):

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from electra_ds.cluster.launchers import Ranks, alone
-from electra_ds.cluster.run_folder import DONE, provenance, stop_exit_code
+from electra_ds.cluster.provenance import provenance
+from electra_ds.cluster.stop_signals import DONE, stop_exit_code
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json, write_json
@@ -31,7 +32,7 @@ from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.seed import Seed, Splits, Stopped, Suite, seed_folder
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
-from electra_ds.training.collectives import leave, on_rank0
+from electra_ds.training.collectives import is_collective, leave, on_rank0
 from electra_ds.training.engine import start
 
 
@@ -61,7 +62,14 @@ def finetune(
     ranks = alone(ranks) if spread else ranks
     train = config.train
     device = start(ranks, train.timeout_minutes)
-    with Watchdog(ranks, train.silence_seconds, train.timeout_minutes, on_rank0):
+    watchdog = Watchdog(
+        ranks,
+        train.silence_seconds,
+        train.timeout_minutes,
+        on_rank0,
+        is_collective=is_collective,
+    )
+    with watchdog:
         try:
             finetune_on_ranks(
                 config,

@@ -1,1 +1,1 @@
-"""Foreign names: the only place that knows what others call our parameters."""
+"""Loading of models; conversion from and to Hugging Face and TensorFlow formats."""

@@ -1,9 +1,11 @@
-"""Parameter names and config keys of Hugging Face's stock ELECTRA classes <-> ours.
+"""Names, tensors and config keys of Hugging Face's ELECTRA classes, converted from and to ours.
 
-`part` is "discriminator" (ElectraForPreTraining) or "generator" (ElectraForMaskedLM) everywhere.
+"Stock" means a class of the transformers library without changes. `part` is always "discriminator"
+(ElectraForPreTraining) or "generator" (ElectraForMaskedLM).
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.config.schema import EncoderConfig, GeneratorConfig, ModelConfig
 
+# Names of our modules -> theirs, for embeddings, one layer and the heads.
 EMBEDDINGS = {
     "word": "word_embeddings",
     "position": "position_embeddings",
@@ -34,11 +37,14 @@ HEADS = {
 
 
 def hf_names(name: str) -> tuple[str, ...]:
-    """What Hugging Face calls one of our parameters, inside the class of its part: one name, three for a fused qkv."""
+    """Hugging Face's names for one of our parameters, inside the class of its part.
+
+    One name, or three for the fused qkv of a layer.
+    """
     name = name.replace("mlm_head.", "generator_head.")
     if name == "generator_head.bias":
         return ("generator_lm_head.bias",)
-    module, _, kind = name.rpartition(".")
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
     if module in HEADS:
         return (f"{HEADS[module]}.{kind}",)
     part, *middle, last = module.split(".")
@@ -46,85 +52,99 @@ def hf_names(name: str) -> tuple[str, ...]:
         return (f"electra.embeddings.{EMBEDDINGS[last]}.{kind}",)
     if last == "project":
         return (f"electra.embeddings_project.{kind}",)
-    return tuple(f"electra.encoder.layer.{middle[1]}.{foreign}.{kind}" for foreign in LAYER[last])
+    layer = middle[1]  # discriminator.layers.LAYER.qkv
+    return tuple(f"electra.encoder.layer.{layer}.{module}.{kind}" for module in LAYER[last])
 
 
 def part_names(names: Iterable[str], part: str) -> list[str]:
-    """The parameters of ours that make up one part; the generator falls back on what it shares with the other."""
+    """The names among our parameters that make up one part.
+
+    Without an encoder or embeddings of its own, the generator consists of the shared ones.
+    """
     names = list(names)
     encoder, embeddings = part, "embeddings"
     if part == "generator":
-        encoder = "generator" if any(n.startswith("generator.") for n in names) else "discriminator"
-        embeddings = (
-            "generator_embeddings"
-            if any(n.startswith("generator_embeddings.") for n in names)
-            else embeddings
-        )
-    heads = (
-        (f"{part}_head.",) if part == "generator" else (f"{part}_head.", "mlm_head.")
-    )  # by the objective's kind
-    return [n for n in names if n.startswith((f"{embeddings}.", f"{encoder}.", *heads))]
+        if not any(name.startswith("generator.") for name in names):
+            encoder = "discriminator"
+        if any(name.startswith("generator_embeddings.") for name in names):
+            embeddings = "generator_embeddings"
+    heads = [f"{part}_head."]
+    if part == "discriminator":
+        heads.append("mlm_head.")  # of a main encoder that predicts tokens
+    return [name for name in names if name.startswith((f"{embeddings}.", f"{encoder}.", *heads))]
 
 
 def to_hf(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """One part of our tensors (true rows) as the state_dict of its stock class; the tied output matrix is named too."""
-    out = {}
+    """One part of our tensors (without padded rows) as the state_dict of its stock class.
+
+    The output matrix of language modelling is tied to the word table and listed as well.
+    """
+    tensors: dict[str, Tensor] = {}
     for name in part_names(state, part):
-        foreign = hf_names(name)
-        out.update(zip(foreign, state[name].chunk(len(foreign)), strict=True))
-    if "generator_lm_head.bias" in out:
-        out["generator_lm_head.weight"] = out["electra.embeddings.word_embeddings.weight"]
-    return out
+        foreign_names = hf_names(name)
+        chunks = state[name].chunk(len(foreign_names))
+        tensors.update(zip(foreign_names, chunks, strict=True))
+    if "generator_lm_head.bias" in tensors:
+        tensors["generator_lm_head.weight"] = tensors["electra.embeddings.word_embeddings.weight"]
+    return tensors
 
 
 def classifier_to_hf(
     state: Mapping[str, Tensor], kind: str, label_range: tuple[float, float] | None = None
 ) -> tuple[str, dict[str, Tensor]]:
-    """A fine-tuned encoder with head.weight [labels, H], head.bias as (stock class, its state_dict), logits equal.
+    """(stock class, its state_dict) of a fine-tuned encoder, with equal logits.
 
-    The stock sentence head is dense, gelu, linear, ours one linear: gelu(z) - gelu(-z) = z makes them equal, with
-    2 x labels of its H dense rows. With more labels the class is that of token classification: read its logits at
-    [CLS]. label_range: of a regression, folded in, so that the logit is in the label's own unit.
+    state: the encoder with head.weight [labels, H] and head.bias [labels]. kind: that of the task.
+    label_range: the range of a regression's labels; it is folded into the weights, so that the
+    stock logit is in the unit of the labels.
+
+    The stock sentence head is linear, gelu, linear and ours is one linear layer. Since
+    gelu(z) - gelu(-z) = z, the two are equal with 2 x labels of the H rows of the first layer.
+    With more labels the class is that of token classification, to be read at [CLS].
     """
-    out, weight, bias = to_hf(state, "discriminator"), state["head.weight"], state["head.bias"]
+    tensors = to_hf(state, "discriminator")
+    weight, bias = state["head.weight"], state["head.bias"]
     labels, hidden = weight.shape
     if kind == "token_classification" or 2 * labels > hidden:
-        return "ElectraForTokenClassification", out | {
-            "classifier.weight": weight,
-            "classifier.bias": bias,
-        }
+        tensors |= {"classifier.weight": weight, "classifier.bias": bias}
+        return "ElectraForTokenClassification", tensors
     low, high = label_range or (0.0, 1.0)
-    weight, bias, rest = weight * (high - low), bias * (high - low) + low, hidden - 2 * labels
-    one = torch.eye(labels)
-    return "ElectraForSequenceClassification", out | {
-        "classifier.dense.weight": torch.cat([weight, -weight, torch.zeros(rest, hidden)]),
-        "classifier.dense.bias": torch.cat([bias, -bias, torch.zeros(rest)]),
-        "classifier.out_proj.weight": torch.cat([one, -one, torch.zeros(labels, rest)], dim=1),
+    weight = weight * (high - low)
+    bias = bias * (high - low) + low
+    unused = hidden - 2 * labels
+    identity = torch.eye(labels)
+    output = torch.cat([identity, -identity, torch.zeros(labels, unused)], dim=1)
+    tensors |= {
+        "classifier.dense.weight": torch.cat([weight, -weight, torch.zeros(unused, hidden)]),
+        "classifier.dense.bias": torch.cat([bias, -bias, torch.zeros(unused)]),
+        "classifier.out_proj.weight": output,
         "classifier.out_proj.bias": torch.zeros(labels),
     }
+    return "ElectraForSequenceClassification", tensors
 
 
 def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], part: str) -> dict[str, Tensor]:
-    """Our tensors (fp32, true rows) of one part from a state_dict of its stock class.
+    """Our tensors of one part (fp32, without padded rows) from a state_dict of its stock class.
 
-    names are all parameters of ours (those of other parts are passed over). A bare ElectraModel without the
-    "electra." prefix is understood. UserError names the first tensor that is missing.
+    names: all our parameters; those of other parts are ignored. A bare ElectraModel, which has no
+    prefix "electra.", is accepted. UserError names the first tensor that is missing.
     """
     state = {}
     for name in part_names(names, part):
-        parts = []
+        chunks = []
         for foreign in hf_names(name):
-            found = tensors.get(foreign, tensors.get(foreign.removeprefix("electra.")))
-            if found is None:
+            chunk = tensors.get(foreign, tensors.get(foreign.removeprefix("electra.")))
+            if chunk is None:
                 raise UserError(
-                    f"Hugging Face {part}: no tensor {foreign} for {name}; is this the {part}'s folder?"
+                    f"Hugging Face {part}: no tensor {foreign} for {name}; "
+                    f"is this the folder of a {part}?"
                 )
-            parts.append(found.detach().float())
-        state[name] = torch.cat(parts)
+            chunks.append(chunk.detach().float())
+        state[name] = torch.cat(chunks)
     return state
 
 
-# Fields of our configs -> keys of config.json: what each encoder owns, and what both share.
+# Fields of our configs -> keys of config.json: sizes of each encoder, and of the shared tables.
 SIZES = {
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -140,78 +160,92 @@ TABLES = {
     "type_vocab_size": "type_vocab_size",
     "layer_norm_eps": "layer_norm_eps",
 }
+# Keys whose only supported value is also the library's default.
+ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 
 
 def hf_config(
     model: ModelConfig, generator: GeneratorConfig | None, part: str, pad_id: int
-) -> dict:
-    """The config.json of one part for the stock class; the discriminator's needs no generator."""
-    sizes: EncoderConfig = model if part == "discriminator" else generator
-    untied = part == "generator" and model.sharing == "untied"
+) -> dict[str, Any]:
+    """The config.json of one part for its stock class.
+
+    generator: sizes of the generator; not needed for the discriminator.
+    """
+    sizes: EncoderConfig = model
+    architecture, embedding_size = "ElectraForPreTraining", model.embedding_size
+    if part == "generator":
+        assert generator is not None
+        sizes, architecture = generator, "ElectraForMaskedLM"
+        if model.sharing == "untied":
+            embedding_size = generator.hidden_size
     return {
         "model_type": "electra",
-        "architectures": [
-            "ElectraForPreTraining" if part == "discriminator" else "ElectraForMaskedLM"
-        ],
-        **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
-        **{theirs: getattr(model, ours) for ours, theirs in TABLES.items()},
-        **({"embedding_size": generator.hidden_size} if untied else {}),
+        "architectures": [architecture],
+        **{key: getattr(sizes, field) for field, key in SIZES.items()},
+        **{key: getattr(model, field) for field, key in TABLES.items()},
+        "embedding_size": embedding_size,
         "initializer_range": model.init_std,
-        "hidden_act": "gelu",
-        "position_embedding_type": "absolute",
+        **ONLY,
         "pad_token_id": pad_id,
         "tie_word_embeddings": True,
     }
 
 
 def from_hf_config(
-    discriminator: Mapping, generator: Mapping | None = None
+    discriminator: Mapping[str, Any], generator: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, GeneratorConfig]:
-    """Our sizes from the config.json of the discriminator and, where there is one, of the generator.
+    """Our sizes from the config.json of the discriminator and of the generator, if there is one.
 
-    UserError for what our encoder does not do (another activation, relative positions) and for generator sizes
-    that cannot share the discriminator's embeddings.
+    Raises UserError for what our encoder does not support (another activation, relative positions)
+    and for generator sizes that do not fit the discriminator's embeddings.
     """
-    default = {"layer_norm_eps": 1e-12}  # the library's, where it is not said
-    mine, theirs = (
-        default | dict(config) for config in (discriminator, generator or discriminator)
-    )
-    for config in (mine, theirs):
-        for key, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-            if config.get(key, only) != only:
-                raise UserError(f"config.json: {key} = {config[key]!r}; only {only!r} is supported")
-        for key in (*TABLES.values(), *SIZES.values()):
-            if not isinstance(config.get(key), (int, float)):
-                raise UserError(
-                    f"config.json: {key} = {config.get(key)!r}; sizes must be numbers, not strings"
-                )
-    is_untied = mine["embedding_size"] != theirs["embedding_size"] == theirs["hidden_size"]
+    main = _checked_sizes(discriminator)
+    other = _checked_sizes(generator or discriminator)
+    is_untied = main["embedding_size"] != other["embedding_size"] == other["hidden_size"]
     for key in TABLES.values():
-        if mine[key] != theirs[key] and not (is_untied and key == "embedding_size"):
+        if main[key] != other[key] and not (is_untied and key == "embedding_size"):
             raise UserError(
-                f"config.json: {key} of discriminator and generator differ ({mine[key]} and {theirs[key]})"
+                f"config.json: {key} of discriminator and generator differ "
+                f"({main[key]} and {other[key]})"
             )
-    model = {ours: mine[key] for ours, key in (SIZES | TABLES).items()}
-    made = GeneratorConfig(**{ours: theirs[key] for ours, key in SIZES.items()})
-    return ModelConfig(**model, sharing="untied" if is_untied else "shared"), made
+    sizes = {field: main[key] for field, key in (SIZES | TABLES).items()}
+    generator_sizes = {field: other[key] for field, key in SIZES.items()}
+    model = ModelConfig(**sizes, sharing="untied" if is_untied else "shared")
+    return model, GeneratorConfig(**generator_sizes)
+
+
+def _checked_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config with the library's default of layer_norm_eps; every key that is used is checked."""
+    config = {"layer_norm_eps": 1e-12} | dict(config)
+    for key, only in ONLY.items():
+        if config.get(key, only) != only:
+            raise UserError(f"config.json: {key} = {config[key]!r}; only {only!r} is supported")
+    for key in (*TABLES.values(), *SIZES.values()):
+        if not isinstance(config.get(key), (int, float)):
+            raise UserError(
+                f"config.json: {key} = {config.get(key)!r}; sizes must be numbers, not strings"
+            )
+    return config
 
 
 def electra_names(tensors: Iterable[str]) -> dict[str, str]:
-    """Name in an ELECTRA or BERT folder -> name in a stock ELECTRA class with a head.
+    """Tensor names of an ELECTRA or BERT folder -> names in a stock ELECTRA class with a head.
 
-    A bare ElectraModel has no prefix; BERT names its head otherwise, an old one its LayerNorms too (gamma, beta).
+    A bare ElectraModel has no prefix. BERT has other names for its head, an old BERT also for its
+    LayerNorms (gamma, beta).
     """
+    heads = {
+        "cls.predictions.bias": "generator_lm_head.bias",
+        "cls.predictions.decoder.weight": "generator_lm_head.weight",
+    }
+    if "cls.predictions.bias" not in tensors:
+        heads["cls.predictions.decoder.bias"] = "generator_lm_head.bias"
     renamed = {}
     for name in tensors:
-        plain = name.replace(".gamma", ".weight").replace(".beta", ".bias").removeprefix("bert.")
-        plain = plain.replace("cls.predictions.transform.", "generator_predictions.")
-        plain = {
-            "cls.predictions.bias": "generator_lm_head.bias",
-            "cls.predictions.decoder.weight": "generator_lm_head.weight",
-        }.get(plain, plain)
-        if plain == "cls.predictions.decoder.bias" and "cls.predictions.bias" not in tensors:
-            plain = "generator_lm_head.bias"
-        renamed[name] = (
-            f"electra.{plain}" if plain.startswith(("embeddings", "encoder.")) else plain
-        )
+        new = name.replace(".gamma", ".weight").replace(".beta", ".bias").removeprefix("bert.")
+        new = new.replace("cls.predictions.transform.", "generator_predictions.")
+        new = heads.get(new, new)
+        if new.startswith(("embeddings", "encoder.")):
+            new = f"electra.{new}"
+        renamed[name] = new
     return renamed

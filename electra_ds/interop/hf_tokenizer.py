@@ -1,145 +1,171 @@
-"""Our tokenizer <-> the files that AutoTokenizer reads, with equal ids."""
+"""Conversion of our tokenizers to and from the files that AutoTokenizer reads, with equal ids."""
 
 from pathlib import Path
 from typing import Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json, write_bytes, write_json
-from electra_ds.data.tokenizer import FILES, Tokenizer, WordPiece, load_tokenizer
+from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer, WordPiece, load_tokenizer
 
-SPACE = "\u2581"  # how SentencePiece writes a space
+SPACE = "\u2581"  # SentencePiece's character for a space
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """tokenizer.json, tokenizer_config.json, special_tokens_map.json and the vocabulary's own file.
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the vocabulary file.
 
-    AutoTokenizer then gives our ids as [CLS] A [SEP] B [SEP] with token types. What differs is the library's: a
-    special token written in a text becomes its id there, and where unigram finds two cuts of one score (a long run of
-    one sign) rounding chooses, here in fp64 and in SentencePiece in fp32.
+    AutoTokenizer then returns our ids as [CLS] A [SEP] B [SEP] with token types. Two differences
+    come from the library: a special token written in a text becomes its id, and where unigram finds
+    two segmentations of equal score (a long run of one character), rounding decides, in fp64 there
+    and in fp32 in SentencePiece.
     """
     tokenizer.save(folder)
-    (folder / "options.json").unlink()  # tokenizer_config.json says the same
+    (folder / "options.json").unlink()  # tokenizer_config.json has the same facts
     special = {role: tokenizer.names[i] for role, i in tokenizer.special_ids.model_dump().items()}
-    named = {f"{role}_token": name for role, name in special.items()}
-    from tokenizers import AddedToken, decoders
-    from tokenizers import Tokenizer as Fast
-    from tokenizers.processors import TemplateProcessing
-
-    if isinstance(tokenizer, WordPiece):
-        options, fast = tokenizer.options, Fast.from_str(tokenizer.fast.to_str())
-        fast.decoder = decoders.WordPiece(prefix="##")
-        config = {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": options["lowercase"],
-            "strip_accents": options["strip_accents"],
-            "tokenize_chinese_chars": True,
-        }
-    else:
-        fast, config = _sentencepiece(tokenizer), {"tokenizer_class": "PreTrainedTokenizerFast"}
-    fast.add_special_tokens(
-        [AddedToken(name, normalized=False, special=True) for name in special.values()]
-    )
-    first, last = special["cls"], special["sep"]
-    fast.post_processor = TemplateProcessing(
-        single=f"{first} $A {last}",
-        pair=f"{first} $A {last} $B:1 {last}:1",
-        special_tokens=[(name, tokenizer.ids[name]) for name in (first, last)],
-    )
+    special_tokens = {f"{role}_token": name for role, name in special.items()}
+    fast, config = _fast_tokenizer(tokenizer)
+    _add_special_tokens(fast, tokenizer, special)
     write_bytes(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
     config |= {
         "model_max_length": max_length,
-        **named,
+        **special_tokens,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     }
     write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", named)
+    write_json(folder / "special_tokens_map.json", special_tokens)
+
+
+def _fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, dict[str, Any]]:
+    """(tokenizers.Tokenizer, first keys of tokenizer_config.json)."""
+    if not isinstance(tokenizer, WordPiece):
+        return _sentencepiece(tokenizer), {"tokenizer_class": "PreTrainedTokenizerFast"}
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders
+
+    fast = FastTokenizer.from_str(tokenizer.fast.to_str())
+    fast.decoder = decoders.WordPiece(prefix="##")
+    return fast, {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": tokenizer.options["lowercase"],
+        "strip_accents": tokenizer.options["strip_accents"],
+        "tokenize_chinese_chars": True,
+    }
+
+
+def _add_special_tokens(fast: Any, tokenizer: Tokenizer, special: dict[str, str]) -> None:
+    """Make `fast` keep special tokens whole and add [CLS] and [SEP] to texts and pairs."""
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+
+    names = special.values()
+    fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    cls, sep = special["cls"], special["sep"]
+    fast.post_processor = TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(name, tokenizer.ids[name]) for name in (cls, sep)],
+    )
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """`load_tokenizer`, and from a folder with nothing but a tokenizer.json its WordPiece."""
-    if not (path / "tokenizer.json").is_file() or any((path / name).is_file() for name in FILES):
+    """`load_tokenizer`; also reads the WordPiece of a folder that has only a tokenizer.json.
+
+    Raises UserError for any other tokenizer.json.
+    """
+    if not (path / "tokenizer.json").is_file() or any(
+        (path / name).is_file() for name in VOCABULARY_FILES
+    ):
         return load_tokenizer(path)
-    found = read_json(path / "tokenizer.json", "a tokenizer of Hugging Face")
-    model, normalizer = found["model"], found["normalizer"] or {}
+    content = read_json(path / "tokenizer.json", "a tokenizer of Hugging Face")
+    model, normalizer = content["model"], content["normalizer"] or {}
     if model["type"] != "WordPiece" or normalizer.get("type") != "BertNormalizer":
         raise UserError(
-            f"{path}/tokenizer.json: a {model['type']} model; expected BERT's WordPiece, or the vocabulary "
-            "as vocab.txt or SentencePiece .model: put it into the folder or give it with --tokenizer"
+            f"{path}/tokenizer.json: a {model['type']} model; expected BERT's WordPiece, or the "
+            "vocabulary as vocab.txt or SentencePiece .model: put it into the folder or give it "
+            "with --tokenizer"
         )
-    plain = {"clean_text": True, "handle_chinese_chars": True}
-    others = [
-        f"{key} = {normalizer[key]}"
-        for key, only in plain.items()
-        if normalizer.get(key, only) is not only
-    ]
-    others += ["a prefix other than ##"] * (model.get("continuing_subword_prefix", "##") != "##")
-    others += ["ids with gaps"] * (
-        sorted(model["vocab"].values()) != list(range(len(model["vocab"])))
-    )
-    if others:
+    if unsupported := _unsupported_settings(model, normalizer):
         raise UserError(
-            f"{path}/tokenizer.json: {', '.join(others)}; only BERT's own settings are supported"
+            f"{path}/tokenizer.json: {', '.join(unsupported)}; only BERT's own settings are "
+            "supported"
         )
     names = sorted(model["vocab"], key=model["vocab"].get)
-    accents = normalizer["strip_accents"]
+    lowercase, strip_accents = normalizer["lowercase"], normalizer["strip_accents"]
     options = {
-        "lowercase": normalizer["lowercase"],
-        "strip_accents": normalizer["lowercase"] if accents is None else accents,
+        "lowercase": lowercase,
+        "strip_accents": lowercase if strip_accents is None else strip_accents,
     }
-    return WordPiece(
-        "".join(f"{name}\n" for name in names).encode(), options, f"{path}/tokenizer.json"
-    )
+    vocabulary = "".join(f"{name}\n" for name in names).encode()
+    return WordPiece(vocabulary, options, f"{path}/tokenizer.json")
+
+
+def _unsupported_settings(model: dict[str, Any], normalizer: dict[str, Any]) -> list[str]:
+    """Settings of a WordPiece tokenizer.json that differ from BERT's."""
+    found = []
+    for key in ("clean_text", "handle_chinese_chars"):
+        if normalizer.get(key, True) is not True:
+            found.append(f"{key} = {normalizer[key]}")
+    if model.get("continuing_subword_prefix", "##") != "##":
+        found.append("a prefix other than ##")
+    if sorted(model["vocab"].values()) != list(range(len(model["vocab"]))):
+        found.append("ids with gaps")
+    return found
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> Any:
-    """The steps of a SentencePiece model in the library's terms: its character map, spaces, then unigram or bpe."""
+    """A SentencePiece model as tokenizers.Tokenizer: character map, spaces, then unigram or bpe."""
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Fast
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as FastTokenizer
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
-    rules, trainer = proto.normalizer_spec, proto.trainer_spec
-    unigram = trainer.model_type == trainer.UNIGRAM
-    if not unigram and trainer.model_type != trainer.BPE:
-        raise UserError("only SentencePiece models of the kinds unigram and bpe can be exported")
-    scores = [(piece.piece, piece.score) for piece in proto.pieces]
-    if unigram:
-        model = models.Unigram(scores, proto.trainer_spec.unk_id, trainer.byte_fallback)
-    else:
-        normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-        model = models.BPE(
-            tokenizer.ids,
-            _merges(normal),
-            unk_token=tokenizer.names[tokenizer.special_ids.unk],
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
-    fast = Fast(model)
-    steps = (
-        [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
-    )
-    if (
-        "nfkc" in rules.name
-    ):  # the library's Precompiled loses marks that stand apart from their letter
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
+    rules = proto.normalizer_spec
+    fast: Any = FastTokenizer(_sentencepiece_model(tokenizer, proto))
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if "nfkc" in rules.name:
+        # The library's Precompiled loses combining marks that are separate from their letter.
         steps = [normalizers.NFC(), *steps, normalizers.NFC()]
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    if not any(
-        SPACE in name[1:] for name in tokenizer.names
-    ):  # no piece goes over a space: words can be cached
+    if not any(SPACE in name[1:] for name in tokenizer.names):
+        # No entry crosses a space, so that words can be tokenized separately and cached.
         fast.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     fast.decoder = decoders.Metaspace(SPACE, "always" if rules.add_dummy_prefix else "never")
     return fast
 
 
+def _sentencepiece_model(tokenizer: Tokenizer, proto: Any) -> Any:
+    """The unigram or bpe model of a SentencePiece file, of the tokenizers library."""
+    from tokenizers import models
+
+    trainer = proto.trainer_spec
+    if trainer.model_type == trainer.UNIGRAM:
+        scores = [(piece.piece, piece.score) for piece in proto.pieces]
+        return models.Unigram(scores, trainer.unk_id, trainer.byte_fallback)
+    if trainer.model_type != trainer.BPE:
+        raise UserError("only SentencePiece models of the kinds unigram and bpe can be exported")
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    return models.BPE(
+        tokenizer.ids,
+        _merges(normal),
+        unk_token=tokenizer.names[tokenizer.special_ids.unk],
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
+
+
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs in the order in which bpe joins them: SentencePiece joins to the piece of the highest score first."""
+    """Pairs of entries in the order in which bpe merges them.
+
+    SentencePiece first merges the pair whose result has the highest score.
+    """
     cuts = (
-        (-score, piece[:i], piece[i:])
-        for piece, score in scores.items()
-        for i in range(1, len(piece))
+        (-score, entry[:i], entry[i:])
+        for entry, score in scores.items()
+        for i in range(1, len(entry))
     )
     return [(left, right) for _, left, right in sorted(cuts) if left in scores and right in scores]

@@ -1,12 +1,12 @@
-"""How does pretraining go on from others' weights? Hugging Face folders and TensorFlow checkpoints become a run folder.
+"""Import of Hugging Face folders and TensorFlow checkpoints as a run folder at step 0.
 
-Every tensor is accounted for: read (foreign -> ours), made (ours), left (foreign, with the reason).
+Every foreign tensor is either loaded or listed as unused with a reason; every parameter of ours
+that has no foreign tensor is initialized.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from electra_ds.cluster.run_folder import write_config
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.common.files import read_json, write_json
 from electra_ds.config.loading import load_run, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names
@@ -24,46 +24,73 @@ from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.model.build import build_objective
 from electra_ds.model.weights import load_true_state, true_state
 from electra_ds.training import checkpointer
-from electra_ds.training.state import TrainingState
 
-REASONS = (  # of foreign tensors that have no place here
+REASONS = (  # pattern of foreign tensors that have no counterpart -> the reason in the report
     (r"adam_[mv]$|(^|[/.])global_step$|^Adam|(beta[12])_power$", "optimizer state"),
     (r"position_ids$|token_type_ids$", "a buffer, not a weight"),
     (r"pooler", "pooler: ELECTRA has none"),
     (r"seq_relationship", "head of next-sentence prediction"),
     (r"^(classifier|qa_outputs|summary|sequence_summary)\b", "head of a task"),
 )
-WORDS = "electra.embeddings.word_embeddings.weight"
+WORD_TABLE = "electra.embeddings.word_embeddings.weight"
 ENCODERS = ("embeddings.", "discriminator.", "generator_embeddings.", "generator.")
+HEAD_WIDTH = 64  # hidden size of an attention head in the authors' TensorFlow models
 
 
 class Source(NamedTuple):
-    """Tensors of one folder under the names the table gives; `original` is what the folder itself calls them.
+    """Tensors of one foreign folder.
 
-    serves: our parameters that come from here; missing heads are made, missing parts of an encoder are an error.
+    tensors: by their name in a stock ELECTRA class, or by the name of the TensorFlow variable.
+    original_names: the key of `tensors` -> the name in the folder itself.
+    foreign_names: our parameter name -> the keys of `tensors` that it consists of.
+    prefixes: of our parameters that this folder supplies.
     """
 
     folder: Path
     tensors: dict[str, Tensor]
-    original: dict[str, str]
-    table: Callable[[str], tuple[str, ...]]
-    serves: tuple[str, ...]
+    original_names: dict[str, str]
+    foreign_names: Callable[[str], tuple[str, ...]]
+    prefixes: tuple[str, ...]
+
+    def label(self, name: str) -> str:
+        """A tensor in messages: folder and original name."""
+        return f"{self.folder.name}: {self.original_names[name]}"
+
+
+class Foreign(NamedTuple):
+    """A foreign model: its sources, the folder of its vocabulary, and config fields by section."""
+
+    vocabulary: Path
+    sources: list[Source]
+    sizes: dict[str, dict[str, Any]]
 
 
 class ImportReport(NamedTuple):
-    """read: [foreign, ours] pairs; made: ours; left: {foreign: reason}; warnings: for people."""
+    """What an import did with every tensor.
 
-    read: list[tuple[str, str]]
-    made: list[str]
-    left: dict[str, str]
+    loaded: (foreign names, our name). initialized: our names. unused: foreign name -> reason.
+    """
+
+    loaded: list[tuple[str, str]]
+    initialized: list[str]
+    unused: dict[str, str]
     warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of import.json. Its keys read, made and left belong to the disk format."""
+        return {
+            "read": self.loaded,
+            "made": self.initialized,
+            "left": self.unused,
+            "warnings": self.warnings,
+        }
 
 
 def import_weights(
     source: Path,
     out: Path,
     run: str = "small",
-    sets: list[str] = (),
+    sets: Sequence[str] = (),
     *,
     generator: Path | None = None,
     config: Path | None = None,
@@ -71,14 +98,20 @@ def import_weights(
 ) -> ImportReport:
     """Write `out` as a run folder at step 0, for `pretrain out/config.json --init-from out`.
 
-    source: a Hugging Face ELECTRA folder (discriminator or generator), a parent of `discriminator` and `generator`, a
-    BERT folder (a start for both encoders), or a TensorFlow checkpoint of the authors' code (heads = hidden / 64, or
-    by the JSON file `config`). run, sets: everything that the weights do not say, the sizes of a missing part included.
-    UserError for what our encoder cannot be, a vocabulary without our special tokens, a missing or misshapen tensor.
+    source: a Hugging Face ELECTRA folder (discriminator or generator), a folder that contains
+        `discriminator` and `generator`, a BERT folder (it initializes both encoders), or a
+        TensorFlow checkpoint of the authors' code (heads = hidden / 64, or by `config`).
+    run, sets: the run config for everything that the weights do not determine, such as the sizes of
+        a part that is missing.
+    generator: the generator's folder, when it is not beside the discriminator.
+    config: JSON file with hidden_size and num_attention_heads, for a TensorFlow checkpoint.
+    tokenizer: the vocabulary, when it is not in `source`.
+    Raises UserError for an architecture that our encoder does not have, a vocabulary without our
+    special tokens, and a tensor of an encoder that is missing or has another shape.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; choose a new folder")
-    base = load_run(run, sets)
+    base = load_run(run, list(sets))
     if isinstance(base.model, FactoryConfig):
         raise UserError(
             f"--run {run}: has a model.factory; weights are imported into the built-in model"
@@ -88,217 +121,200 @@ def import_weights(
         raise UserError(
             "--generator goes with a Hugging Face folder, --config with a TensorFlow checkpoint"
         )
-    beside, sources, sizes = (
-        _tensorflow(prefix, config) if prefix else _hugging_face(source, generator, base)
-    )
-    words = checked_tokenizer(tokenizer or beside, sizes["model"]["vocab_size"])
+    foreign = _tensorflow(prefix, config) if prefix else _hugging_face(source, generator, base)
+    vocabulary = tokenizer or foreign.vocabulary
+    words = checked_tokenizer(vocabulary, foreign.sizes["model"]["vocab_size"])
     values = base.model_dump(mode="json")
-    for section, found in sizes.items():
-        values[section] |= found
+    for section, sizes in foreign.sizes.items():
+        values[section] |= sizes
     values["data"]["special_ids"] = words.special_ids.model_dump()
     imported = parse_run(values, f"{source} with {run}")
     module = build_objective(imported, imported.train.seed)
-    state, account = _fill(sources, true_state(module))
+    state, report = _convert(foreign.sources, true_state(module))
     load_true_state(module, state, partial=True)
-    whole = true_state(module)
     out.mkdir(parents=True, exist_ok=True)
     words.save(out / "tokenizer")
     write_config(out, imported, "")
-    values = imported.model_dump(mode="json")
-    checkpointer.save(
-        WholeWeights(whole), out / "ckpt", "0", TrainingState(), values, {}, weights_only=True
-    )
-    write_bytes(out / "ckpt" / "latest", b"0\n")
-    write_json(out / "import.json", {"source": str(source), **account._asdict()})
-    return account
+    checkpointer.write_initial(out / "ckpt", true_state(module), imported.model_dump(mode="json"))
+    write_json(out / "import.json", {"source": str(source), **report.to_json()})
+    return report
 
 
-class WholeWeights:
-    """What checkpoint.save needs, without an engine: one process and its whole tensors."""
-
-    ranks = SimpleNamespace(rank=0, world_size=1)
-
-    def __init__(self, state: dict[str, Tensor]):
-        self.parameters = state
-
-    def full_tensor(self, name: str, kind: str) -> Tensor:
-        return self.parameters[name]
-
-    def shape(self, name: str) -> torch.Size:
-        return self.parameters[name].shape
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return [value]
-
-    def scaler_state(self) -> dict[str, float]:
-        return {}
-
-
-def _tensorflow(prefix: Path, config: Path | None) -> tuple[Path, list[Source], dict[str, dict]]:
-    tensors, width, given = read_tf(prefix), 64, config or prefix.parent / "config.json"
-    if given.is_file() or config:
-        stated = read_json(given, "the sizes of the model (hidden_size, num_attention_heads)")
+def _tensorflow(prefix: Path, config: Path | None) -> Foreign:
+    """A TensorFlow checkpoint of the authors' code. config: JSON with the size of the heads."""
+    tensors = read_tf(prefix)
+    head_width = HEAD_WIDTH
+    path = config or prefix.parent / "config.json"
+    if path.is_file() or config:
+        stated = read_json(path, "the sizes of the model (hidden_size, num_attention_heads)")
         if not {"hidden_size", "num_attention_heads"} <= stated.keys():
             raise UserError(
-                f"{given}: expected hidden_size and num_attention_heads, found {', '.join(stated)}"
+                f"{path}: expected hidden_size and num_attention_heads, found {', '.join(stated)}"
             )
-        width = stated["hidden_size"] // stated["num_attention_heads"]
-    model, generator = sizes_of(tensors, width)
-    parts = ENCODERS if generator else ENCODERS[:2]
-    serves = (*parts, "discriminator_head.", "generator_head.")
-    source = Source(prefix, tensors, {name: name for name in tensors}, tf_names, serves)
-    return (
-        prefix.parent,
-        [source],
-        {"model": model} | ({"generator": generator} if generator else {}),
-    )
+        head_width = stated["hidden_size"] // stated["num_attention_heads"]
+    model, generator = sizes_of(tensors, head_width)
+    encoders = ENCODERS if generator else ENCODERS[:2]
+    prefixes = (*encoders, "discriminator_head.", "generator_head.")
+    source = Source(prefix, tensors, {name: name for name in tensors}, tf_names, prefixes)
+    sizes = {"model": model}
+    if generator:
+        sizes["generator"] = generator
+    return Foreign(prefix.parent, [source], sizes)
 
 
-def _hugging_face(
-    path: Path, generator: Path | None, base: RunConfig
-) -> tuple[Path, list[Source], dict[str, dict]]:
-    main: Path | None = next((p for p in (path / "discriminator", path) if is_hf_folder(p)), None)
-    generator = generator or (path / "generator" if is_hf_folder(path / "generator") else None)
+def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> Foreign:
+    """A Hugging Face folder: discriminator, generator, both, or BERT."""
+    main = next((p for p in (path / "discriminator", path) if is_hf_folder(p)), None)
+    if generator is None and is_hf_folder(path / "generator"):
+        generator = path / "generator"
     if main is None:
         raise UserError(
-            f"{path}: no weights here; expected a Hugging Face folder (config.json with model.safetensors "
-            "or pytorch_model.bin), discriminator/ and generator/, or a TensorFlow checkpoint"
+            f"{path}: no weights here; expected a Hugging Face folder (config.json with "
+            "model.safetensors or pytorch_model.bin), discriminator/ and generator/, or a "
+            "TensorFlow checkpoint"
         )
     config = read_config(main, ("electra", "bert"))
     if config["model_type"] == "bert":
         if generator:
             raise UserError(
-                f"{generator}: BERT ({main}) starts both encoders; import it without a generator's folder"
+                f"{generator}: BERT ({main}) starts both encoders; import it without a generator"
             )
         return _bert(main, config, base)
     tensors = read_tensors(main)
-    if (
-        generator is None
-        and "generator_predictions.dense.weight" in tensors
-        and base.objective.has_generator
-    ):
-        main, generator = None, main
-    sources = []
-    if main:
-        serves = ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."]
-        sources.append(_source(main, tensors, serves))
+    has_mlm_head = "generator_predictions.dense.weight" in tensors
+    if generator is None and has_mlm_head and base.objective.has_generator:
+        return _generator_alone(main, tensors, config)
+    prefixes = ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."]
+    sources = [_source(main, tensors, prefixes)]
+    model, generator_sizes = from_hf_config(config, read_config(generator) if generator else None)
+    sizes = {"model": model.model_dump(include={*TABLES, *SIZES, "sharing"})}
     if generator:
-        serves = [
-            "generator_embeddings.",
-            "generator.",
-            "generator_head.",
-            *([] if main else ["embeddings."]),
-        ]
-        sources.append(_source(generator, read_tensors(generator), serves))
-    found, made = from_hf_config(config, read_config(generator) if generator else None)
-    sizes = {"model": found.model_dump(include={*TABLES, *((*SIZES, "sharing") if main else ())})}
-    sizes |= {"generator": made.model_dump()} if generator else {}
-    if main and generator:
-        mine, theirs = (source.tensors for source in sources)
-        if WORDS not in mine or WORDS not in theirs:
-            raise UserError(f"{main} or {generator}: no {WORDS}; is that an ELECTRA model?")
-        unlike = {
-            n
-            for n in mine
-            if n.startswith("electra.") and not (n in theirs and torch.equal(mine[n], theirs[n]))
-        }
-        if not unlike:
-            sizes["model"]["sharing"] = "all"
-        elif WORDS in unlike and made.hidden_size == found.embedding_size:
-            sizes["model"]["sharing"] = "untied"
-    return main or generator, sources, sizes
+        prefixes = ["generator_embeddings.", "generator.", "generator_head."]
+        sources.append(_source(generator, read_tensors(generator), prefixes))
+        sizes["generator"] = generator_sizes.model_dump()
+        can_be_untied = generator_sizes.hidden_size == model.embedding_size
+        if sharing := _sharing(sources[0], sources[1], can_be_untied):
+            sizes["model"]["sharing"] = sharing
+    return Foreign(main, sources, sizes)
 
 
-def _bert(path: Path, config: dict, base: RunConfig) -> tuple[Path, list[Source], dict[str, dict]]:
-    found, same = from_hf_config(config | {"embedding_size": config.get("hidden_size")})
-    made, serves = base.generator, ["embeddings.", "discriminator.", "mlm_head."]
-    fits = made.hidden_size == same.hidden_size  # the head is as wide as the generator
-    if fits and (made.num_heads, made.ffn_size) == (same.num_heads, same.ffn_size):
-        serves += [
-            f"generator.layers.{i}." for i in range(min(made.num_layers, same.num_layers))
-        ]  # cut to its layers
-        serves.append("generator_head.")
-    sizes = {"model": found.model_dump(include={*SIZES, *TABLES})}
-    return path, [_source(path, read_tensors(path), serves)], sizes
+def _generator_alone(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Foreign:
+    """A generator's folder without a discriminator: it supplies the shared embeddings as well."""
+    prefixes = ["generator_embeddings.", "generator.", "generator_head.", "embeddings."]
+    model, generator = from_hf_config(config, config)
+    sizes = {"model": model.model_dump(include={*TABLES}), "generator": generator.model_dump()}
+    return Foreign(path, [_source(path, tensors, prefixes)], sizes)
 
 
-def _source(folder: Path, tensors: dict[str, Tensor], serves: list[str]) -> Source:
+def _sharing(discriminator: Source, generator: Source, can_be_untied: bool) -> str | None:
+    """model.sharing as the tensors of both parts show it; None: as the sizes show it."""
+    main, other = discriminator.tensors, generator.tensors
+    if WORD_TABLE not in main or WORD_TABLE not in other:
+        raise UserError(
+            f"{discriminator.folder} or {generator.folder}: no {WORD_TABLE}; is that an ELECTRA "
+            "model?"
+        )
+    differing = {
+        name
+        for name, tensor in main.items()
+        if name.startswith("electra.") and not (name in other and torch.equal(tensor, other[name]))
+    }
+    if not differing:
+        return "all"
+    return "untied" if WORD_TABLE in differing and can_be_untied else None
+
+
+def _bert(path: Path, config: dict[str, Any], base: RunConfig) -> Foreign:
+    """A BERT folder: it initializes the discriminator and a generator of the same sizes."""
+    model, bert_sizes = from_hf_config(config | {"embedding_size": config.get("hidden_size")})
+    generator = base.generator
+    prefixes = ["embeddings.", "discriminator.", "mlm_head."]
+    compared = ("hidden_size", "num_heads", "ffn_size")
+    if all(getattr(generator, field) == getattr(bert_sizes, field) for field in compared):
+        layers = min(generator.num_layers, bert_sizes.num_layers)
+        prefixes += [f"generator.layers.{i}." for i in range(layers)]
+        prefixes.append("generator_head.")
+    sizes = {"model": model.model_dump(include={*SIZES, *TABLES})}
+    return Foreign(path, [_source(path, read_tensors(path), prefixes)], sizes)
+
+
+def _source(folder: Path, tensors: dict[str, Tensor], prefixes: Iterable[str]) -> Source:
     original = {new: name for name, new in electra_names(tensors).items()}
-    return Source(
-        folder,
-        {new: tensors[name] for new, name in original.items()},
-        original,
-        hf_names,
-        tuple(serves),
-    )
+    renamed = {new: tensors[name] for new, name in original.items()}
+    return Source(folder, renamed, original, hf_names, tuple(prefixes))
 
 
-def _fill(sources: list[Source], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], ImportReport]:
-    state, account = {}, ImportReport([], [], {}, [])
+def _convert(
+    sources: list[Source], parameters: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], ImportReport]:
+    """(our tensors that the sources supply, the report on all). parameters: all of our model."""
+    state: dict[str, Tensor] = {}
+    report = ImportReport([], [], {}, [])
     used: dict[Path, set[str]] = {source.folder: set() for source in sources}
-    for name in own:
-        source = next((source for source in sources if name.startswith(source.serves)), None)
-        foreign = source.table(name) if source else ()
-        missing = [f for f in foreign if f not in source.tensors]
+    for name in parameters:
+        source = next((source for source in sources if name.startswith(source.prefixes)), None)
+        if source is None:
+            report.initialized.append(name)
+            continue
+        foreign = source.foreign_names(name)
+        missing = [key for key in foreign if key not in source.tensors]
         if missing and name.startswith(ENCODERS):
             raise UserError(
                 f"{source.folder}: no tensor {missing[0]} for {name}; is the file complete?"
             )
-        if missing or not foreign:
-            account.made.append(name)
+        if missing:  # a head that this folder does not have
+            report.initialized.append(name)
             continue
         used[source.folder].update(foreign)
-        state[name] = torch.cat([source.tensors[f].float() for f in foreign])
-        account.read.append(
-            (f"{source.folder.name}: {', '.join(source.original[f] for f in foreign)}", name)
-        )
+        state[name] = torch.cat([source.tensors[key].float() for key in foreign])
+        originals = ", ".join(source.original_names[key] for key in foreign)
+        report.loaded.append((f"{source.folder.name}: {originals}", name))
     for source in sources:
         for name in sorted(source.tensors.keys() - used[source.folder]):
-            label, reason = (
-                f"{source.folder.name}: {source.original[name]}",
-                _reason(source, name, sources[0]),
-            )
-            is_second = source is not sources[0] and name in sources[0].tensors
-            why_not = (
-                f"differs from that of {sources[0].folder.name}, which is taken"
-                if is_second
-                else "fits nowhere"
-            )
-            account.left[label] = reason or why_not
-            if reason is None:
-                account.warnings.append(
-                    f"{label} {tuple(source.tensors[name].shape)} is left out: {why_not}"
-                )
-    if account.made:
-        parts = sorted({name.split(".")[0] for name in account.made})
-        is_part = any(
-            "discriminator_head." in source.serves for source in sources
-        )  # of ELECTRA; BERT has no parts
-        lacks_other = "discriminator" in parts or ("generator" in parts and is_part)
-        account.warnings.append(
-            f"{', '.join(parts)}: not in {', '.join(str(s.folder) for s in sources)}; {len(account.made)} tensors "
-            f"are drawn anew{', what is shared comes from the other part' if lacks_other else ''}"
-        )
-    return state, account
+            _report_unused(report, source, name, sources[0])
+    if report.initialized:
+        report.warnings.append(_initialized_warning(report.initialized, sources))
+    return state, report
+
+
+def _report_unused(report: ImportReport, source: Source, name: str, first: Source) -> None:
+    """Add a foreign tensor without a counterpart to the report; warn when no reason is known."""
+    label = source.label(name)
+    reason = _reason(source, name, first)
+    if reason is None:
+        reason = "no parameter of ours corresponds to it"
+        if source is not first and name in first.tensors:
+            reason = f"differs from that of {first.folder.name}, which is loaded"
+        shape = tuple(source.tensors[name].shape)
+        report.warnings.append(f"{label} {shape} is not used: {reason}")
+    report.unused[label] = reason
+
+
+def _initialized_warning(initialized: list[str], sources: list[Source]) -> str:
+    parts = sorted({name.split(".")[0] for name in initialized})
+    folders = ", ".join(str(source.folder) for source in sources)
+    is_electra = any("discriminator_head." in source.prefixes for source in sources)
+    lacks_part = "discriminator" in parts or ("generator" in parts and is_electra)
+    shared = "; shared parameters come from the other part" if lacks_part else ""
+    return (
+        f"{', '.join(parts)}: not in {folders}; {len(initialized)} tensors are initialized{shared}"
+    )
 
 
 def _reason(source: Source, name: str, first: Source) -> str | None:
-    value, tensors = source.tensors[name], source.tensors
-    if (
-        name == "generator_lm_head.weight"
-        and WORDS in tensors
-        and torch.equal(value, tensors[WORDS])
-    ):
+    """The reason why a tensor is not used, or None for an unknown one. first: the first source."""
+    tensors, value = source.tensors, source.tensors[name]
+    if name == "generator_lm_head.weight" and _equals(value, tensors.get(WORD_TABLE)):
         return "tied to the word table"
-    if name == "cls.predictions.decoder.bias" and torch.equal(
-        value, tensors["generator_lm_head.bias"]
-    ):
-        return "the output bias once more"
-    if source is not first and name in first.tensors and torch.equal(value, first.tensors[name]):
+    if name == "cls.predictions.decoder.bias" and _equals(value, tensors["generator_lm_head.bias"]):
+        return "a copy of the output bias"
+    if source is not first and _equals(value, first.tensors.get(name)):
         return f"shared: equal to that of {first.folder.name}"
-    if (
-        name.startswith(("generator_lm_head.", "generator_predictions."))
-        and "generator_head." not in source.serves
-    ):
-        return "head of language modelling: no part here has one of its sizes"
+    is_mlm_head = name.startswith(("generator_lm_head.", "generator_predictions."))
+    if is_mlm_head and "generator_head." not in source.prefixes:
+        return "head of language modelling: no part of this run has one of its sizes"
     return next((reason for pattern, reason in REASONS if re.search(pattern, name)), None)
+
+
+def _equals(value: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(value, other)

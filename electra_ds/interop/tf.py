@@ -1,9 +1,10 @@
-"""TensorFlow variable names of the authors' code -> ours."""
+"""Reading of TensorFlow checkpoints of the ELECTRA authors' code, and their variable names."""
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.interop.hf import hf_names
 
-# A name of Hugging Face is the authors' with dots for slashes, but for these.
-OTHERWISE = {
+# A variable is named as Hugging Face's parameter, with "/" for "." and these differences.
+DIFFERENCES = {
     r"^generator_lm_head\.bias$": "generator_predictions.output_bias",
     r"\.dense_prediction\.": ".dense_1.",
     r"\.layer\.(\d+)": r".layer_\1",
@@ -25,94 +26,97 @@ OTHERWISE = {
 
 
 def tf_names(name: str) -> tuple[str, ...]:
-    """The variables behind one of our parameters: one, or three for a fused qkv."""
-    found = hf_names(name)
+    """The variables that hold one of our parameters: one, or three for a fused qkv."""
+    names = list(hf_names(name))
     if name.startswith(("generator.", "generator_embeddings.")):
-        found = [foreign.replace("electra.", "generator.", 1) for foreign in found]
-    for pattern, theirs in OTHERWISE.items():
-        found = [re.sub(pattern, theirs, foreign) for foreign in found]
-    return tuple(foreign.replace(".", "/") for foreign in found)
+        names = [foreign.replace("electra.", "generator.", 1) for foreign in names]
+    for pattern, replacement in DIFFERENCES.items():
+        names = [re.sub(pattern, replacement, foreign) for foreign in names]
+    return tuple(foreign.replace(".", "/") for foreign in names)
 
 
 def as_tensors(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Variables as tensors under their own names; kernels transposed, so that matrices are [out, in]."""
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in variables.items()}
-    return {
-        name: t.T.contiguous() if name.endswith("/kernel") else t for name, t in tensors.items()
-    }
+    """Variables as tensors under the same names; kernels are transposed to [out, in]."""
+    tensors = {}
+    for name, value in variables.items():
+        tensor = torch.from_numpy(np.array(value))
+        tensors[name] = tensor.T.contiguous() if name.endswith("/kernel") else tensor
+    return tensors
 
 
 def find_tf(path: Path) -> Path | None:
-    """The prefix of a TensorFlow checkpoint: path itself, what the folder's `checkpoint` names, or its only one."""
+    """The prefix of a TensorFlow checkpoint, or None.
+
+    `path` is the prefix itself or a folder. In a folder, the file `checkpoint` names the prefix, or
+    there is only one. UserError when there are several.
+    """
     if Path(f"{path}.index").is_file():
         return path
     prefixes = {file.with_suffix("") for file in path.glob("*.index")}
     if (path / "checkpoint").is_file() and prefixes:
-        named = re.search(r'model_checkpoint_path: "(.*)"', (path / "checkpoint").read_text())
-        prefixes = {
-            prefix for prefix in prefixes if named and prefix.name == Path(named[1]).name
-        } or prefixes
+        line = re.search(r'model_checkpoint_path: "(.*)"', (path / "checkpoint").read_text())
+        named = {prefix for prefix in prefixes if line and prefix.name == Path(line[1]).name}
+        prefixes = named or prefixes
     if len(prefixes) > 1:
-        raise UserError(
-            f"{path}: several checkpoints; give one of {', '.join(sorted(map(str, prefixes)))}"
-        )
+        listed = ", ".join(sorted(map(str, prefixes)))
+        raise UserError(f"{path}: several checkpoints; give one of {listed}")
     return prefixes.pop() if prefixes else None
 
 
 def read_tf(prefix: Path) -> dict[str, Tensor]:
-    """`as_tensors` of every variable of a TensorFlow checkpoint."""
+    """`as_tensors` of every variable of a TensorFlow checkpoint. Needs the extra [tf]."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         from tensorflow.train import load_checkpoint
     except ImportError:
         raise UserError(
-            f"{prefix}: a TensorFlow checkpoint, and tensorflow is not installed: pip install 'electra_ds[tf]'"
+            f"{prefix}: a TensorFlow checkpoint, and tensorflow is not installed: "
+            "pip install 'electra_ds[tf]'"
         ) from None
     reader = load_checkpoint(str(prefix))
-    return as_tensors(
-        {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
-    )
+    names = sorted(reader.get_variable_to_shape_map())
+    return as_tensors({name: reader.get_tensor(name) for name in names})
 
 
-def sizes_of(variables: Mapping[str, Tensor], head_width: int = 64) -> tuple[dict, dict | None]:
-    """(fields of ModelConfig, fields of GeneratorConfig or None) from the shapes; heads = hidden / head_width."""
-    has_untied = "generator/embeddings/word_embeddings" in variables
+def sizes_of(
+    variables: Mapping[str, Tensor], head_width: int = 64
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(fields of ModelConfig, fields of GeneratorConfig or None), read from the tensors' shapes.
 
-    def encoder(scope: str) -> dict | None:
-        layers = {
-            int(m[1])
-            for name in variables
-            if (m := re.match(rf"{scope}/encoder/layer_(\d+)/", name))
-        }
-        if not layers:
-            return None
-        ffn, hidden = variables[f"{scope}/encoder/layer_0/intermediate/dense/kernel"].shape
-        return {
-            "hidden_size": hidden,
-            "num_layers": len(layers),
-            "ffn_size": ffn,
-            "num_heads": max(1, hidden // head_width),
-        }
-
-    model, generator = encoder("electra"), encoder("generator")
+    head_width: hidden size of one attention head, which no shape contains.
+    """
+    model = _encoder_sizes(variables, "electra", head_width)
+    generator = _encoder_sizes(variables, "generator", head_width)
     if model is None:
         raise UserError(
             "TensorFlow checkpoint: no variable electra/encoder/layer_0/...; is it one of ELECTRA?"
         )
-    is_one = (
-        generator is None and "generator_predictions/output_bias" in variables
-    )  # all weights tied
-    tables = {
-        key: variables[f"electra/embeddings/{table}_embeddings"].shape
-        for key, table in (
-            ("vocab_size", "word"),
-            ("max_positions", "position"),
-            ("type_vocab_size", "token_type"),
-        )
+    sharing = "shared"
+    if "generator/embeddings/word_embeddings" in variables:
+        sharing = "untied"
+    elif generator is None and "generator_predictions/output_bias" in variables:
+        sharing = "all"  # one encoder serves both parts
+        generator = dict(model)
+    tables = {"vocab_size": "word", "max_positions": "position", "type_vocab_size": "token_type"}
+    for field, table in tables.items():
+        rows, width = variables[f"electra/embeddings/{table}_embeddings"].shape
+        model[field] = rows
+        model["embedding_size"] = width
+    return model | {"sharing": sharing}, generator
+
+
+def _encoder_sizes(
+    variables: Mapping[str, Tensor], scope: str, head_width: int
+) -> dict[str, Any] | None:
+    """Sizes of the encoder in a variable scope, or None when it has no layers."""
+    pattern = re.compile(rf"{scope}/encoder/layer_(\d+)/")
+    layers = {match[1] for match in map(pattern.match, variables) if match}
+    if not layers:
+        return None
+    ffn, hidden = variables[f"{scope}/encoder/layer_0/intermediate/dense/kernel"].shape
+    return {
+        "hidden_size": hidden,
+        "num_layers": len(layers),
+        "ffn_size": ffn,
+        "num_heads": max(1, hidden // head_width),
     }
-    model |= {
-        "embedding_size": tables["vocab_size"][1],
-        **{key: shape[0] for key, shape in tables.items()},
-        "sharing": "untied" if has_untied else "all" if is_one else "shared",
-    }
-    return model, encoder("electra") if is_one else generator

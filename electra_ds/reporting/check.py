@@ -1,13 +1,20 @@
-"""Would this run start, and what would it need? Derived numbers, parameters and memory, before a GPU is spent."""
+"""Check of a run before it starts: derived numbers, parameters, values; refusal of what would fail.
 
-from typing import NamedTuple
+The memory table is in `memory`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data
-from electra_ds.data.masking import max_masked
-from electra_ds.model.build import VOCAB_SIZE, parameter_count
+from electra_ds.data.masking import max_masked_positions
+from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
 
 
 class Line(NamedTuple):
@@ -20,101 +27,118 @@ class Line(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check` found: the config's values, derived ones, and the config with what the data decides."""
+    """What `check` returns.
 
-    fields: list[Line]
+    derived: numbers that follow from the config, the ranks and the data.
+    changed: the values that differ from the baseline.
+    fields: every value of the config.
+    config: with what the data decides filled in.
+    """
+
     derived: list[Line]
-    config: RunConfig  # `cost.memory` says what it needs
+    changed: list[Line]
+    fields: list[Line]
+    config: RunConfig
 
 
-def check(config: RunConfig, world_size: int, data: Data | None = None) -> Report:
-    """Refuse (UserError) what would fail later, else report. With data also epochs and the vocabulary's size."""
+def check(
+    config: RunConfig,
+    world_size: int,
+    data: Data | None = None,
+    baseline: RunConfig | None = None,
+) -> Report:
+    """Report on a run of `world_size` ranks. UserError for what would fail later.
+
+    data: for epochs, the vocabulary and the shares of a mixture.
+    baseline: the preset with which values are compared; None: the defaults of the schema.
+    """
     load_engine(config.engine)
-    rows, portions = None, {}
     if data is not None:
-        info, rows, portions = (
-            data.manifest.tokenizer,
-            data.manifest.splits["train"].rows,
-            data.portions,
-        )
-        config = config.with_data(info.vocab_size, info.special_ids, data.manifest.sequence_length)
-    parameters = parameter_count(config)
-    return Report(
-        list(_fields(config)),
-        list(
-            _derived(
-                config,
-                world_size,
-                rows,
-                portions,
-                config.model.vocab_size or VOCAB_SIZE,
-                parameters,
-            )
-        ),
-        config,
-    )
+        tokenizer = data.manifest.tokenizer
+        length = data.manifest.sequence_length
+        config = config.with_data(tokenizer.vocab_size, tokenizer.special_ids, length)
+    derived = [
+        *_step_lines(config, world_size),
+        *_length_lines(config, data),
+        *_parameter_lines(config, parameter_count(config)),
+    ]
+    fields = list(_fields(config))
+    known = {line.key: line.value for line in _fields(baseline)} if baseline else _defaults(config)
+    changed = [line for line in fields if known.get(line.key) != line.value]
+    return Report(derived, changed, fields, config)
 
 
-def _fields(section, prefix: str = ""):
+def _fields(section: BaseModel, prefix: str = "") -> Iterator[Line]:
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from _fields(value, f"{prefix}{name}.")
-        elif info.description:
-            yield Line(
-                f"{prefix}{name}", str(value), info.json_schema_extra["scope"], info.description
-            )
+        elif info.description and isinstance(info.json_schema_extra, dict):
+            scope = str(info.json_schema_extra["scope"])
+            yield Line(f"{prefix}{name}", str(value), scope, _meaning(info))
 
 
-def _derived(
-    config: RunConfig, world_size: int, rows: int | None, portions, vocab_size: int, parameters
-):
+def _meaning(info: FieldInfo) -> str:
+    """The description of a field, with the choices of a Literal."""
+    if get_origin(info.annotation) is Literal:
+        return f"{info.description} ({', '.join(map(str, get_args(info.annotation)))})"
+    return str(info.description)
+
+
+def _defaults(section: BaseModel, prefix: str = "") -> dict[str, str]:
+    """Key -> default value, as text; fields without a default are not in it."""
+    defaults: dict[str, str] = {}
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            defaults |= _defaults(value, f"{prefix}{name}.")
+        elif not info.is_required():
+            defaults[f"{prefix}{name}"] = str(info.get_default(call_default_factory=True))
+    return defaults
+
+
+def _derived(key: str, value: Any, meaning: str) -> Line:
+    return Line(key, value if isinstance(value, str) else f"{value:,}", "derived", meaning)
+
+
+def _step_lines(config: RunConfig, world_size: int) -> Iterator[Line]:
     train, length = config.train, config.data.sequence_length
-    accumulation = config.accumulation(world_size)
-    slots = max_masked(config.objective.mask_prob, length)
-    yield Line("accumulation", str(accumulation), "derived", "micro-batches per step and rank")
-    yield Line("chosen", str(slots), "derived", "places of a full row that the generator predicts")
-    yield Line(
-        "tokens_per_step", f"{train.global_batch_size * length:,}", "derived", "padding included"
+    slots = max_masked_positions(config.objective.mask_prob, length)
+    yield _derived(
+        "accumulation", config.accumulation(world_size), "micro-batches per step and rank"
     )
-    if train.total_steps or rows:
-        steps = config.total_steps(rows)
-        yield Line(
-            "warmup",
-            f"{config.optimizer.warmup_steps / steps:.1%}",
-            "derived",
-            "of the steps; 100% never ends",
+    yield _derived("chosen", slots, "masked positions of a full row")
+    yield _derived("tokens_per_step", train.global_batch_size * length, "padding included")
+
+
+def _length_lines(config: RunConfig, data: Data | None) -> Iterator[Line]:
+    train, length = config.train, config.data.sequence_length
+    rows = data.manifest.splits["train"].rows if data is not None else None
+    if not train.total_steps and not rows:
+        return
+    steps = config.total_steps(rows)
+    seen_rows = steps * train.global_batch_size
+    warmup = f"{config.optimizer.warmup_steps / steps:.1%}"
+    yield _derived("warmup", warmup, "of the steps; at 100% the rate never decays")
+    yield _derived("total_steps", steps, "optimizer steps")
+    yield _derived("tokens", seen_rows * length, "of the whole run, padding included")
+    if rows:
+        yield _derived("epochs", f"{seen_rows / rows:.3f}", f"over {rows:,} rows")
+    for name, source in (data.shares if data is not None else {}).items():
+        yield _derived(
+            f"source {name}",
+            f"{source.epochs(seen_rows):.2f} epochs",
+            f"{source.share:.2%} (weight {source.weight:.6f}); has {source.rows:,} rows, "
+            f"{source.tokens:,} tokens",
         )
-        yield Line("total_steps", f"{steps:,}", "derived", "optimizer steps")
-        yield Line(
-            "tokens",
-            f"{steps * train.global_batch_size * length:,}",
-            "derived",
-            "seen in the whole run",
-        )
-        if rows:
-            yield Line(
-                "epochs",
-                f"{steps * train.global_batch_size / rows:.3f}",
-                "derived",
-                f"over {rows:,} rows",
-            )
-        for name, part in portions.items():
-            epochs = f"{part.epochs(steps * train.global_batch_size):.2f} epochs"
-            has = f"{part.rows:,} rows, {part.tokens:,} tokens"
-            yield Line(
-                f"source {name}",
-                epochs,
-                "derived",
-                f"{part.share:.2%} (weight {part.weight:.6f}); has {has}",
-            )
-    yield Line(
-        "vocab_size", f"{vocab_size:,}", "derived", "the data's; 30,522 is assumed without --data"
+
+
+def _parameter_lines(config: RunConfig, parameters: ParameterCount) -> Iterator[Line]:
+    vocab_size = config.model.vocab_size or VOCAB_SIZE
+    yield _derived(
+        "vocab_size", vocab_size, "entries of the data's vocabulary; 30,522 without --data"
     )
-    yield Line(
-        "discriminator",
-        f"{parameters.discriminator:,}",
-        "derived",
-        "parameters of the main encoder and head",
+    yield _derived(
+        "discriminator", parameters.discriminator, "parameters of the main encoder and head"
     )
-    yield Line("trained", f"{parameters.joint:,}", "derived", "parameters in all")
+    yield _derived("trained", parameters.joint, "parameters in all")

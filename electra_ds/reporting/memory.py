@@ -11,43 +11,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import meta_model
 from electra_ds.training.optimizer import parameter_groups
 
 PRECISIONS = ("fp32", "bf16 autocast", "half (bf16, fp16)")
-
-
-def step_flops(config: RunConfig) -> float:
-    """Floating-point operations of one training step: those of the matrix products, 2 a multiply-add, as torch counts
-    them while the objective runs on tensors that have shapes alone. Rows count as full; look-ups, norms, recomputing
-    (activation checkpointing) and the optimizer are left out."""
-    with FlopCounterMode(display=False) as counter:
-        _run(config, PRECISIONS[2], "cpu", MemoryTracker(bool_is=True))
-    return (
-        counter.get_total_flops() * config.train.global_batch_size / config.train.micro_batch_size
-    )
-
-
-def step_traffic(
-    parameters: int, stage: int, world_size: int, accumulation: int, width: int
-) -> float:
-    """Bytes that one rank sends for the weights in an optimizer step, as DeepSpeed 0.19 runs each ZeRO stage.
-
-    width: bytes of a number on the wire (4: fp32 and torch_autocast, 2: bf16 and fp16).
-    A ring sends parameters x (n - 1)/n for a reduce-scatter or an all-gather; an all-reduce is both. Stage 0 reduces
-    once a step, stage 1 gathers the new weights as well, stage 2 reduces every micro-batch, stage 3 gathers and
-    reduce-scatters every micro-batch (below 1e9 parameters it keeps the forward's weights for the backward).
-    Stages 1 and 2 all-reduce where a reduce-scatter would do; "use_multi_rank_bucket_allreduce": false sends that third
-    less in a call per owner of a bucket. On top come padding, norms and votes: some hundred bytes.
-    """
-    shares = {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: 2 * accumulation}
-    return shares[stage] * parameters * width * (world_size - 1) / world_size
 
 
 class Memory(NamedTuple):
@@ -189,7 +161,9 @@ def _run(config: RunConfig, precision: str, device: str, live: "MemoryTracker") 
     with FakeTensorMode(allow_non_fake_inputs=True), live, torch.device(device):
         module.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        places = torch.zeros(rows, max_masked(config.objective.mask_prob, length), dtype=torch.long)
+        places = torch.zeros(
+            rows, max_masked_positions(config.objective.mask_prob, length), dtype=torch.long
+        )
         batch = Batch(ids, ids, ids, ids, places, places.float(), places.bool(), places.float())
         at_rest = live.now
         for parameter in module.parameters():

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.files import fsync_folder, sha256_file, write_bytes, write_json
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, VERSION, Weights, latest
@@ -199,14 +200,25 @@ class Checkpointer:
         return str(latest(self._folder) or "none yet")
 
 
-def write_initial(
-    engine: Weights, folder: Path, config: dict[str, Any], padded: dict[str, int]
-) -> Path:
-    """Write the engine's weights as the checkpoint of step 0 and point `latest` at it.
+def write_initial(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """Write folder/0, a checkpoint of weights alone, and point `latest` at it; returns folder/0.
 
-    For folders from which a run starts with --init-from: there are no moments.
+    For a single process without an engine, and for runs that start with --init-from.
+    folder: OUT/ckpt. state: parameter name -> full tensor without padded rows, stored as fp32.
+    config: the resolved config as JSON values. Raises OSError when a file cannot be written.
     """
-    target = save(engine, folder, "0", TrainingState(), config, padded, weights_only=True)
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    target = folder / "0"
+    temporary = folder / f".0.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir(parents=True)
+    meta = {"format": FORMAT, "version": VERSION, **asdict(TrainingState())}
+    meta |= {"scaler": {}, "world_size": 1, "config": config}
+    meta["files"] = _write({"model": weights}, temporary, Ranks(0, 1, 0, 1, "none"))
+    write_json(temporary / "meta.json", meta)
+    _replace_folder(temporary, target)
     _point_latest_at(target)
     return target
 

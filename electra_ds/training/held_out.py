@@ -13,7 +13,7 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.data.batch import Batch, fixed_corruption
 from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import evaluation_batches
-from electra_ds.data.masking import Recipe
+from electra_ds.data.masking import MaskingRecipe
 from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.losses import BINS, COUNTS_SIZE, Counts, histogram
 from electra_ds.training.metrics import auc, metrics_of_kind, rates, share
@@ -74,7 +74,7 @@ def _log_unigrams(unigrams: np.ndarray) -> Tensor:
 def evaluate_sources(
     module: Any,
     held_out: dict[str, HeldOut],
-    recipe: Recipe,
+    recipe: MaskingRecipe,
     device: torch.device,
     *,
     batch_rows: int,

@@ -14,7 +14,7 @@ from electra_ds.common.folder_lock import Lock
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import StepBatch
-from electra_ds.data.masking import Recipe
+from electra_ds.data.masking import MaskingRecipe
 from electra_ds.model.losses import Counts, Losses, Totals
 from electra_ds.training.checkpointer import Checkpointer
 from electra_ds.training.engine import Engine, StepResult
@@ -60,7 +60,7 @@ class Pretrainer(Trainer):
         engine: Engine,
         batches: Iterator[StepBatch],
         held_out: dict[str, HeldOut],
-        recipe: Recipe,
+        recipe: MaskingRecipe,
         schedule: Schedule,
         checkpointer: Checkpointer,
         logger: Logger,

@@ -50,9 +50,16 @@ def electra_ds(monkeypatch, capsys):
         del os.environ[name]
 
 
-def test_the_verbs_are_there():
-    expected = "check detect evaluate inspect plot prepare pretrain train-tokenizer verify"
-    assert set(expected.split()) <= set(VERBS)
+def test_help_lists_the_verbs_in_the_order_of_their_use(electra_ds):
+    _, out, _ = electra_ds("--help")
+    listed = [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line]
+    assert [verb for verb in listed if verb in VERBS] == [
+        *("train-tokenizer", "prepare", "convert", "stage", "verify", "stats", "inspect"),
+        *("check", "pretrain", "status", "plot"),
+        *("evaluate", "detect"),
+        *("finetune", "predict", "submit"),
+        *("export", "import"),
+    ]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -210,13 +217,20 @@ def test_check_shows_values_meanings_and_derived_numbers(electra_ds, monkeypatch
     lines = [
         " ".join(line.replace("│", " ").replace("|", " ").split()) for line in out.splitlines()
     ]
+    assert "accumulation 4 micro-batches" in "\n".join(lines)  # 128 rows / (8 ranks x 4)
+    assert any(line.startswith("discriminator 13,549,057") for line in lines)
+    assert any(line.startswith("GiB per rank") for line in lines)
+    assert any(line.startswith("train.micro_batch_size 4 machine") for line in lines)  # changed
+    assert not any(line.startswith("optimizer.peak_lr") for line in lines)  # as in the preset
+
+
+def test_check_all_shows_every_value(electra_ds, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = electra_ds("check", "small", "--all")
+    lines = [" ".join(line.replace("│", " ").split()) for line in out.splitlines()]
+    assert code == 0
     assert any(line.startswith("optimizer.peak_lr 0.0005 science learning rate") for line in lines)
-    assert any(line.startswith("train.micro_batch_size 4 machine") for line in lines)
-    assert any(
-        line.startswith("accumulation 4 derived") for line in lines
-    )  # 128 rows / (8 ranks x 4)
-    assert any(line.startswith("discriminator 13,549,057 derived") for line in lines)
-    assert any(line.startswith("GiB a rank") for line in lines)
+    assert any("shared, untied, all" in line for line in lines)  # the choices of model.sharing
 
 
 def test_check_says_nothing_of_the_memory_of_the_users_own_code(electra_ds, tmp_path):

@@ -69,14 +69,14 @@ def test_a_lost_node_ends_the_job(
         (machines.heal if fault == "cut" else machines.boot)(victim)
     assert process.returncode not in (0, 85), said[-4000:]
     lost, left = (0, 1) if victim == "node1" else (1, 0)
-    named = f"rank {lost} on {victim} went first: "
+    named = f"rank {lost} on {victim} failed first: "
     assert (
         f"(rank {left}): error: {named}" in said
         and named in (out / f"log/rank-{left}.log").read_text()
     )
     if fault == "cut":  # the other side, which cannot say so, names this one
         assert (
-            f"rank {left} on node{left + 1} went first: "
+            f"rank {left} on node{left + 1} failed first: "
             in (out / f"log/rank-{lost}.log").read_text()
         )
     again = start(

@@ -103,7 +103,7 @@ def climb(data):
 
 
 CUT, AFTER, PLACE = (
-    "block 1 is the first cut",
+    "block 1 is the first incomplete one",
     "the change is after block 3",
     "shard 0 of train is no regular file",
 )
@@ -114,7 +114,7 @@ OPEN = {
     "truncated in data": (edit(lambda content, at: content[: at + 700]), CUT),
     "truncated in the pieces": (
         edit(lambda content, at: content[: at + SIZE]),
-        "block 2 is the first cut",
+        "block 2 is the first incomplete one",
     ),
     "a member appended": (edit(lambda content, at: content + member("foreign.npy", size=0)), AFTER),
     "a deleted shard": (shard(os.unlink), PLACE),
@@ -181,6 +181,6 @@ def test_damage_is_named_as_early_as_it_can_be_seen(name, tmp_path):
                 reader.read(np.array([20]))
         if "header of the pieces" in name:
             with pytest.raises(UserError, match=expected):
-                reader.pieces(1)
+                reader.fragments(1)
     problems = verify(data)
     assert any(re.search(expected, problem) for problem in problems), problems

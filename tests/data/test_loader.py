@@ -1,4 +1,4 @@
-"""Batches: exactly k places, the layout of each packing, one stream for any cut, errors that reach the caller."""
+"""Batches: exactly k places, the row_layout of each packing, one stream for any cut, errors that reach the caller."""
 
 import tempfile
 from pathlib import Path
@@ -13,14 +13,14 @@ from shard_data import SPECIAL, best_fit_rows, write_data
 
 from electra_ds.common.errors import UserError
 from electra_ds.data import loader
-from electra_ds.data.batch import fixed_corruption, layout, make_batch
+from electra_ds.data.batch import fixed_corruption, make_batch, row_layout
 from electra_ds.data.loader import Loader, consumed_rows_from_state, evaluation_batches
-from electra_ds.data.masking import Recipe, max_masked, select_masked_positions
+from electra_ds.data.masking import MaskingRecipe, max_masked_positions, select_masked_positions
 from electra_ds.data.shard_reader import ShardReader
-from electra_ds.data.shuffle import Order
+from electra_ds.data.shuffle import ShuffledOrder
 
 VOCAB = 600
-RECIPE = Recipe("best_fit", SPECIAL, 0.15, 0.85, 7)
+RECIPE = MaskingRecipe("best_fit", SPECIAL, 0.15, 0.85, 7)
 RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 2}
 
 
@@ -35,7 +35,7 @@ def reader(tmp_path_factory):
 
 
 def order_of(reader, seed=7):
-    return Order(reader.blocks["rows"], seed)
+    return ShuffledOrder(reader.blocks["rows"], seed)
 
 
 def batches_of(reader, **options):
@@ -54,27 +54,33 @@ def joined(steps, field):
 
 
 def test_room_for_chosen_places_is_that_of_the_authors():
-    assert [max_masked(p, s) for p, s in [(0.15, 128), (0.15, 512), (0.25, 512)]] == [19, 79, 130]
-    assert max_masked(0.01, 16) == 1
+    assert [max_masked_positions(p, s) for p, s in [(0.15, 128), (0.15, 512), (0.25, 512)]] == [
+        19,
+        79,
+        130,
+    ]
+    assert max_masked_positions(0.01, 16) == 1
 
 
 def test_best_fit_layout_restarts_at_each_cls():
     ids = np.array([[2, 9, 9, 3, 2, 9, 3, 0]])
-    segments, pieces, positions = layout(ids, "best_fit", SPECIAL)
+    segments, pieces, positions = row_layout(ids, "best_fit", SPECIAL)
     assert segments.tolist() == [[0] * 8]
     assert pieces.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0]]
     assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
 
 
 def test_concat_layout_is_one_piece():
-    segments, pieces, positions = layout(np.array([[2, 9, 3, 9, 3, 9, 0, 0]]), "concat", SPECIAL)
+    segments, pieces, positions = row_layout(
+        np.array([[2, 9, 3, 9, 3, 9, 0, 0]]), "concat", SPECIAL
+    )
     assert segments.tolist() == [[0] * 8]
     assert pieces.tolist() == [[1] * 6 + [0] * 2]
     assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 0]]
 
 
 def test_google_layout_has_a_second_segment_after_the_first_sep():
-    segments, pieces, positions = layout(
+    segments, pieces, positions = row_layout(
         np.array([[2, 9, 9, 3, 9, 9, 3, 0], [2, 9, 9, 9, 9, 9, 3, 0]]), "google", SPECIAL
     )
     assert segments.tolist() == [[0, 0, 0, 0, 1, 1, 1, 0], [0] * 8]
@@ -95,7 +101,10 @@ def test_exactly_k_distinct_candidates_are_chosen(mask_prob):
             ~np.isin(row, [SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask])
         )
         real = (row != SPECIAL.pad).sum()
-        k = min(len(candidates), max(1, min(max_masked(mask_prob, 64), round(mask_prob * real))))
+        k = min(
+            len(candidates),
+            max(1, min(max_masked_positions(mask_prob, 64), round(mask_prob * real))),
+        )
         assert weights.sum() == k == len(set(places[weights])) and set(places[weights]) <= set(
             candidates
         )
@@ -176,7 +185,7 @@ def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_rest
     ):
         rows = [best_fit_rows(n, 32, seed) for seed, n in enumerate(shards)]
         reader = ShardReader(write_data(Path(folder), rows, block_rows), "train")
-        order = Order(reader.blocks["rows"], 7, window)
+        order = ShuffledOrder(reader.blocks["rows"], 7, window)
         options = {"recipe": RECIPE, "global_batch_size": batch}
         whole = take(
             Loader(reader, order, **options, micro_batch_size=batch),
@@ -196,7 +205,12 @@ def test_each_row_comes_once_per_epoch_in_one_stream_whatever_the_ranks_and_rest
                 }
                 ranks.append(
                     take(
-                        Loader(reader, Order(reader.blocks["rows"], 7, window), **options, **place),
+                        Loader(
+                            reader,
+                            ShuffledOrder(reader.blocks["rows"], 7, window),
+                            **options,
+                            **place,
+                        ),
                         steps,
                     )
                 )

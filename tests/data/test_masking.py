@@ -12,13 +12,13 @@ from shard_data import SPECIAL, best_fit_rows
 
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.data.batch import make_batch
-from electra_ds.data.masking import SPAN_LENGTHS, Recipe, select_masked_positions
+from electra_ds.data.masking import SPAN_LENGTHS, MaskingRecipe, select_masked_positions
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training.metrics_file import read_metrics
 
 VOCAB = 12
 BEGINS = np.arange(VOCAB) < 9  # 0 to 4 are special, 9 to 11 go on with a word
-RECIPE = Recipe("best_fit", SPECIAL, 0.15, 0.85, 7, begins_word=BEGINS)
+RECIPE = MaskingRecipe("best_fit", SPECIAL, 0.15, 0.85, 7, begins_word=BEGINS)
 BARRED = {SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask}
 IDS = st.sampled_from([0, 2, 3, 4, 1, *range(5, VOCAB), *range(5, VOCAB), *range(5, VOCAB)])
 

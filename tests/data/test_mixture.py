@@ -16,15 +16,15 @@ from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
 from electra_ds.data.dataset import open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
-from electra_ds.data.masking import Recipe
-from electra_ds.data.mixture import WINDOW, MixtureConfig, MixtureOrder, window_rows
-from electra_ds.data.shuffle import Order
+from electra_ds.data.masking import MaskingRecipe
+from electra_ds.data.mixture import WINDOW, MixtureConfig, MixtureOrder, rows_per_window
+from electra_ds.data.shuffle import ShuffledOrder
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.reporting.check import check
 from electra_ds.training.held_out import evaluate_sources
 
 HEALTH = Path(__file__).resolve().parents[2] / "launch" / "health.sh"
-RECIPE = Recipe("best_fit", SPECIAL, 0.15, 0.85, 7)
+RECIPE = MaskingRecipe("best_fit", SPECIAL, 0.15, 0.85, 7)
 RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 1}
 
 
@@ -61,10 +61,11 @@ def order_of(sizes, seed=3, window=50):
     """A mixture's order over sources of so many rows, in blocks of 4, with so much weight each."""
     rows, weights = np.array([rows for rows, _ in sizes]), np.array([weight for _, weight in sizes])
     own = {
-        f"s{i}": Order(np.diff(np.r_[np.arange(0, n, 4), n]), seed, 2) for i, n in enumerate(rows)
+        f"s{i}": ShuffledOrder(np.diff(np.r_[np.arange(0, n, 4), n]), seed, 2)
+        for i, n in enumerate(rows)
     }
     return MixtureOrder(
-        own, window_rows(weights / weights.sum(), window), np.cumsum(rows) - rows, seed
+        own, rows_per_window(weights / weights.sum(), window), np.cumsum(rows) - rows, seed
     )
 
 
@@ -72,7 +73,7 @@ def order_of(sizes, seed=3, window=50):
 @settings(deadline=None)
 def test_a_window_has_whole_rows_of_every_source_as_near_to_its_weight_as_can_be(weights, window):
     wanted = np.array(weights) / sum(weights)
-    counts = window_rows(wanted, window)
+    counts = rows_per_window(wanted, window)
     assert counts.sum() == window and counts.min() >= 1
     if (wanted * window >= 1).all():
         assert abs(counts - wanted * window).max() < 1
@@ -145,8 +146,8 @@ def test_version_1_keeps_its_order():
 
 def test_a_batch_far_in_a_run_needs_no_history():
     order = MixtureOrder(
-        {"a": Order(np.full(781_250, 256), 0), "b": Order(np.full(100, 256), 0)},
-        window_rows(np.array([0.9, 0.1])),
+        {"a": ShuffledOrder(np.full(781_250, 256), 0), "b": ShuffledOrder(np.full(100, 256), 0)},
+        rows_per_window(np.array([0.9, 0.1])),
         np.array([0, 200_000_000]),
         0,
     )
@@ -248,7 +249,7 @@ def test_a_temperature_takes_from_large_sources_less_than_they_have():
         ),
         (
             [{"data": "de", "weight": 1}, {"data": "ja"}],
-            "give every source a weight, or none of them and a temper",
+            "give every source a weight, or give no source a weight",
         ),
         ([{"data": "de"}], "give every source a weight"),
         ({"temperature": 2, "sources": weighted(de=1)}, "give every source a weight"),
@@ -260,9 +261,9 @@ def test_a_temperature_takes_from_large_sources_less_than_they_have():
         ([], r"sources = \[\]: list should have at least 1 item"),
         (
             [*weighted(de=1), {"data": "../folders/de/", "weight": 1}],
-            r"names that differ, found \['de'\]",
+            r"different names, found \['de'\]",
         ),
-        ([{"data": ".", "weight": 1}], r"names that differ, found \[''\]"),
+        ([{"data": ".", "weight": 1}], r"different names, found \[''\]"),
         ([{"data": "de", "weight": 1, "name": "a/b"}], r"sources\.0\.name = \"a/b\""),
         (weighted(nowhere=1), r"nowhere/manifest\.json: not found"),
         (

@@ -1,8 +1,10 @@
 """Rows behind a URL: the same as from the disk, asked for once, checked, asked for again; nothing is read twice."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,10 +21,11 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.data import loader, remote_reader
 from electra_ds.data.dataset import open_data
 from electra_ds.data.loader import Loader, evaluation_batches
-from electra_ds.data.masking import Recipe
+from electra_ds.data.masking import MaskingRecipe
+from electra_ds.data.shard_format import TAR_BLOCK
 
 pytest.importorskip("aiohttp", reason="needs the extra [remote]")
-RECIPE = Recipe("best_fit", SPECIAL, 0.15, 0.85, 7)
+RECIPE = MaskingRecipe("best_fit", SPECIAL, 0.15, 0.85, 7)
 RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 2}
 ROWS = 1600  # in 100 blocks of 16 rows; 5 shards, the last with one block
 
@@ -44,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def web(folder, monkeypatch):
     """The folder served; chunks of two blocks, of which few are kept, and short pauses."""
     monkeypatch.setattr(remote_reader, "CHUNK_BYTES", 2 * 16 * 32 * 2)
-    monkeypatch.setattr(remote_reader, "CHUNKS_KEPT", 2)
-    monkeypatch.setattr(remote_reader, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(remote_reader, "CACHED_CHUNKS", 2)
+    monkeypatch.setattr(remote_reader, "RETRY_PAUSES", (0.01, 0.02))
     monkeypatch.setattr(loader, "READ_TOKENS", 12 * 32)  # a step at a time
     with served(folder) as web:
         yield web
@@ -172,7 +175,7 @@ def test_what_fails_once_is_asked_for_again(folder, web):
         assert steps_of(source, 3) == expected and seen
     web.shutdown()
     web.server_close()
-    remote_reader.PAUSES = (0.1, 0.2, 0.5, 1, 2)
+    remote_reader.RETRY_PAUSES = (0.1, 0.2, 0.5, 1, 2)
     with ExitStack() as later:
         Timer(0.3, lambda: later.enter_context(served(folder, port))).start()
         assert steps_of(source, 3) == expected
@@ -181,7 +184,7 @@ def test_what_fails_once_is_asked_for_again(folder, web):
 def test_what_stays_wrong_is_named(folder, web, capsys):
     source = open_data(web.url)
     reader, _ = source.training(7, 12)
-    name, count = f"{web.url}/shards/train-000002.tar", len(remote_reader.PAUSES) + 1
+    name, count = f"{web.url}/shards/train-000002.tar", len(remote_reader.RETRY_PAUSES) + 1
     row = 800 + 5 * 16  # shard 2, block 5, the second of its chunk
 
     def flip(content, place):
@@ -193,21 +196,25 @@ def test_what_stays_wrong_is_named(folder, web, capsys):
             UserError,
             f"{name}: block 5: its rows differ from their crc32; copy",
         ),
-        (lambda content: flip(content, 0), UserError, f"{name}: block 4: bad checksum; copy"),
+        (
+            lambda content: flip(content, 0),
+            UserError,
+            f"{name}: block 4: its tar header is not that of train-000002-000004.ids.npy; copy",
+        ),
         (
             lambda content: b"\0" * len(content),
             UserError,
-            f"{name}: block 4: nothing stands in its place; copy",
+            f"{name}: block 4: its tar header is not that of train-000002-000004.ids.npy; copy",
         ),
         (
             lambda content: content[:700],
             RunFailure,
-            f"{name}: asked for bytes .*, found 700 bytes, {count} times",
+            f"{name}: requested bytes .*, received 700 bytes, {count} times",
         ),
         (
             lambda content: 500,
             RunFailure,
-            f"{name}: asked for bytes .*, found ClientResponseError: 500",
+            f"{name}: requested bytes .*, received ClientResponseError: 500",
         ),
         (lambda content: 403, UserError, f"{name}: ClientResponseError: 403"),
         (lambda content: 404, UserError, f"{name}: FileNotFoundError: "),
@@ -216,20 +223,20 @@ def test_what_stays_wrong_is_named(folder, web, capsys):
         with pytest.raises(error, match=f"^{message}"):
             reader.read(np.array([row]))
         least = 1 if "403" in message or "NotFound" in message else count
-        assert capsys.readouterr().err.count(f"{name}: no whole answer yet") == (least > 1)
+        assert capsys.readouterr().err.count(f"{name}: no complete answer yet") == (least > 1)
         assert (
             least <= len(web.asked) <= 2 * least
         )  # aiohttp asks once more itself where a kept connection was closed
     web.change, web.knows_ranges = (lambda path, content: content), False
     with pytest.raises(
         UserError,
-        match=f"^{name}: asked for .*, found .* bytes; expected a server that knows Range",
+        match=f"^{name}: requested .*, received .* bytes; expected a server that supports Range",
     ):
         reader.read(np.array([row]))
     web.shutdown()
     web.server_close()
     with pytest.raises(
-        RunFailure, match=f"^{name}: asked for bytes .*, found ClientConnectorError: .*resumes"
+        RunFailure, match=f"^{name}: requested bytes .*, received ClientConnectorError: .*resumes"
     ):
         reader.read(np.array([row]))
 
@@ -248,7 +255,7 @@ def test_what_is_no_data_folder_is_named(folder, web, tmp_path):
         open_data(web.url)
     web.change = lambda path, content: content[:-1] if path == "/index-train.bin" else content
     with pytest.raises(
-        UserError, match=f"{web.url}/index-train.bin: its sha256 is not the manifest's"
+        UserError, match=f"{web.url}/index-train.bin: its sha256 differs from the manifest's"
     ):
         open_data(web.url).training(0, 12)
 
@@ -261,20 +268,33 @@ def test_copies_that_cannot_be_written_are_told_with_where_they_go(web, tmp_path
         remote_reader.RemoteFolder(web.url).copy({"tokenizer/vocab.txt": None}, tmp_path)
 
 
-def test_nothing_is_run_and_nothing_unpickled():
-    """webdataset as a stream imports it opens no commands."""
-    source = (
-        "import electra_ds.data.remote_reader\n"
-        "from webdataset.gopen import gopen\n"
-        "from webdataset.autodecode import unpickle_loads\n"
-        "for use in (lambda: gopen('pipe:touch x'), lambda: unpickle_loads(b'')):\n"
-        "    try: use()\n"
-        "    except ValueError as error: print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert len(done.stdout.splitlines()) == 2, done.stdout
+class Trap:
+    """Unpickling an instance fails the test."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle inside a shard was executed",))
+
+
+def test_a_link_and_a_pickle_in_a_chunk_are_refused_by_their_headers(web):
+    link = tarfile.TarInfo("train-000000-000000.ids.npy")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    pickled = io.BytesIO()
+    np.lib.format.write_array(pickled, np.array([Trap()], object), allow_pickle=True)
+    reader, _ = open_data(web.url).training(7, 12)
+    for offset, found, message in (
+        (0, link.tobuf(tarfile.USTAR_FORMAT), "block 0: its tar header is not that of"),
+        (TAR_BLOCK, pickled.getvalue(), "block 0: the npy header of"),
+    ):
+        web.change = lambda path, content, offset=offset, found=found: (
+            content[:offset] + found + content[offset + len(found) :]
+        )
+        with pytest.raises(UserError, match=message):
+            reader.read(np.array([0]))
+
+
+def test_a_stream_does_not_import_webdataset():
+    source = "import sys, electra_ds.data.remote_reader\nassert 'webdataset' not in sys.modules"
+    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
 
 
 def test_the_check_of_a_node_asks_the_url(web):

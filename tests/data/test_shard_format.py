@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_data import best_fit_rows, packed_mask, write_data
+from shard_data import best_fit_rows, document_fragments, write_data
 
 from electra_ds.common.errors import UserError
 from electra_ds.data import shard_reader
@@ -60,11 +60,11 @@ def test_pieces_come_back_by_block(data):
     starts = np.array([0, 16, 32, 48, 50, 66, 82, 90])
     assert np.array_equal(reader.block_starts[:-1], starts)
     found = [
-        reader.pieces(block) + np.array([start, 0, 0, 0, 0, 0])
+        reader.fragments(block) + np.array([start, 0, 0, 0, 0, 0])
         for block, start in enumerate(starts)
     ]
     expected = [
-        packed_mask(rows) + np.array([first, 0, 0, 0, 0, 0])
+        document_fragments(rows) + np.array([first, 0, 0, 0, 0, 0])
         for rows, first in zip(ROWS, (0, 50, 90), strict=True)
     ]
     assert np.array_equal(np.concatenate(found), np.concatenate(expected))
@@ -103,7 +103,7 @@ def test_members_are_plain_npy_files_on_64_byte_boundaries(data):
                 np.load(io.BytesIO(tar.extractfile(m).read()), allow_pickle=False) for m in members
             ]
         assert np.array_equal(np.concatenate(arrays[0::2]), rows)
-        assert sum(len(array) for array in arrays[1::2]) == len(packed_mask(rows))
+        assert sum(len(array) for array in arrays[1::2]) == len(document_fragments(rows))
 
 
 PLAIN = """
@@ -177,7 +177,7 @@ def test_a_strange_manifest_is_refused(data, change, message):
 
 
 def test_missing_parts_are_named(data, tmp_path):
-    with pytest.raises(UserError, match="no split 'valid', it holds train"):
+    with pytest.raises(UserError, match="no split 'valid', only train"):
         ShardReader(data, "valid")
     with pytest.raises(UserError, match=r"unigrams\.npy"):
         read_unigrams(data, 601)

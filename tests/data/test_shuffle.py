@@ -1,4 +1,4 @@
-"""Order: each row once per epoch, equal for any cut of the positions, at once from anywhere."""
+"""ShuffledOrder: each row once per epoch, equal for any cut of the positions, at once from anywhere."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from electra_ds.data.philox import permutation, philox, random_bits, uniforms
-from electra_ds.data.shuffle import LaneOrder, Order
+from electra_ds.data.shuffle import ShuffledOrder, StreamOrder
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_permutation_is_uniform():
 )
 @settings(max_examples=40, deadline=None)
 def test_each_row_comes_once_per_epoch(block_rows, window, seed):
-    order = Order(np.array(block_rows), seed, window)
+    order = ShuffledOrder(np.array(block_rows), seed, window)
     total = sum(block_rows)
     rows, epochs = order.rows(np.arange(3 * total))
     assert np.array_equal(epochs, np.repeat([0, 1, 2], total))
@@ -96,7 +96,7 @@ def test_each_row_comes_once_per_epoch(block_rows, window, seed):
 )
 @settings(max_examples=40, deadline=None)
 def test_each_row_comes_once_per_epoch_in_lanes(chunk_rows, batch, seed):
-    order, total = LaneOrder(np.array(chunk_rows), seed, batch), sum(chunk_rows)
+    order, total = StreamOrder(np.array(chunk_rows), seed, batch), sum(chunk_rows)
     assert order.lanes <= min(batch, total) and batch % order.lanes == 0
     rows, epochs = order.rows(
         np.arange(batch * (3 * -(-total // order.lanes) // order.lane_rows + 1))
@@ -114,11 +114,11 @@ def test_any_world_size_and_any_restart_see_one_stream_of_lanes(data):
         np.array(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=30))),
         24,
     )
-    stream, epochs = LaneOrder(chunk_rows, 3, batch).rows(np.arange(10 * batch))
+    stream, epochs = StreamOrder(chunk_rows, 3, batch).rows(np.arange(10 * batch))
     for position in range(0, 10 * batch, batch):
         world = data.draw(st.sampled_from([1, 2, 3, 4, 6, 24]))
         slices = np.split(np.arange(position, position + batch), world)
-        found = [LaneOrder(chunk_rows, 3, batch).rows(own) for own in slices]
+        found = [StreamOrder(chunk_rows, 3, batch).rows(own) for own in slices]
         here = slice(position, position + batch)
         assert np.array_equal(np.concatenate(found, axis=1), [stream[here], epochs[here]])
 
@@ -126,7 +126,7 @@ def test_any_world_size_and_any_restart_see_one_stream_of_lanes(data):
 @pytest.mark.parametrize("world", [1, 2, 8, 64, 5, 256])
 def test_a_rank_reads_the_chunks_of_its_lanes(world):
     """100 chunks of 1000 rows, batches of 320 in 160 lanes of 625 rows: what a rank reads at once, and in an epoch."""
-    order, batch = LaneOrder(np.full(100, 1000), 0, 320), 320
+    order, batch = StreamOrder(np.full(100, 1000), 0, 320), 320
     assert order.lanes == 160
     own = np.arange(batch // world)
     rows = np.stack(
@@ -139,9 +139,9 @@ def test_a_rank_reads_the_chunks_of_its_lanes(world):
 
 def test_epochs_and_seeds_are_ordered_differently():
     block_rows = np.full(20, 16)
-    first, second = Order(block_rows, 1, 4).rows(np.arange(640))[0].reshape(2, 320)
+    first, second = ShuffledOrder(block_rows, 1, 4).rows(np.arange(640))[0].reshape(2, 320)
     assert (first == second).mean() < 0.05
-    assert (first == Order(block_rows, 2, 4).rows(np.arange(320))[0]).mean() < 0.05
+    assert (first == ShuffledOrder(block_rows, 2, 4).rows(np.arange(320))[0]).mean() < 0.05
 
 
 GOLDEN_ROWS = [10, 8, 9, 9, 10, 15, 8, 16]
@@ -151,21 +151,21 @@ GOLDEN_WORDS = [3079650199, 1989135678, 867544247]
 
 def test_version_1_keeps_its_order():
     """Golden values: a change here breaks every resume, so it needs a new ORDER_VERSION."""
-    rows, _ = Order(np.array([4, 4, 3, 4, 2]), 42, 2).rows(np.arange(14, 22))
+    rows, _ = ShuffledOrder(np.array([4, 4, 3, 4, 2]), 42, 2).rows(np.arange(14, 22))
     assert rows.tolist() == GOLDEN_ROWS
     assert random_bits(42, 1, np.array([5]), 3, 2)[0].tolist() == GOLDEN_WORDS
-    rows, _ = LaneOrder(np.array([4, 4, 3, 4, 2]), 42, 4).rows(np.arange(14, 22))
+    rows, _ = StreamOrder(np.array([4, 4, 3, 4, 2]), 42, 4).rows(np.arange(14, 22))
     assert rows.tolist() == GOLDEN_LANES
 
 
 def test_a_batch_far_in_a_large_corpus_needs_no_history():
     """200 M rows: only the epoch's order of blocks and one window are made."""
-    order = Order(np.full(781_250, 256), 0)
+    order = ShuffledOrder(np.full(781_250, 256), 0)
     position = 5 * order.total_rows + 123_456_789
     rows, epochs = order.rows(np.arange(position, position + 256))
     assert (epochs == 5).all() and len(set(rows.tolist())) == 256
     assert len(order._windows) <= 2
-    order = LaneOrder(np.full(48_829, 4096), 0, 256)
+    order = StreamOrder(np.full(48_829, 4096), 0, 256)
     rows, epochs = order.rows(np.arange(5 * order.total_rows, 5 * order.total_rows + 256))
     assert (epochs == 5).all() and len(
         set((rows // 4096).tolist())

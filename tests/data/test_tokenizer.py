@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
-from electra_ds.data import tokenizer as module
-from electra_ds.data.tokenizer import WordPiece, load_tokenizer
+from electra_ds.data.tokenizer import WordPiece, load_tokenizer, wordpiece
 
 PIECES = [
     "[PAD]",
@@ -81,7 +80,7 @@ def test_the_word_cache_gives_the_ids_of_any_text(texts):
 
 
 def test_a_full_cache_starts_again_with_the_same_ids(vocabulary, monkeypatch):
-    monkeypatch.setattr(module, "CACHE_WORDS", 3)
+    monkeypatch.setattr(wordpiece, "MAX_CACHED_WORDS", 3)
     tokenizer = load_tokenizer(vocabulary)
     expected = [reference(tokenizer, text) for text in TEXTS]
     assert [tokenizer.encode_batch([text])[0] for text in TEXTS] == expected
@@ -156,7 +155,7 @@ def test_decoding_gives_readable_text_and_shows_special_tokens(vocabulary, sente
     ("content", "found"),
     [
         ("hello\nworld\n", r"no \[PAD\], \[UNK\], \[CLS\], \[SEP\], \[MASK\]"),
-        ("\n".join([*PIECES, "hello"]), "'hello' stands there twice"),
+        ("\n".join([*PIECES, "hello"]), "'hello' occurs twice"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )

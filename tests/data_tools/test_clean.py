@@ -107,7 +107,7 @@ def kept(data) -> dict[str, list[tuple[int, ...]]]:
         reader, parts = ShardReader(data, split), {}
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
-            for row, start, length, unit, document, token in reader.pieces(block).tolist():
+            for row, start, length, unit, document, token in reader.fragments(block).tolist():
                 parts.setdefault((unit, document), {})[token] = rows[
                     row, start : start + length
                 ].tolist()

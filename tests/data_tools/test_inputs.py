@@ -482,7 +482,7 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(
     units = [list(texts_of(unit)) for unit in range(len(made.source.units))]
     for block in range(len(reader.blocks)):
         ids = reader.block(block)
-        for row, start, length, unit, number, token in reader.pieces(block).tolist():
+        for row, start, length, unit, number, token in reader.fragments(block).tolist():
             piece = [
                 i for i in ids[row, start : start + length].tolist() if i not in (2, 3)
             ]  # [CLS], [SEP]

@@ -76,7 +76,7 @@ def documents_of(data) -> dict[str, dict[tuple[int, int], list[int]]]:
         reader, parts = ShardReader(data, split), {}
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
-            for row, start, length, unit, document, token in reader.pieces(block).tolist():
+            for row, start, length, unit, document, token in reader.fragments(block).tolist():
                 parts.setdefault((unit, document), []).append(
                     (token, rows[row, start : start + length].tolist())
                 )
@@ -325,7 +325,7 @@ run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=
     assert job.stdout.readline() == "at work\n"
     for out, units in ((tmp_path / "data", None), (tmp_path / "other", tmp_path / "units")):
         with pytest.raises(
-            LockedOut, match=f"lock names process {job.pid} on .*, which is at work there"
+            LockedOut, match=f"lock names process {job.pid} on .*, which is running there"
         ):
             run(corpus, out, units=units)
     job.kill()
@@ -431,9 +431,9 @@ def test_documents_are_shuffled_over_all_shards_and_the_seed_says_how(corpus, tm
     for seed in (0, 1):
         run(corpus, tmp_path / str(seed), seed=seed)
         reader = ShardReader(tmp_path / str(seed), "train")
-        pieces = np.concatenate([reader.pieces(block) for block in range(len(reader.blocks))])
+        pieces = np.concatenate([reader.fragments(block) for block in range(len(reader.blocks))])
         orders.append([tuple(piece) for piece in pieces[:, 3:5]])
-        first = reader.pieces(0)[:, 3]
+        first = reader.fragments(0)[:, 3]
         assert len(set(first)) > 4  # the first block holds documents of many units
     assert orders[0] != orders[1] and set(orders[0]) == set(orders[1])
 

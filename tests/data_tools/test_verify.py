@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from shard_data import best_fit_rows, packed_mask, write_data, write_tokenizer
+from shard_data import best_fit_rows, document_fragments, write_data, write_tokenizer
 
 from data_tools.inspect_rows import describe_rows
 from data_tools.verify import verify
@@ -36,9 +36,9 @@ def flip(path, at):
 def rewrite(data, rows, change_pieces=lambda pieces: None):
     """Replace shard 0 by `rows`, with index and manifest in step: damage that no checksum shows."""
     manifest, reader = read_manifest(data), ShardReader(data, "train")
-    pieces = packed_mask(SHARDS[0])
+    pieces = document_fragments(SHARDS[0])
     change_pieces(pieces)
-    shards = [(rows, pieces), (SHARDS[1], packed_mask(SHARDS[1]))]
+    shards = [(rows, pieces), (SHARDS[1], document_fragments(SHARDS[1]))]
     written = [
         write_shard(data / shard_file("train", i), "train", i, r, p, 16)
         for i, (r, p) in enumerate(shards)

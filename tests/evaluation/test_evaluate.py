@@ -1,4 +1,4 @@
-"""Evaluation and detection: the figures of a checkpoint are those of counting by hand, and of the run it came from."""
+"""Evaluation and detection: metrics equal those computed by other means and those of training."""
 
 import math
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.data import dataset
 from electra_ds.data.batch import fixed_corruption
 from electra_ds.data.loader import evaluation_batches
-from electra_ds.data.masking import recipe_for
+from electra_ds.data.masking import masking_recipe
 from electra_ds.data.shard_format import read_unigrams
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ def make_module(config):
 
 
 def save(module, config, folder, name="10"):
-    """A checkpoint of a bare module, as one rank saves it."""
+    """Write a checkpoint of a module with moments of zero, as one rank saves it."""
     parameters = dict(module.named_parameters())
     weights = SimpleNamespace(
         ranks=SimpleNamespace(rank=0, world_size=1),
@@ -70,7 +70,7 @@ def save(module, config, folder, name="10"):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data):
-    """A run folder with one checkpoint of a small random model over the shared data folder."""
+    """A run folder with one checkpoint of a small random model, and the shared data folder."""
     config = load_run("tiny", SETTINGS).with_data(600, SPECIAL, 32)
     module, out = make_module(config), tmp_path_factory.mktemp("run")
     path = save(module, config, out / "ckpt")
@@ -80,21 +80,21 @@ def run(tmp_path_factory, data):
 def batches(run, rows=40, **options):
     reader, options = ShardReader(run.data, "train"), {"batch_rows": 16} | options
     return evaluation_batches(
-        reader, recipe_for(reader.manifest, run.config.objective, 0), max_rows=rows, **options
+        reader, masking_recipe(reader.manifest, run.config.objective, 0), max_rows=rows, **options
     )
 
 
-def figures(run, found):
+def metrics(run, batches):
     with torch.no_grad():
         return held_out.evaluate(
-            run.module, found, read_unigrams(run.data, 600), SPECIAL, torch.device("cpu")
+            run.module, batches, read_unigrams(run.data, 600), SPECIAL, torch.device("cpu")
         )
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
-def test_the_fixed_corruption_is_judged_as_sklearn_judges_it(run):
+def test_metrics_of_the_fixed_corruption_equal_those_of_sklearn(run):
     logits, labels, unigrams = [], [], read_unigrams(run.data, 600)
     for batch, rows in batches(run):
         corrupted, is_replaced = fixed_corruption(batch, rows, unigrams, SPECIAL)
@@ -105,7 +105,7 @@ def test_the_fixed_corruption_is_judged_as_sklearn_judges_it(run):
         labels.append(is_replaced[real])
     logits, labels = torch.cat(logits).numpy(), torch.cat(labels).numpy()
     assert 0.02 < labels.mean() < 0.3
-    values = figures(run, batches(run))
+    values = metrics(run, batches(run))
     assert values["fixed_auc"] == pytest.approx(roc_auc_score(labels, logits), abs=2e-3)
     assert values["fixed_precision"] == pytest.approx(precision_score(labels, logits > 0))
     assert (
@@ -114,47 +114,44 @@ def test_the_fixed_corruption_is_judged_as_sklearn_judges_it(run):
     )
 
 
-def test_the_losses_are_means_over_chosen_places_and_real_tokens(run):
-    mlm = disc = chosen = tokens = 0.0
+def test_losses_are_means_over_masked_positions_and_real_tokens(run):
+    mlm = disc = masked = tokens = unigram = 0.0
     counts = read_unigrams(run.data, 600)
-    unigram = 0.0
     for batch, _ in batches(run):
         with torch.no_grad():
             losses = run.module(batch)
         mlm, disc = mlm + float(losses.mlm_loss), disc + float(losses.disc_loss)
-        chosen, tokens = (
-            chosen + float(batch.masked_weights.sum()),
-            tokens + float((batch.document_ids > 0).sum()),
-        )
-        for row, places, weights in zip(
+        masked += float(batch.masked_weights.sum())
+        tokens += float((batch.document_ids > 0).sum())
+        for row, positions, weights in zip(
             batch.input_ids, batch.masked_positions, batch.masked_weights, strict=True
         ):
-            targets = row[places[weights > 0]].numpy()
+            targets = row[positions[weights > 0]].numpy()
             unigram -= np.log((counts[targets] + 1) / (counts.sum() + 600)).sum()
-    values = figures(run, batches(run))
-    assert (values["chosen"], values["tokens"]) == (chosen, tokens)
-    assert values["mlm_loss"] == pytest.approx(mlm / chosen) and values[
+    values = metrics(run, batches(run))
+    assert (values["chosen"], values["tokens"]) == (masked, tokens)
+    assert values["mlm_loss"] == pytest.approx(mlm / masked) and values[
         "disc_loss"
     ] == pytest.approx(disc / tokens)
-    assert values["unigram_loss"] == pytest.approx(unigram / chosen)
+    assert values["unigram_loss"] == pytest.approx(unigram / masked)
     share = values["replaced_fraction"]
     assert values["base_rate_loss"] == pytest.approx(
         -share * math.log(share) - (1 - share) * math.log(1 - share)
     )
 
 
-def test_figures_depend_neither_on_batch_rows_nor_on_the_ranks(run):
-    whole = figures(run, batches(run))
+def test_metrics_depend_neither_on_batch_rows_nor_on_the_ranks(run):
+    whole = metrics(run, batches(run))
     ranked = [
         found for rank in range(3) for found in batches(run, batch_rows=5, rank=rank, world_size=3)
     ]
-    for key, value in figures(run, ranked).items():
+    for key, value in metrics(run, ranked).items():
         assert value == pytest.approx(
             whole[key], abs=1e-3 if "auc" in key else 1e-5, nan_ok=True
         ), key
 
 
-def test_sums_of_all_ranks_are_what_counts(run):
+def test_sums_are_taken_over_all_ranks(run):
     def doubled(value):
         return 2 * value
 
@@ -163,29 +160,29 @@ def test_sums_of_all_ranks_are_what_counts(run):
         two = held_out.evaluate(
             run.module, batches(run), unigrams, SPECIAL, torch.device("cpu"), doubled
         )
-    one = figures(run, batches(run))
+    one = metrics(run, batches(run))
     assert two["tokens"] == 2 * one["tokens"] and two["mlm_loss"] == one["mlm_loss"]
 
 
-def test_no_held_out_rows_are_said_to_be_none(run):
+def test_evaluation_without_rows_is_refused(run):
     with pytest.raises(UserError, match="larger --valid-fraction"):
-        figures(run, [])
+        metrics(run, [])
 
 
-def test_the_verb_gives_the_figures_of_training(run, monkeypatch):
+def test_the_verb_returns_the_metrics_of_evaluation_during_training(run, monkeypatch):
     rows = ShardReader(run.data, "train")
     held_out = {"": dataset.HeldOut(rows, read_unigrams(run.data, 600), 1.0)}
-    monkeypatch.setattr(dataset.Folder, "held_out", lambda self: held_out)
+    monkeypatch.setattr(dataset.DataFolder, "held_out", lambda self: held_out)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = evaluate.evaluate_checkpoint(run.out, run.data, 40)
-    assert found == pytest.approx(figures(run, batches(run)), nan_ok=True)
+    assert found == pytest.approx(metrics(run, batches(run)), nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
-def test_a_checkpoint_becomes_the_module_that_was_saved(run):
-    module, config = load_model.load_module(run.path)
+def test_load_objective_returns_the_module_that_was_saved(run):
+    module, config = load_model.load_objective(run.path)
     assert not module.training and config == run.config
     own = dict(run.module.named_parameters())
     for name, parameter in module.named_parameters():
@@ -193,7 +190,7 @@ def test_a_checkpoint_becomes_the_module_that_was_saved(run):
         assert torch.equal(parameter[:true], own[name][:true]), name
 
 
-def test_a_checkpoint_is_found_from_the_run_the_folder_or_itself(run, tmp_path):
+def test_a_checkpoint_is_found_from_the_run_folder_the_ckpt_folder_or_itself(run, tmp_path):
     for path in (run.out, run.out / "ckpt", run.path):
         assert checkpoint.find_checkpoint(path) == run.path
     for path in (tmp_path, tmp_path / "nowhere"):
@@ -201,12 +198,12 @@ def test_a_checkpoint_is_found_from_the_run_the_folder_or_itself(run, tmp_path):
             checkpoint.find_checkpoint(path)
 
 
-# ---------------------------------------------------------------------------------------------------------- detection
+# ---------------------------------------------------------------------------------------- detection
 
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """A detector over a vocabulary of a few words, loaded from a run folder with its tokenizer."""
+    """A detector with a vocabulary of a few words, loaded from a run folder with its tokenizer."""
     out = tmp_path_factory.mktemp("detect")
     (out / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     tokenizer = load_tokenizer(out / "vocab.txt")
@@ -218,7 +215,7 @@ def detector(tmp_path_factory):
     return Detector.load(out)
 
 
-def test_every_token_gets_a_probability_and_its_place_in_the_text(detector):
+def test_every_token_has_a_probability_and_its_span_in_the_text(detector):
     text = "The cook cooked, xyz sisters."
     found = detector(text)
     assert [score.token for score in found] == [
@@ -244,7 +241,7 @@ def test_every_token_gets_a_probability_and_its_place_in_the_text(detector):
     assert all(0 < score.probability < 1 for score in found)
 
 
-def test_a_long_text_is_read_in_pieces_that_do_not_see_each_other(detector):
+def test_a_long_text_is_scored_in_independent_rows(detector):
     first, second = "the cook cooked a big meal", "for his sister ."  # rows of 8 hold 6 tokens
     whole = [score.probability for score in detector(f"{first} {second}")]
     parts = [score.probability for text in (first, second) for score in detector(text)]
@@ -255,7 +252,7 @@ def test_a_long_text_is_read_in_pieces_that_do_not_see_each_other(detector):
     )
 
 
-def test_a_probability_depends_on_the_other_tokens(detector):
+def test_a_probability_depends_on_the_other_tokens_of_the_text(detector):
     one, other = detector("the cook cooked a meal"), detector("the cook for a meal")
     assert one[0].probability != other[0].probability
 
@@ -266,13 +263,13 @@ def test_a_text_without_tokens_is_refused(detector):
             detector(text)
 
 
-def test_another_tokenizer_is_refused(run, detector, tmp_path):
+def test_a_tokenizer_of_another_size_is_refused(run, detector, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     with pytest.raises(UserError, match=f"{len(WORDS)} entries, but .* was trained with 600"):
         Detector.load(run.out, tmp_path / "vocab.txt")
 
 
-def test_the_table_marks_what_is_suspicious_and_aligns_the_original():
+def test_the_table_marks_suspicious_tokens_and_aligns_the_original():
     found = [
         TokenScore("the", 0, 3, 0.1),
         TokenScore("cook", 4, 8, 0.2),

@@ -187,12 +187,12 @@ def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
     from electra_ds.config.loading import load_run
     from electra_ds.data.dataset import open_data
     from electra_ds.data.loader import Loader
-    from electra_ds.data.masking import recipe_for
+    from electra_ds.data.masking import masking_recipe
 
     config, source = load_run("tiny"), open_data(data)
     reader, order = source.training(0, 16)
     recipe, options = (
-        recipe_for(source.manifest, config.objective, 0),
+        masking_recipe(source.manifest, config.objective, 0),
         {"global_batch_size": 16, "micro_batch_size": 8},
     )
     pinned, plain = (

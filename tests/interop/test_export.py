@@ -1,5 +1,7 @@
-"""What is exported is what was trained: the same ids and the same logits by stock classes."""
+"""Export and loading: transformers gives the token ids and logits of our own modules."""
 
+import contextlib
+import io
 import json
 import lzma
 import os
@@ -17,12 +19,18 @@ from torch import nn
 
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
-from electra_ds.config.loading import load_run
+from electra_ds.config.loading import load_run, parse_run
 from electra_ds.data.batch import Batch
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.export import export
 from electra_ds.interop.hf_tokenizer import read_tokenizer, write_tokenizer
-from electra_ds.interop.load_model import find_trained, load_module, load_pretrained
+from electra_ds.interop.load_model import (
+    load,
+    load_objective,
+    load_pretrained,
+    resolve_checkpoint,
+)
+from electra_ds.model.build import build_objective
 from electra_ds.model.encoder import Embeddings, Encoder
 from electra_ds.model.weights import true_state
 
@@ -30,7 +38,7 @@ transformers = pytest.importorskip("transformers")
 TEXT = Path(__file__).resolve().parents[3] / "shared" / "data"
 BOUND = 1e-5
 
-# ------------------------------------------------------------------------------------------------------ tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 EDGES = [
     "",
@@ -65,7 +73,7 @@ def stock_tokenizer(tokenizer: Tokenizer, folder: Path):
 
 
 def assert_same_ids(tokenizer: Tokenizer, stock, lines: list[str]) -> None:
-    """Equal ids; where two cuts of a line have one score (unigram, runs of one sign) the same tokens in any order."""
+    """Equal ids; for unigram the same tokens in any order where two cuts have equal scores."""
     ours = tokenizer.encode_batch(lines)
     theirs = stock(lines, add_special_tokens=False, verbose=False)["input_ids"]
     unlike = [(line, a, b) for line, a, b in zip(lines, ours, theirs, strict=True) if a != b]
@@ -76,7 +84,7 @@ def assert_same_ids(tokenizer: Tokenizer, stock, lines: list[str]) -> None:
 
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
-def test_auto_tokenizer_gives_our_ids(kind, lowercase, tmp_path):
+def test_auto_tokenizer_returns_our_ids(kind, lowercase, tmp_path):
     lines = [line for thing in (json, str) for line in pydoc.render_doc(thing).splitlines()]
     lines = [line for line in lines if not re.search(r"([^\w\s])\1", line)]
     lines += ["na\u00efve \u00c4pfel \u30ac"] * 3
@@ -98,7 +106,7 @@ def test_auto_tokenizer_gives_our_ids(kind, lowercase, tmp_path):
     assert stock.model_max_length == 64
     assert stock("[MASK]", add_special_tokens=False)["input_ids"] == [
         ids.mask
-    ]  # theirs; ours never makes it from text
+    ]  # our tokenizer never makes a special token from text
     assert read_tokenizer(tmp_path / "hf").content == tokenizer.content
     if kind == "wordpiece":
         (tmp_path / "hf" / "vocab.txt").unlink()  # as newer versions of the library save it
@@ -131,11 +139,11 @@ def test_ids_are_equal_on_thousands_of_lines(name, tmp_path):
     assert_same_ids(tokenizer, stock_tokenizer(tokenizer, tmp_path / "hf"), lines)
 
 
-# ------------------------------------------------------------------------------------------------------ encoders
+# ----------------------------------------------------------------------------------------- encoders
 
 
 def stock_model(folder: Path, auto: str = "AutoModelForPreTraining"):
-    """A stock model of the class its config names; no key may be missing or unexpected."""
+    """The stock model of the class that its config names; no key is missing or unexpected."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     kind = getattr(transformers, auto if auto != "AutoModelForPreTraining" else name)
     model, info = kind.from_pretrained(folder, output_loading_info=True)
@@ -169,7 +177,7 @@ def assert_same_logits(module, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
-def test_a_run_exports_with_equal_logits(sharing, tmp_path):
+def test_an_exported_run_has_equal_logits(sharing, tmp_path):
     module = run_folders.pretrained(tmp_path / "run", sharing)
     export(tmp_path / "run", tmp_path / "out")
     assert_same_logits(module, tmp_path / "out")
@@ -177,7 +185,31 @@ def test_a_run_exports_with_equal_logits(sharing, tmp_path):
         export(tmp_path / "run", tmp_path / "out")
 
 
-def test_two_ranks_of_zero3_export_from_the_command_line(data, tmp_path):
+def run_card(folder: Path) -> str:
+    """Run the code block of a model card in the folder that contains `folder`; what it printed."""
+    card = (folder / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.chdir(folder.parent), contextlib.redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue()
+
+
+def test_the_code_of_the_cards_of_a_run_runs_as_printed(tmp_path):
+    run_folders.pretrained(tmp_path / "run")
+    (tmp_path / "run" / "import.json").write_text('{"source": "bert-folder"}')
+    export(tmp_path / "run", tmp_path / "out")
+    probabilities = eval(run_card(tmp_path / "out" / "discriminator"))
+    assert probabilities[0][0] == "[CLS]" and all(0 < p < 1 for _, p in probabilities)
+    assert run_card(tmp_path / "out" / "generator").strip()
+    for part, tag in (("discriminator", "feature-extraction"), ("generator", "fill-mask")):
+        card = (tmp_path / "out" / part / "README.md").read_text()
+        front = card.split("---\n")[1].splitlines()
+        assert front[:2] == ["library_name: transformers", f"pipeline_tag: {tag}"]
+        assert "| base model | bert-folder |" in card and "| objective | electra |" in card
+
+
+def test_a_zero3_run_of_two_ranks_is_exported_by_the_command_line(data, tmp_path):
     out, words = tmp_path / "run", run_folders.vocabulary(tmp_path / "words")
     sets = [f"--set=model.{key}={value}" for key, value in run_folders.SIZES["model"].items()]
     run = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero3-fp32", *sets]
@@ -200,9 +232,9 @@ def test_two_ranks_of_zero3_export_from_the_command_line(data, tmp_path):
         command, env=os.environ | CPU, capture_output=True, text=True, timeout=600
     )
     assert len(list((out / "ckpt" / "final").glob("model-*"))) == 2, done.stderr[-4000:]
-    told = run_cli("export", out, "--out", tmp_path / "hf", "--tokenizer", words).stdout
-    assert "ElectraForPreTraining" in told and "ElectraForMaskedLM" in told
-    assert_same_logits(load_module(out / "ckpt" / "final")[0], tmp_path / "hf")
+    output = run_cli("export", out, "--out", tmp_path / "hf", "--tokenizer", words).stdout
+    assert "ElectraForPreTraining" in output and "ElectraForMaskedLM" in output
+    assert_same_logits(load_objective(out / "ckpt" / "final")[0], tmp_path / "hf")
     card = (tmp_path / "hf" / "generator" / "README.md").read_text()
     held_out = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert (
@@ -212,7 +244,7 @@ def test_two_ranks_of_zero3_export_from_the_command_line(data, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mlm", "replace_mlm", "all_tokens_mlm", "electra_15"])
-def test_every_objective_exports_its_main_encoder(kind, tmp_path):
+def test_the_main_encoder_of_every_objective_is_exported(kind, tmp_path):
     module = run_folders.pretrained(tmp_path / "run", kind=kind)
     export(tmp_path / "run", tmp_path / "out")
     assert (tmp_path / "out" / "generator").exists() == (kind != "mlm")
@@ -233,7 +265,7 @@ def test_every_objective_exports_its_main_encoder(kind, tmp_path):
     assert ("copy_gate.weight" in card) == (kind == "all_tokens_mlm")
 
 
-# ------------------------------------------------------------------------------------------------------ fine-tuned
+# --------------------------------------------------------------------------------------- fine-tuned
 
 TASKS = {
     "classification": dict(labels=["no", "maybe", "yes"], label_range=None, outputs=3),
@@ -269,12 +301,13 @@ def fine_tuned(folder: Path, name: str) -> nn.ModuleDict:
     }
     run_folders.vocabulary(folder / "tokenizer")
     run_folders.save(folder, "model", true_state(parts), values)
+    (folder / "result.json").write_text('{"origin": "run O, step 7"}')
     return parts
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TASKS)
-def test_a_fine_tuned_model_exports_with_equal_logits(name, tmp_path):
+def test_an_exported_fine_tuned_model_has_equal_logits(name, tmp_path):
     parts = fine_tuned(tmp_path / "seed-0", name)
     export(tmp_path / "seed-0", tmp_path / "out")
     ids, mask, types = run_folders.rows_with_padding()
@@ -287,7 +320,7 @@ def test_a_fine_tuned_model_exports_with_equal_logits(name, tmp_path):
     model = stock_model(tmp_path / "out", auto)
     logits = model(ids, attention_mask=mask, token_type_ids=types).logits
     if name == "regression":
-        ours = 1.0 + 4.0 * ours  # into the label's own unit
+        ours = 1.0 + 4.0 * ours  # in the unit of the labels
     wanted = ours[mask > 0] if per_token else ours[:, 0]
     assert float((wanted - (logits[mask > 0] if per_token else logits)).abs().max()) <= BOUND
     labels = TASKS[name]["labels"] or ["own"]
@@ -298,15 +331,24 @@ def test_a_fine_tuned_model_exports_with_equal_logits(name, tmp_path):
         name
     )
     assert model.config.problem_type == problem
-    assert ("first token" in (tmp_path / "out" / "README.md").read_text()) == (
-        name == "many classes"
-    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("first token" in card) == (name == "many classes")
+    assert "| base model | run O, step 7 |" in card and "| valid, accuracy | 0.5000 |" in card
+    shown = ", ".join(labels) if TASKS[name]["labels"] else "a number from 1 to 5"
+    assert f"| labels | {shown} |" in card
+    printed = run_card(tmp_path / "out").strip()
+    if name == "regression":
+        assert float(printed) == float(printed)
+    elif name == "token_classification":
+        assert eval(printed)[0][0] == "[CLS]" and {tag for _, tag in eval(printed)} <= set(labels)
+    else:
+        assert printed in labels
 
 
-# ------------------------------------------------------------------------------------------------------ load_pretrained
+# ---------------------------------------------------------------------------------- load_pretrained
 
 
-def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
+def test_load_pretrained_reads_the_same_encoder_from_every_kind_of_folder(tmp_path):
     run = tmp_path / "run"
     module = run_folders.pretrained(run)
     export(run, tmp_path / "hf")
@@ -353,7 +395,7 @@ def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
         )
     (tmp_path / "rte").mkdir()
     (tmp_path / "rte" / "seed-3").symlink_to(tmp_path / "seed-0")
-    assert find_trained(tmp_path / "rte") == tmp_path / "rte" / "seed-3" / "model"
+    assert resolve_checkpoint(tmp_path / "rte") == tmp_path / "rte" / "seed-3" / "model"
     assert load_pretrained(tmp_path / "rte").state.keys() == found.keys()
     (tmp_path / "rte" / "seed-5").symlink_to(tmp_path / "seed-0")
     kinds = "expected a run folder .*OUT/ckpt/STEP.*DIR/TASK/seed-N.*Hugging Face folder"
@@ -373,7 +415,7 @@ def test_the_same_encoder_is_loaded_from_every_kind_of_folder(tmp_path):
         load_pretrained(run, tmp_path / "vocab.txt")
 
 
-def test_a_run_of_own_modules_is_refused(tmp_path):
+def test_a_run_of_user_modules_is_refused(tmp_path):
     values = load_run("tiny").model_dump(mode="json")
     made = run_folders.save(
         tmp_path / "run" / "ckpt", "7", {"generator.rnn.weight": torch.zeros(3)}, values
@@ -381,3 +423,91 @@ def test_a_run_of_own_modules_is_refused(tmp_path):
     for verb in (load_pretrained, lambda path: export(path, tmp_path / "out")):
         with pytest.raises(UserError, match="modules of your own"):
             verb(made)
+
+
+# ------------------------------------------------------------------------------------------- load
+
+
+def rows():
+    """(input_ids, segment_ids, attention_mask) of run_folders.rows_with_padding."""
+    ids, mask, types = run_folders.rows_with_padding()
+    return ids, types, mask
+
+
+@torch.no_grad()
+def equal_logits(a, b) -> bool:
+    ids, types, mask = rows()
+    x, y = a(ids, types, mask), b(ids, types, mask)
+    return x.shape == y.shape and float((x - y)[mask > 0].abs().max()) <= BOUND
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
+def test_load_returns_both_parts_of_a_run_and_of_its_export(sharing, tmp_path):
+    module = run_folders.pretrained(tmp_path / "run", sharing)
+    export(tmp_path / "run", tmp_path / "hf")
+    run, hf = load(tmp_path / "run"), load(str(tmp_path / "hf"))
+    for part in ("discriminator", "generator"):
+        assert equal_logits(getattr(run, part), getattr(hf, part)), part
+        alone = load(tmp_path / "hf" / part)
+        assert equal_logits(getattr(run, part), getattr(alone, part)), part
+        other = "generator" if part == "discriminator" else "discriminator"
+        assert getattr(alone, other) is None
+    assert not run.discriminator.training and not hf.generator.training
+    assert run.config.model.hidden_size == 48 == hf.config["hidden_size"]
+    ids, types, mask = rows()
+    place, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
+    batch = Batch(ids, types, mask, place, place[:, :1], none, none > 0, none)
+    expected, real = module.discriminate(ids, batch), mask > 0
+    assert torch.equal(run.discriminator(ids, types, mask)[real], expected[real])
+    assert run.generator(ids, types).shape == (3, 20, 600)
+    assert run.discriminator.encode(ids).shape == (3, 20, 48)
+
+
+@torch.no_grad()
+def test_load_returns_one_part_where_the_model_has_one(tmp_path):
+    run_folders.pretrained(tmp_path / "mlm", kind="mlm")
+    export(tmp_path / "mlm", tmp_path / "hf")
+    run = load(tmp_path / "mlm")
+    assert run.generator is None and run.discriminator(rows()[0]).shape == (3, 20, 600)
+    for path in (tmp_path / "hf", tmp_path / "hf" / "discriminator"):
+        assert load(path).generator is None
+        assert equal_logits(load(path).discriminator, run.discriminator)
+    parts = fine_tuned(tmp_path / "seed-0", "classification")
+    tuned = load(tmp_path / "seed-0")
+    assert tuned.generator is None and tuned.config["task"]["name"] == "own"
+    ids, types, mask = rows()
+    place = torch.arange(20) * mask
+    expected = parts["discriminator"](parts["embeddings"](ids, types, place), mask)
+    assert torch.equal(tuned.discriminator.encode(ids, types, mask), expected)
+    with pytest.raises(UserError, match="no head"):
+        tuned.discriminator(ids)
+
+
+def test_loaded_models_turn_texts_into_rows(tmp_path):
+    run_folders.pretrained(tmp_path / "run")
+    loaded = load(tmp_path / "run", tmp_path / "run" / "tokenizer")
+    cls, sep, pad = (run_folders.IDS[role] for role in ("cls", "sep", "pad"))
+    a, b = loaded.tokenizer.encode_batch(["aa", "ab ac"])
+    assert loaded.input_ids(["aa", "ab ac"]).tolist() == [[cls, *a, sep, pad], [cls, *b, sep]]
+    assert loaded.input_ids(["aa " * 100]).shape == (1, loaded.max_length)
+    with pytest.raises(UserError, match="no checkpoint here; expected a run folder"):
+        load(tmp_path)
+
+
+def test_load_runs_the_code_of_a_factory_when_it_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "support")
+    values = load_run("tiny").model_dump(mode="json")
+    factory = {"factory": "own_pair:build", "options": {"width": 16}, "vocab_size": 600}
+    values |= {"model": factory | {"discr_dim": 16, "discr_layer": "conv"}, "generator": None}
+    values["data"] |= {"special_ids": run_folders.IDS}
+    module = build_objective(parse_run(values, "test"), seed=0)
+    run_folders.save(tmp_path / "run" / "ckpt", "7", true_state(module), values)
+    (tmp_path / "run" / "ckpt" / "latest").write_text("7\n")
+    run_folders.vocabulary(tmp_path / "run" / "tokenizer")
+    with pytest.raises(UserError, match=r"own_pair:build.*give --trust-code"):
+        load(tmp_path / "run")
+    loaded = load(tmp_path / "run", trust_code=True)
+    ids = loaded.input_ids(["aa ab"])
+    logits = loaded.discriminator(ids, document_ids=torch.ones_like(ids))
+    assert logits.shape == ids.shape and type(loaded.generator).__name__ == "Generator"

@@ -1,4 +1,4 @@
-"""Others' weights become ours whole: every tensor is read, made or left with its reason."""
+"""Import: every tensor is loaded, initialized, or listed as unused with a reason."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.data.batch import Batch
 from electra_ds.interop.export import export
 from electra_ds.interop.import_weights import import_weights
-from electra_ds.interop.load_model import load_module
+from electra_ds.interop.load_model import load_objective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint
@@ -22,7 +22,7 @@ from electra_ds.training.pretrain import _check_same_vocabulary
 
 transformers = pytest.importorskip("transformers")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tf_reference"
-SETS = ["data.sequence_length=32"]  # the run that the weights are brought into: tiny
+SETS = ["data.sequence_length=32"]  # of the run config, tiny
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -30,72 +30,78 @@ def equal(a: dict, b: dict) -> bool:
 
 
 def imported(*arguments, **keywords):
-    """(account, all weights) of an import; every parameter of ours is read or made, and the run config stands."""
+    """(report, all weights) of an import, after checks of report, config and checkpoint."""
     *_, out = arguments
-    account = import_weights(*arguments, "tiny", SETS + keywords.pop("sets", []), **keywords)
+    report = import_weights(*arguments, "tiny", SETS + keywords.pop("sets", []), **keywords)
     weights = checkpoint.weights(find_checkpoint(out))
-    assert sorted([ours for _, ours in account.read] + account.made) == sorted(weights)
-    assert read_json(out / "import.json")["left"] == account.left
-    module, config = load_module(out / "ckpt" / "0")  # the sizes in config.json fit the weights
+    assert sorted([ours for _, ours in report.loaded] + report.initialized) == sorted(weights)
+    written = read_json(out / "import.json")
+    assert list(written) == ["source", "read", "made", "left", "warnings"]
+    assert written["made"] == report.initialized and written["left"] == report.unused
+    module, config = load_objective(out / "ckpt" / "0")  # the sizes in config.json fit the weights
     assert read_json(out / "config.json")["model"] == config.model.model_dump(mode="json")
     assert equal(true_state(module), weights)
-    return account, weights
+    return report, weights
 
 
 def exported(folder: Path, sharing: str = "shared", kind: str = "electra") -> tuple[dict, Path]:
-    """(our tensors, the folder that `export` wrote of them)."""
+    """(our tensors, the folder that `export` wrote)."""
     state = true_state(run_folders.pretrained(folder / "run", sharing, kind))
     export(folder / "run", folder / "hf")
     return state, folder / "hf"
 
 
 @pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
-def test_ours_to_hugging_face_to_ours_is_bit_equal(sharing, tmp_path):
+def test_export_then_import_is_bit_equal(sharing, tmp_path):
     state, folder = exported(tmp_path, sharing)
-    account, weights = imported(folder, tmp_path / "i")
-    assert equal(state, weights) and not account.made and not account.warnings
+    report, weights = imported(folder, tmp_path / "i")
+    assert equal(state, weights) and not report.initialized and not report.warnings
     assert read_json(tmp_path / "i" / "config.json")["model"]["sharing"] == sharing
     tensors = sum(
         len(load_file(folder / part / "model.safetensors"))
         for part in ("discriminator", "generator")
     )
     assert (
-        sum(len(foreign.split(", ")) for foreign, _ in account.read) + len(account.left) == tensors
+        sum(len(foreign.split(", ")) for foreign, _ in report.loaded) + len(report.unused)
+        == tensors
     )
 
 
 @pytest.mark.parametrize("kind", ["mlm", "replace_mlm"])
-def test_an_encoder_that_predicts_tokens_comes_back_too(kind, tmp_path):
+def test_export_then_import_of_an_encoder_that_predicts_tokens_is_bit_equal(kind, tmp_path):
     state, folder = exported(tmp_path, kind=kind)
-    account, weights = imported(folder, tmp_path / "i", sets=[f"objective.kind={kind}"])
-    assert equal(state, weights) and not account.made and not account.warnings
+    report, weights = imported(folder, tmp_path / "i", sets=[f"objective.kind={kind}"])
+    assert equal(state, weights) and not report.initialized and not report.warnings
 
 
-def test_a_missing_part_is_made_beside_what_is_there(tmp_path):
+def test_a_missing_part_is_initialized(tmp_path):
     state, folder = exported(tmp_path)
-    account, weights = imported(folder / "discriminator", tmp_path / "d")
+    report, weights = imported(folder / "discriminator", tmp_path / "d")
     made = {"generator", "generator_head"}
     assert {
-        name.split(".")[0] for name in account.made
-    } == made and "drawn anew, what is shared" in account.warnings[0]
+        name.split(".")[0] for name in report.initialized
+    } == made and "initialized; shared" in report.warnings[0]
     assert all(
         torch.equal(weights[name], state[name])
         for name in weights
         if name.split(".")[0] not in made
     )
     assert weights["generator.layers.0.qkv.weight"].shape == (3 * 128, 128)  # the run's own sizes
-    account, weights = imported(folder / "generator", tmp_path / "g")
-    assert {name.split(".")[0] for name in account.made} == {"discriminator", "discriminator_head"}
-    assert "what is shared comes from the other part" in account.warnings[0]
+    report, weights = imported(folder / "generator", tmp_path / "g")
+    assert {name.split(".")[0] for name in report.initialized} == {
+        "discriminator",
+        "discriminator_head",
+    }
+    assert "shared parameters come from the other part" in report.warnings[0]
     kept = [name for name in weights if name.startswith(("embeddings", "generator"))]
     assert all(torch.equal(weights[name], state[name]) for name in kept)
-    account, weights = imported(
+    report, weights = imported(
         folder / "discriminator", tmp_path / "both", generator=folder / "generator"
     )
-    assert equal(state, weights) and not account.made
+    assert equal(state, weights) and not report.initialized
 
 
-def test_a_generator_with_embeddings_of_its_own_is_told(tmp_path):
+def test_a_generator_tensor_that_differs_from_the_shared_one_gives_a_warning(tmp_path):
     state, folder = exported(tmp_path)
     file, name = (
         folder / "generator" / "model.safetensors",
@@ -103,30 +109,28 @@ def test_a_generator_with_embeddings_of_its_own_is_told(tmp_path):
     )
     tensors = load_file(file)
     save_file(tensors | {name: tensors[name] + 1}, file, metadata={"format": "pt"})
-    account, weights = imported(folder, tmp_path / "i")
-    assert equal(state, weights) and len(account.warnings) == 1
-    assert (
-        name in account.warnings[0] and "differs from that of discriminator" in account.warnings[0]
-    )
+    report, weights = imported(folder, tmp_path / "i")
+    assert equal(state, weights) and len(report.warnings) == 1
+    assert name in report.warnings[0] and "differs from that of discriminator" in report.warnings[0]
 
 
-def test_a_pickled_bare_encoder_is_read_and_a_stranger_named(tmp_path):
+def test_a_pickled_bare_encoder_is_loaded_and_an_unknown_tensor_gives_a_warning(tmp_path):
     state, folder = exported(tmp_path)
     bare = transformers.ElectraModel.from_pretrained(folder / "discriminator").state_dict()
     torch.save(
-        bare | {"stranger.weight": torch.zeros(3), "embeddings.position_ids": torch.zeros(1, 40)},
+        bare | {"unknown.weight": torch.zeros(3), "embeddings.position_ids": torch.zeros(1, 40)},
         folder / "discriminator" / "pytorch_model.bin",
     )
     (folder / "discriminator" / "model.safetensors").unlink()
-    account, weights = imported(folder, tmp_path / "i")
-    assert [name for name in account.made] == [
+    report, weights = imported(folder, tmp_path / "i")
+    assert [name for name in report.initialized] == [
         name for name in state if name.startswith("discriminator_head.")
     ]
     assert torch.equal(
         weights["discriminator.layers.1.qkv.bias"], state["discriminator.layers.1.qkv.bias"]
     )
-    assert "stranger.weight" in account.warnings[0] and "(3,)" in account.warnings[0]
-    assert account.left["discriminator: embeddings.position_ids"] == "a buffer, not a weight"
+    assert "unknown.weight" in report.warnings[0] and "(3,)" in report.warnings[0]
+    assert report.unused["discriminator: embeddings.position_ids"] == "a buffer, not a weight"
     del bare["encoder.layer.1.output.dense.weight"]
     torch.save(bare, folder / "discriminator" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"electra\.encoder\.layer\.1\.output\.dense\.weight"):
@@ -157,13 +161,13 @@ def bert(folder: Path, old_names: bool = False) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("old_names", [False, True])
-def test_bert_starts_both_encoders(old_names, tmp_path):
+def test_bert_initializes_both_encoders(old_names, tmp_path):
     theirs = bert(tmp_path / "bert", old_names)
     sizes = [
         f"generator.{key}={value}"
         for key, value in dict(hidden_size=64, num_layers=2, num_heads=2, ffn_size=96).items()
     ]
-    account, weights = imported(tmp_path / "bert", tmp_path / "i", sets=sizes)
+    report, weights = imported(tmp_path / "bert", tmp_path / "i", sets=sizes)
     assert torch.equal(
         weights["embeddings.word.weight"], theirs["bert.embeddings.word_embeddings.weight"]
     )
@@ -173,23 +177,21 @@ def test_bert_starts_both_encoders(old_names, tmp_path):
         weights["generator.layers.1.ffn_norm.weight"], layer
     )  # cut to its two layers
     assert torch.equal(weights["generator_head.bias"], theirs["cls.predictions.bias"])
-    assert all(name.startswith("discriminator_head.") for name in account.made)
-    reasons = {name.split(": ")[1]: reason for name, reason in account.left.items()}
+    assert all(name.startswith("discriminator_head.") for name in report.initialized)
+    reasons = {name.split(": ")[1]: reason for name, reason in report.unused.items()}
     assert "pooler" in reasons["bert.pooler.dense.weight"]
-    assert (
-        "next-sentence" in reasons["cls.seq_relationship.weight"]
-        and "fits nowhere" not in reasons.values()
-    )
-    account, _ = imported(tmp_path / "bert", tmp_path / "other")  # tiny's own generator is wider
-    assert {name.split(".")[0] for name in account.made} == {
+    assert "next-sentence" in reasons["cls.seq_relationship.weight"]
+    assert not any("no parameter of ours" in reason for reason in reasons.values())
+    report, _ = imported(tmp_path / "bert", tmp_path / "other")  # tiny's own generator is wider
+    assert {name.split(".")[0] for name in report.initialized} == {
         "discriminator_head",
         "generator",
         "generator_head",
     }
-    assert not any("the other part" in warning for warning in account.warnings)
+    assert not any("the other part" in warning for warning in report.warnings)
 
 
-def test_what_cannot_be_ours_is_refused(tmp_path):
+def test_unsupported_models_and_vocabularies_are_refused(tmp_path):
     _, folder = exported(tmp_path)
     part = folder / "discriminator"
     config = read_json(part / "config.json")
@@ -225,12 +227,12 @@ def test_what_cannot_be_ours_is_refused(tmp_path):
         imported(tmp_path / "run" / "tokenizer", tmp_path / "i")
 
 
-def test_pretraining_goes_on_from_an_import(data, tmp_path):
+def test_pretraining_starts_from_an_import(data, tmp_path):
     state, folder = exported(tmp_path)
-    told = run_cli("import", folder, "--out", tmp_path / "i", "--run", "tiny").stdout
+    output = run_cli("import", folder, "--out", tmp_path / "i", "--run", "tiny").stdout
     assert (
-        "read  generator: generator_lm_head.bias -> generator_head.bias" in told
-        and " 0 made, " in told
+        "read  generator: generator_lm_head.bias -> generator_head.bias" in output
+        and " 0 made, " in output
     )
     run = ["pretrain", tmp_path / "i" / "config.json", "--data", data, "--out", tmp_path / "o"]
     sets = [
@@ -239,7 +241,7 @@ def test_pretraining_goes_on_from_an_import(data, tmp_path):
         "--set=logging.tensorboard=false",
     ]
     run_cli(*run, "--init-from", tmp_path / "i", *sets)
-    # the first step has rate 0, the rate being warmed anew: the weights are still those that were brought in
+    # The learning rate of the first step is 0: the weights are still the imported ones.
     assert equal(checkpoint.weights(tmp_path / "o" / "ckpt" / "final"), state)
 
 
@@ -255,14 +257,14 @@ def test_weights_of_another_vocabulary_are_refused(tmp_path):
         _check_same_vocabulary(final, tmp_path / "tokenizer")
 
 
-def test_a_tensorflow_checkpoint_gives_the_authors_logits(tmp_path):
+def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(tmp_path):
     pytest.importorskip("tensorflow", reason="the extra [tf] is not installed")
     source = SHARED / "shared_small"
     if not source.exists():
         pytest.skip("needs the shared TensorFlow checkpoint")
-    account, _ = imported(source, tmp_path / "i", tokenizer=SHARED / "vocab.txt")
-    assert not account.made and not account.left and not account.warnings
-    module, config = load_module(tmp_path / "i" / "ckpt" / "0")
+    report, _ = imported(source, tmp_path / "i", tokenizer=SHARED / "vocab.txt")
+    assert not report.initialized and not report.unused and not report.warnings
+    module, config = load_objective(tmp_path / "i" / "ckpt" / "0")
     assert (config.model.num_heads, config.generator.num_heads) == (2, 1)
     values = np.load(source / "reference.npz")
     ref = {
@@ -282,11 +284,12 @@ def test_a_tensorflow_checkpoint_gives_the_authors_logits(tmp_path):
         none > 0,
         none,
     )
-    found, real = module.discriminate(ref["disc_input_ids"], batch).sigmoid(), ref["input_mask"] > 0
-    assert float((found - torch.tensor(values["disc_probs"]))[real].abs().max()) <= 1e-5
+    probabilities = module.discriminate(ref["disc_input_ids"], batch).sigmoid()
+    real = ref["input_mask"] > 0
+    assert float((probabilities - torch.tensor(values["disc_probs"]))[real].abs().max()) <= 1e-5
 
 
-def test_without_tensorflow_the_extra_is_named(tmp_path, monkeypatch):
+def test_a_tensorflow_checkpoint_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow.train", None)
     (tmp_path / "model.ckpt.index").touch()
     with pytest.raises(UserError, match=r"electra_ds\[tf\]"):

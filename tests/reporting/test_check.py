@@ -3,17 +3,18 @@
 import json
 
 import pytest
+from cost import step_flops
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import config_folder, load_run
 from electra_ds.data.dataset import open_data
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import parameter_count
 from electra_ds.reporting import check as check_module
 from electra_ds.reporting.check import check
-from electra_ds.reporting.memory import PRECISIONS, memory, model_state_bytes, step_flops
+from electra_ds.reporting.memory import PRECISIONS, memory, model_state_bytes
 from electra_ds.training.engine import zero_options
 
 PRESETS = sorted(path.stem for path in config_folder("pretrain").glob("*.json"))
@@ -221,7 +222,7 @@ def test_a_step_costs_the_products_that_its_kind_makes():
         return (e.hidden_size + 30528) * width
 
     places, binary = (
-        max_masked(run.objective.mask_prob, 128),
+        max_masked_positions(run.objective.mask_prob, 128),
         (main.hidden_size + 1) * main.hidden_size,
     )
     alone = 128 * (encoder(main) + binary)

@@ -16,7 +16,7 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_masked
+from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import build_objective
 from electra_ds.model.losses import Totals
 from electra_ds.reporting.memory import PRECISIONS, memory
@@ -28,7 +28,7 @@ IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
 def packed_batch(config: RunConfig) -> Batch:
     """Rows of two pieces and random ids."""
     rows, length = config.train.micro_batch_size, config.data.sequence_length
-    k = max_masked(config.objective.mask_prob, length)
+    k = max_masked_positions(config.objective.mask_prob, length)
     ids = torch.randint(104, config.model.vocab_size, (rows, length))
     pieces = (torch.arange(length) >= length // 2).long().expand(rows, -1) + 1
     chosen = torch.rand(rows, length - 2).argsort(1)[:, :k] + 1

@@ -64,7 +64,7 @@ def meet() -> None:
 
 
 def unheard() -> None:
-    """A rank hangs when its watchdog has found who went first."""
+    """A rank hangs after its watchdog has found the first failure."""
     import threading
 
     from electra_ds.cluster.launchers import Ranks
@@ -72,7 +72,7 @@ def unheard() -> None:
 
     watchdog = Watchdog(Ranks(0, 2, 0, 1, "none"), 4.0, 10.0, lambda find: find())
     watchdog._first = Failure(1, "node2", "silent")
-    threading.Timer(0.1, watchdog._end).start()
+    threading.Timer(0.1, watchdog._end_process).start()
     time.sleep(5)
     os._exit(0)
 

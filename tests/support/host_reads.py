@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import electra_ds
-from electra_ds.training.engine import Engine
+from electra_ds.training.collectives import ControlGroup
 
 CALLS = {
     "item",
@@ -90,7 +90,7 @@ class Operators(TorchDispatchMode):
 @contextlib.contextmanager
 def during(first: int, last: int, *contexts: contextlib.AbstractContextManager):
     """Enter contexts for the steps `first` to `last` of a run, their forwards, backwards and votes."""
-    original, steps, held = Engine.wait_votes, [], contextlib.ExitStack()
+    original, steps, held = ControlGroup.wait_votes, [], contextlib.ExitStack()
 
     def wait_votes(self):  # the loop's first call in every step
         steps.append(1)
@@ -101,11 +101,11 @@ def during(first: int, last: int, *contexts: contextlib.AbstractContextManager):
             held.close()
         return original(self)
 
-    Engine.votes = wait_votes
+    ControlGroup.wait_votes = wait_votes
     try:
         yield
     finally:
-        Engine.votes = original
+        ControlGroup.wait_votes = original
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
-"""Small run folders without training: every weight drawn at random, LayerNorms and biases too."""
+"""Small run folders without training; all weights are random, LayerNorms and biases included."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from electra_ds.config.loading import load_run, parse_run
 from electra_ds.config.schema import RunConfig
-from electra_ds.interop.import_weights import WholeWeights
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpointer
@@ -26,6 +27,27 @@ SIZES = {
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
+class SingleProcessWeights:
+    """The part of `engine.Engine` that saving weights needs: one process with whole tensors."""
+
+    ranks = SimpleNamespace(rank=0, world_size=1)
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        self.parameters = state
+
+    def full_tensor(self, name: str, kind: str) -> torch.Tensor:
+        return self.parameters[name]
+
+    def shape(self, name: str) -> torch.Size:
+        return self.parameters[name].shape
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value]
+
+    def scaler_state(self) -> dict[str, float]:
+        return {}
+
+
 def config(sharing: str = "shared", kind: str = "electra") -> RunConfig:
     values = load_run("tiny").model_dump(mode="json")
     for section, sizes in SIZES.items():
@@ -40,15 +62,15 @@ def config(sharing: str = "shared", kind: str = "electra") -> RunConfig:
 
 @torch.no_grad()
 def drawn(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module with every parameter shaken; rows that pad the word table stay what they are."""
+    """The module with noise added to every parameter, in place; returned in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return module.eval()
 
 
-def objective(made_of: RunConfig, seed: int = 0) -> ElectraObjective:
-    parts = (made_of.model, made_of.generator, made_of.objective, made_of.data.special_ids)
+def objective(run: RunConfig, seed: int = 0) -> ElectraObjective:
+    parts = (run.model, run.generator, run.objective, run.data.special_ids)
     return drawn(ElectraObjective(*parts, seed=0), seed)
 
 
@@ -59,18 +81,23 @@ def vocabulary(folder: Path) -> Path:
 
 
 def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) -> Path:
-    """Write a checkpoint of plain weights as folder/name with the given config."""
-    progress = TrainingState(step=7)
+    """Write a checkpoint of weights alone as folder/name with a config."""
     return checkpointer.save(
-        WholeWeights(state), folder, name, progress, values, {}, weights_only=True
+        SingleProcessWeights(state),
+        folder,
+        name,
+        TrainingState(step=7),
+        values,
+        {},
+        weights_only=True,
     )
 
 
 def pretrained(out: Path, sharing: str = "shared", kind: str = "electra") -> ElectraObjective:
-    """Write a run folder that finetune and export take, with its vocabulary; the module whose weights it holds."""
-    made_of = config(sharing, kind)
-    module = objective(made_of)
-    save(out / "ckpt", "final", true_state(module), made_of.model_dump(mode="json"))
+    """Write a run folder with its vocabulary, as finetune and export read it; its module."""
+    run = config(sharing, kind)
+    module = objective(run)
+    save(out / "ckpt", "final", true_state(module), run.model_dump(mode="json"))
     (out / "ckpt" / "latest").write_text("final\n")
     vocabulary(out / "tokenizer")
     return module

@@ -35,7 +35,7 @@ def best_fit_rows(n: int, sequence_length: int, seed: int = 0, vocab_size: int =
     return rows
 
 
-def packed_mask(rows: np.ndarray) -> np.ndarray:
+def document_fragments(rows: np.ndarray) -> np.ndarray:
     """The pieces of best_fit rows, [P, 6] int32: piece p of the shard is document p of unit 0."""
     row, start = np.nonzero(rows == SPECIAL.cls)
     end = np.nonzero(rows == SPECIAL.sep)[1]
@@ -105,7 +105,12 @@ def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows
     """Write the shards and the index of one split; its entry in the manifest."""
     written = [
         write_shard(
-            data_dir / shard_file(split, shard), split, shard, rows, packed_mask(rows), block_rows
+            data_dir / shard_file(split, shard),
+            split,
+            shard,
+            rows,
+            document_fragments(rows),
+            block_rows,
         )
         for shard, rows in enumerate(shards)
     ]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import shard_data
 import torch
+from cost import step_traffic
 from running import run_ranks
 
-from electra_ds.reporting.memory import step_traffic
 from electra_ds.reporting.status import status
 from electra_ds.training import checkpoint
 from electra_ds.training.metrics_file import TIMED, read_metrics
@@ -18,8 +18,11 @@ from electra_ds.training.metrics_file import TIMED, read_metrics
 STAGES = (0, 1, 2, 3)
 # Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on a CPU.
 # Stage 0 in fp32 has no finite check but ours (and clipping reads on a CPU, where it has no fused kernel).
-READS = {"electra_ds/engine.py:agreed", "electra_ds/ops/attention.py:packed_mask"}
-READS_AT_STAGE_0 = {"electra_ds/engine.py:step", "electra_ds/engine.py:_clip"}
+READS = {
+    "electra_ds/training/collectives.py:wait_votes",
+    "electra_ds/model/kernels/attention.py:packed_mask",
+}
+READS_AT_STAGE_0 = {"electra_ds/training/engine.py:_checked_step"}
 # Killed in a random step of 1 to 20 at each stage (the names of the tests say which), and inside the second save.
 KILLS = (*(f"{stage}-step{random.randint(1, 20)}" for stage in STAGES), "1-tensors", "1-latest")
 
@@ -403,7 +406,7 @@ def test_old_checkpoints_are_pruned_and_no_temporary_is_left(outs: Path) -> None
 def test_no_step_between_log_lines_reads_from_the_device(outs: Path, stage: int) -> None:
     found = json.loads((outs / f"reads-z{stage}-0.json").read_text())
     ours = {reader for reader in found if not reader.startswith("deepspeed/")}
-    assert "electra_ds/engine.py:agreed" in ours and ours <= READS | (
+    assert "electra_ds/training/collectives.py:wait_votes" in ours and ours <= READS | (
         set() if stage else READS_AT_STAGE_0
     )
     assert (

@@ -1,0 +1,15 @@
+"""Tokenizers: WordPiece vocabularies and SentencePiece models with one interface."""
+
+from electra_ds.data.tokenizer.base import SPECIAL_NAMES, Tokenizer
+from electra_ds.data.tokenizer.loading import VOCABULARY_FILES, load_tokenizer
+from electra_ds.data.tokenizer.sentencepiece import SentencePiece
+from electra_ds.data.tokenizer.wordpiece import WordPiece
+
+__all__ = [
+    "SPECIAL_NAMES",
+    "VOCABULARY_FILES",
+    "SentencePiece",
+    "Tokenizer",
+    "WordPiece",
+    "load_tokenizer",
+]

@@ -1,0 +1,133 @@
+"""Interface of tokenizers, their special tokens, and their files.
+
+A tokenizer adds no special tokens, and no text encodes to one: a literal "[MASK]" in a text is
+tokenized as letters and punctuation.
+
+Letters: V vocabulary, N tokens of all texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.files import write_bytes, write_json
+from electra_ds.common.special_ids import SpecialIds
+
+# Role -> accepted spellings in a vocabulary; the first one is used by `train-tokenizer`.
+SPECIAL_NAMES = {
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+
+
+class Tokenizer(ABC):
+    """Base class of tokenizers.
+
+    kind:        "wordpiece" or "sentencepiece"
+    names:       spelling of each id
+    special_ids: ids of the special tokens
+    options:     what determines the ids besides the vocabulary file
+    fingerprint: sha256 of kind, options and vocabulary file
+    """
+
+    kind: str
+    file_name: str
+
+    def __init__(
+        self, content: bytes, names: Sequence[str], options: dict[str, bool], source: str
+    ) -> None:
+        """content: the vocabulary file; source: its name in messages"""
+        self.content = content
+        self.names = list(names)
+        self.options = options
+        self.ids = {name: i for i, name in enumerate(self.names)}
+        self.vocab_size = len(self.names)
+        self.special_ids = self._find_special_ids(source)
+        digest = hashlib.sha256(json.dumps([self.kind, options], sort_keys=True).encode())
+        digest.update(content)
+        self.fingerprint = digest.hexdigest()
+
+    @abstractmethod
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the concatenated ids of texts, [N] uint32, and their lengths, [texts] int64."""
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of one text and the (start, end) characters of each token."""
+
+    @abstractmethod
+    def begins_word(self) -> np.ndarray:
+        """Return whether each token begins a word, [V] bool; the others continue a word."""
+
+    @abstractmethod
+    def unknown_parts(self, text: str) -> list[str]:
+        """Return the parts of a text that become [UNK].
+
+        WordPiece returns them as written, SentencePiece after its normalization.
+        """
+
+    @abstractmethod
+    def _decode_plain(self, ids: list[int]) -> str:
+        """Return readable text of ids without special tokens."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without special tokens."""
+        if not len(texts):
+            return []
+        ids, lengths = self.encode_flat(texts)
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the vocabulary's spelling of each id."""
+        return [self.names[i] for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return readable text; special tokens keep their spelling."""
+        special = set(self.special_ids.model_dump().values())
+        parts: list[str] = []
+        for is_special, group in groupby(map(int, ids), special.__contains__):
+            run = list(group)
+            parts += self.tokens(run) if is_special else [self._decode_plain(run)]
+        return " ".join(parts)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the vocabulary file and options.json; `load_tokenizer(folder)` reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / self.file_name, self.content)
+        options = {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            **self.options,
+            "special_ids": self.special_ids.model_dump(),
+            "fingerprint": self.fingerprint,
+        }
+        write_json(folder / "options.json", options)
+
+    def _find_special_ids(self, source: str) -> SpecialIds:
+        found: dict[str, int] = {}
+        missing = []
+        for role, spellings in SPECIAL_NAMES.items():
+            ids = [self.ids[name] for name in spellings if name in self.ids]
+            if ids:
+                found[role] = ids[0]
+            else:
+                missing.append(spellings[0])
+        if missing:
+            raise UserError(
+                f"{source}: no {', '.join(missing)} among its {self.vocab_size} entries; expected "
+                "[PAD] [UNK] [CLS] [SEP] [MASK]; `electra-ds train-tokenizer` makes such a "
+                "vocabulary"
+            )
+        return SpecialIds(**found)

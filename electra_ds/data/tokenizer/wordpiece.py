@@ -1,0 +1,134 @@
+"""WordPiece tokenizer with a cache of words.
+
+The cache is exact because BERT's pre-tokenization always splits at white space: the ids of a text
+are the concatenated ids of its words, so each distinct word is tokenized once.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from electra_ds.common.errors import UserError
+from electra_ds.data.tokenizer.base import Tokenizer
+
+MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
+# A larger mean length of the "words" indicates a script without spaces; such a text is tokenized
+# as a whole.
+MAX_MEAN_WORD_LENGTH = 24
+# Parts of a word: BERT makes each ASCII punctuation character a word.
+_WORD_PARTS = re.compile("[^!-/:-@[-`{-~]+|.")
+# Characters at which str.split() splits and that BERT's cleaning deletes or keeps. A text with one
+# of them is tokenized as a whole.
+_SPLIT_DIFFERENTLY = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
+
+
+class WordPiece(Tokenizer):
+    """BERT's WordPiece.
+
+    Text is cleaned, optionally lower-cased and stripped of accents, and split into words; each word
+    is split by greedy longest match.
+    """
+
+    kind = "wordpiece"
+    file_name = "vocab.txt"
+
+    def __init__(self, content: bytes, options: dict[str, bool], source: str) -> None:
+        """content: vocab.txt; options: lowercase, strip_accents; source: file name in messages"""
+        try:
+            lines = content.decode("utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{source}: not UTF-8 ({error}); expected one vocabulary entry per line"
+            ) from None
+        names = [line.rstrip("\r") for line in lines]
+        super().__init__(content, names, options, source)
+        if len(self.ids) != len(names):
+            repeated = next(name for i, name in enumerate(names) if self.ids[name] != i)
+            raise UserError(f"{source}: {repeated!r} occurs twice; expected every entry once")
+        self.fast = _fast_tokenizer(self.ids, names[self.special_ids.unk], options)
+        self._cache = _WordCache(self.fast, options["lowercase"])
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if len(self._cache) > MAX_CACHED_WORDS:
+            self._cache.clear()
+        parts = [self._encode(text) for text in texts]
+        lengths = np.fromiter((len(part) // 4 for part in parts), np.int64, len(parts))
+        return np.frombuffer(b"".join(parts), np.uint32), lengths
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self.fast.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def begins_word(self) -> np.ndarray:
+        return np.array([not name.startswith("##") for name in self.names])
+
+    def unknown_parts(self, text: str) -> list[str]:
+        unk = self.special_ids.unk
+        unk_bytes = np.uint32(unk).tobytes()
+        # Only words that are not cached or have [UNK] in their cached bytes are tokenized again.
+        words = [word for word in text.split() if unk_bytes in self._cache.get(word, unk_bytes)]
+        return [
+            word[start:end]
+            for word in words
+            for i, (start, end) in zip(*self.encode_with_offsets(word), strict=True)
+            if i == unk
+        ]
+
+    def _encode(self, text: str) -> bytes:
+        """Return the ids of a text as uint32 bytes."""
+        words = text.split()
+        has_spaces = len(words) * MAX_MEAN_WORD_LENGTH >= len(text)
+        if not has_spaces or (not text.isprintable() and _SPLIT_DIFFERENTLY.search(text)):
+            return self._cache.encode(text)
+        return b"".join(map(self._cache.__getitem__, words))
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return " ".join(self.names[i] for i in ids).replace(" ##", "")
+
+
+class _WordCache(dict[str, bytes]):
+    """Word -> its ids as uint32 bytes; a missing word is tokenized and stored."""
+
+    def __init__(self, fast: Any, lowercase: bool) -> None:
+        self.fast = fast
+        self.model = fast.model
+        self.lowercase = lowercase
+
+    def __missing__(self, word: str) -> bytes:
+        parts = [word] if word.isalnum() else _WORD_PARTS.findall(word)
+        is_one_part = parts == [word]
+        ids = self.encode(word) if is_one_part else b"".join(map(self.__getitem__, parts))
+        self[word] = ids
+        return ids
+
+    def encode(self, text: str) -> bytes:
+        """Return the ids of any text as uint32 bytes."""
+        if text.isalnum() and text.isascii():  # needs no cleaning and no splitting
+            tokens = self.model.tokenize(text.lower() if self.lowercase else text)
+            ids = [token.id for token in tokens]
+        else:
+            ids = self.fast.encode(text, add_special_tokens=False).ids
+        return array("I", ids).tobytes()
+
+
+def _fast_tokenizer(vocabulary: dict[str, int], unknown: str, options: dict[str, bool]) -> Any:
+    """Return the Hugging Face tokenizer of a vocabulary, without special tokens."""
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    fast = tokenizers.Tokenizer(
+        models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100)
+    )
+    fast.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=True,
+        lowercase=options["lowercase"],
+        strip_accents=options["strip_accents"],
+    )
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # also splits "[MASK]"
+    return fast

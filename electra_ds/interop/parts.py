@@ -1,0 +1,122 @@
+"""Discriminator and generator of a loaded model, each as one module on token ids.
+
+Letters: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from electra_ds.common.errors import UserError
+from electra_ds.config.schema import ModelConfig
+from electra_ds.interop.hf import from_hf
+from electra_ds.model.encoder import Embeddings, Encoder
+from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.objective import ElectraObjective
+from electra_ds.model.weights import load_true_state, true_state
+
+
+class EncoderWithHead(nn.Module):
+    """One part of a model: Embeddings, Encoder, and its DiscriminatorHead, GeneratorHead or None.
+
+    pad_id: the token that counts as padding when no attention_mask is given.
+    """
+
+    def __init__(
+        self,
+        embeddings: nn.Module,
+        encoder: nn.Module,
+        head: nn.Module | None,
+        pad_id: int,
+    ):
+        super().__init__()
+        self.embeddings = embeddings
+        self.encoder = encoder
+        self.head = head
+        self.pad_id = pad_id
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, S, H] of the last layer.
+
+        input_ids: [B, S] int64, each row `[CLS] text [SEP]` followed by padding.
+        segment_ids: [B, S] int64, 1 in the second text of a pair; zeros by default.
+        attention_mask: [B, S], 0 for padding; by default 0 where input_ids equals pad_id.
+        """
+        if segment_ids is None:
+            segment_ids = torch.zeros_like(input_ids)
+        if attention_mask is None:
+            attention_mask = input_ids != self.pad_id
+        document_ids = attention_mask.long()  # one document a row
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) * document_ids
+        embedded = self.embeddings(input_ids, segment_ids, position_ids)  # [B, S, E]
+        return self.encoder(embedded, document_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the head, arguments as in `encode`.
+
+        Replaced token detection: [B, S], above 0 for a token that looks replaced. Language
+        modelling: [B, S, V]. Raises UserError for an encoder without a head.
+        """
+        if self.head is None:
+            raise UserError("this encoder has no head; use encode() for its hidden states")
+        hidden = self.encode(input_ids, segment_ids, attention_mask)
+        if isinstance(self.head, GeneratorHead):
+            return self.head(hidden, self.embeddings.word)
+        return self.head(hidden)
+
+
+def parts_of_objective(
+    module: ElectraObjective, pad_id: int
+) -> tuple[EncoderWithHead, EncoderWithHead | None]:
+    """(discriminator, generator) that share the parameters of a built-in objective.
+
+    The generator is None where the objective trains none. A main encoder that predicts tokens has
+    its language-modelling head; the copy gate of all_tokens_mlm is left out.
+    """
+    main_head = module.discriminator_head if module.objective.detects else module.mlm_head
+    discriminator = EncoderWithHead(module.embeddings, module.discriminator, main_head, pad_id)
+    if not module.objective.has_generator:
+        return discriminator, None
+    untied = module.sharing == "untied"
+    embeddings = module.generator_embeddings if untied else module.embeddings
+    encoder = module.discriminator if module.sharing == "all" else module.generator
+    generator = EncoderWithHead(embeddings, encoder, module.generator_head, pad_id)
+    return discriminator, generator
+
+
+def main_encoder(model: ModelConfig) -> nn.ModuleDict:
+    """Embeddings and encoder of `model` under their names in checkpoints, weights not set."""
+    return nn.ModuleDict(
+        {
+            "embeddings": Embeddings(model, model.embedding_size, model.hidden_dropout),
+            "discriminator": Encoder(model, model.embedding_size, model.layer_norm_eps),
+        }
+    )
+
+
+def part_from_hf(model: ModelConfig, tensors: Mapping[str, Tensor], pad_id: int) -> EncoderWithHead:
+    """The encoder of one Hugging Face folder, with the ELECTRA head that its tensors contain.
+
+    model: sizes of this folder. tensors: its state_dict. Heads of tasks are left out.
+    """
+    modules = main_encoder(model)
+    head: DiscriminatorHead | GeneratorHead | None = None
+    if "discriminator_predictions.dense.weight" in tensors:
+        head = DiscriminatorHead(model.hidden_size)
+        modules["discriminator_head"] = head
+    elif "generator_predictions.dense.weight" in tensors:
+        head = GeneratorHead(model, model.hidden_size, model.embedding_size)
+        modules["mlm_head"] = head
+    load_true_state(modules, from_hf(tensors, true_state(modules), "discriminator"))
+    return EncoderWithHead(modules["embeddings"], modules["discriminator"], head, pad_id)
