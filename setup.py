@@ -21,8 +21,6 @@ REQUIRES = [
     "zstandard>=0.22",
     "fsspec>=2024.2",
     "braceexpand>=0.1.7",
-    "google-crc32c>=1.5",  # of TFRecords
-    "protobuf>=4.21",
     "scikit-learn>=1.3",
     "scipy>=1.11",
 ]
@@ -36,7 +34,11 @@ EXTRAS = {
         "datasets>=4",  # brings pyarrow
         "aiohttp>=3.9",
         "rensa>=0.5,<0.6",
+        "google-crc32c>=1.5",
+        "protobuf>=4.21",
+        "mypy>=1.11",
     ],
+    "tfrecord": ["google-crc32c>=1.5", "protobuf>=4.21"],  # the verb convert
     # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
     "plot": ["matplotlib>=3.8"],

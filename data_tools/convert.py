@@ -15,9 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from data_tools.formats.corpus import Source, Tally
 from data_tools.inputs.plan import make_plan, readable, unit_size
@@ -114,11 +112,25 @@ def _problem(row: list[np.ndarray], width: int, tokenizer: Tokenizer) -> str:
     return ""
 
 
-def _rows(source: Source) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(bytes read, the three features) of each record of a file."""
+def _libraries() -> tuple[Any, Any]:
+    """(google_crc32c, an empty tf.train.Example). UserError when the extra is not installed."""
+    try:
+        import google_crc32c
+        from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+    except ImportError as error:
+        raise UserError(
+            f"convert reads TFRecords with protobuf and google-crc32c ({error}): "
+            "pip install 'electra_ds[tfrecord]'"
+        ) from None
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
-    example, number = message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))(), 0
+    return google_crc32c, message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))()
+
+
+def _rows(source: Source) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(bytes read, the three features) of each record of a file."""
+    google_crc32c, example = _libraries()
+    number = 0
 
     def take(size: int) -> bytes:
         """The next bytes, which their masked CRC-32C follows."""

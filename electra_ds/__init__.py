@@ -1,10 +1,35 @@
-"""Pretraining of text encoders by replaced token detection (ELECTRA) on DeepSpeed."""
+"""Pretraining of text encoders by replaced token detection (ELECTRA) on DeepSpeed.
+
+The public names are loaded at first use, so importing this package loads no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from electra_ds.config.loading import load_run
+    from electra_ds.evaluation.detect import Detector
+    from electra_ds.interop.load_model import load
+    from electra_ds.model.wrapper import Electra
+    from electra_ds.training.api import pretrain
+
+__all__ = ["Detector", "Electra", "load", "load_run", "pretrain"]
+_MODULES = {
+    "Detector": "electra_ds.evaluation.detect",
+    "Electra": "electra_ds.model.wrapper",
+    "load": "electra_ds.interop.load_model",
+    "load_run": "electra_ds.config.loading",
+    "pretrain": "electra_ds.training.api",
+}
 
 
-def __getattr__(name: str):
-    """`Electra`, the wrapper for modules of the user's own: loaded when asked for, since it needs torch."""
-    if name == "Electra":
-        from electra_ds.model.wrapper import Electra
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
+    import importlib
 
-        return Electra
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

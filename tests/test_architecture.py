@@ -166,4 +166,18 @@ def test_the_data_tools_start_without_torch():
 def test_importing_the_package_imports_next_to_nothing():
     loaded = modules_after("import electra_ds")
     assert not loaded & {"torch", "numpy", "pydantic", "deepspeed", "transformers", "typer"}
-    assert len((ROOT / "electra_ds" / "__init__.py").read_text().splitlines()) <= 30
+    assert len((ROOT / "electra_ds" / "__init__.py").read_text().splitlines()) < 40
+
+
+def test_public_names_are_listed_and_loaded_at_first_use():
+    loaded = modules_after(
+        "import electra_ds\nassert set(electra_ds.__all__) <= set(dir(electra_ds))"
+    )
+    assert "electra_ds.config.loading" not in loaded
+    loaded = modules_after("from electra_ds import load_run")
+    assert "electra_ds.config.loading" in loaded and "torch" not in loaded
+    loaded = modules_after("from electra_ds import Detector, Electra, load")
+    assert "torch" in loaded and "deepspeed" not in loaded
+    command = [sys.executable, "-c", "import electra_ds; electra_ds.no_such_name"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "module 'electra_ds' has no attribute 'no_such_name'" in done.stderr

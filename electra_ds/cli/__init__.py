@@ -3,14 +3,11 @@
 import os
 import traceback
 
-# The order of the verbs in --help.
-from electra_ds.cli import (
-    data,  # noqa: F401
-    evaluate,  # noqa: F401
-    finetune,  # noqa: F401
-    train,  # noqa: F401
-    transfer,  # noqa: F401
-)
+# isort: off
+# The verbs stand in --help in the order of these imports.
+from electra_ds.cli import data, train, evaluate, finetune, transfer  # noqa: F401
+
+# isort: on
 from electra_ds.cli.console import app, leave
 from electra_ds.common.errors import RunFailure, UserError
 

@@ -101,7 +101,10 @@ def prepare(
     format: Format = "auto",
     text_field: TextField = "text",
 ) -> None:
-    """Write packed rows of text as WebDataset tar shards, with a held-out split."""
+    """Write text as packed rows in WebDataset tar shards.
+
+    A share of the documents is held out. Runs alone, or under mpirun or srun.
+    """
     from data_tools.prepare import prepare
     from data_tools.stage import stage
     from data_tools.workers import console_progress, mpi_ranks
@@ -170,7 +173,10 @@ def convert(
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
 ) -> None:
-    """Convert pretraining TFRecords of google-research/electra to shards, without TensorFlow."""
+    """Convert TFRecords of google-research/electra to shards.
+
+    Every row is kept as it is. TensorFlow is not needed.
+    """
     from data_tools.convert import convert
     from data_tools.workers import console_progress
 
@@ -193,7 +199,10 @@ def stage(
     to: Annotated[str, typer.Option(help="Target: a folder of this node, or a URL.")],
     workers: Annotated[int, typer.Option(min=1, help="Number of files copied at a time.")] = 4,
 ) -> None:
-    """Copy a data folder to a node's disk (once per node) or to a URL, checked by sha256."""
+    """Copy a data folder to the disk of a node, or to a URL.
+
+    Files are checked by sha256. Several ranks of a node make one copy.
+    """
     from data_tools.stage import stage
     from data_tools.workers import console_progress
 
@@ -206,7 +215,10 @@ def stage(
 def verify(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")],
 ) -> None:
-    """Compare a data folder with its manifest; report damage by shard and block."""
+    """Compare a data folder with its manifest.
+
+    Damage is reported by shard and block, with exit code 1.
+    """
     from data_tools.verify import verify
     from data_tools.workers import console_progress, summed
     from electra_ds.data.shard_format import read_manifest
@@ -233,7 +245,10 @@ def stats(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show documents, lengths, vocabulary coverage, unknown words and removals of a data folder."""
+    """Show statistics of a data folder.
+
+    They cover documents, lengths, vocabulary coverage, unknown words and removed documents.
+    """
     import json
 
     from data_tools.stats import page, stats, tables
@@ -270,7 +285,7 @@ def inspect(
         typer.Option(help="The inputs of prepare: show how the source documents begin."),
     ] = None,
 ) -> None:
-    """Show rows as text, with the boundaries of their document fragments."""
+    """Show rows as text, with document boundaries."""
     from data_tools.inspect_rows import describe_rows
 
     for line in describe_rows(data, split, rows or range(3), source=source, inputs=input or ()):

@@ -24,7 +24,10 @@ def evaluate(
     trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show held-out losses, accuracies, AUC, precision and recall of a checkpoint."""
+    """Show losses and accuracies on held-out rows.
+
+    AUC, precision and recall of the detection of replaced tokens are included.
+    """
     import json
 
     from electra_ds.evaluation.evaluate import evaluate_checkpoint
@@ -64,7 +67,7 @@ def detect(
     trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the probability that each token of a text was replaced."""
+    """Show for each token how likely it was replaced."""
     import json
 
     from electra_ds.evaluation.detect import Detector, table

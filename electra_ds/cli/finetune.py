@@ -48,7 +48,10 @@ def finetune(
         bool, typer.Option("--random-init", help="Start from random weights, for comparison.")
     ] = False,
 ) -> None:
-    """Fine-tune on GLUE or tasks of your own, with several seeds; alone or under any launcher."""
+    """Fine-tune on GLUE or other tasks, with several seeds.
+
+    Runs alone or under any launcher. The same --out resumes.
+    """
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.finetuning.config import load_finetune
     from electra_ds.finetuning.tasks import task_names
@@ -87,7 +90,10 @@ def predict(
         Path | None, typer.Option(help="Data folder of the split, as for finetune.")
     ] = None,
 ) -> None:
-    """Write predictions of a fine-tuned model; print scores if the file has labels."""
+    """Write predictions of a fine-tuned model.
+
+    Scores are printed if the file has labels.
+    """
     from electra_ds.finetuning.predict import predict
 
     scores = predict(model, out, file, split, data)

@@ -28,7 +28,7 @@ def check(
         bool, typer.Option("--all", help="Show every value with its scope and meaning.")
     ] = False,
 ) -> None:
-    """Show what a run needs before it starts; refuse what would fail later."""
+    """Show what a run needs; refuse what would fail later."""
     from electra_ds.config.loading import config_names, load_run
     from electra_ds.config.schema import FactoryRun
     from electra_ds.data.dataset import open_data
@@ -92,7 +92,11 @@ def pretrain(
         Path | None, typer.Option(help="Start from the weights of a run or checkpoint.")
     ] = None,
 ) -> None:
-    """Pretrain under deepspeed, torchrun, srun or mpirun, or alone. The same --out resumes."""
+    """Pretrain a model; the same --out resumes.
+
+    Runs alone, or under deepspeed, torchrun, srun or mpirun. Exit codes: 0 finished, 85 saved and
+    stopped, 2 a mistake in the command or the config, 1 any other failure.
+    """
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.config.loading import load_run
 
@@ -109,7 +113,10 @@ def status(
     runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Run folders.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per run.")] = False,
 ) -> None:
-    """Show the state of runs from their files: step, ETA, losses, checkpoint, failures, next step."""
+    """Show the state of runs from their files.
+
+    It covers step, ETA, losses, checkpoint, owner, failures, and the command to use next.
+    """
     import json
 
     from electra_ds.reporting.status import lines, status
@@ -130,7 +137,7 @@ def plot(
         Path | None, typer.Option(help="Picture (default: curves.png in the first run folder).")
     ] = None,
 ) -> None:
-    """Draw the curves of metrics.jsonl."""
+    """Draw the curves of runs from metrics.jsonl."""
     from electra_ds.reporting.plot import plot
 
     target = out or runs[0] / "curves.png"

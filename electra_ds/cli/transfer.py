@@ -25,7 +25,7 @@ def export(
         Path | None, typer.Option(help="Tokenizer (default: the one beside the model).")
     ] = None,
 ) -> None:
-    """Write a run, a checkpoint or a fine-tuned model as Hugging Face folders."""
+    """Write a model as Hugging Face folders."""
     from electra_ds.interop.export import export
 
     for line in export(model, out, tokenizer):
@@ -59,7 +59,10 @@ def import_(
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """Write a run folder at step 0 from weights of other libraries; list every tensor."""
+    """Write a run folder at step 0 from foreign weights.
+
+    Every tensor is listed: read, newly made, or left out.
+    """
     from electra_ds.interop.import_weights import import_weights
 
     report = import_weights(

@@ -1,5 +1,6 @@
-"""What is a fine-tuning? One frozen JSON config for a suite of tasks, with what single tasks do otherwise."""
+"""The config of fine-tuning: one JSON for a suite of tasks, with overrides for single tasks."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from electra_ds.config.schema import AdamConfig, accumulation
 
 
 class FinetuneTrain(Section):
-    """How long, how much at once, from which seed."""
+    """Length, batch sizes, seeds, selection and keeping of models."""
 
     epochs: float = science(3.0, "passes over the training examples", gt=0)
     max_length: int = science(
@@ -18,54 +19,54 @@ class FinetuneTrain(Section):
     )
     global_batch_size: int = science(32, "examples per optimizer step, over all ranks", ge=1)
     micro_batch_size: int = machine(
-        16, "most examples per forward and backward; never above a rank's share", ge=1
+        16, "most examples per forward and backward; at most a rank's share of the batch", ge=1
     )
     batching: Literal["padded", "packed"] = machine(
         "padded",
-        "a micro-batch: a row per example, padded to its longest, or one row without padding",
+        "layout of a micro-batch: one padded row per example, or one row without padding",
     )
     dropout: float = science(
-        0.1, "in the encoder and before the head, whatever pretraining had", ge=0, lt=1
+        0.1, "dropout in the encoder and before the head, instead of pretraining's", ge=0, lt=1
     )
     seed: int = science(
         0,
-        "first seed: of the head, the order and dropout; --seeds counts on from it",
+        "first seed, of the head, the order and dropout; --seeds N uses N consecutive seeds",
         ge=0,
         lt=2**31,
     )
     select: Literal["last", "best"] = science(
         "last",
-        "weights that are scored: after the last epoch, or the best epoch on the dev set (said in the report)",
+        "weights that are scored: of the last epoch, or of the best epoch on the dev set",
     )
     keep: Literal["best", "all", "none"] = machine(
-        "best", "models kept: of the best seed on dev, of all, of none"
+        "best", "models kept: that of the best seed on dev, those of all seeds, or none"
     )
     max_skipped_steps: int = machine(
         20, "skipped steps in a row before a seed counts as diverged", ge=1
     )
-    timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
+    timeout_minutes: float = machine(10.0, "longest wait for another rank in a collective", gt=0)
     silence_seconds: float = machine(
-        15.0, "without a word of a rank, until the others end the run", ge=1
+        15.0, "seconds without a heartbeat from a rank before the run is stopped", ge=1
     )
 
 
 class FinetuneOptimizer(AdamConfig):
-    """Adam with warmup as a share of the steps and a rate that falls from the head to the embeddings."""
+    """Adam, warmup as a share of the steps, and a learning rate that decreases layer by layer."""
 
-    weight_decay: float = science(0.0, "decoupled, on everything but biases and LayerNorm", ge=0)
-    warmup_fraction: float = science(
-        0.1, "share of the steps in which the rate warms up", ge=0, lt=1
+    weight_decay: float = science(
+        0.0, "decoupled, for all parameters except biases and LayerNorms", ge=0
     )
+    warmup_fraction: float = science(0.1, "share of the steps that are warmup", ge=0, lt=1)
     layerwise_lr_decay: float = science(
         0.8,
-        "factor of the rate from one layer to the next below: the head has 1, the top layer this",
+        "factor of the learning rate from each layer to the one below; the head has factor 1",
         gt=0,
         le=1,
     )
 
 
 class TaskOverrides(Section):
-    """What one task does otherwise; null: as the sections say."""
+    """Values for one task; null: the value of the sections."""
 
     epochs: float | None = science(None, "see train.epochs", gt=0)
     max_length: int | None = science(None, "see train.max_length", ge=8)
@@ -74,7 +75,7 @@ class TaskOverrides(Section):
 
 
 class FinetuneConfig(Section):
-    """A suite: the recipe of ELECTRA, section 3.1 and appendix B, with the engine it runs on."""
+    """A suite of tasks: the recipe (ELECTRA, section 3.1 and appendix B) and the engine."""
 
     train: FinetuneTrain = FinetuneTrain()
     optimizer: FinetuneOptimizer
@@ -82,46 +83,51 @@ class FinetuneConfig(Section):
     engine: str | dict[str, Any] = machine(
         "zero0", "DeepSpeed file: a name in ds_configs/engine, a path, or an object"
     )
-    provenance: Any = machine(None, "what wrote a resolved config; ignored as input")
+    provenance: Any = machine(
+        None, "what wrote a resolved config (versions, commit, weights); ignored as input"
+    )
 
     def accumulation(self, world_size: int) -> int:
         """`config.accumulation` of this suite."""
         return accumulation(self.train, world_size)
 
     def of(
-        self, task: str, own_epochs: float | None, seed: int, world_size: int = 1
+        self, task: str, task_epochs: float | None, seed: int, world_size: int = 1
     ) -> "FinetuneConfig":
-        """The config of one task and seed. own_epochs: what the description of a user's own task asks for.
+        """The config of one task and seed, with the overrides of the task applied.
 
-        micro_batch_size is at most a rank's share of the global batch.
+        task_epochs: epochs in the description of a user's task, or None; overrides in the config
+        come first. micro_batch_size is reduced to a rank's share of the global batch.
         """
-        found = self.tasks.get(task, TaskOverrides()).model_dump(exclude_none=True)
-        optimizer = {"peak_lr": found.pop("peak_lr", self.optimizer.peak_lr)}
-        train = self.train.model_copy(
-            update={"epochs": own_epochs or self.train.epochs} | found | {"seed": seed}
-        )
+        overrides = self.tasks.get(task, TaskOverrides()).model_dump(exclude_none=True)
+        peak_lr = overrides.pop("peak_lr", self.optimizer.peak_lr)
+        values = {"epochs": task_epochs or self.train.epochs} | overrides | {"seed": seed}
+        train = self.train.model_copy(update=values)
         share = max(1, train.global_batch_size // world_size)
-        train = train.model_copy(update={"micro_batch_size": min(train.micro_batch_size, share)})
-        sections = {"train": train, "tasks": {}}
+        micro_batch_size = min(train.micro_batch_size, share)
         return self.model_copy(
-            update=sections | {"optimizer": self.optimizer.model_copy(update=optimizer)}
+            update={
+                "train": train.model_copy(update={"micro_batch_size": micro_batch_size}),
+                "optimizer": self.optimizer.model_copy(update={"peak_lr": peak_lr}),
+                "tasks": {},
+            }
         )
 
 
-def load_finetune(name: str, sets: list[str] = (), engine: str | None = None) -> FinetuneConfig:
-    """`load_config` of a suite. What --set says of all tasks holds for all, over the file's own word on single ones."""
-    config, said = (
-        load_config(name, "glue", FinetuneConfig, sets, engine),
-        [s.partition("=")[0].strip() for s in sets],
-    )
-    for_all = TaskOverrides.model_fields.keys() & {
-        key.partition(".")[2] for key in said if "tasks" not in key
-    }
-    tasks = {
-        task: own.model_copy(
-            update={key: None for key in for_all if f"tasks.{task}.{key}" not in said}
-        )
-        for task, own in config.tasks.items()
-        if "tasks" not in said
-    }
-    return config.model_copy(update={"tasks": config.tasks | tasks})
+def load_finetune(name: str, sets: Sequence[str] = (), engine: str | None = None) -> FinetuneConfig:
+    """`load_config` of a suite.
+
+    A value that --set gives for all tasks (train.epochs=2) replaces the overrides in the file; only
+    --set tasks.NAME.epochs=... is an exception to it.
+    """
+    config = load_config(name, "glue", FinetuneConfig, list(sets), engine)
+    keys = [setting.partition("=")[0].strip() for setting in sets]
+    if "tasks" in keys:  # the whole table is from the command line
+        return config
+    set_for_all = {key.partition(".")[2] for key in keys if "tasks" not in key}
+    fields = TaskOverrides.model_fields.keys() & set_for_all
+    tasks = {}
+    for task, overrides in config.tasks.items():
+        replaced = {field: None for field in fields if f"tasks.{task}.{field}" not in keys}
+        tasks[task] = overrides.model_copy(update=replaced)
+    return config.model_copy(update={"tasks": tasks})

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from electra_ds.cluster.launchers import Ranks, alone
-from electra_ds.cluster.run_folder import DONE, provenance, stop_exit_code
+from electra_ds.cluster.provenance import provenance
+from electra_ds.cluster.stop_signals import DONE, stop_exit_code
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json, write_json

@@ -1,6 +1,6 @@
-"""The fine-tuned model: a pretrained encoder with one linear head (ELECTRA, appendix B), and its loss.
+"""The fine-tuned model: encoder and linear head (ELECTRA, appendix B), and its loss.
 
-Letters: N examples in B rows of S tokens, H hidden, C outputs (classes, or 1 in regression).
+Letters: N examples in B rows of S tokens, H hidden size, C outputs (classes, or 1 in regression).
 """
 
 import re
@@ -21,29 +21,42 @@ from electra_ds.model.weights import load_true_state
 
 
 class TaskLoss(NamedTuple):
-    """What one forward gives in training: the part of the global batch's mean loss, 0-d fp32."""
+    """The result of one forward in training.
+
+    total: 0-d fp32, this micro-batch's part of the mean loss of the global batch.
+    """
 
     total: Tensor
 
 
 class TaskTotals(NamedTuple):
-    """Counts of the whole global batch, by which the summed loss is divided."""
+    """Counts of the whole global batch that losses are divided by."""
 
     label_count: float
 
 
 class Classifier(nn.Module):
-    """Dropout and one linear layer on [CLS], or on every token; parameters embeddings.*, discriminator.*, head.*."""
+    """Encoder, dropout and one linear layer on [CLS], or on every token.
+
+    Parameters are named embeddings.*, discriminator.* and head.*. outputs: C. per_token: token
+    classification. regression: the loss is the squared error.
+    """
 
     def __init__(self, model: ModelConfig, outputs: int, per_token: bool, regression: bool):
         super().__init__()
-        self.dropout, self.per_token, self.regression = model.hidden_dropout, per_token, regression
+        self.dropout = model.hidden_dropout
+        self.per_token = per_token
+        self.regression = regression
         self.embeddings = Embeddings(model, model.embedding_size, model.hidden_dropout)
         self.discriminator = Encoder(model, model.embedding_size, model.layer_norm_eps)
         self.head = Linear(model.hidden_size, outputs)
 
     def start(self, model: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> "Classifier":
-        """Set every weight: the encoder from `state`, or drawn as in pretraining; the head always drawn (Xavier)."""
+        """Set every weight and return self.
+
+        The encoder is set from `state`, or initialized as in pretraining; the head is initialized
+        (Xavier) in any case.
+        """
         initialize(self, model, seed)
         nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
         if state is not None:
@@ -53,20 +66,18 @@ class Classifier(nn.Module):
     def forward(
         self, batch: TaskBatch, totals: TaskTotals = TaskTotals(1.0), *, predict: bool = False
     ) -> TaskLoss | Tensor:
-        """The loss summed over the labels and divided by their count, or with predict the logits.
+        """The loss, summed over the labels and divided by totals.label_count; or the logits.
 
-        Logits: [N, C] (per token [B * S, C]) fp32. totals: labels of the whole global batch. Cross-entropy, in
-        regression the squared error on labels in [0, 1].
+        predict: return logits, fp32: [N, C], or [B * S, C] in token classification.
+        The loss is cross-entropy, in regression the squared error of labels in [0, 1].
         """
         embedded = self.embeddings(batch.input_ids, batch.segment_ids, batch.position_ids)
-        # Behind attention the last layer works at [CLS] alone: 1 (CoLA) to 7 % (RTE) less time of Small on a CPU.
-        places = None if self.per_token else batch.cls_positions
-        seen = self.discriminator(embedded, batch.document_ids, batch.cu_seqlens, places)
-        logits = (
-            self.head(dropout(seen, self.dropout, self.training))
-            .float()
-            .view(len(batch.labels), -1)
-        )
+        # After attention, the last layer computes only the [CLS] positions: 1 (CoLA) to 7 % (RTE)
+        # less time of Small on a CPU.
+        positions = None if self.per_token else batch.cls_positions
+        hidden = self.discriminator(embedded, batch.document_ids, batch.cu_seqlens, positions)
+        logits = self.head(dropout(hidden, self.dropout, self.training)).float()
+        logits = logits.view(len(batch.labels), -1)
         if predict:
             return logits
         if self.regression:
@@ -77,9 +88,11 @@ class Classifier(nn.Module):
 
 
 def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:
-    """Factor of a parameter's rate: 1 in the head, decay in the top layer, ..., decay**(layers + 1) in the embeddings.
+    """Parameter name -> factor of its learning rate.
 
-    (The authors' code gives the top layer decay**2, their issue 51; this is what the paper says.)
+    1 in the head, decay in the top layer, decay**2 below it, ..., decay**(num_layers + 1) in the
+    embeddings. This is what the paper describes; the authors' code gives the top layer decay**2
+    (their issue 51).
     """
 
     def scale(name: str) -> float:

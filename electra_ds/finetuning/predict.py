@@ -1,11 +1,11 @@
-"""What does a fine-tuned model say? Encoded examples in, logits and predictions out; the verb predict.
+"""Predictions of a fine-tuned model on examples, and the verb `predict`.
 
-Letters: S tokens, C outputs.
+Letters: S tokens of an example, C outputs.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,18 +26,49 @@ from electra_ds.interop.load_model import read_checkpoint
 from electra_ds.model.weights import load_true_state
 from electra_ds.training.checkpoint import tokenizer_of
 
-BATCH = 64
-ALONE = Ranks(0, 1, 0, 1, "none")
+BATCH_SIZE = 64
+SINGLE_RANK = Ranks(0, 1, 0, 1, "none")
+
+
+class Predictions(NamedTuple):
+    """What a model predicts for the examples of a split, in their order.
+
+    values: see `decode`. logits: [C], or [S, C] in token classification, fp32, of each example.
+    scores: by metric; empty when an example has no label.
+    """
+
+    values: list[Any]
+    logits: list[np.ndarray]
+    scores: dict[str, float]
 
 
 def classifier(model: ModelConfig, task: Task) -> Classifier:
-    """The fine-tuned module of a task, its weights not set yet."""
-    return Classifier(
-        model,
-        len(task.labels or [0]),
-        task.kind == "token_classification",
-        task.kind == "regression",
-    )
+    """The module of a task; its weights are not set yet."""
+    outputs = len(task.labels or [0])
+    is_per_token = task.kind == "token_classification"
+    return Classifier(model, outputs, is_per_token, task.kind == "regression")
+
+
+def predict_split(
+    module: nn.Module,
+    task: Task,
+    examples: list[Example],
+    encoded: list[Encoded],
+    pad_id: int,
+    ranks: Ranks = SINGLE_RANK,
+    all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Predictions:
+    """Predictions and scores of a Classifier on one split, on every rank. Collective.
+
+    module: in eval mode. encoded: `encode` of examples. Fine-tuning and the verb `predict` both
+    use this function.
+    """
+    with torch.no_grad():
+        logits = logits_of(module, task.kind, encoded, pad_id, ranks, all_gather_object)
+    values = decode(task, examples, encoded, logits)
+    has_labels = bool(examples) and all(example.label is not None for example in examples)
+    scores = score(task, values, examples) if has_labels else {}
+    return Predictions(values, logits, scores)
 
 
 def logits_of(
@@ -45,62 +76,73 @@ def logits_of(
     kind: str,
     examples: list[Encoded],
     pad_id: int,
-    ranks: Ranks = ALONE,
-    all_gather_object: Callable[[Any], list] = lambda mine: [mine],
+    ranks: Ranks = SINGLE_RANK,
+    all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> list[np.ndarray]:
-    """Logits of each example, [C] or [S, C] fp32, on every rank; module: a Classifier in eval mode. Collective."""
-    mine, device = {}, next(module.parameters()).device
-    for numbers in prediction_batches(examples, BATCH, ranks.rank, ranks.world_size):
-        batch = TaskBatch(
-            *(tensor.to(device) for tensor in collate([examples[i] for i in numbers], pad_id, kind))
-        )
-        found = module(batch, predict=True).cpu().numpy()
-        found = (
-            found.reshape(*batch.document_ids.shape, -1)
-            if kind == "token_classification"
-            else found
-        )
-        for i, row in zip(numbers, found, strict=False):  # an empty batch holds a row of padding
-            mine[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
-    whole = {i: row for part in all_gather_object(mine) for i, row in part.items()}
-    return [whole[i] for i in range(len(examples))]
+    """Logits of each example, [C] or in token classification [S, C], fp32. Collective.
+
+    Each rank computes its share and gets all of them. module: a Classifier in eval mode. kind: that
+    of the task.
+    """
+    device = next(module.parameters()).device
+    own: dict[int, np.ndarray] = {}  # example number -> logits, of this rank's share
+    for numbers in prediction_batches(examples, BATCH_SIZE, ranks.rank, ranks.world_size):
+        batch = collate([examples[i] for i in numbers], pad_id, kind)
+        batch = TaskBatch(*(tensor.to(device) for tensor in batch))
+        logits = module(batch, predict=True).cpu().numpy()
+        if kind == "token_classification":
+            logits = logits.reshape(*batch.document_ids.shape, -1)
+        for i, row in zip(numbers, logits, strict=False):  # an empty batch has a row of padding
+            own[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
+    gathered = {i: row for share in all_gather_object(own) for i, row in share.items()}
+    return [gathered[i] for i in range(len(examples))]
 
 
-def predictions_of(
+def decode(
     task: Task, examples: list[Example], encoded: list[Encoded], logits: list[np.ndarray]
-) -> list:
-    """Class numbers, values in the label's own unit, or per example a class number for each word.
+) -> list[Any]:
+    """Predictions from logits, one for each example.
 
-    Words behind max_length are not seen: they get O, or the first label where there is no O.
+    A class number; in regression a float in the unit of the labels; in token classification a list
+    with one class number for each word. Words beyond max_length have no logits: they get O, or the
+    first label where there is no O.
     """
     if task.kind == "regression":
         low, high = task.label_range or (0.0, 1.0)
         return [low + float(row[0]) * (high - low) for row in logits]
     if task.kind == "classification":
         return [int(row.argmax()) for row in logits]
-    unseen, found = task.labels.index("O") if "O" in task.labels else 0, []
+    labels = task.labels or []
+    cut_off = labels.index("O") if "O" in labels else 0
+    predictions = []
     for example, tokens, rows in zip(examples, encoded, logits, strict=True):
-        seen = [
+        assert isinstance(tokens.label, list)
+        tags = [
             int(row.argmax()) for row, label in zip(rows, tokens.label, strict=True) if label >= 0
         ]
-        found.append(seen + [unseen] * (len(example.text_a) - len(seen)))
-    return found
+        predictions.append(tags + [cut_off] * (len(example.text_a) - len(tags)))
+    return predictions
 
 
 def write_predictions(
-    path: Path, task: Task, examples: list[Example], predictions: list, logits: list
+    path: Path, task: Task, examples: list[Example], predictions: list[Any], logits: list[Any]
 ) -> None:
-    """A TSV: index, prediction (label, value, or a label per word), and in classification each label's probability."""
-    shares = [f"p({label})" for label in task.labels] if task.kind == "classification" else []
-    lines = ["\t".join(["index", "prediction", *shares])]
+    """Write a TSV with one line for each example: index, prediction, probabilities.
+
+    The prediction is a label, a value, or one label for each word. In classification one column for
+    each label has its probability.
+    """
+    labels = task.labels or []
+    columns = [f"p({label})" for label in labels] if task.kind == "classification" else []
+    lines = ["\t".join(["index", "prediction", *columns])]
     for example, prediction, row in zip(examples, predictions, logits, strict=True):
         if task.kind == "regression":
-            said = [f"{prediction:.6g}"]
+            cells = [f"{prediction:.6g}"]
         elif task.kind == "classification":
-            said = [task.labels[prediction], *(f"{p:.5f}" for p in softmax(row))]
+            cells = [labels[prediction], *(f"{p:.5f}" for p in softmax(row))]
         else:
-            said = [" ".join(task.labels[label] for label in prediction)]
-        lines.append("\t".join([example.index, *said]))
+            cells = [" ".join(labels[label] for label in prediction)]
+        lines.append("\t".join([example.key, *cells]))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
@@ -112,31 +154,35 @@ def predict(
     split: str | None = None,
     data: Path | None = None,
 ) -> dict[str, float]:
-    """The verb: predictions of a fine-tuned model for a file like its task's, or for a split of the task's own data.
+    """The verb: write predictions of a fine-tuned model as a TSV; returns the scores.
 
-    model: DIR/TASK (its kept seed), DIR/TASK/seed-N, or that seed's model. Returns the scores where labels are there.
+    model: DIR/TASK (if it holds one model), DIR/TASK/seed-N, or that seed's model.
+    file: a file with the columns of the task; or split: a split of the task's own data, with data:
+    the GLUE root or the task's folder. The scores are empty when an example has no label.
     """
     if (file is None) == (split is None):
         raise UserError("give --input FILE, or --split NAME with --data")
-    found, meta, _, weights = read_checkpoint(model)
-    if "task" not in meta.config:
+    source = read_checkpoint(model)
+    config = source.meta.config
+    if "task" not in config:
         raise UserError(
-            f"{found}: a pretrained encoder, not a fine-tuned model; finetune writes DIR/TASK/seed-N/model"
+            f"{source.folder}: a pretrained encoder, not a fine-tuned model; finetune writes "
+            "DIR/TASK/seed-N/model"
         )
-    task = Task.model_validate(meta.config["task"])
+    task = Task.model_validate(config["task"])
     if data is not None:
         folder = load_task(task.name, data).folder if task.name in GLUE else str(data)
         task = task.model_copy(update={"folder": folder})
-    examples = read_file(task, file) if file else read_examples(task, split)
-    words = load_tokenizer(tokenizer_of(found))
-    encoded = encode(examples, task, words, meta.config["train"]["max_length"])
-    module = classifier(ModelConfig.model_validate(meta.config["model"]), task)
-    load_true_state(module, weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device).eval()
-    with torch.no_grad():
-        logits = logits_of(module, task.kind, encoded, words.special_ids.pad)
-    predictions = predictions_of(task, examples, encoded, logits)
-    write_predictions(out, task, examples, predictions, logits)
-    labelled = bool(examples) and all(example.label is not None for example in examples)
-    return score(task, predictions, examples) if labelled else {}
+    if file is not None:
+        examples = read_file(task, file)
+    else:
+        assert split is not None
+        examples = read_examples(task, split)
+    tokenizer = load_tokenizer(tokenizer_of(source.folder))
+    encoded = encode(examples, task, tokenizer, config["train"]["max_length"])
+    module = classifier(source.model, task)
+    load_true_state(module, source.weights)
+    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    predictions = predict_split(module, task, examples, encoded, tokenizer.special_ids.pad)
+    write_predictions(out, task, examples, predictions.values, predictions.logits)
+    return predictions.scores

@@ -1,18 +1,20 @@
-"""What did a fine-tuning give? DIR/report.json and report.md: every seed, median, mean, spread, published results.
+"""DIR/report.json and report.md: every seed, median, mean, deviation, published results.
 
-A pure function of the folder; one that is not finished is reported as far as it is.
+The report is a function of the folder alone; unfinished seeds are listed as such.
 """
 
 import math
 import statistics
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json, write_bytes, write_json
 from electra_ds.finetuning.tasks import GLUE
 
-# Columns of the comparison: like stands beside like. The average is that of the paper, over all but the Pearson one.
+# Columns of the comparison: title -> (task, metric). The average is that of the paper: all columns
+# except STS-B Pearson.
 COLUMNS = {
     "CoLA Matthews": ("cola", "matthews"),
     "SST-2 acc": ("sst2", "accuracy"),
@@ -24,74 +26,107 @@ COLUMNS = {
     "RTE acc": ("rte", "accuracy"),
     "STS-B Pearson": ("stsb", "pearson"),
 }
-# Dev sets, in the order of the columns, as the paper and the authors' repository give them.
+# Dev scores from the paper and the authors' repository, in the order of the columns.
 PUBLISHED = {
     "ELECTRA-Large, 1.75M steps": (69.1, 96.9, 90.8, 92.6, 92.4, 90.9, 95.0, 88.0),
     "ELECTRA-Base, released": (67.7, 95.1, 89.5, 91.2, 91.5, 88.8, 93.2, 82.7),
     "ELECTRA-Small, released": (57.0, 91.2, 88.0, 87.5, 89.0, 81.3, 88.4, 66.7),
     "ELECTRA-Small, OpenWebText, 1M steps": (56.8, 88.3, 87.4, 86.8, 88.3, 78.9, 87.9, 68.5),
 }
-Results = dict[str, dict[int, dict[str, Any] | None]]
+Result = dict[str, Any]  # the content of result.json
+Seeds = dict[int, Result | None]  # None: a seed without a result
+Results = dict[str, Seeds]
+
+
+class MainScore(NamedTuple):
+    """The score by which the seeds of a task are compared: main metric on the main dev split."""
+
+    split: str
+    metric: str
+    value: float
+
+
+class BestSeed(NamedTuple):
+    """The finished seed with the highest main score."""
+
+    seed: int
+    split: str
+    metric: str
+    value: float
 
 
 def read_results(folder: Path) -> Results:
-    """Task -> seed -> what its result.json says, or None where a seed has none yet; GLUE first, in the usual order.
+    """Task -> seed -> the content of its result.json; GLUE tasks first, in the usual order.
 
-    Scores that are no finite numbers are left out.
+    Scores that are not finite are removed. UserError when `folder` holds no TASK/seed-N.
     """
-    found: Results = {}
-    for place in folder.glob("*/seed-*"):
-        path, number = place / "result.json", place.name.removeprefix("seed-")
-        if not number.isdecimal():  # a copy that someone put aside
-            continue
-        result = read_json(path, "a seed's result") if path.exists() else None
-        for metrics in result["scores"].values() if result else ():
-            for metric in [
-                name for name, value in metrics.items() if value is None or not math.isfinite(value)
-            ]:
-                del metrics[metric]
-        found.setdefault(place.parent.name, {})[int(number)] = result
-    if not found:
+    results: Results = {}
+    for path in folder.glob("*/seed-*"):
+        number = path.name.removeprefix("seed-")
+        if number.isdecimal():  # not a copy of a seed, such as seed-0.bak
+            results.setdefault(path.parent.name, {})[int(number)] = _read_result(path)
+    if not results:
         raise UserError(
             f"{folder}: no TASK/seed-N inside; expected a folder that finetune wrote (its --out)"
         )
-    order = {name: place for place, name in enumerate(GLUE)}
-    names = sorted(found, key=lambda name: (order.get(name, len(order)), name))
-    return {name: dict(sorted(found[name].items())) for name in names}
+    rank = {name: number for number, name in enumerate(GLUE)}
+    names = sorted(results, key=lambda name: (rank.get(name, len(rank)), name))
+    return {name: dict(sorted(results[name].items())) for name in names}
 
 
-def best_seed(seeds: dict[int, dict[str, Any] | None]) -> tuple[int, str, str, float] | None:
-    """(seed, dev split, metric, score) of the finished seed with the best main score on the main dev split."""
-    scored = [(seed, *main) for seed, result in seeds.items() if (main := _main(result))]
-    return max(scored, key=lambda one: one[-1], default=None)
+def _read_result(seed_folder: Path) -> Result | None:
+    path = seed_folder / "result.json"
+    if not path.exists():
+        return None
+    result = read_json(path, "a seed's result")
+    for split, metrics in result["scores"].items():
+        result["scores"][split] = {
+            name: value
+            for name, value in metrics.items()
+            if value is not None and math.isfinite(value)
+        }
+    return result
 
 
-def _main(result: dict[str, Any] | None) -> tuple[str, str, float] | None:
-    """(dev split, metric, score) by which a finished seed is compared; None where it has no such score."""
-    scores = result["scores"] if result and result["status"] == "done" else {}
-    split = next((split for split in scores if split.startswith("valid")), None)
-    return (split, *next(iter(scores[split].items()))) if split and scores[split] else None
+def best_seed(seeds: Seeds) -> BestSeed | None:
+    """The finished seed with the highest main score; None when no seed has one."""
+    scored = [
+        BestSeed(seed, *main) for seed, result in seeds.items() if (main := _main_score(result))
+    ]
+    return max(scored, key=lambda best: best.value, default=None)
 
 
-def _status(result: dict[str, Any] | None) -> str:
+def _main_score(result: Result | None) -> MainScore | None:
+    """The main score of a finished seed; None where there is none."""
+    if result is None or result["status"] != "done":
+        return None
+    dev = next((split for split in result["scores"] if split.startswith("valid")), None)
+    if dev is None or not result["scores"][dev]:
+        return None
+    metric, value = next(iter(result["scores"][dev].items()))
+    return MainScore(dev, metric, value)
+
+
+def _status(result: Result | None) -> str:
     if result is None:
         return "unfinished"
-    return (
-        "without a score" if result["status"] == "done" and not _main(result) else result["status"]
-    )
+    if result["status"] == "done" and not _main_score(result):
+        return "without a score"
+    return result["status"]
 
 
 def write_report(folder: Path) -> dict[str, Any]:
-    """Write report.json and report.md into `folder` (DIR/TASK/seed-N/result.json); returns what report.json holds.
+    """Write report.json and report.md into `folder`; returns the content of report.json.
 
-    Scores are times 100; `best` is that of the best seed on dev. Median, mean and standard deviation (n - 1) are over
-    the finished seeds; a diverged seed is listed as such and enters none of them. UserError when there is no seed.
+    folder: holds TASK/seed-N/result.json. Scores are multiplied by 100; `best` is that of the best
+    seed on dev. Median, mean and standard deviation (n - 1) are over the finished seeds; diverged
+    seeds are listed but not counted. UserError when there is no seed.
     """
-    tasks = {name: _task(seeds) for name, seeds in read_results(folder).items()}
-    ran_glue = any(name in GLUE for name in tasks)
+    tasks = {name: _summarize(seeds) for name, seeds in read_results(folder).items()}
+    has_glue = any(name in GLUE for name in tasks)
     report = {
         "tasks": tasks,
-        "comparison": _comparison(tasks) if ran_glue else {},
+        "comparison": _comparison(tasks) if has_glue else {},
         "notes": _notes(tasks),
     }
     write_json(folder / "report.json", report)
@@ -99,63 +134,74 @@ def write_report(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _task(seeds: dict[int, dict[str, Any] | None]) -> dict[str, Any]:
-    done = {seed: result for seed, result in seeds.items() if _main(result)}
-    best, scores = best_seed(seeds), {}
-    for split, metrics in next(iter(done.values()))["scores"].items() if done else ():
+def _summarize(seeds: Seeds) -> dict[str, Any]:
+    """The entry of one task in report.json."""
+    done = {seed: result for seed, result in seeds.items() if result and _main_score(result)}
+    best = best_seed(seeds)
+    scores: dict[str, dict[str, Any]] = defaultdict(dict)
+    first = next(iter(done.values()), None)
+    for split, metrics in first["scores"].items() if first else ():
         for metric in metrics:
-            given = {
-                seed: result["scores"].get(split, {}).get(metric) for seed, result in done.items()
+            values = {
+                seed: 100 * result["scores"][split][metric]
+                for seed, result in done.items()
+                if metric in result["scores"].get(split, {})
             }
-            values = {seed: 100 * value for seed, value in given.items() if value is not None}
-            listed = list(values.values())
-            scores.setdefault(split, {})[metric] = {
-                "seeds": values,
-                "median": statistics.median(listed),
-                "mean": statistics.fmean(listed),
-                "std": statistics.stdev(listed) if len(listed) > 1 else None,
-                "best": values.get(best[0]),
-            }
+            scores[split][metric] = _statistics(values, best.seed if best else None)
     return {
         "seeds": {seed: _status(result) for seed, result in seeds.items()},
         "selected": sorted({result["selected"] for result in done.values()}),
         "origin": sorted({result["origin"] for result in seeds.values() if result}),
-        "best_seed": best and best[0],
-        "scores": scores,
+        "best_seed": best.seed if best else None,
+        "scores": dict(scores),
+    }
+
+
+def _statistics(values: dict[int, float], best: int | None) -> dict[str, Any]:
+    """values: seed -> score. best: the best seed on dev."""
+    scores = list(values.values())
+    return {
+        "seeds": values,
+        "median": statistics.median(scores),
+        "mean": statistics.fmean(scores),
+        "std": statistics.stdev(scores) if len(scores) > 1 else None,
+        "best": values.get(best) if best is not None else None,
     }
 
 
 def _comparison(tasks: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Row -> column -> score; ours are medians on the dev set, MNLI's on the matched one."""
-    ours = {}
+    """Row -> column -> score. Ours are medians on the dev set, for MNLI on the matched one."""
+    ours: dict[str, float | None] = {}
     for title, (task, metric) in COLUMNS.items():
         scores = tasks.get(task, {}).get("scores", {})
-        ours[title] = (
-            scores.get("valid", scores.get("valid_matched", {})).get(metric, {}).get("median")
-        )
+        dev = scores.get("valid", scores.get("valid_matched", {}))
+        ours[title] = dev.get(metric, {}).get("median")
     rows = {"this, median": ours}
-    rows |= {
-        name: dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, row, strict=False))
-        for name, row in PUBLISHED.items()
-    }
+    for name, published in PUBLISHED.items():
+        rows[name] = dict.fromkeys(COLUMNS) | dict(zip(COLUMNS, published, strict=False))
     for row in rows.values():
-        eight = [value for title, value in row.items() if title != "STS-B Pearson"]
-        row["average of 8"] = None if None in eight else statistics.fmean(eight)
+        averaged = [value for title, value in row.items() if title != "STS-B Pearson"]
+        known = [value for value in averaged if value is not None]
+        is_complete = len(known) == len(averaged)
+        row["average of 8"] = statistics.fmean(known) if is_complete else None
     return rows
 
 
 def _notes(tasks: dict[str, Any]) -> list[str]:
+    """Sentences about seeds and tasks that are missing, and about selection on dev."""
     notes = []
     for name, task in tasks.items():
-        of: dict[str, list[str]] = {}
+        by_status: dict[str, list[str]] = defaultdict(list)
         for seed, status in task["seeds"].items():
-            of.setdefault(status, []).append(str(seed))
-        finished = f"the figures are over the {len(of.get('done', []))} finished of {len(task['seeds'])} seeds"
-        for status in sorted(of.keys() - {"done"}):
-            notes.append(f"{name}: {status}: seed {', '.join(of[status])}; {finished}")
-        if chosen := [how for how in task["selected"] if how != "last"]:
+            by_status[status].append(str(seed))
+        counted = f"{len(by_status['done'])} finished of {len(task['seeds'])} seeds"
+        for status in sorted(by_status.keys() - {"done"}):
+            seeds = ", ".join(by_status[status])
+            notes.append(f"{name}: {status}: seed {seeds}; the scores are over the {counted}")
+        if selected := [how for how in task["selected"] if how != "last"]:
             notes.append(
-                f"{name}: weights chosen by their dev score ({', '.join(chosen)}), so the dev score flatters"
+                f"{name}: weights selected by their dev score ({', '.join(selected)}), "
+                "so the dev score is optimistic"
             )
     absent = [name for name in GLUE if name not in tasks and name != "ax"]
     if 0 < len(absent) < len(GLUE) - 1:
@@ -164,39 +210,38 @@ def _notes(tasks: dict[str, Any]) -> list[str]:
 
 
 def _markdown(report: dict[str, Any]) -> str:
+    """The text of report.md."""
     lines = ["# Fine-tuning", "", "Scores x 100. std: standard deviation over seeds (n - 1).", ""]
-    lines += _line(
-        "task", "split", "metric", "median", "mean", "std", "best on dev", "every seed", head=True
+    lines += _heading(
+        "task", "split", "metric", "median", "mean", "std", "best on dev", "every seed"
     )
     for name, task in report["tasks"].items():
+        other = [f"{seed}: {status}" for seed, status in task["seeds"].items() if status != "done"]
         for split, metrics in task["scores"].items():
             for metric, found in metrics.items():
-                every = [f"{seed}: {value:.1f}" for seed, value in found["seeds"].items()]
-                every += [
-                    f"{seed}: {status}"
-                    for seed, status in task["seeds"].items()
-                    if status != "done"
-                ]
-                figures = [found[key] for key in ("median", "mean", "std", "best")]
-                lines += _line(name, split, metric, *figures, ", ".join(every))
-    for place, (name, row) in enumerate(report["comparison"].items()):
-        if place == 0:
-            lines += [
-                "",
-                "Beside published results on the dev sets:",
-                "",
-                *_line("model", *row, head=True),
-            ]
-        lines += _line(name, *row.values())
+                seeds = [f"{seed}: {value:.1f}" for seed, value in found["seeds"].items()]
+                columns = [found[key] for key in ("median", "mean", "std", "best")]
+                lines.append(_row(name, split, metric, *columns, ", ".join(seeds + other)))
+    if comparison := report["comparison"]:
+        titles = next(iter(comparison.values()))
+        lines += ["", "Comparison with published results on the dev sets:", ""]
+        lines += _heading("model", *titles)
+        lines += [_row(name, *row.values()) for name, row in comparison.items()]
     origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
-    notes = [
-        f"- {note}" for note in [*(f"weights: {origin}" for origin in origins), *report["notes"]]
-    ]
-    return "\n".join([*lines, "", *notes, ""])
+    notes = [*(f"weights: {origin}" for origin in origins), *report["notes"]]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
-def _line(*cells: str | float | None, head: bool = False) -> list[str]:
-    texts = [
-        "" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else cell for cell in cells
-    ]
-    return [f"| {' | '.join(texts)} |", *(["|" + "---|" * len(texts)] if head else [])]
+def _heading(*titles: str) -> list[str]:
+    return [_row(*titles), "|" + "---|" * len(titles)]
+
+
+def _row(*cells: str | float | None) -> str:
+    """A row of a Markdown table; numbers have one digit after the point, None is an empty cell."""
+    texts = []
+    for cell in cells:
+        if cell is None:
+            texts.append("")
+        else:
+            texts.append(f"{cell:.1f}" if isinstance(cell, float) else str(cell))
+    return f"| {' | '.join(texts)} |"

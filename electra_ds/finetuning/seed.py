@@ -18,15 +18,19 @@ import numpy as np
 import torch
 
 from electra_ds.cluster.launchers import Ranks
-from electra_ds.cluster.run_folder import on_stop_signal
+from electra_ds.cluster.stop_signals import on_stop_signal
 from electra_ds.common.files import write_json
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.finetuning.batches import Encoded, TaskBatch, epoch_batches, micro_batches
 from electra_ds.finetuning.config import FinetuneConfig
 from electra_ds.finetuning.examples import Example
-from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import TaskLoss, TaskTotals, layerwise
-from electra_ds.finetuning.predict import classifier, logits_of, predictions_of, write_predictions
+from electra_ds.finetuning.predict import (
+    Predictions,
+    classifier,
+    predict_split,
+    write_predictions,
+)
 from electra_ds.finetuning.report import best_seed, read_results, write_report
 from electra_ds.finetuning.tasks import Task
 from electra_ds.interop.load_model import Pretrained
@@ -246,7 +250,7 @@ class Seed(Trainer):
             return checkpoint.read_meta(kept).config["scores"] if kept.exists() else None
 
         metric = self.task.main_metric
-        scores = self._score(self.task.valid_splits[0])[0]
+        scores = self._predict(self.task.valid_splits[0]).scores
         before = on_rank0(kept_scores)
         if before is None or scores[metric] > before[metric]:
             self._save_model(state, scores)
@@ -268,29 +272,33 @@ class Seed(Trainer):
     # --------------------------------------------------------------------- scores and results
 
     def _finish(self, state: TrainingState) -> dict[str, Scores]:
-        """Scores of the dev splits. Writes the predictions of every split but train, and the model."""
+        """Scores of the dev splits. Writes the model, and predictions of every split but train."""
         if self.config.train.select == "best":
             checkpoint.load(self.engine, self.folder / "model", self.padded, weights_only=True)
         scores = {}
         for split in self.task.splits:
             if split == "train":
                 continue
-            split_scores, predictions, logits = self._score(split)
-            if split_scores:
-                scores[split] = split_scores
+            predictions = self._predict(split)
+            if predictions.scores:
+                scores[split] = predictions.scores
             if self.is_rank0:
-                path = self.folder / f"predictions-{split}.tsv"
-                write_predictions(path, self.task, self.splits.examples[split], predictions, logits)
+                write_predictions(
+                    self.folder / f"predictions-{split}.tsv",
+                    self.task,
+                    self.splits.examples[split],
+                    predictions.values,
+                    predictions.logits,
+                )
         if self.config.train.keep != "none" and self.config.train.select == "last":
             self._save_model(state, scores)
         return scores
 
-    def _score(self, split: str) -> tuple[Scores, list[Any], list[np.ndarray]]:
-        """Scores, predictions and logits of a split, computed in fp32. Collective.
+    def _predict(self, split: str) -> Predictions:
+        """Predictions and scores of a split, computed in fp32. Collective.
 
         fp32 whatever the engine trains in, so that `predict` and exports give the same.
         """
-        examples, encoded = self.splits.examples[split], self.splits.encoded[split]
         engine = self.engine
         weights = {
             name: engine.full_tensor(name, "master")[: self.padded.get(name)].cpu()
@@ -299,19 +307,15 @@ class Seed(Trainer):
         module = classifier(self.model, self.task)
         load_true_state(module, weights)
         module.to(engine.device).eval()
-        with torch.no_grad():
-            logits = logits_of(
-                module,
-                self.task.kind,
-                encoded,
-                self.pad_id,
-                self.suite.ranks,
-                engine.control.all_gather_object,
-            )
-        predictions = predictions_of(self.task, examples, encoded, logits)
-        has_labels = all(example.label is not None for example in examples)
-        scores = score(self.task, predictions, examples) if has_labels else {}
-        return scores, predictions, logits
+        return predict_split(
+            module,
+            self.task,
+            self.splits.examples[split],
+            self.splits.encoded[split],
+            self.pad_id,
+            self.suite.ranks,
+            engine.control.all_gather_object,
+        )
 
     def _save_model(self, state: TrainingState, scores: Any) -> None:
         if self.is_rank0:  # before the model, which is never without its tokenizer

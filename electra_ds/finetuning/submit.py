@@ -1,4 +1,4 @@
-"""How are predictions handed in? The zip that the GLUE site takes: eleven files of two columns."""
+"""The zip for submission to the GLUE site: eleven files of two columns."""
 
 import io
 import zipfile
@@ -9,7 +9,7 @@ from electra_ds.common.files import write_bytes
 from electra_ds.finetuning.report import Results, best_seed, read_results
 from electra_ds.finetuning.tasks import GLUE
 
-# File of the zip -> task, split, rows of the official test set.
+# File in the zip -> task, split, number of rows of the official test set.
 FILES = {
     "CoLA": ("cola", "test", 1063),
     "SST-2": ("sst2", "test", 1821),
@@ -26,22 +26,27 @@ FILES = {
 
 
 def write_submission(folder: Path, out: Path) -> list[str]:
-    """Write the zip of what finetune left in `folder`, each task by its seed with the best dev score.
+    """Write the zip of the test predictions in `folder`, each task by its best seed on dev.
 
-    Returns a line per file with the seed it is of, and one that names the files filled with a constant. UserError,
-    and no zip, where there is no prediction at all, or for predictions that are not of the official test set.
+    Returns a line for each file with its seed, and a warning that names the files without
+    predictions; these hold a constant. UserError, and no zip, when there is no prediction at all,
+    and for predictions of other data than the official test set.
     """
-    results, notes, filled, data = read_results(folder), [], [], io.BytesIO()
+    results = read_results(folder)
+    notes = []
+    filled = []
+    data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for name in FILES:
-            predictions, seed = _predictions(folder, results, name)
-            rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(predictions))
-            entry = zipfile.ZipInfo(
-                f"{name}.tsv"
-            )  # dated 1980: the same predictions give the same zip
+            answers, origin = _answers(folder, results, name)
+            rows = "".join(f"{number}\t{text}\n" for number, text in enumerate(answers))
+            # ZipInfo has a fixed date: the same predictions give the same bytes.
+            entry = zipfile.ZipInfo(f"{name}.tsv")
             archive.writestr(entry, f"index\tprediction\n{rows}", zipfile.ZIP_DEFLATED)
-            notes += [f"{name}.tsv: {seed}"] if seed else []
-            filled += [] if seed else [name]
+            if origin is None:
+                filled.append(name)
+            else:
+                notes.append(f"{name}.tsv: {origin}")
     if not notes:
         raise UserError(
             f"{folder}: no GLUE task has a finished seed with predictions of its test split "
@@ -49,33 +54,32 @@ def write_submission(folder: Path, out: Path) -> list[str]:
         )
     if filled:
         notes.append(
-            f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant, their scores mean "
-            "nothing"
+            f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant, their "
+            "scores mean nothing"
         )
     write_bytes(out, data.getvalue())
     return notes
 
 
-def _predictions(folder: Path, results: Results, name: str) -> tuple[list[str], str | None]:
-    """The second column of one file, and the seed it is of, or None where it is a constant."""
+def _answers(folder: Path, results: Results, name: str) -> tuple[list[str], str | None]:
+    """(second column of one file, description of its seed or None for a constant)."""
     task, split, rows = FILES[name]
+    labels = GLUE[task].get("labels", ["0", "1"])  # None: a number
     best = best_seed(results.get(task, {}))
-    path = folder / task / f"seed-{best[0] if best else ''}" / f"predictions-{split}.tsv"
-    labels = GLUE[task].get("labels", ["0", "1"])  # null: a value
-    if not path.exists():
+    path = folder / task / f"seed-{best.seed if best else ''}" / f"predictions-{split}.tsv"
+    if best is None or not path.exists():
         return [labels[0] if labels else "0.000"] * rows, None
-    cells = [
-        line.split("\t")[:2] for line in path.read_text(encoding="utf-8").split("\n")[1:] if line
-    ]
+    lines = path.read_text(encoding="utf-8").split("\n")[1:]
+    cells = [line.split("\t")[:2] for line in lines if line]
     if [cell[0] for cell in cells] != [str(number) for number in range(rows)]:
         raise UserError(
-            f"{path}: {len(cells)} rows, the first {cells[:1]}; expected {rows} with index 0 to {rows - 1}, the "
-            f"official test set of {name}: predict its test file again"
+            f"{path}: {len(cells)} rows, the first {cells[:1]}; expected {rows} with index 0 to "
+            f"{rows - 1}, the official test set of {name}: predict its test file again"
         )
-    answers = [text if labels else f"{min(5.0, max(0.0, float(text))):.3f}" for _, text in cells]
-    if labels and (odd := [text for text in answers if text not in labels]):
+    texts = [text for _, text in cells]
+    if labels and (odd := [text for text in texts if text not in labels]):
         raise UserError(
-            f"{path}: the prediction {odd[0]!r} is no answer of {task}; predict its test file again"
+            f"{path}: the prediction {odd[0]!r} is no label of {task}; predict its test file again"
         )
-    seed, valid, metric, value = best
-    return answers, f"seed {seed}, {metric} {100 * value:.1f} on {valid}"
+    answers = texts if labels else [f"{min(5.0, max(0.0, float(text))):.3f}" for text in texts]
+    return answers, f"seed {best.seed}, {best.metric} {100 * best.value:.1f} on {best.split}"

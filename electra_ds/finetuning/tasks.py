@@ -1,10 +1,10 @@
-"""What is a task? One description for GLUE and for own tasks: files, columns, labels, metrics."""
+"""Descriptions of tasks, GLUE's and the user's: files, columns, labels, metrics."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -17,39 +17,44 @@ from electra_ds.finetuning.examples import seen_labels
 from electra_ds.finetuning.metrics import METRICS
 
 Column = str | int
+# classification: one class for a text or a pair. regression: one number. token_classification: one
+# class for each word.
+TaskKind = Literal["classification", "regression", "token_classification"]
 
 
 class Task(Section):
-    """A task: where its examples are, what they mean, how predictions are scored. Own tasks are written as JSON."""
+    """A task: its files, the meaning of their columns, its labels and metrics.
+
+    The user's tasks are JSON files with these keys.
+    """
 
     name: str = science(..., "name of the task and of its folder of results", pattern=r"^[\w.-]+$")
-    kind: Literal["classification", "regression", "token_classification"] = science(
-        "classification", "what is told"
-    )
+    kind: TaskKind = science("classification", "what is predicted")
     splits: dict[str, str] = science(
-        ..., "train, valid..., test... -> file, or split of the dataset"
+        ..., "train, valid..., test... -> a file, or a split of the dataset"
     )
     folder: str = machine(
-        ".", "where the files are, seen from the description; or they are in --data"
+        ".", "folder of the files, relative to the description; or they are in --data"
     )
     dataset: str | None = science(
         None, "Hugging Face dataset, or a folder that `datasets` reads, instead of files"
     )
-    dataset_config: str | None = science(None, "its configuration, where it has several")
+    dataset_config: str | None = science(None, "name of the dataset's configuration")
     format: Literal["tsv", "csv", "jsonl", "conll"] | None = science(
-        None, "of the files; null: by their names"
+        None, "of the files; null: by their suffixes"
     )
-    header: bool = science(True, "TSV and CSV: the first line names the columns")
+    header: bool = science(True, "TSV and CSV: the first line has the names of the columns")
     columns: dict[str, list[str]] = science(
         {}, "split -> names of the columns of a file without a header"
     )
     text_a: Column = science(
-        "sentence", "column of the sentence or words, by name or number from 0"
+        "sentence", "column of the text or the words, by name or by number from 0"
     )
-    text_b: Column | None = science(None, "column of the second sentence of a pair")
+    text_b: Column | None = science(None, "column of the second text of a pair")
     label: Column | None = science("label", "column of the label")
     index: Column | None = science(
-        None, "column that names an example in predictions; null: the row's number from 0"
+        None,
+        "column with the name of an example in predictions; null: the number of the row from 0",
     )
     labels: list[str] | None = science(
         None, "classes, in their order; null: those of the training split, sorted"
@@ -59,13 +64,15 @@ class Task(Section):
         "regression: lowest and highest label; null: those of the training split",
         strict=False,
     )
-    metrics: list[str] = science([], "first the main one; empty: the usual of the kind")
+    metrics: list[str] = science(
+        [], "the first is the main metric; empty: those usual for the kind"
+    )
     both_orders: bool = science(False, "pairs: train on (a, b) and on (b, a)")
     epochs: float | None = science(
-        None, "passes over the training examples; null: the recipe's", gt=0
+        None, "passes over the training examples; null: those of the config", gt=0
     )
     skip_short: list[str] = science(
-        [], "splits whose rows with too few columns are left out, with a warning"
+        [], "splits in which rows with too few columns are skipped, with a warning"
     )
 
     @model_validator(mode="after")
@@ -75,7 +82,8 @@ class Task(Section):
                 raise ValueError(f"splits.{split}: expected train, valid, valid_x, test or test_x")
         if odd := [name for name in self.metrics if name not in METRICS[self.kind]]:
             raise ValueError(
-                f"metrics: {odd[0]!r} is none of {self.kind}; there are {', '.join(METRICS[self.kind])}"
+                f"metrics: {odd[0]!r} is no metric of {self.kind}; there are "
+                f"{', '.join(METRICS[self.kind])}"
             )
         if self.labels is not None and (
             len(set(self.labels)) != len(self.labels) or len(self.labels) < 2
@@ -93,7 +101,7 @@ class Task(Section):
             )
         if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
             raise ValueError(
-                f"label_range: {list(self.label_range)}; expected the lowest label, then a higher one"
+                f"label_range: {list(self.label_range)}; expected the lowest label and a higher one"
             )
         return self
 
@@ -108,7 +116,7 @@ class Task(Section):
 
     @property
     def valid_splits(self) -> list[str]:
-        """The splits that models are scored on, the main one first."""
+        """The splits on which models are scored, the main one first."""
         return [split for split in self.splits if split.startswith("valid")]
 
 
@@ -125,9 +133,9 @@ _COLA = ["source", "label", "star", "sentence"]
 _PAIR = {"text_a": "sentence1", "text_b": "sentence2"}
 _NLI = {**_PAIR, "labels": ["entailment", "not_entailment"]}
 _MNLI = {**_PAIR, "label": "gold_label", "labels": ["contradiction", "entailment", "neutral"]}
-# What differs from the defaults of Task and of load_task. The metric named first is that of the paper's tables
-# (ELECTRA, section 3.1). The published files of QQP have a few broken rows.
-GLUE = {
+# Values that differ from the defaults of Task and of load_task. The first metric is that of the
+# paper's tables (ELECTRA, section 3.1). The published files of QQP have a few broken rows.
+GLUE: dict[str, dict[str, Any]] = {
     "cola": {"columns": {"train": _COLA, "valid": _COLA}, "metrics": ["matthews"]},
     "sst2": {},
     "mrpc": {
@@ -157,106 +165,125 @@ GLUE = {
     "qnli": {**_NLI, "text_a": "question", "text_b": "sentence"},
     "rte": _NLI,
     "wnli": _PAIR,
-    "ax": {**_MNLI, "splits": {"test": "diagnostic.tsv"}},  # for prediction with the model of MNLI
+    "ax": {**_MNLI, "splits": {"test": "diagnostic.tsv"}},  # predicted with a model of MNLI
 }
 _ALIASES = {"sst": "sst2", "sts": "stsb", "diagnostic": "ax"}
 
 
 def glue_name(name: str) -> str:
-    """The short name of a GLUE task in any usual spelling: STS-B, sst_2, CoLA; other words stay what they are."""
+    """The short name of a GLUE task in any usual spelling (STS-B, sst_2, CoLA).
+
+    Other names are returned in lower case without punctuation.
+    """
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     return _ALIASES.get(plain, plain)
 
 
 def load_task(name: str, data: Path | None) -> Task:
-    """A GLUE task by name or an own one by the path of its JSON, with labels, label_range and metrics filled in.
+    """A GLUE task by name, or a user's task by the path of its JSON.
 
-    data: the folder that holds the tasks' folders (GLUE_DIR with CoLA/, RTE/, ...) or the task's own folder.
-    Test splits whose file is not there are left out. UserError for an unknown name or key, and for what is wrong in a
-    training file whose labels must be read.
+    labels, label_range and metrics are filled in from the training split where they are null or
+    empty, and test splits without a file are left out.
+    data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...) or the task's
+    folder. UserError for an unknown name or key, and for errors in a training file whose labels
+    must be read.
     """
     if name.endswith(".json"):
-        task = _own_task(Path(name), data)
-    elif glue_name(name) in GLUE:
-        short = glue_name(name)
-        values = {"labels": ["0", "1"], "splits": _FILES, "name": short} | GLUE[short]
-        task = Task(**values, folder=str(_glue_folder(short, values["splits"], data).resolve()))
-    else:
+        return _filled(_user_task(Path(name), data))
+    short = glue_name(name)
+    if short not in GLUE:
         raise UserError(
-            f"no task named {name!r}{nearest(glue_name(name), list(GLUE))}; there are {', '.join(GLUE)}; "
-            "of an own task give the description's path (task.json)"
+            f"no task named {name!r}{nearest(short, list(GLUE))}; there are {', '.join(GLUE)}; "
+            "for a task of your own give the path of its description (task.json)"
         )
-    return _filled(task)
+    values = {"labels": ["0", "1"], "splits": _FILES, "name": short} | GLUE[short]
+    folder = _glue_folder(short, values["splits"], data)
+    return _filled(Task(**values, folder=str(folder.resolve())))
 
 
 def _glue_folder(short: str, files: dict[str, str], data: Path | None) -> Path:
-    """The folder of a GLUE task inside `data`, or `data` itself where it holds one of the task's files."""
+    """The folder of a GLUE task in `data`, or `data` itself if it has one of the task's files."""
     if data is None:
         raise UserError(f"task {short}: give --data GLUE_DIR, the folder with CoLA/, RTE/, ...")
     if not data.is_dir():
         raise UserError(
             f"task {short}: --data {data} is no folder; expected GLUE_DIR with CoLA/, RTE/, ..."
         )
-    inside = sorted(child for child in data.iterdir() if child.is_dir())
-    if found := [child for child in inside if glue_name(child.name) == short]:
-        return found[0]
+    folders = sorted(child for child in data.iterdir() if child.is_dir())
+    if matching := [folder for folder in folders if glue_name(folder.name) == short]:
+        return matching[0]
     if any((data / file).is_file() for file in files.values()):
         return data
+    listed = ", ".join(folder.name for folder in folders[:20]) or "no folder at all"
     raise UserError(
-        f"task {short}: {data} has no folder {short} (in any spelling: STS-B for stsb, diagnostic for ax); found "
-        f"{', '.join(child.name for child in inside[:20]) or 'no folder at all'}; give --data the folder that holds "
-        f"it, or the task's own with {next(iter(files.values()))}"
+        f"task {short}: {data} has no folder {short} (in any spelling: STS-B for stsb, diagnostic "
+        f"for ax); found {listed}; give --data the folder that holds it, or the task's own with "
+        f"{next(iter(files.values()))}"
     )
 
 
-def _own_task(path: Path, data: Path | None) -> Task:
+def _user_task(path: Path, data: Path | None) -> Task:
+    """A task by its description; its files are beside the description, or in `data`."""
     values = read_json(path, "a task's description")
     task = parse_config({"name": path.stem} | values, str(path), Task)
     if "train" not in task.splits or not task.valid_splits:
         raise UserError(
             f"{path}: splits: found {', '.join(task.splits)}; expected at least train and valid"
         )
-    here = path.parent / task.folder
-    there = here if data is None or (here / task.splits.get("train", "")).is_file() else data
-    return task.model_copy(update={"folder": str(there.resolve())})
+    folder = path.parent / task.folder
+    if data is not None and not (folder / task.splits["train"]).is_file():
+        folder = data
+    return task.model_copy(update={"folder": str(folder.resolve())})
 
 
 def _filled(task: Task) -> Task:
-    """The task with what is null taken from the training split, and without test splits that are not there."""
-    there = [
-        split
-        for split in task.splits
-        if task.dataset or split[:4] != "test" or task.path(split).exists()
-    ]
-    update: dict = {"splits": {split: task.splits[split] for split in there}}
+    """The task with null values from the training split; test splits without a file are removed."""
+    splits = {
+        split: file
+        for split, file in task.splits.items()
+        if task.dataset or not split.startswith("test") or task.path(split).exists()
+    }
+    values = task.model_dump() | {"splits": splits}
     if task.kind == "regression" and task.label_range is None:
-        seen = seen_labels(task)
-        if seen[0] == seen[-1]:
+        labels = seen_labels(task)
+        if labels[0] == labels[-1]:
             raise UserError(
-                f"task {task.name}: every label of the training split is {seen[0]}; nothing can be learned"
+                f"task {task.name}: every label of the training split is {labels[0]}; "
+                "nothing can be learned"
             )
-        update["label_range"] = (seen[0], seen[-1])
+        values["label_range"] = (labels[0], labels[-1])
     if task.kind != "regression" and task.labels is None:
-        update["labels"] = seen_labels(task)
-        if len(update["labels"]) < 2:
+        values["labels"] = seen_labels(task)
+        if len(values["labels"]) < 2:
             raise UserError(
-                f"task {task.name}: the training split has the one label {update['labels']}; expected two"
+                f"task {task.name}: the training split has the one label {values['labels']}; "
+                "expected two"
             )
     if not task.metrics:
-        bio = any(label.startswith("B-") for label in update.get("labels") or task.labels or ())
-        tags = ["entity_f1", "token_accuracy"] if bio else ["token_accuracy"]
-        update["metrics"] = {
-            "classification": ["accuracy"],
-            "regression": ["pearson", "spearman"],
-        }.get(task.kind, tags)
-    return parse_config(task.model_dump() | update, f"task {task.name}", Task)
+        values["metrics"] = _default_metrics(task.kind, values["labels"] or [])
+    return parse_config(values, f"task {task.name}", Task)
+
+
+def _default_metrics(kind: TaskKind, labels: list[str]) -> list[str]:
+    if kind == "classification":
+        return ["accuracy"]
+    if kind == "regression":
+        return ["pearson", "spearman"]
+    has_entities = any(label.startswith("B-") for label in labels)
+    return ["entity_f1", "token_accuracy"] if has_entities else ["token_accuracy"]
 
 
 def task_names(text: str) -> list[str]:
-    """What --tasks lists by commas, each once: GLUE names in any spelling (`glue`: the nine), paths of descriptions."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    nine = [name for name in GLUE if name != "ax"]
-    names = [short if (short := glue_name(name)) in GLUE else name for name in names]
-    return list(
-        dict.fromkeys(one for name in names for one in (nine if name.lower() == "glue" else [name]))
-    )
+    """The tasks of --tasks, a list separated by commas, each once.
+
+    GLUE names in any spelling become short names; `glue` stands for the nine; paths of descriptions
+    stay as they are.
+    """
+    names: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        short = glue_name(name)
+        if name.lower() == "glue":
+            names += [task for task in GLUE if task != "ax"]
+        elif name:
+            names.append(short if short in GLUE else name)
+    return list(dict.fromkeys(names))

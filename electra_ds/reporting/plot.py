@@ -1,6 +1,7 @@
 """Curves of one or several runs as a picture, drawn from metrics.jsonl alone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def plot(runs: list[Path], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def _draw(axis, records: list[dict], split: str, key: str, prefix: str) -> None:
+def _draw(axis: Any, records: list[dict[str, Any]], split: str, key: str, prefix: str) -> None:
     seen = [
         (record["step"], record["tokens"] / 1e6) for record in records if record["split"] == "train"
     ]

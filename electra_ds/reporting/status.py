@@ -1,105 +1,122 @@
-"""What is a run doing? Read from the files in OUT alone, while another process writes them."""
+"""Status of a run, read from the files of its run folder while another process writes them."""
 
 import json
 import math
 import time
+from dataclasses import fields
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from electra_ds.cluster.failures import Failures
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import STALE_SECONDS, owner_of
 from electra_ds.training.metrics_file import TRAIN, VALID, read_metrics, summary
 
 NEXT = {
     "training": "touch {out}/STOP saves and stops it, touch {out}/SAVE saves",
-    "silent": "look at its owner's machine; once that is dead the same command goes on from step {at}",
-    "failed": "mend the cause; the same command goes on from step {at}",
-    "refused": "mend the cause and remove {out}/restarts.json (train.max_restarts = {limit})",
-    "stopped": "the same command goes on from step {at}",
-    "finished": "electra-ds evaluate {out} --data D; for more steps raise train.total_steps and give --extend",
+    "silent": "look at its owner's machine; if that is dead, the same command resumes from step {at}",
+    "failed": "correct the cause; the same command resumes from step {at}",
+    "refused": "correct the cause and remove {out}/restarts.json (train.max_restarts = {limit})",
+    "stopped": "the same command resumes from step {at}",
+    "finished": "electra-ds evaluate {out} --data D; for more steps raise train.total_steps and "
+    "give --extend",
     "not started": "electra-ds pretrain RUN --data D --out {out}",
 }
 
 
 def status(out: Path) -> dict[str, Any]:
-    """The facts of a run folder; times in seconds, null or empty what `missing` files would say.
+    """The facts of a run folder as JSON values; times in seconds.
 
-    state: training; silent (locked, but no heartbeat for a minute on this clock); failed (or its process is gone from
-    this machine); stopped (resumable); finished; not started. failures: those that the next start will count are in.
+    state: training; silent (locked, but no heartbeat for a minute on this clock); failed (or its
+    process has ended on this machine); stopped (resumable); finished; not started.
+    failures: including those that the next start will count.
+    missing: files that do not exist or cannot be read; their facts are null or empty.
     UserError when there is no such folder.
     """
     if not out.is_dir():
         raise UserError(f"{out}: no run folder here")
     missing: list[str] = []
-    config, beat = (
-        _read(out / "config.json", missing),
-        _read(out / "heartbeat.json", missing, expected=False),
-    )
-    past, saved = (
-        _read(out / "restarts.json", missing, expected=False),
-        _checkpoint(out / "ckpt", missing),
-    )
-    train, start = config.get("train", {}), config.get("provenance") or {}
+    config = _read(out / "config.json", missing)
+    heartbeat = _read(out / "heartbeat.json", missing, expected=False)
+    checkpoint = _checkpoint(out / "ckpt", missing)
+    train, provenance = config.get("train", {}), config.get("provenance") or {}
     last = {record["split"]: record for record in _records(out / "metrics.jsonl", missing)}
     owner, is_gone = owner_of(out)
-    silence = _age(datetime.fromisoformat(beat["time"]).timestamp()) if beat else None
-    found = (_read(file, missing, expected=False) for file in sorted(out.glob("error-rank-*.json")))
-    left = [error for error in found if error]
-    if is_gone and not left:
-        left = [
-            {
-                "rank": 0,
-                "host": start.get("host"),
-                "error": f"{owner} is gone without a word",
-                "failure": True,
-            }
-        ]
-    left.sort(key=lambda error: error.get("time", ""))
-    failed = any(error.get("failure", True) for error in left)
-
-    at, limit = saved.get("step", 0), train.get("max_restarts")
-    in_a_row = (0 if at > past.get("step", -1) else past["in_a_row"]) + failed
-    step = max(beat.get("step", 0), at, *(record["step"] for record in last.values()))
-    total, rate = start.get("total_steps") or train.get("total_steps"), _rate(last.get("train"))
-    if owner and not is_gone:
-        state = "silent" if silence is None or silence > STALE_SECONDS else "training"
-    elif (out / "done").exists():
-        state = "finished"
-    else:
-        state = "failed" if failed else "stopped" if saved else "not started"
-    hint = "refused" if failed and limit and in_a_row > limit else state
+    silence = None
+    if heartbeat:
+        silence = _age(datetime.fromisoformat(heartbeat["time"]).timestamp())
+    left = _errors(out, missing, owner if is_gone else "", provenance.get("host"))
+    failed = [error for error in left if error.get("failure", True)]
+    at, limit = checkpoint.get("step", 0), train.get("max_restarts")
+    failures = _failures(out, missing).with_attempt(at, failed)
+    total_steps = provenance.get("total_steps") or train.get("total_steps")
+    rate = _rate(last.get("train"))
+    step = max(heartbeat.get("step", 0), at, *(record["step"] for record in last.values()))
+    state = _state(out, owner and not is_gone, silence, bool(failed), bool(checkpoint))
+    is_refused = bool(failed) and bool(limit) and failures.in_a_row > limit
+    has_eta = rate and total_steps and state == "training"
     return {
         "out": str(out),
         "state": state,
         "step": step,
-        "total_steps": total,
+        "total_steps": total_steps,
         "steps_per_second": rate,
-        "eta_seconds": (total - step) / rate if rate and total and state == "training" else None,
+        "eta_seconds": (total_steps - step) / rate if has_eta else None,
         "train": last.get("train", {}),
         "valid": last.get("valid", {}),
-        "checkpoint": saved,
+        "checkpoint": checkpoint,
         "owner": owner,
         "heartbeat_age": silence,
-        "nodes": start.get("nodes"),
-        "launcher": start.get("launcher"),
-        "restarts": start.get("restarts"),
-        "failures": past.get("failures", 0) + failed,
-        "failures_in_a_row": in_a_row,
-        "last_error": (left[:1] or past.get("errors", [])[-1:] or [None])[0],
+        "nodes": provenance.get("nodes"),
+        "launcher": provenance.get("launcher"),
+        "restarts": provenance.get("restarts"),
+        "failures": failures.failures,
+        "failures_in_a_row": failures.in_a_row,
+        "last_error": left[0] if left else failures.errors[-1] if failures.errors else None,
         "missing": missing,
-        "next": NEXT[hint].format(out=out, at=at, limit=limit),
+        "next": NEXT["refused" if is_refused else state].format(out=out, at=at, limit=limit),
     }
 
 
+def _state(
+    out: Path, is_owned: Any, silence: float | None, failed: bool, has_checkpoint: bool
+) -> str:
+    if is_owned:
+        return "silent" if silence is None or silence > STALE_SECONDS else "training"
+    if (out / "done").exists():
+        return "finished"
+    if failed:
+        return "failed"
+    return "stopped" if has_checkpoint else "not started"
+
+
+def _failures(out: Path, missing: list[str]) -> Failures:
+    """What restarts.json counts so far."""
+    values = _read(out / "restarts.json", missing, expected=False)
+    known = {key.name for key in fields(Failures)}
+    return Failures(**{key: value for key, value in values.items() if key in known})
+
+
+def _errors(
+    out: Path, missing: list[str], gone_owner: str, host: str | None
+) -> list[dict[str, Any]]:
+    """The errors that the last attempt left, by time.
+
+    gone_owner: an owner that has ended; if it left no error, that is the error.
+    """
+    files = sorted(out.glob("error-rank-*.json"))
+    errors = [error for file in files if (error := _read(file, missing, expected=False))]
+    if gone_owner and not errors:
+        text = f"{gone_owner} is gone without a message"
+        return [{"rank": 0, "host": host, "error": text, "failure": True}]
+    return sorted(errors, key=lambda error: error.get("time", ""))
+
+
 def lines(facts: dict[str, Any]) -> dict[str, str]:
-    """The same for people: a few lines by name, those without facts left out."""
-    saved, error, rate, nodes = (
-        facts["checkpoint"],
-        facts["last_error"],
-        facts["steps_per_second"],
-        facts["nodes"],
-    )
+    """The facts as lines of text by title; lines without facts are left out."""
+    saved, error = facts["checkpoint"], facts["last_error"]
+    rate, nodes = facts["steps_per_second"], facts["nodes"]
     found = {
         "state": facts["state"],
         "step": f"{facts['step']:,}"
@@ -108,8 +125,8 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
         if rate
         else "",
         "ETA": _span(facts["eta_seconds"]),
-        "training": _figures(facts["train"], TRAIN),
-        "held out": _figures(facts["valid"], VALID),
+        "training": _metrics(facts["train"], TRAIN),
+        "held out": _metrics(facts["valid"], VALID),
         "checkpoint": f"{saved['name']}, step {saved['step']:,}, {_span(saved['age'])} ago"
         if saved
         else "",
@@ -147,7 +164,7 @@ def _records(path: Path, missing: list[str]) -> list[dict]:
 
 
 def _checkpoint(folder: Path, missing: list[str]) -> dict[str, Any]:
-    """Name, step and age of the one that `latest` names."""
+    """Name, step and age of the checkpoint that `latest` names."""
     if not (folder / "latest").exists():
         missing.append("ckpt/latest: not there")
         return {}
@@ -157,14 +174,12 @@ def _checkpoint(folder: Path, missing: list[str]) -> dict[str, Any]:
     return meta and {"name": name, "step": meta["step"], "age": age}
 
 
-def _rate(record: dict | None) -> float | None:
-    """Steps per second, left-out ones included, of the last logging interval."""
-    return (
-        record
-        and record["tokens_per_second"]
-        * (record["step"] + record["skipped_steps"])
-        / record["tokens"]
-    )
+def _rate(record: dict[str, Any] | None) -> float | None:
+    """Steps per second, skipped ones included, of the last logging interval."""
+    if not record:
+        return None
+    steps = record["step"] + record["skipped_steps"]
+    return record["tokens_per_second"] * steps / record["tokens"]
 
 
 def _age(moment: float) -> float:
@@ -175,8 +190,7 @@ def _span(seconds: float | None) -> str:
     return "" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def _figures(record: dict, line: str) -> str:
-    known = {
-        key: math.nan if value is None else value for key, value in record.items()
-    }  # null was not finite
+def _metrics(record: dict, line: str) -> str:
+    # null stands for a value that was not finite.
+    known = {key: math.nan if value is None else value for key, value in record.items()}
     return f"{summary(known, line)}  (step {record['step']:,})" if record else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from electra_ds.cluster import run_folder
+from electra_ds.cluster import failures, rank_log, run_folder, stop_signals
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
@@ -91,7 +91,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
     Raises UserError or RunFailure; the first failure is left in OUT/error-rank-N.json.
     """
     train = config.train
-    record = functools.partial(run_folder.record_error, out)
+    record = functools.partial(failures.record_error, out)
     try:
         device = start(ranks, train.timeout_minutes, train.deterministic)
     except BaseException as error:
@@ -99,7 +99,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
             record(ranks.rank, error)
         raise
     # Before the ranks have met, a signal ends a rank at once: the others might never come.
-    run_folder.on_stop_signal(limits.asked.append)
+    stop_signals.on_stop_signal(limits.asked.append)
     watchdog = Watchdog(
         ranks,
         train.silence_seconds,
@@ -157,13 +157,13 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     config, out, lock = attempt.config, attempt.out, attempt.lock
     if on_rank0(lambda: run_folder.is_done(out)) and not attempt.limits.extend:
         attempt.print(f"{out} is finished; to continue, raise train.total_steps and give --extend")
-        return run_folder.DONE
+        return stop_signals.DONE
     if lock.took_over:
         attempt.print(f"{out}/lock: taken over from {lock.took_over}")
     on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
     engine = Engine(_objective(config), config, engine_config, attempt.ranks, device)
     nodes = run_folder.open_folder(out, attempt.ranks.rank, engine.all_gather_object)
-    run_folder.open_log(out, attempt.ranks)
+    rank_log.open_log(out, attempt.ranks)
     on_rank0(lambda: remove_stale(out / "ckpt"))
     _check_same_data(attempt.data.source, engine, nodes)
     resumed = _resume(attempt, engine)
@@ -171,7 +171,7 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     is_complete = _train(attempt, engine, resumed)
     lock.release()  # before the engine closes: the first rank to leave may take rank 0 down
     engine.close()
-    return run_folder.DONE if is_complete else run_folder.stop_exit_code()
+    return stop_signals.DONE if is_complete else stop_signals.stop_exit_code()
 
 
 def _training_data(config: RunConfig, source: Data) -> TrainingData:
@@ -247,7 +247,7 @@ def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:
 def _count_failures(out: Path, limit: int, silent: str) -> None:
     newest = checkpoint.latest(out / "ckpt")
     step = checkpoint.read_meta(newest).state.step if newest else 0
-    run_folder.count_failures(out, step, limit, silent)
+    failures.count_failures(out, step, limit, silent)
 
 
 def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:

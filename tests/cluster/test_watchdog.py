@@ -13,7 +13,7 @@ import pytest
 from faults import STEP
 from running import CPU, ROOT, read_json, run_ranks
 
-from electra_ds.cluster.run_folder import count_failures
+from electra_ds.cluster.failures import count_failures
 from electra_ds.common.processes import free_port
 from electra_ds.training import checkpoint
 
@@ -101,7 +101,7 @@ def test_a_rank_that_is_stopped_killed_or_errs_is_named_and_the_run_goes_on(
     out = tmp_path / "run"
     attempt("torchrun", "early", 1, data, out)  # asked to stop before the first step
     assert read_json(out / "stopped.0")["step"] == 0 and checkpoint.latest(out / "ckpt").name == "0"
-    assert "SIGUSR1: asked to stop" not in log(out, 0) and not list(out.glob("error-rank-*"))
+    assert "SIGUSR1: stop requested" not in log(out, 0) and not list(out.glob("error-rank-*"))
 
     said = attempt("deepspeed", "kill", 0, data, out)  # rank 0 takes the store with it
     assert re.search(

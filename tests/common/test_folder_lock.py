@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from running import CPU, ROOT, read_json, run_cli
 
-from electra_ds.cluster.run_folder import count_failures, record_error
+from electra_ds.cluster.failures import count_failures, record_error
 from electra_ds.common import folder_lock
 from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.common.folder_lock import Lock
@@ -318,9 +318,9 @@ def test_of_two_jobs_on_one_out_the_second_is_refused_and_a_dead_one_is_succeede
     assert third.returncode == 85, third.stderr
     assert f"taken over from process {first.pid} on" in third.stdout and "resuming" in third.stdout
     found = read_json(out / "restarts.json")
-    assert (found["failures"], found["in_a_row"]) == (2, 1) and "without a word" in found["errors"][
-        1
-    ]["error"]
+    assert (found["failures"], found["in_a_row"]) == (2, 1) and "without a message" in found[
+        "errors"
+    ][1]["error"]
     assert not (out / "lock").exists() and found["step"] == int(
         checkpoint.latest(out / "ckpt").name
     )
@@ -328,12 +328,12 @@ def test_of_two_jobs_on_one_out_the_second_is_refused_and_a_dead_one_is_succeede
 
 NOTE_LOCK = """
 from electra_ds import cli
-from electra_ds.cluster import run_folder
-record = run_folder.record_error
+from electra_ds.cluster import failures
+record = failures.record_error
 def noting(out, *arguments):
     record(out, *arguments)
     print("locked" if (out / "lock").exists() else "open")
-run_folder.record_error = noting
+failures.record_error = noting
 cli.main()
 """
 
@@ -389,7 +389,7 @@ def test_a_log_on_a_full_disk_is_no_traceback(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom electra_ds.cluster.launchers import Ranks\n"
     )
-    script += "from electra_ds.cluster.run_folder import open_log\nopen_log(Path(sys.argv[1]), Ranks(0, 1, 0, 1, 'none'))"
+    script += "from electra_ds.cluster.rank_log import open_log\nopen_log(Path(sys.argv[1]), Ranks(0, 1, 0, 1, 'none'))"
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "rank-0.log").symlink_to("/dev/full")
     done = subprocess.run(

@@ -3,6 +3,7 @@
 import gzip
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import google_crc32c
@@ -150,3 +151,9 @@ def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
         path.write_bytes(good + bad)
         with pytest.raises(UserError, match=f"^rows: {message}"):
             convert([str(path)], RECORDS, tmp_path / f"bad{i}", valid_fraction=0)
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+    with pytest.raises(UserError, match=r"pip install 'electra_ds\[tfrecord\]'"):
+        convert([str(RECORDS)], RECORDS / "vocab.txt", tmp_path / "out")

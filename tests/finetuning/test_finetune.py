@@ -1,4 +1,4 @@
-"""Fine-tuning through the engine: what is learned, on any number of ranks, kept, gone on with and predicted."""
+"""Fine-tuning through the engine: learning, ranks, kept models, resuming, predictions, batches."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from electra_ds.finetuning.batches import (
 from electra_ds.finetuning.config import load_finetune
 from electra_ds.finetuning.examples import Example, read_examples
 from electra_ds.finetuning.model import Classifier, layerwise
-from electra_ds.finetuning.predict import logits_of, predictions_of
+from electra_ds.finetuning.predict import decode, logits_of
 from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.hf import classifier_to_hf, hf_config, to_hf
 from electra_ds.model.weights import true_state
@@ -35,7 +35,7 @@ GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
 
 
 def write_tasks(folder: Path) -> Path:
-    """Three own tasks whose labels are plain in the words: classes (sentences), pairs (regression), words (tags)."""
+    """Write three tasks with labels that depend on single words: classes, pairs, words."""
     random = np.random.default_rng(0)
 
     def text(size: int) -> list[str]:
@@ -80,7 +80,7 @@ def write_tasks(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def suites(tmp_path_factory) -> Path:
-    """What finetune_scenario.py left on one rank and on two: one/NAME, two/NAME, beside model and tasks."""
+    """The folders of finetune_scenario.py on one rank and on two: one/NAME, two/NAME."""
     folder = tmp_path_factory.mktemp("finetune")
     run_folders.pretrained(folder / "model")
     write_tasks(folder / "tasks")
@@ -99,7 +99,7 @@ def scores(folder: Path, seed: int = 0) -> dict:
     return result(folder, seed)["scores"]["valid"]
 
 
-def test_what_is_plain_in_the_words_is_learned(suites):
+def test_labels_that_depend_on_single_words_are_learned(suites):
     assert scores(suites / "one" / "classes")["accuracy"] > 0.9
     assert scores(suites / "one" / "pairs")["pearson"] > 0.8
     assert scores(suites / "one" / "words")["entity_f1"] > 0.9
@@ -114,13 +114,13 @@ def test_two_ranks_fine_tune_like_one(suites):
             next(folder.glob("*/seed-0/predictions-test.tsv")).read_text().split("\n")
             for folder in (one, two)
         ]
-        said = [[line.split("\t")[1] for line in lines[1:-1]] for lines in texts]
+        predicted = [[line.split("\t")[1] for line in lines[1:-1]] for lines in texts]
         if name == "pairs":
-            said = [np.round(np.array(values, float), 2).tolist() for values in said]
-        assert said[0] == said[1]
+            predicted = [np.round(np.array(cells, float), 2).tolist() for cells in predicted]
+        assert predicted[0] == predicted[1]
 
 
-def test_seeds_differ_and_the_best_ones_model_is_kept(suites):
+def test_seeds_differ_and_the_model_of_the_best_seed_is_kept(suites):
     folder = suites / "one" / "classes" / "classes"
     assert result(folder.parent, 0)["train_loss"] != result(folder.parent, 1)["train_loss"]
     report = read_json(folder.parent / "report.json")
@@ -128,7 +128,7 @@ def test_seeds_differ_and_the_best_ones_model_is_kept(suites):
     assert kept == [f"seed-{report['tasks']['classes']['best_seed']}"]
 
 
-def test_an_interrupted_seed_goes_on_from_its_epoch_bit_for_bit(suites):
+def test_an_interrupted_seed_resumes_bit_for_bit(suites):
     whole, cut = (suites / "one" / name / "classes" / "seed-0" for name in ("classes", "cut"))
     for split in ("valid", "test"):
         assert (cut / f"predictions-{split}.tsv").read_text() == (
@@ -141,29 +141,29 @@ def test_an_interrupted_seed_goes_on_from_its_epoch_bit_for_bit(suites):
     assert not (cut / "ckpt").exists()
 
 
-def test_packed_batches_teach_what_padded_ones_teach(suites):
+def test_packed_and_padded_batches_train_alike(suites):
     padded, packed = (suites / "one" / name for name in ("padded", "packed"))
     assert result(padded)["train_loss"] == pytest.approx(result(packed)["train_loss"], rel=1e-5)
     texts = [
         next(path.glob("*/seed-0/predictions-test.tsv")).read_text() for path in (padded, packed)
     ]
-    said = [
+    probabilities = [
         np.array([line.split("\t")[2:] for line in text.split("\n")[1:-1]], float) for text in texts
     ]
-    assert np.abs(said[0] - said[1]).max() < 1e-4
+    assert np.abs(probabilities[0] - probabilities[1]).max() < 1e-4
 
 
-def test_the_best_epoch_is_said_and_random_weights_too(suites):
-    best, drawn = result(suites / "one" / "best"), result(suites / "one" / "random")
-    assert best["selected"] == "best epoch on dev" and "dev score flatters" in report(
+def test_results_name_the_selection_and_random_weights(suites):
+    best, random = result(suites / "one" / "best"), result(suites / "one" / "random")
+    assert best["selected"] == "best epoch on dev" and "dev score is optimistic" in report(
         suites, "best"
     )
-    assert drawn["origin"] == "random initialisation" and drawn["steps"] == round(0.5 * 13)
+    assert random["origin"] == "random initialisation" and random["steps"] == round(0.5 * 13)
     assert not list((suites / "one" / "random").rglob("model"))
     assert (suites / "one" / "best" / "classes" / "seed-0" / "model" / "meta.json").exists()
 
 
-def test_a_seed_that_diverges_is_named_and_has_no_scores(suites):
+def test_a_diverged_seed_is_reported_without_scores(suites):
     found = result(suites / "one" / "blown")
     assert (found["status"], found["scores"]) == ("diverged", {}) and found["steps"] < 39
     assert "diverged: seed 0" in report(suites, "blown")
@@ -173,17 +173,17 @@ def report(suites: Path, name: str) -> str:
     return (suites / "one" / name / "report.md").read_text()
 
 
-def test_half_precision_is_scored_as_predict_does(suites, tmp_path):
+def test_a_seed_in_half_precision_has_the_scores_of_predict(suites, tmp_path):
     seed = suites / "one" / "half" / "classes" / "seed-0"
     run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "p.tsv")
     assert (tmp_path / "p.tsv").read_text() == (seed / "predictions-valid.tsv").read_text()
 
 
-def test_predict_repeats_what_finetune_wrote_and_scores_what_is_labelled(suites, tmp_path):
+def test_predict_writes_the_predictions_of_finetune_and_scores_labelled_files(suites, tmp_path):
     seed = suites / "one" / "best" / "classes" / "seed-0"
     file = suites / "tasks" / "classes-valid.jsonl"
-    said = run_cli("predict", seed.parent, "--input", file, "--out", tmp_path / "p.tsv")
-    assert f"accuracy {scores(suites / 'one' / 'best')['accuracy']:.4f}" in said.stdout
+    done = run_cli("predict", seed.parent, "--input", file, "--out", tmp_path / "p.tsv")
+    assert f"accuracy {scores(suites / 'one' / 'best')['accuracy']:.4f}" in done.stdout
     run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "q.tsv")
     assert (tmp_path / "p.tsv").read_text() == (tmp_path / "q.tsv").read_text()
     ours, theirs = (
@@ -194,7 +194,7 @@ def test_predict_repeats_what_finetune_wrote_and_scores_what_is_labelled(suites,
     assert [line.split("\t")[:2] for line in ours] == [line.split("\t")[:2] for line in theirs]
 
 
-def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
+def test_a_folder_holds_one_suite_and_finished_seeds_are_kept(suites):
     out, task = suites / "one" / "best", suites / "tasks" / "classes.json"
     path, finished = suites / "again.json", out / "classes" / "seed-0" / "result.json"
     path.write_text((out / "config.json").read_text())
@@ -214,7 +214,7 @@ def test_a_folder_holds_one_suite_and_finished_seeds_stay(suites):
     assert "optimizer.peak_lr: 0.02 -> 0.5" in other.stderr
 
 
-def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(suites, tmp_path):
+def test_seeds_spread_over_ranks_by_the_launch_script_equal_those_of_one_rank(suites, tmp_path):
     config, out = suites / "spread.json", tmp_path / "out"
     config.write_text((suites / "one" / "classes" / "config.json").read_text())
     script = ["bash", ROOT / "launch" / "glue.sh", suites / "model", config, suites / "tasks", out]
@@ -225,12 +225,12 @@ def test_the_launch_script_spreads_seeds_over_ranks_and_they_equal_those_of_one(
     assert done.returncode == 0 and "| classes | valid | accuracy |" in done.stdout, done.stderr[
         -3000:
     ]
-    for seed in (0, 1):  # the third rank had nothing to do
+    for seed in (0, 1):  # the third rank has no seed
         assert scores(out, seed) == scores(suites / "one" / "classes", seed)
     assert len(list(out.glob("classes/seed-*/model"))) == 1
 
 
-def test_bad_calls_are_refused_with_one_sentence(suites, tmp_path):
+def test_wrong_calls_are_refused_with_one_message(suites, tmp_path):
     misspelled = ["--set", 'tasks={"rte": {"epoch": 3}}']
     for call, part in (
         (["smal"], "did you mean 'small'"),
@@ -255,14 +255,14 @@ def task(kind: str = "classification", **values) -> Task:
     return Task(name="t", kind=kind, splits={"train": "x.tsv"}, **values)
 
 
-def test_a_pair_too_long_loses_from_its_longer_text(tmp_path):
+def test_a_pair_is_cut_from_its_longer_text(tmp_path):
     tokenizer, ids = words_tokenizer(tmp_path), run_folders.IDS
     long, short = " ".join(WORDS[:30]), " ".join(WORDS[30:34])
 
     def lengths(a: str, b: str | None) -> tuple[int, int]:
         (found,) = encode([Example("0", a, b, 0)], task(labels=["a", "b"]), tokenizer, 20)
         assert found.ids[0] == ids["cls"] and found.ids[-1] == ids["sep"] and len(found.ids) <= 20
-        return found.second, len(found.ids) - found.second
+        return found.second_start, len(found.ids) - found.second_start
 
     assert lengths(long, short) == (1 + 13 + 1, 4 + 1)
     assert lengths(short, long) == (1 + 4 + 1, 13 + 1)
@@ -270,7 +270,7 @@ def test_a_pair_too_long_loses_from_its_longer_text(tmp_path):
     assert lengths(long, None) == (20, 0)
 
 
-def test_the_first_token_of_a_word_carries_its_label(tmp_path):
+def test_the_first_token_of_a_word_has_its_label(tmp_path):
     tokenizer = words_tokenizer(tmp_path)
     asked = task("token_classification", labels=["O", "B-x"])
     (found,) = encode([Example("0", ["aaab", "ab"], None, [1, 0])], asked, tokenizer, 20)
@@ -289,7 +289,7 @@ def test_every_example_is_in_one_batch_of_an_epoch_and_epochs_differ():
     assert len(set(orders)) == 3
 
 
-def test_micro_batches_are_the_global_batch_in_order_and_empty_ones_weigh_nothing(tmp_path):
+def test_micro_batches_keep_the_order_and_empty_ones_have_weight_0(tmp_path):
     tokenizer = words_tokenizer(tmp_path)
     examples = [Example(str(i), " ".join(WORDS[: 2 + i]), None, i % 2) for i in range(5)]
     encoded = encode(examples, task(labels=["a", "b"]), tokenizer, 40)
@@ -310,7 +310,7 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
     per_token, regression = kind == "token_classification", kind == "regression"
     module = run_folders.drawn(Classifier(model, 1 if regression else 3, per_token, regression))
     random = np.random.default_rng(0)
-    sizes = [9, 9, 9, 4, 17, 17, 23, 9]  # stretches of equal lengths, and lengths that come again
+    sizes = [9, 9, 9, 4, 17, 17, 23, 9]  # runs of equal lengths, and lengths that repeat
 
     def text(size: int) -> list[str]:
         return [WORDS[i] for i in random.integers(0, 300, size)]
@@ -339,7 +339,9 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
     fixed = collate(
         [
             *encoded,
-            encoded[0]._replace(ids=[2] * 128, second=128, label=[-1] * 128 if per_token else 0),
+            encoded[0]._replace(
+                ids=[2] * 128, second_start=128, label=[-1] * 128 if per_token else 0
+            ),
         ],
         0,
         kind,
@@ -382,7 +384,7 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
         torch.testing.assert_close(alone, module(batch).total)
 
 
-def test_a_micro_batch_is_at_most_a_ranks_share_of_the_global_batch():
+def test_a_micro_batch_is_at_most_the_share_of_a_rank():
     config = load_finetune("small")
     sizes = [
         config.of("cola", None, 0, world_size).train.micro_batch_size for world_size in (1, 2, 16)
@@ -415,7 +417,7 @@ def test_predictions_do_not_depend_on_batching(tmp_path):
     assert sorted(np.concatenate(shares)) == list(range(130))
 
 
-def test_the_head_has_dropout_of_its_own(tmp_path):
+def test_dropout_is_applied_before_the_head(tmp_path):
     config = run_folders.config().model.model_copy(update={"hidden_dropout": 0.5})
     module = run_folders.drawn(Classifier(config, 3, per_token=False, regression=False))
     (one,) = encode(
@@ -431,7 +433,7 @@ def test_the_head_has_dropout_of_its_own(tmp_path):
         assert torch.equal(module.eval()(batch, predict=True), module(batch, predict=True))
 
 
-def test_the_second_order_of_a_pair_has_its_segments_changed_too(tmp_path):
+def test_a_swapped_pair_has_swapped_segments(tmp_path):
     tokenizer, pair = words_tokenizer(tmp_path), [Example("0", "ab cd", "ef", 3.0)]
     asked = task("regression", label_range=(1.0, 5.0))
     there, back = encode(pair + swapped(pair), asked, tokenizer, 40)
@@ -442,31 +444,31 @@ def test_the_second_order_of_a_pair_has_its_segments_changed_too(tmp_path):
     assert batch.labels.tolist() == [
         0.5,
         0.5,
-    ]  # trained on as a share of the range, told in the label's own unit
-    assert predictions_of(asked, pair, [there], [np.array([0.5])]) == [3.0]
+    ]  # a share of the range in training, the unit of the labels in predictions
+    assert decode(asked, pair, [there], [np.array([0.5])]) == [3.0]
 
 
-def test_words_that_are_cut_off_are_told_as_outside(tmp_path):
+def test_words_that_are_cut_off_are_predicted_as_outside(tmp_path):
     words = [Example("0", ["ab"] * 12, None, [1] * 12)]
     asked = task("token_classification", labels=["B-x", "O"])
     encoded = encode(words, asked, words_tokenizer(tmp_path), 8)
     logits = [np.tile([1.0, 0.0], (len(encoded[0].ids), 1))]
-    assert predictions_of(asked, words, encoded, logits) == [[0] * 6 + [1] * 6]
+    assert decode(asked, words, encoded, logits) == [[0] * 6 + [1] * 6]
 
 
-def test_a_tasks_own_number_wins_and_the_command_lines_word_wins_over_the_file():
+def test_values_of_a_task_override_those_of_the_suite_and_set_overrides_the_file():
     config = load_finetune("small")
     epochs = [
         config.of(name, own, 0).train.epochs
         for name, own in (("rte", None), ("rte", 5.0), ("cola", 5.0))
     ]
     assert epochs == [10, 10, 5]
-    said = load_finetune("small", ["train.epochs=2", "tasks.stsb.epochs=7"])
-    assert [said.of(name, None, 0).train.epochs for name in ("rte", "stsb", "cola")] == [2, 7, 2]
-    assert config.of("rte", None, 3).train.seed == 3 and said.optimizer == config.optimizer
+    given = load_finetune("small", ["train.epochs=2", "tasks.stsb.epochs=7"])
+    assert [given.of(name, None, 0).train.epochs for name in ("rte", "stsb", "cola")] == [2, 7, 2]
+    assert config.of("rte", None, 3).train.seed == 3 and given.optimizer == config.optimizer
 
 
-def test_rates_fall_from_the_head_to_the_embeddings():
+def test_learning_rates_decrease_from_the_head_to_the_embeddings():
     scale = layerwise(12, 0.8)
     assert [scale(f"discriminator.layers.{i}.qkv.weight") for i in (11, 0)] == [0.8, 0.8**12]
     assert scale("head.bias") == 1
@@ -475,7 +477,7 @@ def test_rates_fall_from_the_head_to_the_embeddings():
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="needs the shared GLUE files")
 @pytest.mark.parametrize("name", ["cola", "mrpc", "rte", "stsb"])
-def test_padding_of_real_tasks_is_small(name):
+def test_batches_of_real_tasks_have_little_padding(name):
     tokenizer = load_tokenizer(GLUE.parent / "vocab" / "bert-base-uncased-vocab.txt")
     found = load_task(name, GLUE)
     examples = read_examples(found, "train")
@@ -489,5 +491,5 @@ def test_padding_of_real_tasks_is_small(name):
         for half in (batch[:16], batch[16:])
         if len(half)
     ]
-    places = sum(lengths[half].max() * len(half) for half in halves)
-    assert 1 - lengths.sum() / places < 0.06
+    padded = sum(lengths[half].max() * len(half) for half in halves)
+    assert 1 - lengths.sum() / padded < 0.06

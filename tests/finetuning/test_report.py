@@ -1,4 +1,4 @@
-"""Report and submission: pure functions of the folder, that say what is missing and average nothing that failed."""
+"""Report and submission: functions of the folder that name missing parts and skip failed seeds."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from electra_ds.finetuning.submit import FILES, write_submission
 
 
 def write_seed(folder, task, seed, scores=None, status="done", selected="last"):
-    """DIR/TASK/seed-N as finetune leaves it; scores None: not finished."""
-    place = folder / task / f"seed-{seed}"
-    place.mkdir(parents=True)
+    """Write DIR/TASK/seed-N as finetune does; scores None: not finished. Returns the folder."""
+    path = folder / task / f"seed-{seed}"
+    path.mkdir(parents=True)
     if scores is not None:
         result = {
             "task": task,
@@ -34,13 +34,13 @@ def write_seed(folder, task, seed, scores=None, status="done", selected="last"):
             "origin": "run O, step 9",
             "seconds": 1.0,
         }
-        (place / "result.json").write_text(json.dumps(result | rest))
-    return place
+        (path / "result.json").write_text(json.dumps(result | rest))
+    return path
 
 
 @pytest.fixture
 def suite(tmp_path):
-    """RTE with a diverged seed of five, STS-B whose second seed is not finished, MNLI, an own task chosen on dev."""
+    """RTE with one diverged seed of five, STS-B with one unfinished, MNLI, a user's task."""
     for seed, value in {0: 0.5, 1: 0.6, 3: 0.7, 10: 0.55}.items():
         write_seed(tmp_path, "rte", seed, {"valid": {"accuracy": value}})
     write_seed(tmp_path, "rte", 2, {}, "diverged")
@@ -58,7 +58,7 @@ def suite(tmp_path):
     return tmp_path
 
 
-def test_the_report_holds_every_seed_and_averages_the_finished_ones(suite):
+def test_the_report_lists_every_seed_and_averages_the_finished_ones(suite):
     report = write_report(suite)
     assert json.loads((suite / "report.json").read_text()) == json.loads(json.dumps(report))
     rte, found = report["tasks"]["rte"], report["tasks"]["rte"]["scores"]["valid"]["accuracy"]
@@ -73,24 +73,26 @@ def test_the_report_holds_every_seed_and_averages_the_finished_ones(suite):
     assert report["tasks"]["stsb"]["scores"]["valid"]["pearson"]["std"] is None
     assert list(report["tasks"]) == ["stsb", "mnli", "rte", "own"]
     notes = "\n".join(report["notes"])
-    assert "rte: diverged: seed 2; the figures are over the 4 finished of 5 seeds" in notes
+    assert "rte: diverged: seed 2; the scores are over the 4 finished of 5 seeds" in notes
     assert (
-        "stsb: unfinished: seed 1;" in notes and "own: weights chosen by their dev score" in notes
+        "stsb: unfinished: seed 1;" in notes and "own: weights selected by their dev score" in notes
     )
     assert "not run: cola, sst2, mrpc, qqp, qnli, wnli" in notes and notes.count("\n") == 3
     page = (suite / "report.md").read_text()
-    row = "| rte | valid | accuracy | 57.5 | 58.8 | 8.5 | 70.0 | 0: 50.0, 1: 60.0, 3: 70.0, 10: 55.0, 2: diverged |"
+    seeds = "0: 50.0, 1: 60.0, 3: 70.0, 10: 55.0, 2: diverged"
+    row = f"| rte | valid | accuracy | 57.5 | 58.8 | 8.5 | 70.0 | {seeds} |"
     assert (
         row in page
         and all(note in page for note in report["notes"])
         and "weights: run O, step 9" in page
     )
     assert (
-        len({line.count("|") for line in page.split("Beside")[1].splitlines() if "|" in line}) == 1
+        len({line.count("|") for line in page.split("Comparison")[1].splitlines() if "|" in line})
+        == 1
     )
 
 
-def test_like_stands_beside_like(suite):
+def test_the_comparison_has_the_metrics_and_averages_of_the_paper(suite):
     rows = write_report(suite)["comparison"]
     ours = rows["this, median"]
     assert (
@@ -110,7 +112,7 @@ def test_like_stands_beside_like(suite):
     assert full["average of 8"] == pytest.approx((5 * 50 + 57.5 + 80 + 75) / 8)
 
 
-def test_a_suite_with_nothing_finished_still_reports(tmp_path):
+def test_a_suite_without_a_finished_seed_has_a_report(tmp_path):
     write_seed(tmp_path, "rte", 0)
     write_seed(tmp_path, "cola", 0, {}, "diverged")
     report = write_report(tmp_path)
@@ -119,7 +121,7 @@ def test_a_suite_with_nothing_finished_still_reports(tmp_path):
         write_report(tmp_path / "rte")
 
 
-def test_own_tasks_stand_alone_and_broken_scores_and_copies_do_not_count(tmp_path):
+def test_user_tasks_have_no_comparison_and_scores_that_are_not_finite_do_not_count(tmp_path):
     write_seed(tmp_path, "own", 0, {"valid": {"pearson": math.nan, "spearman": None}})
     write_seed(tmp_path, "own", 1, {"valid": {"pearson": -0.1, "spearman": 0.2}})
     write_seed(tmp_path, "own", 2, {})
@@ -127,7 +129,7 @@ def test_own_tasks_stand_alone_and_broken_scores_and_copies_do_not_count(tmp_pat
     report = write_report(tmp_path)
     assert report["comparison"] == {} and "ublished" not in (tmp_path / "report.md").read_text()
     assert report["notes"] == [
-        "own: without a score: seed 0, 2; the figures are over the 1 finished of 3 seeds"
+        "own: without a score: seed 0, 2; the scores are over the 1 finished of 3 seeds"
     ]
     assert report["tasks"]["own"]["best_seed"] == 1
     assert report["tasks"]["own"]["scores"]["valid"]["pearson"]["seeds"] == {1: -10.0}
@@ -138,22 +140,22 @@ def test_own_tasks_stand_alone_and_broken_scores_and_copies_do_not_count(tmp_pat
 ANSWERS = {"cola": "1", "stsb": "5.31", "mnli": "neutral", "rte": "not_entailment"}
 
 
-def write_predictions(place, split, answers):
+def write_predictions(path, split, answers):
     lines = ["index\tprediction\tp", *(f"{i}\t{answer}\t0.5" for i, answer in enumerate(answers))]
-    (place / f"predictions-{split}.tsv").write_text("\n".join(lines) + "\n")
+    (path / f"predictions-{split}.tsv").write_text("\n".join(lines) + "\n")
 
 
-def test_the_zip_is_what_the_site_takes(tmp_path):
+def test_the_zip_has_the_files_rows_and_labels_of_the_glue_site(tmp_path):
     for task, split, rows in FILES.values():
         if task in ANSWERS:
             for seed in (0, 1):
-                place = tmp_path / task / f"seed-{seed}"
-                if not place.exists():
+                path = tmp_path / task / f"seed-{seed}"
+                if not path.exists():
                     valid = "valid_matched" if task == "mnli" else "valid"
                     write_seed(tmp_path, task, seed, {valid: {"accuracy": 0.5 + seed / 10}})
                 answers = [ANSWERS[task] if seed else "wrong"] * rows
                 write_predictions(
-                    place, split, answers if task != "stsb" else ["-0.2", "2.5", *answers[2:]]
+                    path, split, answers if task != "stsb" else ["-0.2", "2.5", *answers[2:]]
                 )
     notes = write_submission(tmp_path, tmp_path / "glue.zip")
     with zipfile.ZipFile(tmp_path / "glue.zip") as archive:
@@ -191,21 +193,22 @@ def test_the_zip_is_what_the_site_takes(tmp_path):
 
 
 def test_predictions_of_another_test_set_are_refused(tmp_path):
-    place = write_seed(tmp_path, "wnli", 0, {"valid": {"accuracy": 0.5}})
+    path = write_seed(tmp_path, "wnli", 0, {"valid": {"accuracy": 0.5}})
     write_predictions(write_seed(tmp_path, "own", 0, {"valid": {"f1": 0.5}}), "test", ["1"])
     with pytest.raises(
         UserError, match=r"no GLUE task has a finished seed .* found wnli, own; nothing is written"
     ):
         write_submission(tmp_path, tmp_path / "y.zip")
-    for answers, part in ((["1"] * 145, "145 rows"), (["2"] * 146, "'2' is no answer of wnli")):
-        write_predictions(place, "test", answers)
+    for answers, part in ((["1"] * 145, "145 rows"), (["2"] * 146, "'2' is no label of wnli")):
+        write_predictions(path, "test", answers)
         with pytest.raises(UserError, match=part):
             write_submission(tmp_path, tmp_path / "y.zip")
     assert not (tmp_path / "y.zip").exists()
 
 
-def test_reading_tasks_reporting_and_submitting_need_no_torch():
-    parts = "import sys, electra_ds.finetuning.report, electra_ds.finetuning.submit\nprint({'torch', 'sklearn'} & set(sys.modules))"
+def test_reports_and_submissions_do_not_import_torch():
+    modules = "electra_ds.finetuning.report, electra_ds.finetuning.submit"
+    parts = f"import sys, {modules}\nprint({{'torch', 'sklearn'}} & set(sys.modules))"
     command, root = [sys.executable, "-c", parts], Path(__file__).resolve().parents[2]
     assert (
         subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Tasks: the files of GLUE as they are, own tasks by a description, and every mistake named with file and line."""
+"""Tasks: GLUE files, tasks of the user, metrics; errors name file and line."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from electra_ds.finetuning.metrics import entities, score
 from electra_ds.finetuning.tasks import GLUE, Task, load_task, task_names
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
-# Task -> folder, the training file, the test file (| for a tab), and what is expected of the training example.
+# Task -> folder, training file, test file (| for a tab), expected training example.
 MNLI = "index|promptID|pairID|genre|sentence1_binary_parse|sentence1|sentence2"
 SHAPES = {
     "cola": ("CoLA", ['gj04|0|*|A "quote'], ["index|sentence", "0|A test"], ('A "quote', None, 0)),
@@ -69,7 +69,7 @@ SHAPES = {
 
 
 def write_glue(root, name):
-    """The files of one GLUE task in its own shape; the training file with BOM and \\r\\n."""
+    """Write the files of one GLUE task; the training file has a BOM and ends lines with \\r\\n."""
     folder, train, test, _ = SHAPES[name]
     (root / folder).mkdir()
     for kind in ("_matched", "_mismatched") if name == "mnli" else ("",):
@@ -82,7 +82,7 @@ def write_glue(root, name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_each_task_of_glue_is_read_from_the_root_and_from_its_own_folder(tmp_path, name):
+def test_each_glue_task_is_read_from_the_root_and_from_its_folder(tmp_path, name):
     write_glue(tmp_path, name)
     task = load_task(SHAPES[name][0].lower(), tmp_path)
     assert load_task(name.upper(), tmp_path / SHAPES[name][0]).splits == task.splits
@@ -95,7 +95,7 @@ def test_each_task_of_glue_is_read_from_the_root_and_from_its_own_folder(tmp_pat
         assert read_examples(task, split)[0].label is None
     assert (
         Task.model_validate(json.loads(task.model_dump_json())) == task
-    )  # as a fine-tuned model's meta.json has it
+    )  # as in meta.json of a fine-tuned model
 
 
 def test_the_diagnostic_set_is_a_test_split_of_mnli(tmp_path):
@@ -118,7 +118,7 @@ ROWS = {
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the four original tasks beside the checkout")
 @pytest.mark.parametrize("name", ROWS)
-def test_the_original_files_are_read_whole(name):
+def test_the_original_files_are_read_completely(name):
     task = load_task(name, SHARED)
     found = {split: read_examples(task, split) for split in task.splits}
     assert tuple(map(len, found.values())) == ROWS[name]
@@ -135,12 +135,12 @@ def test_the_original_files_are_read_whole(name):
     )
 
 
-# ---------------------------------------------------------------------------------------- own tasks
+# ---------------------------------------------------------------------------------------- user tasks
 
 
 @pytest.fixture
-def own(tmp_path):
-    """A description with its files: name -> text of a file, then values of the description; returns the task."""
+def user_task(tmp_path):
+    """A function that writes files (name -> content) and a description; returns its task."""
 
     def write(files, **values):
         for name, text in files.items():
@@ -152,12 +152,12 @@ def own(tmp_path):
     return write
 
 
-def test_own_tasks_fill_in_what_the_training_file_tells(own):
+def test_null_values_of_a_task_come_from_the_training_file(user_task):
     rows = 'sentence,label\n"He said ""no"",\nthen left",b\nx,a\nx,b\n'
-    task = own({"train.csv": rows})
+    task = user_task({"train.csv": rows})
     assert (task.name, task.labels, task.metrics) == ("own", ["a", "b"], ["accuracy"])
     assert read_examples(task, "valid")[0] == Example("0", 'He said "no",\nthen left', None, 1)
-    numbers = own(
+    numbers = user_task(
         {"n.tsv": "x\t9\t-2\ny\t8\t4.5\n"},
         kind="regression",
         header=False,
@@ -170,7 +170,7 @@ def test_own_tasks_fill_in_what_the_training_file_tells(own):
         Example("9", "x", None, -2.0),
         Example("8", "y", None, 4.5),
     ]
-    pairs = own(
+    pairs = user_task(
         {"p.jsonl": '{"l": true, "p": "x", "q": "y"}\n\n{"l": false, "p": 1, "q": "y"}\n'},
         text_a="p",
         text_b="q",
@@ -183,16 +183,18 @@ def test_own_tasks_fill_in_what_the_training_file_tells(own):
     assert read_file(pairs, Path(task.folder) / "new.jsonl") == [Example("0", "x", "y", None)]
 
 
-def test_tokens_are_read_from_jsonl_and_from_conll(own):
+def test_words_and_tags_are_read_from_jsonl_and_from_conll(user_task):
     expected = Example("0", ["In", "Kyoto"], None, [1, 0])
     lines = '{"words": ["In", "Kyoto"], "tags": ["O", "B-loc"]}\n'
     column = "-DOCSTART- O\n\nIn IN O\nKyoto NNP B-loc\n\n\nok JJ O\n"
     for name, text in {"t.jsonl": lines, "t.conll": column}.items():
-        task = own({name: text}, kind="token_classification", text_a="words", label="tags")
+        task = user_task({name: text}, kind="token_classification", text_a="words", label="tags")
         assert task.labels == ["B-loc", "O"] and task.metrics == ["entity_f1", "token_accuracy"]
         assert read_examples(task, "train")[0] == expected
     assert read_examples(task, "train")[1].text_a == ["ok"]
-    task = own({"t.conll": "a X\nb Y\n"}, kind="token_classification", text_a="words", label="tags")
+    task = user_task(
+        {"t.conll": "a X\nb Y\n"}, kind="token_classification", text_a="words", label="tags"
+    )
     assert task.metrics == ["token_accuracy"]
 
 
@@ -206,7 +208,7 @@ dataset_info:
 """
 
 
-def test_a_dataset_of_the_hub_library_is_read_from_a_local_folder(own, tmp_path):
+def test_a_dataset_is_read_from_a_local_folder(user_task, tmp_path):
     pytest.importorskip("datasets", reason="needs the extra [hf]")
     for name, card, labels in (
         ("words", "", ["a", "b", "a", None]),
@@ -223,7 +225,7 @@ def test_a_dataset_of_the_hub_library_is_read_from_a_local_folder(own, tmp_path)
                 json.dumps({"sentence": f"it is {label}", "label": label}) + "\n" for label in rows
             ]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(lines))
-        task = own(
+        task = user_task(
             {}, dataset=name, splits={"train": "train", "valid": "validation", "test": "test"}
         )
         assert task.labels == (["neg", "pos"] if card else ["a", "b"])
@@ -232,10 +234,10 @@ def test_a_dataset_of_the_hub_library_is_read_from_a_local_folder(own, tmp_path)
         assert found["valid"] == [Example("0", f"it is {labels[2]}", None, 1 if card else 0)]
         assert found["test"] == [Example("0", f"it is {labels[3]}", None, None)]
     with pytest.raises(UserError, match="split other"):
-        own({}, dataset="words", splits={"train": "other", "valid": "test"})
+        user_task({}, dataset="words", splits={"train": "other", "valid": "test"})
 
 
-def test_broken_rows_of_qqp_are_left_out_with_a_warning(tmp_path):
+def test_short_rows_of_qqp_are_skipped_with_a_warning(tmp_path):
     write_glue(tmp_path, "qqp")
     with open(tmp_path / "QQP" / "train.tsv", "a") as file:
         file.write("8\t1\t2\thalf a row\n")
@@ -331,7 +333,7 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "metric": (
         {"a.tsv": GOOD},
         {"metrics": ["pearson"]},
-        ["'pearson' is none of classification", "accuracy"],
+        ["'pearson' is no metric of classification", "accuracy"],
     ),
     "f1 of three": ({"a.tsv": GOOD + "z\tc\n"}, {"metrics": ["f1"]}, ["f1 is for two labels"]),
     "no pair": ({"a.tsv": GOOD}, {"both_orders": True}, ["own.json: both_orders: for pairs"]),
@@ -349,17 +351,17 @@ MISTAKES = {  # name: files, values of the description, what the message holds
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_with_its_place(own, name):
+def test_a_mistake_is_reported_with_file_and_line(user_task, name):
     files, values, parts = MISTAKES[name]
     with pytest.raises(UserError) as caught:
-        task = own(files, **values)
+        task = user_task(files, **values)
         for split in task.splits:
             read_examples(task, split)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
 
 
-def test_unknown_tasks_and_folders_are_named(tmp_path):
+def test_unknown_tasks_and_folders_are_reported(tmp_path):
     write_glue(tmp_path, "cola")
     (tmp_path / "news").mkdir()
     cases = (
@@ -382,11 +384,11 @@ def test_unknown_tasks_and_folders_are_named(tmp_path):
             load_task(name, data)
 
 
-def test_tasks_are_listed_once_and_found_from_any_folder(own, tmp_path, monkeypatch):
+def test_task_names_are_unique_and_folders_are_absolute(user_task, tmp_path, monkeypatch):
     names = task_names("RTE, rte,STS-B,own/RTE.json,glue,own/RTE.json,rtee")
     assert names[:3] == ["rte", "stsb", "own/RTE.json"] and names[-1] == "rtee"
     assert sorted(names[:2] + names[3:-1]) == sorted(GLUE.keys() - {"ax"})
-    own({"a.tsv": GOOD})
+    user_task({"a.tsv": GOOD})
     write_glue(tmp_path, "rte")
     monkeypatch.chdir(tmp_path)
     tasks = [load_task("own.json", None), load_task("rte", Path())]
@@ -405,7 +407,7 @@ def scores(truth, predictions, metrics, kind="classification", labels=("a", "b")
     )
 
 
-def test_metrics_are_what_hands_compute():
+def test_metrics_equal_those_computed_by_hand():
     truth, predicted = [1, 1, 1, 0, 0, 1], np.array([1, 1, 0, 0, 1, 0])  # tp 2, fp 1, fn 2, tn 1
     found = scores(truth, predicted, ["accuracy", "f1", "macro_f1", "matthews"])
     assert list(found) == ["accuracy", "f1", "macro_f1", "matthews"]
@@ -425,7 +427,7 @@ def test_metrics_are_what_hands_compute():
     )
 
 
-def test_predictions_without_skill_score_zero_and_broken_ones_nan():
+def test_predictions_without_skill_score_zero_and_nan_gives_nan():
     assert scores([0, 1, 1], [0, 0, 0], ["matthews", "f1"]) == {"matthews": 0.0, "f1": 0.0}
     names = ["pearson", "spearman"]
     assert scores([0.0, 1.0, 2.0], [0.3, 0.3, 0.3], names, "regression") == {
@@ -437,7 +439,7 @@ def test_predictions_without_skill_score_zero_and_broken_ones_nan():
     ).all()
 
 
-def test_entities_are_counted_whole():
+def test_entities_count_only_when_whole():
     assert entities(["B-x", "I-x", "O", "I-y", "I-y", "B-y", "B-y", "I-x"]) == {
         (0, 2, "x"),
         (3, 5, "y"),
@@ -456,11 +458,11 @@ def test_entities_are_counted_whole():
         scores([[0]], [[0]], ["entity_f1"], kind, ["NN", "O"])
 
 
-def test_glue_has_its_tasks():
+def test_glue_has_all_tasks():
     assert set(SHAPES) | {"ax"} == set(GLUE)
 
 
-def test_the_main_metric_is_that_of_the_papers_tables(tmp_path):
+def test_the_main_metric_is_that_of_the_paper(tmp_path):
     found = {}
     for name in SHAPES:
         write_glue(tmp_path, name)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from running import ROOT, run_cli
 
-from electra_ds.cluster import run_folder
+from electra_ds.cluster import failures, run_folder
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.files import write_json
 from electra_ds.common.folder_lock import Lock
@@ -88,37 +88,37 @@ def test_an_owner_without_a_heartbeat_is_silent_and_one_that_is_gone_has_failed(
     )
     facts = status(out)
     assert (facts["state"], facts["failures"], facts["failures_in_a_row"]) == ("failed", 1, 1)
-    assert "is gone without a word" in lines(facts)["last error"]
+    assert "is gone without a message" in lines(facts)["last error"]
 
 
 def test_failures_name_rank_host_and_cause_and_the_limit(out):
-    run_folder.record_error(out, 1, RunFailure("first"))
+    failures.record_error(out, 1, RunFailure("first"))
     first = out / "error-rank-1.json"
     first.write_text(
         json.dumps(json.loads(first.read_text()) | {"time": "2020-01-01T00:00:00+00:00"})
     )
-    run_folder.record_error(out, 0, RunFailure("that follows"))
+    failures.record_error(out, 0, RunFailure("that follows"))
     text = shown(out)
     assert text["state"] == "failed" and text["last error"].startswith("rank 1, ")
     assert (
         text["last error"].endswith(": RunFailure: first")
-        and "goes on from step 80" in text["next"]
+        and "resumes from step 80" in text["next"]
     )
     assert text["restarts"] == "0; failures 1, 1 in a row"
     for _ in range(10):
-        run_folder.count_failures(out, 80, 10, "")
-        run_folder.record_error(out, 1, RunFailure("again"))
+        failures.count_failures(out, 80, 10, "")
+        failures.record_error(out, 1, RunFailure("again"))
     assert shown(out)["restarts"] == "0; failures 11, 11 in a row"
     assert (
         shown(out)["next"]
         == f"mend the cause and remove {out}/restarts.json (train.max_restarts = 10)"
     )
     with pytest.raises(UserError, match="failed 11 times in a row"):  # as the next start says
-        run_folder.count_failures(out, 80, 10, "")
+        failures.count_failures(out, 80, 10, "")
 
 
 def test_a_mistake_of_the_user_is_told_and_is_no_failure(out):
-    run_folder.record_error(out, 0, UserError("why"))
+    failures.record_error(out, 0, UserError("why"))
     facts = status(out)
     assert (facts["state"], facts["failures"], facts["last_error"]["error"]) == (
         "stopped",
@@ -157,7 +157,7 @@ def test_a_half_made_folder_names_what_is_missing(tmp_path, out):
 
 
 def test_the_verb_prints_tables_or_json_for_several_and_starts_without_torch(out, tmp_path):
-    run_folder.record_error(out, 0, RunFailure("rows [133, 1] of [/data]"))
+    failures.record_error(out, 0, RunFailure("rows [133, 1] of [/data]"))
     done = run_cli("status", out, out, COLUMNS="200")
     assert done.stdout.count("80, step 80") == 2 and "rows [133, 1] of [/data]" in done.stdout
     found = [json.loads(line) for line in run_cli("status", out, "--json").stdout.splitlines()]

@@ -113,10 +113,11 @@ def check_schedule() -> None:
 
 def check_best() -> None:
     """The kept weights are those of the epoch with the highest dev score."""
-    calls = recorded(seed.Seed, "_score")
+    calls = recorded(seed.Seed, "_predict")
     run("best", "classes", select="best", keep="all", peak_lr=0.02, epochs=5.0)
-    seed.Seed._score = calls[0]
-    scores = [found[0]["accuracy"] for arguments, found in calls[1:] if arguments == ("valid",)]
+    seed.Seed._predict = calls[0]
+    valid = [predictions for arguments, predictions in calls[1:] if arguments == ("valid",)]
+    scores = [predictions.scores["accuracy"] for predictions in valid]
     assert len(set(scores[:-1])) > 1 and scores[-1] == max(scores[:-1]), scores
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from web import served
 
-from electra_ds.cluster import run_folder
+from electra_ds.cluster import stop_signals
 from electra_ds.cluster.launchers import find_ranks
 from electra_ds.common import folder_lock
 from electra_ds.common.errors import RunFailure, UserError
@@ -83,7 +83,7 @@ spike_guard.WINDOW = 4  # runs are short here
 def train(name: str, engine: str, *sets: str, data: Path | str = DATA, **limits) -> int | str:
     """One run in OUTS/name; the exit code, or the message of the error that ended it."""
     config, limits = load_run("tiny", [*SMALL, *sets], engine), Limits(**limits)
-    run_folder.on_stop_signal(limits.asked.append)
+    stop_signals.on_stop_signal(limits.asked.append)
     try:
         return pretrain_on_ranks(config, data, OUTS / name, RANKS, DEVICE, limits)
     except (UserError, RunFailure) as error:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from electra_ds.cluster import run_folder
+from electra_ds.cluster import failures, run_folder, stop_signals
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import differences, load_run
@@ -278,9 +278,9 @@ def test_the_last_act_tells_done_from_stopped(tmp_path, monkeypatch):
 
 def test_a_stop_asks_to_be_resumed_except_under_torchrun(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert run_folder.stop_exit_code() == 85
+    assert stop_signals.stop_exit_code() == 85
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert run_folder.stop_exit_code() == 0
+    assert stop_signals.stop_exit_code() == 0
 
 
 def test_the_written_config_names_its_versions_and_runs_again(tmp_path):
@@ -294,7 +294,7 @@ def test_the_written_config_names_its_versions_and_runs_again(tmp_path):
 
 
 def test_an_error_is_left_for_the_other_ranks_and_a_full_disk_hides_none(tmp_path):
-    run_folder.record_error(tmp_path, 3, UserError("why"))
+    failures.record_error(tmp_path, 3, UserError("why"))
     found = json.loads((tmp_path / "error-rank-3.json").read_text())
     assert (found["rank"], found["error"]) == (3, "UserError: why")
-    run_folder.record_error(tmp_path / "nowhere", 3, UserError("why"))
+    failures.record_error(tmp_path / "nowhere", 3, UserError("why"))

@@ -1,0 +1,43 @@
+"""Log file of a rank: OUT/log/rank-N.log."""
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.provenance import package_version
+from electra_ds.common.processes import restart_count
+
+LOG = logging.getLogger("electra_ds")
+LOG.setLevel(logging.INFO)
+LOG.propagate = False
+LOG.addHandler(logging.NullHandler())  # without a handler early messages would go to stderr
+
+
+class _QuietFileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is reported by whatever saves, not by a traceback for each line."""
+
+
+def open_log(out: Path, ranks: Ranks) -> None:
+    """Write what concerns this rank alone to OUT/log/rank-N.log from now on.
+
+    That is its start, stop signals, errors with their traceback, the first failure, and the stacks
+    of all threads on SIGUSR2 and on a crash.
+    """
+    path = out / "log" / f"rank-{ranks.rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _QuietFileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for old in LOG.handlers[:]:
+        LOG.removeHandler(old)
+        old.close()
+    LOG.addHandler(handler)
+    faulthandler.enable(handler.stream)
+    faulthandler.register(signal.SIGUSR2, handler.stream)
+    place = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"
+    versions = ", ".join(f"{name} {package_version(name)}" for name in ("torch", "deepspeed"))
+    LOG.info("%s, process %d, restart %d, %s", place, os.getpid(), restart_count(), versions)
