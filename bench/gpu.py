@@ -1,18 +1,26 @@
-"""How many tokens a second, and what share of the device's peak, does the whole engine reach on one GPU?
+"""Tokens per second and the share of the device's peak that the whole engine reaches on one GPU.
 
     python bench/gpu.py                                 every case, in under 8 minutes
-    python bench/gpu.py --cases 'base-128-*' --json F   those that match
+    python bench/gpu.py --cases 'base-128-*' --json F   the cases that match
     python bench/gpu.py --list                          the names of the cases
 
-A case is SIZE-LENGTH-PRECISION-PLAN: DeepSpeed at that stage with compiled layers (zero1), without (zero1-eager), with
-two pieces in each row (zero1-packed), or Hugging Face's classes joined, compiled, under autocast, without DeepSpeed
-(hf). The configs are the shipped ones, dropout too; rows are random and lie on the host, and each step copies its own.
-Cases that no time is left for are named. Any such name may be given: DS_ACCELERATOR=cpu python bench/gpu.py --cases
-tiny-32-fp32-zero1 --rows 4 tries the bench itself. The peak is the datasheet's (dense), else that of a large product.
+A case is SIZE-LENGTH-PRECISION-PLAN. The plans:
 
-Letters: B rows, S sequence.
+    zero1          DeepSpeed at ZeRO stage 1 with compiled layers; also zero0, zero2, zero3
+    zero1-eager    the same without compiled layers
+    zero1-packed   the same with two documents in each row
+    hf             Hugging Face's classes, joined, compiled, under autocast, without DeepSpeed
+
+The configs are the shipped ones with dropout .1. Rows are random and lie in host memory; each step
+copies its own. Cases for which no time is left are named at the end. --cases takes any such name,
+also one that is not listed. To try the bench on a CPU:
+
+    DS_ACCELERATOR=cpu python bench/gpu.py --cases tiny-32-fp32-zero1 --rows 4
+
+The peak is the dense one of the datasheet, or the measured rate of a large matrix product.
 """
 
+import argparse
 import copy
 import fnmatch
 import functools
@@ -25,8 +33,8 @@ from typing import NamedTuple
 
 import torch
 from cost import step_flops
-from peers import HuggingFace, Ours, check_losses, random_batch, run_config
-from report import bench, heading, parser_of, row
+from peers import HuggingFace, Ours, batch_totals, check_losses, random_batch, run_config
+from report import make_parser, print_heading, print_row, run_main
 
 from electra_ds.cluster.launchers import Ranks, find_ranks
 from electra_ds.common.errors import UserError
@@ -39,7 +47,7 @@ from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.training.collectives import leave
 from electra_ds.training.engine import Engine, start
 
-# Dense bf16 or fp16 TFLOP/s by the vendor's datasheets; the first name that the device's holds.
+# Part of a device name -> dense bf16 or fp16 TFLOP/s of the vendor's datasheet; the first match holds.
 PEAKS = {
     "B200": 2250,
     "H200": 989,
@@ -49,15 +57,19 @@ PEAKS = {
     "A100": 312,
     "L40S": 362,
     "L4": 121,
+    "A10": 125,
+    "RTX 4090": 165,
+    "V100": 125,
+    "T4": 65,
 }
-PEAKS |= {"A10": 125, "RTX 4090": 165, "V100": 125, "T4": 65}
-TOKENS = {
-    "small": 65536,
-    "base": 32768,
-    "large": 16384,
-}  # of a micro-batch where the device has 80 GB or more
+FULL_MEMORY = 80e9  # bytes
+# Tokens of a micro-batch on a device with FULL_MEMORY or more.
+MICRO_TOKENS = {"small": 65536, "base": 32768, "large": 16384}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WARM_UP, LEAST_STEPS, DROPOUT = 3, 3, 0.1
+CASE_PATTERN = r"(.+)-(\d+)-(bf16|fp16|fp32)-(zero[0-3](-eager|-packed)?|hf)"
+WARM_UP_STEPS = 3
+MIN_STEPS = 3
+DROPOUT = 0.1
 
 
 class Case(NamedTuple):
@@ -71,164 +83,186 @@ class Case(NamedTuple):
         return "-".join(map(str, self))
 
 
-def every_case() -> list[Case]:
-    """What matters most comes first; those that share compiled layers stand together."""
-    shapes = list(itertools.product(TOKENS, (128, 512)))
-    found = [Case(*shape, precision, "zero1") for precision in ("bf16", "fp16") for shape in shapes]
-    found += [
-        Case(size, 128, "bf16", plan)
-        for plan in ("zero1-eager", "zero1-packed", "hf")
-        for size in TOKENS
-    ]
-    stages = itertools.product(("bf16", "fp16"), ("zero0", "zero2"), shapes)
-    return found + [Case(*shape, precision, plan) for precision, plan, shape in stages]
+def all_cases() -> list[Case]:
+    """The listed cases, most important first; those that share compiled layers follow each other."""
+    shapes = list(itertools.product(MICRO_TOKENS, (128, 512)))
+    cases = []
+    for precision in ("bf16", "fp16"):
+        cases += [Case(*shape, precision, "zero1") for shape in shapes]
+    for plan in ("zero1-eager", "zero1-packed", "hf"):
+        cases += [Case(size, 128, "bf16", plan) for size in MICRO_TOKENS]
+    for precision, plan in itertools.product(("bf16", "fp16"), ("zero0", "zero2")):
+        cases += [Case(*shape, precision, plan) for shape in shapes]
+    return cases
 
 
-def cases_of(word: str) -> list[Case]:
-    """Those that a pattern matches, or the case of a full name, known or not."""
-    found = [case for case in every_case() if fnmatch.fnmatch(case.name, word)]
-    if not found and (
-        parts := re.fullmatch(r"(.+)-(\d+)-(bf16|fp16|fp32)-(zero[0-3](-eager|-packed)?|hf)", word)
-    ):
-        found = [Case(parts[1], int(parts[2]), parts[3], parts[4])]
-    if not found:
+def matching_cases(pattern: str) -> list[Case]:
+    """The listed cases that match, or the case of a full name. UserError if there is none."""
+    cases = [case for case in all_cases() if fnmatch.fnmatch(case.name, pattern)]
+    if cases:
+        return cases
+    parts = re.fullmatch(CASE_PATTERN, pattern)
+    if parts is None:
         raise UserError(
-            f"no case is called {word}: --list names them, others are SIZE-LENGTH-PRECISION-PLAN"
+            f"no case has the name {pattern}: --list prints the names; "
+            "others are SIZE-LENGTH-PRECISION-PLAN"
         )
-    return found
+    return [Case(parts[1], int(parts[2]), parts[3], parts[4])]
 
 
-def two_pieces(batch: Batch) -> Batch:
-    """The rows cut in two at a place of each row's own."""
+# ------------------------------------------------------------------------------------- batches
+
+
+def split_rows(batch: Batch) -> Batch:
+    """The batch with two documents in each row, divided at a random position of the row."""
     rows, length = batch.input_ids.shape
-    cuts, places = torch.randint(8, length - 8, (rows, 1)), torch.arange(length)
-    second = (places >= cuts).long()
-    return batch._replace(document_ids=1 + second, position_ids=places - cuts * second)
+    starts = torch.randint(8, length - 8, (rows, 1))  # of the second document
+    columns = torch.arange(length)
+    is_second = (columns >= starts).long()  # [B, S]
+    return batch._replace(document_ids=1 + is_second, position_ids=columns - starts * is_second)
 
 
 def host_batches(config: RunConfig, packed: bool, pin: bool) -> list[Batch]:
-    """Four micro-batches as the loader leaves them, the same for every case of a shape."""
+    """Four micro-batches as the loader returns them, equal for all cases of one shape."""
     torch.manual_seed(0)
-    drawn = [
-        random_batch(config.train.micro_batch_size, config.data.sequence_length) for _ in range(4)
+    rows = config.train.micro_batch_size
+    batches = [random_batch(rows, config.data.sequence_length) for _ in range(4)]
+    if packed:
+        batches = [split_rows(batch) for batch in batches]
+    batches = [
+        batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids)) for batch in batches
     ]
-    drawn = [two_pieces(batch) if packed else batch for batch in drawn]
-    drawn = [batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids)) for batch in drawn]
-    return [batch.map(torch.Tensor.pin_memory) for batch in drawn] if pin else drawn
+    return [batch.map(torch.Tensor.pin_memory) for batch in batches] if pin else batches
+
+
+# ---------------------------------------------------------------------------------- contenders
 
 
 @functools.cache
-def drawn(size: str) -> torch.nn.Module:
-    """Our module with its weights, on the host; the same for every length."""
+def initial_module(size: str) -> torch.nn.Module:
+    """The objective with its initial weights, on the host; they do not depend on the length."""
     return build_objective(run_config(size, 128, 1, DROPOUT), seed=0)
 
 
 class WithEngine:
-    """The whole engine, one micro-batch a step."""
+    """The whole engine, with one micro-batch per step."""
 
     def __init__(self, case: Case, config: RunConfig, ranks: Ranks, device: torch.device):
         stage, _, variant = case.plan.partition("-")
-        module = copy.deepcopy(drawn(case.size))
+        module = copy.deepcopy(initial_module(case.size))
         if variant != "eager":
             module.compile_layers()
-        self.engine = Engine(
-            module, config, load_engine(f"{stage}-{case.precision}"), ranks, device
-        )
-        self.close, self.skipped = self.engine.close, 0
+        engine_config = load_engine(f"{stage}-{case.precision}")
+        self.engine = Engine(module, config, engine_config, ranks, device)
+        self.skipped_steps = 0
 
     def step(self, batch: Batch) -> torch.Tensor:
-        counts = batch.masked_positions.numel(), batch.input_ids.numel()
-        losses = self.engine.forward_backward([batch], [0], counts)
-        self.skipped += not self.engine.step(1e-5).applied
+        losses = self.engine.forward_backward([batch], [0], batch_totals(batch))
+        self.skipped_steps += not self.engine.step(1e-5).applied
         return losses[0].total
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 class WithHuggingFace:
-    """The stock classes with our weights and, on a CPU, our losses; compiled, fused AdamW, autocast."""
+    """The stock classes with our weights: compiled layers, fused AdamW, autocast.
 
-    skipped = None  # the scaler tells nobody without a wait for the device
+    Before, they must give our loss on a CPU.
+    """
+
+    skipped_steps = None  # reading them from the scaler would wait for the device
 
     def __init__(self, case: Case, config: RunConfig, ranks: Ranks, device: torch.device):
-        self.device, self.dtype = device, DTYPES[case.precision]
+        self.device = device
+        self.dtype = DTYPES[case.precision]
         ours = Ours(config)
-        self.theirs = HuggingFace(ours)
-        check_losses({"ours": ours, "HF": self.theirs}, case.length)
-        self.theirs.module.to(device)
-        for part in self.theirs.module.values():
+        self.peer = HuggingFace(ours)
+        check_losses({"ours": ours, "HF": self.peer}, case.length)
+        self.peer.module.to(device)
+        for part in self.peer.module.values():
             for layer in part.electra.encoder.layer:
                 layer.compile(dynamic=False)
         self.optimizer = torch.optim.AdamW(
-            self.theirs.module.parameters(), lr=1e-5, eps=1e-6, fused=True
+            self.peer.module.parameters(), lr=1e-5, eps=1e-6, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def step(self, batch: Batch) -> torch.Tensor:
-        batch = batch.map(lambda value: value.to(self.device, non_blocking=True))
+        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.theirs.loss(batch)
+            loss = self.peer.loss(batch)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.theirs.module.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.peer.module.parameters(), 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def close(self) -> None:
-        del self.theirs, self.optimizer
+        del self.peer, self.optimizer
+
+
+# --------------------------------------------------------------------------------- measurement
 
 
 def measure(case: Case, rows: int, seconds: float, ranks: Ranks, device: torch.device) -> dict:
-    """One row of the table."""
-    began, on_gpu = time.perf_counter(), device.type == "cuda"
+    """Measure one case for about so many seconds; returns a row of the table."""
+    began = time.perf_counter()
+    on_gpu = device.type == "cuda"
     config = run_config(case.size, case.length, rows, DROPOUT)
     batches = host_batches(config, case.plan.endswith("packed"), pin=on_gpu)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    contender = (WithHuggingFace if case.plan == "hf" else WithEngine)(case, config, ranks, device)
+    make_contender = WithHuggingFace if case.plan == "hf" else WithEngine
+    contender = make_contender(case, config, ranks, device)
 
     def run(steps: int) -> tuple[float, torch.Tensor]:
-        """(seconds a step, the first loss)"""
+        """(seconds per step, loss of the first step)"""
         started = time.perf_counter()
         losses = [contender.step(batches[index % len(batches)]) for index in range(steps)]
         if on_gpu:
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / steps, losses[0]
 
-    _, first_loss = run(WARM_UP)
-    before = time.perf_counter() - began
-    taken, _ = run(LEAST_STEPS)
-    taken, _ = run(max(LEAST_STEPS, math.ceil(seconds / taken)))
+    _, first_loss = run(WARM_UP_STEPS)
+    setup_seconds = time.perf_counter() - began
+    estimate, _ = run(MIN_STEPS)
+    step_seconds, _ = run(max(MIN_STEPS, math.ceil(seconds / estimate)))
     contender.close()
+    peak_rate, _ = device_peak(case.precision, device)
     return {
         "case": case.name,
         "rows": rows,
-        "tokens_per_second": rows * case.length / taken,
-        "share_of_peak": step_flops(config) / taken / peak(case.precision, device)[0],
-        "step_ms": 1000 * taken,
-        "skipped_steps": contender.skipped,
+        "tokens_per_second": rows * case.length / step_seconds,
+        "share_of_peak": step_flops(config) / step_seconds / peak_rate,
+        "step_ms": 1000 * step_seconds,
+        "skipped_steps": contender.skipped_steps,
         "first_loss": float(first_loss),
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
-        "seconds_before": before,
+        "seconds_before": setup_seconds,
     }
 
 
-def rows_of(case: Case, device: torch.device) -> int:
-    memory = (
-        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 80e9
-    )
-    tokens = TOKENS.get(case.size, 4096) * min(1.0, memory / 80e9)
+def default_rows(case: Case, device: torch.device) -> int:
+    """Rows of a micro-batch by the size of the model and the memory of the device."""
+    memory = FULL_MEMORY
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    tokens = MICRO_TOKENS.get(case.size, 4096) * min(1.0, memory / FULL_MEMORY)
     return max(1, int(tokens) // case.length)
 
 
 @functools.cache
-def peak(precision: str, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s that the shares are of, where it is from)."""
-    on_gpu, dtype = device.type == "cuda", DTYPES[precision]
+def device_peak(precision: str, device: torch.device) -> tuple[float, str]:
+    """(FLOP/s of which the shares are computed, the source of this number)."""
+    on_gpu = device.type == "cuda"
+    dtype = DTYPES[precision]
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    known = next((value for key, value in PEAKS.items() if key in name), None)
-    if known and dtype != torch.float32:
-        return known * 1e12, f"{name} datasheet"
+    datasheet = next((peak for part, peak in PEAKS.items() if part in name), None)
+    if datasheet and dtype != torch.float32:
+        return datasheet * 1e12, f"{name} datasheet"
     size = 8192 if on_gpu else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     times = []
@@ -241,59 +275,98 @@ def peak(precision: str, device: torch.device) -> tuple[float, str]:
     return 2 * size**3 / min(times), f"{name}, measured product of {size}"
 
 
-def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns")
-    parser.add_argument("--rows", type=int, help="of a micro-batch (default: by size and memory)")
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="for all cases; what does not fit is named"
+def print_record(record: dict) -> None:
+    print_row(
+        record["case"],
+        record["rows"],
+        f"{record['tokens_per_second']:,.0f}",
+        f"{record['share_of_peak']:.1%}",
+        f"{record['step_ms']:.1f}",
+        record["skipped_steps"],
+        f"{record['first_loss']:.4f}",
+        f"{record['memory_gb']:.1f}",
+        f"{record['seconds_before']:.0f}",
     )
-    parser.add_argument("--seconds", type=float, default=2.0, help="measured per case")
-    parser.add_argument(
-        "--list", action="store_true", help="print the names of the cases that match"
-    )
-    options = parser.parse_args()
-    cases = dict.fromkeys(case for word in options.cases for case in cases_of(word))
-    if options.list:
-        return print("\n".join(case.name for case in cases))
-    began, ranks = time.perf_counter(), find_ranks()
-    device = start(ranks, timeout_minutes=2)
-    heading(
+
+
+def measure_cases(
+    cases: list[Case], options: argparse.Namespace, ranks: Ranks, device: torch.device
+) -> tuple[list[dict], list[str]]:
+    """Measure and print cases until the time is over: (records, names of cases left out)."""
+    began = time.perf_counter()
+    print_heading(
         "case",
         "rows",
         "tokens/s",
         "share of peak",
-        "ms a step",
-        "skipped",
+        "ms per step",
+        "skipped steps",
         "first loss",
         "GB",
-        "seconds before",
+        "set-up seconds",
     )
-    found, longest, left_out = [], 0.0, []
+    records: list[dict] = []
+    left_out: list[str] = []
+    longest = 0.0
     for case in cases:
-        at = time.perf_counter()
-        if at - began + longest > 60 * options.minutes:
+        case_began = time.perf_counter()
+        if case_began - began + longest > 60 * options.minutes:
             left_out.append(case.name)
             continue
-        rows = options.rows or rows_of(case, device)
+        rows = options.rows or default_rows(case, device)
         try:
-            found.append(measure(case, rows, options.seconds, ranks, device))
-            cells = "{case}/{rows}/{tokens_per_second:,.0f}/{share_of_peak:.1%}/{step_ms:.1f}/{skipped_steps}/"
-            cells += "{first_loss:.4f}/{memory_gb:.1f}/{seconds_before:.0f}"
-            row(*cells.format(**found[-1]).split("/"))
+            records.append(measure(case, rows, options.seconds, ranks, device))
+            print_record(records[-1])
         except torch.OutOfMemoryError:
-            row(case.name, rows, "out of memory: give --rows", *[""] * 6)
+            print_row(case.name, rows, "out of memory: give a smaller --rows", *[""] * 6)
         gc.collect()
-        longest = max(longest, time.perf_counter() - at)
+        longest = max(longest, time.perf_counter() - case_began)
+    return records, left_out
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--cases", nargs="+", default=["*"], help="names or patterns")
+    parser.add_argument(
+        "--rows", type=int, help="rows of a micro-batch (default: by model size and memory)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="for all cases; those left out are named"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measurement per case")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of the cases that match"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    matches = (case for pattern in options.cases for case in matching_cases(pattern))
+    cases = list(dict.fromkeys(matches))
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return
+    ranks = find_ranks()
+    device = start(ranks, timeout_minutes=2)
+    records, left_out = measure_cases(cases, options, ranks, device)
     leave()
-    sources = sorted({peak(case.precision, device)[1] for case in cases})
+    sources = sorted({device_peak(case.precision, device)[1] for case in cases})
     print(f"\nPeak: {'; '.join(sources)}. torch {torch.__version__}.")
     if left_out:
         print(f"No time was left for {', '.join(left_out)}.")
     if options.json:
-        values = {"peak": sources, "torch": torch.__version__, "rows": found, "left_out": left_out}
-        write_json(options.json, values)
+        results = {
+            "peak": sources,
+            "torch": torch.__version__,
+            "rows": records,
+            "left_out": left_out,
+        }
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":
-    bench(main)
+    run_main(main)

@@ -1,37 +1,39 @@
 #!/usr/bin/env bash
-# Pretrain on the nodes of a hostfile, over pdsh and ssh, from the first of them:
+# Pretrain on the nodes of a hostfile over pdsh and ssh. Run it on the first node:
 #   HOSTFILE=hosts bash launch/deepspeed.sh RUN --data DATA --out OUT [options of pretrain]
-# The same paths on every node; variables for the ranks (NCCL_SOCKET_IFNAME=eth0) go into the file .deepspeed_env.
-# To save and stop: touch OUT/STOP.
+# All paths must exist on every node. Environment variables of the ranks (NCCL_SOCKET_IFNAME=eth0)
+# are read from the file .deepspeed_env. To save and stop: touch OUT/STOP.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "$@"
-hostfile=${HOSTFILE:?the file of nodes, like launch/hostfile.example}
+hostfile=${HOSTFILE:?set it to a list of nodes, see launch/hostfile.example}
 hosts="" ranks=0
 while read -r host slots; do
-    if ! [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ && $slots =~ ^slots=[1-9][0-9]*$ ]]; then # it reaches ssh as a word
-        say "$hostfile: '$host $slots' is not a line such as 'node1 slots=8'"
+    if ! [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ && $slots =~ ^slots=[1-9][0-9]*$ ]]; then # passed to ssh
+        say "$hostfile: found '$host $slots', expected a line such as 'node1 slots=8'"
         exit 2
     fi
     hosts+=${hosts:+,}$host ranks=$((ranks + ${slots#slots=}))
 done < <(tr '\r' '\n' < "$hostfile" | sed -e 's/#.*//' -e '/^[[:space:]]*$/d')
 [ -n "$hosts" ] || { say "no nodes in HOSTFILE '$hostfile'"; exit 2; }
-# The remote shells read these again.
+# The remote shells parse these again.
 for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-.}" "${MASTER_ADDR:-.}" "${STAGE:-.}" "$@"; do
     if ! [[ $word =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
-        say "'$word' cannot go through ssh: letters, digits and _@+=:,./- only; a RUN.json holds what --set cannot say"
+        say "'$word' cannot be passed through ssh: only letters, digits and _@+=:,./- can." \
+            "Write other values into a RUN.json instead of --set"
         exit 2
     fi
 done
 variables=${DS_ENV_FILE:-.deepspeed_env}
-while IFS= read -r -d '' line || [ -n "$line" ]; do # what DeepSpeed exports there, in double quotes at best
+while IFS= read -r -d '' line || [ -n "$line" ]; do # DeepSpeed exports these
     if ! [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*=[^\"\$\`\\%[:cntrl:]]*$ ]]; then
-        say "'$line' cannot go through ssh (the environment, $variables): NAME=value without \" \$ \` \\ %"
+        say "'$line' (from the environment or $variables) cannot be passed through ssh:" \
+            "expected NAME=value without \" \$ \` \\ %"
         exit 2
     fi
 done < <(env -0 | grep -zE '^(PYTHON|MLFLOW|MV2|UCX|NCCL)'; cat -- "$HOME/$variables" "$variables" 2> /dev/null | tr '\n' '\0')
-# A node that falls silent ends its ssh after 3 x 10 s; without it pdsh waits for ever.
+# ssh to a node that does not answer ends after 3 x 10 s; otherwise pdsh would wait forever.
 export PDSH_RCMD_TYPE=ssh
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} STAGE=${STAGE:-} bash $here/health.sh $data"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, not run: .venv in this checkout with what they need, put first on PATH.
-# $1: extras, "" or "[test]".
+# make_environment EXTRAS: create .venv in this checkout, install the package, put it first on PATH.
+# EXTRAS is "" or "[test]". This file is sourced, not run.
 make_environment() {
     local root stamp
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,8 +10,8 @@ make_environment() {
     PATH="$root/.venv/bin:$PATH"
     export PATH
     if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
-        echo "installing into $root/.venv (some minutes the first time) ..."
-        # torch first, the version the tests were run with; an index with CPU builds saves gigabytes of CUDA.
+        echo "installing into $root/.venv (takes minutes the first time) ..."
+        # torch first, in the version of the tests. An index with CPU builds avoids gigabytes of CUDA.
         python -c 'import torch' 2>/dev/null || python -m pip install -q "torch==2.13.0" || exit 1
         python -m pip install -q -e ".$1" || exit 1
         touch "$stamp"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune on GLUE on this machine: bash launch/glue.sh MODEL CONFIG GLUE_DIR OUT [options of finetune]
-# One rank per GPU (RANKS=n for another number), each with seeds of its own; the same OUT goes on where it was.
-# Nine tasks x 5 seeds, unless the options say otherwise: --tasks rte,cola --seeds 3
+# One rank per GPU (another number: RANKS=n). The seeds are divided among the ranks. The same OUT resumes.
+# Default: nine tasks with 5 seeds each. To change it: --tasks rte,cola --seeds 3
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrain on this machine, one rank per GPU: bash launch/local.sh RUN --data DATA --out OUT [options of pretrain]
-# RANKS=n for another number. The same command resumes. Leaves with 0 finished, 85 saved and stopped, else a failure.
+# RANKS=n sets another number. The same command resumes. Exit codes: 0 finished, 85 saved and stopped, else a failure.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretrain under mpirun: RANKS=16 bash launch/mpi.sh RUN --data DATA --out OUT [options of pretrain]
-# RANKS: of all nodes. MPIRUN: words for this mpirun, such as MPIRUN="-hosts node1,node2 -ppn 8 -iface eth0" (MPICH)
-# or MPIRUN="--hostfile hosts --map-by ppr:8:node" (Open MPI). mpi4py must be built for the same MPI.
+# RANKS is the number of ranks on all nodes together. MPIRUN holds options of mpirun, such as
+# MPIRUN="-hosts node1,node2 -ppn 8 -iface eth0" (MPICH) or MPIRUN="--hostfile hosts --map-by ppr:8:node"
+# (Open MPI). mpi4py must be built for the same MPI.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

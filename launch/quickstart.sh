@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The main job end to end on this machine: vocabulary, shards, pretraining on two ranks with a stop and a resume,
-# held-out evaluation, detection. Own text: launch/quickstart.sh --input 'my/*.txt'
+# Quickstart on this machine: train a vocabulary, write shards, pretrain on two ranks with a stop and
+# a resume, evaluate on held-out rows, detect replaced tokens.
+#   bash launch/quickstart.sh                       on docstrings of the installed Python packages
+#   bash launch/quickstart.sh --input 'my/*.txt'    on your own text
 # Options: --input PATTERN (default builtin:docs), --out FOLDER (default runs/quickstart), --steps N (default 7000)
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
@@ -15,7 +17,7 @@ while [ $# -gt 0 ]; do
         *) echo "quickstart.sh: unknown option $1; expected --input, --out or --steps" >&2; exit 2 ;;
     esac
 done
-[[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "quickstart.sh: --steps '$steps' is no number above 0" >&2; exit 2; }
+[[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "quickstart.sh: --steps '$steps' is not a positive integer" >&2; exit 2; }
 case "$input" in builtin:*|/*) ;; *) input="$PWD/$input" ;; esac
 case "$out" in /*) ;; *) out="$PWD/$out" ;; esac
 make_environment ""
@@ -37,16 +39,16 @@ say "2/6 write shards"
 run electra-ds prepare --input "$input" --tokenizer "$out/tokenizer" --out "$out/data" --sequence-length 32 \
     --valid-fraction 0.02 --workers 2
 if [ ! -e "$out/run/done" ]; then
-    say "3/6 pretrain on 2 ranks with ZeRO-1, and stop half way"
+    say "3/6 pretrain on 2 ranks with ZeRO-1, and stop after half of the steps"
     train --stop-at-step $((steps / 2))
-    [ -e "$out/run/stopped.0" ] || { echo "quickstart.sh: the first half did not end as it should" >&2; exit 1; }
-    say "4/6 resume: the same command without the stop"
+    [ -e "$out/run/stopped.0" ] || { echo "quickstart.sh: pretraining failed before the stop" >&2; exit 1; }
+    say "4/6 resume with the same command, without the stop"
     train
 fi
 [ -e "$out/run/done" ] || { echo "quickstart.sh: pretraining did not finish; the same command resumes it" >&2; exit 1; }
 say "5/6 evaluate on the held-out text"
 run electra-ds evaluate "$out/run" --data "$out/data"
-say "6/6 which word does not belong?"
+say "6/6 detect a replaced word"
 run electra-ds detect "$out/run" "Return the number of elements because the list." \
     --original "Return the number of elements in the list."
 
@@ -54,7 +56,7 @@ cat <<END
 
 What next:
   curves        .venv/bin/tensorboard --logdir $out/run/tensorboard
-  own text      bash launch/quickstart.sh --input 'my/*.txt' --out runs/mine
+  your text     bash launch/quickstart.sh --input 'my/*.txt' --out runs/mine
   a real model  .venv/bin/electra-ds check small --world-size 8, then prepare with --sequence-length 128 (README)
   GPU nodes     HOSTFILE=hosts bash launch/deepspeed.sh small --data D --out O, or sbatch launch/pretrain.sbatch ...
   GLUE          .venv/bin/electra-ds finetune $out/run tiny --tasks cola,rte --data GLUE_DIR --out runs/glue

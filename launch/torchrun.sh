@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Pretrain under torchrun, which starts all ranks again from the last checkpoint when one dies:
+# Pretrain under torchrun. It restarts all ranks from the last checkpoint after a rank dies.
 #   bash launch/torchrun.sh RUN --data DATA --out OUT [options of pretrain]
-# On several nodes run it on each of them, with NODES=2 RENDEZVOUS=node1:29400 the same on all.
-# RANKS: per node. RESTARTS: at most so many (default 3).
+# On several nodes, run it on each node with the same NODES=2 RENDEZVOUS=node1:29400.
+# RANKS is the number of ranks per node, RESTARTS the largest number of restarts (default 3).
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "$@"
 bash "$here/health.sh" "$data"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else torch 2.13 cannot meet again after a worker's death
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise torch 2.13 cannot rendezvous again
 nodes=$(count NODES "${NODES:-1}")
 ranks=$(ranks_here) code=0
 run torchrun --nnodes "$nodes" --nproc_per_node "$ranks" --max_restarts "${RESTARTS:-3}" --rdzv_backend c10d \

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import shard_data
 
-pytest_plugins = ["fixtures"]
+pytest_plugins = ["nodes"]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fixtures import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
+from nodes import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
 from machines import Machines, wait_until
 
 SILENCE = 8  # train.silence_seconds
@@ -39,7 +39,7 @@ def test_a_node_that_is_not_fit_is_named_before_the_run(
     )
     said = process.communicate(timeout=100)[0]
     assert process.returncode != 0 and not (tmp_path / "run").exists()
-    for wrong in ("does not see", "left in /dev/shm", "cannot import torch"):
+    for wrong in ("cannot read", "left in /dev/shm", "cannot import torch"):
         assert re.search(f"bad node node2: .*{wrong}", said), said
     assert "bad node node1" not in said
 

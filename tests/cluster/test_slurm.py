@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures import BRIEF, ranks_of, submit, wait_for, weights
+from nodes import BRIEF, ranks_of, submit, wait_for, weights
 from machines import wait_until
 from running import read_json
 from slurm import Slurm

@@ -302,4 +302,4 @@ def test_the_check_of_a_node_asks_the_url(web):
     found = subprocess.run([*command, web.url], capture_output=True, text=True)
     assert found.returncode == 0 and ("/manifest.json", 0) in web.asked, found.stderr
     lost = subprocess.run([*command, web.url + "/none"], capture_output=True, text=True)
-    assert lost.returncode == 1 and f"does not see {web.url}/none/manifest.json" in lost.stderr
+    assert lost.returncode == 1 and f"cannot read {web.url}/none/manifest.json" in lost.stderr

@@ -25,6 +25,13 @@ from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 
+PATHS = os.pathsep.join(
+    map(
+        str,
+        (Path(__file__).parents[2], Path(__file__).parents[1] / "support", Path(__file__).parent),
+    )
+)
+
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(f"n{i}" for i in range(300))]
 PACKINGS = ("best_fit", "concat", "google")
@@ -203,7 +210,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(corpus, tmp_path, at):
 def test_a_killed_job_goes_on_to_the_same_bytes_with_other_workers(corpus, tmp_path):
     run(corpus, tmp_path / "whole")
     code = f"""
-from tests.test_prepare import run
+from test_prepare import run
 from pathlib import Path
 if __name__ == "__main__":
     run(Path({str(corpus)!r}), Path({str(tmp_path / "data")!r}), workers=2)
@@ -212,7 +219,7 @@ if __name__ == "__main__":
     job = subprocess.Popen(
         [sys.executable, tmp_path / "job.py"],
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": PATHS},
     )
     while not list((tmp_path / "data").rglob("unit-*.json")) and job.poll() is None:
         time.sleep(0.005)
@@ -242,7 +249,7 @@ def killed(_, on_progress):
 def test_workers_leave_when_their_parent_is_killed(tmp_path):
     (tmp_path / "job.py").write_text("""
 import multiprocessing
-from tests.test_prepare import endless
+from test_prepare import endless
 from data_tools.workers import pool
 if __name__ == "__main__":
     with pool(3) as run:
@@ -252,7 +259,7 @@ if __name__ == "__main__":
         [sys.executable, tmp_path / "job.py"],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": PATHS},
     )
     pids = [int(pid) for pid in job.stdout.readline().split()]
     assert len(pids) == 3  # two at work, one waiting
@@ -307,8 +314,8 @@ def test_a_second_prepare_in_the_same_out_or_units_is_refused_with_the_owner_nam
     (tmp_path / "job.py").write_text(f"""
 import sys, time
 from pathlib import Path
-from electra_ds import lock
-from tests.test_prepare import run
+from electra_ds.common import folder_lock as lock
+from test_prepare import run
 lock.BEAT_SECONDS = 0.1
 def stay(stage, done, total):
     if stage == "tokenize":
@@ -320,7 +327,7 @@ run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=
         [sys.executable, tmp_path / "job.py", tmp_path / "data", tmp_path / "units"],
         text=True,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": PATHS},
     )
     assert job.stdout.readline() == "at work\n"
     for out, units in ((tmp_path / "data", None), (tmp_path / "other", tmp_path / "units")):
@@ -386,7 +393,7 @@ def test_a_full_disk_is_no_traceback_and_leaves_no_remains(corpus, tmp_path, mon
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(f"data_tools.{module}.write_bytes", full)
+    monkeypatch.setattr(f"data_tools.pipeline.{module}.write_bytes", full)
     with pytest.raises(RunFailure, match=r"No space left on device.*the same command goes on"):
         run(corpus, tmp_path / "data")
     assert not list(tmp_path.rglob("*.tmp"))

@@ -173,7 +173,7 @@ def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpu
     assert broken.returncode == 2 and broken.stderr.count("3.gz: broken after byte") == 1, (
         broken.stderr
     )
-    assert "Traceback" not in broken.stderr and "failed (the launcher left with 2)" in broken.stderr
+    assert "Traceback" not in broken.stderr and "failed (exit code 2 of the launcher)" in broken.stderr
     (tmp_path / "in" / "3.gz").write_bytes(whole)
     done = mpirun(3, *options, tmp_path / "my data", script=True)
     assert done.returncode == 0 and "my data is finished" in done.stderr, done.stderr
