@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
 
 def all_cases() -> list[Case]:
-    """The listed cases, the most important first; cases that share compiled layers are neighbours."""
+    """The listed cases, the most important first; compiled layers are shared by neighbours."""
     shapes = list(itertools.product(MICRO_TOKENS, (128, 512)))
     cases = []
     for precision in ("bf16", "fp16"):

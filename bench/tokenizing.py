@@ -316,7 +316,7 @@ def packed_ids(data: Path, scratch: Path) -> dict[int, list[int]]:
 
 
 def check_ids(names: list[str], scratch: Path) -> None:
-    """Compare each pipeline with the bare tokenizers of its vocabulary. SystemExit if they differ."""
+    """Compare pipelines with the bare tokenizers of their vocabulary. SystemExit if they differ."""
     texts = read_texts(scratch)
     for bare in names:
         if bare not in BARE:
