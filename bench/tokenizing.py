@@ -189,8 +189,8 @@ def cpu_seconds() -> float:
 def measure(name: str, scratch: Path) -> Turn:
     """Run a contender in this process.
 
-    Returns its CPU seconds (cpu), those of them in encode_flat of this process (tokenizing), and the
-    largest peak memory of a process in MB (peak).
+    Returns its CPU seconds (cpu), the part of them spent in encode_flat in this process
+    (tokenizing), and the largest peak memory of a process in MB (peak).
     """
     if name in BARE:
         seconds, tokenizing = measure_bare(name, scratch), 0.0
@@ -213,7 +213,7 @@ def measure_bare(name: str, scratch: Path) -> float:
 
 
 def measure_pipeline(name: str, scratch: Path) -> tuple[float, float]:
-    """(CPU seconds of `prepare`, those of them in encode_flat of this process)."""
+    """(CPU seconds of `prepare`, the part of them spent in encode_flat in this process)."""
     kind, workers = PIPELINES[name]
     tokenizer = load_tokenizer(scratch / kind)
     source = scratch / "input.jsonl"
@@ -316,7 +316,7 @@ def packed_ids(data: Path, scratch: Path) -> dict[int, list[int]]:
 
 
 def check_ids(names: list[str], scratch: Path) -> None:
-    """Compare each pipeline with the bare tokenizers of its vocabulary. SystemExit if ids differ."""
+    """Compare pipelines with the bare tokenizers of their vocabulary. SystemExit if they differ."""
     texts = read_texts(scratch)
     for bare in names:
         if bare not in BARE:
@@ -333,8 +333,8 @@ def check_pipeline_ids(
 ) -> None:
     """Print on how many documents the ids of a pipeline are those expected."""
     ids_of_document = packed_ids(pipeline_folder(name, scratch), scratch)
-    # Python writes a capital sigma at the end of a word as a final sigma. The package tokenizers and
-    # our tokenizer do not.
+    # str.lower makes a final sigma of a capital sigma at the end of a word. The package tokenizers
+    # and our tokenizer do not.
     compared = {
         index: ids
         for index, ids in ids_of_document.items()
