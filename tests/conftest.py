@@ -6,7 +6,7 @@ import pytest
 import shard_data
 import small_corpus
 
-pytest_plugins = ["nodes"]
+pytest_plugins = ["nodes", "scenario_runs"]
 
 
 @pytest.fixture(scope="session")

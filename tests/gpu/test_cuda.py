@@ -316,7 +316,7 @@ def test_two_gpus_train_like_one(data: Path, tmp_path: Path, stage: int) -> None
 @needs_cuda
 def test_no_step_between_log_lines_waits_for_the_device(data: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    call(*launcher, ROOT / "tests/support/scenarios.py", "never-waits", data, tmp_path)
+    call(*launcher, ROOT / "tests/support/scenarios.py", data, tmp_path, "never-waits")
 
 
 @pytest.mark.parametrize(

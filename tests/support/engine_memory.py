@@ -1,6 +1,6 @@
-"""What does a training step hold, and at most, beside what `electra_ds.cost.memory` says of it? Not a test file itself.
+"""Memory of a training step: measured on an engine, and predicted by `electra_ds.reporting.memory`.
 
-python tests/support/engine_memory.py          tiny, small, and small with recomputed layers, ZeRO 0 and 1, one rank
+python tests/support/engine_memory.py     # tiny, small, small with recomputed layers; one rank
 """
 
 import gc
@@ -26,20 +26,19 @@ IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
 
 
 def packed_batch(config: RunConfig) -> Batch:
-    """Rows of two pieces and random ids."""
+    """A micro-batch of random ids; each row holds two documents."""
     rows, length = config.train.micro_batch_size, config.data.sequence_length
     k = max_masked_positions(config.objective.mask_prob, length)
-    ids = torch.randint(104, config.model.vocab_size, (rows, length))
-    pieces = (torch.arange(length) >= length // 2).long().expand(rows, -1) + 1
-    chosen = torch.rand(rows, length - 2).argsort(1)[:, :k] + 1
+    positions = torch.arange(length).expand(rows, -1)
+    input_ids = torch.randint(104, config.model.vocab_size, (rows, length))
+    masked_positions = torch.rand(rows, length - 2).argsort(1)[:, :k] + 1
     uniforms = torch.rand(rows, k)
-    places = torch.arange(length).expand(rows, -1) % (length // 2)
     return Batch(
-        ids,
-        torch.zeros_like(ids),
-        pieces,
-        places,
-        chosen,
+        input_ids,
+        torch.zeros_like(input_ids),
+        (positions >= length // 2).long() + 1,
+        positions % (length // 2),
+        masked_positions,
         torch.ones(rows, k),
         uniforms > 0.85,
         uniforms,
@@ -47,7 +46,7 @@ def packed_batch(config: RunConfig) -> Batch:
 
 
 def allocated(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that work() leaves allocated on a CPU, and the most at once, as PyTorch's allocator tells its profiler."""
+    """Bytes that work() leaves allocated on the CPU, and the most at once (PyTorch's profiler)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         kept = work()
     events = (
@@ -62,8 +61,11 @@ def allocated(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def held() -> dict[int, int]:
-    """Address -> bytes of every storage of a tensor of this process (profilers miss what gloo's threads free)."""
-    gc.collect()  # engines are made of cycles
+    """Address -> bytes of every storage of a tensor of this process.
+
+    Profilers miss what the threads of gloo free.
+    """
+    gc.collect()  # an engine refers to itself in cycles
     tensors = [
         thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)
     ]
@@ -72,17 +74,31 @@ def held() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
+def predicted_memory(config: RunConfig, engine: Engine, world_size: int) -> tuple[int, int]:
+    """Bytes of the model states and of the peak, as `check` reports them, for a rank of an engine."""
+    values = engine.deepspeed_config
+    precision = PRECISIONS[("torch_autocast" in values) + 2 * ("bf16" in values)]
+    predicted = memory(config, world_size, [engine.stage], [precision])[engine.stage, precision]
+    states, zero = predicted.states, values["zero_optimization"]
+    if zero["stage"] == 3:  # DeepSpeed never frees its bucket
+        states += int(zero["reduce_bucket_size"]) * (2 if precision == PRECISIONS[2] else 4)
+    return states, predicted.peak
+
+
 def engine_memory(config: RunConfig, ranks: Ranks, device: torch.device) -> dict[str, list[int]]:
-    """[measured, predicted] bytes of the model states, and of a step's peak."""
+    """[measured, predicted] bytes of the model states and of a step's peak.
+
+    Rank 0 predicts for all ranks; the others return 0 in its place.
+    """
     made, batch = [], packed_batch(config)
 
-    def make():
+    def make() -> None:
         module = build_objective(config, seed=0)
         module.recompute_layers(config.train.activation_checkpointing)
         made.append(Engine(module, config, load_engine(config.engine), ranks, device))
         gc.collect()
 
-    def forward_backward():
+    def forward_backward() -> None:
         micro_batches = config.accumulation(ranks.world_size)
         engine.forward_backward([batch] * micro_batches, [0] * micro_batches, Totals(1.0, 1.0))
         gc.collect()
@@ -91,26 +107,18 @@ def engine_memory(config: RunConfig, ranks: Ranks, device: torch.device) -> dict
     resting, _ = allocated(make)
     engine = made.pop()
     forward_backward()
-    engine.step(1e-4)  # the first step makes what stays
+    engine.step(1e-4)  # the first step allocates what later ones keep
     gradients, during = allocated(forward_backward)
-    measured = sum(size for address, size in held().items() if address not in before)
+    states = sum(size for address, size in held().items() if address not in before)
     _, update = allocated(lambda: engine.step(1e-4))
-    precision = PRECISIONS[
-        ("torch_autocast" in engine.deepspeed_config) + 2 * ("bf16" in engine.deepspeed_config)
-    ]
-    predicted = memory(config, ranks.world_size, [engine.stage], [precision])[
-        engine.stage, precision
-    ]
-    zero = engine.deepspeed_config["zero_optimization"]
+    peak = resting + max(during, gradients + update)
+    predicted = predicted_memory(config, engine, ranks.world_size) if ranks.rank == 0 else (0, 0)
     engine.close()
-    peak, states = resting + max(during, gradients + update), predicted.states
-    if zero["stage"] == 3:  # keeps its bucket for good
-        states += int(zero["reduce_bucket_size"]) * (2 if precision == PRECISIONS[2] else 4)
-    return {"states": [measured, states], "peak": [peak, predicted.peak]}
+    return {"states": [states, predicted[0]], "peak": [peak, predicted[1]]}
 
 
 def run(size: str, engine: str | dict, length: int, rows: int, *sets: str) -> RunConfig:
-    """A run of one micro-batch a step and rank, the vocabulary's size known."""
+    """A run of one micro-batch per step and rank, with the size of the vocabulary filled in."""
     shape = [
         f"data.sequence_length={length}",
         f"train.micro_batch_size={rows}",

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from running import run_ranks
 from small_objective import IDS, VOCAB, build, counts_of, make_batch
 
 from electra_ds.common.errors import UserError
@@ -227,14 +226,6 @@ def test_figures_that_a_kind_has_not_are_left_out():
 # ------------------------------------------------------------------------------------------------------- real training
 
 
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """Every other kind on two ranks, whole and stopped, resumed at another ZeRO stage; a factory's pair besides."""
-    outs = tmp_path_factory.mktemp("kinds")
-    run_ranks(2, "scenarios.py", "kinds", data, outs)
-    return outs
-
-
 def losses(run):
     return [
         [r["loss"], r["grad_norm"]]
@@ -244,21 +235,21 @@ def losses(run):
 
 
 @pytest.mark.parametrize("kind", [*sorted(PARTS.keys() - {"electra"}), "uniform"])
-def test_a_kind_trains_and_resumes_at_another_stage(trained, data, kind):
-    whole, on_progress = losses(trained / f"{kind}-whole"), losses(trained / f"{kind}-moved")
+def test_a_kind_trains_and_resumes_at_another_stage(kind_runs, data, kind):
+    whole, on_progress = losses(kind_runs / f"{kind}-whole"), losses(kind_runs / f"{kind}-moved")
     assert len(whole) == 20 and sum(x for x, _ in whole[:5]) > sum(x for x, _ in whole[-5:])
     torch.testing.assert_close(torch.tensor(on_progress), torch.tensor(whole), rtol=1e-5, atol=0)
-    values = evaluate_checkpoint(trained / f"{kind}-whole", data, max_rows=20)
-    valid = read_metrics(trained / f"{kind}-whole" / "metrics.jsonl")[-1]
+    values = evaluate_checkpoint(kind_runs / f"{kind}-whole", data, max_rows=20)
+    valid = read_metrics(kind_runs / f"{kind}-whole" / "metrics.jsonl")[-1]
     assert values.keys() == valid.keys() - {"step", "split"}
     assert all(math.isfinite(value) for key, value in values.items() if key.endswith("loss"))
     if kind.endswith("mlm"):
         with pytest.raises(UserError, match=f"objective.kind = {kind} predicts tokens"):
-            Detector.load(trained / f"{kind}-whole")
+            Detector.load(kind_runs / f"{kind}-whole")
 
 
-def test_a_factory_trains_stops_and_resumes_like_the_uninterrupted_run(trained, data):
-    whole, cut = trained / "own-whole", trained / "own-cut"
+def test_a_factory_trains_stops_and_resumes_like_the_uninterrupted_run(kind_runs, data):
+    whole, cut = kind_runs / "own-whole", kind_runs / "own-cut"
     assert len(losses(whole)) == 20 and losses(whole) == losses(cut)
     with pytest.raises(UserError, match=r"own_pair:build.*--trust-code"):
         evaluate_checkpoint(whole, data, max_rows=20)

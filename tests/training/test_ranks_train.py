@@ -2,20 +2,18 @@
 
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
-import shard_data
 from cost import step_traffic
 from run_results import curve, distance, is_bit_equal
-from running import run_ranks
+from scenario_runs import KILLS
+from small_run import STAGES
 
 from electra_ds.reporting.status import status
 from electra_ds.training import checkpoint
 from electra_ds.training.metrics_file import read_metrics
 
-STAGES = (0, 1, 2, 3)
 # Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on a CPU.
 # Stage 0 in fp32 has no finite check but ours (and clipping reads on a CPU, where it has no fused kernel).
 READS = {
@@ -23,24 +21,6 @@ READS = {
     "electra_ds/model/kernels/attention.py:packed_mask",
 }
 READS_AT_STAGE_0 = {"electra_ds/training/engine.py:_checked_step"}
-# Killed in a random step of 1 to 20 at each stage (the names of the tests say which), and inside the second save.
-KILLS = (*(f"{stage}-step{random.randint(1, 20)}" for stage in STAGES), "1-tensors", "1-latest")
-
-
-@pytest.fixture(scope="session")
-def outs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run of scenarios.py: two ranks, ranks that kill themselves, one rank, two ranks again."""
-    folder = tmp_path_factory.mktemp("outs")
-    other = data.with_name(data.name + "-other")
-    other.mkdir()
-    shards = [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3, 6)]
-    shard_data.write_data(other, shards, valid=shard_data.best_fit_rows(40, 32, seed=8))
-    run_ranks(2, "scenarios.py", "two", data, folder)
-    for kind in KILLS:
-        assert run_ranks(2, "scenarios.py", "die", data, folder, kind, check=False).returncode != 0
-    run_ranks(1, "scenarios.py", "one", data, folder)
-    run_ranks(2, "scenarios.py", "two-again", data, folder)
-    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)

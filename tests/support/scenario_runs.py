@@ -1,0 +1,90 @@
+"""Fixtures for the runs of scenarios.py, which start with the session, beside the first tests.
+
+A plugin of pytest (tests/conftest.py names it).
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import shard_data
+from running import CPU, ROOT
+from small_run import STAGES
+
+# Killed in a random step at each stage (the names of the tests tell which), and inside a save.
+KILLS = (*(f"{stage}-step{random.randint(1, 20)}" for stage in STAGES), "1-tensors", "1-latest")
+PHASES = {  # fixture -> phases of scenarios.py, in their order
+    "kind_runs": ("kinds",),
+    "outs": ("two", *(f"killed-{kill}" for kill in KILLS), "one", "two-again", "memory"),
+}
+
+
+class ScenarioRuns:
+    """A process that runs phases of scenarios.py one after the other into `outs`."""
+
+    def __init__(self, data: Path, outs: Path, phases: list[str]):
+        self.outs = outs
+        self._log = outs / "scenarios.log"
+        script = ROOT / "tests" / "support" / "scenarios.py"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                ["nice", sys.executable, str(script), str(data), str(outs), *phases],
+                env=os.environ | CPU,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, phases: tuple[str, ...], seconds: float = 1200) -> Path:
+        """Wait for phases; the folder of the runs. Fails with the log when one of them failed."""
+        deadline = time.monotonic() + seconds
+        while not all((self.outs / f"{phase}.finished").exists() for phase in phases):
+            ended = self._process.poll() is not None
+            assert not ended or self._process.returncode == 0, self._log.read_text()[-12000:]
+            assert time.monotonic() < deadline, self._log.read_text()[-4000:]
+            time.sleep(0.1)
+        return self.outs
+
+    def end(self) -> None:
+        """Kill what still runs, such as after an interrupted session."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scenario_runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ScenarioRuns | None]:
+    """Start the phases that the tests of this session need; None when they need none."""
+    used = {name for item in request.session.items for name in item.fixturenames}
+    phases = [phase for fixture, names in PHASES.items() if fixture in used for phase in names]
+    if not phases:
+        yield None
+        return
+    data = request.getfixturevalue("data")
+    other = data.with_name(data.name + "-other")
+    other.mkdir()
+    shards = [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3, 6)]
+    shard_data.write_data(other, shards, valid=shard_data.best_fit_rows(40, 32, seed=8))
+    runs = ScenarioRuns(data, tmp_path_factory.mktemp("outs"), phases)
+    yield runs
+    runs.end()
+
+
+@pytest.fixture(scope="session")
+def outs(scenario_runs: ScenarioRuns) -> Path:
+    """The folder with the runs of two ranks, of one, and of ranks that killed themselves."""
+    return scenario_runs.wait(PHASES["outs"])
+
+
+@pytest.fixture(scope="session")
+def kind_runs(scenario_runs: ScenarioRuns) -> Path:
+    """The folder with the runs of the other kinds of objectives and of a factory."""
+    return scenario_runs.wait(PHASES["kind_runs"])

@@ -1,0 +1,13 @@
+"""Settings of small pretraining runs."""
+
+STAGES = (0, 1, 2, 3)  # of ZeRO
+STEPS, CUT = 20, 7  # steps of a run of the scenarios; the step where a stopped one is cut
+SMALL_MODEL = [
+    "model.hidden_size=32",
+    "model.ffn_size=64",
+    "model.embedding_size=24",
+    "model.num_layers=1",
+    "generator.hidden_size=16",
+    "generator.ffn_size=32",
+    "generator.num_layers=1",
+]
