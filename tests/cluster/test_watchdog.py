@@ -1,4 +1,4 @@
-"""A rank dies, hangs, or errs, under real launchers: who is named, that all are gone soon, and that the run goes on."""
+"""Ranks that die, hang or raise under real launchers: the first is named, all end, the run resumes."""
 
 import os
 import re
@@ -10,21 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import STEP
+from faults import MEET_SILENCE, STEP
 from running import CPU, ROOT, read_json, run_ranks
+from small_run import SMALL_MODEL
 
 from electra_ds.cluster.failures import count_failures
 from electra_ds.common.processes import free_port
 from electra_ds.training import checkpoint
 
 SETS = [
-    "model.hidden_size=32",
-    "model.ffn_size=64",
-    "model.embedding_size=24",
-    "model.num_layers=1",
-    "generator.hidden_size=16",
-    "generator.ffn_size=32",
-    "generator.num_layers=1",
+    *SMALL_MODEL,
     "train.global_batch_size=8",
     "train.micro_batch_size=4",
     "train.total_steps=1000",
@@ -40,11 +35,9 @@ LAUNCHERS = {
 
 
 def attempt(launcher: str, kind: str, rank: int, data: Path, out: Path, *sets: str) -> str:
-    """One attempt in OUT with a fault; what it printed. It failed, and all its processes were gone within 30 s."""
-    note, port = (
-        out.with_name("fault"),
-        ["--master_port", free_port()] if launcher == "deepspeed" else [],
-    )
+    """Run one attempt in OUT with a fault; its output. It fails, and all its processes end within 30 s."""
+    note = out.with_name("fault")
+    port = ["--master_port", free_port()] if launcher == "deepspeed" else []
     arguments = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero1-fp32"]
     script = [
         ROOT / "tests/support/faults.py",
@@ -75,12 +68,12 @@ def ranks_of(out: Path) -> Iterator[str]:
 
 
 def log(out: Path, rank: int) -> str:
-    """What this rank's log says of its last attempt."""
+    """The part of a rank's log that its last attempt wrote."""
     return (out / f"log/rank-{rank}.log").read_text().rpartition(f" rank {rank} of 2 on ")[2]
 
 
 def saved(out: Path) -> int:
-    """The step of the latest checkpoint, which is whole."""
+    """The step of the latest checkpoint; fails if it cannot be loaded."""
     found = checkpoint.latest(out / "ckpt")
     meta = checkpoint.read_meta(found)
     assert dict(checkpoint.tensors(found, meta)) and int(found.name) == meta.state.step
@@ -88,14 +81,14 @@ def saved(out: Path) -> int:
 
 
 def cause(out: Path) -> str:
-    """The one error that an attempt left, as the next start counts it."""
+    """Rank and message of the one error that an attempt recorded."""
     (path,) = out.glob("error-rank-*.json")
     found = read_json(path)
     assert path.name == f"error-rank-{found['rank']}.json" and found["failure"]
     return f"{found['rank']}: {found['error']}"
 
 
-def test_a_rank_that_is_stopped_killed_or_errs_is_named_and_the_run_goes_on(
+def test_a_rank_that_stops_dies_or_raises_is_named_and_the_run_resumes(
     data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -103,29 +96,28 @@ def test_a_rank_that_is_stopped_killed_or_errs_is_named_and_the_run_goes_on(
     assert read_json(out / "stopped.0")["step"] == 0 and checkpoint.latest(out / "ckpt").name == "0"
     assert "SIGUSR1: stop requested" not in log(out, 0) and not list(out.glob("error-rank-*"))
 
-    said = attempt("deepspeed", "kill", 0, data, out)  # rank 0 takes the store with it
+    output = attempt("deepspeed", "kill", 0, data, out)  # rank 0 holds the store
     assert re.search(
-        r"\(rank 1\): error: rank 0 on \S+ failed first: process \d+ is gone: killed", said
+        r"\(rank 1\): error: rank 0 on \S+ failed first: process \d+ is gone: killed", output
     )
     assert cause(out).startswith("0: process ") and "Traceback" in log(out, 1)
     before = saved(out)
-    assert before in (5, 10)  # of step 12: what was being written beside the steps may be lost
+    assert before in (5, 10)  # of step 12; a checkpoint that was being written may be lost
 
-    said = attempt("torchrun", "stop", 1, data, out)
-    assert f"resuming {out}/ckpt/{before}" in said
+    output = attempt("torchrun", "stop", 1, data, out)
+    assert f"resuming {out}/ckpt/{before}" in output
     assert re.search(
         r"\(rank 0\): error: rank 1 on \S+ failed first: silent for 4 s, last seen at \w+\.py:\d+ \w+",
-        said,
+        output,
     )
-    assert f"the stacks of this rank are in {out}/log/rank-0.log" in said
-    assert re.search("engine.py|collectives.py", log(out, 0)) and "faults.py" in log(
-        out, 1
-    )  # where it waited, where the other hung
+    assert f"the stacks of this rank are in {out}/log/rank-0.log" in output
+    # Rank 0 waited in a collective, rank 1 hung in the fault.
+    assert re.search("engine.py|collectives.py", log(out, 0)) and "faults.py" in log(out, 1)
     assert [error["rank"] for error in read_json(out / "restarts.json")["errors"]] == [0]
 
-    before = saved(out)  # woken for its stacks, the rank may have gone on for a moment
-    said = attempt("torchrun", "raise", 1, data, out)
-    assert f"resuming {out}/ckpt/{before}" in said and "(rank 0): error: rank 1 on" in said
+    before = saved(out)  # the rank that was continued to print its stacks may have trained on
+    output = attempt("torchrun", "raise", 1, data, out)
+    assert f"resuming {out}/ckpt/{before}" in output and "(rank 0): error: rank 1 on" in output
     assert cause(out) == "1: KeyError: 'a key that is missing'" and "KeyError" in log(out, 1)
     assert before + STEP - 10 < saved(out) <= before + STEP
     count_failures(out, saved(out), 10, "")
@@ -158,27 +150,27 @@ def test_a_rank_that_is_stopped_killed_or_errs_is_named_and_the_run_goes_on(
         ),
     ],
 )
-def test_whatever_ends_a_rank_is_named(
+def test_the_cause_of_a_rank_that_ends_is_named(
     launcher: str, kind: str, rank: int, named: str, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    said = attempt(
+    output = attempt(
         launcher, kind, rank, data, out, *(["train.timeout_minutes=0.2"] if kind == "hang" else [])
     )
-    assert re.match(named, cause(out)), (cause(out), said[-4000:])
-    assert f"rank {rank} on " in said and saved(out) >= 5
+    assert re.match(named, cause(out)), (cause(out), output[-4000:])
+    assert f"rank {rank} on " in output and saved(out) >= 5
 
 
-def test_a_rank_that_hangs_is_ended_though_nobody_reads_its_last_words() -> None:
+def test_a_rank_that_hangs_is_ended_when_its_console_is_closed() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, str(ROOT / "tests/support/faults.py"), "unheard"]
+    command = [sys.executable, str(ROOT / "tests/support/faults.py"), "closed-console"]
     done = subprocess.run(command, env=os.environ | CPU, stderr=writer)
     os.close(writer)
     assert done.returncode == 1
 
 
-def test_ranks_that_sleep_together_or_leave_one_by_one_blame_nobody() -> None:
+def test_ranks_that_sleep_together_or_leave_one_by_one_are_no_failure() -> None:
     environ = (
         os.environ
         | CPU
@@ -203,22 +195,21 @@ def test_ranks_that_sleep_together_or_leave_one_by_one_blame_nobody() -> None:
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for rank in ranks:
             rank.send_signal(number)
-        time.sleep(6 if number == signal.SIGSTOP else 2)
+        time.sleep(1.5 * MEET_SILENCE if number == signal.SIGSTOP else 1.5)
     for rank in ranks:
-        rank.stdin.write("go on\n")
+        rank.stdin.write("leave\n")
         rank.stdin.flush()
     for rank in ranks:
-        said, errors = rank.communicate(timeout=60)
-        assert (rank.returncode, said) == (0, "left\n"), errors
+        output, errors = rank.communicate(timeout=60)
+        assert (rank.returncode, output) == (0, "left\n"), errors
 
 
-def test_ranks_that_end_by_a_message_of_their_own_show_no_stacks() -> None:
-    run_ranks(2, "faults.py", "refuse")  # SIGUSR2 would end them here
+def test_ranks_that_end_with_a_user_error_print_no_stacks() -> None:
+    run_ranks(2, "faults.py", "refuse")  # SIGUSR2, which prints stacks, would end them
 
 
 def test_a_wait_in_any_group_of_the_engine_ends_after_the_timeout(tmp_path: Path) -> None:
     run_ranks(2, "faults.py", "groups", tmp_path / "waited")
     waited = read_json(tmp_path / "waited")
-    assert len(waited) >= 3 and max(waited) < 30, (
-        waited
-    )  # the world, DeepSpeed's own, the control group
+    # The world, DeepSpeed's group, the control group.
+    assert len(waited) >= 3 and max(waited) < 30, waited

@@ -1,7 +1,8 @@
-"""`electra-ds` with one fault and a trace of rows: `CHAOS=JSON python chaos.py pretrain ...`. Not a test file itself.
+"""`electra-ds` with one fault and a trace of the rows: `CHAOS=JSON python chaos.py pretrain ...`.
 
-CHAOS: {"trace": folder, "attempt": n} and, if a rank is to hurt itself, the fault: rank (-1: all), place, count (its
-n-th call or file operation there), action. A fault that was not met is a kill -9 at step LATEST of the attempt.
+CHAOS: {"trace": folder, "attempt": n} and, for a fault of a rank: rank (-1: all), place, count (the
+number of the call or file operation at that place), action. A fault whose place is not reached
+becomes a kill -9 at step LATEST of the attempt.
 """
 
 import errno
@@ -16,7 +17,7 @@ LATEST = 80
 CHAOS = json.loads(os.environ["CHAOS"])
 RANK, TRACE = int(os.environ.get("RANK", "0")), Path(CHAOS["trace"])
 OUT = os.path.abspath(sys.argv[sys.argv.index("--out") + 1])
-WOUNDED = CHAOS.get("rank") in (RANK, -1) and CHAOS["place"] != "any time"
+HAS_FAULT = CHAOS.get("rank") in (RANK, -1) and CHAOS["place"] != "any time"
 FILES = (
     "open",
     "os.rename",
@@ -28,18 +29,18 @@ FILES = (
     "shutil.rmtree",
 )
 ACTIONS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": signal.SIGSTOP}
-steps, met = 0, []  # attempts of a step in this process; calls of the fault's place
+steps, met = 0, []  # attempts of a step in this process; calls at the place of the fault
 
 
 def write(name: str, record: dict) -> None:
-    """One line, whole or not at all, whatever happens next."""
+    """Append one line in one write, so that a kill leaves it whole or absent."""
     with open(TRACE / name, "ab", buffering=0) as file:
         file.write((json.dumps(record) + "\n").encode())
 
 
 def at(place: str) -> None:
-    """A point of the real code: here the fault happens, if it is the one of this attempt."""
-    if WOUNDED and place == CHAOS["place"]:
+    """A place of the real code; the fault of this attempt happens at its n-th call."""
+    if HAS_FAULT and place == CHAOS["place"]:
         met.append(1)
         if len(met) == CHAOS["count"]:
             act(CHAOS["action"], place)
@@ -66,7 +67,7 @@ def act(action: str, place: str) -> None:
 
 
 def on_audit(event: str, arguments: tuple) -> None:
-    """Every import and every file operation in OUT, of all threads, by what the interpreter says of itself."""
+    """Audit hook: the imports and the file operations in OUT, of all threads."""
     if event == "import" and arguments[0].startswith(("electra_ds", "deepspeed")):
         at("imports")
     elif event in FILES and isinstance(arguments[0], (str, os.PathLike)):
@@ -78,7 +79,7 @@ def on_audit(event: str, arguments: tuple) -> None:
 
 
 def install() -> None:
-    """The places that are calls rather than files, and the trace of the steps that were applied."""
+    """Patch the places that are calls, and trace the rows of the steps that were applied."""
     from electra_ds.data.loader import Loader
     from electra_ds.data.shard_reader import ShardReader
     from electra_ds.training.engine import Engine
@@ -104,7 +105,7 @@ def install() -> None:
         return forward_backward(self, micro_batches, positions, *arguments, **options)
 
     def traced_step(self, *arguments, **options):
-        if WOUNDED and steps == LATEST:
+        if HAS_FAULT and steps == LATEST:
             act("kill -9", "step")
         at("step")
         result = step(self, *arguments, **options)

@@ -1,9 +1,11 @@
-"""`electra-ds ARGUMENTS` with a fault on one rank: `faults.py KIND RANK NOTE ARGUMENTS`. Not a test file itself.
+"""`electra-ds ARGUMENTS` with a fault on one rank: `faults.py KIND RANK NOTE ARGUMENTS`.
 
-The fault comes in this rank's twelfth step, or (`early`) while the engine is made; NOTE then holds the time.
-`faults.py meet` is three ranks that only meet, under a watchdog: rank 1 leaves long before rank 0, rank 2 long after.
-`faults.py groups` is two ranks one of which waits; `faults.py unheard` one whose console is gone; `faults.py refuse`
-two that end by themselves.
+The fault happens in the 12th step of the rank, or (`early`) while the engine is made; NOTE then holds
+the time. Other uses, each under a watchdog or an engine and without training:
+`faults.py meet`: three ranks meet and leave one after the other.
+`faults.py groups NOTE`: rank 0 waits in every group of an engine for rank 1.
+`faults.py closed-console`: a rank hangs after a failure and its console is closed.
+`faults.py refuse`: two ranks end with a UserError.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 
 STEP = 12
+MEET_SILENCE = 2.0  # seconds without a heartbeat that end the ranks of `meet`
 FAULTS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -28,6 +31,7 @@ FAULTS = {
 
 
 def main(kind: str, rank: str, note: str, *arguments: str) -> None:
+    """Run electra-ds with a fault on one rank."""
     from electra_ds.cli import main as electra_ds
     from electra_ds.training.engine import Engine
 
@@ -47,6 +51,7 @@ def main(kind: str, rank: str, note: str, *arguments: str) -> None:
 
 
 def meet() -> None:
+    """Meet and wait for a line of input; then rank 1 leaves, 4 s later rank 0, 4 s later rank 2."""
     import torch.distributed as dist
 
     from electra_ds.cluster.launchers import find_ranks
@@ -55,15 +60,15 @@ def meet() -> None:
 
     ranks = find_ranks()
     dist.init_process_group("gloo")
-    with Watchdog(ranks, 4.0, 10.0, on_rank0):
+    with Watchdog(ranks, MEET_SILENCE, 10.0, on_rank0):
         print("met", flush=True)
         sys.stdin.readline()
         dist.barrier()
-        time.sleep(8 * (1, 0, 2)[ranks.rank])
+        time.sleep(2 * MEET_SILENCE * (1, 0, 2)[ranks.rank])
     print("left", flush=True)
 
 
-def unheard() -> None:
+def closed_console() -> None:
     """A rank hangs after its watchdog has found the first failure."""
     import threading
 
@@ -78,7 +83,7 @@ def unheard() -> None:
 
 
 def refuse() -> None:
-    """A mistake of the user ends both ranks, on a disk that takes a second for its record."""
+    """A UserError ends both ranks; writing its record takes a second."""
     import torch.distributed as dist
 
     from electra_ds.cluster.launchers import find_ranks
@@ -96,7 +101,7 @@ def refuse() -> None:
 
 
 def groups(note: str) -> None:
-    """Rank 0 waits in every group of an engine for rank 1, which never comes, and notes for how long."""
+    """Rank 0 waits in every group of an engine for rank 1, which never joins, and notes how long."""
     import torch
     import torch.distributed as dist
     from run_folders import config
@@ -108,9 +113,8 @@ def groups(note: str) -> None:
 
     ranks, made_of = find_ranks(), config()
     device = start(ranks, timeout_minutes=2)
-    made_of = made_of.model_copy(
-        update={"train": made_of.train.model_copy(update={"timeout_minutes": 0.05})}
-    )
+    train = made_of.train.model_copy(update={"timeout_minutes": 0.03})
+    made_of = made_of.model_copy(update={"train": train})
     Engine(build_objective(made_of, 0), made_of, load_engine("zero1-fp32"), ranks, device)
     deadline, waited = time.monotonic() + 60, []
     for group in list(dist.distributed_c10d._world.pg_map) if ranks.rank == 0 else ():
@@ -126,5 +130,5 @@ def groups(note: str) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"meet": meet, "unheard": unheard, "refuse": refuse, "groups": groups}
+    parts = {"meet": meet, "closed-console": closed_console, "refuse": refuse, "groups": groups}
     parts.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])

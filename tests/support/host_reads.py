@@ -1,7 +1,8 @@
-"""Where does the host read a tensor, which on a GPU waits for the device? For scenarios.py.
+"""Records where the host reads a tensor, which on a GPU waits for the device.
 
-On a CPU nothing waits, so every call that reads is noted: those of Python (float(tensor), .cpu(), .tolist(), ...) and
-the operators below them, each with the innermost function of electra_ds or DeepSpeed that led there.
+On a CPU nothing waits, so every call that reads is recorded: those of Python (float(tensor), .cpu(),
+.tolist(), ...) and the operators below them, each with the innermost function of electra_ds or
+DeepSpeed on the stack.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ BY_MASK = {
     "index_put",
     "index_put_",
     "_index_put_impl_",
-}  # with a mask of bool: nonzero inside
+}  # a boolean mask calls nonzero
 PACKAGES = {
     str(Path(package.__file__).parent): package.__name__ for package in (electra_ds, deepspeed)
 }
@@ -89,10 +90,10 @@ class Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def during(first: int, last: int, *contexts: contextlib.AbstractContextManager):
-    """Enter contexts for the steps `first` to `last` of a run, their forwards, backwards and votes."""
+    """Enter contexts for the forward and backward passes and votes of steps `first` to `last`."""
     original, steps, held = ControlGroup.wait_votes, [], contextlib.ExitStack()
 
-    def wait_votes(self):  # the loop's first call in every step
+    def wait_votes(self):  # the first call of every step
         steps.append(1)
         if len(steps) == first:
             for context in contexts:
@@ -110,7 +111,7 @@ def during(first: int, last: int, *contexts: contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def waiting(mode: str):
-    """On a GPU: what torch does where the host waits for the device, "error" or "default"."""
+    """Set torch's reaction to a host that waits for a GPU: "error" or "default"."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode(mode)
     try:

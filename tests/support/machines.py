@@ -1,7 +1,8 @@
-"""Virtual machines on this one: each has a network, host name, process space, /dev/shm, /run and sshd of its own.
+"""Virtual machines: namespaces with their own network, host name, processes, /dev/shm, /run and sshd.
 
-File systems are shared, as on a cluster. `head` is the machine that others are started from, and the switch that all
-cables lead to. Needs root; nothing of this machine changes, and all ends with the process that made it.
+File systems are shared, as on a cluster. `head` is the machine that starts jobs on the others, and
+the network switch between them. Needs root; nothing of this machine changes, and the virtual
+machines end with the process that made them.
 """
 
 import os
@@ -26,7 +27,8 @@ mount --bind {folder}/ssh_config /etc/ssh/ssh_config
 ip link set lo up
 until ip link set eth0 up 2> /dev/null; do sleep 0.02; done # until its cable is there
 ip addr add {address}/24 dev eth0
-exec $(command -v sshd) -D -f {folder}/sshd_config -E {folder}/{name}.sshd.log # reaps what others leave, as init does
+# As the first process it also reaps orphans.
+exec $(command -v sshd) -D -f {folder}/sshd_config -E {folder}/{name}.sshd.log
 """
 SSHD_CONFIG = """
 HostKey {folder}/host
@@ -49,7 +51,7 @@ ConnectTimeout 5
 
 
 def missing() -> str:
-    """What keeps machines from being made here; empty where nothing does."""
+    """The reason why no virtual machines can be made here, or an empty string."""
     absent = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if absent:
         return f"no {', '.join(absent)} here (apt-get install iproute2 util-linux openssh-server)"
@@ -59,7 +61,7 @@ def missing() -> str:
 
 
 class Machines:
-    """`head` and `node1`, `node2`, ... while they are up."""
+    """The running machines `head`, `node1`, `node2`, ..."""
 
     def __init__(self, folder: Path, nodes: int):
         self.folder, self.nodes = folder, [f"node{i + 1}" for i in range(nodes)]
@@ -86,9 +88,8 @@ class Machines:
         """Switch a machine on, and wait until it takes ssh."""
         init = INIT.format(name=name, folder=self.folder, address=self._address[name])
         spaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child"]
-        with (self.folder / f"{name}.log").open(
-            "w"
-        ) as log:  # setpriv: it goes when we go, however that is
+        with (self.folder / f"{name}.log").open("w") as log:
+            # setpriv: the machine is killed when this process ends in any way
             command = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "bash", "-c", init]
             self._booted[name] = subprocess.Popen(
                 command,
@@ -102,7 +103,7 @@ class Machines:
         )
         if name == "head":
             self.run("head", "ip", "link", "add", "eth0", "type", "bridge")
-        else:  # the same hardware address after a reboot, which others remember
+        else:  # after a reboot the same hardware address, which the others have cached
             subprocess.run([*self.on("head"), "ip", "link", "del", name], capture_output=True)
             mac = "02:00:00:00:00:{:02x}".format(int(self._address[name].rpartition(".")[2]))
             cable = [
@@ -126,7 +127,7 @@ class Machines:
         )
 
     def _init(self, name: str) -> int:
-        """The number here of a machine's first process; 0: not yet."""
+        """The process number, on this machine, of a machine's first process; 0 before its start."""
         unshare = self._booted[name].pid
         return int(
             (Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split() or ["0"])[0]
@@ -137,34 +138,38 @@ class Machines:
         return subprocess.run(spaces, capture_output=True, text=True).stdout.strip()
 
     def on(self, name: str, folder: str | Path = "/") -> list[str]:
-        """The words before a command that run it on a machine, in `folder`."""
+        """The prefix of a command that runs it on a machine, in `folder`."""
         spaces = ["--net", "--uts", "--ipc", "--mount", "--pid"]
         return ["nsenter", "-t", str(self._init(name)), *spaces, f"--wd={folder}", "--"]
 
     def run(self, name: str, *command: object) -> str:
-        """What a command on a machine prints; it has to succeed."""
+        """The output of a command on a machine; fails when the command does."""
         words = [*self.on(name), *map(str, command)]
         return subprocess.run(
             words, env=os.environ | {"PATH": PATH}, check=True, capture_output=True, text=True
         ).stdout
 
     def cut(self, name: str) -> None:
-        """Pull the cable: what is sent is lost, and nobody is told."""
+        """Cut the network: packets are lost without an error."""
         self.run("head", "ip", "link", "set", name, "down")
 
     def heal(self, name: str) -> None:
+        """Connect the network again."""
         self.run("head", "ip", "link", "set", name, "up")
 
     def crash(self, name: str) -> None:
-        """Power off: the cable first, so that no last word gets out."""
+        """Power off. The network is cut first, so that the machine sends nothing more."""
         self.cut(name)
         self._end(name)
 
     def _end(self, name: str) -> None:
-        self._booted[name].kill()  # unshare, and by --kill-child init: the kernel ends the rest
+        self._booted[
+            name
+        ].kill()  # kills unshare and (--kill-child) the first process; the kernel kills the rest
         self._booted.pop(name).wait()
 
     def down(self) -> None:
+        """Power off all machines."""
         for name in list(self._booted):
             self._end(name)
 
@@ -172,7 +177,7 @@ class Machines:
 def wait_until(
     holds: Callable[[], object], problem: str, seconds: float = 30, logs: Sequence[Path] = ()
 ) -> None:
-    """Poll; fails with `problem` and the ends of the logs."""
+    """Wait until holds() is true; fails with `problem` and the ends of the logs."""
     deadline = time.monotonic() + seconds
     while not holds():
         tails = [f"{log}: {log.read_text()[-1500:]}" for log in logs if log.exists()]

@@ -1,6 +1,6 @@
-"""What the tests of this folder share: one run, the virtual machines, a SLURM on them, and how launch/ is run there.
+"""Fixtures and helpers of tests/cluster: runs, virtual machines, SLURM, the scripts of launch/.
 
-A plugin of pytest (tests/conftest.py names it), so that machines and SLURM come up once.
+A plugin of pytest (tests/conftest.py names it), so that machines and SLURM are started once.
 """
 
 import itertools
@@ -18,15 +18,10 @@ import slurm as scheduler
 from machines import Machines, wait_until
 from running import CPU, ROOT
 from slurm import Slurm
+from small_run import SMALL_MODEL
 
 SMALL = [
-    "model.hidden_size=32",
-    "model.ffn_size=64",
-    "model.embedding_size=24",
-    "model.num_layers=1",
-    "generator.hidden_size=16",
-    "generator.ffn_size=32",
-    "generator.num_layers=1",
+    *SMALL_MODEL,
     "train.global_batch_size=8",
     "train.micro_batch_size=4",
     "train.total_steps=400",
@@ -34,7 +29,7 @@ SMALL = [
     "checkpoint.every=50",
     "logging.tensorboard=false",
 ]
-BRIEF = ("train.total_steps=40", "checkpoint.every=20")  # where nothing happens on the way
+BRIEF = ("train.total_steps=40", "checkpoint.every=20")  # for runs without a fault
 needs_pdsh = pytest.mark.skipif(
     shutil.which("pdsh") is None, reason="no pdsh here (apt-get install pdsh)"
 )
@@ -50,13 +45,12 @@ def arguments(data: Path, out: Path, *sets: str) -> list[object]:
 def start(
     script: str, *words: object, on: list[str] | None = None, **environ: object
 ) -> subprocess.Popen:
-    """A script of launch/ as a user starts it, here or on a machine (Machines.on)."""
+    """Start a script of launch/, here or on a machine (`on`: Machines.on)."""
     command = [*(on or []), "bash", str(ROOT / "launch" / script), *map(str, words)]
     environ = os.environ | ENVIRON | {key: str(value) for key, value in environ.items()}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(
-        command, env=environ, start_new_session=True, **pipes
-    )  # so that a test can type Ctrl-C
+    # In a session of its own, so that a test can send what Ctrl-C sends.
+    return subprocess.Popen(command, env=environ, start_new_session=True, **pipes)
 
 
 def hostfile(folder: Path) -> dict[str, Path]:
@@ -75,7 +69,10 @@ def submit(
     words: Sequence[str] = (),
     **environ: str,
 ) -> str:
-    """Queue pretrain.sbatch from this checkout, a rank on each of two nodes; the job's number. Its log is OUT.log."""
+    """Queue pretrain.sbatch with a rank on each of two nodes; the number of the job.
+
+    The job writes its log to OUT.log.
+    """
     shape = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={out}.log"]
     run = ["launch/pretrain.sbatch", *arguments(data, out, *sets), *words]
     meeting = {} if slurm.machines else {"MASTER_ADDR": "127.0.0.1"}
@@ -92,7 +89,7 @@ def weights(out: Path) -> bytes:
 
 
 def wait_for(path: Path, process: subprocess.Popen | None = None) -> None:
-    """Until a file is there; fails when the process that should write it ends."""
+    """Wait for a file; fails when the process that should write it ends."""
     wait_until(
         lambda: path.exists() or (process and process.poll() is not None),
         f"{path} is not written",
@@ -102,7 +99,7 @@ def wait_for(path: Path, process: subprocess.Popen | None = None) -> None:
 
 
 def ranks_of(out: Path) -> dict[str, int]:
-    """RANK -> process, of the ranks that write to `out` (not of the launchers before them)."""
+    """RANK -> process number of the ranks (not of launchers) that write to `out`."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -120,7 +117,7 @@ def ranks_of(out: Path) -> dict[str, int]:
 
 
 def run_here(data: Path, out: Path, *sets: str) -> Path:
-    """A run by local.sh on two ranks, to its end."""
+    """A finished run by local.sh on two ranks."""
     process = start("local.sh", *arguments(data, out, *sets))
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and (out / "done").exists(), said[-4000:]
@@ -130,19 +127,19 @@ def run_here(data: Path, out: Path, *sets: str) -> Path:
 
 @pytest.fixture(scope="session")
 def brief(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on this machine with the values of BRIEF."""
+    """A finished run on this machine with the values of BRIEF."""
     return run_here(data, tmp_path_factory.mktemp("brief") / "run", *BRIEF)
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 400 steps on this machine, long enough to be met by faults."""
+    """A finished run of 400 steps on this machine, to compare with runs that had faults."""
     return run_here(data, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 @pytest.fixture(scope="session")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    """head, node1 and node2."""
+    """The virtual machines head, node1 and node2."""
     if problem := virtual.missing():
         pytest.skip(problem)
     made = Machines(tmp_path_factory.mktemp("machines"), 2)
@@ -154,7 +151,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 def slurm(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Slurm]:
-    """Two idle nodes: virtual machines, or without root all on 127.0.0.1."""
+    """SLURM with two idle nodes: virtual machines, or without root both on 127.0.0.1."""
     if scheduler.MISSING:
         pytest.skip(f"no {', '.join(scheduler.MISSING)} here (apt-get install slurm-wlm munge)")
     on = None if virtual.missing() else request.getfixturevalue("machines")

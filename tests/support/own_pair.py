@@ -1,11 +1,11 @@
-"""A generator and a discriminator of somebody's own, for model.factory: a GRU and a convolution over shared tables."""
+"""A generator (GRU) and a discriminator (convolution) with shared tables, for model.factory."""
 
 import torch
 from torch import nn
 
 
 class Generator(nn.Module):
-    """Hidden states; `predict` names tokens at the masked positions."""
+    """Returns hidden states; `predict` gives the logits at the masked positions."""
 
     def __init__(self, words, width):
         super().__init__()
@@ -20,7 +20,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Something per token, which is not what is trained: the output of `conv` is."""
+    """Returns a number; the output of its layer `conv` is what a run trains."""
 
     def __init__(self, words, width):
         super().__init__()

@@ -23,7 +23,7 @@ SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
 def best_fit_rows(n: int, sequence_length: int, seed: int = 0, vocab_size: int = 600) -> np.ndarray:
-    """[n, S] uint16: each row holds pieces [CLS] tokens [SEP] of random lengths, then up to 3 places of padding."""
+    """[n, S] uint16: rows of documents [CLS] tokens [SEP] of random lengths, then up to 3 [PAD]."""
     random = np.random.default_rng(seed)
     rows = random.integers(5, vocab_size, (n, sequence_length)).astype(np.uint16)
     for row in rows:
@@ -53,7 +53,7 @@ def write_data(
     fingerprint: str = "0" * 64,
     valid: np.ndarray | None = None,
 ) -> Path:
-    """Write a data folder with the given best_fit shards as split train (and rows as split valid); returns it."""
+    """Write a data folder of best_fit shards (split train) and rows (split valid); returns it."""
     (data_dir / "shards").mkdir()
     splits = {"train": shards} if valid is None else {"train": shards, "valid": [valid]}
     rows = np.concatenate(shards)

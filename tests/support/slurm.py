@@ -1,8 +1,9 @@
 """A real SLURM of virtual nodes: slurmctld, and a slurmd for each node.
 
-On virtual machines each node is one of them. Without (no root) all are on 127.0.0.1 and share this machine's name, so a
-job needs MASTER_ADDR=127.0.0.1. Each node has two devices of type gpu, which are /dev/null and /dev/zero. A job in the
-partition `urgent` takes the nodes of one in `main`, which is queued again. Nothing outside `folder` changes.
+With virtual machines each node is one of them. Without root all nodes are on 127.0.0.1 and share the
+name of this machine, so a job needs MASTER_ADDR=127.0.0.1. Each node has two devices of type gpu,
+/dev/null and /dev/zero. A job in the partition `urgent` takes the nodes of a job in `main`, which is
+queued again. Nothing outside `folder` changes.
 """
 
 import os
@@ -57,29 +58,23 @@ NODE = "NodeName={node} {place} CPUs=4 RealMemory=1000 Gres=gpu:2\n"
 
 
 class Slurm:
-    """The cluster while it is up; `run` is any of its commands, `environ` what they need."""
+    """The running cluster; `run` calls its commands, `environ` holds their variables."""
 
     def __init__(self, folder: Path, nodes: int, machines: Machines | None = None):
-        self.folder, self.machines, self.nodes = (
-            folder,
-            machines,
-            [f"node{i + 1}" for i in range(nodes)],
-        )
+        self.folder, self.machines = folder, machines
+        self.nodes = [f"node{i + 1}" for i in range(nodes)]
         self.children: list[subprocess.Popen] = []
         outer = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
         self.environ = outer | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
-        host, user = (
-            os.uname().nodename.split(".")[0],
-            subprocess.check_output(["id", "-un"], text=True).strip(),
-        )
+        host = os.uname().nodename.split(".")[0]
+        user = subprocess.check_output(["id", "-un"], text=True).strip()
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
         (folder / "state").mkdir()
         controller = "head" if machines else f"{host}(127.0.0.1)"
         self._socket = "/run/munge.socket" if machines else f"{folder}/munge.socket"
-        first_job = (
-            secrets.randbelow(60_000_000) + 1
-        )  # a killed MPICH leaves shared memory named by job and step
+        # A killed MPICH leaves shared memory that is named by job and step.
+        first_job = secrets.randbelow(60_000_000) + 1
         values = {"controller": controller, "user": user, "folder": folder, "socket": self._socket}
         conf = CONF.format(first_job=first_job, port=free_port(), **values)
         for node in self.nodes:
@@ -134,26 +129,28 @@ class Slurm:
     def run(
         self, *command: object, check: bool = True, cwd: Path | None = None, **environ: str
     ) -> str:
-        """What a SLURM command prints."""
+        """The output of a SLURM command."""
         words, environ = [*self._on("head", cwd or "/"), *map(str, command)], self.environ | environ
         return subprocess.run(
             words, env=environ, check=check, capture_output=True, text=True, cwd=cwd
         ).stdout
 
     def idle(self) -> int:
-        """The number of nodes that wait for work."""
+        """The number of idle nodes."""
         return self.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").count("node")
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
+        """The state of a job: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
         return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
     def until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait; fails with the daemons' last words."""
-        wait_until(holds, "SLURM does not get there", seconds, list(self.folder.glob("*.log")))
+        """Wait until holds() is true; fails with the ends of the daemons' logs."""
+        wait_until(
+            holds, "SLURM does not reach the state", seconds, list(self.folder.glob("*.log"))
+        )
 
     def down(self) -> None:
-        """Cancel all jobs and end the daemons, the last started first; those of machines end with them."""
+        """Cancel all jobs and end the daemons; those on virtual machines end with the machines."""
         if len(self.children) > 2:
             self.run("scancel", "--me", check=False)
             ended = time.monotonic() + 20

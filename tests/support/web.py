@@ -1,4 +1,4 @@
-"""A folder served over http, with ranges of bytes as object stores give them, and with faults on demand."""
+"""A folder served over http with byte ranges, as by an object store, and with faults on demand."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,7 +9,11 @@ from threading import Thread
 
 
 class Web(ThreadingHTTPServer):
-    """asked: (path, first byte) of every request; change(path, content): what is sent instead, or a status."""
+    """The server.
+
+    asked: (path, first byte) of every request.
+    change(path, content): the content or the status that is sent instead.
+    """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder, self.knows_ranges = folder, True

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder is there whole or not at all, is refused by name when it is not ours, and executes nothing."""
+"""Checkpoints: whole or absent, refused with the file's name when damaged, executing nothing."""
 
 import json
 import pickle
@@ -30,10 +30,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- save and load
 
 
-def test_what_was_saved_comes_back(saved):
+def test_a_saved_state_is_loaded_again(saved):
     folder, path = saved
     assert checkpoint.latest(folder) == path and names(folder) == ["1000", "latest"]
     other = FakeWeights(seed=1)
@@ -56,7 +56,7 @@ def test_weights_alone_leave_the_moments_fresh(saved):
     assert other.applied_steps == 0 and other.scaler == {"cur_scale": 4.0}
 
 
-def test_padded_rows_are_stored_true_and_padded_back_with_zeros(saved):
+def test_padding_rows_are_not_stored_and_load_as_zeros(saved):
     stored = load_file(saved[1] / "model-00001-of-00001.safetensors")
     assert stored["word"].shape == (10, 4) and checkpoint.weights(saved[1])["word"].shape == (10, 4)
     moments = load_file(saved[1] / "optim-00001-of-00001.safetensors")
@@ -88,14 +88,14 @@ def test_meta_lists_every_file_with_its_size_and_sha256(saved):
         assert facts["sha256"] == files.sha256_file(saved[1] / name)
 
 
-def test_a_checkpoint_of_before_the_guard_is_read(saved):
+def test_a_checkpoint_without_recent_losses_is_read(saved):
     values = json.loads((saved[1] / "meta.json").read_text())
     del values["recent_losses"]
     (saved[1] / "meta.json").write_text(json.dumps(values))
     assert checkpoint.read_meta(saved[1]).state == PROGRESS
 
 
-def test_every_parameter_has_one_owner_and_the_load_is_even():
+def test_every_parameter_has_one_owner_and_owners_hold_equal_shares():
     sizes = {f"p{i}": 10 + i for i in range(40)} | {"table": 300}
     for world in (1, 2, 3, 8):
         owners = checkpointer._owners(sizes, world)
@@ -109,7 +109,7 @@ def test_every_parameter_has_one_owner_and_the_load_is_even():
         )  # the same on every rank
 
 
-# ------------------------------------------------------------------------------------------------ whole or not at all
+# ----------------------------------------------------------------------------- whole or not at all
 
 
 @pytest.mark.parametrize("name", ["1000", "2000"])
@@ -136,7 +136,7 @@ def test_a_failed_save_leaves_latest_and_the_old_folder(saved, monkeypatch, name
         and {file: (path / file).read_bytes() for file in names(path)} == before
     )
     assert [found for found in names(folder) if not found.startswith(".")] == ["1000", "latest"]
-    save(folder, name, other)  # and the next one goes through
+    save(folder, name, other)  # the next save succeeds
     assert names(folder) == sorted({"1000", name, "latest"})
     again = FakeWeights()
     checkpoint.load(again, folder / name, PADDED)
@@ -153,7 +153,7 @@ def test_a_crash_inside_a_save_leaves_latest_and_the_old_folder(saved, monkeypat
     assert checkpoint.latest(saved[0]) == saved[1] and not (saved[0] / "2000").exists()
 
 
-def test_a_failure_on_another_rank_fails_here_too(tmp_path):
+def test_a_failure_on_another_rank_is_raised_here_too(tmp_path):
     weights = FakeWeights()
     weights.all_gather_object = lambda value: [value, (OSError("disk full"), {})]
     with pytest.raises(RunFailure, match="rank 1: disk full"):
@@ -169,14 +169,14 @@ def test_saving_the_same_step_again_replaces_the_folder(saved):
     assert found.equals(other) and names(saved[0]) == ["1000", "latest"]
 
 
-def test_a_finished_run_gets_its_step_back(tmp_path):
+def test_the_final_checkpoint_of_an_extended_run_is_named_by_its_step(tmp_path):
     path = save(tmp_path / "ckpt", "final")
     checkpointer.rename_final(FakeWeights(), path, 1000)
     assert names(tmp_path / "ckpt") == ["1000", "latest"]
     assert checkpoint.latest(tmp_path / "ckpt") == tmp_path / "ckpt" / "1000"
 
 
-# -------------------------------------------------------------------------------------------------------------- prune
+# ------------------------------------------------------------------------------------------- prune
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_fewer_than_two_are_never_kept():
         CheckpointConfig(keep_last=1)
 
 
-def test_pruning_goes_on_where_a_crash_stopped_it(tmp_path):
+def test_pruning_continues_after_a_crash(tmp_path):
     for name in ("1", ".1.old", "2", "3"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text("{}")
@@ -216,7 +216,7 @@ def test_pruning_goes_on_where_a_crash_stopped_it(tmp_path):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ refusal
+# ----------------------------------------------------------------------------------------- refusal
 
 
 def test_latest_that_names_nothing_is_refused(saved):
@@ -236,7 +236,7 @@ FILES = ["model-00001-of-00001.safetensors", "optim-00001-of-00001.safetensors"]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_changed_byte_is_found_and_its_file_named(saved, name):
+def test_a_changed_byte_is_reported_with_its_file(saved, name):
     data = bytearray((saved[1] / name).read_bytes())
     data[-1] ^= 1
     (saved[1] / name).write_bytes(data)
@@ -296,7 +296,7 @@ def test_a_listed_name_that_no_checkpoint_has_is_refused(saved, name):
 
 
 class Trap:
-    """Whoever unpickles this makes the file."""
+    """Unpickling it makes a file."""
 
     def __init__(self, path):
         self.path = path
@@ -307,18 +307,18 @@ class Trap:
 
 @pytest.mark.parametrize("name", FILES)
 def test_reading_executes_nothing(saved, tmp_path, name):
-    sprung = tmp_path / "sprung"
-    data = pickle.dumps({"word": Trap(sprung)})
+    marker = tmp_path / "marker"
+    data = pickle.dumps({"word": Trap(marker)})
     pickle.loads(data)["word"].close()
-    assert sprung.exists()  # the trap works
-    sprung.unlink()
+    assert marker.exists()  # unpickling executes the trap
+    marker.unlink()
 
     (saved[1] / name).write_bytes(data)
     facts = {"bytes": len(data), "sha256": files.sha256_file(saved[1] / name)}
     edit_meta(saved[1], lambda values: values["files"].update({name: facts}))
     with pytest.raises(UserError, match=f"{name}: .*safetensors"):
         checkpoint.load(FakeWeights(), saved[1], PADDED)
-    assert not sprung.exists()
+    assert not marker.exists()
 
 
 def test_the_checkpoint_of_another_model_is_refused_with_the_difference(saved):
@@ -340,7 +340,7 @@ def test_the_checkpoint_of_another_model_is_refused_with_the_difference(saved):
         checkpoint.load(FakeWeights(), saved[1], {"word": 12})  # another vocabulary
 
 
-def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
+def test_a_run_that_resumed_earlier_keeps_what_it_saves(tmp_path):
     for step in (5, 7, 10, 15):
         (tmp_path / str(step)).mkdir()
     assert (
@@ -349,7 +349,7 @@ def test_a_run_that_went_back_keeps_what_it_saves(tmp_path):
     assert names(tmp_path) == sorted(["5", "7", "10", "15"])
 
 
-def test_what_a_killed_save_left_is_swept(tmp_path):
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     for name in ("10", ".13.tmp", ".5.old"):
         (tmp_path / name).mkdir()
     checkpointer.remove_stale(tmp_path)

@@ -1,4 +1,4 @@
-"""Saving without stopping: a snapshot stays what it was, and no kill or failing disk costs an earlier checkpoint."""
+"""Asynchronous saving: no kill and no failing disk loses an earlier checkpoint."""
 
 import itertools
 import multiprocessing
@@ -25,10 +25,10 @@ from electra_ds.training.checkpointer import PendingCheckpoint
 from electra_ds.training.metrics_file import read_metrics
 from electra_ds.training.state import TrainingState
 
-# ----------------------------------------------------------------------------------------------------- one process
+# ------------------------------------------------------------------------------------- one process
 
 
-def test_a_snapshot_is_of_the_moment_it_was_taken(
+def test_a_snapshot_holds_the_values_of_its_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, held, original = FakeWeights(), threading.Event(), checkpointer.save_file
@@ -50,7 +50,7 @@ def test_a_snapshot_is_of_the_moment_it_was_taken(
     assert found.equals(FakeWeights()) and found.scaler == {"cur_scale": 8.0}
 
 
-def test_latest_does_not_get_ahead_of_what_must_be_durable_before(tmp_path: Path) -> None:
+def test_latest_is_written_after_the_metrics_are_flushed(tmp_path: Path) -> None:
     def flush() -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
@@ -64,7 +64,7 @@ def test_latest_does_not_get_ahead_of_what_must_be_durable_before(tmp_path: Path
 
 
 def numbered(step: int) -> FakeWeights:
-    """Weights that tell their step, large enough for a kill to find the writing at work."""
+    """Weights that hold their step, large enough for a kill to hit while they are written."""
     weights = FakeWeights(shapes={"word": (16, 4), "table": (1000, 200)})
     weights.values["table", "master"].fill_(step)
     return weights
@@ -82,7 +82,7 @@ def save_on(folder: Path, first: int, at_work) -> None:
 
 
 def killed_at(call: int, folder: Path) -> None:
-    """Save step 2, and kill -9 this process before its so-manyth call that changes what a power cut would leave."""
+    """Save step 2; kill -9 this process before the N-th call that changes files."""
     calls = itertools.count(1)
 
     def deadly(original):
@@ -101,7 +101,7 @@ def killed_at(call: int, folder: Path) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """A forked process hangs where it waits for OpenMP's threads, which it does not have."""
+    """One OpenMP thread: a forked process would wait for threads that it does not have."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -109,9 +109,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    "again", [False, True]
-)  # True: an attempt killed before saved it, but `latest` names step 1
+# True: a killed attempt has saved step 2 already, but `latest` names step 1.
+@pytest.mark.parametrize("again", [False, True])
 def test_a_kill_before_any_call_leaves_a_checkpoint_that_loads(tmp_path: Path, again: bool) -> None:
     fork, found = multiprocessing.get_context("fork"), []
     for call in itertools.count(1):
@@ -135,7 +134,7 @@ def test_a_kill_before_any_call_leaves_a_checkpoint_that_loads(tmp_path: Path, a
 
 @pytest.mark.usefixtures("one_thread")
 def test_kills_at_any_moment_leave_a_checkpoint_that_loads(tmp_path: Path) -> None:
-    """The seed of the moments is in the output of a failure; a kill hits a write, a rename or a prune."""
+    """A kill hits a write, a rename or a prune; a failure prints the seed of the moments."""
     folder, step, seed = tmp_path / "ckpt", 0, random.randrange(10**6)
     print("seed", seed)
     moments, fork = random.Random(seed), multiprocessing.get_context("fork")
@@ -166,7 +165,7 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_loads(tmp_path: Path) -> No
     }
 
 
-# ----------------------------------------------------------------------------------------- two ranks, failing disks
+# ------------------------------------------------------------------------ two ranks, failing disks
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +183,7 @@ def disk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         subprocess.run(["umount", "--recursive", str(folder)], check=True)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(disk: Path) -> None:
+def test_training_continues_while_a_checkpoint_is_written(disk: Path) -> None:
     assert [read_json(disk / f"whole-{rank}.json")[0] for rank in (0, 1)] == [True, True]
     assert is_bit_equal(disk / "whole", disk / "waited") and curve(disk / "whole") == curve(
         disk / "waited"
@@ -231,7 +230,7 @@ def test_the_pause_of_every_save_is_in_the_metrics(disk: Path) -> None:
         ("read-only", r"rank 0: .*Read-only file system: .*read-only/ckpt/\.10\."),
     ],
 )
-def test_a_failing_disk_stops_all_ranks_and_the_same_command_goes_on(
+def test_a_failing_disk_stops_all_ranks_and_the_same_command_resumes(
     disk: Path, run: str, cause: str
 ) -> None:
     ours, theirs = (read_json(disk / f"{run}-{rank}.json") for rank in (0, 1))

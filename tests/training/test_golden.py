@@ -1,6 +1,7 @@
-"""Fifty losses of `tiny`, kept as text: a refactor leaves them bit-equal on the kind of machine that wrote them.
+"""Fifty losses of `tiny`, kept as text: bit-equal on the kind of machine that wrote them.
 
-After a change of the mathematics, written down in its commit: python tests/training/test_golden.py
+After an intended change of the mathematics, write them again:
+PYTHONPATH=.:tests/support python tests/training/test_golden.py
 """
 
 import platform
@@ -28,7 +29,7 @@ def processor() -> str:
 
 
 def losses(folder: Path, *more: str) -> list[float]:
-    """The loss of each of the first fifty steps of `tiny` (one rank, ZeRO 0, fp32) on random rows."""
+    """The losses of the first 50 steps of `tiny` (one rank, ZeRO 0, fp32) on random rows."""
     data = shard_data.write_data(
         folder, [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)]
     )
@@ -57,10 +58,8 @@ def losses(folder: Path, *more: str) -> list[float]:
 @pytest.mark.parametrize("deterministic", ("false", "true"))  # which changes nothing on a CPU
 def test_fifty_steps_give_the_golden_losses(tmp_path: Path, deterministic: str) -> None:
     machine, *lines = GOLDEN.read_text().splitlines()
-    golden, found = (
-        [float(line) for line in lines],
-        losses(tmp_path, f"train.deterministic={deterministic}"),
-    )
+    golden = [float(line) for line in lines]
+    found = losses(tmp_path, f"train.deterministic={deterministic}")
     assert found == pytest.approx(golden, rel=1e-4)
     if machine == processor():
         assert found == golden

@@ -1,4 +1,4 @@
-"""Kinds of objectives and of generators: each changes what it says, and nothing else."""
+"""Kinds of objectives and of generators: each changes what its name says, and nothing else."""
 
 import math
 
@@ -22,7 +22,7 @@ from electra_ds.training.metrics_file import read_metrics, summary
 
 MAIN = {"embeddings", "discriminator"}
 GENERATOR = {"generator", "generator_head"}
-# What is trained, by the first part of the parameters' names.
+# The first parts of the names of the parameters of each kind.
 PARTS = {
     "electra": MAIN | GENERATOR | {"discriminator_head"},
     "electra_15": MAIN | GENERATOR | {"discriminator_head"},
@@ -53,10 +53,10 @@ def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, gener
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_logits_are_never_there_for_the_whole_batch(kind, monkeypatch):
+def test_no_tensor_holds_the_logits_of_the_whole_batch(kind, monkeypatch):
     """Training, evaluation and detect make no tensor as large as [B, S, V], even in fp32."""
     monkeypatch.setattr(vocab_head, "ROWS_ON_CPU", 8)
-    monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 places
+    monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 positions
     vocab_size = 1000  # larger than every other dimension
     module, batch = build(kind=kind, vocab_size=vocab_size), make_batch(vocab_size=vocab_size)
     with MemoryTracker() as live:
@@ -85,7 +85,7 @@ def test_parameters_are_counted_kind_by_kind():
     assert count("all_tokens_mlm") == (predicts + 129, joint - main + predicts + 129)
 
 
-def test_kinds_share_the_chosen_places_the_generator_and_its_samples():
+def test_kinds_share_the_masked_positions_the_generator_and_its_samples():
     batch = make_batch()
     args = batch, counts_of(batch)
     electra = build()
@@ -94,11 +94,13 @@ def test_kinds_share_the_chosen_places_the_generator_and_its_samples():
         losses = other(*args)
         assert torch.equal(corrupted(other, batch), corrupted(electra, batch))
         assert torch.equal(losses.mlm_loss, electra(*args).mlm_loss)
-        weight = 3.0 if kind == "electra_15" else 1.0  # disc_weight is of the binary loss alone
+        weight = (
+            3.0 if kind == "electra_15" else 1.0
+        )  # disc_weight applies to the binary loss alone
         torch.testing.assert_close(losses.total, 2 * losses.mlm_loss + weight * losses.disc_loss)
 
 
-def test_electra_15_is_electra_without_the_terms_of_the_other_places():
+def test_electra_15_is_electra_without_the_terms_of_the_other_positions():
     batch = make_batch()
     whole, chosen = (
         build()(batch, with_counts=True),
@@ -132,7 +134,7 @@ def test_mlm_is_the_main_encoder_on_masked_rows():
 
 @pytest.mark.parametrize("kind", ["replace_mlm", "all_tokens_mlm"])
 def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
-    monkeypatch.setattr(vocab_head, "GROUP", 64)  # 80 places: two groups
+    monkeypatch.setattr(vocab_head, "GROUP", 64)  # 80 positions: two groups
     module, batch = build(kind=kind, gen_weight=0.0), make_batch()
     module(batch, counts_of(batch)).total.backward()
     found = {name: p.grad for name, p in module.named_parameters()}
@@ -159,7 +161,7 @@ def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("special", [[0, 1, 2, 3, 4], [0, 60, 61, 62, 100]])
-def test_uniform_samples_are_alike_likely_and_never_special(special):
+def test_uniform_samples_are_equally_likely_and_never_special(special):
     count, ordinary = 96_000, sorted({*range(VOCAB)} - {*special})
     uniforms = (torch.arange(count) + 0.5) / count
     frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special), minlength=VOCAB)
@@ -171,7 +173,7 @@ def test_uniform_samples_are_alike_likely_and_never_special(special):
         assert set(frequency[ordinary[:place] + ordinary[place + 1 :]].tolist()) <= {1010, 1011}
     unknown = uniform_tokens(
         uniforms, VOCAB, special, torch.full((count,), special[1])
-    )  # nothing there to avoid
+    )  # a special token is never drawn
     assert torch.equal(unknown, uniform_tokens(uniforms, VOCAB, special))
 
 
@@ -188,7 +190,7 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
     targets = batch.input_ids.gather(1, batch.masked_positions)
     hits = (plain._draw(batch, False).sampled == targets) & used
     assert hits.any() and not ((strict._draw(batch, False).sampled == targets) & used).any()
-    for temperature in (1.0, 0.7):  # the softmax without the target, by a ruler instead of dice
+    for temperature in (1.0, 0.7):  # the softmax without the target, on a grid of uniforms
         logits, target = torch.randn(1, 128), torch.full((20_000,), 7)
         uniforms = (torch.arange(20_000) + 0.5) / 20_000
         x, table = torch.ones(20_000, 1), logits.T.contiguous()
@@ -206,8 +208,9 @@ def test_options_without_meaning_are_refused():
         load_run("tiny", ["objective.kind=mlm", "objective.generator=uniform"])
 
 
-def test_figures_that_a_kind_has_not_are_left_out():
-    names = "loss mlm_loss mlm_accuracy sampled_accuracy disc_loss replaced_fraction disc_auc base_rate_loss fixed_auc"
+def test_metrics_that_a_kind_does_not_have_are_left_out():
+    names = "loss mlm_loss mlm_accuracy sampled_accuracy disc_loss replaced_fraction"
+    names += " disc_auc base_rate_loss fixed_auc"
     values = dict.fromkeys([*names.split(), "unigram_loss", "lr"], 0.0)
 
     def missing(**options):
@@ -223,7 +226,7 @@ def test_figures_that_a_kind_has_not_are_left_out():
     )
 
 
-# ------------------------------------------------------------------------------------------------------- real training
+# ----------------------------------------------------------------------------------- real training
 
 
 def losses(run):

@@ -1,4 +1,4 @@
-"""Optimizer: Adam with and without bias correction, the schedule and the groups are the definitions written out."""
+"""The optimizer: Adam with and without bias correction, the schedule, the parameter groups."""
 
 import math
 
@@ -19,14 +19,14 @@ from electra_ds.training.optimizer import (
 from electra_ds.training.schedule import learning_rate
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
-# eps of the size of the gradients, so that its place (outside the root) matters.
+# eps is as large as the gradients, so that its place (outside the root) matters.
 OPTIONS = OptimizerConfig(
     peak_lr=0.01, warmup_steps=10, beta1=0.9, beta2=0.98, eps=1e-2, weight_decay=0.1
 )
 
 
 def tables():
-    """A decayed matrix and a plain vector, the same every time."""
+    """A matrix with weight decay and a vector without, the same at every call."""
     random = torch.Generator().manual_seed(0)
     return nn.ParameterDict(
         {name: nn.Parameter(torch.randn(*shape, generator=random)) for name, shape in SHAPES}
@@ -39,7 +39,7 @@ SHAPES = (("matrix", (5, 3)), ("bias", (7,)))
 def gradients(steps=20):
     random = torch.Generator().manual_seed(1)
     for step in range(steps):
-        size = 10.0 ** -(step % 4)  # from 1 to .001, about eps
+        size = 10.0 ** -(step % 4)  # from 1 to 0.001, around eps
         yield {name: size * torch.randn(*shape, generator=random) for name, shape in SHAPES}
 
 
@@ -102,9 +102,8 @@ def test_bias_correction_changes_the_weights():
 @pytest.mark.parametrize("beta", [0.9, 0.98, 0.999, 0.9999])
 def test_the_starting_step_makes_the_correction_exactly_one(beta):
     assert 1 - torch.tensor(beta) ** torch.tensor(float(NO_BIAS_CORRECTION_STEP)) == 1
-    far = torch.tensor(
-        float(NO_BIAS_CORRECTION_STEP + 4_000_000)
-    )  # the longest preset still counts by ones
+    # After the steps of the longest preset, adding 1 is still exact.
+    far = torch.tensor(float(NO_BIAS_CORRECTION_STEP + 4_000_000))
     assert far + 1 - far == 1
 
 
@@ -114,7 +113,7 @@ def test_a_rate_of_zero_moves_no_weight():
     assert all(torch.equal(module[name], before[name]) for name in module)
 
 
-def test_the_moments_of_a_checkpoint_go_on_without_a_seam():
+def test_the_moments_of_a_checkpoint_continue_exactly():
     straight = tables()
     train(AdamW(parameter_groups(straight, 0.1), OPTIONS), straight, RATES)
 
@@ -131,7 +130,7 @@ def test_the_moments_of_a_checkpoint_go_on_without_a_seam():
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-# ----------------------------------------------------------------------------------------------------------- schedule
+# ---------------------------------------------------------------------------------------- schedule
 
 
 def test_warmup_multiplies_the_linear_decay():
@@ -139,7 +138,7 @@ def test_warmup_multiplies_the_linear_decay():
         return learning_rate(5e-4, 10_000, step, 1_000_000)
 
     expected = {
-        0: 0.0,  # the very first step moves nothing, as in the authors' code
+        0: 0.0,  # the first step changes nothing, as in the authors' code
         1: 5e-4 * (1 - 1e-6) * 1e-4,
         5_000: 5e-4 * 0.995 * 0.5,
         10_000: 5e-4 * 0.99,
@@ -156,7 +155,7 @@ def test_the_rate_is_never_negative_and_warmup_may_be_none():
     assert [learning_rate(1.0, 0, step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
-# ------------------------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------ groups
 
 
 def objective(**changes):

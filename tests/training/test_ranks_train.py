@@ -38,7 +38,7 @@ def of_split(outs: Path, run: str, split: str) -> list[dict]:
     return [record for record in curve(outs / run) if record["split"] == split]
 
 
-# ------------------------------------------------------------------------------- equal curves
+# ------------------------------------------------------------------------------------ equal curves
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -76,7 +76,7 @@ def test_zero_options_for_several_ranks_change_no_bit_on_one(outs: Path, stage: 
     assert is_bit_equal(outs / f"alone-z{stage}", outs / f"as-many-z{stage}")
 
 
-# ------------------------------------------------------------------------------ communication
+# ----------------------------------------------------------------------------------- communication
 
 
 def sent(outs: Path, name: str) -> tuple[list[list], list[int], int]:
@@ -167,7 +167,7 @@ def test_waiting_for_data_is_logged_with_its_rank(outs: Path) -> None:
         assert "stage the data" in line
 
 
-# ---------------------------------------------------------------------------- exact resumes
+# ----------------------------------------------------------------------------------- exact resumes
 
 
 @pytest.mark.parametrize("name", [f"{kind}z{stage}" for kind in ("", "bf16-") for stage in STAGES])
@@ -235,7 +235,7 @@ def test_init_from_takes_weights_alone(outs: Path) -> None:
     assert first["mlm_loss"] < curve(outs / "one")[0]["mlm_loss"] - 0.1
 
 
-# ------------------------------------------------------------------- refusals, stops, failures
+# ----------------------------------------------------------------------- refusals, stops, failures
 
 
 def test_a_resume_refuses_changed_science_and_takes_changed_machine_settings(outs: Path) -> None:
@@ -347,7 +347,7 @@ def test_status_reports_stopped_and_finished_runs_with_their_restarts(outs: Path
     assert status(outs / "cut-z1")["restarts"] == 1
 
 
-# -------------------------------------------------------------------------------------- fp16
+# -------------------------------------------------------------------------------------------- fp16
 
 
 def test_fp16_on_a_cpu_is_refused_with_its_reason(outs: Path) -> None:
@@ -381,7 +381,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(outs: Path, stage: int) ->
     assert "train.max_skipped_steps = 2" in noted(outs, f"overflow-z{stage}")
 
 
-# ----------------------------------------------------------------- held-out metrics, mixtures
+# ---------------------------------------------------------------------- held-out metrics, mixtures
 
 
 @pytest.mark.parametrize("stage", (0, 1, 3))
@@ -449,7 +449,7 @@ def test_tensorboard_of_a_resumed_run_holds_every_curve_without_overlap(outs: Pa
     assert written == pytest.approx(logged, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------ memory
 
 
 @pytest.mark.parametrize("world_size", (1, 2))

@@ -1,0 +1,34 @@
+"""Plots of metrics."""
+
+import pytest
+from logged_run import log_run, valid_values
+
+from electra_ds.common.errors import UserError
+from electra_ds.reporting.plot import PANELS, plot
+from electra_ds.training.run_logger import RunLogger
+
+
+def test_a_plot_needs_only_metrics_and_shows_every_held_out_point(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        log_run(tmp_path / name, range(2, 11, 2))  # step 5 has no record of the training
+        with RunLogger(tmp_path / name, 10, 100, 1.0, tensorboard=False) as metrics:
+            metrics.valid(7, valid_values(7))
+    drawn = []
+
+    def draw(_axis, x, y, label, **_):
+        drawn.append((label, list(x), list(y)))
+
+    monkeypatch.setattr(pyplot.Axes, "plot", draw)
+    monkeypatch.setattr(pyplot.Axes, "legend", lambda self, **_: None)
+    plot([tmp_path / "one", tmp_path / "two"], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    held_out = next((x, y) for label, x, y in drawn if label == "two fixed corruption")
+    assert held_out == (pytest.approx([0.01, 0.007]), [10.7, 7.7])  # a thousand tokens per step
+    assert len(PANELS) == 4 and len({label for label, _, _ in drawn}) > 8
+
+
+def test_a_folder_without_metrics_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.jsonl here"):
+        plot([tmp_path], tmp_path / "curves.png")
