@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_kernels
 import torch
+from plain_attention import value_and_grads, written_out_attention
 
 from electra_ds.model.kernels.attention import (
     PackedMask,
@@ -142,9 +142,9 @@ def test_every_backend_is_the_formula(kind: str, dtype: torch.dtype, rows: torch
         structure(kind, rows, dtype),
     )
     backend = "auto" if kind == "varlen" else kind
-    ours = test_kernels.value_and_grads(lambda t: attention(t, 4, pieces, backend=backend), qkv)
-    formula = lambda t: test_kernels.written_out_attention(t, 4, rows.to(DEVICE))  # noqa: E731
-    for a, b in zip(ours, test_kernels.value_and_grads(formula, qkv.float()), strict=True):
+    ours = value_and_grads(lambda t: attention(t, 4, pieces, backend=backend), qkv)
+    formula = lambda t: written_out_attention(t, 4, rows.to(DEVICE))  # noqa: E731
+    for a, b in zip(ours, value_and_grads(formula, qkv.float()), strict=True):
         torch.testing.assert_close(
             a.float(), b, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02
         )
@@ -313,7 +313,7 @@ def test_no_step_between_log_lines_waits_for_the_device(data: Path, tmp_path: Pa
 )
 def test_fine_tuning_learns_in_every_precision(tmp_path: Path, engine: str) -> None:
     import run_folders
-    from test_finetune import write_tasks
+    from small_tasks import write_tasks
 
     run_folders.pretrained(tmp_path / "model")
     tasks, config = write_tasks(tmp_path / "tasks"), tmp_path / "config.json"
