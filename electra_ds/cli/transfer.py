@@ -61,7 +61,7 @@ def import_(
 ) -> None:
     """Write a run folder at step 0 from foreign weights.
 
-    Every tensor is listed: read, newly made, or left out.
+    Every tensor is listed: loaded, initialized, or unused.
     """
     from electra_ds.interop.import_weights import import_weights
 
@@ -69,12 +69,14 @@ def import_(
         source, out, run, sets or [], generator=generator, config=config, tokenizer=tokenizer
     )
     for foreign, ours in report.loaded:
-        print(f"read  {foreign} -> {ours}")
+        print(f"loaded       {foreign} -> {ours}")
     for ours in report.initialized:
-        print(f"made  {ours}")
+        print(f"initialized  {ours}")
     for foreign, reason in report.unused.items():
-        print(f"left  {foreign} ({reason})")
+        print(f"unused       {foreign} ({reason})")
     for warning in report.warnings:
         print(f"note: {warning}")
-    counts = f"{len(report.loaded)} read, {len(report.initialized)} made, {len(report.unused)} left"
-    print(f"{out}: {counts}")
+    print(
+        f"{out}: {len(report.loaded)} loaded, {len(report.initialized)} initialized, "
+        f"{len(report.unused)} unused"
+    )

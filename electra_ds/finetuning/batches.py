@@ -13,7 +13,7 @@ from torch import Tensor
 from electra_ds.data import philox
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.examples import Example
-from electra_ds.finetuning.tasks import Task
+from electra_ds.finetuning.tasks import Task, TaskKind
 from electra_ds.model.kernels.attention import document_cu_seqlens
 
 # Batches that are sorted by length together: 1 to 3 % padding on GLUE, and still a random order.
@@ -133,7 +133,7 @@ def micro_batches(
     count: int,
     examples: list[Encoded],
     pad_id: int,
-    kind: str,
+    kind: TaskKind,
     packed: bool = False,
 ) -> list[TaskBatch]:
     """Exactly `count` micro-batches of up to micro_batch_size examples each.
@@ -149,7 +149,9 @@ def micro_batches(
     ]
 
 
-def collate(examples: list[Encoded], pad_id: int, kind: str, packed: bool = False) -> TaskBatch:
+def collate(
+    examples: list[Encoded], pad_id: int, kind: TaskKind, packed: bool = False
+) -> TaskBatch:
     """One micro-batch of N examples of a task kind, on the CPU.
 
     packed: False: B = N rows padded to the longest example; True: B = 1 row in which the examples

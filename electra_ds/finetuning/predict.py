@@ -21,7 +21,7 @@ from electra_ds.finetuning.batches import Encoded, TaskBatch, collate, encode, p
 from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
-from electra_ds.finetuning.tasks import GLUE, Task, load_task
+from electra_ds.finetuning.tasks import GLUE, Task, TaskKind, load_task
 from electra_ds.interop.load_model import read_checkpoint
 from electra_ds.model.weights import load_true_state
 from electra_ds.training.checkpoint import tokenizer_of
@@ -73,7 +73,7 @@ def predict_split(
 
 def logits_of(
     module: nn.Module,
-    kind: str,
+    kind: TaskKind,
     examples: list[Encoded],
     pad_id: int,
     ranks: Ranks = SINGLE_RANK,

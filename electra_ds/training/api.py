@@ -46,7 +46,8 @@ def pretrain(
     that cannot continue.
 
     A process can pretrain once, since DeepSpeed keeps the process groups of the first run: resume
-    in a new process. Call it from the main thread: SIGINT, SIGTERM and SIGUSR1 save and stop the run.
+    in a new process. Call it from the main thread; SIGINT, SIGTERM and SIGUSR1 save and stop the
+    run.
     """
     global _has_run
     if isinstance(config, RunConfig):
