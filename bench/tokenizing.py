@@ -27,9 +27,10 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from data_tools.formats.corpus import Tally, documents
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Tally
 from data_tools.inputs.plan import UNIT_BYTES, make_plan
-from data_tools.inspect_rows import reread
+from data_tools.inspect_rows import source_reader
 from data_tools.pipeline.clean import clean_lines
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
@@ -232,11 +233,9 @@ def packed(data: Path, scratch: Path) -> dict[int, list[int]]:
                 parts.setdefault((unit, document), []).append(
                     (token, rows[row, start : start + length].tolist())
                 )
-    texts_of, units = (
-        reread(data, [str(scratch / "input.jsonl")]),
-        range(len(reader.manifest.source.units)),
-    )
-    keys = [(unit, document) for unit in units for document, _ in enumerate(texts_of(unit))]
+    read_unit = source_reader(data, [str(scratch / "input.jsonl")])
+    units = range(len(reader.manifest.source.units))
+    keys = [(unit, document) for unit in units for document, _ in enumerate(read_unit(unit))]
     return {
         n: [i for _, ids in sorted(parts[key]) for i in ids]
         for n, key in enumerate(keys)
