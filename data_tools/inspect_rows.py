@@ -63,10 +63,10 @@ def describe_rows(
             text = tokenizer.decode(ids[start : start + length].tolist())
             yield f"  [{start}:{start + length}] {text}"
             if read_unit is not None:
-                found = next(islice(read_unit(unit), document, None))
-                location = f"{_segment(plan, found.segment)}: document {found.number}"
+                origin = next(islice(read_unit(unit), document, None))
+                location = f"{_segment(plan, origin.segment)}: document {origin.number}"
                 yield f"    from {location}, token {token} (unit {unit})"
-                yield f"    title: {' '.join(found.text.split())[:TITLE_CHARS]}"
+                yield f"    title: {' '.join(origin.text.split())[:TITLE_CHARS]}"
             elif source:
                 yield f"    from {_location(plan, unit, document)}, token {token} (unit {unit})"
 

@@ -288,8 +288,8 @@ def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
         table = read_table(job.units, unit)
         table = table[~is_duplicate(duplicates, unit, table)]
         for split in SPLITS:
-            chosen = in_split(table, split, valid_fraction)
-            tokens[split] += int(table["tokens"][chosen].sum(dtype=np.int64))
+            selected = in_split(table, split, valid_fraction)
+            tokens[split] += int(table["tokens"][selected].sum(dtype=np.int64))
     if not tokens["train"] or (valid_fraction and not tokens["valid"]):
         raise UserError(
             f"of {sum(tokens.values())} tokens, valid_fraction = {valid_fraction} leaves "

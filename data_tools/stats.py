@@ -215,6 +215,6 @@ def _vocabulary_rows(facts: dict[str, Any]) -> Rows:
         rows.append((f"the {int(n):,} most frequent", f"{share:.2%} of tokens"))
     if unknowns := facts["unknowns"]:
         words = ", ".join(f"{word} {count:,}" for word, count in unknowns["words"].items())
-        examined = f"{unknowns['looked_at']:,} of {unknowns['found']:,} looked at"
+        examined = f"{unknowns['looked_at']:,} of {unknowns['found']:,} examined"
         rows.append(("unknown words", f"{examined}: {words}"))
     return rows

@@ -115,7 +115,7 @@ def _read_format(
 ) -> Iterator[str]:
     """Yield the documents of a file, or of a tar's member, by the reader of its format."""
     if source.format == "tfrecord":
-        raise UserError(f"{source.name}: holds rows, not text; `electra-ds convert` takes it")
+        raise UserError(f"{source.name}: holds rows, not text; `electra-ds convert` reads it")
     reader = READERS[source.format.partition(":")[0]]
     yield from reader(source, content, start, end, text_field, tally)
 

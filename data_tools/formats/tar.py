@@ -19,7 +19,7 @@ from electra_ds.common.errors import UserError
 
 
 class TarHeader(tarfile.TarInfo):
-    """A tar header that is checked: tarfile takes a damaged or missing one for the end."""
+    """A checked tar header. tarfile treats a damaged or missing one as the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> TarHeader:
@@ -65,7 +65,7 @@ def _read_tar(
     try:
         with tarfile.open(fileobj=content, mode="r|", tarinfo=TarHeader) as tar:
             for header in iter(tar.next, None):
-                tar.members.clear()  # type: ignore[attr-defined] # there may be millions
+                tar.members.clear()  # type: ignore[attr-defined] # they would fill the memory
                 is_hidden = "/." in f"/{header.name.removeprefix('./')}"
                 if not header.isfile() or not header.size or is_hidden:
                     continue

@@ -141,8 +141,8 @@ def _shard_tables(task: ShardTask) -> list[np.ndarray]:
     for unit in range(task.units):
         table = read_table(task.units_folder, unit)
         table = table[(table["key"] >= low) & (table["key"] <= high)]
-        chosen = in_split(table, task.split, task.settings.valid_fraction)
-        table = table[chosen & ~is_duplicate(duplicates, unit, table)]
+        selected = in_split(table, task.split, task.settings.valid_fraction)
+        table = table[selected & ~is_duplicate(duplicates, unit, table)]
         with_unit = np.zeros(len(table), UNIT_DOCUMENT)
         with_unit["unit"] = unit
         with_unit["entry"] = table

@@ -95,17 +95,17 @@ def _pack_bins(sizes: list[int], width: int) -> tuple[np.ndarray, int]:
         if fitting:
             lowest_bit = (fitting & -fitting).bit_length() - 1
             room = size + lowest_bit
-            chosen = bins_by_room[room].pop()
+            bin_number = bins_by_room[room].pop()
             if not bins_by_room[room]:
                 rooms &= ~(1 << room)
         else:
             room = width
-            chosen = bins
+            bin_number = bins
             bins += 1
-        placed[i] = chosen, width - room
+        placed[i] = bin_number, width - room
         room -= size
         if room >= SHORTEST_FREE:
-            bins_by_room[room].append(chosen)
+            bins_by_room[room].append(bin_number)
             rooms |= 1 << room
     return placed, bins
 

@@ -111,7 +111,7 @@ def test_the_error_for_a_bad_record_names_file_and_record(tmp_path: Path) -> Non
     assert convert([str(path)], RECORDS, tmp_path / "data", valid_fraction=0).unknowns.found == 3
     assert rows_of(tmp_path / "data").tolist() == [ids] * 3
     with pytest.raises(
-        UserError, match=r"^rows: holds rows, not text; .electra-ds convert. takes it"
+        UserError, match=r"^rows: holds rows, not text; .electra-ds convert. reads it"
     ):
         prepare([str(path)], RECORDS, tmp_path / "text", format="tfrecord")
     flipped = bytearray(good)
