@@ -77,9 +77,10 @@ def _head_line(
     """Return the line that describes row `number`, with its ids [S]."""
     shard, block_in_shard = reader.place(block)
     padding = int((ids == reader.manifest.tokenizer.special_ids.pad).sum())
+    plural = "" if fragments == 1 else "s"
     return (
         f"row {number} (shard {shard}, block {block_in_shard}): {len(ids) - padding} tokens, "
-        f"{padding} padding, {fragments} document fragments"
+        f"{padding} padding, {fragments} document fragment{plural}"
     )
 
 
