@@ -16,8 +16,7 @@ from threading import Thread
 
 import pytest
 import webdataset
-from running import has_mpi
-from test_prepare_mpi import mpirun
+from running import has_mpi, mpirun
 
 from data_tools.formats.documents import documents
 from data_tools.formats.source import UNKNOWN, Tally

@@ -12,18 +12,18 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from running import CPU, ROOT, needs_mpi
-from test_prepare import PATHS, contents, corpus, run, text_of  # noqa: F401 (corpus is a fixture)
+from running import CPU, WITH_SUPPORT, mpirun, needs_mpi
+from small_corpus import contents, text_of
+from small_corpus import prepare_corpus as run
 
 pytestmark = needs_mpi
-ENVIRON = CPU | {"PYTHONPATH": PATHS}
 # Kills rank `victim` in stage `at`.
 JOB = """
 import os, sys, time
 from pathlib import Path
 from data_tools.workers import mpi_ranks
 from mpi4py import MPI
-from test_prepare import run
+from small_corpus import prepare_corpus as run
 victim, at = int(sys.argv[3]), sys.argv[4]
 pids = MPI.COMM_WORLD.allgather(os.getpid())
 def progress(stage, done, total):
@@ -40,7 +40,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from data_tools.workers import mpi_ranks
-from test_prepare import run
+from small_corpus import prepare_corpus as run
 if __name__ == "__main__":
     corpus, out, units = map(Path, sys.argv[1:4])
     workers, world = int(sys.argv[4]), None
@@ -53,19 +53,8 @@ if __name__ == "__main__":
 """
 
 
-def mpirun(ranks: int, *command: object, script: bool = False) -> subprocess.CompletedProcess:
-    """Run Python under mpirun, or launch/prepare.sh, for at most half a minute."""
-    launcher = ["mpirun", "-n", str(ranks), sys.executable]
-    if script:
-        launcher = ["bash", str(ROOT / "launch/prepare.sh")]
-    environ = os.environ | ENVIRON | {"PYTHON": sys.executable, "RANKS": str(ranks)}
-    return subprocess.run(
-        [*launcher, *map(str, command)], env=environ, capture_output=True, text=True, timeout=30
-    )
-
-
 @pytest.mark.parametrize(("victim", "at"), [(0, "tokenize"), (1, "pack")])
-def test_a_killed_rank_ends_all_and_another_number_of_ranks_resumes(corpus, tmp_path, victim, at):  # noqa: F811
+def test_a_killed_rank_ends_all_and_another_number_of_ranks_resumes(corpus, tmp_path, victim, at):
     run(corpus, tmp_path / "whole")
     (tmp_path / "job.py").write_text(JOB)
     killed = mpirun(3, tmp_path / "job.py", corpus, tmp_path / "data", victim, at)
@@ -102,7 +91,7 @@ def kill_some(pids: list[int], random: Random) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("driver", ["workers", "ranks"])
-def test_20_random_kills_repeat_only_unfinished_work(corpus, tmp_path, driver):  # noqa: F811
+def test_20_random_kills_repeat_only_unfinished_work(corpus, tmp_path, driver):
     """Kill one process or all, then start another number of them; sometimes damage a unit."""
     random = Random(int(os.environ.get("CHAOS_SEED", "1")))
     whole, out, units = (tmp_path / name for name in ("whole", "data", "units"))
@@ -119,7 +108,7 @@ def test_20_random_kills_repeat_only_unfinished_work(corpus, tmp_path, driver): 
         command = [*(["mpirun", "-n", str(count)] if on_ranks else []), sys.executable, job]
         command += [corpus, out, units, "0" if on_ranks else str(count)]
         label = f"{tmp_path}/{launches}."
-        environ = os.environ | ENVIRON | {"JOB_LABEL": label}
+        environ = os.environ | CPU | WITH_SUPPORT | {"JOB_LABEL": label}
         process = subprocess.Popen(
             command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -150,7 +139,7 @@ def test_20_random_kills_repeat_only_unfinished_work(corpus, tmp_path, driver): 
     assert kills == 20 and contents(out) == contents(whole)
 
 
-def test_the_script_prints_the_error_of_a_rank_once_and_has_its_exit_code(corpus, tmp_path):  # noqa: F811
+def test_the_script_prints_the_error_of_a_rank_once_and_has_its_exit_code(corpus, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(6):
         text = "\n\n".join(text_of(i) for i in range(30 * number, 30 * number + 30))
@@ -172,7 +161,7 @@ def test_the_script_prints_the_error_of_a_rank_once_and_has_its_exit_code(corpus
     assert refused.returncode == 2 and refused.stderr.count("workers = 2; expected") == 1, refused
 
 
-def test_the_module_under_mpi4py_is_the_verb(corpus, tmp_path):  # noqa: F811
+def test_the_module_under_mpi4py_is_the_verb(corpus, tmp_path):
     command = ["-m", "mpi4py", "-m", "data_tools.prepare"]
     command += ["--tokenizer", corpus / "tok", "--out", tmp_path / "data"]
     done = mpirun(2, *command, "--input", corpus / "in", "--valid-fraction", 0.1)

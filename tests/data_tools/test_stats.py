@@ -12,7 +12,7 @@ from data_tools.pipeline import unknowns
 from data_tools.prepare import prepare
 from data_tools.stats import stats, tables
 from data_tools.stats_html import html_page
-from electra_ds.cli import data as cli
+from electra_ds.cli import data as verbs
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.tokenizer import load_tokenizer
 
@@ -187,7 +187,7 @@ class Texts(HTMLParser):
 
 
 def test_the_page_has_the_values_of_the_json_and_no_scripts_or_links(folder, tmp_path, capsys):
-    cli.stats(folder / "data", html=tmp_path / "page.html", as_json=True)
+    verbs.stats(folder / "data", html=tmp_path / "page.html", as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts == stats(folder / "data")
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -204,7 +204,7 @@ def test_the_page_has_the_values_of_the_json_and_no_scripts_or_links(folder, tmp
         assert {f"{count:,}" for count in counted} <= set(parsed.cells)
     assert content.count("<polyline") == 2 and "http" not in content
     assert not parsed.names & {"script", "link", "img", "src", "href", "iframe"}
-    cli.stats(folder / "data")
+    verbs.stats(folder / "data")
     printed = capsys.readouterr().out
     for cell in parsed.cells:
         assert all(word in printed for word in cell.split())
