@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from report import make_parser, print_heading, print_row, run_main
 
-from data_tools.formats.corpus import Tally, documents
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Tally
 from data_tools.inputs.plan import make_plan
 from data_tools.pipeline.clean import SHINGLE, clean_lines, signatures, text_hash
 from data_tools.prepare import prepare

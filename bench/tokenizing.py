@@ -38,9 +38,10 @@ from pathlib import Path
 
 from report import make_parser, print_heading, print_row, run_main
 
-from data_tools.formats.corpus import Tally, documents
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Tally
 from data_tools.inputs.plan import UNIT_BYTES, make_plan
-from data_tools.inspect_rows import reread
+from data_tools.inspect_rows import source_reader
 from data_tools.pipeline.clean import clean_lines
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
@@ -305,9 +306,9 @@ def packed_ids(data: Path, scratch: Path) -> dict[int, list[int]]:
             for row, start, length, unit, document, token in reader.fragments(block).tolist():
                 ids = rows[row, start : start + length].tolist()
                 fragments.setdefault((unit, document), []).append((token, ids))
-    texts_of_unit = reread(data, [str(scratch / "input.jsonl")])
+    read_unit = source_reader(data, [str(scratch / "input.jsonl")])
     units = range(len(reader.manifest.source.units))
-    keys = [(unit, document) for unit in units for document, _ in enumerate(texts_of_unit(unit))]
+    keys = [(unit, document) for unit in units for document, _ in enumerate(read_unit(unit))]
     return {
         index: [i for _, ids in sorted(fragments[key]) for i in ids]
         for index, key in enumerate(keys)

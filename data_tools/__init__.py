@@ -1,1 +1,1 @@
-"""Raw text in, shards out; never imports torch."""
+"""Preparation of data, from raw text to shards. Does not import torch."""

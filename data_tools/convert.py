@@ -1,56 +1,90 @@
-"""How do the rows of others become ours? The authors' pretraining TFRecords, row by row as they are.
+"""Conversion of the pretraining TFRecords of google-research/electra, row by row.
 
-A record is a tf.train.Example of three int64 features of S numbers: input_ids, [CLS] A [SEP] or [CLS] A [SEP] B [SEP]
-and padding; input_mask; segment_ids. It stands for a document of the lines A and B, so that workers, resume, shuffle
-and splits are those of `prepare`.
+A record is a tf.train.Example of three int64 features of S numbers: input_ids ([CLS] A [SEP] or
+[CLS] A [SEP] B [SEP], and padding), input_mask, segment_ids. It is handled as a document of the
+lines A and B, so workers, resume, shuffle and splits are those of `prepare`. Letters: S sequence.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.formats.corpus import Source, Tally
+from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import make_plan, readable, unit_size
 from data_tools.inputs.streams import content_of, open_input
-from data_tools.pipeline.units import REMOVED, UnitTask, UnitWriter, finished, unit_paths
+from data_tools.pipeline.markers import finished
+from data_tools.pipeline.units import REMOVED, EncodedDocument, UnitTask, UnitWriter, unit_files
 from data_tools.pipeline.unknowns import Unknowns
 from data_tools.prepare import prepare
+from data_tools.workers import OnProgress
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import Manifest, ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 FEATURES = ("input_ids", "input_mask", "segment_ids")
-EXAMPLE = """name: "example.proto"
-message_type { name: "Example" field { name: "features" number: 1 label: LABEL_OPTIONAL type_name: "Features" } }
-message_type { name: "Features" field { name: "feature" number: 1 label: LABEL_REPEATED type_name: "Entry" } }
-message_type { name: "Entry" field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
-                             field { name: "value" number: 2 label: LABEL_OPTIONAL type_name: "Feature" } }
-message_type { name: "Feature" field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type_name: "Int64List" } }
-message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
-"""  # tf.train.Example as it stands in a file: its map is a list of entries
+# tf.train.Example as it is encoded in a file, where its map is a list of entries.
+EXAMPLE = """
+name: "example.proto"
+message_type {
+  name: "Example"
+  field { name: "features" number: 1 label: LABEL_OPTIONAL type_name: "Features" }
+}
+message_type {
+  name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED type_name: "Entry" }
+}
+message_type {
+  name: "Entry"
+  field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+  field { name: "value" number: 2 label: LABEL_OPTIONAL type_name: "Feature" }
+}
+message_type {
+  name: "Feature"
+  field { name: "int64_list" number: 3 label: LABEL_OPTIONAL type_name: "Int64List" }
+}
+message_type {
+  name: "Int64List"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 }
+}
+"""
+
+
+class Record(NamedTuple):
+    """The features of one record, [S] int64 each."""
+
+    input_ids: np.ndarray
+    input_mask: np.ndarray
+    segment_ids: np.ndarray
 
 
 def convert(
     inputs: Sequence[str], tokenizer: str | Path, out: str | Path, **options: Any
 ) -> Manifest:
-    """Make a data folder of packing "google" from TFRecords; returns its manifest.
+    """Make a data folder with packing "google" from TFRecords and return its manifest.
 
-    Every row is kept. Rows are shuffled by `seed` and held out by the hash of their ids; their provenance is file and
-    record. inputs, options: as for `prepare`. Raises UserError, with file and record, for a record that is damaged, or
-    no row of this vocabulary and of the first row's length.
+    Every row is kept. Rows are shuffled by `seed` and held out by the hash of their ids. Their
+    provenance is file and record.
+
+    inputs, options: as for `prepare`
+    Raises UserError, with file and record, for a damaged record and for a record that is no row of
+    this vocabulary or has another length than the first row; also when the extra [tfrecord] is not
+    installed.
     """
     sources = make_plan(inputs, format="tfrecord").sources
-    width = next((len(ids) for source in sources for _, (ids, *_) in _rows(source)), None)
-    if width is None:
+    records = (record for source in sources for _, record in _read_records(source))
+    first = next(records, None)
+    if first is None:
         raise UserError(f"{', '.join(inputs)}: no record in {len(sources)} input file(s)")
+    width = len(first.input_ids)
     return prepare(
         inputs,
         tokenizer,
@@ -64,56 +98,67 @@ def convert(
     )
 
 
-def _convert_unit(width: int, task: UnitTask, on_progress: Callable[[int], None]) -> dict:
-    """As `tokenize_unit`, of a file of rows of `width` ids."""
-    if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
+def _convert_unit(width: int, task: UnitTask, on_progress: OnProgress) -> dict:
+    """Do what `tokenize_unit` does, for a file of rows of `width` ids."""
+    if marker := finished(unit_files(task.folder, task.number).marker, task.plan_sha256):
         on_progress(unit_size(task.unit))
-        return found
-    tokenizer, (source,), told, unknowns = (
-        load_tokenizer(task.tokenizer),
-        task.sources,
-        0,
-        Unknowns(),
-    )
-    with UnitWriter(task, ids_dtype(tokenizer.vocab_size)) as writer:
-        for number, (at, row) in enumerate(_rows(source)):
-            if problem := _problem(row, width, tokenizer):
+        return marker
+    tokenizer = load_tokenizer(task.tokenizer)
+    special = tokenizer.special_ids
+    (source,) = task.sources
+    unknowns = Unknowns()
+    reported = 0
+    with UnitWriter(task) as writer:
+        for number, (position, record) in enumerate(_read_records(source)):
+            if problem := _problem(record, width, tokenizer):
                 raise UserError(f"{source.name}: record {number}: {problem}")
-            own = row[0][1 : row[1].sum()]  # A [SEP] B [SEP]
-            hashed = struct.unpack("<QQ", blake2b(own.tobytes(), digest_size=16).digest())
-            writer.add(number, hashed, own, int((own != tokenizer.special_ids.sep).sum()))
-            unknowns.found += int((own == tokenizer.special_ids.unk).sum())
-            on_progress(at - told)
-            told = at
+            text = record.input_ids[1 : record.input_mask.sum()]  # A [SEP] B [SEP]
+            first, second = struct.unpack("<QQ", blake2b(text.tobytes(), digest_size=16).digest())
+            stored = text.astype(ids_dtype(tokenizer.vocab_size))
+            tokens = int((text != special.sep).sum())
+            writer.add(EncodedDocument(number, (first, second), stored, tokens))
+            unknowns.total += int((text == special.unk).sum())
+            on_progress(position - reported)
+            reported = position
         return writer.close(dict.fromkeys(REMOVED, 0), Tally(), unknowns)
 
 
-def _problem(row: list[np.ndarray], width: int, tokenizer: Tokenizer) -> str:
-    """What is wrong with a row, or nothing."""
-    ids, mask, segments = row
-    if (lengths := [len(part) for part in row]) != [width] * 3:
-        return f"{lengths} numbers in {', '.join(FEATURES)}; expected {width}, as in the first record of all"
-    roles = {i: role[0].encode() for role, i in tokenizer.special_ids.model_dump().items()}
-    letters = b"".join(roles.get(i, b"t") for i in ids[mask != 0].tolist())
-    if (
-        ids.min() < 0
-        or ids.max() >= tokenizer.vocab_size
-        or not re.fullmatch(b"c[tu]+s([tu]+s)?", letters)
-    ):
+def _problem(record: Record, width: int, tokenizer: Tokenizer) -> str:
+    """Describe what is wrong with a record; empty if nothing is."""
+    lengths = [len(feature) for feature in record]
+    if lengths != [width] * 3:
         return (
-            f"ids from {ids.min()} to {ids.max()}, in order {letters.decode()}; expected [CLS] A [SEP] or [CLS] A "
-            f"[SEP] B [SEP] (ctts, cttsts), and {tokenizer.special_ids} of {tokenizer.vocab_size} entries; give "
-            f"the rows' own vocabulary"
+            f"{lengths} numbers in {', '.join(FEATURES)}; expected {width}, as in the first record "
+            "of all"
         )
-    places = np.arange(width)
-    in_row, in_b = places < len(letters), (places > letters.index(b"s")) & (places < len(letters))
-    if (mask != in_row).any() or (segments != in_b).any():
-        return "input_mask is not 1 on all before the padding, or segment_ids are not 1 on B and its [SEP] alone"
+    ids = record.input_ids
+    special = tokenizer.special_ids.model_dump()
+    role_letters = {token: role[0].encode() for role, token in special.items()}
+    # The ids as letters: t for text, else the first letter of pad, unk, cls, sep, mask.
+    letters = b"".join(role_letters.get(i, b"t") for i in ids[record.input_mask != 0].tolist())
+    in_vocabulary = ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+    if not in_vocabulary or not re.fullmatch(b"c[tu]+s([tu]+s)?", letters):
+        return (
+            f"ids from {ids.min()} to {ids.max()}, in order {letters.decode()}; expected [CLS] A "
+            f"[SEP] or [CLS] A [SEP] B [SEP] (ctts, cttsts), and {tokenizer.special_ids} of "
+            f"{tokenizer.vocab_size} entries; give the rows' own vocabulary"
+        )
+    positions = np.arange(width)
+    is_real = positions < len(letters)
+    is_second = is_real & (positions > letters.index(b"s"))
+    if (record.input_mask != is_real).any() or (record.segment_ids != is_second).any():
+        return (
+            "input_mask is not 1 on all before the padding, or segment_ids are not 1 on B and its "
+            "[SEP] alone"
+        )
     return ""
 
 
-def _libraries() -> tuple[Any, Any]:
-    """(google_crc32c, an empty tf.train.Example). UserError when the extra is not installed."""
+def _load_libraries() -> tuple[Any, Any]:
+    """Return (module google_crc32c, an empty tf.train.Example).
+
+    Raises UserError when the extra [tfrecord] is not installed.
+    """
     try:
         import google_crc32c
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
@@ -124,19 +169,21 @@ def _libraries() -> tuple[Any, Any]:
         ) from None
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(EXAMPLE, descriptor_pb2.FileDescriptorProto()))
-    return google_crc32c, message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))()
+    example_type = message_factory.GetMessageClass(pool.FindMessageTypeByName("Example"))
+    return google_crc32c, example_type()
 
 
-def _rows(source: Source) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(bytes read, the three features) of each record of a file."""
-    google_crc32c, example = _libraries()
+def _read_records(source: Source) -> Iterator[tuple[int, Record]]:
+    """Yield (bytes read so far, record) for each record of a file."""
+    google_crc32c, example = _load_libraries()
     number = 0
 
-    def take(size: int) -> bytes:
-        """The next bytes, which their masked CRC-32C follows."""
+    def read_checked(content: BufferedReader, size: int) -> bytes:
+        """Read bytes that are followed by their masked CRC-32C."""
         data = content.read(size + 4)
         crc = google_crc32c.value(data[:size])
-        if data[size:] != struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF):
+        masked_crc = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        if data[size:] != struct.pack("<I", masked_crc):
             raise UserError(
                 f"{source.name}: record {number}: damaged or cut short; copy the file again"
             )
@@ -145,12 +192,16 @@ def _rows(source: Source) -> Iterator[tuple[int, list[np.ndarray]]]:
     with readable(source.name), open_input(source.path) as raw:
         content = content_of(raw, source.name)
         while content.peek(1):
-            example.ParseFromString(take(*struct.unpack("<Q", take(8))))
-            found = {entry.key: entry.value.int64_list.value for entry in example.features.feature}
-            if missing := [name for name in FEATURES if name not in found]:
+            (size,) = struct.unpack("<Q", read_checked(content, 8))
+            example.ParseFromString(read_checked(content, size))
+            features = {
+                entry.key: entry.value.int64_list.value for entry in example.features.feature
+            }
+            if missing := [name for name in FEATURES if name not in features]:
                 raise UserError(
-                    f"{source.name}: record {number}: no {', '.join(missing)} among {sorted(found)}; "
-                    f"expected what build_pretraining_dataset.py of google-research/electra writes"
+                    f"{source.name}: record {number}: no {', '.join(missing)} among "
+                    f"{sorted(features)}; expected what build_pretraining_dataset.py of "
+                    "google-research/electra writes"
                 )
-            yield raw.tell(), [np.array(found[name], np.int64) for name in FEATURES]
+            yield raw.tell(), Record(*(np.array(features[name], np.int64) for name in FEATURES))
             number += 1

@@ -1,18 +1,31 @@
-"""What do packed rows say? Decoded text by piece, and where each piece comes from."""
+"""Rows of a data folder as text, by document fragment, with the source of each fragment."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.formats.corpus import Source, Tally, documents
-from data_tools.inputs.plan import make_plan
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Source, Tally
+from data_tools.inputs.plan import Segment, make_plan
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import read_json
 from electra_ds.data.shard_format import SourcePlan
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
+
+TITLE_CHARS = 100
+SHOWN_FILES = 3  # files of a unit that are named
+
+
+class SourceDocument(NamedTuple):
+    """A document as it is in the input."""
+
+    segment: Segment  # the byte range in which it starts
+    number: int  # in that byte range, from 0
+    text: str
 
 
 def describe_rows(
@@ -23,72 +36,103 @@ def describe_rows(
     source: bool = False,
     inputs: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Lines for people: a head line per row, then each of its pieces decoded, in order.
+    """Yield lines of text: a head line for each row, then its document fragments in order.
 
-    `source` adds where a piece comes from: the input files and byte ranges of its unit, the document's number in the
-    unit, the piece's first token in the document; `inputs` how that document begins there (see `reread`).
-    UserError: no such split or row, a damaged block.
+    source: add the source of each fragment: input file, byte range, number of the document in it
+            (from 0), first token of the fragment in the document (from 0)
+    inputs: those of `prepare`; add the source and, as a title, the first words of the document
+    Raises UserError when there is no such split or row, and for a damaged block.
     """
-    reader, tokenizer = ShardReader(data_dir, split), load_tokenizer(Path(data_dir) / "tokenizer")
-    pad, texts = (
-        reader.manifest.tokenizer.special_ids.pad,
-        reread(data_dir, inputs) if inputs else None,
-    )
+    reader = ShardReader(data_dir, split)
+    tokenizer = load_tokenizer(Path(data_dir) / "tokenizer")
+    plan = reader.manifest.source
+    read_unit = source_reader(data_dir, inputs) if inputs else None
     for number in rows:
         if not 0 <= number < reader.rows:
             raise UserError(
-                f"{data_dir}: row {number} asked, split {split} has rows 0 to {reader.rows - 1}"
+                f"{data_dir}: no row {number}, split {split} has rows 0 to {reader.rows - 1}"
             )
         block = int(np.searchsorted(reader.block_starts, number, side="right")) - 1
-        inside = number - int(reader.block_starts[block])
-        ids, pieces = reader.block(block)[inside], reader.fragments(block)
-        pieces = pieces[pieces[:, 0] == inside]
-        shard, number_there = reader.place(block)
-        padding = int((ids == pad).sum())
-        counts = f"{len(ids) - padding} tokens, {padding} padding, {len(pieces)} pieces"
-        yield f"row {number} (shard {shard}, block {number_there}): {counts}"
-        for _, start, length, unit, document, token in pieces[np.argsort(pieces[:, 1])].tolist():
+        row_in_block = number - int(reader.block_starts[block])
+        ids = reader.block(block)[row_in_block]
+        fragments = reader.fragments(block)
+        fragments = fragments[fragments[:, 0] == row_in_block]
+        yield _head_line(reader, number, block, ids, len(fragments))
+        by_start = np.argsort(fragments[:, 1])
+        for _, start, length, unit, document, token in fragments[by_start].tolist():
             text = tokenizer.decode(ids[start : start + length].tolist())
             yield f"  [{start}:{start + length}] {text}"
-            if source or inputs:
-                yield f"    from {_unit(reader.manifest.source, unit)}: document {document}, token {token}"
-            if inputs:
-                found = next(islice(texts(unit), document, None))
-                yield f"    which begins: {' '.join(found.split())[:100]}"
+            if read_unit is not None:
+                origin = next(islice(read_unit(unit), document, None))
+                location = f"{_segment(plan, origin.segment)}: document {origin.number}"
+                yield f"    from {location}, token {token} (unit {unit})"
+                yield f"    title: {' '.join(origin.text.split())[:TITLE_CHARS]}"
+            elif source:
+                yield f"    from {_location(plan, unit, document)}, token {token} (unit {unit})"
 
 
-def reread(data_dir: str | Path, inputs: Sequence[str]) -> Callable[[int], Iterator[str]]:
-    """unit -> its documents as they stand in the input, in order; `inputs` are those that `prepare` was given.
+def _head_line(
+    reader: ShardReader, number: int, block: int, ids: np.ndarray, fragments: int
+) -> str:
+    """Return the line that describes row `number`, with its ids [S]."""
+    shard, block_in_shard = reader.place(block)
+    padding = int((ids == reader.manifest.tokenizer.special_ids.pad).sum())
+    plural = "" if fragments == 1 else "s"
+    return (
+        f"row {number} (shard {shard}, block {block_in_shard}): {len(ids) - padding} tokens, "
+        f"{padding} padding, {fragments} document fragment{plural}"
+    )
 
-    UserError: they hold no file of a name that `prepare` read, or it is damaged.
+
+def source_reader(
+    data_dir: str | Path, inputs: Sequence[str]
+) -> Callable[[int], Iterator[SourceDocument]]:
+    """Return a function from the number of a unit to its documents in the input, in order.
+
+    inputs: those that `prepare` was given
+    Raises UserError when a file that `prepare` read is not among them; the function raises it when
+    a file is damaged.
     """
     settings = read_json(Path(data_dir) / "prepare.json", "the settings of `prepare`")
-    field = settings["text_field"]
-    paths = {
-        source.name: source.path for source in make_plan(inputs, format="text").sources
-    }  # each has its own there
+    # Any format will do: it is that of prepare.json which is used.
+    paths = {source.name: source.path for source in make_plan(inputs, format="text").sources}
     sources = [Source(name, paths.get(name, ""), *rest) for name, *rest in settings["files"]]
     if missing := [source.name for source in sources if not source.path]:
         raise UserError(
-            f"{missing[0]}: not among the files of --input; expected the inputs that `prepare` was given"
+            f"{missing[0]}: not among the files of --input; expected the inputs that `prepare` was "
+            "given"
         )
 
-    def texts(unit: int) -> Iterator[str]:
+    def read_unit(unit: int) -> Iterator[SourceDocument]:
         for file, start, end in settings["units"][unit]:
-            yield from documents(
+            texts = documents(
                 sources[file],
                 start,
                 end,
-                text_field=field,
+                text_field=settings["text_field"],
                 tally=Tally(),
-                on_progress=lambda count: None,
+                on_progress=lambda amount: None,
             )
+            for number, text in enumerate(texts):
+                yield SourceDocument((file, start, end), number, text)
 
-    return texts
+    return read_unit
 
 
-def _unit(plan: SourcePlan, unit: int) -> str:
-    """The files and byte ranges of a unit, the first three of them by name."""
-    parts = [f"{plan.files[file]} bytes {start}-{end}" for file, start, end in plan.units[unit]]
-    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
-    return f"unit {unit} ({', '.join(parts[:3])}{more})"
+def _segment(plan: SourcePlan, segment: Segment) -> str:
+    """Return a byte range with the name of its file."""
+    file, start, end = segment
+    return f"{plan.files[file]}, bytes {start}-{end}"
+
+
+def _location(plan: SourcePlan, unit: int, document: int) -> str:
+    """Return the byte ranges of a unit, the first SHOWN_FILES of them, and a document's number.
+
+    In a unit of several small files, documents are numbered over all of them.
+    """
+    segments = [_segment(plan, segment) for segment in plan.units[unit]]
+    if len(segments) == 1:
+        return f"{segments[0]}: document {document}"
+    hidden = len(segments) - SHOWN_FILES
+    more = f"; {hidden} more files" if hidden > 0 else ""
+    return f"{'; '.join(segments[:SHOWN_FILES])}{more}: document {document} of these files"

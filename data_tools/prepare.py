@@ -1,48 +1,55 @@
-"""Text in, a data folder out: plan -> units -> duplicates -> shards -> manifest, resumable, the same for any workers.
+"""Preparation of a data folder from text: plan, tokenized units, duplicates, shards, manifest.
 
-Every step is a function of what lies on disk before it, so a killed run goes on where it was: finished units and
-shards have markers with sizes and hashes, and the manifest is written last.
+Each stage is a function of files that exist before it, so an interrupted run resumes. Finished
+units and shards have markers with hashes, and the manifest is written last. The bytes written are
+the same for any number of workers.
 """
 
 from __future__ import annotations
 
-import json
 import runpy
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
-from itertools import zip_longest
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.formats.corpus import PLACES
-from data_tools.inputs.plan import UNIT_BYTES, Plan, make_plan, plan_hash, unit_size
-from data_tools.pipeline import assemble, clean
-from data_tools.pipeline.assemble import SPLITS, ShardTask
-from data_tools.pipeline.dedup import find_near_duplicates
-from data_tools.pipeline.pack import PACKINGS
+from data_tools.formats.source import LOCATIONS
+from data_tools.inputs.plan import Plan, make_plan, plan_hash, unit_size
+from data_tools.pipeline.assemble import SPLITS, ShardTask, assemble_shard, in_split, marker_path
+from data_tools.pipeline.dedup import (
+    NO_DUPLICATES,
+    find_duplicates,
+    find_near_duplicates,
+    is_duplicate,
+    sort_pairs,
+)
+from data_tools.pipeline.markers import claim_folder
+from data_tools.pipeline.settings import Settings
 from data_tools.pipeline.units import (
     REMOVED,
     UnitTask,
-    array_bytes,
+    npy_bytes,
+    read_table,
     tokenize_unit,
     tokenizers,
-    unit_paths,
+    unit_files,
 )
 from data_tools.pipeline.unknowns import sum_unknowns
-from data_tools.workers import Progress, Rank, Run, Task, pool
+from data_tools.workers import Progress, Rank, Run, Task, ignore_progress, pool
 from electra_ds.common.errors import RunFailure, UserError
-from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.common.files import write_bytes, write_json
 from electra_ds.common.folder_lock import Lock
-from electra_ds.common.plugins import load_function
 from electra_ds.data import shard_format
 from electra_ds.data.shard_format import (
     INDEX_DTYPE,
     Manifest,
+    ShardInfo,
     SourcePlan,
     SplitInfo,
     TokenizerInfo,
@@ -50,8 +57,33 @@ from electra_ds.data.shard_format import (
 )
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
-SHARD_BYTES = 64 << 20
-UNIT_FORMAT = 2  # raise it when the output of a unit changes
+
+@dataclass(frozen=True)
+class Job:
+    """What one call of `prepare` makes, and where."""
+
+    plan: Plan
+    tokenizer: Tokenizer
+    settings: Settings
+    out: Path
+    units: Path  # folder of the tokenized units
+    unit_record: dict[str, Any]  # everything that decides the units, as JSON values
+    record: dict[str, Any]  # everything that decides the data folder: prepare.json
+
+    @property
+    def work(self) -> Path:
+        """Folder of files that are removed at the end."""
+        return self.out / "work"
+
+    @cached_property
+    def units_sha256(self) -> str:
+        """Fingerprint of everything that decides the units."""
+        return plan_hash(self.unit_record)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of everything that decides the data folder."""
+        return plan_hash(self.record)
 
 
 def prepare(
@@ -59,342 +91,307 @@ def prepare(
     tokenizer: str | Path | Tokenizer,
     out: str | Path,
     *,
-    sequence_length: int = 128,
-    packing: str = "best_fit",
-    valid_fraction: float = 0.005,
     workers: int = 1,
     ranks: Sequence[Rank] = (),
-    seed: int = 0,
-    block_rows: int = 256,
-    shard_bytes: int = SHARD_BYTES,
-    unit_bytes: int = UNIT_BYTES,
-    format: str = "auto",
-    text_field: str = "text",
-    min_chars: int = 1,
-    drop_repeated_lines: bool = False,
-    keep: str | None = None,
-    deduplicate: bool = True,
-    near_duplicates: float | None = None,
-    max_bad_fraction: float = 0.001,
     units: str | Path | None = None,
+    max_bad_fraction: float = 0.001,
     read_unit: Task = tokenize_unit,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = ignore_progress,
+    **settings: Any,
 ) -> Manifest:
-    """Prepare a data folder; returns its manifest. Called again after a stop, it goes on; when complete, it returns.
+    """Prepare a data folder and return its manifest.
 
-    inputs:         files, folders, globs, URLs, "dataset:NAME", "builtin:docs"
-    tokenizer:      a Tokenizer, or what load_tokenizer takes
-    valid_fraction: share of documents held out, chosen by the hash of their text
-    min_chars:      shorter documents are left out
-    drop_repeated_lines: leave out a line that stood already in the same document
-    keep:           "package.module:function" of a function (text) -> bool, False for a document to leave out
-    deduplicate:    leave out documents whose text, but for case and white space, stood before
-    near_duplicates: leave out documents whose similarity to an earlier one that stays is estimated as so much or more
+    If `out` is incomplete, the work resumes; if it is complete, its manifest is returned.
+
+    inputs:    files, folders, globs, brace patterns, URLs, "dataset:NAME", "builtin:docs"
+    tokenizer: a Tokenizer, or a path for load_tokenizer
     workers, ranks: as for `pool`
-    units:          folder in which tokenized units stay for other lengths or packings; without it they are removed
-    read_unit:      makes a unit's files, of what is no text
-    progress:       hears (stage, done, total) of plan, tokenize (bytes), deduplicate (documents), near-duplicates
-                    (parts of the work), pack (tokens)
-    Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for too many bad lines,
-    while another `prepare` is at work in `out` or `units`; RunFailure for a disk that is full.
+    units:     folder that keeps the tokenized units for other lengths and packings; by default
+               they are removed at the end
+    max_bad_fraction: share of unreadable lines above which UserError is raised
+    read_unit: task that makes the files of a unit, for inputs that are not text
+    progress:  receives (stage, done, total) of the stages plan, tokenize (bytes), deduplicate
+               (documents), near-duplicates (parts) and pack (tokens)
+    settings:  fields of `Settings`
+    Raises UserError for settings or inputs that cannot be used, for another data set in `out`, for
+    too many unreadable lines, and while another `prepare` runs in `out` or `units`; RunFailure
+    when a file cannot be read or written.
     """
-    if packing not in PACKINGS:
-        raise UserError(f"packing = {packing!r}; expected one of {', '.join(PACKINGS)}")
-    if not 8 <= sequence_length < 1 << 16:
-        raise UserError(f"sequence_length = {sequence_length}; expected 8 to 65,535 tokens")
-    if not 0 <= valid_fraction < 1:
-        raise UserError(f"valid_fraction = {valid_fraction}; expected at least 0 and less than 1")
     if workers < 1 or (workers > 1 and ranks):
         raise UserError(
-            f"workers = {workers}; expected at least 1 process, and 1 where MPI's ranks are the workers"
+            f"workers = {workers}; expected at least 1 process, and 1 where MPI's ranks are the "
+            "workers"
         )
-    if near_duplicates is not None and not 0.5 <= near_duplicates <= 1:
-        raise UserError(f"near_duplicates = {near_duplicates}; expected a similarity of 0.5 to 1")
-    if keep:
-        load_function("keep", keep)  # a mistake is told before any work
-    signatures = clean.minhash().ALGORITHM_VERSION if near_duplicates else None
-    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    job = _plan_job(inputs, tokenizer, Path(out), units, Settings(**settings), progress)
+    try:
+        claim_folder(job.out / "prepare.json", wanted=job.record, fixed=job.unit_record)
+        if not (job.out / "manifest.json").exists():
+            claim_folder(job.units / "plan.json", wanted=job.unit_record, fixed=job.unit_record)
+            with Lock(job.work), Lock(job.units), pool(workers, ranks) as run:
+                _make_folders(job)
+                _run_stages(job, run, read_unit, max_bad_fraction, progress)
+        shutil.rmtree(job.work, ignore_errors=True)
+    except OSError as error:
+        raise RunFailure(
+            f"{out}: {error}; the same command resumes from what is finished"
+        ) from error
+    return shard_format.read_manifest(job.out)
+
+
+def _plan_job(
+    inputs: Sequence[str],
+    tokenizer: str | Path | Tokenizer,
+    out: Path,
+    units: str | Path | None,
+    settings: Settings,
+    progress: Progress,
+) -> Job:
+    """Check the settings, load the tokenizer and plan the input. Writes nothing."""
+    settings.check()
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer)
     tokenizers.clear()  # those of earlier calls
     tokenizers[tokenizer.fingerprint] = tokenizer  # for `tokenize_unit` in this process
     progress("plan", 0, 1)
-    plan = make_plan(inputs, format=format, unit_bytes=unit_bytes)
+    plan = make_plan(inputs, format=settings.format, unit_bytes=settings.unit_bytes)
     progress("plan", 1, 1)
-    reading = {
-        "unit_format": UNIT_FORMAT,
-        "tokenizer": tokenizer.fingerprint,
-        "seed": seed,
-        "text_field": text_field,
-        "min_chars": min_chars,
-        "drop_repeated_lines": drop_repeated_lines,
-        "keep": keep,
-        "signatures": signatures,
-        **plan.identity(),
-    }
-    settings = reading | {
-        "sequence_length": sequence_length,
-        "packing": packing,
-        "valid_fraction": valid_fraction,
-        "block_rows": block_rows,
-        "shard_bytes": shard_bytes,
-        "deduplicate": deduplicate,
-        "near_duplicates": near_duplicates,
-    }
-    out = Path(out)
-    work = out / "work"
-    units = Path(units) if units is not None else work / "units"
-    try:
-        _claim(out / "prepare.json", settings, reading)
-        if not (out / "manifest.json").exists():
-            _claim(units / "plan.json", reading, reading)
-            with Lock(work), Lock(units), pool(workers, ranks) as run:
-                for folder in (out, work, units, out / "shards"):
-                    folder.mkdir(exist_ok=True)
-                    for stale in folder.glob(".*.tmp"):
-                        stale.unlink(missing_ok=True)  # our own heartbeat's comes and goes
-                tokenizer.save(out / "tokenizer")
-                _write(
-                    plan,
-                    tokenizer,
-                    out,
-                    units,
-                    reading,
-                    settings,
-                    max_bad_fraction,
-                    run,
-                    read_unit,
-                    progress,
-                )
-        shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise RunFailure(
-            f"{out}: {error}; the same command goes on from what is finished"
-        ) from error
-    return shard_format.read_manifest(out)
+    unit_record = settings.unit_record(tokenizer.fingerprint, plan.identity())
+    return Job(
+        plan=plan,
+        tokenizer=tokenizer,
+        settings=settings,
+        out=out,
+        units=Path(units) if units is not None else out / "work" / "units",
+        unit_record=unit_record,
+        record=unit_record | settings.packing_record(),
+    )
 
 
-def _write(
-    plan: Plan,
-    tokenizer: Tokenizer,
-    out: Path,
-    units: Path,
-    reading: dict,
-    settings: dict,
-    max_bad_fraction: float,
-    run: Run,
-    read_unit: Task,
-    progress: Progress,
+def _make_folders(job: Job) -> None:
+    """Make the folders, remove temporary files of an earlier run, and save the tokenizer."""
+    for folder in (job.out, job.work, job.units, job.out / "shards"):
+        folder.mkdir(exist_ok=True)
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)  # that of our heartbeat may disappear meanwhile
+    job.tokenizer.save(job.out / "tokenizer")
+
+
+def _run_stages(
+    job: Job, run: Run, read_unit: Task, max_bad_fraction: float, progress: Progress
 ) -> None:
-    """The stages from units to manifest, each a function of what lies on disk before it."""
-    work, folder, count = out / "work", str(units), len(plan.units)
-    units_sha256, shards_sha256 = (
-        plan_hash(reading),
-        plan_hash(settings),
-    )  # once: the plan may hold many units
-    unit_tasks = [
-        UnitTask(
-            number,
-            unit,
-            tuple(plan.sources[file] for file, _, _ in unit),
-            folder,
-            str(out / "tokenizer"),
-            tokenizer.fingerprint,
-            units_sha256,
-            reading["seed"],
-            reading["text_field"],
-            reading["min_chars"],
-            reading["drop_repeated_lines"],
-            reading["keep"],
-            bool(reading["signatures"]),
-        )
-        for number, unit in enumerate(plan.units)
-    ]
-    total = sum(map(unit_size, plan.units))
-    unit_markers = run(read_unit, unit_tasks, lambda done: progress("tokenize", done, total))
-    bad = _check_bad_lines(unit_markers, max_bad_fraction)
+    """Run the stages from units to manifest."""
+    unit_markers = _tokenize_units(job, run, read_unit, progress)
+    bad_lines = _check_bad_lines(unit_markers, max_bad_fraction)
     removed = {key: sum(marker["removed"][key] for marker in unit_markers) for key in REMOVED}
     documents = sum(marker["documents"] for marker in unit_markers)
-    if not documents:
-        gone = ", ".join(f"{number} {reason}" for reason, number in removed.items())
-        raise UserError(
-            f"no text in {len(plan.sources)} input file(s) read as "
-            f"{', '.join(sorted({s.format for s in plan.sources}))} (removed: {gone}); --format says how "
-            f"to read them"
-        )
-    duplicates = near = assemble.NO_DUPLICATES
-    if settings["deduplicate"]:
-        duplicates = assemble.find_duplicates(
-            folder, count, lambda done: progress("deduplicate", done, documents)
-        )
-    if threshold := settings["near_duplicates"]:
-        write_bytes(exact := work / "exact_duplicates.npy", array_bytes(duplicates))
-        near = find_near_duplicates(
-            folder, count, str(exact), threshold, run, partial(progress, "near-duplicates")
-        )
-    removed |= {"duplicates": len(duplicates), "near_duplicates": len(near)}
-    duplicates = np.concatenate([duplicates, near])
-    duplicates = duplicates[np.lexsort(duplicates.T[::-1])]
-    tokens = _split_tokens(folder, count, settings["valid_fraction"], duplicates)
-    write_json(out / "prepare.json", settings)  # from here on those of the packing are settled, too
-    write_bytes(work / "duplicates.npy", array_bytes(duplicates))
-    item = ids_dtype(tokenizer.vocab_size).itemsize
-    shard_counts = {split: -(-tokens[split] * item // settings["shard_bytes"]) for split in SPLITS}
+    _check_documents(job, documents, removed)
+
+    exact = _find_exact_duplicates(job, documents, progress)
+    near = _find_near_duplicates(job, exact, run, progress)
+    removed |= {"duplicates": len(exact), "near_duplicates": len(near)}
+    duplicates = sort_pairs(np.concatenate([exact, near]))
+    split_tokens = _count_split_tokens(job, duplicates)
+
+    # From here on the settings of the packing are fixed, too.
+    write_json(job.out / "prepare.json", job.record)
+    write_bytes(job.work / "duplicates.npy", npy_bytes(duplicates))
+    tasks = _shard_tasks(job, split_tokens)
+    total = sum(split_tokens.values())
+    markers = run(assemble_shard, tasks, lambda done: progress("pack", done, total))
+    splits = _write_indexes(job, tasks, markers)
+    _write_unigrams(job, tasks)
+    _write_manifest(job, splits, removed, bad_lines)
+
+
+def _tokenize_units(job: Job, run: Run, read_unit: Task, progress: Progress) -> list[dict]:
+    """Write the tokenized units; return their markers."""
     tasks = [
-        ShardTask(
-            split,
-            shard,
-            total,
-            count,
-            folder,
-            str(work),
-            str(out),
-            shards_sha256,
-            settings["sequence_length"],
-            settings["packing"],
-            settings["valid_fraction"],
-            settings["seed"],
-            settings["block_rows"],
-            tokenizer.vocab_size,
-            tokenizer.special_ids,
+        UnitTask(
+            number=number,
+            unit=unit,
+            sources=tuple(job.plan.sources[file] for file, _, _ in unit),
+            folder=str(job.units),
+            tokenizer=str(job.out / "tokenizer"),
+            fingerprint=job.tokenizer.fingerprint,
+            plan_sha256=job.units_sha256,
+            settings=job.settings,
         )
-        for split, total in shard_counts.items()
-        for shard in range(total)
+        for number, unit in enumerate(job.plan.units)
     ]
-    markers = run(
-        assemble.assemble_shard, tasks, lambda done: progress("pack", done, sum(tokens.values()))
-    )
-    _finish(plan, units_sha256, tokenizer, tasks, markers, removed, bad)
-
-
-def _claim(path: Path, asked: dict[str, Any], settled: dict[str, Any]) -> None:
-    """Mark a new folder with the settings `settled` so far; refuse one that is marked with others than `asked`."""
-    if not path.exists():
-        if others := sorted(p.name for p in path.parent.glob("[!.]*")):
-            raise UserError(
-                f"{path.parent}: holds {others[0]} but no {path.name}, so `prepare` did not make it; give "
-                f"a new or empty folder"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settled)
-        return
-    found, asked = (
-        read_json(path, "the settings of an earlier `prepare`"),
-        json.loads(json.dumps(asked)),
-    )
-    differences = [
-        f"{key}: {_differing(found.get(key), asked.get(key))}"
-        for key in sorted({*found, *settled})
-        if found.get(key) != asked.get(key)
-    ]
-    if differences:
-        raise UserError(
-            f"{path.parent} holds other data ({'; '.join(differences)}); give another folder or remove it"
-        )
-
-
-def _differing(found: Any, asked: Any) -> str:
-    """Two values, or the first entries that differ of two lists, which may be long."""
-    if isinstance(found, list) and isinstance(asked, list):
-        found, asked = next(pair for pair in zip_longest(found, asked) if pair[0] != pair[1])
-    texts = [
-        text if len(text) < 100 else f"{text[:90]}..." for text in map(json.dumps, (found, asked))
-    ]
-    return f"{texts[0]} there, {texts[1]} asked for"
+    total = sum(map(unit_size, job.plan.units))
+    return run(read_unit, tasks, lambda done: progress("tokenize", done, total))
 
 
 def _check_bad_lines(markers: list[dict], max_bad_fraction: float) -> dict[str, int]:
-    """Bad lines by class over all units; UserError when there are too many."""
-    bad = sum((Counter(m["bad_lines"]) for m in markers), Counter())
-    lines = sum(m["lines"] for m in markers)
+    """Return the unreadable lines of all units by class; UserError when there are too many."""
+    bad = sum((Counter(marker["bad_lines"]) for marker in markers), Counter[str]())
+    lines = sum(marker["lines"] for marker in markers)
     if bad.total() > max_bad_fraction * lines:
-        places = [place for m in markers for place in m["places"]][:PLACES]
+        locations = [location for marker in markers for location in marker["places"]]
         counts = ", ".join(f"{kind}: {count}" for kind, count in sorted(bad.items()))
         raise UserError(
             f"{bad.total()} of {lines} lines are bad ({counts}), more than max_bad_fraction = "
-            f"{max_bad_fraction}; the first: {'; '.join(places)}"
+            f"{max_bad_fraction}; the first: {'; '.join(locations[:LOCATIONS])}"
         )
     return dict(sorted(bad.items()))
 
 
-def _split_tokens(
-    folder: str, units: int, valid_fraction: float, duplicates: np.ndarray
-) -> dict[str, int]:
-    """Tokens of each split, duplicates left out. UserError when a split would be empty."""
+def _check_documents(job: Job, documents: int, removed: dict[str, int]) -> None:
+    """Raise UserError when there is no document."""
+    if documents:
+        return
+    sources = job.plan.sources
+    formats = ", ".join(sorted({source.format for source in sources}))
+    counts = ", ".join(f"{number} {reason}" for reason, number in removed.items())
+    raise UserError(
+        f"no text in {len(sources)} input file(s) read as {formats} (removed: {counts}); set "
+        "--format if they have another format"
+    )
+
+
+def _find_exact_duplicates(job: Job, documents: int, progress: Progress) -> np.ndarray:
+    """Return the documents that repeat an earlier one: [n, 2] int64 (unit, document)."""
+    if not job.settings.deduplicate:
+        return NO_DUPLICATES
+    return find_duplicates(
+        str(job.units),
+        len(job.plan.units),
+        lambda done: progress("deduplicate", done, documents),
+    )
+
+
+def _find_near_duplicates(job: Job, exact: np.ndarray, run: Run, progress: Progress) -> np.ndarray:
+    """Return the documents that nearly repeat an earlier one: [n, 2] int64 (unit, document).
+
+    exact: exact duplicates, which are not considered
+    """
+    threshold = job.settings.near_duplicates
+    if threshold is None:
+        return NO_DUPLICATES
+    excluded = job.work / "exact_duplicates.npy"
+    write_bytes(excluded, npy_bytes(exact))
+    return find_near_duplicates(
+        str(job.units),
+        len(job.plan.units),
+        str(excluded),
+        threshold,
+        run,
+        partial(progress, "near-duplicates"),
+    )
+
+
+def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
+    """Return the tokens of each split, without duplicates; UserError when a split has none."""
+    valid_fraction = job.settings.valid_fraction
     tokens = dict.fromkeys(SPLITS, 0)
-    for unit in range(units):
-        table = assemble.read_table(folder, unit)
-        table = table[~assemble.is_duplicate(duplicates, unit, table)]
+    for unit in range(len(job.plan.units)):
+        table = read_table(job.units, unit)
+        table = table[~is_duplicate(duplicates, unit, table)]
         for split in SPLITS:
-            inside = assemble.in_split(table, split, valid_fraction)
-            tokens[split] += int(table["tokens"][inside].sum(dtype=np.int64))
+            selected = in_split(table, split, valid_fraction)
+            tokens[split] += int(table["tokens"][selected].sum(dtype=np.int64))
     if not tokens["train"] or (valid_fraction and not tokens["valid"]):
         raise UserError(
             f"of {sum(tokens.values())} tokens, valid_fraction = {valid_fraction} leaves "
             f"{tokens['train']} to train on and {tokens['valid']} held out; give more text, "
-            f"or another --valid-fraction (0: none held out)"
+            "or another --valid-fraction (0: none held out)"
         )
     return tokens
 
 
-def _finish(
-    plan: Plan,
-    plan_sha256: str,
-    tokenizer: Tokenizer,
-    tasks: list[ShardTask],
-    markers: list[dict],
-    removed: dict[str, int],
-    bad: dict[str, int],
-) -> None:
-    """Indexes, unigram counts, then the manifest."""
-    first, out, splits = tasks[0], Path(tasks[0].out), {}
+def _shard_tasks(job: Job, split_tokens: dict[str, int]) -> list[ShardTask]:
+    """Return the tasks of all shards; a shard has about `shard_bytes` bytes."""
+    id_bytes = ids_dtype(job.tokenizer.vocab_size).itemsize
+    shards = {
+        split: -(-split_tokens[split] * id_bytes // job.settings.shard_bytes) for split in SPLITS
+    }
+    return [
+        ShardTask(
+            split=split,
+            shard=shard,
+            shards=shards[split],
+            units=len(job.plan.units),
+            units_folder=str(job.units),
+            work=str(job.work),
+            out=str(job.out),
+            plan_sha256=job.sha256,
+            settings=job.settings,
+            vocab_size=job.tokenizer.vocab_size,
+            special_ids=job.tokenizer.special_ids,
+        )
+        for split in SPLITS
+        for shard in range(shards[split])
+    ]
+
+
+def _write_indexes(job: Job, tasks: list[ShardTask], markers: list[dict]) -> dict[str, SplitInfo]:
+    """Write the index of each split; return the splits' entries of the manifest."""
+    splits = {}
     for split in SPLITS:
-        own = [marker for task, marker in zip(tasks, markers, strict=True) if task.split == split]
-        files = [
-            assemble.marker_path(task).with_suffix(".index")
-            for task in tasks
+        done = [
+            (task, marker)
+            for task, marker in zip(tasks, markers, strict=True)
             if task.split == split
         ]
-        if own:
-            blocks = np.concatenate([np.fromfile(file, INDEX_DTYPE) for file in files])
-            digest = shard_format.write_index(out / shard_format.index_file(split), blocks)
-            counts = {
-                key: sum(m[key] for m in own) for key in ("documents", "pieces", "tokens", "pad")
-            }
-            splits[split] = SplitInfo(
-                **counts,
-                rows=int(blocks["rows"].sum()),
-                index_sha256=digest,
-                shards=[marker["shard"] for marker in own],
-            )
-    unigrams = sum(
-        np.load(assemble.marker_path(task).with_suffix(".npy"))
-        for task in tasks
-        if task.split == "train"
-    )
-    write_bytes(out / "unigrams.npy", array_bytes(unigrams))
-    unknowns = sum_unknowns(unit_paths(first.units_folder, unit)[4] for unit in range(first.units))
-    shard_format.write_manifest(
-        out,
-        Manifest(
-            sequence_length=first.sequence_length,
-            dtype=ids_dtype(tokenizer.vocab_size).name,
-            seed=first.seed,
-            block_rows=first.block_rows,
-            packing="google" if first.packing == "as_rows" else first.packing,
-            splits=splits,
-            removed=removed,
-            bad_lines=bad,
-            unknowns=unknowns,
-            tokenizer=TokenizerInfo(
-                kind=tokenizer.kind,
-                sha256=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                special_ids=tokenizer.special_ids,
+        if not done:
+            continue
+        parts = [marker_path(task).with_suffix(".index") for task, _ in done]
+        blocks = np.concatenate([np.fromfile(part, INDEX_DTYPE) for part in parts])
+        digest = shard_format.write_index(job.out / shard_format.index_file(split), blocks)
+        splits[split] = SplitInfo(
+            documents=sum(marker["documents"] for _, marker in done),
+            pieces=sum(marker["pieces"] for _, marker in done),
+            tokens=sum(marker["tokens"] for _, marker in done),
+            pad=sum(marker["pad"] for _, marker in done),
+            rows=int(blocks["rows"].sum()),
+            index_sha256=digest,
+            shards=tuple(ShardInfo(**marker["shard"]) for _, marker in done),
+        )
+    return splits
+
+
+def _write_unigrams(job: Job, tasks: list[ShardTask]) -> None:
+    """Write the token counts of the training rows."""
+    counts = [
+        np.load(marker_path(task).with_suffix(".npy")) for task in tasks if task.split == "train"
+    ]
+    write_bytes(job.out / "unigrams.npy", npy_bytes(np.sum(counts, axis=0)))
+
+
+def _write_manifest(
+    job: Job, splits: dict[str, SplitInfo], removed: dict[str, int], bad_lines: dict[str, int]
+) -> None:
+    """Write the manifest, the last file of a data folder."""
+    tokenizer = job.tokenizer
+    settings = job.settings
+    units = range(len(job.plan.units))
+    manifest = Manifest.model_validate(
+        {
+            "sequence_length": settings.sequence_length,
+            "dtype": ids_dtype(tokenizer.vocab_size).name,
+            "seed": settings.seed,
+            "block_rows": settings.block_rows,
+            "packing": "google" if settings.packing == "as_rows" else settings.packing,
+            "splits": splits,
+            "removed": removed,
+            "bad_lines": bad_lines,
+            "unknowns": sum_unknowns(unit_files(job.units, unit).unknowns for unit in units),
+            "tokenizer": TokenizerInfo.model_validate(
+                {
+                    "kind": tokenizer.kind,
+                    "sha256": tokenizer.fingerprint,
+                    "vocab_size": tokenizer.vocab_size,
+                    "special_ids": tokenizer.special_ids,
+                }
             ),
-            source=SourcePlan(
-                sha256=plan_sha256, files=tuple(s.name for s in plan.sources), units=plan.units
+            "source": SourcePlan(
+                sha256=job.units_sha256,
+                files=tuple(source.name for source in job.plan.sources),
+                units=job.plan.units,
             ),
-        ),
+        }
     )
+    shard_format.write_manifest(job.out, manifest)
 
 
 if __name__ == "__main__":  # `python -m data_tools.prepare ...` is `electra-ds prepare ...`

@@ -1,14 +1,15 @@
-"""How does a data folder get onto a node's own disk, or to an object store? Checked on the way, the manifest last.
+"""Copy of a data folder to a node's own disk or to an object store; the manifest is written last.
 
-A file stands in memory between reading and writing, so what is damaged or cut short is never written.
+A file is held in memory between reading and writing, and its sha256 is checked there. A damaged or
+truncated file is therefore never written.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
 
-from data_tools.workers import Progress
+from data_tools.workers import Progress, ignore_progress
 from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.common.files import file_system, parse_json, write_bytes
 from electra_ds.common.folder_lock import Lock
@@ -24,15 +25,19 @@ from electra_ds.data.shard_format import MANIFEST, Manifest, check_manifest, ind
 
 
 class File(NamedTuple):
-    """What the manifest says of a file; None where it says nothing."""
+    """A file of a data folder; None for what the manifest does not hold."""
 
     name: str
     sha256: str | None = None
     bytes: int | None = None
 
 
-class Place:
-    """A local folder, or a URL that fsspec knows; `folder` is the local one, else None."""
+class Location:
+    """A local folder, or a folder at a URL that fsspec knows.
+
+    name:   as given, for messages
+    folder: path of a local folder, None for a URL
+    """
 
     def __init__(self, given: str) -> None:
         self.name = given.rstrip("/")
@@ -41,23 +46,26 @@ class Place:
         self.folder = Path(root) if isinstance(self._system, LocalFileSystem) else None
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[None]:
+    def _run_failures(self, name: str) -> Iterator[None]:
+        """Turn errors of a file system into RunFailure."""
         try:
             yield
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system raises its own types
             raise RunFailure(
-                f"{self.name}/{name}: {error or type(error).__name__}; the same command goes on from what "
-                f"is copied"
+                f"{self.name}/{name}: {error or type(error).__name__}; the same command resumes "
+                "from what is copied"
             ) from error
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None: it is not there."""
-        with self._told(name), suppress(FileNotFoundError, NotADirectoryError):
-            return self._system.cat_file(f"{self._root}/{name}")
+        """Return the content of a file, None if it does not exist."""
+        content = None
+        with self._run_failures(name), suppress(FileNotFoundError, NotADirectoryError):
+            content = self._system.cat_file(f"{self._root}/{name}")
+        return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, whole or not at all (at a URL as far as its file system promises that)."""
-        with self._told(name):
+        """Write a file; atomic in a local folder, else as far as the file system supports that."""
+        with self._run_failures(name):
             if self.folder is None:
                 self._system.pipe_file(f"{self._root}/{name}", content)
             else:
@@ -65,55 +73,41 @@ class Place:
                 write_bytes(self.folder / name, content)
 
     def holds(self, file: File) -> bool:
-        """Is a file of this name and size there?"""
-        with self._told(file.name), suppress(FileNotFoundError):
-            return (
-                self._system.size(f"{self._root}/{file.name}") == file.bytes or file.bytes is None
-            )
-        return False
+        """Whether a file of this name exists and has the size of the manifest, if that is known."""
+        holds = False
+        with self._run_failures(file.name), suppress(FileNotFoundError):
+            size = self._system.size(f"{self._root}/{file.name}")
+            holds = file.bytes is None or size == file.bytes
+        return holds
 
 
-def stage(
-    source: str, to: str, *, workers: int = 4, progress: Progress = lambda stage, done, total: None
-) -> int:
-    """Copy the data folder `source`, checked on the way; returns the number of bytes that were copied.
+def stage(source: str, to: str, *, workers: int = 4, progress: Progress = ignore_progress) -> int:
+    """Copy the data folder `source` to `to`; return the number of bytes copied.
 
     source, to: local folders or URLs; http can only be read
-    workers:    threads, each with a shard in memory
-    progress:   hears ("copy", bytes of shards done, of all)
-    A copy that is complete, by its manifest and the sizes of its files, is left alone. In one that is not, what is
-    there is read again (at a URL its size is asked for) and stays when it is the manifest's. Of several processes that
-    copy to one local folder one is at work; the others wait until all is there, and one goes on if it dies.
-    Raises UserError when `source` is no data folder or damaged, or `to` holds other data; RunFailure when something
-    cannot be read or written.
+    workers:    number of threads, each with one file in memory
+    progress:   receives ("copy", bytes of shards done, bytes of all shards)
+    A complete copy (by its manifest and the sizes of its files) is left as it is. In an incomplete
+    one, existing files are read again and kept if they have the sha256 of the manifest; at a URL
+    they are kept if they have the right size. Of several processes with the same local target one
+    copies, and the others wait until the copy is complete. If that process dies, another one
+    continues.
+    Raises UserError when `source` is damaged or no data folder, and when `to` holds other data;
+    RunFailure when a file cannot be read or written.
     """
-    given, target = Place(source), Place(to)
-    if (content := given.read("manifest.json")) is None:
+    origin = Location(source)
+    target = Location(to)
+    content = origin.read("manifest.json")
+    if content is None:
         raise UserError(f"{source}/manifest.json: not found; expected {MANIFEST}")
     files = _files(check_manifest(parse_json(content, source, MANIFEST), source))
-
-    def complete() -> bool:
-        found = target.read("manifest.json")
-        if found is None and target.holds(File("prepare.json")):
-            raise UserError(
-                f"{to}: holds an unfinished `prepare`; give another folder, or finish that first"
-            )
-        if found not in (None, content):
-            raise UserError(
-                f"{to}: holds other data than {source}; give another folder, or remove it"
-            )
-        return found is not None and all(threads.map(target.holds, files))
-
     with ThreadPoolExecutor(workers) as threads:
+        complete = partial(_is_complete, origin, target, content, files, threads)
         while not complete():
-            turn = (
-                Lock(target.folder, lambda take: complete() or take())
-                if target.folder
-                else nullcontext()
-            )
-            with suppress(LockedOut), turn:  # locked out: another process is at work, look again
+            # LockedOut: another process copies at present; look again.
+            with suppress(LockedOut), _lock(target, complete):
                 if not complete():
-                    copied = _copy(given, target, files, threads, progress)
+                    copied = _copy(origin, target, files, threads, progress)
                     target.write("manifest.json", content)
                     if target.folder:
                         (target.folder / "heartbeat.json").unlink(missing_ok=True)
@@ -122,7 +116,7 @@ def stage(
 
 
 def _files(manifest: Manifest) -> list[File]:
-    """All files of a data folder but the manifest."""
+    """Return all files of a data folder except the manifest."""
     files = [File("unigrams.npy"), *map(File, manifest.tokenizer.files)]
     for name, split in manifest.splits.items():
         files.append(File(index_file(name), split.index_sha256))
@@ -130,41 +124,85 @@ def _files(manifest: Manifest) -> list[File]:
     return files
 
 
-def _copy(
-    source: Place, target: Place, files: list[File], threads: Executor, progress: Progress
-) -> int:
-    """Copy the files that are missing; returns their bytes. RunFailure when the disk is too small for the shards."""
-    if target.folder:
-        for stale in [
-            *target.folder.glob(".*.tmp"),
-            *target.folder.glob("*/.*.tmp"),
-        ]:  # a killed copy left them
-            stale.unlink(missing_ok=True)  # our own heartbeat's comes and goes
-        needed = sum(file.bytes or 0 for file in files if not target.holds(file))
-        if needed > (free := shutil.disk_usage(target.folder).free):
-            raise RunFailure(
-                f"{target.name}: {needed:,} bytes of shards are missing here and {free:,} are free; make "
-                f"room, or give another folder"
+def _is_complete(
+    origin: Location, target: Location, manifest: bytes, files: list[File], threads: Executor
+) -> bool:
+    """Whether the target has this manifest and all files; UserError when it holds other data."""
+    present = target.read("manifest.json")
+    if present is None:
+        if target.holds(File("prepare.json")):
+            raise UserError(
+                f"{target.name}: holds an unfinished `prepare`; give another folder, or finish "
+                "that first"
             )
-    copied, done, total = 0, 0, sum(file.bytes or 0 for file in files)
-    for file, size in zip(files, threads.map(partial(_bring, source, target), files), strict=True):
-        copied, done = copied + size, done + (file.bytes or 0)
+        return False
+    if present != manifest:
+        raise UserError(
+            f"{target.name}: holds other data than {origin.name}; give another folder, or remove it"
+        )
+    return all(threads.map(target.holds, files))
+
+
+def _lock(target: Location, complete: Callable[[], bool]) -> AbstractContextManager:
+    """Return the lock of a local target; entering it ends when the copy is complete, too."""
+    if target.folder is None:
+        return nullcontext()
+    return Lock(target.folder, lambda take: complete() or take())
+
+
+def _copy(
+    origin: Location, target: Location, files: list[File], threads: Executor, progress: Progress
+) -> int:
+    """Copy the missing files; return their bytes.
+
+    Raises RunFailure when the disk has too little free space for the shards.
+    """
+    if target.folder:
+        _remove_temporary_files(target.folder)
+        _check_free_space(target, target.folder, files)
+    copied = 0
+    done = 0
+    total = sum(file.bytes or 0 for file in files)
+    sizes = threads.map(partial(_copy_file, origin, target), files)
+    for file, size in zip(files, sizes, strict=True):
+        copied += size
+        done += file.bytes or 0
         progress("copy", done, total)
     return copied
 
 
-def _bring(source: Place, target: Place, file: File) -> int:
-    """Copy one file unless it is there; returns the bytes copied."""
+def _remove_temporary_files(folder: Path) -> None:
+    """Remove the files that a killed copy left."""
+    for temporary in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        temporary.unlink(missing_ok=True)  # that of our heartbeat may disappear meanwhile
+
+
+def _check_free_space(target: Location, folder: Path, files: list[File]) -> None:
+    """Raise RunFailure when the missing shards do not fit."""
+    needed = sum(file.bytes or 0 for file in files if not target.holds(file))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunFailure(
+            f"{target.name}: {needed:,} bytes of shards are missing here and {free:,} are free; "
+            "make room, or give another folder"
+        )
+
+
+def _copy_file(origin: Location, target: Location, file: File) -> int:
+    """Copy one file unless the target has it; return the bytes copied."""
     if target.holds(file) and (target.folder is None or _is_whole(target.read(file.name), file)):
         return 0
-    if not _is_whole(content := source.read(file.name), file):
-        found = "not there" if content is None else "its sha256 is not the manifest's"
+    content = origin.read(file.name)
+    if content is None or not _is_whole(content, file):
+        problem = "not there" if content is None else "its sha256 is not the manifest's"
         raise UserError(
-            f"{source.name}/{file.name}: damaged ({found}); copy it there again, or prepare the data again"
+            f"{origin.name}/{file.name}: damaged ({problem}); copy it there again, or prepare the "
+            "data again"
         )
     target.write(file.name, content)
     return len(content)
 
 
 def _is_whole(content: bytes | None, file: File) -> bool:
+    """Whether the content exists and has the sha256 of the manifest, if that is known."""
     return content is not None and file.sha256 in (None, sha256(content).hexdigest())

@@ -1,4 +1,7 @@
-"""How do independent tasks run, here, in local processes or on MPI ranks, with their progress told in one place?"""
+"""Execution of independent tasks: in this process, in local processes, or on MPI ranks.
+
+A task is a function of one input and `on_progress`, which it calls with amounts of finished work.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +17,40 @@ from typing import Any
 
 from electra_ds.common.errors import UserError
 
-OnProgress = Callable[[int], None]  # a task says how much more of it is done
-Task = Callable[[Any, OnProgress], dict]  # what a task does with its input
-Run = Callable[
-    [Task, list, OnProgress], list[dict]
-]  # (function, inputs, told) -> results in the order of the inputs
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
+OnProgress = Callable[[int], None]  # receives an amount of work that was finished since the last
+Task = Callable[[Any, OnProgress], dict]  # (input, on_progress) -> result
+# (task, inputs, on_total) -> results in the order of the inputs. on_total receives the sum of the
+# amounts of all tasks.
+Run = Callable[[Task, list, Callable[[int], None]], list[dict]]
+Progress = Callable[[str, int, int], None]  # receives (stage, done, total)
 
-GRACE = 5  # seconds in which a worker may clean up
-PAUSE = 0.005  # seconds between two looks at the pipes; a call of MPI that waits keeps a core busy
+GRACE = 5  # seconds that a worker has to clean up
+# Seconds between two polls of the pipes. A blocking receive of MPI would keep a core busy.
+PAUSE = 0.005
 
 
-def summed(told: OnProgress) -> OnProgress:
-    """A `moved` that tells the sum of what it hears."""
-    done = 0
+def ignore_progress(stage: str, done: int, total: int) -> None:
+    """A `Progress` that does nothing."""
 
-    def on_progress(count: int) -> None:
-        nonlocal done
-        done += count
-        told(done)
+
+def running_total(on_total: Callable[[int], None]) -> OnProgress:
+    """Return a callback for amounts that calls `on_total` with their sum so far."""
+    total = 0
+
+    def on_progress(amount: int) -> None:
+        nonlocal total
+        total += amount
+        on_total(total)
 
     return on_progress
 
 
 class Rank:
-    """Another MPI rank, as the end of a pipe to it."""
+    """Another MPI rank, with the interface of a connection."""
 
-    def __init__(self, world: Any, rank: int):
-        self._world, self._rank = world, rank
+    def __init__(self, world: Any, rank: int) -> None:
+        self._world = world
+        self._rank = rank
 
     def poll(self) -> bool:
         return self._world.iprobe(source=self._rank)
@@ -50,10 +59,11 @@ class Rank:
         self._world.send(value, self._rank)
 
     def recv(self) -> Any:
-        _wait([self])
-        if (found := self._world.recv(source=self._rank)) is None:
+        _wait_for_messages([self])
+        message = self._world.recv(source=self._rank)
+        if message is None:  # sent by `close`
             raise EOFError
-        return found
+        return message
 
     def close(self) -> None:
         self.send(None)
@@ -64,16 +74,17 @@ Pipe = Connection | Rank
 
 @contextmanager
 def mpi_ranks(world: Any) -> Iterator[list[Rank] | None]:
-    """On rank 0 of an MPI communicator: the other ranks, for `pool`. On the others None.
+    """Yield the other ranks, for `pool`, on rank 0 of an MPI communicator, and None on the others.
 
-    world: mpi4py's communicator, or None for a process without peers ([] is yielded). The other ranks work for rank 0
-    from entering on, until it leaves. When rank 0 fails, its process must end them (MPI_Abort).
+    world: communicator of mpi4py, or None for a single process (yields [])
+    On the other ranks, entering runs tasks of rank 0 and returns when rank 0 leaves the context. If
+    rank 0 fails, its process must end the others (MPI_Abort).
     """
     if world is None:
         yield []
         return
     if world.Get_rank():
-        _work(Rank(world, 0))
+        _serve_tasks(Rank(world, 0))
         yield None
         return
     others = [Rank(world, rank) for rank in range(1, world.Get_size())]
@@ -84,32 +95,34 @@ def mpi_ranks(world: Any) -> Iterator[list[Rank] | None]:
 
 @contextmanager
 def pool(workers: int, ranks: Sequence[Rank] = ()) -> Iterator[Run]:
-    """A `run`: calls the function on each input and tells the sum of what the tasks moved.
+    """Yield a `Run`, which executes tasks.
 
-    The tasks run on the `ranks` when there are some, else in so many processes, or for one worker here. The first task
-    that fails ends the run with its error; finished tasks keep what they wrote. Each worker has a pipe of its own, so
-    it notices at its next `moved` that this process is gone, and this process that a worker is.
+    workers: number of local processes; with 1, tasks run in this process
+    ranks:   run the tasks instead, if there are any
+    The first task that fails ends the run with its error; finished tasks keep what they wrote. Each
+    worker has its own pipe: a worker detects at its next progress report that this process has
+    ended, and this process detects that a worker has ended.
     """
     if ranks:
-        yield partial(_share_out, ranks)
+        yield partial(_distribute, ranks)
     elif workers == 1:
         yield _run_here
     else:
         with _processes(workers) as pipes:
-            yield partial(_share_out, pipes)
+            yield partial(_distribute, pipes)
 
 
 @contextmanager
 def _processes(workers: int) -> Iterator[list[Connection]]:
-    """Local processes at work, as the pipes to them."""
-    context = multiprocessing.get_context("spawn")  # the tokenizers' threads do not survive a fork
+    """Start local processes that run tasks; yield the pipes to them."""
+    context = multiprocessing.get_context("spawn")  # threads of the tokenizers do not survive fork
     processes: dict[Connection, Any] = {}
     try:
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            processes[ours] = context.Process(target=_work, args=(theirs,), daemon=True)
-            processes[ours].start()
-            theirs.close()
+            near_end, far_end = context.Pipe()
+            processes[near_end] = context.Process(target=_serve_tasks, args=(far_end,), daemon=True)
+            processes[near_end].start()
+            far_end.close()
         yield list(processes)
     finally:
         for pipe in processes:
@@ -120,66 +133,75 @@ def _processes(workers: int) -> Iterator[list[Connection]]:
             process.kill()
 
 
-def _wait(pipes: list[Pipe]) -> list[Pipe]:
-    """Those that have something to say, one at least."""
+def _wait_for_messages(pipes: Sequence[Pipe]) -> list[Pipe]:
+    """Wait until at least one pipe has a message; return those that have one."""
     while not (ready := [pipe for pipe in pipes if pipe.poll()]):
         time.sleep(PAUSE)
     return ready
 
 
-def _run_here(function: Task, inputs: list, told: OnProgress) -> list[dict]:
-    on_progress = summed(told)
-    return [function(one, on_progress) for one in inputs]
+def _run_here(task: Task, inputs: list, on_total: Callable[[int], None]) -> list[dict]:
+    """A `Run` in this process."""
+    on_progress = running_total(on_total)
+    return [task(item, on_progress) for item in inputs]
 
 
-def _share_out(pipes: Sequence[Pipe], function: Task, inputs: list, told: OnProgress) -> list[dict]:
-    """Hand the inputs to idle workers, in order, until all have come back."""
-    idle, on_progress, results = list(pipes), summed(told), [{}] * len(inputs)
-    number_at: dict[Pipe, int] = {}  # of the busy ones
-    given = 0
-    while given < len(inputs) or number_at:
+def _distribute(
+    pipes: Sequence[Pipe], task: Task, inputs: list, on_total: Callable[[int], None]
+) -> list[dict]:
+    """A `Run` on workers: send the inputs in order to idle workers until all are done."""
+    idle = list(pipes)
+    running: dict[Pipe, int] = {}  # worker -> number of its input
+    on_progress = running_total(on_total)
+    results: list[dict] = [{} for _ in inputs]
+    sent = 0
+    while sent < len(inputs) or running:
         try:
-            while idle and given < len(inputs):
-                idle[-1].send((function, inputs[given]))
-                number_at[idle.pop()] = given
-                given += 1
-            heard = [(pipe, pipe.recv()) for pipe in _wait(list(number_at))]
+            while idle and sent < len(inputs):
+                idle[-1].send((task, inputs[sent]))
+                running[idle.pop()] = sent
+                sent += 1
+            messages = [(pipe, pipe.recv()) for pipe in _wait_for_messages(list(running))]
         except (EOFError, OSError):
             raise UserError(
-                "a worker process was killed (out of memory?); the same command goes on from what is "
-                "finished, fewer --workers take less memory"
+                "a worker process was killed (out of memory?); the same command resumes from what "
+                "is finished, fewer --workers take less memory"
             ) from None
-        for pipe, found in heard:
-            if isinstance(found, Exception):
-                raise found
-            if isinstance(found, int):
-                on_progress(found)
+        for pipe, message in messages:
+            if isinstance(message, Exception):
+                raise message
+            if isinstance(message, int):
+                on_progress(message)
             else:
-                results[number_at.pop(pipe)] = found
+                results[running.pop(pipe)] = message
                 idle.append(pipe)
     return results
 
 
-def _work(pipe: Pipe) -> None:
-    """In a worker: tasks in; counts, then a result or an error out; until the other end is gone."""
+def _serve_tasks(pipe: Pipe) -> None:
+    """Run tasks in a worker process or rank until the other end of the pipe is closed.
+
+    Receives (task, input). Sends amounts of progress, then the result or the error of the task.
+    """
     os.environ["RAYON_NUM_THREADS"] = "1"
     try:
         while True:
-            function, one = pipe.recv()
+            task, item = pipe.recv()
+            result: object
             try:
-                found: object = function(one, pipe.send)
+                result = task(item, pipe.send)
             except Exception as error:
                 if not isinstance(error, (UserError, OSError)):
-                    traceback.print_exc()  # the way there is lost between processes
-                found = error
-            pipe.send(found)
+                    traceback.print_exc()  # pickling loses the traceback
+                result = error
+            pipe.send(result)
     except (EOFError, OSError, KeyboardInterrupt):
-        return  # nobody listens any more
+        return  # the other end is closed
 
 
 @contextmanager
 def console_progress() -> Iterator[Progress]:
-    """A `progress` that draws a bar per stage on the terminal."""
+    """Yield a `Progress` that draws one bar per stage on the terminal."""
     from rich import progress as rich
 
     with rich.Progress(

@@ -1,1 +1,1 @@
-"""Readers of input formats."""
+"""Readers of the input formats."""

@@ -1,1 +1,1 @@
-"""Which files are the input, and how they are opened."""
+"""Selection, planning and opening of the input."""

@@ -1,8 +1,9 @@
-"""What English prose does every Python carry? The docstrings of its modules, read with `ast`: nothing is imported.
+"""The input builtin:docs: English prose from the docstrings of the installed Python modules.
 
-A document is one module (or one topic of the language reference), a line of it one paragraph. Lines that look like
-code, signatures or tables are left out, and so is each paragraph that has stood in an earlier document: packages copy
-text from one another, and held-out text must not be training text.
+Modules are parsed with `ast` and not imported. A document is one module, or one topic of the
+language reference; a line of it is one paragraph. Lines that look like code, signatures or tables
+are left out. A paragraph that occurred in an earlier document is left out, too, because packages
+copy text from one another and held-out text must not be training text.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import warnings
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-SKIPPED = {
+BUILTIN = "builtin:docs"
+SKIPPED_FOLDERS = {
     "test",
     "tests",
     "testing",
@@ -27,42 +30,48 @@ SKIPPED = {
     "extern",
     "__pycache__",
 }
-MIN_WORDS, MIN_DOCUMENT = 6, 200  # words in a paragraph, characters in a document
-MIN_PLAIN = 0.8  # share of a paragraph's words that are letters only
-MIN_SHARE = 0.05  # of a source in triple quotes; others are not worth parsing
-TOPICS = "pydoc_data/topics.py"
+MIN_PARAGRAPH = 6  # words
+MIN_DOCUMENT = 200  # characters
+MIN_PLAIN = 0.8  # share of a paragraph's words that consist of letters
+MIN_QUOTED = 0.05  # share of a source in triple quotes; with less it is not parsed
+TOPICS = "pydoc_data/topics.py"  # a dictionary: topic -> text of the language reference
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]*?)(?: ?<[^`>]*>)?`")  # :class:`~a.b.C` -> a.b.C
 _MARKUP = re.compile(r"``?([^`]*)``?_?|\*\*(\S[^*]*)\*\*|(?<!\w)\*(\w[^*]*)\*(?!\w)")
+# Start of a list item.
 _ITEM = re.compile(
     r"^(?:[-*+\u2022]|\d+[.)]|\(?[a-z\d]\)|:\w+[^:]*:|\*{0,2}\w+ ?(?:\([^)]*\))? ?:)\s+"
-)  # of a list
-_HEADER = re.compile(r"^[\w*, ]+ : \S")  # of a parameter: "x, y : array_like"
+)
+_HEADER = re.compile(r"^[\w*, ]+ : \S")  # head line of a parameter: "x, y : array_like"
 _CODE = re.compile(r">>>|[|{}\\@$~^]|[<>=]=|->|https?:")
 _CODE_LINE = re.compile(r"^(?:\.\.|\W+$)")  # a directive, a continued example, a rule
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 
 
 def source_files(roots: list[Path] | None = None) -> list[tuple[str, Path]]:
-    """(name, path) of each module read: the standard library first, then the installed packages, by name."""
+    """Return (name, path) of each module.
+
+    The standard library comes first, then the installed packages, each sorted by path.
+    """
     if roots is None:
         roots = [Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")]
-    found: dict[Path, str] = {}
+    skipped = {*SKIPPED_FOLDERS, "site-packages", "dist-packages"}
+    names: dict[Path, str] = {}
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
-            if (
-                not SKIPPED.intersection(parts)
-                and "site-packages" not in parts
-                and "dist-packages" not in parts
-            ):
-                found.setdefault(path, "/".join(parts))
-    return [(name, path) for path, name in found.items()]
+            if not skipped.intersection(parts):
+                names.setdefault(path, "/".join(parts))
+    return [(name, path) for path, name in names.items()]
 
 
 def docstrings(source: str, name: str) -> list[list[str]]:
-    """The documents of one module, each a list of raw docstrings; none when it does not parse."""
-    if sum(map(len, source.split('"""')[1::2])) < MIN_SHARE * len(source) and name != TOPICS:
+    """Return the documents of one module, each a list of raw docstrings.
+
+    The list is empty when the source has few docstrings or cannot be parsed.
+    """
+    quoted = sum(map(len, source.split('"""')[1::2]))
+    if quoted < MIN_QUOTED * len(source) and name != TOPICS:
         return []
     try:
         with warnings.catch_warnings():
@@ -70,19 +79,22 @@ def docstrings(source: str, name: str) -> list[list[str]]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return []
-    if name == TOPICS:  # a dictionary: topic -> text of the language reference
+    if name == TOPICS:
         return [
-            [v.value]
+            [value.value]
             for node in ast.walk(tree)
             if isinstance(node, ast.Dict)
-            for v in node.values
-            if isinstance(v, ast.Constant) and isinstance(v.value, str)
+            for value in node.values
+            if isinstance(value, ast.Constant) and isinstance(value.value, str)
         ]
     return [list(_docstrings_of(tree))]
 
 
-def _docstrings_of(node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, class or function and of all inside it, in the order of the source."""
+def _docstrings_of(node: Any) -> Iterator[str]:
+    """Yield the docstrings of an ast node and of its definitions, in the order of the source.
+
+    node: a module, class, function, or a statement with a body
+    """
     if isinstance(node, (ast.Module, *_DEFINITIONS)) and (
         text := ast.get_docstring(node, clean=False)
     ):
@@ -93,11 +105,15 @@ def _docstrings_of(node: ast.AST) -> Iterator[str]:
 
 
 def paragraphs(docstring: str) -> Iterator[str]:
-    """The prose of a docstring, one paragraph at a time: a run of lines of equal indentation without code in it."""
+    """Yield the paragraphs of prose of a docstring.
+
+    A paragraph is a run of lines of equal indentation that holds no code.
+    """
     run: list[str] = []
     indent: int | None = None  # None after the first line of a list item: its second line decides
     for line in [*inspect.cleandoc(docstring).split("\n"), ""]:
-        text, depth = line.strip(), len(line) - len(line.lstrip())
+        text = line.strip()
+        depth = len(line) - len(line.lstrip())
         item = _ITEM.match(text)
         header = _HEADER.match(text)
         if run and (not text or item or header or indent not in (None, depth)):
@@ -110,9 +126,10 @@ def paragraphs(docstring: str) -> Iterator[str]:
 
 
 def _prose(lines: list[str]) -> str | None:
+    """Return the lines as one line without markup; None if they do not look like prose."""
     text = _MARKUP.sub(lambda m: m[1] or m[2] or m[3] or "", _ROLE.sub(r"\1", " ".join(lines)))
     words = text.split()
-    if len(words) < MIN_WORDS or any(map(_CODE_LINE.match, lines)) or _CODE.search(text):
+    if len(words) < MIN_PARAGRAPH or any(map(_CODE_LINE.match, lines)) or _CODE.search(text):
         return None
     plain = sum(bool(_WORD.fullmatch(word.strip(".,;:!?()\"'"))) for word in words)
     if plain < MIN_PLAIN * len(words) or text[-1] not in ".:;!?)\"'" or not text[0].isalnum():
@@ -121,20 +138,23 @@ def _prose(lines: list[str]) -> str | None:
 
 
 def documents(files: list[tuple[str, Path]] | None = None) -> Iterator[tuple[str, int, str]]:
-    """(module name, bytes of its source, text) of each document, in the order of `source_files`, no paragraph twice."""
+    """Yield (module name, bytes of its source, text) of each document, without repeated paragraphs.
+
+    The order is that of `source_files`. The text is empty for a document that is too short. If a
+    module has several documents, the first one has its bytes and the others have 0.
+    """
     seen: set[bytes] = set()
     for name, path in files if files is not None else source_files():
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        size = path.stat().st_size  # told once
+        size = path.stat().st_size
         for texts in docstrings(source, name) or [[]]:
             kept = []
             for paragraph in (p for text in texts for p in paragraphs(text)):
-                key = blake2b(
-                    " ".join(_WORD.findall(paragraph.lower())).encode(), digest_size=10
-                ).digest()
+                words = " ".join(_WORD.findall(paragraph.lower()))
+                key = blake2b(words.encode(), digest_size=10).digest()
                 if key not in seen:
                     seen.add(key)
                     kept.append(paragraph)

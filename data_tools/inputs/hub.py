@@ -1,7 +1,7 @@
-"""What does a Hugging Face dataset hold? One of the hub or in a folder, streamed by the `datasets` library.
+"""Hugging Face datasets as inputs, of the hub or in a folder, streamed by the `datasets` library.
 
-It is named `dataset:NAME?config=C&split=S&revision=R`; the split is train unless given. No code of a dataset is run:
-the versions of the library that the extra [hf] asks for cannot.
+A dataset is named `dataset:NAME?config=C&split=S&revision=R`; the default split is train. No code
+of a dataset is run: the versions of the library that the extra [hf] requires cannot run it.
 """
 
 from __future__ import annotations
@@ -18,71 +18,82 @@ from data_tools.inputs.streams import fingerprint, open_input
 from electra_ds.common.errors import UserError
 
 DATASET = "dataset:"
+_OPTIONS = {"config", "split", "revision"}
 
 
 def find_shards(given: str) -> list[tuple[str, str, int, str, str]]:
-    """The fields of a `corpus.Source` for each shard of a split.
+    """Return the fields of a `Source` for each shard of the split that `dataset:...` names.
 
-    The name has no path of this machine, the path has the hub's revision of now, so that all shards are of one. The
-    digest is that of the names, sizes and first bytes of the split's files; the size is their mean.
+    The name holds no path of this machine. The path holds the revision that the hub has now, so
+    all shards are read from one revision. The digest is that of the names, sizes and first bytes of
+    the split's files; the size is the mean over the shards.
     """
     name, options = _parse(given)
     label = name
-    if os.path.isdir(folder := os.path.realpath(os.path.expanduser(name))):
-        name, label = folder, os.path.basename(folder)
-    files, rows = _open(name, **options)
-    found = []
+    folder = os.path.realpath(os.path.expanduser(name))
+    if os.path.isdir(folder):
+        name = folder
+        label = os.path.basename(folder)
+    files, rows = _open_split(name, **options)
+    fingerprints = []
     for file in files:
         with open_input(file) as raw:
-            found.append(
-                (re.sub("^hf://.*?@[^/]*", "", file.removeprefix(name)), *fingerprint(raw))
-            )
-    digest = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
-    size = -(-sum(size for _, size, _ in found) // rows.num_shards)
-    now = re.match("hf://.*?@([0-9a-f]{40})/", files[0])
-    path = _spell(name, options | ({"revision": now[1]} if now else {}))
+            inner_name = re.sub("^hf://.*?@[^/]*", "", file.removeprefix(name))
+            fingerprints.append((inner_name, *fingerprint(raw)))
+    digest = hashlib.sha256(repr(fingerprints).encode()).hexdigest()[:16]
+    size = -(-sum(size for _, size, _ in fingerprints) // rows.num_shards)
+    revision = re.match("hf://.*?@([0-9a-f]{40})/", files[0])
+    path = _spell(name, options | ({"revision": revision[1]} if revision else {}))
+    label = _spell(label, options)
     return [
-        (f"{_spell(label, options)} shard {n}", path, size, f"dataset:{n}", digest)
-        for n in range(rows.num_shards)
+        (f"{label} shard {shard}", path, size, f"dataset:{shard}", digest)
+        for shard in range(rows.num_shards)
     ]
 
 
 def read_shard(path: str, shard: int, text_field: str) -> Iterator[Any]:
-    """The text field of each row. UserError: not there, or not readable; else errors of the network."""
+    """Yield the text field of each row of a shard.
+
+    Raises UserError when the dataset or the field is missing or cannot be read; errors of the
+    network are raised as they are.
+    """
     name, options = _parse(path)
-    _, rows = _open(name, **options)
+    _, rows = _open_split(name, **options)
     try:
-        rows = (
-            rows.select_columns([text_field]) if rows.column_names else rows
-        )  # else found row by row
-        yield from (row.get(text_field) for row in rows.shard(rows.num_shards, shard))
-    except ValueError as error:  # of Arrow, too
+        if rows.column_names:  # else the columns are known only row by row
+            rows = rows.select_columns([text_field])
+        for row in rows.shard(rows.num_shards, shard):
+            yield row.get(text_field)
+    except ValueError as error:  # Arrow's errors are ValueErrors, too
         raise UserError(
-            f"{DATASET}{name} shard {shard}: {' '.join(str(error).split())}; expected rows with a text in "
-            f"--text-field {text_field!r}"
+            f"{DATASET}{name} shard {shard}: {' '.join(str(error).split())}; expected rows with a "
+            f"text in --text-field {text_field!r}"
         ) from None
 
 
 def _parse(given: str) -> tuple[str, dict[str, str]]:
+    """Split dataset:NAME?OPTIONS into the name and the options."""
     name, _, query = given.removeprefix(DATASET).partition("?")
     options = {"split": "train", **dict(parse_qsl(query, keep_blank_values=True))}
-    if not name or options.keys() - {"config", "split", "revision"}:
+    if not name or options.keys() - _OPTIONS:
         raise UserError(
-            f"{given}: expected dataset:NAME, and behind it ?config=C&split=S&revision=R or some of these"
+            f"{given}: expected dataset:NAME, followed by ?config=C&split=S&revision=R or some of "
+            "these"
         )
     return name, options
 
 
 def _spell(name: str, options: dict[str, str]) -> str:
+    """The inverse of _parse."""
     return f"{DATASET}{name}?{urlencode(sorted(options.items()), safe='/')}"
 
 
-@lru_cache(maxsize=1)  # a worker looks a dataset up once, not once a shard
-def _open(
+@lru_cache(maxsize=1)  # so that a worker opens a dataset once instead of once per shard
+def _open_split(
     name: str, split: str, config: str | None = None, revision: str | None = None
 ) -> tuple[list[str], Any]:
-    """(files, rows) of a split."""
-    os.environ.setdefault("USE_TORCH", "0")  # which the library would import
+    """Return (files, rows as a streaming dataset) of a split."""
+    os.environ.setdefault("USE_TORCH", "0")  # else the library imports torch
     import datasets
 
     builder = datasets.load_dataset_builder(name, config, revision=revision)

@@ -1,7 +1,7 @@
-"""Which files are the input, and how is it cut into units of work?
+"""Plan of an input: its files, and the units of work that they are divided into.
 
-The plan depends on names (relative to the input root), sizes and first bytes only, never on the machine, the order of
-the arguments or the number of processes.
+The plan depends only on names (relative to the input root), sizes and first bytes of the files. The
+machine, the order of the arguments and the number of processes do not change it.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from dataclasses import dataclass
 
 from braceexpand import braceexpand
 
-from data_tools.formats.corpus import BUILTIN, Source, detect_format
+from data_tools.formats.detect import detect_format
+from data_tools.formats.source import Source
 from data_tools.inputs import docstring_corpus
+from data_tools.inputs.docstring_corpus import BUILTIN
 from data_tools.inputs.hub import DATASET, find_shards
 from data_tools.inputs.streams import COMPRESSED, HEAD, content_of, fingerprint, open_input
 from electra_ds.common.errors import UserError
 
-Unit = tuple[
-    tuple[int, int, int], ...
-]  # (file, start, end) in bytes; more than one for small files
+Segment = tuple[int, int, int]  # (file, start, end) in bytes
+Unit = tuple[Segment, ...]  # several segments where files are small
 UNIT_BYTES = 32 << 20
 FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "webdataset", "tfrecord")
-CARDS = {
+# Files beside the data of a folder that hold no documents.
+METADATA_FILES = {
     "README.md",
     "dataset_info.json",
     "dataset_infos.json",
     "dataset_dict.json",
     "state.json",
-}  # of a folder
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The input files and the units they are cut into."""
+    """The input files and the units that they are divided into."""
 
     sources: tuple[Source, ...]
     units: tuple[Unit, ...]
 
     def identity(self) -> dict:
-        """What the plan means, as JSON values, without a path of this machine."""
+        """Return the plan as JSON values, without paths of this machine."""
         return {
             "files": [[s.name, s.size, s.format, s.digest] for s in self.sources],
             "units": self.units,
@@ -53,32 +55,30 @@ class Plan:
 
 
 def unit_size(unit: Unit) -> int:
-    """Bytes on disk of one unit."""
+    """Return the bytes on disk of one unit."""
     return sum(end - start for _, start, end in unit)
 
 
 def plan_hash(value: object) -> str:
-    """Fingerprint of JSON values."""
+    """Return a fingerprint of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = UNIT_BYTES) -> Plan:
-    """Find the files behind paths, folders, globs, braces, URLs, datasets and builtin:docs, and cut them.
+    """Find the files of the inputs and divide them into units.
 
-    UserError: nothing there, or it cannot be read.
+    inputs: files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
+    Raises UserError when a file is missing or cannot be read.
     """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
     datasets = {given for given in inputs if given.startswith(DATASET)}
-    files = {f for given in {*inputs} - datasets - {BUILTIN} for f in _expand(given)}
-    files = sorted(files, key=lambda f: f.split("/"))
+    names = {file for given in {*inputs} - datasets - {BUILTIN} for file in _expand(given)}
+    files = sorted(names, key=lambda file: file.split("/"))
     folders = [os.path.dirname(file) for file in files if "://" not in file]
     root = os.path.commonpath(folders) if folders else ""
-    sources = [_source(file, root, format) for file in files]
-    for shards in sorted(
-        {_shards(given) for given in datasets},
-        key=lambda shards: (shards[0].name, shards[0].digest),
-    ):
+    sources = [_file_source(file, root, format) for file in files]
+    for shards in sorted({_dataset_sources(given) for given in datasets}, key=_first_shard):
         sources += shards
     if BUILTIN in inputs:
         sources.append(_docs_source())
@@ -86,49 +86,57 @@ def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = 
         raise UserError("no input; give files, folders, globs, URLs, dataset:NAME or builtin:docs")
     if not any(source.size for source in sources):
         raise UserError(f"{', '.join(inputs)}: all {len(sources)} input files are empty")
-    return Plan(tuple(sources), tuple(_cut(sources, unit_bytes)))
+    return Plan(tuple(sources), tuple(_divide(sources, unit_bytes)))
 
 
 @contextmanager
 def readable(name: str, extra: str = "remote") -> Iterator[None]:
-    """What is inside reads from `name`, whose file system may have errors of its own; `extra` installs it."""
+    """Turn the errors of reading from `name` into UserError.
+
+    extra: the extra of this package that installs a missing library
+    """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # each file system raises its own types
         install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
-        found = (
-            error.__cause__ or error
-        )  # fsspec's http says only that there is no file, whatever went wrong
+        # fsspec's http file system reports every error as a missing file, with the true cause.
+        cause = error.__cause__ or error
         raise UserError(
-            f"{name}: cannot be read ({type(found).__name__}: {found}){install}"
+            f"{name}: cannot be read ({type(cause).__name__}: {cause}){install}"
         ) from error
 
 
 def _expand(given: str) -> list[str]:
-    """The real paths, or URLs, of the files that one argument names."""
+    """Return the real paths, or the URLs, of the files that one argument names."""
     given = given.removeprefix("file://")
     with readable(given):
-        if not os.path.exists(given) and len(names := list(braceexpand(given, escape=False))) > 1:
-            return [file for name in names for file in _expand(name)]
+        if not os.path.exists(given):
+            names = list(braceexpand(given, escape=False))
+            if len(names) > 1:
+                return [file for name in names for file in _expand(name)]
         if "://" in given:
-            found = _remote(given)
+            files = _remote_files(given)
         else:
             path = os.path.expanduser(given)
-            there = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
-            found = [file for one in there for file in _local(one)]
-    if not found:
+            matches = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+            files = [file for match in matches for file in _local_files(match)]
+    if not files:
         raise UserError(
-            f"{given}: no such file, and no file matches it; expected text, WikiText, WikiExtractor, "
-            f"JSONL, parquet, arrow or tars of text (also {' '.join(COMPRESSED)}), folders, globs, "
-            f"{{00..09}} or URLs of them, {DATASET}NAME or {BUILTIN}"
+            f"{given}: no such file, and no file matches it; expected text, WikiText, "
+            "WikiExtractor, JSONL, parquet, arrow or tars of text (also "
+            f"{' '.join(COMPRESSED)}), folders, globs, {{00..09}} or URLs of them, "
+            f"{DATASET}NAME or {BUILTIN}"
         )
-    return found
+    return files
 
 
-def _local(path: str, above: tuple[str, ...] = ()) -> list[str]:
-    """The real paths of a file, or of the files that count as input in a folder; links are followed, once."""
+def _local_files(path: str, parents: tuple[str, ...] = ()) -> list[str]:
+    """Return the real paths of a file, or of the input files of a folder.
+
+    Links are followed; a link to one of the `parents` is not followed again.
+    """
     real = os.path.realpath(path)
     if os.path.isfile(real):
         return [real]
@@ -136,77 +144,91 @@ def _local(path: str, above: tuple[str, ...] = ()) -> list[str]:
         raise UserError(
             f"{path}: neither a file nor a folder, or a link to nothing; expected text; remove it"
         )
-    names = [name for name in os.listdir(real) if _is_data(name)] if real not in above else []
-    return [file for name in names for file in _local(os.path.join(real, name), (*above, real))]
+    if real in parents:
+        return []
+    names = [name for name in os.listdir(real) if _is_input(name)]
+    return [
+        file for name in names for file in _local_files(os.path.join(real, name), (*parents, real))
+    ]
 
 
-def _remote(given: str) -> list[str]:
-    """The URLs of the files that a URL means: a folder ends with a slash, `*` makes a glob."""
+def _remote_files(given: str) -> list[str]:
+    """Return the URLs of the files of a URL. A folder ends with a slash; `*` makes a glob."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(given)
     if given.endswith("/"):
-        there = {path.rstrip("/"): {"type": "directory"}}
+        entries = {path.rstrip("/"): {"type": "directory"}}
     elif "*" in given:
-        there = system.glob(path, detail=True)
+        entries = system.glob(path, detail=True)
     else:
         return [given]
-    found = []
-    for one, info in there.items():
+    files = []
+    for entry, info in entries.items():
         if info["type"] == "directory":
-            found += [f for f in system.find(one) if _is_data(f.removeprefix(f"{one}/"))]
+            inside = system.find(entry)
+            files += [file for file in inside if _is_input(file.removeprefix(f"{entry}/"))]
         else:
-            found.append(one)
-    return [system.unstrip_protocol(f) for f in found]
+            files.append(entry)
+    return [system.unstrip_protocol(file) for file in files]
 
 
-def _is_data(name: str) -> bool:
-    """Does a file of a folder, given by its name there, count as input?"""
-    return "/." not in f"/{name}" and os.path.basename(name) not in CARDS
+def _is_input(name: str) -> bool:
+    """Whether a file of a folder is an input. `name` is its path below the folder."""
+    return "/." not in f"/{name}" and os.path.basename(name) not in METADATA_FILES
 
 
-def _source(file: str, root: str, format: str) -> Source:
-    url = re.sub(
-        "//[^/]*@", "//", file.partition("?")[0]
-    )  # passwords and signatures stay out of the name
+def _file_source(file: str, root: str, format: str) -> Source:
+    """Return the source of one file."""
+    url = re.sub("//[^/]*@", "//", file.partition("?")[0])  # without passwords and signatures
     name = url if "://" in file else os.path.relpath(file, root)
     with readable(name), open_input(file) as raw:
         size, digest = fingerprint(raw)
         head = content_of(raw, name).read(HEAD)
-        found = detect_format(name, head, format) if size else "text"
-    return Source(name, file, size, found, digest)
+        detected = detect_format(name, head, format) if size else "text"
+    return Source(name, file, size, detected, digest)
 
 
-def _shards(given: str) -> tuple[Source, ...]:
+def _dataset_sources(given: str) -> tuple[Source, ...]:
+    """Return the sources of a Hugging Face dataset, one per shard."""
     with readable(given, "hf"):
         return tuple(Source(*shard) for shard in find_shards(given))
 
 
+def _first_shard(shards: tuple[Source, ...]) -> tuple[str, str]:
+    """Sort key of a dataset."""
+    return shards[0].name, shards[0].digest
+
+
 def _docs_source() -> Source:
+    """Return the source of builtin:docs."""
     files = [(name, path.stat().st_size) for name, path in docstring_corpus.source_files()]
     return Source(BUILTIN, BUILTIN, sum(size for _, size in files), "docs", plan_hash(files)[:16])
 
 
-def _cut(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
-    """Big files in byte ranges, a stream (compressed, tar, arrow) whole, neighbouring small files together."""
+def _divide(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
+    """Divide files into units.
+
+    A large file becomes byte ranges. A stream (compressed, tar, arrow) is one unit. Consecutive
+    small files share a unit.
+    """
     units: list[Unit] = []
-    small: list[tuple[int, int, int]] = []
-    held = 0  # bytes of the small ones
+    shared: list[Segment] = []
+    shared_bytes = 0
     for number, source in enumerate(sources):
         alone = source.is_stream or source.size > unit_bytes
-        if small and (alone or held + source.size > unit_bytes):
-            units.append(tuple(small))
-            small, held = [], 0
+        if shared and (alone or shared_bytes + source.size > unit_bytes):
+            units.append(tuple(shared))
+            shared = []
+            shared_bytes = 0
         if alone:
-            step = (
-                max(1, source.size)
-                if source.is_stream or source.format == "text_file"
-                else unit_bytes
-            )
-            units += [
-                ((number, at, min(at + step, source.size)),) for at in range(0, source.size, step)
-            ]
+            indivisible = source.is_stream or source.format == "text_file"
+            step = max(1, source.size) if indivisible else unit_bytes
+            for start in range(0, source.size, step):
+                units.append(((number, start, min(start + step, source.size)),))
         elif source.size:
-            small.append((number, 0, source.size))
-            held += source.size
-    return [*units, tuple(small)] if small else units
+            shared.append((number, 0, source.size))
+            shared_bytes += source.size
+    if shared:
+        units.append(tuple(shared))
+    return units

@@ -1,1 +1,1 @@
-"""Stages of `prepare` from documents to shards."""
+"""Stages of `prepare`, from documents to shards."""

@@ -1,4 +1,7 @@
-"""What does a document's text become before it is tokenized, and when are two documents the same?"""
+"""Cleaning of a document's text, and the hashes by which equal and similar documents are found.
+
+Letters: D documents.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +15,53 @@ import numpy as np
 
 from electra_ds.common.errors import UserError
 
-_CONTROL = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]"
-)  # carries no text; tab and newline stay
+# Characters without text; tab and line feed are not among them.
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]")
 SHINGLE = 5  # tokens
-SLOTS = 128  # of a signature: the standard error of a similarity estimated as 0.8 is at most 0.035
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads bits over 64
+SLOTS = 128  # of a signature: a similarity of 0.8 is estimated with a standard error of <= 0.035
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd factor that spreads the bits of a number over 64
 
 
 def clean_lines(text: str) -> tuple[list[str], int]:
-    """The text's lines in Unicode NFC, without control characters and outer white space; empty ones left out.
+    """Return (cleaned lines, number of removed control characters).
 
-    With them the number of control characters removed.
+    Lines are in Unicode NFC, without control characters and outer white space. Empty lines are left
+    out.
     """
-    lines, removed = [], 0
-    for line in text.splitlines():  # one by one: most are ASCII, where all of this is quick
-        if (
-            not line.isprintable() or "\ufffd" in line
-        ):  # control characters are not printable, but for U+FFFD
-            line, count = _CONTROL.subn("", line)
+    lines = []
+    removed = 0
+    for line in text.splitlines():  # one by one, since most lines are ASCII and need little work
+        # All control characters but U+FFFD are not printable.
+        if not line.isprintable() or "\ufffd" in line:
+            line, count = CONTROL.subn("", line)
             removed += count
         if not line.isascii():
-            line = unicodedata.normalize(
-                "NFC", line
-            )  # last: what was deleted may have stood before an accent
+            # After the removal: a control character may have stood before an accent.
+            line = unicodedata.normalize("NFC", line)
         if stripped := line.strip():
             lines.append(stripped)
     return lines, removed
 
 
 def text_hash(lines: list[str]) -> tuple[int, int]:
-    """128 bits that are equal for texts equal but for case and white space, as two unsigned 64-bit halves."""
-    digest = blake2b(" ".join(map(_normalised, lines)).encode(), digest_size=16).digest()
+    """Return a hash of 128 bits, as two unsigned halves, of cleaned lines.
+
+    Texts that differ only in case and white space have equal hashes.
+    """
+    digest = blake2b(" ".join(map(_normalized, lines)).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def _normalised(line: str) -> str:
-    """A cleaned line without upper case, its white space single spaces, which alone of white space are printable."""
+def _normalized(line: str) -> str:
+    """Return a cleaned line in lower case, with single spaces as its only white space."""
     lower = line.lower()
-    return lower if lower.isprintable() and "  " not in lower else " ".join(lower.split())
+    if lower.isprintable() and "  " not in lower:  # the space is the only printable white space
+        return lower
+    return " ".join(lower.split())
 
 
 def minhash() -> Any:
-    """Rensa's class for signatures; UserError when it is not installed."""
+    """Return rensa's class for signatures; UserError when it is not installed."""
     try:
         from rensa import RMinHash
     except ImportError:
@@ -63,25 +70,27 @@ def minhash() -> Any:
 
 
 def hash_rows(columns: Iterable[np.ndarray]) -> np.ndarray:
-    """A uint64 hash of each row, given as columns of whole numbers."""
-    hashes = np.uint64(0)
+    """Return a uint64 hash of each row of a table, [n], given its columns of integers, each [n]."""
+    hashes: np.ndarray = np.zeros(1, np.uint64)
     for column in columns:
-        hashes = (hashes + column) * _ODD
+        hashes = (hashes + column) * _SPREAD
         hashes ^= hashes >> np.uint64(32)
     return hashes
 
 
 def signatures(documents: Sequence[np.ndarray]) -> np.ndarray:
-    """[D, SLOTS] uint16: MinHash signatures (Broder, 1997) of documents given as token ids, the low halves of rensa's.
+    """Return MinHash signatures (Broder, 1997) of documents: [D, SLOTS] uint16.
 
-    The share of equal slots estimates the Jaccard similarity of the sets of shingles: SHINGLE tokens in a row, from
-    each token on, those at the end filled up by zeros.
+    documents: token ids of each document
+    The share of equal slots estimates the Jaccard similarity of two sets of shingles. A shingle is
+    SHINGLE consecutive tokens; one starts at each token, and those at the end are filled with
+    zeros. The slots are the low halves of rensa's.
     """
-    ids, ends = np.concatenate(documents), np.cumsum([len(document) for document in documents])
-    left = np.repeat(ends, np.diff(ends, prepend=0)) - np.arange(
-        len(ids)
-    )  # tokens from each one to its document's end
-    shingles = hash_rows(np.where(left > i, np.roll(ids, -i), 0) for i in range(SHINGLE))
+    ids = np.concatenate(documents)
+    ends = np.cumsum([len(document) for document in documents])
+    # tokens from each token to the end of its document, that token included
+    remaining = np.repeat(ends, np.diff(ends, prepend=0)) - np.arange(len(ids))
+    shingles = hash_rows(np.where(remaining > i, np.roll(ids, -i), 0) for i in range(SHINGLE))
     matrix = minhash().digest_matrix_from_flat_token_hashes(
         shingles, np.insert(ends, 0, 0), SLOTS, 0
     )

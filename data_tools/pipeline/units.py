@@ -1,272 +1,322 @@
-"""How does one unit of input become token ids on disk? Cleaned, tokenized, shuffled in runs, written with a marker.
+"""Tokenized units: the documents of one unit of input as token ids on disk.
 
-A unit's output depends on the unit and the options only: unit-000003.ids holds documents one after the other, each
-line of a document ended by [SEP] (text cannot make that id); unit-000003.documents.npy says what lies where;
-unit-000003.signatures, where near-duplicates are looked for, holds the signatures in the order of that table. Within a
-run of at most RUN_TOKENS the documents are sorted by their shuffling key, so that any range of keys, whatever the
-number of shards, is one stretch per run. Letters: D documents.
+The files of a unit depend on the unit and the settings only:
+
+    unit-000003.ids            documents one after the other, a [SEP] after each line of a document
+                               (text cannot produce that id)
+    unit-000003.documents.npy  the document table, [D] DOCUMENT
+    unit-000003.signatures     with near-duplicates: [D, SLOTS] uint16 in the order of that table
+    unit-000003.unknowns       counts of unknown words
+    unit-000003.json           the marker, written last
+
+Within a run of at most RUN_TOKENS ids, documents are sorted by their shuffle key. Any range of
+keys, for any number of shards, is therefore one stretch per run. Letters: D documents.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from io import BytesIO
+from itertools import repeat
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.formats.corpus import Source, Tally, documents
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import Unit, unit_size
 from data_tools.pipeline.clean import clean_lines, signatures, text_hash
+from data_tools.pipeline.markers import finished
+from data_tools.pipeline.settings import Settings
 from data_tools.pipeline.unknowns import Unknowns
+from data_tools.workers import OnProgress
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import fsync_folder, read_json, sha256_file, write_bytes, write_json
+from electra_ds.common.files import fsync_folder, sha256_file, write_bytes, write_json
 from electra_ds.common.plugins import load_function
 from electra_ds.data.shard_format import ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
-REMOVED = (
-    "control_characters",
-    "repeated_lines",
-    "too_short",
-    "filtered",
-)  # what cleaning counts, in its order
-BATCH_CHARS = 4 << 20  # text tokenized at a time
+# What cleaning counts, in the order of its steps.
+REMOVED = ("control_characters", "repeated_lines", "too_short", "filtered")
+BATCH_CHARS = 4 << 20  # characters that are tokenized at a time
 RUN_TOKENS = 32 << 20  # ids held in memory at a time
-tokenizers: dict[str, Tokenizer] = {}  # of this process by fingerprint, with their word caches
+DOCUMENT_TOKENS = 128  # ids that take the memory of a document's other data, about 350 bytes
+KEYS = 1 << 64  # shuffle keys and hashes are numbers below it
 DOCUMENT = np.dtype(
     [
-        ("key", "<u8"),  # place in the shuffled corpus
-        ("hash", "<u8", 2),  # of the normalised text
-        ("start", "<u8"),  # in the ids file
-        ("stored", "<u4"),  # ids there, line ends included
-        ("tokens", "<u4"),  # ids without the line ends
+        ("key", "<u8"),  # shuffle key: position in the shuffled corpus
+        ("hash", "<u8", 2),  # of the normalized text
+        ("start", "<u8"),  # first id in the ids file
+        ("stored", "<u4"),  # number of ids there, line ends included
+        ("tokens", "<u4"),  # number of ids without line ends
         ("document", "<u4"),  # number in the unit, in reading order
     ]
 )
+# Tokenizers of this process by fingerprint, with their caches of words.
+tokenizers: dict[str, Tokenizer] = {}
 
 
 @dataclass(frozen=True)
 class UnitTask:
-    """Everything that the output of one unit follows from, and where it goes."""
+    """A unit, and everything that decides its files."""
 
     number: int
     unit: Unit
-    sources: tuple[Source, ...]  # of this unit's segments, in their order
-    folder: str
+    sources: tuple[Source, ...]  # file of each segment
+    folder: str  # of the units
     tokenizer: str  # folder
-    fingerprint: str  # of that tokenizer
+    fingerprint: str  # of the tokenizer
     plan_sha256: str
-    seed: int
-    text_field: str
-    min_chars: int
-    drop_repeated_lines: bool
-    keep: str | None  # "package.module:function"
-    signatures: bool
+    settings: Settings
 
 
-def unit_paths(folder: str | Path, number: int) -> tuple[Path, ...]:
-    """(ids, document table, marker, signatures, unknown words) of a unit."""
+class UnitFiles(NamedTuple):
+    """The paths of a unit's files."""
+
+    ids: Path
+    table: Path
+    marker: Path
+    signatures: Path
+    unknowns: Path
+
+
+class EncodedDocument(NamedTuple):
+    """A cleaned document as token ids."""
+
+    number: int  # in the unit
+    hash: tuple[int, int]  # of the normalized text
+    stored: np.ndarray  # ids_dtype, a [SEP] after each line
+    tokens: int  # number of ids without line ends
+    signature: np.ndarray | None = None
+
+
+def unit_files(folder: str | Path, number: int) -> UnitFiles:
+    """Return the paths of a unit's files."""
     stem = Path(folder) / f"unit-{number:06d}"
-    return tuple(
-        map(stem.with_suffix, (".ids", ".documents.npy", ".json", ".signatures", ".unknowns"))
-    )
+    suffixes = (".ids", ".documents.npy", ".json", ".signatures", ".unknowns")
+    return UnitFiles(*map(stem.with_suffix, suffixes))
 
 
-def array_bytes(array: np.ndarray) -> bytes:
-    """The content of an .npy file."""
+def read_table(folder: str | Path, unit: int) -> np.ndarray:
+    """Return a unit's document table, [D] DOCUMENT, memory-mapped."""
+    table = np.load(unit_files(folder, unit).table, mmap_mode="r", allow_pickle=False)
+    assert table.dtype == DOCUMENT
+    return table
+
+
+def key_range(part: int, parts: int) -> tuple[np.uint64, np.uint64]:
+    """Return the (first, last) key or hash of one of `parts` equal parts of all of them."""
+    return np.uint64(part * KEYS // parts), np.uint64((part + 1) * KEYS // parts - 1)
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """Return the content of an .npy file."""
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def finished(marker: Path, plan_sha256: str) -> dict | None:
-    """What a marker says, when the files it names (relative to it) are whole and of this plan; else None.
+def tokenize_unit(task: UnitTask, on_progress: OnProgress) -> dict:
+    """Write a unit's files unless they are finished; return its marker.
 
-    A marker is JSON, written last: `plan_sha256`, `files` {name: sha256}, and what its owner counted.
+    on_progress: receives bytes of input read
     """
-    if not marker.exists():
-        return None
-    found = read_json(marker, "a marker of finished work")
-    if (
-        found["plan_sha256"] != plan_sha256 or "files" not in found
-    ):  # other settings, another version's marker
-        return None
-    files = {marker.parent / name: digest for name, digest in found["files"].items()}
-    whole = all(file.is_file() and sha256_file(file) == digest for file, digest in files.items())
-    return found if whole else None
-
-
-def tokenize_unit(task: UnitTask, on_progress: Callable[[int], None]) -> dict:
-    """Make a unit's files unless they are there and whole; returns its marker. `moved` hears of input bytes done."""
-    if found := finished(unit_paths(task.folder, task.number)[2], task.plan_sha256):
+    if marker := finished(unit_files(task.folder, task.number).marker, task.plan_sha256):
         on_progress(unit_size(task.unit))
-        return found
+        return marker
     if task.fingerprint not in tokenizers:
         tokenizers[task.fingerprint] = load_tokenizer(task.tokenizer)
-    tokenizer, tally, unknowns = tokenizers[task.fingerprint], Tally(), Unknowns()
+    tokenizer = tokenizers[task.fingerprint]
+    tally = Tally()
+    unknowns = Unknowns()
     removed = dict.fromkeys(REMOVED, 0)
-    with UnitWriter(task, ids_dtype(tokenizer.vocab_size)) as writer:
+    with UnitWriter(task) as writer:
         for batch in _batches(_cleaned(task, tally, removed, on_progress)):
-            encoded, texts = _encode(tokenizer, [lines for _, lines in batch], unknowns)
-            signed = signatures(texts) if task.signatures else [None] * len(batch)
-            for (number, lines), own, text, signature in zip(
-                batch, encoded, texts, signed, strict=True
-            ):
-                if len(text):
-                    writer.add(number, text_hash(lines), own, len(text), signature)
+            for document in _encode(task, tokenizer, batch, unknowns):
+                if document.tokens:
+                    writer.add(document)
                 else:
                     removed["too_short"] += 1
         return writer.close(removed, tally, unknowns)
 
 
+CleanDocument = tuple[int, list[str]]  # (number in the unit, lines)
+
+
 def _cleaned(
-    task: UnitTask,
-    tally: Tally,
-    removed: dict[str, int],
-    on_progress: Callable[[int], None],
-) -> Iterator[tuple[int, list[str]]]:
-    """(number, lines) of the documents that the cleaning leaves; `removed` counts what it does not."""
-    keep = task.keep and load_function("keep", task.keep)
-    texts = (
-        (source, text)
-        for source, (_, start, end) in zip(task.sources, task.unit, strict=True)
-        for text in documents(
-            source, start, end, text_field=task.text_field, tally=tally, on_progress=on_progress
-        )
-    )
-    for number, (source, text) in enumerate(texts):
+    task: UnitTask, tally: Tally, removed: dict[str, int], on_progress: OnProgress
+) -> Iterator[CleanDocument]:
+    """Yield the documents that cleaning keeps; count in `removed` what it removes."""
+    settings = task.settings
+    keep = load_function("keep", settings.keep) if settings.keep else None
+    for number, (source, text) in enumerate(_unit_texts(task, tally, on_progress)):
         lines, characters = clean_lines(text)
         removed["control_characters"] += characters
-        if task.drop_repeated_lines:
-            removed["repeated_lines"] += len(lines) - len(lines := list(dict.fromkeys(lines)))
-        if not lines or sum(map(len, lines)) < task.min_chars:
+        if settings.drop_repeated_lines:
+            unique = list(dict.fromkeys(lines))
+            removed["repeated_lines"] += len(lines) - len(unique)
+            lines = unique
+        if not lines or sum(map(len, lines)) < settings.min_chars:
             removed["too_short"] += 1
             continue
         try:
-            stays = not keep or keep("\n".join(lines))
-        except Exception as error:
+            kept = keep is None or keep("\n".join(lines))
+        except Exception as error:  # the user's function may raise anything
             raise UserError(
-                f"{source.name}: keep = {task.keep!r} raised {type(error).__name__}: {error}; document "
-                f"{number} of unit {task.number}, it begins {lines[0][:60]!r}"
+                f"{source.name}: keep = {settings.keep!r} raised {type(error).__name__}: {error}; "
+                f"document {number} of unit {task.number}, it begins {lines[0][:60]!r}"
             ) from error
-        if stays:
+        if kept:
             yield number, lines
         else:
             removed["filtered"] += 1
 
 
-def _batches(documents: Iterator[tuple[int, list[str]]]) -> Iterator[list[tuple[int, list[str]]]]:
-    """Documents of about BATCH_CHARS together."""
-    batch, size = [], 0
+def _unit_texts(
+    task: UnitTask, tally: Tally, on_progress: OnProgress
+) -> Iterator[tuple[Source, str]]:
+    """Yield (file, text) of each document of a unit."""
+    for source, (_, start, end) in zip(task.sources, task.unit, strict=True):
+        for text in documents(
+            source,
+            start,
+            end,
+            text_field=task.settings.text_field,
+            tally=tally,
+            on_progress=on_progress,
+        ):
+            yield source, text
+
+
+def _batches(documents: Iterator[CleanDocument]) -> Iterator[list[CleanDocument]]:
+    """Group documents into batches of about BATCH_CHARS characters."""
+    batch = []
+    size = 0
     for number, lines in documents:
         batch.append((number, lines))
         size += sum(map(len, lines))
         if size >= BATCH_CHARS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 def _encode(
+    task: UnitTask, tokenizer: Tokenizer, batch: list[CleanDocument], unknowns: Unknowns
+) -> Iterator[EncodedDocument]:
+    """Tokenize a batch of documents; count their unknown words."""
+    stored, tokens = _token_ids(tokenizer, [lines for _, lines in batch], unknowns)
+    signed: Iterable[np.ndarray | None] = repeat(None, len(batch))
+    if task.settings.near_duplicates:
+        signed = signatures(tokens)
+    for (number, lines), ids, text, signature in zip(batch, stored, tokens, signed, strict=True):
+        yield EncodedDocument(number, text_hash(lines), ids, len(text), signature)
+
+
+def _token_ids(
     tokenizer: Tokenizer, texts: list[list[str]], unknowns: Unknowns
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The ids of each document, given as lines: as stored, a [SEP] after each line; and without."""
-    flat = [line for lines in texts for line in lines]
-    ids, lengths = tokenizer.encode_flat(flat)
-    unknowns.look(tokenizer, flat, ids, lengths)
-    line_ends, lines = np.cumsum(lengths), np.cumsum([len(lines) for lines in texts])[:-1]
-    stored = np.insert(
-        ids.astype(ids_dtype(tokenizer.vocab_size)), line_ends, tokenizer.special_ids.sep
-    )
-    ends = line_ends[lines - 1]
-    return np.split(stored, ends + lines), np.split(ids, ends)
+    """Return (ids as stored, with a [SEP] after each line; ids without) of each document."""
+    lines = [line for text in texts for line in text]
+    ids, lengths = tokenizer.encode_flat(lines)
+    unknowns.add(tokenizer, lines, ids, lengths)
+    line_ends = np.cumsum(lengths)
+    lines_before = np.cumsum([len(text) for text in texts])[:-1]  # at the ends of documents
+    dtype = ids_dtype(tokenizer.vocab_size)
+    stored = np.insert(ids.astype(dtype), line_ends, tokenizer.special_ids.sep)
+    document_ends = line_ends[lines_before - 1]
+    return np.split(stored, document_ends + lines_before), np.split(ids, document_ends)
 
 
 class UnitWriter:
-    """Collects documents, writes them in sorted runs, renames the finished files into place, the marker last."""
+    """Writer of a unit's files.
 
-    def __init__(self, task: UnitTask, dtype: np.dtype) -> None:
-        self.task, self.dtype = task, dtype
-        ids, self.table, self.marker, signed, self.words = unit_paths(task.folder, task.number)
-        self.marker.unlink(missing_ok=True)  # whatever is there is not whole
-        self.paths = [ids, signed] if task.signatures else [ids]
+    Documents are collected and written in sorted runs to temporary files. `close` renames these to
+    their final names and writes the marker last.
+    """
+
+    def __init__(self, task: UnitTask) -> None:
+        self.task = task
+        self.key_prefix = f"{task.settings.seed}/{task.number}/"
+        self.files = unit_files(task.folder, task.number)
+        self.files.marker.unlink(missing_ok=True)  # existing files are not whole
+        self.paths = [self.files.ids]
+        if task.settings.near_duplicates:
+            self.paths.append(self.files.signatures)
         self.temporaries = [
             path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self.paths
         ]
-        self.files = [open(temporary, "wb") for temporary in self.temporaries]  # noqa: SIM115 (closed by __exit__)
-        self.written = self.held = 0  # ids
-        self.run: list[tuple] = []  # (a row of DOCUMENT but for its start, ids, signature)
-        self.tables: list[np.ndarray] = []
+        self.streams = [open(path, "wb") for path in self.temporaries]  # noqa: SIM115 (see __exit__)
+        self.written = 0  # ids in finished runs
+        self.run_tokens = 0  # ids of the present run
+        self.run: list[tuple[int, EncodedDocument]] = []  # (shuffle key, document)
+        self.tables: list[np.ndarray] = []  # of finished runs, each [documents] DOCUMENT
 
     def __enter__(self) -> UnitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file, temporary in zip(self.files, self.temporaries, strict=True):
-            file.close()
-            temporary.unlink(missing_ok=True)  # nothing is there after `close`
+        for stream, temporary in zip(self.streams, self.temporaries, strict=True):
+            stream.close()
+            temporary.unlink(missing_ok=True)  # `close` has renamed it
 
-    def add(
-        self,
-        number: int,
-        hashed: tuple[int, int],
-        ids: np.ndarray,
-        tokens: int,
-        signature: np.ndarray | None = None,
-    ) -> None:
-        word = f"{self.task.seed}/{self.task.number}/{number}".encode()
-        key = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
-        self.run.append(
-            (
-                (key, hashed, 0, len(ids), tokens, number),
-                ids.astype(self.dtype, copy=False),
-                signature,
-            )
-        )
-        self.held += len(ids)
-        if (
-            self.held + 128 * len(self.run) >= RUN_TOKENS
-        ):  # a document takes some 350 bytes beside its ids
-            self._flush()
+    def add(self, document: EncodedDocument) -> None:
+        """Add a document. Its shuffle key follows from seed, unit and number."""
+        name = f"{self.key_prefix}{document.number}".encode()
+        digest = blake2b(name, digest_size=8).digest()
+        self.run.append((int.from_bytes(digest, "little"), document))
+        self.run_tokens += len(document.stored)
+        if self.run_tokens + DOCUMENT_TOKENS * len(self.run) >= RUN_TOKENS:
+            self._write_run()
 
-    def _flush(self) -> None:
-        self.run.sort(key=lambda document: (document[0][0], document[0][5]))  # by key, then number
-        table = np.array([row for row, _, _ in self.run], DOCUMENT)
+    def _write_run(self) -> None:
+        """Write the collected documents in the order of their keys."""
+        self.run.sort(key=itemgetter(0))  # stable: equal keys stay in reading order
+        rows = [
+            (key, document.hash, 0, len(document.stored), document.tokens, document.number)
+            for key, document in self.run
+        ]
+        table = np.array(rows, DOCUMENT)
         ends = self.written + np.cumsum(table["stored"], dtype=np.uint64)
         table["start"] = ends - table["stored"]
         self.tables.append(table)
-        for file, part in zip(self.files, (1, 2), strict=False):
-            file.writelines(document[part].data for document in self.run)
-        self.written += self.held
-        self.run, self.held = [], 0
+        self.streams[0].writelines(document.stored.data for _, document in self.run)
+        for stream in self.streams[1:]:  # that of the signatures, if there is one
+            for _, document in self.run:
+                assert document.signature is not None
+                stream.write(document.signature.data)
+        self.written += self.run_tokens
+        self.run = []
+        self.run_tokens = 0
 
     def close(self, removed: dict[str, int], tally: Tally, unknowns: Unknowns) -> dict:
-        """Finish the files; returns the marker."""
-        self._flush()
+        """Finish the files and return the marker."""
+        self._write_run()
         table = np.concatenate(self.tables)
-        write_bytes(self.table, array_bytes(table))
-        write_json(self.words, unknowns.record())
-        for file, temporary, path in zip(self.files, self.temporaries, self.paths, strict=True):
-            file.flush()
-            os.fsync(file.fileno())
+        write_bytes(self.files.table, npy_bytes(table))
+        write_json(self.files.unknowns, unknowns.record())
+        for stream, temporary, path in zip(self.streams, self.temporaries, self.paths, strict=True):
+            stream.flush()
+            os.fsync(stream.fileno())
             os.replace(temporary, path)
-        fsync_folder(self.marker.parent)
-        found = {
+        fsync_folder(self.files.marker.parent)
+        paths = [*self.paths, self.files.table, self.files.unknowns]
+        marker = {
             "plan_sha256": self.task.plan_sha256,
             "removed": removed,
             "lines": tally.lines,
-            "files": {
-                path.name: sha256_file(path) for path in [*self.paths, self.table, self.words]
-            },
+            "files": {path.name: sha256_file(path) for path in paths},
             "documents": len(table),
             "tokens": int(table["tokens"].sum(dtype=np.int64)),
             "bad_lines": dict(sorted(tally.bad.items())),
-            "places": tally.places,
+            "places": tally.locations,
         }
-        write_json(self.marker, found)
-        return found
+        write_json(self.files.marker, marker)
+        return marker

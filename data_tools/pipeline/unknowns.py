@@ -1,4 +1,8 @@
-"""Which words become [UNK]? Counted while units are tokenized, since ids no longer hold them; summed by `prepare`."""
+"""Counts of the words that become [UNK].
+
+They are counted while units are tokenized, because token ids do not hold them, and added up by
+`prepare`.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,62 +10,66 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.formats.corpus import UNKNOWN
+from data_tools.formats.source import UNKNOWN
 from electra_ds.common.files import read_json
 from electra_ds.data.shard_format import UnknownWords
 from electra_ds.data.tokenizer import Tokenizer
 
-FIRST_TOKENS, SHARE = (
-    1 << 13,
-    256,
-)  # lines are looked at while they have at most so many, and 1 / SHARE of the unit's
-WORD_CHARS = 100  # kept of a word
-WORDS_AT_ONCE = 1 << 18  # in memory, of one unit and of their sum
+# Lines with [UNK] are examined while they have at most FIRST_TOKENS tokens and 1 / SHARE of the
+# unit's tokens.
+FIRST_TOKENS = 1 << 13
+SHARE = 256
+WORD_CHARS = 100  # longer words are cut
+MAX_WORDS = 1 << 18  # different words in memory, of one unit and of their sum
 MOST_FREQUENT = 100
 
 
 class Unknowns:
-    """The unknown words of one unit, counted in its lines that hold any; what is counted follows from the unit alone.
+    """The unknown words of one unit, counted in lines that hold [UNK].
 
-    Such lines are tokenized a second time, so only a share of the text is looked at: with a vocabulary that fits the
-    text that is nearly all of them.
+    Such lines are tokenized a second time, so only a share of the text is examined. If the
+    vocabulary fits the text, these are nearly all such lines. The counts depend on the unit alone.
     """
 
     def __init__(self) -> None:
-        self.found = self.tokens = self.looked_at = 0  # [UNK]s, tokens, tokens of lines looked at
+        self.total = 0  # [UNK] tokens
+        self.tokens = 0  # tokens of all lines
+        self.examined_tokens = 0  # tokens of the lines that were examined
         self.words: Counter[str] = Counter()
 
-    def look(
+    def add(
         self, tokenizer: Tokenizer, lines: list[str], ids: np.ndarray, lengths: np.ndarray
     ) -> None:
-        """Count what became [UNK] in `lines`, given what `encode_flat` made of them."""
-        places = np.flatnonzero(ids == tokenizer.special_ids.unk)
-        self.found += len(places)
+        """Count the unknown words of `lines`, given the result of `encode_flat` for them."""
+        positions = np.flatnonzero(ids == tokenizer.special_ids.unk)
+        self.total += len(positions)
         self.tokens += len(ids)
-        for line in np.unique(np.searchsorted(np.cumsum(lengths), places, side="right")).tolist():
-            if (
-                self.looked_at > FIRST_TOKENS + self.tokens // SHARE
-                or len(self.words) > WORDS_AT_ONCE
-            ):
+        with_unknowns = np.unique(np.searchsorted(np.cumsum(lengths), positions, side="right"))
+        for line in with_unknowns.tolist():
+            if self.examined_tokens > FIRST_TOKENS + self.tokens // SHARE:
                 return
-            self.looked_at += int(lengths[line])
+            if len(self.words) > MAX_WORDS:
+                return
+            self.examined_tokens += int(lengths[line])
             parts = tokenizer.unknown_parts(lines[line])
             self.words.update(part[:WORD_CHARS].replace(UNKNOWN, "<unk>") for part in parts)
 
     def record(self) -> dict:
-        """What the unit leaves on disk, as JSON values."""
-        return {"found": self.found, "words": dict(sorted(self.words.items()))}
+        """Return the counts as JSON values, for the unit's file of unknown words."""
+        return {"found": self.total, "words": dict(sorted(self.words.items()))}
 
 
 def sum_unknowns(files: Iterable[Path]) -> UnknownWords:
-    """The unknown words of all units together, from their records; what the manifest says of them."""
-    found, looked_at, words = 0, 0, Counter()
+    """Return the sum of the records of all units, for the manifest."""
+    total = 0
+    examined = 0
+    words: Counter[str] = Counter()
     for file in files:
         unit = read_json(file, "the unknown words of a unit")
-        found += unit["found"]
-        looked_at += sum(unit["words"].values())
+        total += unit["found"]
+        examined += sum(unit["words"].values())
         words.update(unit["words"])
-        if len(words) > WORDS_AT_ONCE:  # the rarest half is forgotten
-            words = Counter(dict(words.most_common(WORDS_AT_ONCE // 2)))
-    most = sorted(words.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_FREQUENT]
-    return UnknownWords(found=found, looked_at=looked_at, words=dict(most))
+        if len(words) > MAX_WORDS:  # drop the rarest half
+            words = Counter(dict(words.most_common(MAX_WORDS // 2)))
+    most_frequent = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:MOST_FREQUENT]
+    return UnknownWords(found=total, looked_at=examined, words=dict(most_frequent))

@@ -220,14 +220,14 @@ def verify(
     Damage is reported by shard and block, with exit code 1.
     """
     from data_tools.verify import verify
-    from data_tools.workers import console_progress, summed
+    from data_tools.workers import console_progress, running_total
     from electra_ds.data.shard_format import read_manifest
 
     total = sum(
         shard.bytes for split in read_manifest(data).splits.values() for shard in split.shards
     )
     with console_progress() as progress:
-        problems = verify(data, summed(lambda done: progress("verify", done, total)))
+        problems = verify(data, running_total(lambda done: progress("verify", done, total)))
     for problem in problems:
         print(problem)
     print(
@@ -251,8 +251,9 @@ def stats(
     """
     import json
 
-    from data_tools.stats import page, stats, tables
-    from data_tools.workers import console_progress, summed
+    from data_tools.stats import stats, tables
+    from data_tools.stats_html import html_page
+    from data_tools.workers import console_progress, running_total
     from electra_ds.common.files import write_bytes
     from electra_ds.data.shard_format import read_manifest
 
@@ -260,9 +261,9 @@ def stats(
         shard.bytes for split in read_manifest(data).splits.values() for shard in split.shards
     )
     with contextlib.nullcontext(lambda *_: None) if as_json else console_progress() as progress:
-        facts = stats(data, summed(lambda done: progress("read", done, total)))
+        facts = stats(data, running_total(lambda done: progress("read", done, total)))
     if html:
-        write_bytes(html, page(facts, str(data)).encode())
+        write_bytes(html, html_page(facts, str(data)).encode())
     if as_json:
         print(json.dumps(facts))
         return

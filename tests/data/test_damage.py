@@ -146,7 +146,7 @@ TOUCH = {
 VERIFY = {
     "a flipped byte of the pieces": (
         flip(SIZE + TAR_BLOCK + 300),
-        "block 1: its pieces do not cover the text",
+        "block 1: its document fragments do not cover the text",
     ),
     "a flipped byte in the header of the pieces": (flip(SIZE + 3), TAR),
     "a zeroed header of the pieces": (

@@ -1,4 +1,4 @@
-"""What cleaning takes out: counted as a plain recount finds it, the same for any workers, and nothing else."""
+"""Cleaning and duplicates: the removed documents are those of a plain implementation."""
 
 import sys
 import unicodedata
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.pipeline import dedup
-from data_tools.pipeline.clean import _CONTROL, SHINGLE, clean_lines, signatures, text_hash
+from data_tools.pipeline.clean import CONTROL, SHINGLE, clean_lines, signatures, text_hash
 from data_tools.prepare import prepare
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
@@ -26,28 +26,33 @@ ALL = dict(drop_repeated_lines=True, keep="own_filter:keep", near_duplicates=0.8
 
 
 def lines_of(count: int) -> list[str]:
-    """A document of so many lines of 10 random words, unlike all others."""
+    """A document of `count` lines of 10 random words."""
     return [" ".join(RANDOM.choice(WORDS, 10)) for _ in range(count)]
 
 
 def changed(lines: list[str], words: int) -> list[str]:
-    """The document with its last words, so many, put in other places: one stretch of shingles is another."""
+    """The document with its last `words` words replaced, so one stretch of its shingles differs."""
     flat = " ".join(lines).split(" ")
     return [" ".join([*flat[:-words], *RANDOM.choice(WORDS, words)])]
 
 
 def shingles(lines: list[str]) -> set[tuple[str, ...]]:
+    """The set of shingles of a document."""
     words = " ".join(lines).lower().split() + [""] * (SHINGLE - 1)
     return {tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)}
 
 
 def jaccard(a: list[str], b: list[str]) -> float:
+    """The exact similarity of two documents."""
     return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Documents with everything that cleaning takes out, mixed, in two files; own_filter.py; a vocabulary of words."""
+    """(folder with two input files, a vocabulary and own_filter.py; the texts in their order)
+
+    The texts hold everything that cleaning removes.
+    """
     folder = tmp_path_factory.mktemp("clean")
     (folder / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n"
@@ -59,9 +64,8 @@ def corpus(tmp_path_factory):
     texts = [lines_of(int(RANDOM.integers(12, 20))) for _ in range(60)]
     texts += [lines_of(int(RANDOM.integers(2, 9))) for _ in range(90)]
     texts += [[line.upper() for line in lines] for lines in texts[:20]]
-    texts += [
-        changed(lines, 1) for lines in texts[10:40] for _ in range(2)
-    ]  # two of one are similar to each other
+    # The two copies of one text are similar to each other, too.
+    texts += [changed(lines, 1) for lines in texts[10:40] for _ in range(2)]
     texts += [changed(lines, len(lines) * 4) for lines in texts[40:60]]  # not similar enough
     texts += [lines[:2] + lines for lines in map(lines_of, [5] * 20)]
     texts += [["w1 w2"]] * 10
@@ -76,7 +80,7 @@ def corpus(tmp_path_factory):
 
 
 def recounted(texts: list[list[str]]) -> tuple[Counter, list[list[str]]]:
-    """What `removed` must say, and the documents that stay: the steps written out."""
+    """(expected counts of `removed`, documents that stay), by a plain implementation."""
     removed, seen, stay = Counter(), set(), []
     for lines in texts:
         plain = [line.replace("\x07", "").replace("\u200b", "") for line in lines]
@@ -92,7 +96,9 @@ def recounted(texts: list[list[str]]) -> tuple[Counter, list[list[str]]]:
         else:
             seen.add(text)
             similar = [jaccard(once, other) for other in stay]
-            assert not any(0.7 < share < 0.9 for share in similar)  # so that no estimate errs
+            assert not any(
+                0.7 < share < 0.9 for share in similar
+            )  # no estimate is on the wrong side
             if max(similar, default=0) >= ALL["near_duplicates"]:
                 removed["near_duplicates"] += 1
             else:
@@ -101,24 +107,25 @@ def recounted(texts: list[list[str]]) -> tuple[Counter, list[list[str]]]:
 
 
 def kept(data) -> dict[str, list[tuple[int, ...]]]:
-    """The ids of the documents of each split, read from the rows, in (unit, document) order."""
-    found = {}
+    """The ids of the documents of each split, joined from rows, in (unit, document) order."""
+    documents = {}
     for split in read_manifest(data).splits:
         reader, parts = ShardReader(data, split), {}
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
             for row, start, length, unit, document, token in reader.fragments(block).tolist():
-                parts.setdefault((unit, document), {})[token] = rows[
-                    row, start : start + length
-                ].tolist()
-        found[split] = [
-            tuple(i for _, ids in sorted(own.items()) for i in ids)
-            for _, own in sorted(parts.items())
+                ids = rows[row, start : start + length].tolist()
+                parts.setdefault((unit, document), {})[token] = ids
+        documents[split] = [
+            tuple(i for _, ids in sorted(fragments.items()) for i in ids)
+            for _, fragments in sorted(parts.items())
         ]
-    return found
+    return documents
 
 
-def test_all_steps_take_out_what_a_recount_does_at_any_workers(corpus, tmp_path, monkeypatch):
+def test_cleaning_removes_what_a_plain_implementation_does_for_any_workers(
+    corpus, tmp_path, monkeypatch
+):
     folder, texts = corpus
     monkeypatch.chdir(folder)
     removed, stay = recounted(texts)
@@ -146,7 +153,7 @@ def test_all_steps_take_out_what_a_recount_does_at_any_workers(corpus, tmp_path,
     assert sorted(found["train"] + found["valid"]) == sorted(ids) and found["valid"]
 
 
-def test_units_are_the_same_without_near_duplicates_and_have_no_signatures(corpus, tmp_path):
+def test_units_without_near_duplicates_differ_only_by_the_missing_signatures(corpus, tmp_path):
     folder, _ = corpus
     files = []
     for number, options in enumerate(({}, {"near_duplicates": 0.8})):
@@ -167,9 +174,7 @@ def test_units_are_the_same_without_near_duplicates_and_have_no_signatures(corpu
     assert {name.rpartition(".")[2] for name in with_them.keys() - without.keys()} == {"signatures"}
 
 
-def test_a_document_goes_for_one_that_stays_and_never_for_one_that_is_gone(
-    corpus, tmp_path, monkeypatch
-):
+def test_a_document_is_removed_only_for_one_that_stays(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     first = " ".join(lines_of(20)).split(" ")
     second = [*first[:180], *RANDOM.choice(WORDS, 20)]  # similar to the first, 0.82
@@ -181,7 +186,7 @@ def test_a_document_goes_for_one_that_stays_and_never_for_one_that_is_gone(
         "\n\n".join(" ".join(words) for words in (first, second, third))
     )
     options = dict(sequence_length=32, valid_fraction=0, near_duplicates=0.75)
-    for at_once in (dedup.AT_ONCE, 2):  # documents grouped at a time: memory, not results
+    for at_once in (dedup.AT_ONCE, 2):  # changes memory, not the result
         monkeypatch.setattr(dedup, "AT_ONCE", at_once)
         manifest = prepare(
             [str(tmp_path / "in.txt")], folder / "vocab.txt", tmp_path / str(at_once), **options
@@ -191,7 +196,7 @@ def test_a_document_goes_for_one_that_stays_and_never_for_one_that_is_gone(
         assert kept(tmp_path / str(at_once))["train"] == ids
 
 
-def test_a_signature_is_the_documents_own_and_estimates_the_similarity():
+def test_signatures_do_not_depend_on_the_batch_and_estimate_the_similarity():
     sizes = RANDOM.integers(1, 400, 200)
     documents = [RANDOM.integers(5, 30_000, size, np.uint32) for size in sizes]
     alone = np.concatenate([signatures([document]) for document in documents])
@@ -206,7 +211,7 @@ def test_a_signature_is_the_documents_own_and_estimates_the_similarity():
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "message"),
     [
         (dict(near_duplicates=0.3), "near_duplicates = 0.3; expected a similarity of 0.5 to 1"),
         (
@@ -221,14 +226,14 @@ def test_a_signature_is_the_documents_own_and_estimates_the_similarity():
         ),
     ],
 )
-def test_what_cannot_work_is_told_in_one_message(corpus, tmp_path, monkeypatch, options, found):
+def test_unusable_settings_are_refused(corpus, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(corpus[0])
     (tmp_path / "in.txt").write_text("w1 w2\n\na bomb\n")
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(UserError, match=message):
         prepare([str(tmp_path / "in.txt")], corpus[0] / "vocab.txt", tmp_path / "out", **options)
 
 
-def test_a_missing_extra_is_named(corpus, tmp_path, monkeypatch):
+def test_the_error_for_a_missing_rensa_says_what_to_install(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(
         UserError, match=r"near_duplicates needs rensa: pip install 'electra_ds\[clean\]'"
@@ -239,7 +244,7 @@ def test_a_missing_extra_is_named(corpus, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_cleaning_than_that_of_kept_units_is_refused(corpus, tmp_path):
+def test_kept_units_are_refused_for_other_cleaning(corpus, tmp_path):
     prepare(
         [str(corpus[0] / "in")],
         corpus[0] / "vocab.txt",
@@ -249,7 +254,7 @@ def test_other_cleaning_than_that_of_kept_units_is_refused(corpus, tmp_path):
     )
     for options in (dict(drop_repeated_lines=True), dict(near_duplicates=0.8)):
         with pytest.raises(
-            UserError, match=r"(drop_repeated_lines: false|signatures: null) there, .* asked for"
+            UserError, match=r"(drop_repeated_lines: false|signatures: null) there, .* given"
         ):
             prepare(
                 [str(corpus[0] / "in")],
@@ -270,8 +275,8 @@ def test_other_cleaning_than_that_of_kept_units_is_refused(corpus, tmp_path):
         )
     )
 )
-def test_lines_one_by_one_come_out_as_those_of_the_whole_text(text):
-    whole, removed = _CONTROL.subn("", "\n".join(text.splitlines()))
+def test_cleaning_by_line_equals_cleaning_of_the_whole_text(text):
+    whole, removed = CONTROL.subn("", "\n".join(text.splitlines()))
     stripped = [line.strip() for line in unicodedata.normalize("NFC", whole).split("\n")]
     lines = [line for line in stripped if line]
     assert clean_lines(text) == (lines, removed)

@@ -1,6 +1,7 @@
-"""Rows of the authors' TFRecords, taken as they are, and what is no such row named by file and record."""
+"""convert: rows of TFRecords are kept as they are; errors name file and record."""
 
 import gzip
+import re
 import shutil
 import struct
 import sys
@@ -30,7 +31,7 @@ def rows_of(data: Path, split: str = "train") -> np.ndarray:
 
 
 def framed(content: bytes) -> bytes:
-    """One record of a TFRecord file."""
+    """A record of a TFRecord file with this content."""
 
     def checked(data: bytes) -> bytes:
         crc = google_crc32c.value(data)
@@ -42,7 +43,7 @@ def framed(content: bytes) -> bytes:
 def record(
     ids: list[int], mask: list[int], segments: list[int], last: bytes = b"segment_ids"
 ) -> bytes:
-    """A tf.train.Example, put together by hand: fields 1 and 2 of every message, ids below 128."""
+    """A record with a tf.train.Example, encoded by hand; ids are below 128."""
 
     def field(number: int, content: bytes) -> bytes:
         assert len(content) < 128
@@ -55,22 +56,21 @@ def record(
     return framed(bytes([1 << 3 | 2, len(entries) & 127 | 128, len(entries) >> 7]) + entries)
 
 
-def test_the_rows_of_the_authors_program_are_ours(tmp_path: Path) -> None:
+def test_the_rows_of_the_authors_program_are_kept(tmp_path: Path) -> None:
     manifest = convert(FILES, RECORDS, tmp_path / "data", valid_fraction=0)
-    found = rows_of(tmp_path / "data")
+    rows = rows_of(tmp_path / "data")
     assert manifest.packing == "google" and manifest.sequence_length == 24
     assert not any(manifest.removed.values())
-    assert sorted(found.tolist()) == sorted(ROWS.tolist()) and found.tolist() != ROWS.tolist()
+    assert sorted(rows.tolist()) == sorted(ROWS.tolist()) and rows.tolist() != ROWS.tolist()
     assert verify(tmp_path / "data") == []
     reader = ShardReader(tmp_path / "data", "train")
     for row, start, length, unit, number, token in reader.fragments(0).tolist():
-        origin = ROWS[unit * 3 + number]  # file and record, then place in A and B put together
+        origin = ROWS[unit * 3 + number]  # unit: file, number: record, token: in A and B joined
         text = origin[(origin > 4) | (origin == 1)]
-        assert text[token : token + length].tolist() == found[row, start : start + length].tolist()
+        assert text[token : token + length].tolist() == rows[row, start : start + length].tolist()
     lines = "\n".join(describe_rows(tmp_path / "data", "train", range(6), source=True))
-    assert (
-        "the ferry leaves the harbour at seven ." in lines
-        and "from unit 1 (pretrain_data.tfrecord-1-of-2" in lines
+    assert "the ferry leaves the harbour at seven ." in lines and re.search(
+        r"from pretrain_data.tfrecord-1-of-2, bytes 0-\d+: document \d,", lines
     )
     with pytest.raises(UserError, match=r"^pretrain_data.tfrecord-\d-of-2: holds rows, not text"):
         list(describe_rows(tmp_path / "data", "train", [0], inputs=FILES))
@@ -79,13 +79,11 @@ def test_the_rows_of_the_authors_program_are_ours(tmp_path: Path) -> None:
         convert([str(tmp_path / "none.gz")], RECORDS, tmp_path / "none")
 
 
-def test_the_bytes_are_the_same_for_any_workers_and_equal_rows_stay(tmp_path: Path) -> None:
+def test_the_bytes_are_the_same_for_any_workers_and_equal_rows_are_kept(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(8):
         shutil.copy(FILES[i % 2], tmp_path / f"in/{i}")
-    (
-        tmp_path / "in/0.0"
-    ).touch()  # the authors' program leaves empty files where there is little text
+    (tmp_path / "in/0.0").touch()  # the authors' program writes empty files for little text
     (tmp_path / "in/8.gz").write_bytes(gzip.compress(Path(FILES[0]).read_bytes()))
     for workers in (1, 2):
         manifest = convert(
@@ -101,7 +99,7 @@ def test_the_bytes_are_the_same_for_any_workers_and_equal_rows_stay(tmp_path: Pa
     assert not {tuple(row) for row in train.tolist()} & {tuple(row) for row in valid.tolist()}
 
 
-def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
+def test_the_error_for_a_bad_record_names_file_and_record(tmp_path: Path) -> None:
     ids, mask, segments = (
         [2, 9, 1, 3, 8, 3, 0, 0],
         [1, 1, 1, 1, 1, 1, 0, 0],
@@ -113,7 +111,7 @@ def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
     assert convert([str(path)], RECORDS, tmp_path / "data", valid_fraction=0).unknowns.found == 3
     assert rows_of(tmp_path / "data").tolist() == [ids] * 3
     with pytest.raises(
-        UserError, match=r"^rows: holds rows, not text; .electra-ds convert. takes it"
+        UserError, match=r"^rows: holds rows, not text; .electra-ds convert. reads it"
     ):
         prepare([str(path)], RECORDS, tmp_path / "text", format="tfrecord")
     flipped = bytearray(good)
@@ -153,7 +151,12 @@ def test_what_is_no_row_is_named_by_file_and_record(tmp_path: Path) -> None:
             convert([str(path)], RECORDS, tmp_path / f"bad{i}", valid_fraction=0)
 
 
-def test_a_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "google_crc32c", None)
-    with pytest.raises(UserError, match=r"pip install 'electra_ds\[tfrecord\]'"):
-        convert([str(RECORDS)], RECORDS / "vocab.txt", tmp_path / "out")
+@pytest.mark.parametrize("module", ["google_crc32c", "google.protobuf"])
+def test_the_error_for_missing_packages_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    message = r"^convert reads TFRecords with .*: pip install 'electra_ds\[tfrecord\]'$"
+    with pytest.raises(UserError, match=message):
+        convert(FILES, RECORDS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

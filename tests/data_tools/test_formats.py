@@ -1,4 +1,4 @@
-"""Documents out of files: each once for any cut, broken input named, builtin:docs without code."""
+"""Readers of text lines, detection of formats, the plan, cleaning, and builtin:docs."""
 
 import bz2
 import gzip
@@ -15,8 +15,11 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_tools.formats import corpus
-from data_tools.formats.corpus import Source, Tally, documents
+from data_tools.formats import jsonl as jsonl_format
+from data_tools.formats import source as source_module
+from data_tools.formats import text as text_formats
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Source, Tally
 from data_tools.inputs import docstring_corpus
 from data_tools.inputs.plan import make_plan
 from data_tools.pipeline.clean import clean_lines, text_hash
@@ -33,17 +36,16 @@ PACKERS = {
 def read(
     source: Source, start: int = 0, end: int | None = None, tally: Tally | None = None
 ) -> list[str]:
-    """The documents of a range, white space at their ends left out."""
-    end = source.size if end is None else end
-    found = documents(
+    """The documents of a byte range, without white space at their ends."""
+    texts = documents(
         source,
         start,
-        end,
+        source.size if end is None else end,
         text_field="text",
         tally=tally or Tally(),
-        on_progress=lambda count: None,
+        on_progress=lambda amount: None,
     )
-    return [text.strip() for text in found]
+    return [text.strip() for text in texts]
 
 
 def source_of(path, content: bytes, format: str = "auto") -> Source:
@@ -74,7 +76,9 @@ TEXT = st.text(st.sampled_from("ab \u00e9\u65e5"), min_size=1, max_size=40).map(
 @given(
     texts=st.lists(TEXT | st.tuples(TEXT, TEXT).map("\n".join), min_size=1), step=st.integers(1, 60)
 )
-def test_any_cut_of_a_file_gives_each_document_once(tmp_path_factory, format, write, texts, step):
+def test_any_byte_ranges_of_a_file_give_each_document_once(
+    tmp_path_factory, format, write, texts, step
+):
     source = source_of(tmp_path_factory.mktemp("cut") / "file", write(texts), format)
     ranges = [(at, min(at + step, source.size)) for at in range(0, source.size, step)]
     assert [text for start, end in ranges for text in read(source, start, end)] == texts
@@ -89,41 +93,43 @@ def test_any_cut_of_a_file_gives_each_document_once(tmp_path_factory, format, wr
     texts=st.lists(st.lists(TEXT, min_size=1).map("\n".join), min_size=1), step=st.integers(1, 60)
 )
 @example(texts=["x" + "a" * 38 + "y\nxy"], step=1)  # a part ends where its line does
-def test_a_long_text_comes_in_bounded_parts_for_any_cut(
+def test_a_long_text_becomes_bounded_documents_for_any_byte_ranges(
     tmp_path_factory, format, write, texts, step
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "LONGEST", 40)
-        source, tally = (
-            source_of(tmp_path_factory.mktemp("cut") / "file", write(texts), format),
-            Tally(),
-        )
+        patch.setattr(text_formats, "LONGEST", 40)
+        source = source_of(tmp_path_factory.mktemp("cut") / "file", write(texts), format)
+        tally = Tally()
         step = source.size if format == "text_file" else step
         found = [
             text
-            for at in range(0, source.size, step)
+            for start in range(0, source.size, step)
             for text in documents(
-                source, at, min(at + step, source.size), text_field="", tally=tally, on_progress=str
+                source,
+                start,
+                min(start + step, source.size),
+                text_field="",
+                tally=tally,
+                on_progress=lambda amount: None,
             )
         ]
     assert not tally.bad  # no character was cut
     assert "".join("".join(found).split()) == "".join("".join(texts).split())
-    assert all(
-        len(text.encode()) < 2 * (40 + 3) for text in found
-    )  # what is not yet long, and a part more
+    # a document that is not yet long, and one more part
+    assert all(len(text.encode()) < 2 * (40 + 3) for text in found)
 
 
-def test_rows_that_are_too_long_are_cut_or_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LONGEST", 10)
-    monkeypatch.setattr(corpus, "LONGEST_LINE", 1 << 20)
+def test_long_texts_are_cut_and_long_lines_of_json_are_counted_as_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_module, "LONGEST", 10)
+    monkeypatch.setattr(jsonl_format, "LONGEST_LINE", 1 << 20)
     tally, long = Tally(), jsonl(["x" * (2 << 20)])
     assert read(
         source_of(tmp_path / "a.jsonl", jsonl(["x" * 25, ""]) + long + jsonl(["y"])), tally=tally
     ) == ["x" * 10, "x" * 10, "x" * 5, "", "y"]
-    assert tally.bad == {"longer than 1 MiB": 2, "not JSON": 1}  # in three parts
+    assert tally.bad == {"longer than 1 MiB": 2, "not JSON": 1}  # one line, read in three parts
 
 
-def test_formats_are_found_by_name_and_content(tmp_path):
+def test_formats_are_detected_from_name_and_content(tmp_path):
     found = {
         name: source_of(tmp_path / name, content).format
         for name, content in {
@@ -156,7 +162,7 @@ def test_formats_are_found_by_name_and_content(tmp_path):
         ("d.arrow", b"ARROW1"),
     ],
 )
-def test_files_that_are_no_lines_of_text_are_refused(tmp_path, name, content):
+def test_files_that_are_not_text_are_refused(tmp_path, name, content):
     with pytest.raises(UserError, match=rf"{name}: not text"):
         source_of(tmp_path / name, content)
 
@@ -166,7 +172,7 @@ def test_a_file_can_be_one_document(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
-def test_compressed_files_read_like_plain_ones(tmp_path, suffix):
+def test_compressed_files_give_the_documents_of_plain_ones(tmp_path, suffix):
     texts = [f"document {i} \u00e9" * 50 for i in range(100)]
     packed = PACKERS[suffix](wiki(texts[:60])) + PACKERS[suffix](
         wiki(texts[60:])
@@ -175,27 +181,27 @@ def test_compressed_files_read_like_plain_ones(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
-def test_a_truncated_file_is_an_error_with_its_name(tmp_path, suffix):
+def test_the_error_for_a_truncated_file_names_it(tmp_path, suffix):
     packed = PACKERS[suffix](wiki([f"document {i * i}" for i in range(5000)]))
     with pytest.raises(UserError, match=rf"file{suffix}: broken after byte \d+"):
         read(source_of(tmp_path / f"file{suffix}", packed[: len(packed) - 9]))
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
-def test_a_damaged_file_is_an_error_with_its_name(tmp_path, suffix):
+def test_the_error_for_a_damaged_file_names_it(tmp_path, suffix):
     packed = bytearray(PACKERS[suffix](wiki([f"document {i * i}" for i in range(5000)])))
     packed[16:80] = b"\xff" * 64
     with pytest.raises(UserError, match=rf"file{suffix}: broken after byte \d+"):
         read(source_of(tmp_path / f"file{suffix}", packed))
 
 
-def test_zst_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+def test_the_error_for_zst_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(UserError, match=r"^reading \.zst needs the zstandard package"):
         source_of(tmp_path / "file.zst", zstandard.compress(b"text"))
 
 
-def test_bad_lines_are_counted_by_class_with_their_places(tmp_path):
+def test_bad_lines_are_counted_by_class_with_their_locations(tmp_path):
     lines = [
         b'{"text": "good"}',
         b"{broken",
@@ -213,12 +219,12 @@ def test_bad_lines_are_counted_by_class_with_their_places(tmp_path):
         "not UTF-8": 1,
         "half a surrogate pair": 1,
     }
-    assert tally.places[0] == "a.jsonl: byte 17: not JSON" and tally.lines == 7
+    assert tally.locations[0] == "a.jsonl: byte 17: not JSON" and tally.lines == 7
     tally = Tally()
     assert read(source_of(tmp_path / "b.txt", b"one\n\xfftwo\nthree\n"), tally=tally) == [
         "one\nthree"
     ]
-    assert tally.bad == {"not UTF-8": 1} and tally.places == ["b.txt: byte 4: not UTF-8"]
+    assert tally.bad == {"not UTF-8": 1} and tally.locations == ["b.txt: byte 4: not UTF-8"]
     tally = Tally()
     assert read(source_of(tmp_path / "c.txt", b"<doc>\none\n<doc>\ntwo\n"), tally=tally) == [
         "one",
@@ -227,7 +233,7 @@ def test_bad_lines_are_counted_by_class_with_their_places(tmp_path):
     assert tally.bad == {"<doc> without </doc>": 2}
 
 
-def test_the_plan_depends_on_neither_place_nor_order(tmp_path):
+def test_the_plan_does_not_depend_on_folder_or_order(tmp_path):
     for root in ("one", "two"):
         (tmp_path / root / "sub").mkdir(parents=True)
         for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden"):
@@ -245,7 +251,7 @@ def test_the_plan_depends_on_neither_place_nor_order(tmp_path):
     assert len(whole.units) == 1  # small files share a unit
 
 
-def test_big_files_are_cut_and_compressed_ones_are_not(tmp_path):
+def test_large_files_are_divided_and_compressed_ones_are_not(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 100)
     (tmp_path / "b.txt").write_bytes(b"x" * 5)
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"x" * 100))
@@ -259,7 +265,7 @@ def test_big_files_are_cut_and_compressed_ones_are_not(tmp_path):
     )
 
 
-def test_links_lead_to_each_file_once_and_a_folder_of_a_glob_is_read(tmp_path, monkeypatch):
+def test_links_are_followed_once_and_folders_that_a_glob_matches_are_read(tmp_path, monkeypatch):
     for name in ("in/a.txt", "in/sub.txt/b.txt", "other/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"text of {name}")
@@ -287,7 +293,7 @@ def test_links_lead_to_each_file_once_and_a_folder_of_a_glob_is_read(tmp_path, m
 
 
 @pytest.mark.parametrize("closed", ["in/a.txt", "in"])
-def test_what_may_not_be_read_is_named(closed):
+def test_the_error_for_a_file_without_read_permission_names_it(closed):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in").mkdir()
         (Path(folder) / "in" / "a.txt").write_text("text")
@@ -315,7 +321,7 @@ def test_what_may_not_be_read_is_named(closed):
         (lambda text: b"x" + text[1:], 0),
     ],
 )
-def test_a_file_that_changes_after_the_plan_is_named(tmp_path, change, start):
+def test_the_error_for_a_file_that_changed_after_the_plan_names_it(tmp_path, change, start):
     text = b"0123456789" * 10
     source = source_of(tmp_path / "a.txt", text)
     (tmp_path / "a.txt").write_bytes(change(text))
@@ -338,17 +344,17 @@ def test_empty_files_hold_no_document(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "found"),
+    ("inputs", "message"),
     [(["none/*.txt"], "no such file"), ([], "no input"), (["empty.txt"], "are empty")],
 )
-def test_inputs_that_are_not_there_are_refused(tmp_path, monkeypatch, inputs, found):
+def test_missing_and_empty_inputs_are_refused(tmp_path, monkeypatch, inputs, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(UserError, match=message):
         make_plan(inputs)
 
 
-def test_cleaning_keeps_the_text_and_drops_what_is_none():
+def test_cleaning_keeps_text_and_removes_control_characters():
     lines, removed = clean_lines(
         "caf\x01e\u200b\u0301 \x00one\x07\r\n\n \ttwo\u200b\x85three\u2028four\ufeff\ufffd"
     )
@@ -356,7 +362,7 @@ def test_cleaning_keeps_the_text_and_drops_what_is_none():
     assert all(unicodedata.is_normalized("NFC", line) for line in lines)
 
 
-def test_texts_equal_but_for_case_and_space_have_one_hash():
+def test_texts_that_differ_in_case_and_space_have_one_hash():
     assert (
         text_hash(["One  two", "three"])
         == text_hash(["one TWO three"])
@@ -367,7 +373,7 @@ def test_texts_equal_but_for_case_and_space_have_one_hash():
 PROSE = "This sentence explains in plain English words what the function is good for."
 
 
-def test_docstrings_give_prose_once_and_no_code(tmp_path):
+def test_builtin_docs_hold_each_paragraph_of_prose_once_and_no_code(tmp_path):
     module = f'''"""{PROSE}
 
     >>> print("this line is code, so it and its paragraph stay out of the text")
@@ -399,7 +405,7 @@ class A:
     ]
 
 
-def test_every_python_carries_prose():
+def test_the_standard_library_holds_enough_prose():
     files = [
         (name, path)
         for name, path in docstring_corpus.source_files()

@@ -1,4 +1,4 @@
-"""Inputs beside plain files: WikiText, tars, parquet, URLs. Each document once, whatever is broken is named."""
+"""WikiText, tars, tables, datasets and URLs as inputs: each document once, errors name the file."""
 
 import gzip
 import io
@@ -18,9 +18,10 @@ import pytest
 import webdataset
 from running import has_mpi, mpirun
 
-from data_tools.formats.corpus import UNKNOWN, Tally, documents
+from data_tools.formats.documents import documents
+from data_tools.formats.source import UNKNOWN, Tally
 from data_tools.inputs.plan import make_plan
-from data_tools.inspect_rows import reread
+from data_tools.inspect_rows import source_reader
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
@@ -31,7 +32,7 @@ TEXTS = [f"word{i} " * (i % 7 + 1) + f"\n\n end{i}" for i in range(200)]
 
 
 def read(plan, tally=None, field="text") -> list[str]:
-    """The documents of all units, each as its words."""
+    """The documents of all units, each with single spaces."""
     return [
         " ".join(text.split())
         for unit in plan.units
@@ -42,12 +43,13 @@ def read(plan, tally=None, field="text") -> list[str]:
             end,
             text_field=field,
             tally=tally or Tally(),
-            on_progress=lambda count: None,
+            on_progress=lambda amount: None,
         )
     ]
 
 
 def words(texts) -> list[str]:
+    """Texts with single spaces."""
     return [" ".join(text.split()) for text in texts]
 
 
@@ -75,7 +77,7 @@ def write_parquet(path, texts, **options):
     parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), path, **options)
 
 
-def test_any_cut_of_wikitext_gives_each_article_once(tmp_path):
+def test_any_byte_ranges_of_wikitext_give_each_article_once(tmp_path):
     (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS[:20]))
     articles = words(
         f"= Title {i} = {text} = = Part = = {UNKNOWN} {i} = 7 ="
@@ -87,7 +89,7 @@ def test_any_cut_of_wikitext_gives_each_article_once(tmp_path):
         assert read(plan) == articles
 
 
-def test_the_unknown_word_of_wikitext_becomes_the_unknown_token(tmp_path):
+def test_unk_in_wikitext_becomes_the_unknown_token(tmp_path):
     (tmp_path / "wiki.tokens").write_bytes(as_wikitext(TEXTS))
     for kind, size in (("wordpiece", 300), ("unigram", 90)):
         made = train_tokenizer(
@@ -100,11 +102,13 @@ def test_the_unknown_word_of_wikitext_becomes_the_unknown_token(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tgz", "a.xz"])
-def test_a_tar_is_read_as_the_files_in_it(tmp_path, name):
+def test_a_tar_gives_the_documents_of_its_members(tmp_path, name):
     texts = {f"{i:04}.txt": text.encode() for i, text in enumerate(TEXTS[:50])}
     content = tar_of(
         {
-            "owt/urlsf_subset00-1_data.xz": lzma.compress(tar_of(texts)),  # a tar by another name
+            "owt/urlsf_subset00-1_data.xz": lzma.compress(
+                tar_of(texts)
+            ),  # a tar without the extension of one
             "._owt": b"\0\1",
             "./.hidden/x": b"\0",
             "empty.txt": b"",
@@ -128,18 +132,18 @@ def test_a_tar_is_read_as_the_files_in_it(tmp_path, name):
     rest = ["= Title 0 = x = = Part = = " + UNKNOWN + " 0 = 7 =", " ".join(words(TEXTS[100:]))]
     assert read(plan) == words(TEXTS[:100]) + rest
     lines = [part for text in TEXTS[:50] for part in text.split("\n\n")]
-    asked = make_plan([str(tmp_path / name)], format="text")
-    assert read(asked)[:100] == words(lines)  # the format asked for holds inside
+    as_text = make_plan([str(tmp_path / name)], format="text")
+    assert read(as_text)[:100] == words(lines)  # the format is also that of the members
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress)])
-def test_a_broken_tar_is_an_error_wherever_it_is_broken(tmp_path, suffix, pack):
+def test_the_error_for_a_broken_tar_names_the_last_member_read(tmp_path, suffix, pack):
     whole = tar_of(
         {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS[:30])},
         format=tarfile.USTAR_FORMAT,
     )
     path = tmp_path / f"a.tar{suffix}"
-    half = 1024 * 10  # each member has a block of header and one of data
+    half = 1024 * 10  # bytes: a member has a block of header and one of data
     flipped = bytearray(whole)
     flipped[half + 5] ^= 1
     zeroed = whole[:half] + bytes(1024) + whole[half + 1024 :]
@@ -155,12 +159,12 @@ def test_a_broken_tar_is_an_error_wherever_it_is_broken(tmp_path, suffix, pack):
         with pytest.raises(UserError, match=rf"a.tar{suffix}: broken, last read a.tar{suffix}/"):
             read(make_plan([str(path)]))
     if suffix:
-        path.write_bytes(pack(whole)[:-4])  # in the checksum behind the last member
+        path.write_bytes(pack(whole)[:-4])  # cut in the checksum after the last member
         with pytest.raises(UserError, match="broken after byte"):
             read(make_plan([str(path)]))
 
 
-def test_what_is_no_text_in_a_tar_is_named(tmp_path):
+def test_the_error_for_a_member_that_is_not_text_names_it(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of({"pic/b.jpg": b"\xff\xd8\0"}))
     with pytest.raises(UserError, match=r"^a.tar/pic/b.jpg: not text"):
         read(make_plan([str(tmp_path)]))
@@ -170,10 +174,10 @@ def test_what_is_no_text_in_a_tar_is_named(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of({"b.txt": b"one\n\xfftwo"}))
     tally = Tally()
     assert read(make_plan([str(tmp_path)]), tally) == ["one"]
-    assert tally.places == ["a.tar/b.txt: byte 4: not UTF-8"]
+    assert tally.locations == ["a.tar/b.txt: byte 4: not UTF-8"]
 
 
-def test_any_cut_of_a_parquet_gives_each_row_once(tmp_path):
+def test_any_byte_ranges_of_a_parquet_file_give_each_row_once(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS, row_group_size=7)
     for step in (50, 700, 100000):
         plan = make_plan([str(tmp_path)], unit_bytes=step)
@@ -185,7 +189,7 @@ def test_any_cut_of_a_parquet_gives_each_row_once(tmp_path):
     assert sum(sizes) == len(TEXTS) and all(size % 7 == 0 for size in sizes[:2]) and all(sizes)
 
 
-def test_bad_parquet_is_named(tmp_path, monkeypatch):
+def test_errors_of_parquet_files_name_the_file(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     write_parquet(path, ["one", None, "two"])
     tally = Tally()
@@ -216,7 +220,7 @@ def test_bad_parquet_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["file", "stream"])
-def test_arrow_is_read_whole_or_named(tmp_path, kind):
+def test_arrow_files_are_read_whole_and_errors_name_the_file(tmp_path, kind):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
     path, ends = tmp_path / "a.arrow", []
     values = [
@@ -268,7 +272,7 @@ def test_arrow_is_read_whole_or_named(tmp_path, kind):
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
-    """Writes a folder that is a dataset: two shards in one configuration, a test split in another."""
+    """Writer of a dataset's folder: one configuration of two shards, another of a test split."""
     pytest.importorskip("datasets", reason="needs the extra [hf]")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
 
@@ -286,7 +290,9 @@ def dataset(tmp_path, monkeypatch):
     return write
 
 
-def test_a_dataset_is_its_shards_wherever_it_lies(tmp_path, dataset, monkeypatch):
+def test_a_dataset_is_read_by_shard_and_its_plan_does_not_depend_on_its_folder(
+    tmp_path, dataset, monkeypatch
+):
     plans = []
     for place in ("here", "there"):
         folder = dataset(tmp_path / place / "set", TEXTS[:30])
@@ -315,7 +321,7 @@ def test_a_dataset_is_its_shards_wherever_it_lies(tmp_path, dataset, monkeypatch
     assert make_plan([f"dataset:{folder}?config=all"]).identity() != plans[0].identity()
 
 
-def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(
+def test_the_error_for_an_unreadable_dataset_names_it_and_its_code_does_not_run(
     tmp_path, dataset, monkeypatch
 ):
     folder = dataset(tmp_path / "set", TEXTS[:30])
@@ -328,11 +334,11 @@ def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(
         with pytest.raises(UserError, match=rf"^dataset:{re.escape(given)}: {message}"):
             make_plan([f"dataset:{given}"])
     for name, found in (("parquet", "body.*text"), ("jsonl", "Missing a name")):
-        own = tmp_path / name
-        own.mkdir()
-        (own / "a.jsonl").write_text('{"body": "good"}\n{broken\n')
+        files = tmp_path / name
+        files.mkdir()
+        (files / "a.jsonl").write_text('{"body": "good"}\n{broken\n')
         plan = make_plan(
-            [f"dataset:{folder}?config=all" if name == "parquet" else f"dataset:{own}"]
+            [f"dataset:{folder}?config=all" if name == "parquet" else f"dataset:{files}"]
         )
         with pytest.raises(
             UserError, match=f"^dataset:.* shard 0: .*{found}.*; expected rows with a text in"
@@ -354,7 +360,7 @@ def test_a_dataset_that_cannot_be_read_is_named_and_none_of_its_code_runs(
         make_plan(["dataset:other"])
 
 
-def test_what_a_dataset_saved_to_disk_is_read_as_a_folder(tmp_path):
+def test_a_dataset_saved_to_disk_is_read_as_a_folder(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
     made = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})})
     made.save_to_disk(tmp_path / "saved", num_shards={"train": 3})
@@ -362,14 +368,15 @@ def test_what_a_dataset_saved_to_disk_is_read_as_a_folder(tmp_path):
 
 
 class Ranges(SimpleHTTPRequestHandler):
-    """Files of a folder, with ranges of bytes as object stores give them."""
+    """Serves the files of a folder; answers requests of byte ranges, as object stores do."""
 
     def send_head(self):
-        asked, path = self.headers.get("Range"), Path(self.translate_path(self.path))
-        if not asked or not path.is_file():
+        requested = self.headers.get("Range")
+        path = Path(self.translate_path(self.path))
+        if not requested or not path.is_file():
             return super().send_head()
         content = path.read_bytes()
-        start, _, end = asked.removeprefix("bytes=").partition("-")
+        start, _, end = requested.removeprefix("bytes=").partition("-")
         part = content[int(start) : int(end or len(content)) + 1]
         self.send_response(206)
         self.send_header(
@@ -385,7 +392,7 @@ class Ranges(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path):
-    """(folder, its URL) of a web server."""
+    """(folder, URL) of a web server."""
     pytest.importorskip("aiohttp", reason="needs the extra [remote]")
     (tmp_path / "web").mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path / "web")))
@@ -399,14 +406,15 @@ JOB = """
 import json, sys
 from data_tools.prepare import prepare
 from data_tools.workers import mpi_ranks
-with mpi_ranks() as others:
+from mpi4py import MPI
+with mpi_ranks(MPI.COMM_WORLD) as others:
     if others is not None:
         prepare(**json.loads(sys.argv[1]), ranks=others)
 """
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a data folder by name."""
+    """The content of every file of a folder, by name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -415,7 +423,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("processes", [(3,), pytest.param((1, 2, 4, 7), marks=pytest.mark.slow)])
-def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(
+def test_all_kinds_of_inputs_in_one_call_give_the_same_bytes_for_any_number_of_processes(
     tmp_path, served, processes
 ):
     datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
@@ -477,19 +485,17 @@ def test_inputs_of_all_kinds_in_one_call_give_the_same_bytes_for_any_processes(
         shutil.rmtree(tmp_path / "data")
 
     reader = ShardReader(tmp_path / "out1", "train")
-    texts_of = reread(tmp_path / "out1", inputs)
-    units = [list(texts_of(unit)) for unit in range(len(made.source.units))]
+    read_unit = source_reader(tmp_path / "out1", inputs)
+    units = [list(read_unit(unit)) for unit in range(len(made.source.units))]
     for block in range(len(reader.blocks)):
-        ids = reader.block(block)
+        rows = reader.block(block)
         for row, start, length, unit, number, token in reader.fragments(block).tolist():
-            piece = [
-                i for i in ids[row, start : start + length].tolist() if i not in (2, 3)
-            ]  # [CLS], [SEP]
-            found = tokenizer.encode_batch([units[unit][number]])[0][token : token + len(piece)]
-            assert found == piece  # a piece lies where its provenance says
+            fragment = rows[row, start : start + length].tolist()
+            document = tokenizer.encode_batch([units[unit][number].text])[0]
+            assert document[token : token + length] == fragment
 
 
-def test_a_url_that_cannot_be_read_is_named(served):
+def test_the_error_for_an_unreadable_url_names_it(served):
     web, url = served
     for given, message in (
         (f"{url}/none.txt", r"cannot be read \(ClientResponseError: 404"),
@@ -506,7 +512,7 @@ def test_a_url_that_cannot_be_read_is_named(served):
         read(plan)
 
 
-def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path, monkeypatch):
+def test_the_text_field_selects_the_member_of_webdataset_samples(tmp_path, monkeypatch):
     for shard in range(3):
         with open(tmp_path / f"x-{shard:03}.tar", "wb") as file, webdataset.TarWriter(file) as tar:
             for i, text in enumerate(TEXTS[shard * 10 : shard * 10 + 10]):
@@ -534,7 +540,8 @@ def test_the_text_of_webdataset_samples_is_the_member_that_is_asked_for(tmp_path
     assert read(plan, field="seg.txt") == read(plan, field="json.caption") == words(TEXTS[:30])
     assert read(make_plan([str(pretty)], format="webdataset"), field="json.caption") == ["one two"]
     with monkeypatch.context() as patched:
-        patched.setattr("data_tools.formats.corpus.LONGEST_LINE", 16)
+        patched.setattr("data_tools.formats.jsonl.LONGEST_LINE", 16)
+        patched.setattr("data_tools.formats.tar.LONGEST_LINE", 16)
         tally = Tally()
         assert (
             read(make_plan([str(pretty)], format="webdataset"), tally=tally, field="json.caption")

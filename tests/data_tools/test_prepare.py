@@ -1,8 +1,9 @@
-"""Text to shards: every token kept and found again, the same bytes for any workers, resumable."""
+"""prepare: all tokens are kept, their source is known, any workers write the same bytes, resume."""
 
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import WITH_SUPPORT
+from running import FILES, WITH_SUPPORT
 from small_corpus import ENTRIES, WORDS, contents, endless, text_of
 from small_corpus import prepare_corpus as run
 
-from data_tools.inspect_rows import describe_rows, reread
+from data_tools.inspect_rows import describe_rows, source_reader
 from data_tools.pipeline import units as units_module
-from data_tools.pipeline.assemble import HASHES_AT_ONCE
+from data_tools.pipeline.dedup import HASHES_AT_ONCE
 from data_tools.pipeline.pack import best_fit, concat
 from data_tools.prepare import prepare
 from data_tools.verify import verify
@@ -27,52 +28,48 @@ from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 
+VERSION_0_1 = FILES / "version-0.1"
 PACKINGS = ("best_fit", "concat", "google")
 
 
 def documents_of(data) -> dict[str, dict[tuple[int, int], list[int]]]:
-    """The ids of each document, put together from rows and pieces: split -> (unit, document) -> ids."""
-    found = {}
+    """Return the ids of each document, joined from its fragments: split -> (unit, document) -> ids.
+
+    Fails if a token of a document is missing or occurs twice.
+    """
+    documents = {}
     for split in ("train", "valid"):
         reader, parts = ShardReader(data, split), {}
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
             for row, start, length, unit, document, token in reader.fragments(block).tolist():
-                parts.setdefault((unit, document), []).append(
-                    (token, rows[row, start : start + length].tolist())
-                )
-        found[split] = {}
-        for key, pieces in parts.items():
-            pieces.sort()
-            ends = np.cumsum([len(ids) for _, ids in pieces])
-            assert [token for token, _ in pieces] == [
-                0,
-                *ends[:-1],
-            ]  # each token once, in its place
-            found[split][key] = [i for _, ids in pieces for i in ids]
-    return found
+                ids = rows[row, start : start + length].tolist()
+                parts.setdefault((unit, document), []).append((token, ids))
+        documents[split] = {}
+        for key, fragments in parts.items():
+            fragments.sort()
+            ends = np.cumsum([len(ids) for _, ids in fragments])
+            assert [token for token, _ in fragments] == [0, *ends[:-1]]
+            documents[split][key] = [i for _, ids in fragments for i in ids]
+    return documents
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_every_token_of_every_document_is_in_one_row_and_its_place_in_the_source_is_known(
-    corpus, tmp_path, packing
-):
+def test_every_token_of_every_document_is_in_one_row_with_its_source(corpus, tmp_path, packing):
     manifest = run(corpus, tmp_path / "data", packing=packing)
-    tokenizer, found = (
-        load_tokenizer(tmp_path / "data" / "tokenizer"),
-        documents_of(tmp_path / "data"),
-    )
-    texts_of = reread(tmp_path / "data", [str(corpus / "in")])
+    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
+    prepared = documents_of(tmp_path / "data")
+    read_unit = source_reader(tmp_path / "data", [str(corpus / "in")])
     texts = {
-        (unit, number): text
+        (unit, number): document.text
         for unit in range(len(manifest.source.units))
-        for number, text in enumerate(texts_of(unit))
+        for number, document in enumerate(read_unit(unit))
     }
     source = dict(zip(texts, tokenizer.encode_batch(list(texts.values())), strict=True))
     first = {tuple(ids): key for key, ids in reversed(source.items())}  # of equal documents
     assert (len(source), len(first)) == (330, 300)
-    assert found["train"] | found["valid"] == {key: list(ids) for ids, key in first.items()}
-    assert not found["train"].keys() & found["valid"].keys()
+    assert prepared["train"] | prepared["valid"] == {key: list(ids) for ids, key in first.items()}
+    assert not prepared["train"].keys() & prepared["valid"].keys()
     assert manifest.removed == {
         "control_characters": 0,
         "repeated_lines": 0,
@@ -84,18 +81,52 @@ def test_every_token_of_every_document_is_in_one_row_and_its_place_in_the_source
     assert len(manifest.splits["train"].shards) > 2 and len(manifest.source.units) > 5
     assert verify(tmp_path / "data") == []
     for split, info in manifest.splits.items():
-        assert info.tokens == sum(map(len, found[split].values())) and info.documents == len(
-            found[split]
+        assert info.tokens == sum(map(len, prepared[split].values()))
+        assert info.documents == len(prepared[split])
+
+
+def test_inspect_with_the_inputs_names_file_byte_range_and_title(corpus, tmp_path):
+    manifest = run(corpus, tmp_path / "data")
+    inputs = [str(corpus / "in")]
+    head, *lines = describe_rows(tmp_path / "data", "train", [0], inputs=inputs)
+    assert f" padding, {len(lines) // 3} document fragment" in head
+    for fragment, origin, title in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
+        pattern = (
+            r"    from ([ab]\.\w+), bytes (\d+)-(\d+): document \d+, token (\d+) \(unit (\d+)\)"
         )
-    _, *lines = describe_rows(tmp_path / "data", "train", [0], inputs=[str(corpus / "in")])
-    for piece, origin, document in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
-        begins = document.removeprefix("    which begins: ").lower().split()
-        assert not origin.endswith(" token 0") or begins[0] == piece.split()[1]
+        file, start, end, token, unit = re.fullmatch(pattern, origin).groups()
+        segment = (manifest.source.files.index(file), int(start), int(end))
+        assert segment in manifest.source.units[int(unit)]
+        first_word = title.removeprefix("    title: ").lower().split()[0]
+        assert (fragment.split()[1] == first_word) == (token == "0")
     with pytest.raises(UserError, match=r"b\.txt: not among the files of --input"):
-        reread(tmp_path / "data", [str(corpus / "in" / "*.wiki")])
+        source_reader(tmp_path / "data", [str(corpus / "in" / "*.wiki")])
 
 
-def test_rows_look_as_their_packing_says(corpus, tmp_path):
+def test_inspect_numbers_documents_of_small_files_by_unit_and_with_the_inputs_by_file(
+    corpus, tmp_path
+):
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"n{2 * i} alpha\n\nn{2 * i + 1} beta")
+    inputs = [str(tmp_path / "in")]
+    prepare(inputs, corpus / "tok", tmp_path / "data", sequence_length=64, valid_fraction=0)
+    by_unit = list(describe_rows(tmp_path / "data", "train", [0], source=True))
+    files = "; ".join(f"{i}.txt, bytes 0-17" for i in range(3))
+    for fragment, origin in zip(by_unit[1::2], by_unit[2::2], strict=True):
+        number = int(fragment.split()[1].removeprefix("n"))
+        end = f"document {number} of these files, token 0 (unit 0)"
+        assert origin == f"    from {files}; 2 more files: {end}"
+    by_file = list(describe_rows(tmp_path / "data", "train", [0], inputs=inputs))
+    assert len(by_file) == 1 + 3 * 10
+    for fragment, origin, title in zip(by_file[1::3], by_file[2::3], by_file[3::3], strict=True):
+        number = int(fragment.split()[1].removeprefix("n"))
+        place = f"{number // 2}.txt, bytes 0-17: document {number % 2}"
+        assert origin == f"    from {place}, token 0 (unit 0)"
+        assert title == f"    title: n{number} {('alpha', 'beta')[number % 2]}"
+
+
+def test_rows_have_the_form_of_their_packing(corpus, tmp_path):
     rows = {}
     for packing in PACKINGS:
         run(corpus, tmp_path / packing, packing=packing)
@@ -106,15 +137,14 @@ def test_rows_look_as_their_packing_says(corpus, tmp_path):
     fit = rows["best_fit"]
     assert ((fit == 2).sum(axis=1) == (fit == 3).sum(axis=1)).all() and (fit == 2).sum() > len(fit)
     assert (fit == 0).mean() < 0.02
-    last = [(row == 0).sum() for row in rows["concat"]]
-    assert ((rows["concat"] == 2).sum(axis=1) == 1).all() and np.count_nonzero(
-        last
-    ) <= 9  # the last row of each shard
+    assert ((rows["concat"] == 2).sum(axis=1) == 1).all()
+    padding = [(row == 0).sum() for row in rows["concat"]]
+    assert np.count_nonzero(padding) <= 9  # the last row of each shard
     separators = (rows["google"] == 3).sum(axis=1)
     assert set(separators) == {1, 2} and ((rows["google"] == 2).sum(axis=1) == 1).all()
 
 
-def test_the_bytes_are_the_same_for_any_workers_and_place(corpus, tmp_path):
+def test_the_bytes_are_the_same_for_any_workers_and_any_input_folder(corpus, tmp_path):
     run(corpus, tmp_path / "one")
     shutil.copytree(corpus / "in", tmp_path / "moved")
     prepare(
@@ -131,12 +161,20 @@ def test_the_bytes_are_the_same_for_any_workers_and_place(corpus, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_prepare_json_has_the_keys_and_order_of_older_data_folders(corpus, tmp_path):
+    run(corpus, tmp_path / "data")
+    stored = json.loads((tmp_path / "data" / "prepare.json").read_text())
+    older = json.loads((VERSION_0_1 / "data" / "prepare.json").read_text())
+    assert list(stored) == list(older)
+    assert stored["unit_format"] == older["unit_format"]
+
+
 class Stopped(Exception):
-    """Stands for a kill."""
+    """Raised in place of a kill."""
 
 
 @pytest.mark.parametrize("at", range(2, 26, 4))
-def test_a_stopped_run_goes_on_to_the_same_bytes(corpus, tmp_path, at):
+def test_a_stopped_run_resumes_to_the_same_bytes(corpus, tmp_path, at):
     calls = []
 
     def stop(stage, done, total):
@@ -155,13 +193,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(corpus, tmp_path, at):
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
-    if (tmp_path / "data" / "shards").exists():  # not yet when it stopped at once
+    if (tmp_path / "data" / "shards").exists():  # missing if the run stopped in its first stage
         (tmp_path / "data" / "shards" / ".stale.1.tmp").write_text("left by a kill")
     run(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-def test_a_killed_job_goes_on_to_the_same_bytes_with_other_workers(corpus, tmp_path):
+def test_a_killed_job_resumes_to_the_same_bytes_with_another_number_of_workers(corpus, tmp_path):
     run(corpus, tmp_path / "whole")
     code = f"""
 from small_corpus import prepare_corpus as run
@@ -183,9 +221,9 @@ if __name__ == "__main__":
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-def fails_or_runs_for_ever(fails, on_progress):
+def fails_or_never_ends(fails, on_progress):
     if fails:
-        raise UserError("this one fails")
+        raise UserError("this task fails")
     endless(None, on_progress)
 
 
@@ -193,14 +231,15 @@ def killed(_, on_progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_leave_when_their_parent_is_killed(tmp_path):
+def test_workers_end_when_their_parent_is_killed(tmp_path):
     (tmp_path / "job.py").write_text("""
 import multiprocessing
 from small_corpus import endless
 from data_tools.workers import pool
 if __name__ == "__main__":
     with pool(3) as run:
-        run(endless, [1, 2], lambda done: print(*[p.pid for p in multiprocessing.active_children()], flush=True))
+        pids = [process.pid for process in multiprocessing.active_children()]
+        run(endless, [1, 2], lambda done: print(*pids, flush=True))
 """)
     job = subprocess.Popen(
         [sys.executable, tmp_path / "job.py"],
@@ -209,7 +248,7 @@ if __name__ == "__main__":
         env=os.environ | WITH_SUPPORT,
     )
     pids = [int(pid) for pid in job.stdout.readline().split()]
-    assert len(pids) == 3  # two at work, one waiting
+    assert len(pids) == 3  # two run tasks, one is idle
     job.kill()
     job.wait()
     for _ in range(1000):
@@ -219,28 +258,28 @@ if __name__ == "__main__":
         ):
             return
         time.sleep(0.02)
-    pytest.fail("a worker outlives its parent")
+    pytest.fail("a worker runs after its parent was killed")
 
 
-def test_a_task_that_fails_ends_the_others_and_a_killed_worker_is_named():
-    with pytest.raises(UserError, match="this one fails"), pool(2) as run:
-        run(fails_or_runs_for_ever, [False, True], lambda done: None)
+def test_a_failed_task_ends_the_others_and_a_killed_worker_is_reported():
+    with pytest.raises(UserError, match="this task fails"), pool(2) as run:
+        run(fails_or_never_ends, [False, True], lambda done: None)
     with pytest.raises(UserError, match="a worker process was killed"), pool(2) as run:
         run(killed, [0], lambda done: None)
 
 
-def test_kept_units_serve_other_lengths_and_packings(corpus, tmp_path, monkeypatch):
+def test_kept_units_are_used_for_other_lengths_and_packings(corpus, tmp_path, monkeypatch):
     run(corpus, tmp_path / "a", units=tmp_path / "units")
-    monkeypatch.setattr(units_module, "documents", None)  # nothing is read again
+    monkeypatch.setattr(units_module, "documents", None)  # the input is not read again
     run(corpus, tmp_path / "b", units=tmp_path / "units", sequence_length=32, packing="concat")
     monkeypatch.undo()
     run(corpus, tmp_path / "c", sequence_length=32, packing="concat")
     assert contents(tmp_path / "b") == contents(tmp_path / "c")
-    with pytest.raises(UserError, match="seed: 0 there, 1 asked for"):
+    with pytest.raises(UserError, match="seed: 0 there, 1 given"):
         run(corpus, tmp_path / "d", units=tmp_path / "units", seed=1)
 
 
-def test_units_of_an_older_version_are_refused_and_its_markers_are_made_again(corpus, tmp_path):
+def test_units_of_an_older_version_are_refused_and_older_markers_are_replaced(corpus, tmp_path):
     run(corpus, tmp_path / "a", units=tmp_path / "units")
     for marker in (tmp_path / "units").glob("unit-*.json"):
         marker.write_text(
@@ -251,22 +290,20 @@ def test_units_of_an_older_version_are_refused_and_its_markers_are_made_again(co
     plan = json.loads((tmp_path / "units" / "plan.json").read_text())
     del plan["unit_format"]
     (tmp_path / "units" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(UserError, match="unit_format: null there, 2 asked for"):
+    with pytest.raises(UserError, match="unit_format: null there, 2 given"):
         run(corpus, tmp_path / "c", units=tmp_path / "units")
 
 
-def test_a_second_prepare_in_the_same_out_or_units_is_refused_with_the_owner_named(
-    corpus, tmp_path
-):
+def test_a_second_prepare_in_the_same_folder_is_refused_with_the_owner_named(corpus, tmp_path):
     (tmp_path / "job.py").write_text(f"""
 import sys, time
 from pathlib import Path
-from electra_ds.common import folder_lock as lock
+from electra_ds.common import folder_lock
 from small_corpus import prepare_corpus as run
-lock.BEAT_SECONDS = 0.1
+folder_lock.BEAT_SECONDS = 0.1
 def stay(stage, done, total):
     if stage == "tokenize":
-        print("at work", flush=True)
+        print("running", flush=True)
         time.sleep(600)
 run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=stay)
 """)
@@ -276,7 +313,7 @@ run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=
         stdout=subprocess.PIPE,
         env=os.environ | WITH_SUPPORT,
     )
-    assert job.stdout.readline() == "at work\n"
+    assert job.stdout.readline() == "running\n"
     for out, units in ((tmp_path / "data", None), (tmp_path / "other", tmp_path / "units")):
         with pytest.raises(
             LockedOut, match=f"lock names process {job.pid} on .*, which is running there"
@@ -296,21 +333,21 @@ def test_a_finished_folder_is_returned_and_another_data_set_is_refused(
     manifest = run(corpus, tmp_path / "data")
     before = contents(tmp_path / "data")
     assert run(corpus, tmp_path / "data") == manifest and contents(tmp_path / "data") == before
-    with pytest.raises(UserError, match="sequence_length: 16 there, 32 asked for"):
+    with pytest.raises(UserError, match="sequence_length: 16 there, 32 given"):
         run(corpus, tmp_path / "data", sequence_length=32)
     shutil.copytree(corpus, tmp_path / "other")
     last = max(path for path in (tmp_path / "other" / "in").rglob("*") if path.is_file())
     last.unlink()
     with pytest.raises(
-        UserError, match=rf'files: \["{last.name}", .*\] there, null asked for; units: \[\['
+        UserError, match=rf'files: \["{last.name}", .*\] there, null given; units: \[\['
     ):
         run(tmp_path / "other", tmp_path / "data")
 
 
-def test_settings_of_the_packing_may_change_until_it_begins(corpus, tmp_path):
+def test_settings_of_the_packing_may_change_until_packing_begins(corpus, tmp_path):
     with pytest.raises(UserError, match="and 0 held out"):
         run(corpus, tmp_path / "a", valid_fraction=1e-9)
-    with pytest.raises(UserError, match="seed: 0 there, 1 asked for"):
+    with pytest.raises(UserError, match="seed: 0 there, 1 given"):
         run(corpus, tmp_path / "a", seed=1)
     run(corpus, tmp_path / "a")
     run(corpus, tmp_path / "b")
@@ -318,7 +355,7 @@ def test_settings_of_the_packing_may_change_until_it_begins(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["work", "shards", "letter.txt"])
-def test_a_folder_of_other_things_is_left_alone(corpus, tmp_path, name):
+def test_a_folder_with_other_files_is_refused_and_not_changed(corpus, tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match=rf"holds {name} but no prepare\.json"):
@@ -326,7 +363,7 @@ def test_a_folder_of_other_things_is_left_alone(corpus, tmp_path, name):
     assert (tmp_path / name / "thesis.txt").read_text() == "years"
 
 
-def test_a_run_killed_after_its_manifest_is_tidied_by_the_next(corpus, tmp_path):
+def test_files_left_by_a_kill_after_the_manifest_are_removed(corpus, tmp_path):
     run(corpus, tmp_path / "data")
     before = contents(tmp_path / "data")
     (tmp_path / "data" / "work" / "units").mkdir(parents=True)
@@ -336,19 +373,21 @@ def test_a_run_killed_after_its_manifest_is_tidied_by_the_next(corpus, tmp_path)
 
 
 @pytest.mark.parametrize("module", ["units", "assemble"])
-def test_a_full_disk_is_no_traceback_and_leaves_no_remains(corpus, tmp_path, monkeypatch, module):
+def test_a_full_disk_is_a_run_failure_and_leaves_no_temporary_files(
+    corpus, tmp_path, monkeypatch, module
+):
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(f"data_tools.pipeline.{module}.write_bytes", full)
-    with pytest.raises(RunFailure, match=r"No space left on device.*the same command goes on"):
+    with pytest.raises(RunFailure, match=r"No space left on device.*the same command resumes"):
         run(corpus, tmp_path / "data")
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     run(corpus, tmp_path / "data")
 
 
-def test_the_text_field_says_where_the_text_is(corpus, tmp_path):
+def test_the_text_field_selects_the_text(corpus, tmp_path):
     lines = [json.dumps({"text": text_of(i), "body": text_of(i + 100)}) for i in range(20)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     manifest = prepare(
@@ -365,40 +404,40 @@ def test_the_text_field_says_where_the_text_is(corpus, tmp_path):
     assert firsts == [f"n{i}" for i in range(100, 120)]
 
 
-def test_inputs_without_text_are_named_as_such(corpus, tmp_path):
+def test_inputs_without_text_are_refused(corpus, tmp_path):
     (tmp_path / "in.txt").write_text("plain text")
     with pytest.raises(UserError, match=r"no text in 1 input file\(s\) read as wiki"):
         prepare([str(tmp_path / "in.txt")], corpus / "tok", tmp_path / "out", format="wiki")
 
 
-def test_runs_and_hash_ranges_change_memory_and_not_the_documents(corpus, tmp_path, monkeypatch):
+def test_the_sizes_of_runs_and_hash_ranges_do_not_change_the_output(corpus, tmp_path, monkeypatch):
     run(corpus, tmp_path / "one")
-    monkeypatch.setattr("data_tools.pipeline.assemble.HASHES_AT_ONCE", 7)
+    monkeypatch.setattr("data_tools.pipeline.dedup.HASHES_AT_ONCE", 7)
     monkeypatch.setattr("data_tools.pipeline.units.RUN_TOKENS", 200)
     monkeypatch.setattr("data_tools.pipeline.units.BATCH_CHARS", 300)
     run(corpus, tmp_path / "two")
     assert HASHES_AT_ONCE > 7 and contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_documents_are_shuffled_over_all_shards_and_the_seed_says_how(corpus, tmp_path):
+def test_documents_are_shuffled_over_all_shards_by_the_seed(corpus, tmp_path):
     orders = []
     for seed in (0, 1):
         run(corpus, tmp_path / str(seed), seed=seed)
         reader = ShardReader(tmp_path / str(seed), "train")
-        pieces = np.concatenate([reader.fragments(block) for block in range(len(reader.blocks))])
-        orders.append([tuple(piece) for piece in pieces[:, 3:5]])
-        first = reader.fragments(0)[:, 3]
-        assert len(set(first)) > 4  # the first block holds documents of many units
+        blocks = range(len(reader.blocks))
+        fragments = np.concatenate([reader.fragments(block) for block in blocks])
+        orders.append([tuple(fragment) for fragment in fragments[:, 3:5]])
+        units_of_first_block = reader.fragments(0)[:, 3]
+        assert len(set(units_of_first_block)) > 4
     assert orders[0] != orders[1] and set(orders[0]) == set(orders[1])
 
 
-def test_duplicates_stay_when_asked_and_short_documents_go(corpus, tmp_path):
+def test_duplicates_can_be_kept_and_short_documents_removed(corpus, tmp_path):
     manifest = run(corpus, tmp_path / "a", deduplicate=False)
     assert sum(split.documents for split in manifest.splits.values()) == 330
-    found = documents_of(tmp_path / "a")  # copies of one text stand on one side
-    assert not {ids[0] for ids in found["train"].values()} & {
-        ids[0] for ids in found["valid"].values()
-    }
+    documents = documents_of(tmp_path / "a")
+    first_ids = [{ids[0] for ids in documents[split].values()} for split in ("train", "valid")]
+    assert not first_ids[0] & first_ids[1]  # copies of a text are in one split
     manifest = run(corpus, tmp_path / "b", min_chars=200)
     short = sum(sum(map(len, text_of(i).split("\n"))) < 200 for i in range(300))
     assert manifest.removed["too_short"] >= short > 0
@@ -412,7 +451,7 @@ def test_unigrams_count_the_training_rows(corpus, tmp_path):
     assert np.array_equal(np.load(tmp_path / "data" / "unigrams.npy"), counts)
 
 
-def test_too_many_bad_lines_fail_with_their_places_and_few_are_counted(corpus, tmp_path):
+def test_too_many_bad_lines_fail_with_their_locations_and_few_are_counted(corpus, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         "".join(f'{{"text": "{text_of(i)!r}"}}\n' for i in range(50)) + "{broken\n"
     )
@@ -440,7 +479,7 @@ def test_an_error_in_a_worker_reaches_the_user(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "message"),
     [
         (dict(packing="tight"), "expected one of best_fit"),
         (dict(sequence_length=4), "expected 8 to"),
@@ -450,17 +489,19 @@ def test_an_error_in_a_worker_reaches_the_user(corpus, tmp_path):
         (dict(workers=0), "expected at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(corpus, tmp_path, options, found):
-    with pytest.raises(UserError, match=found):
+def test_unusable_settings_are_refused(corpus, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
         run(corpus, tmp_path / "data", **options)
 
 
 @pytest.mark.parametrize("width", [32, 128, 512])
-def test_best_fit_pads_little(width):
+def test_best_fit_has_little_padding_and_concat_none(width):
     lengths = np.random.default_rng(0).geometric(1 / 300, 20_000)
     layout = best_fit(lengths, width)
-    used = layout.pieces[:, 2].sum() + len(layout.cls) + len(layout.sep)
-    assert layout.pieces[:, 2].sum() == lengths.sum() and 1 - used / (layout.rows * width) < 0.005
+    used = layout.fragments[:, 2].sum() + len(layout.cls) + len(layout.sep)
+    assert (
+        layout.fragments[:, 2].sum() == lengths.sum() and 1 - used / (layout.rows * width) < 0.005
+    )
     stream = concat(lengths, width)
     assert stream.rows == -(-(lengths.sum() + len(lengths)) // (width - 1))
-    assert stream.pieces[:, 2].sum() == lengths.sum()
+    assert stream.fragments[:, 2].sum() == lengths.sum()

@@ -1,4 +1,4 @@
-"""Copies of data folders: whole or not there, the same from anywhere to anywhere, one at a time in a folder."""
+"""stage: copies of data folders are complete or absent, and one process at a time writes one."""
 
 import itertools
 import os
@@ -29,20 +29,26 @@ def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "data"
     manifest = run(corpus, folder)
     assert len(manifest.splits["train"].shards) > 4
-    (folder / "prepare.json").unlink()  # which is prepare's own
+    (folder / "prepare.json").unlink()  # not part of a copy
     return folder
 
 
 class Web(ThreadingHTTPServer):
-    """A folder served over http; counts what is asked for, and holds back shards while `gate` is closed."""
+    """A folder served over http.
+
+    requests: how often each path was requested
+    gate:     while it is not set, one shard is held back
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.asked, self.gate, web = Counter(), Event(), self
+        self.requests: Counter[str] = Counter()
+        self.gate = Event()
         self.gate.set()
+        web = self
 
         class Handler(SimpleHTTPRequestHandler):
             def do_GET(self) -> None:
-                web.asked[self.path] += 1
+                web.requests[self.path] += 1
                 if "train-000001" in self.path:
                     web.gate.wait(120)
                 super().do_GET()
@@ -53,7 +59,7 @@ class Web(ThreadingHTTPServer):
             def handle_one_request(self) -> None:
                 try:
                     super().handle_one_request()
-                except ConnectionError:  # who asked is gone
+                except ConnectionError:  # the client was killed
                     self.close_connection = True
 
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
@@ -71,59 +77,47 @@ def web(made: Path) -> Iterator[Web]:
     server.server_close()
 
 
-def shards_asked(web: Web) -> dict[str, int]:
-    return {path: count for path, count in web.asked.items() if path.startswith("/shards")}
+def shard_requests(web: Web) -> dict[str, int]:
+    return {path: count for path, count in web.requests.items() if path.startswith("/shards")}
 
 
 def start(web: Web, to: Path) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "electra_ds",
-        "stage",
-        web.url,
-        "--to",
-        str(to),
-        "--workers",
-        "2",
-    ]
+    """Start the verb stage in another process."""
+    command = [sys.executable, "-m", "electra_ds", "stage", web.url]
+    command += ["--to", str(to), "--workers", "2"]
     return subprocess.Popen(
         command, env=os.environ | CPU, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def test_a_copy_is_the_same_wherever_it_went_and_is_not_made_twice(
+def test_copies_between_folders_and_urls_are_equal_and_complete_ones_are_not_repeated(
     made: Path, web: Web, tmp_path: Path
 ) -> None:
     memory = fsspec.filesystem("memory")
-    places = [web.url, str(tmp_path / "a"), "memory://bucket/b", f"file://{tmp_path}/c"]
-    for source, to in itertools.pairwise(places):
-        assert (
-            stage(source, to)
-            == sum(map(len, contents(made).values())) - (made / "manifest.json").stat().st_size
-        )
+    locations = [web.url, str(tmp_path / "a"), "memory://bucket/b", f"file://{tmp_path}/c"]
+    size = sum(map(len, contents(made).values())) - (made / "manifest.json").stat().st_size
+    for source, to in itertools.pairwise(locations):
+        assert stage(source, to) == size
         assert stage(source, to) == 0
-    assert (
-        contents(tmp_path / "a") == contents(tmp_path / "c") == contents(made)
-        and verify(tmp_path / "c") == []
-    )
-    assert set(shards_asked(web).values()) == {1}
+    assert contents(tmp_path / "a") == contents(tmp_path / "c") == contents(made)
+    assert verify(tmp_path / "c") == []
+    assert set(shard_requests(web).values()) == {1}
     memory.rm("/bucket", recursive=True)
 
 
-def test_of_processes_at_once_one_copies_and_when_it_is_killed_another_goes_on(
+def test_one_of_several_processes_copies_and_if_it_is_killed_another_continues(
     web: Web, made: Path, tmp_path: Path
 ) -> None:
     web.gate.clear()
     first = start(web, tmp_path / "to")
-    wait_until(lambda: web.asked["/shards/train-000001.tar"], "the shard is not asked for")
+    wait_until(lambda: web.requests["/shards/train-000001.tar"], "the shard is not requested")
     wait_until(
         lambda: (tmp_path / "to/shards/train-000002.tar").exists(),
-        "the other thread does not go on",
+        "the other thread does not continue",
     )
     others = [start(web, tmp_path / "to") for _ in range(2)]
-    wait_until(lambda: web.asked["/manifest.json"] == 3, "the others do not start")
-    beats = read_json(tmp_path / "to/heartbeat.json")["beats"]  # which the others see
+    wait_until(lambda: web.requests["/manifest.json"] == 3, "the others do not start")
+    beats = read_json(tmp_path / "to/heartbeat.json")["beats"]
     wait_until(
         lambda: read_json(tmp_path / "to/heartbeat.json")["beats"] > beats + 1,
         "the first has no heartbeat",
@@ -136,21 +130,16 @@ def test_of_processes_at_once_one_copies_and_when_it_is_killed_another_goes_on(
     first.wait()
     assert not (tmp_path / "to/manifest.json").exists()
     web.gate.set()
-    said = [other.communicate(timeout=60)[0] for other in others]
-    assert [other.returncode for other in others] == [0, 0], said
-    assert (
-        sum("bytes copied" in text for text in said)
-        == sum("was complete" in text for text in said)
-        == 1
-    )
+    outputs = [other.communicate(timeout=60)[0] for other in others]
+    assert [other.returncode for other in others] == [0, 0], outputs
+    assert sum("bytes copied" in output for output in outputs) == 1
+    assert sum("was complete" in output for output in outputs) == 1
     assert contents(tmp_path / "to") == contents(made)
-    again = {"/shards/train-000000.tar", "/shards/train-000001.tar"}  # damaged here, cut short
-    assert {path for path, count in shards_asked(web).items() if count > 1} == again
+    damaged_or_cut = {"/shards/train-000000.tar", "/shards/train-000001.tar"}
+    assert {path for path, n in shard_requests(web).items() if n > 1} == damaged_or_cut
 
 
-def test_damage_at_the_source_is_named_and_goes_nowhere(
-    made: Path, web: Web, tmp_path: Path
-) -> None:
+def test_damage_at_the_source_is_named_and_not_copied(made: Path, web: Web, tmp_path: Path) -> None:
     source, to = tmp_path / "source", tmp_path / "to"
     stage(str(made), str(source))
     shard = source / "shards/train-000003.tar"
@@ -173,7 +162,7 @@ def test_damage_at_the_source_is_named_and_goes_nowhere(
     assert contents(to) == contents(made)
 
 
-def test_what_cannot_be_copied_is_told_in_one_line(made: Path, web: Web, tmp_path: Path) -> None:
+def test_errors_are_one_line_with_the_location(made: Path, web: Web, tmp_path: Path) -> None:
     run_to = str(tmp_path / "to")
     for source, to, message in (
         (
@@ -199,10 +188,10 @@ def test_what_cannot_be_copied_is_told_in_one_line(made: Path, web: Web, tmp_pat
         stage(str(made), str(unfinished))
 
 
-def test_a_disk_without_room_is_told_before_anything_is_copied(made: Path, tmp_path: Path) -> None:
+def test_missing_disk_space_is_reported_before_copying(made: Path, tmp_path: Path) -> None:
     command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a file system of its own needs root and the right to mount")
+        pytest.skip("a separate file system needs root and the right to mount")
     try:
         done = run_cli("stage", made, "--to", tmp_path / "to", check=False)
         left = list((tmp_path / "to").rglob("*.tar"))
@@ -216,7 +205,7 @@ def test_a_disk_without_room_is_told_before_anything_is_copied(made: Path, tmp_p
     )
 
 
-def test_prepare_writes_to_a_url_by_way_of_a_folder(corpus: Path, tmp_path: Path) -> None:
+def test_prepare_writes_to_a_url_through_a_work_folder(corpus: Path, tmp_path: Path) -> None:
     to, work = f"file://{tmp_path}/bucket/data", ("--work", tmp_path / "work")
     options = (
         "--input",
@@ -234,7 +223,7 @@ def test_prepare_writes_to_a_url_by_way_of_a_folder(corpus: Path, tmp_path: Path
         and f"--out {to}, --work None: expected --work DIR" in refused.stderr
     )
     run_cli("prepare", *options, *work)
-    (tmp_path / "bucket/data/manifest.json").unlink()  # killed before the last act
+    (tmp_path / "bucket/data/manifest.json").unlink()  # as if killed before its last write
     run_cli("prepare", *options, *work)
     assert verify(tmp_path / "bucket/data") == []
     assert contents(tmp_path / "bucket/data") | contents(tmp_path / "work") == contents(

@@ -1,4 +1,4 @@
-"""The facts about a data folder are those of its documents; report and page say the same."""
+"""stats agrees with a recount of the documents; table and HTML page agree with it."""
 
 import json
 import re
@@ -10,7 +10,8 @@ import pytest
 
 from data_tools.pipeline import unknowns
 from data_tools.prepare import prepare
-from data_tools.stats import page, stats, tables
+from data_tools.stats import stats, tables
+from data_tools.stats_html import html_page
 from electra_ds.cli import data as verbs
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.tokenizer import load_tokenizer
@@ -21,7 +22,7 @@ STRANGE = ["Zebra", "<i>", "\u5f97", "quagga"]  # "<i>" is three words, "<", "i"
 
 
 def text_of(number: int) -> str:
-    """A document of 5 to 99 words in lines of ten, some of them unknown, the first ones often."""
+    """A document of 5 to 99 words in lines of ten, some of them unknown."""
     random = np.random.default_rng(number)
     words = random.choice(
         WORDS + STRANGE, int(random.integers(5, 100)), p=[0.02] * 40 + [0.1, 0.05, 0.03, 0.02]
@@ -36,7 +37,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, texts):
-    """200 texts and 20 of them again, prepared in many units and shards into data."""
+    """A folder with 200 texts, 20 of them twice, prepared with many units and shards as data."""
     folder = tmp_path_factory.mktemp("stats")
     (folder / "vocab.txt").write_text("\n".join(ENTRIES) + "\n")
     (folder / "in.txt").write_text("\n\n".join(texts + texts[:20]))
@@ -54,13 +55,13 @@ def run(folder, out, **options):
 
 
 def strange_words(texts):
-    """Unknown words of texts as BERT cuts them: counted without a tokenizer."""
+    """Counts of the unknown words of texts, as BERT splits them, without a tokenizer."""
     return Counter(
         word for text in texts for word in re.findall(r"Zebra|quagga|\u5f97|(?<=<)i|[<>]", text)
     )
 
 
-def test_lengths_counts_and_unknowns_are_those_of_the_documents(folder, texts):
+def test_lengths_and_counts_are_those_of_the_documents(folder, texts):
     facts = stats(folder / "data")
     lengths = {text: len(re.findall(r"\w+|[<>]", text)) for text in texts}
     splits = facts["splits"].values()
@@ -131,25 +132,27 @@ def test_unknown_words_are_recorded_as_written_for_any_workers(folder, texts):
     ).read_bytes()
 
 
-def test_few_tokens_are_looked_at_twice_and_few_words_held(folder, tmp_path, texts, monkeypatch):
+def test_the_examined_tokens_and_the_words_in_memory_are_limited(
+    folder, tmp_path, texts, monkeypatch
+):
     expected = strange_words(texts + texts[:20])
     monkeypatch.setattr(unknowns, "FIRST_TOKENS", 50)
     little = run(folder, tmp_path / "little").unknowns
     assert little.found == expected.total() and 0 < little.looked_at < expected.total() / 2
     assert little.looked_at == sum(little.words.values())
-    monkeypatch.setattr(unknowns, "WORDS_AT_ONCE", 4)
+    monkeypatch.setattr(unknowns, "MAX_WORDS", 4)
     monkeypatch.setattr(unknowns, "FIRST_TOKENS", 1 << 14)
     held = run(folder, tmp_path / "held").unknowns
     assert len(held.words) <= 4 and held.words["Zebra"] == max(held.words.values())
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
-def test_unknown_parts_are_what_becomes_unk(tmp_path, kind):
+def test_unknown_parts_are_those_that_become_unk(tmp_path, kind):
     from data_tools.train_tokenizer import train_tokenizer
 
     (tmp_path / "in.txt").write_text(
-        "the cat sat on the mat and looked at the dog which jumped over a quick fox from Zurich by bus\n"
-        * 50
+        "the cat sat on the mat and looked at the dog "
+        "which jumped over a quick fox from Zurich by bus\n" * 50
     )
     tokenizer = train_tokenizer(
         [str(tmp_path / "in.txt")], tmp_path / kind, kind=kind, vocab_size=64
@@ -162,7 +165,7 @@ def test_unknown_parts_are_what_becomes_unk(tmp_path, kind):
 
 
 class Texts(HTMLParser):
-    """The texts of a page's cells, and every name of a tag or attribute."""
+    """The texts of a page's table cells, and the names of all tags and attributes."""
 
     def __init__(self, content):
         super().__init__()
@@ -183,14 +186,14 @@ class Texts(HTMLParser):
             self.cells[-1] += data
 
 
-def test_the_page_says_what_the_json_says_and_needs_nothing_else(folder, tmp_path, capsys):
+def test_the_page_has_the_values_of_the_json_and_no_scripts_or_links(folder, tmp_path, capsys):
     verbs.stats(folder / "data", html=tmp_path / "page.html", as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts == stats(folder / "data")
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
-    found = Texts(content)
-    told = [cell for _, head, rows in tables(facts) for row in (head, *rows) for cell in row]
-    assert [cell for cell in found.cells if cell] == [cell for cell in told if cell.strip("#")]
+    parsed = Texts(content)
+    cells = [cell for _, head, rows in tables(facts) for row in (head, *rows) for cell in row]
+    assert [cell for cell in parsed.cells if cell] == [cell for cell in cells if cell.strip("#")]
     for split in facts["splits"].values():
         counted = [split[key] for key in ("documents", "tokens", "rows")]
         counted += [
@@ -198,16 +201,16 @@ def test_the_page_says_what_the_json_says_and_needs_nothing_else(folder, tmp_pat
             for entry in facts["splits"]["train"]["tokens_per_document"]["histogram"]
             for count in entry[2:]
         ]
-        assert {f"{count:,}" for count in counted} <= set(found.cells)
+        assert {f"{count:,}" for count in counted} <= set(parsed.cells)
     assert content.count("<polyline") == 2 and "http" not in content
-    assert not Texts(content).names & {"script", "link", "img", "src", "href", "iframe"}
+    assert not parsed.names & {"script", "link", "img", "src", "href", "iframe"}
     verbs.stats(folder / "data")
     printed = capsys.readouterr().out
-    for cell in found.cells:
+    for cell in parsed.cells:
         assert all(word in printed for word in cell.split())
 
 
-def test_an_older_folder_and_a_text_of_unknown_words_have_a_report(folder, tmp_path):
+def test_a_folder_without_unknowns_and_a_text_of_unknown_words_have_a_report(folder, tmp_path):
     (tmp_path / "in.txt").write_text(f"Zebra {'x' * 300}\n")
     prepare(
         [str(tmp_path / "in.txt")],
@@ -221,9 +224,9 @@ def test_an_older_folder_and_a_text_of_unknown_words_have_a_report(folder, tmp_p
     assert facts["unknowns"]["words"] == {
         "Zebra": 1,
         "x" * 100: 1,
-    } and f"Zebra 1, {'x' * 100} 1" in page(facts, "data")
+    } and f"Zebra 1, {'x' * 100} 1" in html_page(facts, "data")
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     del manifest["unknowns"]
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     facts = stats(tmp_path / "data")
-    assert facts["unknowns"] is None and "Zebra" not in page(facts, "data")
+    assert facts["unknowns"] is None and "Zebra" not in html_page(facts, "data")

@@ -1,0 +1,38 @@
+"""Reader of JSON lines: one object per line, the text in one of its fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from io import BufferedReader
+
+from data_tools.formats.source import Source, Tally, texts_of_value
+from data_tools.formats.text import read_lines
+
+LONGEST_LINE = 16 << 20  # bytes
+
+
+def read_jsonl(
+    source: Source, content: BufferedReader, start: int, end: int, text_field: str, tally: Tally
+) -> Iterator[str]:
+    """Yield the field `text_field` of each line. Lines without it are counted as bad."""
+    for offset, line in read_lines(content, start, LONGEST_LINE):
+        if offset >= end:
+            return
+        if not line.strip():
+            continue
+        tally.lines += 1
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number that is too long
+            tally.add_bad(_error_class(line, error), source, offset)
+            continue
+        value = record.get(text_field) if isinstance(record, dict) else None
+        yield from texts_of_value(value, source, offset, text_field, tally)
+
+
+def _error_class(line: bytes, error: Exception) -> str:
+    """The class under which a line that is no JSON is counted."""
+    if len(line) >= LONGEST_LINE:
+        return f"longer than {LONGEST_LINE >> 20} MiB"
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"

@@ -1,0 +1,83 @@
+"""Input files, counts of their lines, and the limits that all formats share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple
+
+from data_tools.inputs.streams import COMPRESSED
+
+# The <unk> of WikiText: a noncharacter that no text contains, so every vocabulary maps it to [UNK].
+UNKNOWN = "\ufdd0"
+LOCATIONS = 20  # bad lines whose location is kept for messages
+LONGEST = 4 << 20  # about the bytes of the longest document; longer texts become several documents
+TO_THE_END = 1 << 62  # end of the range that covers a whole stream
+
+
+class Source(NamedTuple):
+    """One input file.
+
+    format: text, text_file (the whole file is one document), wikitext, wiki, jsonl, parquet, arrow,
+            tar, tar:FORMAT (members are read as FORMAT), docs, tfrecord, or dataset:N (shard N)
+    """
+
+    name: str  # relative to the input root, or a URL; the only name that the output contains
+    path: str  # or URL; empty for a member of a tar
+    size: int  # bytes on disk
+    format: str
+    digest: str  # of the first HEAD bytes
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the file can only be read from its start."""
+        return (
+            self.format.startswith(("docs", "dataset", "arrow", "tar", "tfrecord"))
+            or Path(self.name).suffix in COMPRESSED
+        )
+
+
+@dataclass
+class Tally:
+    """Line counts of the files that a reader has read."""
+
+    lines: int = 0
+    bad: Counter[str] = field(default_factory=Counter)  # class -> unreadable lines
+    locations: list[str] = field(default_factory=list)  # first bad lines: "file: byte n: class"
+
+    def add_bad(self, kind: str, source: Source, offset: int) -> None:
+        """Count a bad line and keep the location of the first ones."""
+        self.bad[kind] += 1
+        if len(self.locations) < LOCATIONS:
+            self.locations.append(f"{source.name}: byte {offset}: {kind}")
+
+
+# A reader of one format: (source, content, start, end, text field, tally) -> the texts of the
+# documents that start in bytes [start, end) of the content.
+Reader = Callable[[Source, BufferedReader, int, int, str, Tally], Iterator[str]]
+
+
+def texts_of_value(
+    value: object, source: Source, offset: int, text_field: str, tally: Tally
+) -> Iterator[str]:
+    """Yield the text of a row's field, in parts of at most LONGEST characters.
+
+    A value that is no text is counted as a bad line at `offset`, and nothing is yielded.
+    """
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+        if not isinstance(text, str):
+            raise TypeError
+        text.encode()
+    except UnicodeDecodeError:
+        tally.add_bad("not UTF-8", source, offset)
+    except UnicodeEncodeError:
+        tally.add_bad("half a surrogate pair", source, offset)
+    except TypeError:
+        tally.add_bad(f"no text in field {text_field!r}", source, offset)
+    else:
+        for start in range(0, len(text) or 1, LONGEST):
+            yield text[start : start + LONGEST]

@@ -1,0 +1,147 @@
+"""Readers of text lines: plain text, WikiText, WikiExtractor.
+
+A document belongs to the byte range in which its first line starts. Ranges that cut a file anywhere
+therefore give each document exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BufferedReader
+from itertools import chain
+
+from data_tools.formats.detect import WIKITEXT_TITLE
+from data_tools.formats.source import LONGEST, UNKNOWN, Source, Tally
+
+_LOOK_BACK = 4096  # bytes before a range that are read to see whether the line before it is blank
+_UTF8_CONTINUATION = 3  # most bytes of a character after its first one
+
+Line = tuple[int, bytes]  # (offset in the content, line)
+
+
+def read_lines(content: BufferedReader, start: int, longest: int) -> Iterator[Line]:
+    """Yield (offset, line) from the first line that starts at byte `start` or later.
+
+    A line of more than `longest` bytes comes in parts, which cut no UTF-8 character.
+    """
+    offset = _seek_line(content, start) if start else 0
+    begins_line = True
+    while line := content.readline(longest):
+        while longest <= len(line) < longest + _UTF8_CONTINUATION and _continues(content):
+            line += content.read(1)
+        if begins_line or line.strip():  # the white end of a long line is no blank line
+            yield offset, line if offset else line.removeprefix(b"\xef\xbb\xbf")
+        offset += len(line)
+        begins_line = line.endswith(b"\n")
+
+
+def read_text(
+    source: Source, content: BufferedReader, start: int, end: int, _: str, tally: Tally
+) -> Iterator[str]:
+    """Yield documents that end at a blank line; for the format text_file, the whole file."""
+    whole_file = source.format == "text_file"
+    previous_blank = start == 0 or _blank_before(content, start)
+    document: list[Line] = []
+    end_of_file = [(end, b"")]  # a blank line that ends the last document
+    for offset, line in chain(read_lines(content, start, LONGEST), end_of_file):
+        blank = not (line if whole_file else line.strip())
+        if document and (blank or _is_long(document, offset)):
+            yield _decode(document, source, tally)
+            document = [] if blank else [(offset, line)]
+        elif document:
+            document.append((offset, line))
+        elif offset >= end:
+            return
+        elif not blank and previous_blank:
+            document = [(offset, line)]
+        previous_blank = blank
+
+
+def read_wikitext(
+    source: Source, content: BufferedReader, start: int, end: int, _: str, tally: Tally
+) -> Iterator[str]:
+    """Yield the articles; text before the first title is a document of its own."""
+    document: list[Line] = []
+    inside = start == 0
+    previous_blank = start == 0 or _blank_before(content, start)
+    end_of_file = [(end, b""), (end, b"= . =")]  # a title that ends the last article
+    for offset, line in chain(read_lines(content, start, LONGEST), end_of_file):
+        stripped = line.strip()
+        is_title = previous_blank and bool(WIKITEXT_TITLE.fullmatch(stripped))
+        if document and (is_title or _is_long(document, offset)):
+            yield _decode(document, source, tally).replace("<unk>", f" {UNKNOWN} ")
+            document = []
+        if is_title and offset >= end:
+            return
+        inside = inside or is_title
+        if inside and stripped:
+            document.append((offset, stripped + b"\n"))
+        previous_blank = not stripped
+
+
+def read_wiki(
+    source: Source, content: BufferedReader, start: int, end: int, _: str, tally: Tally
+) -> Iterator[str]:
+    """Yield the text inside the `<doc>` blocks that WikiExtractor writes."""
+    document: list[Line] | None = None  # None outside a block
+    end_of_file = [(end, b"<doc>")]  # a block that ends the last one
+    for offset, line in chain(read_lines(content, start, LONGEST), end_of_file):
+        begins = line.startswith((b"<doc ", b"<doc>"))
+        if document is not None and (begins or line.startswith(b"</doc>")):
+            if begins:
+                tally.add_bad("<doc> without </doc>", source, offset)
+            yield _decode(document, source, tally)
+            document = None
+        elif document and _is_long(document, offset):
+            yield _decode(document, source, tally)
+            document = []
+        if begins and offset >= end:
+            return
+        if begins:
+            document = []
+        elif document is not None:
+            document.append((offset, line))
+
+
+def _seek_line(content: BufferedReader, start: int) -> int:
+    """Seek to the first line that starts at byte `start` (not 0) or later; return its offset."""
+    content.seek(start - 1)
+    while (line := content.readline(LONGEST)) and not line.endswith(b"\n"):
+        pass
+    return content.tell()
+
+
+def _continues(content: BufferedReader) -> bool:
+    """Whether the next byte continues a UTF-8 character."""
+    return b"\x80" <= content.peek(1)[:1] < b"\xc0"
+
+
+def _decode(lines: list[Line], source: Source, tally: Tally) -> str:
+    """Return the text of some lines. Lines that are not UTF-8 are left out and counted."""
+    tally.lines += len(lines)
+    try:
+        return b"".join(line for _, line in lines).decode()
+    except UnicodeDecodeError:
+        decoded = []
+        for offset, line in lines:
+            try:
+                decoded.append(line.decode())
+            except UnicodeDecodeError:
+                tally.add_bad("not UTF-8", source, offset)
+        return "".join(decoded)
+
+
+def _is_long(document: list[Line], offset: int) -> bool:
+    """Whether a document whose next line is at `offset` reaches the maximum length."""
+    return offset - document[0][0] >= LONGEST
+
+
+def _blank_before(content: BufferedReader, start: int) -> bool:
+    """Whether the line before the first line at byte `start` or later is blank.
+
+    Only for uncompressed files.
+    """
+    first = _seek_line(content, start)
+    back = max(0, first - _LOOK_BACK)
+    content.seek(back)
+    return not content.read(first - back)[:-1].rpartition(b"\n")[2].strip()

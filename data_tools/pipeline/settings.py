@@ -1,0 +1,87 @@
+"""Settings that decide the bytes of a data folder, apart from the input and the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_tools.inputs.plan import UNIT_BYTES
+from data_tools.pipeline.clean import minhash
+from data_tools.pipeline.pack import PACKINGS
+from electra_ds.common.errors import UserError
+from electra_ds.common.plugins import load_function
+
+SHARD_BYTES = 64 << 20
+UNIT_FORMAT = 2  # raised when the output of a unit changes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `prepare`."""
+
+    sequence_length: int = 128  # tokens of a row
+    packing: str = "best_fit"  # one of PACKINGS
+    valid_fraction: float = 0.005  # share of held-out documents, selected by the hash of the text
+    seed: int = 0  # of the document shuffle and the packing
+    block_rows: int = 256
+    shard_bytes: int = SHARD_BYTES
+    unit_bytes: int = UNIT_BYTES
+    format: str = "auto"  # of the input, one of plan.FORMATS
+    text_field: str = "text"  # field of JSONL, column of a table
+    min_chars: int = 1  # shorter documents are removed
+    drop_repeated_lines: bool = False  # remove lines that occurred before in the same document
+    # "package.module:function" of a function (text) -> bool, which is false for documents to remove
+    keep: str | None = None
+    # Remove documents whose text, apart from case and white space, occurred before.
+    deduplicate: bool = True
+    # Estimated similarity to an earlier remaining document from which a document is removed.
+    near_duplicates: float | None = None
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be used; import `keep` and rensa."""
+        if self.packing not in PACKINGS:
+            raise UserError(f"packing = {self.packing!r}; expected one of {', '.join(PACKINGS)}")
+        if not 8 <= self.sequence_length < 1 << 16:
+            raise UserError(
+                f"sequence_length = {self.sequence_length}; expected 8 to 65,535 tokens"
+            )
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(
+                f"valid_fraction = {self.valid_fraction}; expected at least 0 and less than 1"
+            )
+        if self.near_duplicates is not None and not 0.5 <= self.near_duplicates <= 1:
+            raise UserError(
+                f"near_duplicates = {self.near_duplicates}; expected a similarity of 0.5 to 1"
+            )
+        if self.keep:
+            load_function("keep", self.keep)
+        if self.near_duplicates:
+            minhash()
+
+    def unit_record(self, fingerprint: str, plan: dict) -> dict:
+        """Return everything that decides the content of the units, as JSON values.
+
+        fingerprint: that of the tokenizer; plan: `Plan.identity()`
+        """
+        return {
+            "unit_format": UNIT_FORMAT,
+            "tokenizer": fingerprint,
+            "seed": self.seed,
+            "text_field": self.text_field,
+            "min_chars": self.min_chars,
+            "drop_repeated_lines": self.drop_repeated_lines,
+            "keep": self.keep,
+            "signatures": minhash().ALGORITHM_VERSION if self.near_duplicates else None,
+            **plan,
+        }
+
+    def packing_record(self) -> dict:
+        """Return everything else that decides the content of the shards, as JSON values."""
+        return {
+            "sequence_length": self.sequence_length,
+            "packing": self.packing,
+            "valid_fraction": self.valid_fraction,
+            "block_rows": self.block_rows,
+            "shard_bytes": self.shard_bytes,
+            "deduplicate": self.deduplicate,
+            "near_duplicates": self.near_duplicates,
+        }
