@@ -1,6 +1,6 @@
 """Failures of a run: error files of the ranks, and their count over restarts.
 
-OUT/error-rank-N.json is written when a rank ends by an error. OUT/restarts.json counts the failures.
+A rank that ends by an error writes OUT/error-rank-N.json. OUT/restarts.json counts the failures.
 """
 
 import contextlib

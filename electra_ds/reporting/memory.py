@@ -25,7 +25,8 @@ class Memory(NamedTuple):
     tests/support/engine_memory.py measures them.
 
     states: weights, gradients, fp32 master weights and two moments, padding included.
-    gradients: the part of `states` that is freed between a step and the next backward; 0 at stage 3.
+    gradients: the part of `states` that is freed between a step and the next backward; 0 at
+        stage 3.
     buckets: for the reduction of gradients and, at stage 3, the gathering of weights.
     activations: of forward and backward of one micro-batch, with the gradients of stage 0.
     update: copies of gradients that the optimizer's step makes.
@@ -52,8 +53,8 @@ def memory(
 ) -> dict[tuple[int, str], Memory]:
     """Memory of a rank by (ZeRO stage, precision), with the optimizer on the device, not compiled.
 
-    The buckets are those of the run's engine file at its stage, and of the shipped zeroN.json at the
-    other stages.
+    The buckets are those of the run's engine file at its stage, and of the shipped zeroN.json at
+    the other stages.
     """
     groups = parameter_groups(meta_model(config), 1.0)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
@@ -110,8 +111,8 @@ def model_state_bytes(
 ) -> dict[tuple[int, str], tuple[int, int]]:
     """(bytes of states, bytes of gradients) by (stage, precision), on the rank that holds most.
 
-    States are weights, gradients, fp32 master weights, two moments, and Adam's step counters (4 bytes
-    per tensor of the optimizer).
+    States are weights, gradients, fp32 master weights, two moments, and Adam's step counters
+    (4 bytes per tensor of the optimizer).
 
     sizes: elements of the parameters in memory, by group of the optimizer.
     Stages 1 and 2 cut a flat group into shares, padded to 2 elements per rank, and keep the whole

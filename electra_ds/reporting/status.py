@@ -15,7 +15,8 @@ from electra_ds.training.metrics_file import TRAIN, VALID, read_metrics, summary
 
 NEXT = {
     "training": "touch {out}/STOP saves and stops it, touch {out}/SAVE saves",
-    "silent": "look at its owner's machine; if that is dead, the same command resumes from step {at}",
+    "silent": "look at its owner's machine; if that is dead, "
+    "the same command resumes from step {at}",
     "failed": "correct the cause; the same command resumes from step {at}",
     "refused": "correct the cause and remove {out}/restarts.json (train.max_restarts = {limit})",
     "stopped": "the same command resumes from step {at}",
@@ -135,7 +136,8 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
         "ranks": f"{len(nodes)} under {facts['launcher']}, on {', '.join(dict.fromkeys(nodes))}"
         if nodes
         else "",
-        "restarts": f"{facts['restarts'] or 0}; failures {facts['failures']}, {facts['failures_in_a_row']} in a row",
+        "restarts": f"{facts['restarts'] or 0}; failures {facts['failures']}, "
+        f"{facts['failures_in_a_row']} in a row",
         "last error": f"rank {error['rank']}, {error['host']}: {error['error']}" if error else "",
         "missing": "; ".join(facts["missing"]),
         "next": facts["next"],
