@@ -2,13 +2,14 @@
 
     python bench/clean.py --input 'wiki/*' --tokenizer vocab.txt --out B
 
-Prepares the input as it is, and then followed by altered copies of its documents: 500 copies of each
-kind.
+Prepares the input as it is, and then together with altered copies of its documents, 500 copies of
+each kind.
 
 removed: share of the copies that `prepare` leaves out.
 lost:    documents of the input that `prepare` leaves out only if the copies are present.
 """
 
+import functools
 import json
 import random
 import re
@@ -45,7 +46,7 @@ class Copy(NamedTuple):
 def read_texts(inputs: list[str]) -> list[str]:
     """All documents of the input."""
     plan = make_plan(inputs)
-    texts = []
+    texts: list[str] = []
     for unit in plan.units:
         for source, start, end in unit:
             texts += documents(
@@ -98,9 +99,8 @@ def make_copies(texts: list[str], remaining: set[int]) -> list[Copy]:
     words = " ".join(texts[i] for i in candidates[:BATCH]).split()
     alterations: dict[str, Callable[[str], str]] = {"case and white space changed": change_case}
     for share in CHANGED_SHARES:
-        alterations[f"{share:.1%} of the words changed"] = lambda text, share=share: change_words(
-            text, share, words
-        )
+        kind = f"{share:.1%} of the words changed"
+        alterations[kind] = functools.partial(change_words, share=share, words=words)
     return [
         Copy(kind, texts[i], alter(texts[i]))
         for kind, alter in alterations.items()

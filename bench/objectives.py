@@ -3,11 +3,11 @@
     python bench/objectives.py --data D --out O --glue GLUE --steps 14000
     python bench/objectives.py --data D --out O --run tiny --set section.field=value
 
-Both models train with equal FLOPs: --steps are the steps of electra, and mlm has more of them, since
-its step is cheaper. The rows, their order, the masked positions, the learning rates and the warmup
-are equal. Then both are fine-tuned on STS-B and CoLA; without --glue they are pretrained only. A
-repeated call resumes. O/objectives.json and O/objectives.md hold the results: medians over the seeds
-on the development sets.
+Both models train with equal FLOPs: --steps is the number of steps of electra; mlm has more steps,
+since each of them costs less. The rows, their order, the masked positions, the learning rates and
+the warmup are equal. Then both are fine-tuned on STS-B and CoLA; without --glue they are only
+pretrained. A repeated call resumes. O/objectives.json and O/objectives.md hold the results: medians
+over the seeds on the development sets.
 """
 
 import argparse

@@ -9,8 +9,8 @@ The option --no-deps is there because the torchvision of litdata would bring ano
 Writes the same rows in every format and reads each file once, so that all are in the page cache.
 Then the readers take turns. A rate is tokens per second of this process's CPU time, with all
 threads; the table shows medians over the rounds. Ours is ShardReader with ShuffledOrder, as the
-loader uses them. The others shuffle with their own means. webdataset and litdata return single rows;
-ours and the memmap return an array of many.
+loader uses them. The others use their own shuffling. webdataset and litdata return single rows;
+ours and the memmap return an array of many rows.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def shard_tokens(folder: Path, shard: int) -> Iterator[torch.Tensor]:
     yield torch.from_numpy(rows[shard * shard_rows : (shard + 1) * shard_rows].flatten())
 
 
-# ------------------------------------------------------- readers: endless iterators over token counts
+# --------------------------------------------------- readers: endless iterators over token counts
 
 
 def read_ours(folder: Path) -> Iterator[int]:

@@ -3,13 +3,14 @@
     python bench/scaling.py                     weak scaling, ZeRO 0 to 2, one thread a rank
     python bench/scaling.py --model --stages 1  the model of scaling; no rank is started
 
-Measured: one rank alone and two ranks take turns with the steps of the engine. Each rank has 16 rows
-of 128 tokens (Small, the precision of the engine files). All ranks have the same rows, so the losses
-must agree in every round. The efficiency is the time of the single rank over the mean of the two.
+Measured: one rank alone and two ranks take turns with the steps of the engine. Each rank has 16
+rows of 128 tokens (Small, the precision of the engine files). All ranks have the same rows, so the
+losses must agree in every round. The efficiency is the time of the single rank divided by the mean
+time of the two ranks, for three clocks:
 
-    compute   CPU time of the training thread, which sleeps while it waits for other ranks
-    process   also that of the threads of gloo, which send and add
-    wall      also the waiting; it needs two idle cores
+    compute   CPU time of the training thread, which sleeps while it waits for the other rank
+    process   CPU time of the process, with the threads of gloo, which send and add
+    wall      wall time, with the waiting; it needs two idle cores
 
 Modelled: step = accumulation x micro-batch + the communication that the backward does not hide + a
 fixed cost. The bytes are those of `cost.step_traffic`, which tests/training/test_ranks_train.py

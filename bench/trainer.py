@@ -79,7 +79,7 @@ Parts = dict[str, np.ndarray]  # part of a step -> [2] (CPU, wall) seconds
 
 
 class Clock:
-    """(CPU, wall) seconds between two calls of `lap`, without the CPU time of the loader's thread."""
+    """(CPU, wall) seconds between two calls of `lap`, without the CPU time of the loader thread."""
 
     def __init__(self):
         self.last = self.now()
