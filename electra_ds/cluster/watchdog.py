@@ -78,7 +78,8 @@ class Watchdog:
     timeout_minutes: time in which no rank moves, after which the hanging one is looked for.
     on_rank0: calls a function on rank 0 and returns its result on every rank.
     record: called on one rank with the first failure (rank, error, host).
-    is_collective: whether a frame of this package waits for other ranks.
+    is_collective: whether a function of this package waits for other ranks, by its frame. It is
+        called with the innermost frame of the package in the main thread.
     """
 
     def __init__(

@@ -1,9 +1,12 @@
-"""`electra-ds ARGUMENTS` with a fault on one rank: `faults.py KIND RANK NOTE ARGUMENTS`. Not a test file itself.
+"""`electra-ds ARGUMENTS` with a fault on one rank: faults.py KIND RANK NOTE ARGUMENTS.
 
-The fault comes in this rank's twelfth step, or (`early`) while the engine is made; NOTE then holds the time.
-`faults.py meet` is three ranks that only meet, under a watchdog: rank 1 leaves long before rank 0, rank 2 long after.
-`faults.py groups` is two ranks one of which waits; `faults.py unheard` one whose console is gone; `faults.py refuse`
-two that end by themselves.
+The fault happens in the twelfth step of this rank, or (`early`) while the engine is made. The file
+NOTE then holds the time.
+Other scenarios:
+faults.py meet     three ranks under a watchdog; rank 1 leaves long before rank 0, rank 2 long after
+faults.py groups   two ranks, of which rank 0 waits in every process group
+faults.py unheard  a rank with a closed standard error
+faults.py refuse   two ranks that end with an error of their own
 """
 
 import contextlib
@@ -47,6 +50,7 @@ def main(kind: str, rank: str, note: str, *arguments: str) -> None:
 
 
 def meet() -> None:
+    """Wait for a line on standard input, then leave at different times."""
     import torch.distributed as dist
 
     from electra_ds.cluster.launchers import find_ranks
@@ -78,7 +82,7 @@ def unheard() -> None:
 
 
 def refuse() -> None:
-    """A mistake of the user ends both ranks, on a disk that takes a second for its record."""
+    """A user's mistake ends both ranks; the disk takes a second to record it."""
     import torch.distributed as dist
 
     from electra_ds.cluster.launchers import find_ranks
@@ -96,7 +100,7 @@ def refuse() -> None:
 
 
 def groups(note: str) -> None:
-    """Rank 0 waits in every group of an engine for rank 1, which never comes, and notes for how long."""
+    """Rank 0 waits for rank 1 in every process group and writes the seconds into a file."""
     import torch
     import torch.distributed as dist
     from run_folders import config
@@ -106,12 +110,10 @@ def groups(note: str) -> None:
     from electra_ds.model.build import build_objective
     from electra_ds.training.engine import Engine, start
 
-    ranks, made_of = find_ranks(), config()
+    ranks, run = find_ranks(), config()
     device = start(ranks, timeout_minutes=2)
-    made_of = made_of.model_copy(
-        update={"train": made_of.train.model_copy(update={"timeout_minutes": 0.05})}
-    )
-    Engine(build_objective(made_of, 0), made_of, load_engine("zero1-fp32"), ranks, device)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"timeout_minutes": 0.05})})
+    Engine(build_objective(run, 0), run, load_engine("zero1-fp32"), ranks, device)
     deadline, waited = time.monotonic() + 60, []
     for group in list(dist.distributed_c10d._world.pg_map) if ranks.rank == 0 else ():
         began = time.monotonic()
@@ -126,5 +128,5 @@ def groups(note: str) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"meet": meet, "unheard": unheard, "refuse": refuse, "groups": groups}
-    parts.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])
+    scenarios = {"meet": meet, "unheard": unheard, "refuse": refuse, "groups": groups}
+    scenarios.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])
