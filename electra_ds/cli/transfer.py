@@ -61,7 +61,7 @@ def import_(
 ) -> None:
     """Write a run folder at step 0 from foreign weights.
 
-    Every tensor is listed: read, newly made, or left out.
+    Every tensor is listed as read, made (newly initialized) or left (not used).
     """
     from electra_ds.interop.import_weights import import_weights
 

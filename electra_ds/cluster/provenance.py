@@ -25,7 +25,7 @@ def provenance(dataset_id: str) -> dict[str, Any]:
         "dataset_id": dataset_id,
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "packages": {name: found for name, found in versions.items() if found},
+        "packages": {name: number for name, number in versions.items() if number},
         "commit": _commit(),
     }
 

@@ -77,8 +77,8 @@ def write_config(out: Path, config: RunConfig, dataset_id: str, **facts: Any) ->
     facts: more for the provenance. The number of restarts is added.
     """
     restarts = {"restarts": _restarts(out / "config.json")}
-    found = provenance(dataset_id) | facts | restarts
-    write_json(out / "config.json", config.model_dump(mode="json") | {"provenance": found})
+    written_by = provenance(dataset_id) | facts | restarts
+    write_json(out / "config.json", config.model_dump(mode="json") | {"provenance": written_by})
 
 
 def _restarts(config: Path) -> int:

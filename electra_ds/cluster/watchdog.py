@@ -234,15 +234,15 @@ class Watchdog:
                 continue
             if self._refresh() and (self._first or self._heartbeats[rank].left):
                 return self._first  # it reported its error, or left in order
-            gone = (
+            text = (
                 f"process {beat.pid} is gone: killed (kill -9, out of memory), or it left without "
-                "a message"
+                f"a message; last seen at {beat.location}"
             )
-            return Failure(rank, beat.host, f"{gone}; last seen at {beat.location}")
+            return Failure(rank, beat.host, text)
         if missed["store"] >= (2 if self._store_error else MISSES):
             # Rank 0 may have left in order, and the store with it.
-            left = 0 in self._heartbeats and self._heartbeats[0].left
-            return None if left else self._store_failure()
+            has_left = 0 in self._heartbeats and self._heartbeats[0].left
+            return None if has_left else self._store_failure()
         for rank, beat in others.items():
             if missed[rank] >= MISSES:
                 text = self._silent(f"last seen at {beat.location}")

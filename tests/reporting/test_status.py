@@ -40,7 +40,7 @@ os.kill(os.getpid(), 9)
 
 @pytest.fixture
 def out(tmp_path):
-    """A run of 3,000 steps on two nodes, logged at step 90 (300 tokens per step), saved at step 80."""
+    """A run on two nodes: 3,000 steps of 300 tokens, logged at step 90, saved at step 80."""
     facts = {"total_steps": 3000, "nodes": ["node1", "node2"], "launcher": "srun", "world_size": 2}
     run_folder.write_config(tmp_path, load_run("tiny"), "abc", **facts)
     with RunLogger(tmp_path, 0, 3000, None, tensorboard=False) as metrics:
