@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Versions are the ones that were tried; deepspeed's private names (listed in engine.py) hold for the 0.19 series.
+# The lower limits are tested versions. training/engine.py uses private names of the deepspeed 0.19
+# series.
 REQUIRES = [
     "torch>=2.6",
     "deepspeed>=0.19,<0.20",
@@ -17,7 +18,7 @@ REQUIRES = [
     "typer>=0.19",
     "rich>=13",
     "numpy>=1.26",
-    "safetensors>=0.8",  # 0.5 holds Python's lock while it writes: the training would stand still, and the watchdog
+    "safetensors>=0.8",  # 0.5 holds Python's lock while it writes: no training, no heartbeats
     "zstandard>=0.22",
     "fsspec>=2024.2",
     "braceexpand>=0.1.7",
@@ -29,6 +30,7 @@ EXTRAS = {
         "pytest>=8",
         "hypothesis>=6",
         "ruff>=0.6",
+        "mypy>=1.11",
         "matplotlib>=3.8",
         "transformers>=4.40",
         "datasets>=4",  # brings pyarrow
@@ -36,26 +38,24 @@ EXTRAS = {
         "rensa>=0.5,<0.6",
         "google-crc32c>=1.5",
         "protobuf>=4.21",
-        "mypy>=1.11",
     ],
-    "tfrecord": ["google-crc32c>=1.5", "protobuf>=4.21"],  # the verb convert
-    # bench/step.py also measures electra-pytorch, whose requirements are too old: pip install --no-deps electra-pytorch
+    # bench/step.py also measures electra-pytorch, which requires old versions of its dependencies:
+    # pip install --no-deps electra-pytorch
     "bench": ["transformers>=4.40"],
+    # plot
     "plot": ["matplotlib>=3.8"],
-    "tf": [
-        "tensorflow>=2.16"
-    ],  # or tensorflow-cpu; `import` reads the authors' checkpoints with it
-    "parquet": ["pyarrow>=15"],  # and .arrow
-    "clean": [
-        "rensa>=0.5,<0.6"
-    ],  # prepare --near-duplicates; its signatures may change between minor versions
-    "remote": [
-        "aiohttp>=3.9",
-        "s3fs>=2024.2",
-    ],  # inputs at http(s) and s3; hf:// comes with huggingface_hub
-    "hf": [
-        "datasets>=4"
-    ],  # Hugging Face datasets as inputs and own tasks; earlier versions run a dataset's code
+    # import from TensorFlow checkpoints; tensorflow-cpu is enough
+    "tf": ["tensorflow>=2.16"],
+    # convert
+    "tfrecord": ["google-crc32c>=1.5", "protobuf>=4.21"],
+    # .parquet and .arrow inputs
+    "parquet": ["pyarrow>=15"],
+    # prepare --near-duplicates; the signatures of rensa may change between minor versions
+    "clean": ["rensa>=0.5,<0.6"],
+    # inputs at http(s) and s3; hf:// comes with huggingface_hub
+    "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],
+    # Hugging Face datasets as inputs and tasks; versions below 4 execute a dataset's code
+    "hf": ["datasets>=4"],
 }
 
 KINDS = ("pretrain", "engine", "glue")  # folders of ds_configs
@@ -63,7 +63,7 @@ KINDS = ("pretrain", "engine", "glue")  # folders of ds_configs
 setup(
     name="electra_ds",
     version="0.1.0",
-    description="Pretraining of text encoders by replaced token detection (ELECTRA), distributed on DeepSpeed",
+    description="Pretraining of text encoders by replaced token detection (ELECTRA) on DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -15,7 +15,7 @@ from electra_ds.common.errors import RunFailure, UserError
 def main() -> None:
     """Run a verb.
 
-    A UserError becomes one message and exit code 2; a RunFailure becomes one message and exit code 1.
+    A UserError becomes one message and exit code 2, a RunFailure one message and exit code 1.
     """
     try:
         app()

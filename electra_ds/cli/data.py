@@ -68,7 +68,8 @@ def prepare(
     out: Annotated[
         str,
         typer.Option(
-            help="Output data folder (an interrupted prepare resumes), or a URL together with --work."
+            help="Output data folder (an interrupted prepare resumes), "
+            "or a URL together with --work."
         ),
     ],
     sequence_length: Annotated[int, typer.Option(help="Tokens per row.")] = 128,
@@ -112,8 +113,8 @@ def prepare(
 
     if ("://" in out) != (work is not None):
         raise UserError(
-            f"--out {out}, --work {work}: expected --work DIR together with a URL as --out, and only "
-            "then"
+            f"--out {out}, --work {work}: expected --work DIR together with a URL as --out, "
+            "and only then"
         )
     ranks = find_ranks()
     otherwise = "prepare on one machine with --workers"

@@ -39,11 +39,8 @@ def evaluate(
         return
     print(f"{find_checkpoint(model)}, held-out rows of {data}")
     for key, value in values.items():
-        print(
-            f"  {key:24} {value:,.0f}"
-            if key.endswith(("tokens", "chosen"))
-            else f"  {key:24} {value:.4f}"
-        )
+        is_count = key.endswith(("tokens", "chosen"))
+        print(f"  {key:24} {value:,.0f}" if is_count else f"  {key:24} {value:.4f}")
 
 
 @app.command()
@@ -84,9 +81,9 @@ def detect(
                 f"{file or 'standard input'}: not UTF-8 at byte {error.start}; convert it first"
             ) from None
     detector = Detector.load(model, tokenizer, trust_code)
-    found = detector(text)
+    scores = detector(text)
     if as_json:
-        print(json.dumps([score._asdict() for score in found], indent=1, ensure_ascii=False))
+        print(json.dumps([score._asdict() for score in scores], indent=1, ensure_ascii=False))
         return
-    for line in table(found, threshold, detector(original) if original is not None else None):
+    for line in table(scores, threshold, detector(original) if original is not None else None):
         print(line)

@@ -20,7 +20,8 @@ Data = Annotated[
 Engine = Annotated[
     str | None,
     typer.Option(
-        help="zero0 to zero3, optionally with -fp32, -bf16, -fp16 or -autocast; or a DeepSpeed JSON."
+        help="zero0 to zero3, optionally with -fp32, -bf16, -fp16 or -autocast; "
+        "or a DeepSpeed JSON."
     ),
 ]
 Sets = Annotated[

@@ -1,6 +1,6 @@
 """Failures of a run: error files of the ranks, and their count over restarts.
 
-OUT/error-rank-N.json is written when a rank ends by an error. OUT/restarts.json counts the failures.
+A rank that ends by an error writes OUT/error-rank-N.json. OUT/restarts.json counts the failures.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def record_error(out: Path, rank: int, error: BaseException | str, host: str = "
 
 
 def read_errors(out: Path) -> list[dict[str, Any]]:
-    """The error files that an attempt left, by time; each has "failure" if it says so."""
+    """The contents of OUT/error-rank-*.json, by time."""
     errors = [_read_error(file) for file in sorted(out.glob("error-rank-*.json"))]
     return sorted(errors, key=lambda error: error.get("time", ""))
 
@@ -75,9 +75,9 @@ def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
     before = Failures()
     if path.exists():
         before = Failures(**read_json(path, "the failures of this run"))
-    left = read_errors(out)
-    failures = [error for error in left if error.pop("failure", True)]
-    if silent and not left:
+    recorded = read_errors(out)
+    failures = [error for error in recorded if error.pop("failure", True)]
+    if silent and not recorded:
         failures = [_described(0, f"ended without a message: {silent}")]
     after = before.with_attempt(step, failures)
     if failures:

@@ -1,8 +1,8 @@
 """The place of this process among the ranks, derived from the variables of its launcher.
 
-DeepSpeed uses its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
-all set; with a launcher that sets none of them it would train N separate copies. So all are derived
-here, checked and exported.
+DeepSpeed uses its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
+are all set. With a launcher that sets none of them it would train N separate copies. So all are
+derived here, checked and exported.
 """
 
 import os

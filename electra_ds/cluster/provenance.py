@@ -25,7 +25,7 @@ def provenance(dataset_id: str) -> dict[str, Any]:
         "dataset_id": dataset_id,
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "packages": {name: found for name, found in versions.items() if found},
+        "packages": {name: number for name, number in versions.items() if number},
         "commit": _commit(),
     }
 
@@ -39,7 +39,7 @@ def package_version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that holds this file, with "-dirty" for changes; None outside one."""
+    """The commit of this checkout, with "-dirty" for changes; None outside a checkout."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None

@@ -20,8 +20,8 @@ STALE_FILES = ("stopped.*", "STOP", "SAVE", ".nonce*", ".*.tmp")  # of an earlie
 def open_folder(out: Path, rank: int, all_gather_object: Callable[[Any], list[Any]]) -> list[str]:
     """Create OUT, remove stale files, and check that every rank sees the same folder. Collective.
 
-    Returns the host of each rank. UserError on every rank names the hosts that do not see what rank 0
-    wrote.
+    Returns the host of each rank. UserError on every rank names the hosts that do not see what
+    rank 0 wrote.
     """
     nonce = secrets.token_hex(8) if rank == 0 else ""
     problem = _prepare(out, nonce) if rank == 0 else None
@@ -77,8 +77,8 @@ def write_config(out: Path, config: RunConfig, dataset_id: str, **facts: Any) ->
     facts: more for the provenance. The number of restarts is added.
     """
     restarts = {"restarts": _restarts(out / "config.json")}
-    found = provenance(dataset_id) | facts | restarts
-    write_json(out / "config.json", config.model_dump(mode="json") | {"provenance": found})
+    written_by = provenance(dataset_id) | facts | restarts
+    write_json(out / "config.json", config.model_dump(mode="json") | {"provenance": written_by})
 
 
 def _restarts(config: Path) -> int:

@@ -1,10 +1,10 @@
 """Watchdog: detects dead or hung ranks through heartbeats and stops all ranks with one error.
 
-Each rank writes a heartbeat a few times per `silence_seconds` into the TCP store where the ranks met.
-It reads those of rank 0 and of the ranks on its own machine; rank 0 reads all. A killed process is
-seen in the process table, an exception is reported by its rank, everything else is a missing
-heartbeat. The first failure that the store accepts is the cause on every rank. A rank whose main
-thread waits for a lost rank is ended.
+Each rank writes a heartbeat a few times per `silence_seconds` into the TCP store of the process
+group. It reads those of rank 0 and of the ranks on its own machine; rank 0 reads all. A killed
+process is seen in the process table, an exception is reported by its rank, everything else is a
+missing heartbeat. The first failure that the store accepts is the cause on every rank. A rank whose
+main thread waits for a lost rank is ended.
 """
 
 import contextlib
@@ -69,16 +69,17 @@ class Heartbeat(NamedTuple):
 class Watchdog:
     """Watches over the ranks while a block runs: a context manager entered on every rank.
 
-    If the block raises because a peer is lost, RunFailure names that peer instead. If the block hangs
-    in a collective, the process ends within silence_seconds + 15 s. Silence is counted in rounds of
-    the watching thread, not by a clock, so a machine that slept or is slow blames no other. A single
-    rank is not watched; its errors are recorded.
+    If the block raises because a peer is lost, RunFailure names that peer instead. If the block
+    hangs in a collective, the process ends within silence_seconds + 15 s. Silence is counted in
+    rounds of the watching thread, not by a clock, so a machine that slept or is slow blames no
+    other. A single rank is not watched; its errors are recorded.
 
     silence_seconds: time without a heartbeat after which a rank counts as lost.
     timeout_minutes: time in which no rank moves, after which the hanging one is looked for.
     on_rank0: calls a function on rank 0 and returns its result on every rank.
     record: called on one rank with the first failure (rank, error, host).
-    is_collective: whether a frame of this package waits for other ranks.
+    is_collective: whether a function of this package waits for other ranks, by its frame. It is
+        called with the innermost frame of the package in the main thread.
     """
 
     def __init__(
@@ -189,7 +190,10 @@ class Watchdog:
         return self._exchanges >= goal
 
     def _leave(self) -> None:
-        """Tell the other ranks that this one leaves. Rank 0, which may hold the store, leaves last."""
+        """Tell the other ranks that this one leaves.
+
+        Rank 0 leaves last, since it may hold the store.
+        """
         self._leaving.set()
         self._own = self._own._replace(left=True)
         lost = self._first.rank if self._first else None
@@ -230,15 +234,15 @@ class Watchdog:
                 continue
             if self._refresh() and (self._first or self._heartbeats[rank].left):
                 return self._first  # it reported its error, or left in order
-            gone = (
+            text = (
                 f"process {beat.pid} is gone: killed (kill -9, out of memory), or it left without "
-                "a message"
+                f"a message; last seen at {beat.location}"
             )
-            return Failure(rank, beat.host, f"{gone}; last seen at {beat.location}")
+            return Failure(rank, beat.host, text)
         if missed["store"] >= (2 if self._store_error else MISSES):
             # Rank 0 may have left in order, and the store with it.
-            left = 0 in self._heartbeats and self._heartbeats[0].left
-            return None if left else self._store_failure()
+            has_left = 0 in self._heartbeats and self._heartbeats[0].left
+            return None if has_left else self._store_failure()
         for rank, beat in others.items():
             if missed[rank] >= MISSES:
                 text = self._silent(f"last seen at {beat.location}")

@@ -4,7 +4,8 @@
 class UserError(ValueError):
     """A mistake that the user can correct: exit code 2.
 
-    The message says where (file, key or rank), what was found, what was expected and what to try.
+    The message names the place (file, key or rank), the value there, the expected value and what to
+    try.
     """
 
 

@@ -70,8 +70,8 @@ ENGINE_OWNERS = {
 def load_engine(engine: str | dict[str, Any]) -> dict[str, Any]:
     """The checked DeepSpeed config of a name, a path or an object.
 
-    What the run owns (batch sizes, clipping) is merged later. UserError for an unknown name, unknown
-    keys, keys that the run owns, and values that cannot work.
+    What the run owns (batch sizes, clipping) is merged later. UserError for an unknown name,
+    unknown keys, keys that the run owns, and values that cannot work.
     """
     if isinstance(engine, str):
         where, values = _read(engine)

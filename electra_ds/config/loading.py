@@ -65,7 +65,7 @@ def load_config(
     name: a shipped name of that kind, or a path.
     sets: `section.field=value` settings, as --set takes them.
     engine: replaces the file's `engine`.
-    UserError names the file, the key, what was found and what was expected.
+    UserError names the file, the key, the value and what is expected.
     """
     path = find_config(name, kind)
     values = read_json(path, f"a {kind} config")
@@ -120,7 +120,7 @@ def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 def _line(problem: Values, root: type[BaseModel]) -> str:
     """One line for one of pydantic's problems."""
     location = [str(part) for part in problem["loc"]]
-    key, found = ".".join(location), problem.get("input")
+    key, value = ".".join(location), problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _fields_at(root, location[:-1])
         suggestion = nearest(location[-1], known)
@@ -130,8 +130,8 @@ def _line(problem: Values, root: type[BaseModel]) -> str:
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{key}: {text}" if key else text
-    hint = _fraction_hint(location, found)
-    return f"{key} = {json.dumps(found, default=str)}: {problem['msg'].lower()}{hint}"
+    hint = _fraction_hint(location, value)
+    return f"{key} = {json.dumps(value, default=str)}: {problem['msg'].lower()}{hint}"
 
 
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
@@ -145,11 +145,10 @@ def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
     return sorted(root.model_fields)
 
 
-def _fraction_hint(location: list[str], found: Any) -> str:
-    if location[:1] == ["generator"] and isinstance(found, (str, float)):
-        return (
-            f"; the generator has sizes of its own: write the integer, such as {location[-1]}: 64"
-        )
+def _fraction_hint(location: list[str], value: Any) -> str:
+    """A hint for a size of the generator that is not an integer, such as "1/4"."""
+    if location[:1] == ["generator"] and isinstance(value, (str, float)):
+        return f"; sizes are not fractions: write the integer, such as {location[-1]}: 64"
     return ""
 
 

@@ -73,11 +73,12 @@ class FactoryConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Replaced token detection (ELECTRA, section 2) and the objectives it is compared with (section 3.4)."""
+    """Replaced token detection (ELECTRA, section 2), and other objectives (section 3.4)."""
 
     kind: Literal["electra", "electra_15", "mlm", "replace_mlm", "all_tokens_mlm"] = science(
         "electra",
-        "task of the main encoder: detect replaced tokens (_15: at masked positions only), or predict tokens",
+        "task of the main encoder: detect replaced tokens (_15: at masked positions only), "
+        "or predict tokens",
     )
     generator: Literal["model", "uniform"] = science(
         "model", "replacement tokens: sampled from the generator, or uniformly from the vocabulary"
@@ -159,8 +160,8 @@ class TrainConfig(Section):
     eval_rows: int = machine(
         2048, "held-out rows of each source per evaluation during training", ge=1
     )
-    # Machine scope, although it changes which rows count: a run that stopped at a bad loss could not
-    # resume otherwise.
+    # Machine scope, although it changes which rows count: otherwise a run that stopped at a bad
+    # loss could not resume.
     on_bad_loss: Literal["stop", "skip"] = machine(
         "stop", "after a loss that is not finite, or a spike: end the run, or skip the step"
     )
@@ -195,7 +196,8 @@ class TrainConfig(Section):
             raise ValueError("give total_steps or epochs, exactly one (the other one null)")
         if 0 < self.spike_factor <= 1:
             raise ValueError(
-                f"spike_factor = {self.spike_factor} calls every step a spike; expected 0 or above 1"
+                f"spike_factor = {self.spike_factor} calls every step a spike; "
+                "expected 0 or above 1"
             )
         return self
 
@@ -273,7 +275,8 @@ class RunConfig(Section):
             getattr(self.model, f) != getattr(self.generator, f) for f in sizes
         ):
             raise ValueError(
-                "model.sharing = 'all' is one encoder: every field of generator must equal that of model"
+                "model.sharing = 'all' is one encoder: every field of generator must equal that "
+                "of model"
             )
         return self
 
@@ -282,7 +285,10 @@ class RunConfig(Section):
         return accumulation(self.train, world_size)
 
     def total_steps(self, rows: int | None) -> int:
-        """Steps of the schedule; `rows` of the training split are needed when the length is given in epochs."""
+        """Steps of the schedule.
+
+        rows: of the training split; needed when the length is given in epochs.
+        """
         if self.train.total_steps is not None:
             return self.train.total_steps
         if rows is None:
@@ -293,20 +299,24 @@ class RunConfig(Section):
     def with_data(
         self, vocab_size: int, special_ids: SpecialIds, sequence_length: int
     ) -> "RunConfig":
-        """The config with what the data decides filled in. UserError when a value is there and differs."""
+        """The config with the values of the data filled in.
+
+        UserError when the config has another value already.
+        """
         if sequence_length != self.data.sequence_length:
             raise UserError(
-                f"data.sequence_length = {self.data.sequence_length}, but the data has rows of {sequence_length}: "
-                f"prepare with --sequence-length {self.data.sequence_length}, or --set "
-                f"data.sequence_length={sequence_length}"
+                f"data.sequence_length = {self.data.sequence_length}, but the data has rows of "
+                f"{sequence_length}: prepare with --sequence-length {self.data.sequence_length}, "
+                f"or --set data.sequence_length={sequence_length}"
             )
-        for key, mine, theirs in (
+        for key, value, value_of_data in (
             ("model.vocab_size", self.model.vocab_size, vocab_size),
             ("data.special_ids", self.data.special_ids, special_ids),
         ):
-            if mine is not None and mine != theirs:
+            if value is not None and value != value_of_data:
                 raise UserError(
-                    f"{key} = {mine}, but the data has {theirs}: leave it out, or use the data of that tokenizer"
+                    f"{key} = {value}, but the data has {value_of_data}: leave it out, or use the "
+                    "data of that tokenizer"
                 )
         model = self.model.model_copy(update={"vocab_size": vocab_size})
         data = self.data.model_copy(update={"special_ids": special_ids})
@@ -325,12 +335,13 @@ class FactoryRun(RunConfig):
     def _sections_agree(self) -> "FactoryRun":
         if not self.objective.detects:
             raise ValueError(
-                f"objective.kind {self.objective.kind} needs the built-in model; a factory's discriminator tells "
-                "replaced tokens: electra or electra_15"
+                f"objective.kind {self.objective.kind} needs the built-in model; a factory's "
+                "discriminator detects replaced tokens: electra or electra_15"
             )
         if self.train.compile or self.train.activation_checkpointing:
             raise ValueError(
-                "train.compile and train.activation_checkpointing are for the built-in layers: leave them"
+                "train.compile and train.activation_checkpointing work with the built-in layers "
+                "only: set them to false"
             )
         return self
 
@@ -345,13 +356,13 @@ def accumulation(train: Any, world_size: int) -> int:
         return train.global_batch_size // per_micro
     if train.global_batch_size % world_size:
         raise UserError(
-            f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks; "
-            "choose a number of ranks that divides it"
+            f"train.global_batch_size = {train.global_batch_size} rows cannot be split over "
+            f"{world_size} ranks; choose a number of ranks that divides it"
         )
     share = train.global_batch_size // world_size
     fits = max(m for m in range(1, min(share, train.micro_batch_size) + 1) if share % m == 0)
     raise UserError(
-        f"train.global_batch_size = {train.global_batch_size} rows cannot be split over {world_size} ranks x "
-        f"micro_batch_size {train.micro_batch_size}; the largest micro_batch_size that fits is {fits} "
-        f"(--set train.micro_batch_size={fits})"
+        f"train.global_batch_size = {train.global_batch_size} rows cannot be split over "
+        f"{world_size} ranks x micro_batch_size {train.micro_batch_size}; the largest "
+        f"micro_batch_size that fits is {fits} (--set train.micro_batch_size={fits})"
     )

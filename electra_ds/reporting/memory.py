@@ -1,4 +1,9 @@
-"""Memory of a run per rank: model states, buckets, activations, and the peak of a step."""
+"""Memory of a run: bytes on a rank at each ZeRO stage and precision, as DeepSpeed 0.19 allocates.
+
+Model states follow from the sizes of the parameters. Activations are counted while the model runs
+on fake tensors, which have shapes but no data. tests/support/engine_memory.py compares both with
+measured memory. Letters: B rows, S tokens of a row.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -20,15 +25,15 @@ PRECISIONS = ("fp32", "bf16 autocast", "half (bf16, fp16)")
 
 
 class Memory(NamedTuple):
-    """Most bytes on a rank, as DeepSpeed 0.19 allocates them.
-
-    tests/support/engine_memory.py measures them.
+    """Largest numbers of bytes on a rank.
 
     states: weights, gradients, fp32 master weights and two moments, padding included.
-    gradients: the part of `states` that is freed between a step and the next backward; 0 at stage 3.
-    buckets: for the reduction of gradients and, at stage 3, the gathering of weights.
-    activations: of forward and backward of one micro-batch, with the gradients of stage 0.
-    update: copies of gradients that the optimizer's step makes.
+    gradients: the part of the states that is free between a step and the next backward (none at
+        stage 3).
+    buckets: buffers in which gradients are reduced and (stage 3) weights are gathered.
+    activations: of forward and backward of one micro-batch; at stage 0 with the gradients that
+        autograd produces.
+    update: copies of gradients that the optimizer step makes.
     """
 
     states: int
@@ -39,7 +44,7 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Most bytes that are held at once."""
+        """The largest number of bytes held at once."""
         forward_backward = self.states - self.gradients + self.buckets + self.activations
         return max(forward_backward, self.states + self.update)
 
@@ -50,24 +55,24 @@ def memory(
     stages: Iterable[int] = range(4),
     precisions: Iterable[str] = PRECISIONS,
 ) -> dict[tuple[int, str], Memory]:
-    """Memory of a rank by (ZeRO stage, precision), with the optimizer on the device, not compiled.
+    """(stage, precision) -> memory of a rank, without offload and without compiled layers.
 
-    The buckets are those of the run's engine file at its stage, and of the shipped zeroN.json at the
-    other stages.
+    Bucket sizes are read from the run's own engine file at its stage, and from the shipped
+    zeroN.json at the other stages.
     """
     groups = parameter_groups(meta_model(config), 1.0)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
     own = load_engine(config.engine).get("zero_optimization", {})
-    found = {}
+    needs = {}
     for precision in precisions:
         activations = activation_bytes(config, precision)
         for stage in stages:
             is_own = own.get("stage", 0) == stage
             zero = own if is_own else load_engine(f"zero{stage}")["zero_optimization"]
-            found[stage, precision] = _at_stage(
+            needs[stage, precision] = _at_stage(
                 stage, precision, sizes, config, world_size, zero, activations
             )
-    return found
+    return needs
 
 
 def _at_stage(
@@ -79,46 +84,49 @@ def _at_stage(
     zero: dict[str, Any],
     activations: tuple[int, int],
 ) -> Memory:
-    """sizes: see `model_state_bytes`. activations: see `activation_bytes`."""
-    width = 2 if precision == PRECISIONS[2] else 4  # bytes of a number
+    """Memory at one stage. zero: DeepSpeed's zero_optimization; activations: activation_bytes."""
+    width = 2 if precision == PRECISIONS[2] else 4
     states, gradients = model_state_bytes(sizes, world_size)[stage, precision]
-    largest, count = max(map(sum, sizes)), sum(map(sum, sizes))
+    largest_group = max(map(sum, sizes))
+    count = sum(map(sum, sizes))
     bucket = 0
-    reduces = world_size > 1 or stage not in (1, 2)  # see engine.SINGLE_RANK_ZERO
-    if reduces and zero.get("contiguous_gradients", True):
+    # One rank at stage 1 or 2 uses no bucket, see engine.SINGLE_RANK_ZERO.
+    is_bucketed = zero.get("contiguous_gradients", True) and (world_size > 1 or stage in (0, 3))
+    if is_bucketed:
         bucket = int(zero.get("reduce_bucket_size", 5e8)) * width
-    buckets = 0
-    # A flat copy of the gradients; in half precision one more in fp32.
-    update = (4 + width % 4) * largest // world_size
+    # The step makes a flat copy of the gradients; for half precision also one in fp32.
+    update = (4 + width % 4) * largest_group // world_size
     if stage == 0:
+        buckets = 0
         update = 4 * count if width == 2 else 0
     elif stage == 3:
-        # Gathered weights: a flat buffer, then one parameter after the other.
+        # Stage 3 gathers the weights flat, and then one by one.
         gathered = count + min(count, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
         buckets = bucket + (width * gathered if world_size > 1 else 0)
         update += bucket
     else:
         buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-    # Between micro-batches stage 1 holds whole gradients: it reduces with the last one only.
-    held = width * count if stage == 1 else gradients
-    accumulated = held if config.accumulation(world_size) > 1 else 0
+    # Stage 1 reduces at the last micro-batch only, so it accumulates whole gradients until then.
+    accumulated = width * count if stage == 1 else gradients
+    if config.accumulation(world_size) == 1:
+        accumulated = 0
     return Memory(states, gradients, buckets, accumulated + activations[stage == 0], update)
 
 
 def model_state_bytes(
     sizes: list[list[int]], world_size: int
 ) -> dict[tuple[int, str], tuple[int, int]]:
-    """(bytes of states, bytes of gradients) by (stage, precision), on the rank that holds most.
+    """(stage, precision) -> (bytes of all model states, bytes of the gradients among them).
 
-    States are weights, gradients, fp32 master weights, two moments, and Adam's step counters (4 bytes
-    per tensor of the optimizer).
+    The numbers are those of the rank that holds most. Model states are weights, gradients, fp32
+    master weights, two moments, and Adam's step counters (4 bytes per tensor of the optimizer).
+    Stages 1 and 2 split a flat group into shares, padded to 2 elements per rank. A rank keeps the
+    whole gradient of a parameter that lies in its share only partly. Stage 3 splits each parameter.
+    From stage 1 on, fp32 has a second copy of the weights.
 
-    sizes: elements of the parameters in memory, by group of the optimizer.
-    Stages 1 and 2 cut a flat group into shares, padded to 2 elements per rank, and keep the whole
-    gradients of parameters that are cut. Stage 3 cuts each parameter. From stage 1 on, fp32 holds a
-    second copy of the weights.
+    sizes: elements of each parameter, in memory order, for each group of the optimizer.
     """
-    found: dict[tuple[int, str], tuple[int, int]] = {}
+    needs: dict[tuple[int, str], tuple[int, int]] = {}
     count = sum(map(sum, sizes))
     padded = [-(-sum(group) // (2 * world_size)) * 2 * world_size for group in sizes]
     shares = sum(-(-size // world_size) for group in sizes for size in group)
@@ -128,62 +136,75 @@ def model_state_bytes(
     )
     for precision, width in zip(PRECISIONS, (4, 4, 2), strict=True):
         moments = 8 if width == 4 else 12  # stage 0 in fp32 updates the weights in place
-        found[0, precision] = (
-            (2 * width + moments) * count + 4 * sum(map(len, sizes)),
-            width * count,
-        )
+        states = (2 * width + moments) * count + 4 * sum(map(len, sizes))
+        needs[0, precision] = states, width * count
         for stage in (1, 2):
             states = width * (sum(padded) + kept) + 12 * sum(padded) // world_size + 4 * len(sizes)
-            found[stage, precision] = states, width * kept
-        found[3, precision] = (2 * width + 12) * shares + 4 * len(sizes), 0
-    return found
+            needs[stage, precision] = states, width * kept
+        needs[3, precision] = (2 * width + 12) * shares + 4 * len(sizes), 0
+    return needs
 
 
 def _gradients_kept(group: list[int], padded: int, rank: int, world_size: int) -> int:
-    """Elements of gradients that a rank keeps of a flat group: of every parameter in its share."""
-    share, first, kept = padded // world_size, 0, 0
+    """Elements of the gradients of one flat group that a rank keeps.
+
+    A rank keeps the whole gradient of each parameter of which it has a part. The last rank has the
+    padding.
+    """
+    share = padded // world_size
+    first, kept = 0, 0
     for size in group:
-        kept += size if first < share * (rank + 1) and first + size > share * rank else 0
+        is_in_share = first < share * (rank + 1) and first + size > share * rank
+        kept += size if is_in_share else 0
         first += size
     return kept + (padded - first if rank == world_size - 1 else 0)
 
 
 def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
-    """Most bytes alive beside the weights in forward and backward of one micro-batch.
+    """Peak bytes of activations in forward and backward of one micro-batch.
 
-    Returns (with each gradient freed once it is computed, with all gradients kept), for the kind of
-    device of this machine: attention on a CPU keeps its probabilities, [B, heads, S, S] per layer,
-    flash attention does not. Rows hold several documents.
+    Returns (without the gradients of parameters, with all of them). The numbers are those of the
+    device kind of this machine: attention on a CPU keeps its probabilities, [B, heads, S, S] per
+    layer, and flash attention does not. Rows hold several documents.
     """
-    live = MemoryTracker(bool_is=True)
-    at_rest = _run(config, precision, device_here(), live)
-    return live.peak_without - at_rest, live.peak - at_rest
+    tracker = MemoryTracker(read_value=True)
+    at_rest = _forward_backward(config, precision, device_here(), tracker)
+    return tracker.peak_without_released - at_rest, tracker.peak - at_rest
 
 
 def device_here() -> str:
-    """The kind of device whose activations are counted: cuda or cpu."""
+    """The kind of device for which activations are counted: cuda or cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _run(config: RunConfig, precision: str, device: str, live: "MemoryTracker") -> int:
-    """Run forward and backward of one micro-batch on tensors without data.
+def _forward_backward(
+    config: RunConfig, precision: str, device: str, tracker: "MemoryTracker"
+) -> int:
+    """Run forward and backward of one micro-batch on fake tensors.
 
-    So the result holds for every objective, size and way of computing. Returns the bytes that
-    existed before.
+    Returns the bytes of weights and batch, which exist before forward.
     """
     module = meta_model(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
     module.recompute_layers(config.train.activation_checkpointing)
     rows, length = config.train.micro_batch_size, config.data.sequence_length
-    with FakeTensorMode(allow_non_fake_inputs=True), live, torch.device(device):
+    masked = max_masked_positions(config.objective.mask_prob, length)
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker, torch.device(device):
         module.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        places = torch.zeros(
-            rows, max_masked_positions(config.objective.mask_prob, length), dtype=torch.long
+        positions = torch.zeros(rows, masked, dtype=torch.long)
+        batch = Batch(
+            input_ids=ids,
+            segment_ids=ids,
+            document_ids=ids,
+            position_ids=ids,
+            masked_positions=positions,
+            masked_weights=positions.float(),
+            keep_original=positions.bool(),
+            uniforms=positions.float(),
         )
-        batch = Batch(ids, ids, ids, ids, places, places.float(), places.bool(), places.float())
-        at_rest = live.now
+        at_rest = tracker.now
         for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(live.give_away)
+            parameter.register_post_accumulate_grad_hook(tracker.release_gradient)
         with torch.autocast(device, torch.bfloat16, enabled=precision == PRECISIONS[1]):
             loss = module(batch).total
         loss.backward()
@@ -191,42 +212,54 @@ def _run(config: RunConfig, precision: str, device: str, live: "MemoryTracker") 
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Bytes of the tensors that are created while the mode is active.
+    """Counts the bytes of tensors that are created while the mode is active.
 
-    now: bytes alive. peak: the most so far. peak_without: the most so far without gradients that
-    `give_away` counted. largest: bytes of the largest tensor.
-    bool_is: the answer to every question about a value, for tensors without data.
+    now: bytes that exist. peak: the most so far. largest: the largest tensor.
+    peak_without_released: the peak, where released gradients do not count.
+    read_value: returned for every read of a value (`bool(tensor)`), because fake tensors have none.
     """
 
-    def __init__(self, bool_is: bool | None = None):
+    def __init__(self, read_value: bool | None = None):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self.peak_without = 0
+        self.peak_without_released = 0
         self.largest = 0
-        self._given = 0
-        self._held: dict[int, int] = {}
-        self._bool_is = bool_is
+        self._released = 0
+        self._bytes: dict[int, int] = {}  # of each storage
+        self._read_value = read_value
 
-    def give_away(self, parameter: torch.Tensor) -> None:
-        """Leave the gradient of a parameter out of `peak_without` from now on."""
-        assert parameter.grad is not None
-        self._given += parameter.grad.untyped_storage().nbytes()
+    def release_gradient(self, parameter: torch.Tensor) -> None:
+        """Leave this gradient out of `peak_without_released` from now on."""
+        if parameter.grad is not None:
+            self._released += parameter.grad.untyped_storage().nbytes()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and self._bool_is is not None:
-            return self._bool_is
-        made = func(*args, **(kwargs or {}))
-        for tensor in (leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._held:
-                self._held[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata)
-                self.now += storage.nbytes()
-                self.largest = max(self.largest, storage.nbytes())
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        is_read = func is torch.ops.aten._local_scalar_dense.default
+        if is_read and self._read_value is not None:
+            return self._read_value
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
         self.peak = max(self.peak, self.now)
-        self.peak_without = max(self.peak_without, self.now - self._given)
-        return made
+        self.peak_without_released = max(self.peak_without_released, self.now - self._released)
+        return result
 
-    def _gone(self, key: int) -> None:
-        self.now -= self._held.pop(key)
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._bytes:
+            return
+        self._bytes[key] = storage.nbytes()
+        weakref.finalize(storage, self._remove, key)
+        self.now += storage.nbytes()
+        self.largest = max(self.largest, storage.nbytes())
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._bytes.pop(key)

@@ -56,13 +56,13 @@ def plot(runs: list[Path], out: Path) -> None:
 
 def _draw(axis: Any, records: list[dict[str, Any]], split: str, key: str, prefix: str) -> None:
     train = [record for record in records if record["split"] == "train"]
-    found = [r for r in records if train and r["split"] == split and r.get(key) is not None]
+    drawn = [r for r in records if train and r["split"] == split and r.get(key) is not None]
     steps = [record["step"] for record in train]
     millions = [record["tokens"] / 1e6 for record in train]
     # Million tokens at each record, interpolated between the training log lines.
-    tokens = np.interp([r["step"] for r in found], steps, millions) if found else []
+    tokens = np.interp([r["step"] for r in drawn], steps, millions) if drawn else []
     style: dict[str, Any] = (
         {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
     )
     label = NAMES.get(key, "training" if split == "train" else "held out")
-    axis.plot(tokens, [r[key] for r in found], label=prefix + label, **style)
+    axis.plot(tokens, [r[key] for r in drawn], label=prefix + label, **style)

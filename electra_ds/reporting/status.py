@@ -15,7 +15,8 @@ from electra_ds.training.metrics_file import TRAIN, VALID, read_metrics, summary
 
 NEXT = {
     "training": "touch {out}/STOP saves and stops it, touch {out}/SAVE saves",
-    "silent": "look at its owner's machine; if that is dead, the same command resumes from step {at}",
+    "silent": "look at its owner's machine; if that is dead, "
+    "the same command resumes from step {at}",
     "failed": "correct the cause; the same command resumes from step {at}",
     "refused": "correct the cause and remove {out}/restarts.json (train.max_restarts = {limit})",
     "stopped": "the same command resumes from step {at}",
@@ -46,8 +47,8 @@ def status(out: Path) -> dict[str, Any]:
     silence = None
     if heartbeat:
         silence = _age(datetime.fromisoformat(heartbeat["time"]).timestamp())
-    left = _errors(out, missing, owner if is_gone else "", provenance.get("host"))
-    failed = [error for error in left if error.get("failure", True)]
+    errors = _errors(out, missing, owner if is_gone else "", provenance.get("host"))
+    failed = [error for error in errors if error.get("failure", True)]
     at, limit = checkpoint.get("step", 0), train.get("max_restarts")
     failures = _failures(out, missing).with_attempt(at, failed)
     total_steps = provenance.get("total_steps") or train.get("total_steps")
@@ -73,7 +74,7 @@ def status(out: Path) -> dict[str, Any]:
         "restarts": provenance.get("restarts"),
         "failures": failures.failures,
         "failures_in_a_row": failures.in_a_row,
-        "last_error": left[0] if left else failures.errors[-1] if failures.errors else None,
+        "last_error": next(iter([*errors, *failures.errors[::-1]]), None),
         "missing": missing,
         "next": NEXT["refused" if is_refused else state].format(out=out, at=at, limit=limit),
     }
@@ -101,9 +102,9 @@ def _failures(out: Path, missing: list[str]) -> Failures:
 def _errors(
     out: Path, missing: list[str], gone_owner: str, host: str | None
 ) -> list[dict[str, Any]]:
-    """The errors that the last attempt left, by time.
+    """The errors of the last attempt, by time.
 
-    gone_owner: an owner that has ended; if it left no error, that is the error.
+    gone_owner: an owner whose process has ended. Without an error file its end is the error.
     """
     files = sorted(out.glob("error-rank-*.json"))
     errors = [error for file in files if (error := _read(file, missing, expected=False))]
@@ -117,7 +118,7 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
     """The facts as lines of text by title; lines without facts are left out."""
     saved, error = facts["checkpoint"], facts["last_error"]
     rate, nodes = facts["steps_per_second"], facts["nodes"]
-    found = {
+    texts = {
         "state": facts["state"],
         "step": f"{facts['step']:,}"
         + (f" of {facts['total_steps']:,}" if facts["total_steps"] else ""),
@@ -135,12 +136,13 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
         "ranks": f"{len(nodes)} under {facts['launcher']}, on {', '.join(dict.fromkeys(nodes))}"
         if nodes
         else "",
-        "restarts": f"{facts['restarts'] or 0}; failures {facts['failures']}, {facts['failures_in_a_row']} in a row",
+        "restarts": f"{facts['restarts'] or 0}; failures {facts['failures']}, "
+        f"{facts['failures_in_a_row']} in a row",
         "last error": f"rank {error['rank']}, {error['host']}: {error['error']}" if error else "",
         "missing": "; ".join(facts["missing"]),
         "next": facts["next"],
     }
-    return {name: text for name, text in found.items() if text}
+    return {title: text for title, text in texts.items() if text}
 
 
 def _read(path: Path, missing: list[str], expected: bool = True) -> dict:

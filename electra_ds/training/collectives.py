@@ -128,11 +128,13 @@ class ControlGroup:
 
 
 @functools.cache
+@collective
 def _gloo_group() -> dist.ProcessGroup:
     """One group for all engines of a process."""
     return dist.new_group(backend="gloo")
 
 
+@collective
 def leave() -> None:
     """Destroy the process groups, after every engine is closed."""
     _gloo_group.cache_clear()

@@ -152,6 +152,7 @@ class Engine:
     parameters: canonical name -> parameter as the engine holds it (empty at stage 3).
     """
 
+    @collective
     def __init__(
         self,
         objective: nn.Module,
@@ -379,6 +380,7 @@ class Engine:
             if kind == "master":
                 self._set_working_copy(parameter, value)
 
+    @collective
     def _set_working_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         if not hasattr(parameter, "ds_id"):
             parameter.data.copy_(value)

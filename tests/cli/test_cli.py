@@ -1,4 +1,4 @@
-"""The command line: help is quick and torch-free, a user's mistake is one message and exit code 2."""
+"""The command line: help without torch, exit codes, one message for a mistake, output of check."""
 
 import os
 import subprocess
@@ -16,18 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 VERBS = sorted(typer.main.get_command(cli.app).commands)
 
 
-class Left(BaseException):
-    """os._exit was called."""
+class Exited(BaseException):
+    """Raised in the place of os._exit."""
 
 
 @pytest.fixture
 def electra_ds(monkeypatch, capsys):
-    """Run the command line in this process: words -> (exit code, standard output, standard error)."""
+    """Run the command line here: arguments -> (exit code, standard output, standard error)."""
 
-    def leave(code):
-        raise Left(code)
+    def exit_process(code):
+        raise Exited(code)
 
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "_exit", exit_process)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     def run(*words):
@@ -35,18 +35,17 @@ def electra_ds(monkeypatch, capsys):
         try:
             cli.main()
             code = 0
-        except Left as left:
-            code = left.args[0]
-        except SystemExit as left:
-            code = left.code or 0
+        except Exited as exited:
+            code = exited.args[0]
+        except SystemExit as exited:
+            code = exited.code or 0
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     before = dict(os.environ)
     yield run
-    for name in (
-        os.environ.keys() - before.keys()
-    ):  # what a verb exports for its ranks, later tests would inherit
+    # A verb exports variables for its ranks, which later tests would inherit.
+    for name in os.environ.keys() - before.keys():
         del os.environ[name]
 
 
@@ -63,7 +62,7 @@ def test_help_lists_the_verbs_in_the_order_of_their_use(electra_ds):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_and_its_options(electra_ds, verb):
+def test_every_verb_and_option_has_a_help_text(electra_ds, verb):
     code, out, err = electra_ds(verb, "--help")
     assert (code, err) == (0, "") and f"electra-ds {verb} [OPTIONS]" in out
     command = typer.main.get_command(cli.app).commands[verb]
@@ -72,11 +71,11 @@ def test_every_verb_explains_itself_and_its_options(electra_ds, verb):
         assert parameter.help, f"{verb}: {parameter.name} has no help"
 
 
-def test_the_list_of_verbs_has_a_line_for_each(electra_ds):
+def test_the_list_of_verbs_has_a_whole_sentence_for_each(electra_ds):
     _, out, _ = electra_ds("--help")
     for verb in VERBS:
         (line,) = [line for line in out.splitlines() if line.split()[:1] == [verb]]
-        assert len(line.split()) > 3
+        assert len(line.split()) > 3 and line.endswith(".") and not line.endswith("...")
 
 
 MISTAKES = {
@@ -94,7 +93,7 @@ MISTAKES = {
     "no data to check against": (["check", "tiny", "--data", "nowhere"], "nowhere"),
     "no data to verify": (["verify", "nowhere"], "nowhere"),
     "no data to inspect": (["inspect", "nowhere"], "nowhere"),
-    "no data to tell of": (["stats", "nowhere"], "nowhere"),
+    "no data for stats": (["stats", "nowhere"], "nowhere"),
     "no tokenizer": (
         ["prepare", "--input", "x", "--tokenizer", "nowhere", "--out", "data"],
         "nowhere: not found",
@@ -107,10 +106,10 @@ MISTAKES = {
         ["evaluate", "nowhere", "--data", "data"],
         "nowhere: no checkpoint here",
     ),
-    "no checkpoint to ask": (["detect", "nowhere", "a text"], "nowhere: no checkpoint here"),
+    "no checkpoint for detect": (["detect", "nowhere", "a text"], "nowhere: no checkpoint here"),
     "two texts": (["detect", "nowhere", "a text", "--file", __file__], "choose one"),
     "no metrics to plot": (["plot", "nowhere"], "no metrics.jsonl here"),
-    "a promise not kept": (
+    "another number of ranks": (
         ["pretrain", "tiny", "--data", "d", "--out", "o", "--world-size", "2"],
         "was promised",
     ),
@@ -150,7 +149,7 @@ def test_wrong_usage_is_exit_code_2_with_the_usage(electra_ds, words):
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("why"), 2), (RunFailure("why"), 1)])
-def test_an_error_names_its_rank_where_there_are_several(electra_ds, monkeypatch, error, code):
+def test_an_error_names_its_rank_if_there_are_several(electra_ds, monkeypatch, error, code):
     def fail():
         raise error
 
@@ -161,16 +160,18 @@ def test_an_error_names_its_rank_where_there_are_several(electra_ds, monkeypatch
     assert electra_ds() == (code, "", "electra-ds (rank 3): error: why\n")
 
 
-def test_a_mistake_that_nobody_reads_keeps_its_exit_code(electra_ds, monkeypatch, tmp_path):
+def test_a_mistake_keeps_its_exit_code_without_a_reader_of_stderr(
+    electra_ds, monkeypatch, tmp_path
+):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as console:
         monkeypatch.setattr(sys, "stderr", console)
         assert electra_ds("inspect", tmp_path)[0] == 2
-        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # closing flushes what was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # closing flushes the rest
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(electra_ds, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(electra_ds, monkeypatch):
     def fail():
         raise ZeroDivisionError
 
@@ -193,13 +194,14 @@ def test_help_imports_neither_torch_nor_deepspeed():
             f"sys.argv = ['electra-ds', *{words!r}]\n"
             "try: electra_ds.cli.main()\n"
             "except SystemExit: pass\n"
-            "print('loaded', [name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
+            "heavy = ('torch', 'deepspeed', 'transformers', 'numpy')\n"
+            "print('loaded', [name for name in heavy if name in sys.modules])"
         )
         done = python("-c", script)
         assert "Usage:" in done.stdout and done.stdout.endswith("loaded []\n"), done.stderr
 
 
-def test_the_module_is_the_command():
+def test_the_module_runs_the_same_command():
     done = python("-m", "electra_ds", "check", "smal")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
@@ -208,7 +210,7 @@ def test_the_module_is_the_command():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_check_shows_values_meanings_and_derived_numbers(electra_ds, monkeypatch):
+def test_check_shows_derived_numbers_memory_and_changed_values(electra_ds, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = electra_ds(
         "check", "small", "--world-size", "8", "--set", "train.micro_batch_size=4"
@@ -233,7 +235,7 @@ def test_check_all_shows_every_value(electra_ds, monkeypatch):
     assert any("shared, untied, all" in line for line in lines)  # the choices of model.sharing
 
 
-def test_check_says_nothing_of_the_memory_of_the_users_own_code(electra_ds, tmp_path):
+def test_check_predicts_no_memory_of_a_users_model(electra_ds, tmp_path):
     factory_run(tmp_path)
     code, out, _ = electra_ds("check", tmp_path / "run.json")
     assert code == 0 and "parameters in all" in out and "GiB" not in out

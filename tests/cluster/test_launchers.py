@@ -1,4 +1,4 @@
-"""Ranks: every launcher's variables give the same answer, exported for torch; N ranks never become N times one."""
+"""Ranks: the variables of each launcher, what is exported for torch, refused environments."""
 
 import pytest
 
@@ -26,7 +26,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
 }  # fmt: skip
 MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
-# What a batch script sees without srun: one task by the scheduler's count, and no step.
+# Variables of a batch script without srun: tasks are counted, but there is no step.
 SBATCH = {
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
@@ -41,7 +41,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_launcher_gives_the_same_place_and_exports_it(launcher):
+def test_every_launcher_gives_the_same_ranks_and_exports(launcher):
     environ = dict(LAUNCHERS[launcher])
     found = find_ranks(environ)
     assert (found.rank, found.world_size, found.local_rank, found.local_size) == (5, 8, 1, 4)
@@ -56,7 +56,7 @@ def test_every_launcher_gives_the_same_place_and_exports_it(launcher):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_asking_twice_gives_the_same_place(launcher):
+def test_a_second_call_gives_the_same_ranks(launcher):
     environ = dict(LAUNCHERS[launcher])
     first = find_ranks(environ)
     second = find_ranks(environ)
@@ -67,28 +67,28 @@ def test_asking_twice_gives_the_same_place(launcher):
     )
 
 
-def test_without_a_launcher_one_rank_is_alone_and_can_still_meet():
+def test_without_a_launcher_there_is_one_rank_with_an_address():
     environ = {}
     assert find_ranks(environ) == Ranks(0, 1, 0, 1, "none")
     assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == ("0", "1", "0")
     assert environ["MASTER_ADDR"] == "127.0.0.1" and 0 < int(environ["MASTER_PORT"]) < 65536
 
 
-def test_a_batch_script_without_srun_is_alone():
+def test_a_batch_script_without_srun_is_a_single_rank():
     assert find_ranks(dict(SBATCH)).world_size == 1
     with pytest.raises(UserError, match="--world-size 8 was promised, but none started 1"):
         find_ranks(dict(SBATCH), promised=8)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_another_number_of_ranks_than_promised_is_refused(launcher):
+def test_a_number_of_ranks_other_than_world_size_is_refused(launcher):
     assert find_ranks(dict(LAUNCHERS[launcher]), promised=8).world_size == 8
     with pytest.raises(UserError, match=r"--world-size 4 was promised, but .* started 8 rank"):
         find_ranks(dict(LAUNCHERS[launcher]), promised=4)
 
 
 @pytest.mark.parametrize("outer", ["srun", "open mpi", "mpich"])
-def test_a_world_smaller_than_the_surrounding_launcher_promised_is_refused(outer):
+def test_fewer_ranks_than_the_outer_launcher_started_are_refused(outer):
     alone = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     with pytest.raises(UserError, match=r"started a world of 1 ranks inside .*, which promised 8"):
         find_ranks(LAUNCHERS[outer] | alone)
@@ -100,11 +100,8 @@ def test_torchrun_on_each_task_of_srun_is_one_world():
 
 
 def test_mpirun_inside_a_step_of_srun_is_the_world():
-    daemons = {
-        "SLURM_PROCID": "1",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_LOCALID": "0",
-    }  # one per node, made by mpirun
+    # mpirun starts one daemon per node as a task of srun.
+    daemons = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
     found = find_ranks(OPEN_MPI | MASTER | daemons)
     assert (found.rank, found.world_size, found.local_rank) == (5, 8, 1)
 
@@ -126,24 +123,27 @@ def test_the_pmi_names_that_srun_sets_do_not_hide_srun():
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}, "MASTER_PORT"),
     ],
 )
-def test_half_an_environment_is_refused_with_what_is_missing(environ, named):
+def test_an_incomplete_environment_is_refused_with_the_missing_variable(environ, named):
     with pytest.raises(UserError, match=named):
         find_ranks(dict(environ))
 
 
-def test_a_rank_outside_its_world_is_refused():
+def test_a_rank_of_at_least_the_world_size_is_refused():
     with pytest.raises(UserError, match="RANK=8, outside a world of 8 ranks"):
         find_ranks(TORCHRUN | {"RANK": "8"})
 
 
-def test_all_tasks_of_a_step_agree_on_a_meeting_point_without_talking(monkeypatch):
+def test_all_tasks_of_a_step_derive_the_same_address_without_communication(monkeypatch):
     class Listed:
         stdout = "node3\nnode4\n"
 
-    asked = []
-    monkeypatch.setattr(
-        launchers.subprocess, "run", lambda command, **_: asked.append(command) or Listed
-    )
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return Listed
+
+    monkeypatch.setattr(launchers.subprocess, "run", run)
     found = set()
     for rank in range(8):
         environ = SRUN | {
@@ -154,4 +154,4 @@ def test_all_tasks_of_a_step_agree_on_a_meeting_point_without_talking(monkeypatc
         find_ranks(environ)
         found.add((environ["MASTER_ADDR"], environ["MASTER_PORT"]))
     assert found == {("node3", str(20000 + 123456 % 20000))}
-    assert asked[0] == ["scontrol", "show", "hostnames", "node[3-4]"]
+    assert commands[0] == ["scontrol", "show", "hostnames", "node[3-4]"]

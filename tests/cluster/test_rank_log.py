@@ -1,7 +1,8 @@
-"""The log of a rank writes nothing to the console."""
+"""The log of a rank: nothing on the console, no traceback on a full disk."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,3 +12,20 @@ def test_messages_before_the_log_file_is_open_are_not_printed(module: str) -> No
     code = f"from electra_ds.cluster import {module}; {module}.LOG.error('rank 0 ends')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.rank_log import open_log
+open_log(Path(sys.argv[1]), Ranks(0, 1, 0, 1, "none"))
+"""
+
+
+def test_a_log_on_a_full_disk_causes_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "rank-0.log").symlink_to("/dev/full")
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Config: every number has one owner, a unit and a scope; a mistake is named with what to write instead."""
+"""Run configs and engine files: scopes, messages for mistakes, settings, differences, precision."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def refusal(*arguments, **keywords):
 
 
 def fields(section=RunConfig, prefix=""):
-    """(name with sections, field) of every value that is not a section itself."""
+    """(name with sections, field) of every field that is not a section."""
     for name, info in section.model_fields.items():
         kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
         inner = next(
@@ -43,7 +43,7 @@ def fields(section=RunConfig, prefix=""):
 
 @pytest.fixture
 def tiny_file(tmp_path):
-    """A copy of the tiny config as a function: values to change -> path."""
+    """Write a changed copy of the preset tiny: a function of its values -> path."""
 
     def write(change=lambda values: None, name="run.json"):
         values = json.loads(loading.find_config("tiny", "pretrain").read_text())
@@ -55,7 +55,7 @@ def tiny_file(tmp_path):
     return write
 
 
-# --------------------------------------------------------------------------------------------------------------- keys
+# --------------------------------------------------------------------------------------------- keys
 
 
 def test_every_field_has_a_meaning_and_a_scope():
@@ -68,7 +68,7 @@ def test_every_field_has_a_meaning_and_a_scope():
         assert info.json_schema_extra["scope"] in ("science", "machine"), name
 
 
-def test_what_may_change_on_resume_is_exactly_the_machine_scope():
+def test_the_machine_scope_holds_no_field_that_changes_the_training():
     machine = {name for name, info in fields() if info.json_schema_extra["scope"] == "machine"}
     assert {"engine", "train.micro_batch_size", "logging.every", "checkpoint.every"} <= machine
     assert not machine & {
@@ -91,12 +91,12 @@ def test_what_may_change_on_resume_is_exactly_the_machine_scope():
         ("data.special_ids.padd=0", "data.special_ids.padd", "pad"),
     ],
 )
-def test_unknown_keys_are_refused_with_the_nearest_known_one(setting, key, meant):
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(setting, key, meant):
     message = refusal("tiny", [setting])
     assert f"{key}: unknown key; did you mean {meant!r}?" in message and "tiny.json" in message
 
 
-def test_all_mistakes_are_listed_at_once(tiny_file):
+def test_one_message_lists_all_mistakes(tiny_file):
     def spoil(values):
         values["train"]["sead"] = 1
         del values["optimizer"]["peak_lr"]
@@ -108,7 +108,7 @@ def test_all_mistakes_are_listed_at_once(tiny_file):
     assert "model.num_heads = 0: input should be greater than or equal to 1" in message
 
 
-def test_a_value_of_the_wrong_type_is_named_with_what_was_found():
+def test_a_value_of_the_wrong_type_is_shown_with_its_key():
     assert 'model.hidden_size = "wide"' in refusal("tiny", ["model.hidden_size=wide"])
     assert "train.total_steps = 2.5" in refusal("tiny", ["train.total_steps=2.5"])
     assert "objective.mask_prob = 1.5" in refusal("tiny", ["objective.mask_prob=1.5"])
@@ -116,13 +116,13 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_found():
 
 @pytest.mark.parametrize("fraction", ["1/4", "0.25"])
 @pytest.mark.parametrize("size", ["hidden_size", "num_layers", "num_heads", "ffn_size"])
-def test_a_fraction_as_a_size_of_the_generator_is_refused_with_the_integer_to_write(size, fraction):
+def test_a_fractional_generator_size_is_refused_with_an_example(size, fraction):
     message = refusal("tiny", [f"generator.{size}={fraction}"])
     assert f"generator.{size} = " in message and f"write the integer, such as {size}: 64" in message
     assert "write the integer" not in refusal("tiny", [f"model.{size}={fraction}"])
 
 
-def test_sections_that_contradict_each_other_are_refused():
+def test_contradicting_sections_are_refused():
     assert "exceeds max_positions 512" in refusal("tiny", ["data.sequence_length=1024"])
     assert "hidden_size 128 is not a multiple of num_heads 3" in refusal(
         "tiny", ["model.num_heads=3"]
@@ -142,13 +142,13 @@ def test_sections_that_contradict_each_other_are_refused():
         ["train.total_steps=null", "train.epochs=null"],
     ],
 )
-def test_exactly_one_of_total_steps_and_epochs_is_given(settings):
+def test_exactly_one_of_total_steps_and_epochs_is_required(settings):
     assert "give total_steps or epochs, exactly one" in refusal("tiny", settings)
 
 
-def test_epochs_become_steps_of_the_data():
+def test_epochs_are_converted_to_steps():
     run = load_run("tiny", ["train.total_steps=null", "train.epochs=2.5"])
-    assert run.total_steps(rows=6400) == 500  # 2.5 x 6400 rows / 32 rows a step
+    assert run.total_steps(rows=6400) == 500  # 2.5 x 6400 rows / 32 rows per step
     assert run.total_steps(rows=3) == 1
     assert load_run("tiny").total_steps(rows=None) == 3000
     with pytest.raises(UserError, match=r"train\.epochs needs the data"):
@@ -160,10 +160,10 @@ def test_a_config_is_frozen():
         load_run("tiny").train.seed = 1
 
 
-# -------------------------------------------------------------------------------------------------- names, --set, data
+# ------------------------------------------------------------------------------- names, --set, data
 
 
-def test_settings_are_read_as_json_then_as_text():
+def test_a_setting_is_parsed_as_json_or_kept_as_text():
     run = load_run(
         "tiny",
         [
@@ -190,16 +190,16 @@ def test_a_setting_without_key_or_value_is_refused_with_an_example(setting):
     assert "expected section.field=value, such as train.seed=1" in refusal("tiny", [setting])
 
 
-def test_a_setting_below_a_value_is_refused():
+def test_a_setting_inside_a_value_is_refused():
     assert "hidden_size is a value, not a section" in refusal("tiny", ["model.hidden_size.x=1"])
 
 
-def test_the_engine_argument_wins_over_the_file():
+def test_the_engine_argument_overrides_the_file():
     assert load_run("tiny").engine == "zero1"
     assert load_run("tiny", ["engine=zero2"], engine="zero3").engine == "zero3"
 
 
-def test_a_name_that_is_not_shipped_is_answered_with_those_that_are():
+def test_an_unknown_name_is_refused_with_the_list_of_names():
     message = refusal("smal")
     assert "did you mean 'small'?" in message and "base, large, small, small++, tiny" in message
     assert "nowhere.json: not found" in refusal("nowhere.json")
@@ -208,7 +208,7 @@ def test_a_name_that_is_not_shipped_is_answered_with_those_that_are():
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '"tiny"', "{", ""])
-def test_a_file_that_holds_no_config_is_named(tmp_path, content):
+def test_a_file_without_a_json_object_is_refused(tmp_path, content):
     path = tmp_path / "broken.json"
     path.write_text(content)
     for read in (load_run, load_engine):
@@ -216,14 +216,14 @@ def test_a_file_that_holds_no_config_is_named(tmp_path, content):
             read(str(path))
 
 
-def test_a_resolved_config_is_itself_a_run(tmp_path):
+def test_a_resolved_config_is_a_valid_run_config(tmp_path):
     run = load_run("tiny").with_data(600, SPECIAL, 32)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(run.model_dump(mode="json") | {"provenance": {"host": "x"}}))
     assert differences(run, load_run(str(path))) == ([], [])
 
 
-def test_what_the_data_decides_is_filled_in_or_must_agree():
+def test_values_of_the_data_are_filled_in_or_must_agree():
     run = load_run("tiny").with_data(600, SPECIAL, 32)
     assert (run.model.vocab_size, run.data.special_ids) == (600, SPECIAL)
     assert run.with_data(600, SPECIAL, 32) == run
@@ -235,7 +235,7 @@ def test_what_the_data_decides_is_filled_in_or_must_agree():
         run.with_data(600, SPECIAL, 64)
 
 
-# --------------------------------------------------------------------------------------------------- resume and ranks
+# --------------------------------------------------------------------------------- resume and ranks
 
 
 def test_differences_are_split_by_scope():
@@ -288,7 +288,7 @@ def test_differences_name_the_field_in_a_table_of_sections():
     )
 
 
-def test_every_field_that_changes_is_reported_in_its_scope():
+def test_every_changed_field_is_reported_in_its_scope():
     def changed(section, names):
         first, *rest = names
         value = changed(getattr(section, first), rest) if rest else "something else"
@@ -310,11 +310,11 @@ def test_every_field_that_changes_is_reported_in_its_scope():
 @pytest.mark.parametrize(
     ("world", "micro", "expected"), [(1, 16, 2), (2, 16, 1), (2, 4, 4), (1, 32, 1), (32, 1, 1)]
 )
-def test_accumulation_is_derived_from_the_batch_sizes(world, micro, expected):
+def test_accumulation_follows_from_the_batch_sizes(world, micro, expected):
     assert load_run("tiny", [f"train.micro_batch_size={micro}"]).accumulation(world) == expected
 
 
-def test_a_split_that_fails_names_the_largest_micro_batch_size_that_fits():
+def test_a_batch_that_cannot_be_split_names_the_largest_fitting_micro_batch_size():
     def message(global_batch_size, micro_batch_size, world_size):
         sizes = [
             f"train.global_batch_size={global_batch_size}",
@@ -334,7 +334,7 @@ def test_a_split_that_fails_names_the_largest_micro_batch_size_that_fits():
     assert "over 3 ranks; choose a number of ranks that divides it" in message(32, 1, 3)
 
 
-def test_the_named_micro_batch_size_fits_and_no_larger_one_does():
+def test_the_named_micro_batch_size_is_the_largest_that_fits():
     for rows in range(1, 25):
         for world in (1, 2, 3):
             for micro in range(1, 9):
@@ -351,11 +351,62 @@ def test_the_named_micro_batch_size_fits_and_no_larger_one_does():
                     assert named == max(m for m in range(1, micro + 1) if rows // world % m == 0)
 
 
-# ------------------------------------------------------------------------------------------------------- engine files
+# ------------------------------------------------------------------------------------- engine files
+
+
+NAMES = [
+    *("zero0", "zero0-bf16", "zero0-fp16", "zero0-fp32"),
+    *("zero1", "zero1-autocast", "zero1-bf16", "zero1-fp16", "zero1-fp32"),
+    *("zero2", "zero2-bf16", "zero2-fp16", "zero2-fp32", "zero2-offload"),
+    *("zero3", "zero3-bf16", "zero3-fp16", "zero3-fp32", "zero3-offload"),
+]
+# suffix of a name -> the precision section of its engine
+PRECISION_OF_SUFFIX = {
+    "": {"bf16": {"enabled": "auto"}},
+    "offload": {"bf16": {"enabled": "auto"}},
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {
+        "fp16": {
+            "enabled": True,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        }
+    },
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_engine_name_is_a_stage_and_a_precision(name):
+    stage, _, suffix = name.removeprefix("zero").partition("-")
+    zero = {"stage": int(stage)}
+    if stage != "0":
+        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 5000000}
+    if stage in "12" and suffix != "offload":
+        zero |= {"reduce_scatter": True}
+    if stage == "3":
+        zero |= {"stage3_param_persistence_threshold": 0}
+    if suffix == "offload":
+        zero |= {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    expected = {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    assert load_engine(name) == expected | PRECISION_OF_SUFFIX[suffix]
+
+
+@pytest.mark.parametrize("name", ["zero1-bf17", "zero1-", "zero1-bf16-fp32", "zero4", "zero1_bf16"])
+def test_an_engine_name_with_an_unknown_suffix_is_refused_with_the_list(name):
+    with pytest.raises(UserError) as caught:
+        load_engine(name)
+    message = str(caught.value)
+    assert "zero0, zero1, zero2, zero2-offload, zero3, zero3-offload" in message
+    assert "each also with -fp32, -bf16, -fp16, -autocast" in message
 
 
 @pytest.mark.parametrize("key", sorted(engine_files.ENGINE_OWNERS))
-def test_an_engine_file_may_not_hold_what_the_run_owns(key):
+def test_engine_keys_of_the_run_config_are_refused(key):
     with pytest.raises(UserError) as caught:
         load_engine({key: 1})
     assert key in str(caught.value) and engine_files.ENGINE_OWNERS[key] in str(caught.value)
@@ -410,19 +461,19 @@ def test_two_precisions_are_refused(pair, first):
         {"torch_autocast": {"enabled": "auto"}},
     ],
 )
-def test_an_engine_value_of_the_wrong_shape_is_refused(values):
+def test_an_engine_value_of_the_wrong_type_is_refused(values):
     with pytest.raises(UserError, match=r"engine: .*expected"):
         load_engine(values)
 
 
-def test_an_engine_file_is_passed_on_unchanged(tmp_path):
+def test_an_engine_file_is_loaded_unchanged(tmp_path):
     values = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5}, "bf16": {"enabled": True}}
-    path = tmp_path / "mine.json"
+    path = tmp_path / "engine.json"
     path.write_text(json.dumps(values))
     assert load_engine(str(path)) == values == load_engine(values)
 
 
-# ---------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 def test_auto_precision_follows_the_device(monkeypatch):
@@ -450,7 +501,7 @@ def test_auto_precision_follows_the_device(monkeypatch):
     assert file == {"bf16": {"enabled": "auto"}, "steps_per_print": 1}
 
 
-def test_a_precision_that_is_written_is_not_second_guessed(monkeypatch):
+def test_an_explicit_precision_is_kept(monkeypatch):
     monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
     for kind, name in (("bf16", "bf16"), ("torch_autocast", "bf16 autocast")):
         resolved = precision.resolve_precision({kind: {"enabled": True}}, torch.device("cpu"))
@@ -458,18 +509,18 @@ def test_a_precision_that_is_written_is_not_second_guessed(monkeypatch):
     assert precision.precision_name(precision.resolve_precision({}, torch.device("cpu"))) == "fp32"
 
 
-def test_fp16_on_a_cpu_is_refused_with_what_to_write():
+def test_fp16_on_a_cpu_is_refused_with_an_alternative():
     with pytest.raises(UserError, match=r'"bf16": {"enabled": "auto"}'):
         precision.resolve_precision({"fp16": {"enabled": True}}, torch.device("cpu"))
     precision.resolve_precision({"fp16": {"enabled": False}}, torch.device("cpu"))
 
 
-def test_parse_run_names_where_the_config_came_from():
+def test_parse_run_names_the_source_of_the_config():
     with pytest.raises(UserError, match=r"^OUT/ckpt/5/meta\.json: model: missing"):
         parse_run({}, "OUT/ckpt/5/meta.json")
 
 
-def test_a_spike_factor_that_calls_every_step_a_spike_is_refused() -> None:
+def test_a_spike_factor_of_at_most_1_is_refused():
     with pytest.raises(UserError, match=r"spike_factor = 1\.0 calls every step a spike"):
         load_run("tiny", ["train.spike_factor=1"])
     load_run("tiny", ["train.spike_factor=1.5"])

@@ -1,7 +1,8 @@
-"""A thousand hostile values through the launch scripts: nothing in them is run, each arrives as it is or is refused.
+"""Hostile values in the options and variables of the launch scripts.
 
-Only the heavy programs at the end are stand-ins, which record their words; bash, DeepSpeed's runner and, in the place
-of ssh, a second shell that reads the joined words again are real.
+Nothing in a value is executed: it arrives unchanged, or is refused. The launched programs are
+stand-ins that record their arguments. bash and DeepSpeed's runner are real; a second shell that
+parses the joined arguments takes the place of ssh.
 """
 
 import contextlib
@@ -85,7 +86,8 @@ printf '%s\0' "${0##*/}" "$@" > "$RECORDS/${0##*/}.$$"
 case "$*" in *free_port*) echo 29500 ;; *device_count*) echo 2 ;; esac
 """
 REMOTE = r"""#!/bin/sh
-# As pdsh: words in the place of %h, %u, %n, a host that is an option of ssh; as sshd: a shell for the joined words.
+# Like pdsh: replaces %h, %u, %n; detects a host that ssh would read as an option.
+# Like sshd: runs the joined arguments in a shell.
 while :; do
     case $1 in
         -w) case ",$2" in *,-*) touch executed ;; esac; shift 2 ;;
@@ -108,7 +110,7 @@ ENVIRON = {
 
 
 class Sandbox:
-    """A checkout's launch folder at a path of its own, stand-ins first on PATH, and what they were called with."""
+    """A copy of the launch folder, with stand-ins first on PATH that record their arguments."""
 
     def __init__(self, folder: Path, seed: str):
         self.dice, self.folder = random.Random(seed), folder
@@ -120,8 +122,8 @@ class Sandbox:
         shutil.copytree(ROOT / "launch", self.launch)
         (folder / "data").mkdir()
         (folder / "data/manifest.json").write_text("{}")
-        for place in (self.records, self.bin, folder / "home"):
-            place.mkdir()
+        for path in (self.records, self.bin, folder / "home"):
+            path.mkdir()
         for name in (
             "python",
             "deepspeed",
@@ -142,33 +144,39 @@ class Sandbox:
         }
 
     def value(self) -> str:
-        """A hostile value: a command that would leave a file, in a setting where some shell would run it."""
+        """A command that creates a file, quoted so that some shell would run it."""
         parts = self.dice.choices(SETTINGS, k=self.dice.choice((1, 1, 1, 2)))
         return "".join(part.format(self.dice.choice(COMMANDS)) for part in parts)
 
     def run(
-        self, script: str, *words: str, **environ: str
+        self, script: str, *arguments: str, **environ: str
     ) -> tuple[int, dict[str, list[list[str]]]]:
-        """Run a script: its exit code, and the words of each stand-in's calls. Nothing else may have happened."""
+        """Run a script; returns its exit code and the arguments of each call of a stand-in.
+
+        Fails if a command in a value was executed.
+        """
         environ = self.environ | environ
-        command = ["bash", str(Path(environ["SLURM_SUBMIT_DIR"]) / "launch" / script), *words]
+        command = ["bash", str(Path(environ["SLURM_SUBMIT_DIR"]) / "launch" / script), *arguments]
         done = subprocess.run(
             command, env=environ, cwd=self.folder, input=b"-\n", capture_output=True, timeout=60
         )
-        self.check(script, words, environ)
-        assert done.returncode != 2 or done.stderr, "refused without a word"
-        self.said = done.stderr.decode(errors="replace")
+        self.check(script, arguments, environ)
+        assert done.returncode != 2 or done.stderr, "refused without a message"
+        self.errors = done.stderr.decode(errors="replace")
         return done.returncode, self.calls()
 
-    def check(self, *what: object) -> None:
-        marks = [path for path in self.folder.rglob("executed*") if path.is_file()]
-        assert not marks, what
+    def check(self, *values: object) -> None:
+        """Fail if a command in a value was executed."""
+        created = [path for path in self.folder.rglob("executed*") if path.is_file()]
+        assert not created, values
 
     def calls(self) -> dict[str, list[list[str]]]:
         found = {}
         for path in sorted(self.records.iterdir()):
-            program, *words = path.read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
-            found.setdefault(program, []).append(words)
+            program, *arguments = (
+                path.read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+            )
+            found.setdefault(program, []).append(arguments)
             path.unlink()
         return found
 
@@ -178,8 +186,8 @@ def sandbox(tmp_path: Path, request: pytest.FixtureRequest) -> Sandbox:
     return Sandbox(tmp_path, request.node.name)
 
 
-def contains(call: list[str], words: list[str]) -> bool:
-    return any(call[i : i + len(words)] == words for i in range(len(call)))
+def contains(call: list[str], arguments: list[str]) -> bool:
+    return any(call[i : i + len(arguments)] == arguments for i in range(len(call)))
 
 
 LAUNCHERS = {
@@ -191,7 +199,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
-def test_options_arrive_as_they_are(sandbox: Sandbox, script: str) -> None:
+def test_options_arrive_unchanged(sandbox: Sandbox, script: str) -> None:
     arrived = 0
     for _ in range(25):
         options = [
@@ -203,14 +211,14 @@ def test_options_arrive_as_they_are(sandbox: Sandbox, script: str) -> None:
             "--set",
             sandbox.value(),
         ]
-        if script == "torchrun.sh":  # its health check looks there
+        if script == "torchrun.sh":  # its health check reads the folder
             options[2] = str(sandbox.folder / "data")
         other = sandbox.dice.choice(
             ["JOB", "RENDEZVOUS", "RESTARTS", "MPIRUN", "MASTER_ADDR", "SLURM_JOB_NODELIST"]
         )
         code, calls = sandbox.run(script, *options, **{other: sandbox.value()})
         if LAUNCHERS[script] not in calls:
-            assert (code == 2 and "" in options) or "bad node" in sandbox.said, sandbox.said
+            assert (code == 2 and "" in options) or "bad node" in sandbox.errors, sandbox.errors
         else:
             assert contains(
                 calls[LAUNCHERS[script]][-1], ["pretrain", *options, "--world-size", "2"]
@@ -220,7 +228,7 @@ def test_options_arrive_as_they_are(sandbox: Sandbox, script: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["RANKS", "NODES", "PYTHON"])
-def test_what_is_no_number_is_not_computed_with(sandbox: Sandbox, name: str) -> None:
+def test_a_variable_that_is_no_number_is_refused(sandbox: Sandbox, name: str) -> None:
     for script in LAUNCHERS:
         for _ in range(10):
             options = ["tiny", "--data", str(sandbox.folder / "data"), "--out", "out"]
@@ -230,14 +238,14 @@ def test_what_is_no_number_is_not_computed_with(sandbox: Sandbox, name: str) -> 
             )
 
 
-def test_a_checkout_and_a_python_at_hostile_paths(sandbox: Sandbox) -> None:
+def test_hostile_paths_of_the_checkout_and_of_python(sandbox: Sandbox) -> None:
     options = ["tiny", "--data", str(sandbox.folder / "data"), "--out", "out"]
     (sandbox.folder / "hosts").write_text("node1 slots=2\n")
     for number in range(15):
         checkout, tools = (
             sandbox.folder / f"{number} {sandbox.value().replace('/', '')}"[:250] for _ in range(2)
         )
-        tools = tools.with_name(tools.name.replace(":", ""))  # no entry of PATH could name it
+        tools = tools.with_name(tools.name.replace(":", ""))  # PATH cannot hold a colon
         shutil.copytree(sandbox.launch, checkout / "launch", dirs_exist_ok=True)
         shutil.copytree(sandbox.bin, tools, dirs_exist_ok=True)
         environ = {"PYTHON": str(tools / "python"), "SLURM_SUBMIT_DIR": str(checkout)}
@@ -255,27 +263,27 @@ def test_a_checkout_and_a_python_at_hostile_paths(sandbox: Sandbox) -> None:
         )
 
 
-def test_the_other_scripts_pass_words_on(sandbox: Sandbox) -> None:
+def test_the_other_scripts_pass_arguments_unchanged(sandbox: Sandbox) -> None:
     sandbox.environ |= {"SLURM_NTASKS": "2", "TASKS": "rte"}
     for _ in range(15):
-        words = [sandbox.value() for _ in range(6)]
-        model, config, data, out, *options = words
+        values = [sandbox.value() for _ in range(6)]
+        model, config, data, out, *options = values
         expected = ["finetune", model, config, "--data", data, "--out", out]
         for script, program in (("glue.sh", "torchrun"), ("glue.sbatch", "srun")):
-            (call,) = sandbox.run(script, *words)[1][program]
+            (call,) = sandbox.run(script, *values)[1][program]
             assert contains(call, expected) and call[-2:] == options
-        sandbox.run("glue.sbatch", *words, TASKS=sandbox.value())
+        sandbox.run("glue.sbatch", *values, TASKS=sandbox.value())
         options = [
             "--input",
-            words[0],
+            values[0],
             "--tokenizer",
-            words[1],
+            values[1],
             "--out",
-            words[2] or "out",
-            *words[3:],
+            values[2] or "out",
+            *values[3:],
         ]
         for script, program in (("prepare.sh", "mpirun"), ("prepare.sbatch", "srun")):
-            (call,) = sandbox.run(script, *options, MPIRUN=words[0], SLURM_MPI_TYPE=words[1])[1][
+            (call,) = sandbox.run(script, *options, MPIRUN=values[0], SLURM_MPI_TYPE=values[1])[1][
                 program
             ]
             assert call[-len(options) - 1 :] == ["prepare", *options]
@@ -283,7 +291,7 @@ def test_the_other_scripts_pass_words_on(sandbox: Sandbox) -> None:
         assert sandbox.run("health.sh", sandbox.value())[0] == 1
 
 
-def test_quickstart_passes_words_on(sandbox: Sandbox) -> None:
+def test_quickstart_passes_arguments_unchanged(sandbox: Sandbox) -> None:
     venv = sandbox.folder / "checkout/.venv"
     shutil.copytree(sandbox.bin, venv / "bin")
     (venv / ".installed").touch()
@@ -300,9 +308,9 @@ def test_quickstart_passes_words_on(sandbox: Sandbox) -> None:
 
 
 def remote(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, environ: dict, words: list[str]
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, environ: dict, arguments: list[str]
 ) -> dict[str, list]:
-    """What the nodes run when DeepSpeed's own runner is started with these words."""
+    """Calls of the stand-ins when DeepSpeed's runner starts with these arguments."""
     from deepspeed.launcher import runner
 
     with monkeypatch.context() as here:
@@ -315,17 +323,17 @@ def remote(
         here.setattr(runner, "DEEPSPEED_ENVIRONMENT_NAME", environ["DS_ENV_FILE"])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with contextlib.suppress(SystemExit):
-            runner.main(words)
+            runner.main(arguments)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    sandbox.check(words, environ)
+    sandbox.check(arguments, environ)
     return sandbox.calls()
 
 
-def test_what_goes_through_ssh_arrives_or_is_refused(
+def test_arguments_through_ssh_arrive_unchanged_or_are_refused(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Words, variables that DeepSpeed exports, its file of variables, host names: a second shell reads them again."""
+    """A second shell parses options, exported variables, their file and host names."""
     hosts, variables = sandbox.folder / "hosts", sandbox.folder / "variables"
     plain = "".join(
         chr(code) for code in range(33, 127) if chr(code).isalnum() or chr(code) in "_@+=:,./-"
@@ -366,7 +374,7 @@ def test_what_goes_through_ssh_arrives_or_is_refused(
         assert (code in (1, 2)) if "deepspeed" not in calls else code == 1
         if "deepspeed" not in calls:
             refused += 1
-            assert hostile < 5, sandbox.said
+            assert hostile < 5, sandbox.errors
             continue
         arrived += 1
         (start,) = remote(sandbox, monkeypatch, environ, calls["deepspeed"][0])["python"]
@@ -378,7 +386,7 @@ def test_what_goes_through_ssh_arrives_or_is_refused(
     assert arrived > 40 and refused > 40
 
 
-def test_a_hostile_setting_is_a_mistake_of_the_user(
+def test_a_hostile_setting_raises_user_error(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sandbox.folder)

@@ -1,4 +1,4 @@
-"""The command line under real launchers: what is started, refused, stopped and resumed, and with which exit code."""
+"""The command line under real launchers: start, refusal, stop, resume, exit codes."""
 
 import json
 import os
@@ -17,18 +17,12 @@ from electra_ds.training import checkpoint
 from electra_ds.training.metrics_file import read_metrics
 
 TINY = [
-    "--set",
-    "train.total_steps=40",
-    "--set",
-    "checkpoint.every=10",
-    "--set",
-    "logging.every=5",
-    "--set",
-    "optimizer.warmup_steps=5",
-    "--set",
-    "train.eval_every=0",
-    "--engine",
-    "zero1-fp32",
+    "--set=train.total_steps=40",
+    "--set=checkpoint.every=10",
+    "--set=logging.every=5",
+    "--set=optimizer.warmup_steps=5",
+    "--set=train.eval_every=0",
+    "--engine=zero1-fp32",
 ]
 
 
@@ -41,95 +35,49 @@ def launch(*command: object) -> subprocess.CompletedProcess:
 
 def test_the_deepspeed_launcher_stops_and_resumes(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = [
-        "--no_local_rank",
-        "--module",
-        "electra_ds",
-        "pretrain",
-        "tiny",
-        "--data",
-        data,
-        "--out",
-        out,
-        *TINY,
-    ]
-    stopped = launch(
-        "deepspeed", "--num_gpus", 2, "--master_port", free_port(), *arguments, "--stop-at-step", 20
-    )
+    module = ["--no_local_rank", "--module", "electra_ds"]
+    run = ["pretrain", "tiny", "--data", data, "--out", out, *TINY]
+
+    def deepspeed(*options: object) -> subprocess.CompletedProcess:
+        ranks = ["--num_gpus", 2, "--master_port", free_port()]
+        return launch("deepspeed", *ranks, *module, *run, *options)
+
+    stopped = deepspeed("--stop-at-step", 20)
     assert json.loads((out / "stopped.0").read_text())["step"] == 20, stopped.stderr[-3000:]
-    done = launch("deepspeed", "--num_gpus", 2, "--master_port", free_port(), *arguments)
-    assert done.returncode == 0 and json.loads((out / "done").read_text())["step"] == 40, (
-        done.stderr[-3000:]
-    )
-    records = [
-        record for record in read_metrics(out / "metrics.jsonl") if record["split"] == "train"
-    ]
-    assert [record["step"] for record in records] == list(range(5, 45, 5))
-    assert (
-        "2 rank(s) under torchrun or deepspeed" in done.stdout and not (out / "stopped.0").exists()
-    )
+    done = deepspeed()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "done").read_text())["step"] == 40
+    records = read_metrics(out / "metrics.jsonl")
+    steps = [record["step"] for record in records if record["split"] == "train"]
+    assert steps == list(range(5, 45, 5))
+    assert "2 rank(s) under torchrun or deepspeed" in done.stdout
+    assert not (out / "stopped.0").exists()
 
 
-def test_another_number_of_ranks_than_promised_is_refused(data: Path, tmp_path: Path) -> None:
-    arguments = [
-        "-m",
-        "electra_ds",
-        "pretrain",
-        "tiny",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "run",
-        "--world-size",
-        3,
-    ]
-    refused = launch("torchrun", "--standalone", "--nproc_per_node=2", *arguments)
+def test_a_number_of_ranks_other_than_world_size_is_refused(data: Path, tmp_path: Path) -> None:
+    run = ["-m", "electra_ds", "pretrain", "tiny", "--data", data, "--out", tmp_path / "run"]
+    ranks = ["--standalone", "--nproc_per_node=2"]
+    refused = launch("torchrun", *ranks, *run, "--world-size", 3)
     assert refused.returncode != 0
-    assert (
-        "--world-size 3 was promised, but torchrun or deepspeed started 2 rank(s)" in refused.stderr
-    )
+    message = "--world-size 3 was promised, but torchrun or deepspeed started 2 rank(s)"
+    assert message in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
 @needs_mpi
-def test_mpirun_trains_one_world(data: Path, tmp_path: Path) -> None:
+def test_mpirun_trains_with_two_ranks(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = [
-        "-m",
-        "electra_ds",
-        "pretrain",
-        "tiny",
-        "--data",
-        data,
-        "--out",
-        out,
-        *TINY,
-        "--world-size",
-        2,
-    ]
-    done = subprocess.run(
-        ["mpirun", "-n", "2", sys.executable, *map(str, arguments)],
-        env=os.environ | CPU,
-        capture_output=True,
-        text=True,
-    )
+    run = ["pretrain", "tiny", "--data", data, "--out", out, *TINY, "--world-size", 2]
+    command = ["mpirun", "-n", "2", sys.executable, "-m", "electra_ds", *map(str, run)]
+    done = subprocess.run(command, env=os.environ | CPU, capture_output=True, text=True)
     assert json.loads((out / "done").read_text())["step"] == 40, done.stderr[-3000:]
 
 
-def test_alone_a_signal_saves_and_leaves_with_85_and_the_same_command_resumes(
+def test_a_signal_saves_and_exits_with_85_and_the_same_command_resumes(
     data: Path, tmp_path: Path
 ) -> None:
-    arguments = [
-        "pretrain",
-        "tiny",
-        "--data",
-        data,
-        "--out",
-        tmp_path / "run",
-        *TINY,
-        "--set",
-        "train.total_steps=2000",
-    ]
+    run = ["pretrain", "tiny", "--data", data, "--out", tmp_path / "run"]
+    arguments = [*run, *TINY, "--set=train.total_steps=2000"]
     command = [sys.executable, "-m", "electra_ds", *map(str, arguments)]
     with subprocess.Popen(command, env=os.environ | CPU, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 600
@@ -145,80 +93,48 @@ def test_alone_a_signal_saves_and_leaves_with_85_and_the_same_command_resumes(
     assert json.loads((tmp_path / "run/stopped.0").read_text())["reason"] == "--max-minutes 0.0"
 
 
-def test_a_run_folder_is_enough_to_run_again(data: Path, tmp_path: Path) -> None:
-    short = [*TINY, "--set", "train.total_steps=6"]
+def test_the_config_of_a_run_folder_repeats_the_run(data: Path, tmp_path: Path) -> None:
+    short = [*TINY, "--set=train.total_steps=6"]
     run_cli("pretrain", "tiny", "--data", data, "--out", tmp_path / "run", *short)
-    again = run_cli(
-        "pretrain", tmp_path / "run/config.json", "--data", data, "--out", tmp_path / "again"
-    )
+    config = tmp_path / "run/config.json"
+    again = run_cli("pretrain", config, "--data", data, "--out", tmp_path / "again")
     assert again.returncode == 0
-    ours, theirs = (
+    first, second = (
         read_metrics(tmp_path / name / "metrics.jsonl")[-1]["mlm_loss"] for name in ("run", "again")
     )
-    assert ours == theirs
+    assert first == second
     finished = run_cli("pretrain", "tiny", "--data", data, "--out", tmp_path / "run", *short)
     assert finished.returncode == 0 and "is finished" in finished.stdout
 
 
 def test_the_main_job_runs_from_text_to_detection(tmp_path: Path) -> None:
-    words = [
-        "the",
-        "a",
-        "cat",
-        "dog",
-        "bird",
-        "sat",
-        "ran",
-        "flew",
-        "on",
-        "under",
-        "mat",
-        "tree",
-        "house",
-        "quickly",
-    ]
+    words = ["the", "a", "cat", "dog", "bird", "sat", "ran", "flew"]
+    words += ["on", "under", "mat", "tree", "house", "quickly"]
     random = np.random.default_rng(0)
     text = "\n\n".join(" ".join(random.choice(words, 40)) + " ." for _ in range(400))
     (tmp_path / "text.txt").write_text(text)
     source = ("--input", tmp_path / "text.txt")
     run_cli("train-tokenizer", *source, "--vocab-size", 100, "--out", tmp_path / "tokenizer")
     shape = ("--sequence-length", 32, "--valid-fraction", 0.1)
-    run_cli(
-        "prepare",
-        *source,
-        "--tokenizer",
-        tmp_path / "tokenizer",
-        "--out",
-        tmp_path / "data",
-        *shape,
-    )
+    folders = ("--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "data")
+    run_cli("prepare", *source, *folders, *shape)
     assert "as written" in run_cli("verify", tmp_path / "data").stdout
-    assert (
-        "row 0 (shard 0, block 0): 32 tokens"
-        in run_cli("inspect", tmp_path / "data", "--source").stdout
-    )
-    short = [*TINY, "--set", "train.total_steps=10"]
+    shown = run_cli("inspect", tmp_path / "data", "--source").stdout
+    assert "row 0 (shard 0, block 0): 32 tokens" in shown
+    short = [*TINY, "--set=train.total_steps=10"]
     run_cli("pretrain", "tiny", "--data", tmp_path / "data", "--out", tmp_path / "run", *short)
-    figures = json.loads(
-        run_cli("evaluate", tmp_path / "run", "--data", tmp_path / "data", "--json").stdout
-    )
+    evaluated = run_cli("evaluate", tmp_path / "run", "--data", tmp_path / "data", "--json")
+    metrics = json.loads(evaluated.stdout)
     logged = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
-    assert figures["mlm_loss"] == pytest.approx(logged["mlm_loss"], rel=1e-5)
-    assert {
-        "disc_auc",
-        "fixed_auc",
-        "disc_precision",
-        "disc_recall",
-        "disc_accuracy_original",
-    } <= figures.keys()
+    assert metrics["mlm_loss"] == pytest.approx(logged["mlm_loss"], rel=1e-5)
+    assert {"disc_auc", "fixed_auc", "disc_precision", "disc_recall"} <= metrics.keys()
+    assert "disc_accuracy_original" in metrics
 
     sentence = "the cat sat on the tree ."
-    table = run_cli(
-        "detect", tmp_path / "run", sentence, "--original", "the cat sat on the mat ."
-    ).stdout
-    assert [
-        line.split()[0] for line in table.splitlines()[2:]
-    ] == sentence.split() and "mat" in table
+    original = "the cat sat on the mat ."
+    table = run_cli("detect", tmp_path / "run", sentence, "--original", original).stdout
+    assert [line.split()[0] for line in table.splitlines()[2:]] == sentence.split()
+    assert "mat" in table
     scores = json.loads(run_cli("detect", tmp_path / "run/ckpt/final", sentence, "--json").stdout)
     assert [sentence[s["start"] : s["end"]] for s in scores] == sentence.split()
     (tmp_path / "sentence.txt").write_text(sentence)

@@ -1,4 +1,4 @@
-"""Minutes rather than seconds: bash tests/run.sh -m slow."""
+"""Slow tests, minutes each: bash tests/run.sh -m slow."""
 
 import json
 import os
@@ -44,7 +44,10 @@ def test_the_quickstart_learns_and_resumes(tmp_path: Path) -> None:
 
 
 def test_offloaded_adam_trains_like_the_fused_one(data: Path, tmp_path: Path) -> None:
-    """DeepSpeed's own CPU Adam, without bias correction, against torch's, until rounding flips a sample."""
+    """DeepSpeed's CPU Adam without bias correction against PyTorch's.
+
+    The losses differ more once rounding changes a sampled token.
+    """
     engine = tmp_path / "offload.json"
     engine.write_text(
         json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
@@ -77,8 +80,8 @@ def test_recomputed_layers_give_the_same_bits(data: Path, tmp_path: Path) -> Non
     assert recomputed == curve(data, tmp_path / "b", "zero1-fp32", *sets)
 
 
-def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
-    """No graph breaks; other numbers in the same shapes, rows in pieces or not, training or not, compile no more."""
+def test_each_layer_is_compiled_once_per_packing_and_mode() -> None:
+    """There are no graph breaks, and other values in the same shapes compile nothing again."""
     import small_objective
     from torch._dynamo.utils import counters
 
@@ -93,28 +96,26 @@ def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
         for batch in (packed, full):
             losses = module.train()(batch, Totals(12, 70))
             losses.total.backward()
-            assert (
-                losses.total.isfinite()
-            )  # torch 2.13's inductor made NaN of bernoulli_ beside a bias
+            # The inductor of torch 2.13 produced NaN for bernoulli_ beside a bias.
+            assert losses.total.isfinite()
             with torch.no_grad():
                 module.eval()(batch, Totals(12, 70))
         return counters["stats"]["unique_graphs"]
 
-    assert (
-        pass_through() == pass_through() == 8
-    )  # two encoders x in pieces or not x training or not
+    # Two encoders x (packed or not) x (training or evaluation).
+    assert pass_through() == pass_through() == 8
     assert not counters["graph_break"]
 
 
 def bench(name: str, folder: Path, *options: str) -> dict | list:
-    """What bench/NAME.py writes as JSON."""
+    """Run bench/NAME.py; returns its JSON."""
     command = [sys.executable, ROOT / f"bench/{name}.py", "--json", folder / "found.json", *options]
     subprocess.run(command, env=os.environ | CPU, check=True, timeout=600)
     return json.loads((folder / "found.json").read_text())
 
 
 def test_benches_run(tmp_path: Path) -> None:
-    """Each checks the losses of all contenders by itself."""
+    """Each bench compares the losses of all contenders."""
     pytest.importorskip("transformers", reason="needs the extra [bench]")
     against = {
         record["against"] for record in bench("step", tmp_path, "small-fp32", "--rounds", "1")

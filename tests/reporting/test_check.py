@@ -1,4 +1,4 @@
-"""Presets: every shipped run is a complete file, has the published sizes, and fits every shipped engine file."""
+"""Presets and check: complete files, published sizes, derived numbers, changed values, memory."""
 
 import json
 
@@ -7,8 +7,8 @@ from cost import step_flops
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.section import Section
-from electra_ds.config.engine_files import load_engine
-from electra_ds.config.loading import config_folder, load_run
+from electra_ds.config.engine_files import engine_names, load_engine
+from electra_ds.config.loading import config_names, find_config, load_run
 from electra_ds.data.dataset import open_data
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import parameter_count
@@ -17,15 +17,15 @@ from electra_ds.reporting.check import check
 from electra_ds.reporting.memory import PRECISIONS, memory, model_state_bytes
 from electra_ds.training.engine import zero_options
 
-PRESETS = sorted(path.stem for path in config_folder("pretrain").glob("*.json"))
-ENGINES = sorted(path.stem for path in config_folder("engine").glob("*.json"))
-# What a preset leaves open: one of the two lengths, and what the data or the writer of a resolved config fills in.
+PRESETS = config_names("pretrain")
+ENGINES = config_names("engine")
+# Fields that a preset leaves open: one of the two lengths, and values that are filled in later.
 OPEN = {"train.total_steps", "train.epochs", "model.vocab_size", "data.special_ids", "provenance"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def counted_once():
-    """The same model is counted once: the checks below see each preset 51 times."""
+    """Count the parameters of each model once: the tests below check each preset many times."""
     with pytest.MonkeyPatch.context() as patch:
         counts = {}
 
@@ -38,36 +38,37 @@ def counted_once():
         yield
 
 
-def left_to_a_default(section, prefix=""):
+def fields_with_default(section, prefix=""):
+    """Names of the fields that a config file does not set."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         if name not in section.model_fields_set:
             yield prefix + name
         elif isinstance(value, Section):
-            yield from left_to_a_default(value, f"{prefix}{name}.")
+            yield from fields_with_default(value, f"{prefix}{name}.")
 
 
-def test_the_shipped_files_are_those_that_the_pages_name():
+def test_the_shipped_files_are_those_that_the_docs_name():
     assert PRESETS == ["base", "large", "small", "small++", "tiny"]
-    assert {"zero0", "zero1", "zero2", "zero3"} <= set(ENGINES)
+    assert ENGINES == ["zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_leaves_nothing_to_a_default(preset):
-    assert set(left_to_a_default(load_run(preset))) <= OPEN
+def test_a_preset_sets_every_field(preset):
+    assert set(fields_with_default(load_run(preset))) <= OPEN
 
 
-def test_a_field_left_out_would_be_seen(tmp_path):
-    values = json.loads((config_folder("pretrain") / "tiny.json").read_text())
+def test_a_missing_field_is_detected(tmp_path):
+    values = json.loads(find_config("tiny", "pretrain").read_text())
     del values["optimizer"]["beta1"], values["logging"]
     path = tmp_path / "run.json"
     path.write_text(json.dumps(values))
-    assert set(left_to_a_default(load_run(str(path)))) - OPEN == {"optimizer.beta1", "logging"}
+    assert set(fields_with_default(load_run(str(path)))) - OPEN == {"optimizer.beta1", "logging"}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", engine_names())
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_starts_with_every_engine_on_1_2_and_8_ranks(preset, engine):
+def test_every_preset_fits_every_engine_on_1_2_and_8_ranks(preset, engine):
     for world_size in (1, 2, 8):
         run = load_run(preset, engine=engine)
         if run.train.global_batch_size % (world_size * run.train.micro_batch_size):
@@ -83,27 +84,12 @@ def test_a_preset_names_a_shipped_engine(preset):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_file_is_what_its_name_says(engine):
-    values = load_engine(engine)
-    stage, _, kind = engine.removeprefix("zero").partition("-")
-    assert values["zero_optimization"]["stage"] == int(stage)
-    enabled = {
-        key: values[key]["enabled"] for key in ("bf16", "fp16", "torch_autocast") if key in values
-    }
-    automatic = {"bf16": "auto"}
-    special = {
-        "": automatic,
-        "offload": automatic,
-        "fp32": {},
-        "autocast": {"torch_autocast": True},
-    }
-    assert enabled == special.get(kind, {kind: True})
-    zero = values["zero_optimization"]
-    assert ("offload_optimizer" in zero) == (kind == "offload")
-    # one rank alone overlaps nothing, but for gradients on their way to the host
-    assert (zero_options(zero, 1) == zero) == (stage in "03" or kind == "offload") and zero_options(
-        zero, 2
-    ) == zero
+def test_a_single_rank_overlaps_nothing_at_stages_1_and_2(engine):
+    """Offload is the exception: gradients are copied to the host while backward runs."""
+    zero = load_engine(engine)["zero_optimization"]
+    is_unchanged = zero["stage"] in (0, 3) or "offload_optimizer" in zero
+    assert (zero_options(zero, 1) == zero) == is_unchanged
+    assert zero_options(zero, 2) == zero
 
 
 @pytest.mark.parametrize(
@@ -146,25 +132,39 @@ def test_a_preset_trains_as_published(preset, length, batch, steps, chosen, rate
     assert (adam.bias_correction, adam.gradient_clipping) == (False, 1.0)
 
 
-# -------------------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------------------- check
 
 
 def test_check_lists_every_field_with_its_scope_and_meaning():
     lines = {line.key: line for line in check(load_run("tiny"), 1).fields}
-    assert (
-        lines["train.global_batch_size"][1:3] == ("32", "science")
-        and lines["engine"].scope == "machine"
-    )
+    assert lines["train.global_batch_size"][1:3] == ("32", "science")
+    assert lines["engine"].scope == "machine"
     assert all(line.meaning for line in lines.values()) and len(lines) > 40
+    assert lines["objective.masking"].meaning.endswith("(token, whole_word, span)")
+
+
+def test_check_lists_the_values_that_differ_from_the_baseline(tmp_path):
+    preset = load_run("tiny")
+    assert check(preset, 1, baseline=preset).changed == []
+    other = load_run("tiny", ["train.seed=3", "objective.kind=mlm"], "zero2")
+    changed = check(other, 1, baseline=preset).changed
+    assert [(line.key, line.value) for line in changed] == [
+        ("objective.kind", "mlm"),
+        ("train.seed", "3"),
+        ("engine", "zero2"),
+    ]
+    path = tmp_path / "run.json"
+    path.write_text(find_config("tiny", "pretrain").read_text())
+    keys = {line.key for line in check(load_run(str(path)), 1).changed}  # from the defaults
+    assert {"model.init", "optimizer.beta2", "train.micro_batch_size"} <= keys
+    assert not keys & {"model.sharing", "optimizer.eps", "checkpoint.every", "engine"}
 
 
 def test_check_with_data_counts_epochs_and_the_vocabulary(data):
-    source = open_data(data)  # 300 rows of 32, vocabulary 600
+    source = open_data(data)  # 300 rows of 32 tokens, vocabulary of 600 entries
     derived = {line.key: line.value for line in check(load_run("tiny"), 2, source).derived}
-    assert (derived["epochs"], derived["vocab_size"]) == (
-        "320.000",
-        "600",
-    )  # 3000 steps x 32 rows / 300
+    # 3000 steps x 32 rows / 300 rows
+    assert (derived["epochs"], derived["vocab_size"]) == ("320.000", "600")
     by_epochs = load_run("tiny", ["train.total_steps=null", "train.epochs=75"])
     derived = {line.key: line.value for line in check(by_epochs, 2, source).derived}
     assert (derived["total_steps"], derived["epochs"]) == ("703", "74.987")  # 75 x 300 / 32 = 703.1
@@ -174,63 +174,61 @@ def test_check_with_data_counts_epochs_and_the_vocabulary(data):
 
 def test_model_states_shrink_with_the_stage_and_the_ranks():
     one = model_state_bytes([[1000]], 1)
-    assert one[0, "fp32"] == (
-        16_004,
-        4000,
-    )  # weights, gradients and two moments, 4 bytes each, and a step counter
-    assert one[0, "half (bf16, fp16)"] == (
-        16_004,
-        2000,
-    )  # 2 + 2 bytes, and 12 of fp32 master weights and moments
+    # Weights, gradients and two moments of 4 bytes each, and a step counter.
+    assert one[0, "fp32"] == (16_004, 4000)
+    # Weights and gradients of 2 bytes, fp32 master weights and moments of 12 bytes.
+    assert one[0, "half (bf16, fp16)"] == (16_004, 2000)
     eight = model_state_bytes([[1000] * 8], 8)
-    assert eight[3, "half (bf16, fp16)"][0] == 16_004  # all of it in eight shares
+    assert eight[3, "half (bf16, fp16)"][0] == 16_004  # everything in eight shares
     for precision in PRECISIONS:
         states = [eight[stage, precision][0] for stage in range(4)]
         assert states == sorted(states, reverse=True)
 
 
-def test_rows_cost_activations_and_recomputing_spares_them():
+def test_activations_grow_with_the_rows_and_recomputation_reduces_them():
     def needs(*sets):
         return memory(load_run("tiny", ["data.sequence_length=128", *sets]), 1, [1], ["fp32"])[
             1, "fp32"
         ]
 
     plain, half = needs(), needs("train.micro_batch_size=8")
-    spared = needs("train.activation_checkpointing=true")
-    assert plain.states == half.states == spared.states and plain.buckets == spared.buckets
-    assert plain.activations > half.activations and plain.activations > spared.activations
+    recomputed = needs("train.activation_checkpointing=true")
+    assert plain.states == half.states == recomputed.states
+    assert plain.buckets == recomputed.buckets
+    assert plain.activations > half.activations and plain.activations > recomputed.activations
     assert plain.peak - half.peak == plain.activations - half.activations
 
 
-def test_a_step_costs_the_products_that_its_kind_makes():
+def test_the_operations_of_a_step_are_the_matrix_products_of_its_kind():
     sets = ["data.sequence_length=128", "train.global_batch_size=4", "train.micro_batch_size=2"]
-    cost = {
+    counted = {
         kind: step_flops(load_run("tiny", [*sets, f"objective.kind={kind}"]))
         for kind in ("electra", "mlm")
     }
-    cost["all"] = step_flops(load_run("tiny", [*sets, "objective.kind=all_tokens_mlm"]))
-    cost["uniform"] = step_flops(load_run("tiny", [*sets, "objective.generator=uniform"]))
+    counted["all"] = step_flops(load_run("tiny", [*sets, "objective.kind=all_tokens_mlm"]))
+    counted["uniform"] = step_flops(load_run("tiny", [*sets, "objective.generator=uniform"]))
     run = load_run("tiny", sets)
     main, small, width = run.model, run.generator, run.model.embedding_size
 
-    def encoder(e):  # multiply-adds a token
+    # Multiply-adds per token (encoder) and per predicted position (vocab_head).
+    def encoder(e):
         project = 0 if e.hidden_size == width else width * e.hidden_size
         layer = 4 * e.hidden_size**2 + 2 * e.hidden_size * e.ffn_size + 2 * 128 * e.hidden_size
         return e.num_layers * layer + project
 
-    def words(e):  # a place
+    def vocab_head(e):
         return (e.hidden_size + 30528) * width
 
-    places, binary = (
-        max_masked_positions(run.objective.mask_prob, 128),
-        (main.hidden_size + 1) * main.hidden_size,
-    )
-    alone = 128 * (encoder(main) + binary)
-    written = {
-        "electra": alone + 128 * encoder(small) + places * words(small),
-        "mlm": 128 * encoder(main) + places * words(main),
-        "all": 128 * (encoder(main) + encoder(small) + words(main) + main.hidden_size)
-        + places * words(small),
-        "uniform": alone,
+    masked = max_masked_positions(run.objective.mask_prob, 128)
+    binary_head = (main.hidden_size + 1) * main.hidden_size
+    discriminator = 128 * (encoder(main) + binary_head)
+    generator = 128 * encoder(small) + masked * vocab_head(small)
+    per_row = {
+        "electra": discriminator + generator,
+        "mlm": 128 * encoder(main) + masked * vocab_head(main),
+        "all": 128 * (encoder(main) + vocab_head(main) + main.hidden_size) + generator,
+        "uniform": discriminator,
     }
-    assert cost == pytest.approx({kind: 4 * 3 * 2 * row for kind, row in written.items()}, rel=1e-4)
+    # 4 rows, forward and twice as much in backward, 2 operations per multiply-add.
+    expected = {kind: 4 * 3 * 2 * products for kind, products in per_row.items()}
+    assert counted == pytest.approx(expected, rel=1e-4)

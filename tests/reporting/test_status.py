@@ -1,4 +1,4 @@
-"""The verb status: every state of a run folder is told from its files, half made ones too, with what comes next."""
+"""The verb status: states of a run folder, failures, incomplete folders, output."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.reporting.status import lines, status
 from electra_ds.training.run_logger import RunLogger
 
-FIGURES = {
+METRICS = {
     "mlm_loss": 6.5,
     "disc_loss": float("nan"),
     "lr": 1e-3,
@@ -28,13 +28,23 @@ FIGURES = {
 }
 
 
+# A process that takes the lock and is killed.
+KILLED_OWNER = """
+import os, sys
+from pathlib import Path
+from electra_ds.common.folder_lock import Lock
+Lock(Path(sys.argv[1])).acquire()
+os.kill(os.getpid(), 9)
+"""
+
+
 @pytest.fixture
 def out(tmp_path):
-    """A run of 3,000 steps on two nodes: 300 tokens a step, logged at step 90, saved at step 80."""
+    """A run on two nodes: 3,000 steps of 300 tokens, logged at step 90, saved at step 80."""
     facts = {"total_steps": 3000, "nodes": ["node1", "node2"], "launcher": "srun", "world_size": 2}
     run_folder.write_config(tmp_path, load_run("tiny"), "abc", **facts)
     with RunLogger(tmp_path, 0, 3000, None, tensorboard=False) as metrics:
-        metrics.train(90, FIGURES, 0.0)
+        metrics.train(90, METRICS, 0.0)
     (tmp_path / "ckpt" / "80").mkdir(parents=True)
     write_json(tmp_path / "ckpt" / "80" / "meta.json", {"step": 80})
     (tmp_path / "ckpt" / "latest").write_text("80\n")
@@ -45,99 +55,77 @@ def shown(out):
     return lines(status(out))
 
 
-def test_a_run_at_work_tells_step_rate_and_eta(out):
+def test_a_running_run_shows_step_rate_and_eta(out):
     with Lock(out, lambda read: read()) as lock:
         lock.step = 100
         lock.beat()
         facts = status(out)
-    assert (facts["state"], facts["step"], facts["total_steps"], facts["missing"]) == (
-        "training",
-        100,
-        3000,
-        [],
-    )
-    assert (
-        facts["steps_per_second"] == 2.0 and facts["eta_seconds"] == 2900 / 2
-    )  # 10 of 100 attempts were skipped
+    assert (facts["state"], facts["step"], facts["total_steps"]) == ("training", 100, 3000)
+    assert facts["missing"] == []
+    # 90 applied and 10 skipped steps of 300 tokens, 600 tokens per second.
+    assert facts["steps_per_second"] == 2.0 and facts["eta_seconds"] == 2900 / 2
     text = lines(facts)
-    assert (
-        text["step"] == "100 of 3,000"
-        and text["ETA"] == "0:24:10"
-        and f"process {os.getpid()}" in text["owner"]
-    )
-    assert text["training"] == "mlm 6.500  disc nan  (step 90)" and text["checkpoint"].startswith(
-        "80, step 80, 0:00:0"
-    )
-    assert text["ranks"] == "2 under srun, on node1, node2" and f"touch {out}/STOP" in text["next"]
+    assert text["step"] == "100 of 3,000"
+    assert text["ETA"] == "0:24:10"
+    assert f"process {os.getpid()}" in text["owner"]
+    assert text["training"] == "mlm 6.500  disc nan  (step 90)"
+    assert text["checkpoint"].startswith("80, step 80, 0:00:0")
+    assert text["ranks"] == "2 under srun, on node1, node2"
+    assert f"touch {out}/STOP" in text["next"]
     assert status(out)["state"] == "stopped" and status(out)["owner"] == ""
 
 
-def test_an_owner_without_a_heartbeat_is_silent_and_one_that_is_gone_has_failed(out):
+def test_an_old_heartbeat_is_silent_and_a_dead_process_is_a_failure(out):
     with Lock(out, lambda read: read()):
         beat = json.loads((out / "heartbeat.json").read_text())
         write_json(out / "heartbeat.json", beat | {"time": "2020-01-01T00:00:00+00:00"})
-        assert (
-            status(out)["state"] == "silent" and "look at its owner's machine" in shown(out)["next"]
-        )
-    kill = (
-        "import os, sys\nfrom pathlib import Path\nfrom electra_ds.common.folder_lock import Lock\n"
-    )
-    kill += "Lock(Path(sys.argv[1]), lambda read: read()).__enter__()\nos.kill(os.getpid(), 9)"
-    subprocess.run(
-        [sys.executable, "-c", kill, str(out)], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+        assert status(out)["state"] == "silent"
+        assert "look at its owner's machine" in shown(out)["next"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", KILLED_OWNER, str(out)], env=environ)
     facts = status(out)
     assert (facts["state"], facts["failures"], facts["failures_in_a_row"]) == ("failed", 1, 1)
     assert "is gone without a message" in lines(facts)["last error"]
 
 
-def test_failures_name_rank_host_and_cause_and_the_limit(out):
+def test_failures_show_rank_host_cause_and_limit(out):
     failures.record_error(out, 1, RunFailure("first"))
     first = out / "error-rank-1.json"
-    first.write_text(
-        json.dumps(json.loads(first.read_text()) | {"time": "2020-01-01T00:00:00+00:00"})
-    )
-    failures.record_error(out, 0, RunFailure("that follows"))
+    earlier = {"time": "2020-01-01T00:00:00+00:00"}
+    first.write_text(json.dumps(json.loads(first.read_text()) | earlier))
+    failures.record_error(out, 0, RunFailure("second"))
     text = shown(out)
-    assert text["state"] == "failed" and text["last error"].startswith("rank 1, ")
-    assert (
-        text["last error"].endswith(": RunFailure: first")
-        and "resumes from step 80" in text["next"]
-    )
+    assert text["state"] == "failed" and "resumes from step 80" in text["next"]
+    assert text["last error"].startswith("rank 1, ")
+    assert text["last error"].endswith(": RunFailure: first")
     assert text["restarts"] == "0; failures 1, 1 in a row"
     for _ in range(10):
         failures.count_failures(out, 80, 10, "")
         failures.record_error(out, 1, RunFailure("again"))
     assert shown(out)["restarts"] == "0; failures 11, 11 in a row"
-    assert (
-        shown(out)["next"]
-        == f"correct the cause and remove {out}/restarts.json (train.max_restarts = 10)"
-    )
-    with pytest.raises(UserError, match="failed 11 times in a row"):  # as the next start says
+    hint = f"correct the cause and remove {out}/restarts.json (train.max_restarts = 10)"
+    assert shown(out)["next"] == hint
+    with pytest.raises(UserError, match="failed 11 times in a row"):  # the next start is refused
         failures.count_failures(out, 80, 10, "")
 
 
-def test_a_mistake_of_the_user_is_told_and_is_no_failure(out):
+def test_a_mistake_of_the_user_is_shown_and_not_counted(out):
     failures.record_error(out, 0, UserError("why"))
     facts = status(out)
-    assert (facts["state"], facts["failures"], facts["last_error"]["error"]) == (
-        "stopped",
-        0,
-        "UserError: why",
-    )
+    assert (facts["state"], facts["failures"]) == ("stopped", 0)
+    assert facts["last_error"]["error"] == "UserError: why"
 
 
-def test_a_finished_run_says_so(out):
+def test_a_finished_run_is_shown_as_finished(out):
     run_folder.finish(out, True, {"step": 3000})
     assert shown(out)["state"] == "finished" and "--extend" in shown(out)["next"]
 
 
-def test_a_half_made_folder_names_what_is_missing(tmp_path, out):
+def test_an_incomplete_folder_lists_the_missing_files(tmp_path, out):
     (tmp_path / "new").mkdir()
     facts = status(tmp_path / "new")
-    assert facts["state"] == "not started" and lines(facts)["next"].startswith(
-        "electra-ds pretrain RUN"
-    )
+    assert facts["state"] == "not started"
+    assert lines(facts)["next"].startswith("electra-ds pretrain RUN")
     assert facts["missing"] == [
         "config.json: not there",
         "ckpt/latest: not there",
@@ -145,18 +133,17 @@ def test_a_half_made_folder_names_what_is_missing(tmp_path, out):
     ]
     whole = {path: path.read_text() for path in out.rglob("*") if path.is_file()}
     for path, text in whole.items():
-        for left in (None, text[: len(text) // 2], ""):  # gone, cut short, empty
-            path.unlink() if left is None else path.write_text(left)
+        for content in (None, text[: len(text) // 2], ""):  # removed, cut short, empty
+            path.unlink() if content is None else path.write_text(content)
             found = lines(status(out))
             assert found["state"] in ("stopped", "not started"), path
-            assert "missing" in found or "training" not in found, (
-                path
-            )  # metrics.jsonl: a line is written this moment
+            # The last line of metrics.jsonl may be incomplete: it is ignored.
+            assert "missing" in found or "training" not in found, path
             path.write_text(text)
     assert status(out)["missing"] == []
 
 
-def test_the_verb_prints_tables_or_json_for_several_and_starts_without_torch(out, tmp_path):
+def test_the_verb_prints_tables_or_json_and_imports_no_torch(out, tmp_path):
     failures.record_error(out, 0, RunFailure("rows [133, 1] of [/data]"))
     done = run_cli("status", out, out, COLUMNS="200")
     assert done.stdout.count("80, step 80") == 2 and "rows [133, 1] of [/data]" in done.stdout
@@ -164,7 +151,10 @@ def test_the_verb_prints_tables_or_json_for_several_and_starts_without_torch(out
     assert [facts["state"] for facts in found] == ["failed"]
     nowhere = run_cli("status", tmp_path / "nowhere", check=False)
     assert nowhere.returncode == 2 and "no run folder here" in nowhere.stderr
-    script = f"import sys, electra_ds.reporting.status as s\ns.status(s.Path({str(out)!r}))\nassert 'torch' not in sys.modules"
-    subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    script = (
+        "import sys, electra_ds.reporting.status as module\n"
+        f"module.status(module.Path({str(out)!r}))\n"
+        "assert 'torch' not in sys.modules"
     )
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], env=environ, check=True)

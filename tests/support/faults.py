@@ -1,11 +1,12 @@
-"""`electra-ds ARGUMENTS` with a fault on one rank: `faults.py KIND RANK NOTE ARGUMENTS`.
+"""`electra-ds ARGUMENTS` with a fault on one rank: faults.py KIND RANK NOTE ARGUMENTS.
 
-The fault happens in the 12th step of the rank, or (`early`) while the engine is made; NOTE then holds
-the time. Other uses, each under a watchdog or an engine and without training:
-`faults.py meet`: three ranks meet and leave one after the other.
-`faults.py groups NOTE`: rank 0 waits in every group of an engine for rank 1.
-`faults.py closed-console`: a rank hangs after a failure and its console is closed.
-`faults.py refuse`: two ranks end with a UserError.
+The fault happens in the twelfth step of this rank, or (`early`) while the engine is made. The file
+NOTE then holds the time.
+Other scenarios:
+faults.py meet     three ranks under a watchdog; rank 1 leaves long before rank 0, rank 2 long after
+faults.py groups   two ranks, of which rank 0 waits in every process group
+faults.py unheard  a rank with a closed standard error
+faults.py refuse   two ranks that end with an error of their own
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 STEP = 12
-MEET_SILENCE = 2.0  # seconds without a heartbeat that end the ranks of `meet`
+MEET_SILENCE = 2.0  # silence_seconds of `meet`
 FAULTS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -31,7 +32,6 @@ FAULTS = {
 
 
 def main(kind: str, rank: str, note: str, *arguments: str) -> None:
-    """Run electra-ds with a fault on one rank."""
     from electra_ds.cli import main as electra_ds
     from electra_ds.training.engine import Engine
 
@@ -51,7 +51,7 @@ def main(kind: str, rank: str, note: str, *arguments: str) -> None:
 
 
 def meet() -> None:
-    """Meet and wait for a line of input; then rank 1 leaves, 4 s later rank 0, 4 s later rank 2."""
+    """Wait for a line on standard input, then leave at different times."""
     import torch.distributed as dist
 
     from electra_ds.cluster.launchers import find_ranks
@@ -68,7 +68,7 @@ def meet() -> None:
     print("left", flush=True)
 
 
-def closed_console() -> None:
+def unheard() -> None:
     """A rank hangs after its watchdog has found the first failure."""
     import threading
 
@@ -83,7 +83,7 @@ def closed_console() -> None:
 
 
 def refuse() -> None:
-    """A UserError ends both ranks; writing its record takes a second."""
+    """A user's mistake ends both ranks; the disk takes a second to record it."""
     import torch.distributed as dist
 
     from electra_ds.cluster.launchers import find_ranks
@@ -101,7 +101,7 @@ def refuse() -> None:
 
 
 def groups(note: str) -> None:
-    """Rank 0 waits in every group of an engine for rank 1, which never joins, and notes how long."""
+    """Rank 0 waits for rank 1 in every process group and writes the seconds into a file."""
     import torch
     import torch.distributed as dist
     from run_folders import config
@@ -111,11 +111,10 @@ def groups(note: str) -> None:
     from electra_ds.model.build import build_objective
     from electra_ds.training.engine import Engine, start
 
-    ranks, made_of = find_ranks(), config()
+    ranks, run = find_ranks(), config()
     device = start(ranks, timeout_minutes=2)
-    train = made_of.train.model_copy(update={"timeout_minutes": 0.03})
-    made_of = made_of.model_copy(update={"train": train})
-    Engine(build_objective(made_of, 0), made_of, load_engine("zero1-fp32"), ranks, device)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"timeout_minutes": 0.03})})
+    Engine(build_objective(run, 0), run, load_engine("zero1-fp32"), ranks, device)
     deadline, waited = time.monotonic() + 60, []
     for group in list(dist.distributed_c10d._world.pg_map) if ranks.rank == 0 else ():
         began = time.monotonic()
@@ -130,5 +129,5 @@ def groups(note: str) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"meet": meet, "closed-console": closed_console, "refuse": refuse, "groups": groups}
-    parts.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])
+    scenarios = {"meet": meet, "unheard": unheard, "refuse": refuse, "groups": groups}
+    scenarios.get(sys.argv[1], functools.partial(main, sys.argv[1]))(*sys.argv[2:])

@@ -1,0 +1,153 @@
+"""Failures of runs: counts and limits over restarts, takeover of a run folder, error files."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from running import CPU, read_json, run_cli
+
+from electra_ds.cluster.failures import count_failures, record_error
+from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.folder_lock import Lock
+from electra_ds.training import checkpoint
+
+
+def wait_for(what, seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def heartbeat_step(out: Path) -> int:
+    path = out / "heartbeat.json"
+    return read_json(path)["step"] if path.exists() else 0
+
+
+def test_failures_are_counted_until_a_checkpoint_is_gained(tmp_path: Path) -> None:
+    def attempt(step: int, *errors: BaseException, limit: int = 3, silent: str = "") -> dict:
+        for rank, error in enumerate(errors):
+            record_error(tmp_path, rank, error)
+        count_failures(tmp_path, step, limit, silent)
+        assert not list(tmp_path.glob("error-rank-*"))
+        path = tmp_path / "restarts.json"
+        return read_json(path) if path.exists() else {}
+
+    assert attempt(0) == attempt(0, UserError("a wrong --data"), KeyboardInterrupt()) == {}
+    found = attempt(0, RunFailure("a"), RuntimeError("connection closed"))
+    # One per attempt, for any number of ranks.
+    assert (found["failures"], found["in_a_row"]) == (1, 1)
+    assert [error["error"] for error in found["errors"]] == [
+        "RunFailure: a",
+        "RuntimeError: connection closed",
+    ]
+    assert attempt(0) == found  # stopped and saved: no change
+    assert attempt(0, silent="process 5 on node7: its process is gone")["in_a_row"] == 2
+    assert attempt(0, OSError("b"))["in_a_row"] == 3
+    assert attempt(10, OSError("c"))["in_a_row"] == 1  # a checkpoint was gained
+    for _ in range(2):
+        found = attempt(10, OSError("d"))
+    (tmp_path / "error-rank-4.json").write_text('{"rank": 4, "err')  # the disk was full
+    for _ in range(2):  # refused until the cause is corrected; refusals are not counted
+        with pytest.raises(
+            UserError, match=r"failed 4 times in a row at step 10 .*= 3.*rank 4.*cut short"
+        ):
+            attempt(10)
+    assert read_json(tmp_path / "restarts.json")["failures"] == found["failures"] + 1 == 7
+    attempt(10, limit=4)
+    attempt(10, OSError("e"), limit=0)
+    attempt(11)
+
+
+def test_a_second_job_is_refused_until_the_first_is_dead(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    record_error(out, 0, RunFailure("of an attempt before"))
+    sets = [
+        "train.total_steps=4000",
+        "checkpoint.every=20",
+        "logging.every=20",
+        "logging.tensorboard=false",
+        "train.eval_every=0",
+        "optimizer.warmup_steps=5",
+    ]
+    run = ["pretrain", "tiny", "--data", data, "--out", out]
+    arguments = [*run, *(f"--set={setting}" for setting in sets)]
+    command = [sys.executable, "-m", "electra_ds", *map(str, arguments), "--engine", "zero0-fp32"]
+    with subprocess.Popen(command, env=os.environ | CPU, stdout=subprocess.DEVNULL) as first:
+        try:
+            wait_for(lambda: first.poll() is None and heartbeat_step(out) > 0)
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            second = subprocess.run(
+                [sys.executable, *torchrun, *command[1:]],
+                env=os.environ | CPU,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert second.returncode != 0
+            refusals = second.stderr.count(f"names process {first.pid} on")
+            assert refusals == 2, second.stderr  # one of each rank
+            assert not list(out.glob("error-rank-*"))
+            assert read_json(out / "lock")["pid"] == first.pid
+            later = heartbeat_step(out) + 20
+            wait_for(
+                lambda: (
+                    first.poll() is None
+                    and heartbeat_step(out) > later
+                    and checkpoint.latest(out / "ckpt")
+                )
+            )
+        finally:
+            first.kill()
+    (error,) = read_json(out / "restarts.json")["errors"]
+    assert error["error"] == "RunFailure: of an attempt before"
+    third = run_cli(*arguments, "--engine", "zero0-fp32", "--max-minutes", 0, check=False)
+    assert third.returncode == 85, third.stderr
+    assert f"taken over from process {first.pid} on" in third.stdout and "resuming" in third.stdout
+    found = read_json(out / "restarts.json")
+    assert (found["failures"], found["in_a_row"]) == (2, 1)
+    assert "without a message" in found["errors"][1]["error"]
+    assert found["step"] == int(checkpoint.latest(out / "ckpt").name)
+    assert not (out / "lock").exists()
+
+
+# The command line, which prints whether the lock exists when an error is recorded.
+NOTE_LOCK = """
+from electra_ds import cli
+from electra_ds.cluster import failures
+record = failures.record_error
+def noting(out, *arguments):
+    record(out, *arguments)
+    print("locked" if (out / "lock").exists() else "open")
+failures.record_error = noting
+cli.main()
+"""
+
+
+def test_the_error_is_recorded_before_the_lock_is_released(data: Path, tmp_path: Path) -> None:
+    """A launcher that ends the process in between would leave a folder without a failure."""
+    out = tmp_path / "run"
+    run = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero0-fp32"]
+    command = [sys.executable, "-c", NOTE_LOCK, *map(str, run), "--init-from", str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | CPU, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and done.stdout.split() == ["locked"], done.stdout + done.stderr
+    assert list(out.glob("error-rank-0.json")) and not (out / "lock").exists()
+
+
+def test_a_failed_start_leaves_no_error_in_the_folder_of_a_running_job(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        place |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        command = ["pretrain", "tiny", "--data", tmp_path, "--out", tmp_path]
+        with Lock(tmp_path):
+            assert "EADDRINUSE" in run_cli(*command, check=False, **place).stderr
+            assert not list(tmp_path.glob("error-rank-*"))
+        run_cli(*command, check=False, **place)
+        assert "EADDRINUSE" in read_json(tmp_path / "error-rank-0.json")["error"]
