@@ -59,7 +59,7 @@ def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
         ("own_pair:build_one", r"must return \(generator, discriminator\)"),
     ):
         with pytest.raises(UserError, match=message):
-            build_objective(run(tmp_path, factory=factory, vocab_size=101))
+            build_objective(run(tmp_path, factory=factory).with_data(101, IDS, 32))
 
 
 def test_another_factory_is_another_science(tmp_path):

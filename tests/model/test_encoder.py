@@ -105,7 +105,7 @@ def test_packed_pieces_are_encoded_as_if_alone():
 
     packed, last = encode(slice(None)), torch.tensor([16, 0])
     at = module.discriminator(
-        module.embeddings(ids, torch.zeros_like(ids), places), pieces, places=last
+        module.embeddings(ids, torch.zeros_like(ids), places), pieces, positions=last
     )
     torch.testing.assert_close(at, packed[0, last], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed[:, :8], encode(slice(0, 8)), rtol=1e-5, atol=1e-5)

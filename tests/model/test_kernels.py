@@ -162,7 +162,7 @@ def test_linear_follows_autocast_and_other_dtypes(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     assert linear(x.double(), weight.double()).dtype == torch.float64
-    monkeypatch.setattr(linear_op, "_product", None)  # a build without the operator
+    monkeypatch.setattr(linear_op, "_onednn_product", None)  # a build without the operator
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
@@ -250,10 +250,18 @@ def head_inputs(places=75, vocab=150, padded=192, width=16):
     )
 
 
-def fused_head(x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_best):
+def fused_head(
+    x, table, bias, targets, weights, uniforms, vocab_size, temperature, with_predictions
+):
     rows = {"targets": targets, "weights": weights, "uniforms": uniforms}
     return vocab_head(
-        x, table, bias, **rows, vocab_size=vocab_size, temperature=temperature, with_best=with_best
+        x,
+        table,
+        bias,
+        **rows,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        with_predictions=with_predictions,
     )
 
 
@@ -269,7 +277,7 @@ def test_fused_head_equals_the_plain_head(temperature):
     tensors, rest = head_inputs()
     results = [f(*tensors, *rest, temperature, True) for f in (fused_head, plain_head)]
     assert torch.equal(results[0].sampled, results[1].sampled)
-    assert torch.equal(results[0].best, results[1].best)
+    assert torch.equal(results[0].predicted, results[1].predicted)
     grads = [
         value_and_grads(lambda *t, f=f: 3 * f(*t, *rest, temperature, False).nll.view(1), *tensors)
         for f in (fused_head, plain_head)
@@ -306,4 +314,4 @@ def test_head_without_gradient_makes_none():
             uniforms=uniforms.view(shape),
             vocab_size=vocab,
         )
-    assert not found.nll.requires_grad and found.sampled.shape == shape and found.best is None
+    assert not found.nll.requires_grad and found.sampled.shape == shape and found.predicted is None

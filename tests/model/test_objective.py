@@ -12,7 +12,7 @@ from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConf
 from electra_ds.data.batch import Batch
 from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.losses import BINS, Totals, histogram
-from electra_ds.model.objective import ElectraObjective, mask_input, put
+from electra_ds.model.objective import ElectraObjective, mask_input, scatter_tokens
 from electra_ds.training.metrics import auc
 
 IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -246,8 +246,10 @@ def test_counts_are_what_counting_by_hand_gives():
     with torch.no_grad():
         module.generator_head.bias[50] = 30.0
     counts = module(batch, Totals(9, 9), with_counts=True).counts
-    drawn = module.generate(mask_input(batch, IDS.mask), batch, with_best=True)
-    corrupted = put(batch.input_ids, batch.masked_positions, drawn.sampled, batch.masked_weights)
+    drawn = module.generate(mask_input(batch, IDS.mask), batch, with_predictions=True)
+    corrupted = scatter_tokens(
+        batch.input_ids, batch.masked_positions, drawn.sampled, batch.masked_weights
+    )
     real, replaced = batch.document_ids > 0, corrupted != batch.input_ids
     guess = module.discriminate(corrupted, batch) > 0
     used = batch.masked_weights > 0
@@ -255,7 +257,7 @@ def test_counts_are_what_counting_by_hand_gives():
     expected = {
         "masked": used.sum(),
         "tokens": real.sum(),
-        "mlm_correct": ((drawn.best == targets) & used).sum(),
+        "mlm_correct": ((drawn.predicted == targets) & used).sum(),
         "sampled_correct": ((drawn.sampled == targets) & used).sum(),
         "replaced": replaced.sum(),
         "true_positive": (replaced & guess & real).sum(),

@@ -12,7 +12,12 @@ from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConf
 from electra_ds.data.batch import Batch
 from electra_ds.interop.hf import from_hf, from_hf_config, hf_config, to_hf
 from electra_ds.interop.tf import as_tensors, tf_names
-from electra_ds.model.objective import ElectraObjective, discriminator_nll, gather_positions, put
+from electra_ds.model.objective import (
+    ElectraObjective,
+    discriminator_nll,
+    gather_positions,
+    scatter_tokens,
+)
 from electra_ds.model.weights import load_true_state, true_state
 
 DATA = Path(__file__).parents[1] / "files" / "tf_reference"
@@ -109,7 +114,9 @@ def test_logits_at_chosen_places_equal_the_authors_code(reference, authors_model
 
 def test_places_of_weight_zero_change_nothing(reference):
     ref, batch = reference, authors_batch(reference)
-    written = put(batch.input_ids, batch.masked_positions, ref["sampled_ids"], batch.masked_weights)
+    written = scatter_tokens(
+        batch.input_ids, batch.masked_positions, ref["sampled_ids"], batch.masked_weights
+    )
     assert torch.equal(written[:, 0], batch.input_ids[:, 0])  # the unused places point at column 0
 
 

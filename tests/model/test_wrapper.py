@@ -195,7 +195,9 @@ def test_mistakes_are_named():
             UserError, match="no such layer; it has token_emb, pos_emb, reformer, to_logits"
         ):
             Electra(generator, discriminator, discr_dim=16, discr_layer=layer)
-    with pytest.raises(UserError, match=r"gave \[6, 64, 16\]; expected one tensor \[6, 64, 24\]"):
+    with pytest.raises(
+        UserError, match=r"returned \[6, 64, 16\]; expected one tensor \[6, 64, 24\]"
+    ):
         Electra(generator, discriminator, discr_dim=24, discr_layer="reformer")(ids())
     with pytest.raises(UserError, match=r"must return logits \[6, 64\].* returned \[6, 64, 50\]"):
         Electra(generator, discriminator)(ids())
