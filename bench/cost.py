@@ -71,12 +71,13 @@ def step_traffic(
     stage: of ZeRO. accumulation: micro-batches of a step and rank.
     width: bytes of a number (4: fp32 and torch_autocast, 2: bf16 and fp16).
 
-    A ring sends parameters x (n - 1)/n numbers for a reduce-scatter or an all-gather; an all-reduce
-    is both. Stage 0 all-reduces once per step. Stage 1 also gathers the new weights. Stage 2 reduces
-    every micro-batch. Stage 3 gathers and reduce-scatters every micro-batch; below 1e9 parameters it
-    keeps the weights of the forward for the backward. Stages 1 and 2 all-reduce where a
-    reduce-scatter would be enough; "use_multi_rank_bucket_allreduce": false sends a third less, with
-    one call for each owner of a bucket. Padding, norms and votes (some hundred bytes) are left out.
+    A ring of n ranks sends parameters x (n - 1)/n numbers for a reduce-scatter or an all-gather; an
+    all-reduce is both. Stage 0 all-reduces once per step. Stage 1 also gathers the new weights.
+    Stage 2 reduces every micro-batch. Stage 3 gathers and reduce-scatters every micro-batch; below
+    1e9 parameters it keeps the weights of the forward for the backward. Stages 1 and 2 all-reduce
+    where a reduce-scatter would be enough; with "use_multi_rank_bucket_allreduce": false stage 1
+    sends a third less, with one call for each owner of a bucket. Padding, norms and votes (some
+    hundred bytes) are left out.
     """
     shares = {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: 2 * accumulation}
     return shares[stage] * parameters * width * (world_size - 1) / world_size

@@ -47,7 +47,7 @@ from electra_ds.model.kernels.attention import with_cu_seqlens
 from electra_ds.training.collectives import leave
 from electra_ds.training.engine import Engine, start
 
-# Part of a device name -> dense bf16 or fp16 TFLOP/s of the vendor's datasheet; the first match holds.
+# Part of a device name -> dense bf16 or fp16 TFLOP/s of the datasheet. The first match is used.
 PEAKS = {
     "B200": 2250,
     "H200": 989,
@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
 
 def all_cases() -> list[Case]:
-    """The listed cases, most important first; those that share compiled layers follow each other."""
+    """The listed cases, the most important first; compiled layers are shared by neighbours."""
     shapes = list(itertools.product(MICRO_TOKENS, (128, 512)))
     cases = []
     for precision in ("bf16", "fp16"):

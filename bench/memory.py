@@ -4,13 +4,14 @@
     python bench/memory.py small-bf16 --json memory.json
 
 Each contender runs in its own process: one step warms up, one step is measured. A step is forward,
-backward, clipping and AdamW on random full rows. Before that, ours and HF must give the same loss on
-a small batch. The contenders are described in bench/peers.py.
+backward, clipping and AdamW on random full rows. Before that, ours and HF must give the same loss
+on a small batch. The contenders are described in bench/peers.py.
 
-allocated: the peak of PyTorch's allocator in the second step, from its profiler, weights and moments
-included. resident: the rise of VmHWM from before the model is built to the end of the first step.
-It counts pages, so it includes memory that glibc keeps, the kernels that oneDNN and the compiler
-make, and modules that are imported late.
+allocated: the peak of PyTorch's allocator in the second step, from its profiler, with weights and
+           moments.
+resident:  the rise of VmHWM from before the model is built to the end of the first step. It counts
+           pages, so it includes memory that glibc keeps, the kernels that oneDNN and the compiler
+           make, and modules that are imported late.
 """
 
 import argparse

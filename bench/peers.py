@@ -17,7 +17,7 @@ V vocabulary.
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any
 from unittest import mock
 
 import torch
@@ -45,13 +45,9 @@ SPECIAL_IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)  # of BERT'
 VOCAB_SIZE = 30522
 
 
-class Contender(Protocol):
-    """A module with its optimizer, and its loss on a batch."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor: ...
+# Has the attributes `module` and `optimizer`, and the method
+# `loss(batch: Batch, samples: Tensor | None = None) -> Tensor` (ours: without samples).
+Contender = Any
 
 
 def run_config(size: str, length: int, rows: int, dropout: float) -> RunConfig:
@@ -172,7 +168,7 @@ class LogitsOnly(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *arguments, **keywords) -> Tensor:
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
         return self.module(*arguments, **keywords).logits
 
 
@@ -227,7 +223,7 @@ def make_contenders(config: RunConfig, names: list[str]) -> dict[str, Contender]
         "tuned HF": lambda ours: HuggingFace(ours, tuned=True),
         "wrapper": Wrapper,
     }
-    contenders = {"ours": ours}
+    contenders: dict[str, Contender] = {"ours": ours}
     for name in names:
         if name != "wrapper" or wrapper_module is not None:
             contenders[name] = makers[name](ours)

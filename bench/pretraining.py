@@ -1,109 +1,112 @@
-"""Does pretraining pay? GLUE scores from pretrained and from random weights, and STS-B against pretraining steps.
+"""GLUE scores from pretrained and from random weights, and STS-B against the pretraining steps.
 
-python bench/pretraining.py MODEL --glue GLUE --out O [--checkpoints STEPS=CHECKPOINT ...] [--config tiny]
+    python bench/pretraining.py MODEL --glue GLUE --out O
+    python bench/pretraining.py MODEL --glue GLUE --out O --checkpoints 4000=CHECKPOINT ...
 
-Five seeds of four tasks each way, with one recipe; three seeds of STS-B for each of --checkpoints. Run again it goes on
-where it was. Prints a markdown table; O/stsb.png shows the curve.
+Fine-tunes five seeds of four tasks from each kind of weights with one recipe, and three seeds of
+STS-B from each of --checkpoints. A repeated call resumes. Prints a markdown table; O/stsb.png shows
+the scores of the checkpoints.
 """
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from report import make_parser, print_heading, print_row, run_main
 
 from electra_ds.common.files import read_json
 
-TASKS = {"cola": "matthews", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson"}
+TASKS = {"cola": "matthews", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson"}  # metrics
+TASK_SEEDS = 5
+CHECKPOINT_SEEDS = 3
 
 
 def finetune(
-    model: str, out: Path, tasks: str, seeds: int, options: list[str], arguments: argparse.Namespace
-) -> dict:
-    """One suite; its report."""
-    verb = [
-        sys.executable,
-        "-m",
-        "electra_ds",
-        "finetune",
-        model,
-        arguments.config,
-        "--tasks",
-        tasks,
-    ]
-    rest = [
-        "--data",
-        arguments.glue,
-        "--seeds",
-        str(seeds),
-        "--out",
-        str(out),
-        "--set",
-        "train.keep=none",
-    ]
-    subprocess.run(
-        [*verb, *rest, *options, "--set", "train.micro_batch_size=32"],
-        check=True,
-        stdout=sys.stderr,
-    )
-    return read_json(out / "report.json", "a report")
+    model: str, out: Path, tasks: str, seeds: int, options: argparse.Namespace, *flags: str
+) -> dict[str, Any]:
+    """Fine-tune a model on tasks; returns the scores of each task on its development set.
+
+    flags: further options of the verb.
+    """
+    command = [sys.executable, "-m", "electra_ds", "finetune", model, options.config]
+    command += ["--tasks", tasks, "--data", options.glue, "--seeds", str(seeds), "--out", str(out)]
+    command += ["--set", "train.keep=none", "--set", "train.micro_batch_size=32", *flags]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    report = read_json(out / "report.json", "a report")
+    return {name: task["scores"]["valid"] for name, task in report["tasks"].items()}
 
 
-def cell(found: dict) -> str:
-    """Median, mean and standard deviation of one metric."""
-    return f"{found['median']:.1f} ({found['mean']:.1f} +- {found['std']:.1f})"
+def format_score(score: dict[str, Any]) -> str:
+    """Median, mean and standard deviation of one metric over the seeds."""
+    return f"{score['median']:.1f} ({score['mean']:.1f} +- {score['std']:.1f})"
 
 
-def plot(points: list[tuple[int, dict]], chance: float, path: Path) -> None:
-    """Pretraining steps against STS-B, every seed a dot, medians joined."""
+def plot(points: list[tuple[int, dict[str, Any]]], random_score: float, path: Path) -> None:
+    """Plot STS-B against pretraining steps: a dot for each seed, a line through the medians."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
     steps = [step for step, _ in points]
-    axes.plot(
-        steps, [found["median"] for _, found in points], marker="o", label="median over seeds"
-    )
-    for step, found in points:
-        axes.scatter([step] * len(found["seeds"]), list(found["seeds"].values()), s=8, color="gray")
-    axes.axhline(chance, linestyle=":", color="gray", label="random initialisation")
+    medians = [score["median"] for _, score in points]
+    axes.plot(steps, medians, marker="o", label="median over seeds")
+    for step, score in points:
+        values = list(score["seeds"].values())
+        axes.scatter([step] * len(values), values, s=8, color="gray")
+    axes.axhline(random_score, linestyle=":", color="gray", label="random initialisation")
     axes.set(xlabel="pretraining steps", ylabel="STS-B Pearson x 100 (dev)", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--glue", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--checkpoints", nargs="*", default=[], metavar="STEPS=CHECKPOINT")
-    parser.add_argument("--config", default="tiny")
-    arguments = parser.parse_args()
-    tasks = ",".join(TASKS)
-    rows = {
-        name: finetune(arguments.model, arguments.out / name, tasks, 5, options, arguments)
-        for name, options in (("pretrained", []), ("random", ["--random-init"]))
-    }
-    print(
-        "| weights |",
-        " | ".join(f"{task} {metric}" for task, metric in TASKS.items()),
-        "|\n|---|---|---|---|---|",
+def parse_checkpoint(text: str) -> tuple[int, str]:
+    """STEPS=CHECKPOINT as (steps, path)."""
+    steps, path = text.split("=", 1)
+    return int(steps), path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__, has_json=False)
+    parser.add_argument("model", help="run folder or checkpoint of the pretrained model")
+    parser.add_argument("--glue", required=True, help="the folder that holds CoLA/, RTE/, ...")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--checkpoints",
+        nargs="*",
+        default=[],
+        metavar="STEPS=CHECKPOINT",
+        help="further checkpoints, each with its number of pretraining steps",
     )
-    for name, report in rows.items():
-        found = [
-            cell(report["tasks"][task]["scores"]["valid"][metric]) for task, metric in TASKS.items()
-        ]
-        print(f"| {name} |", " | ".join(found), "|")
+    parser.add_argument("--config", default="tiny", help="config of the verb finetune")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    tasks = ",".join(TASKS)
+    scores = {
+        "pretrained": finetune(
+            options.model, options.out / "pretrained", tasks, TASK_SEEDS, options
+        ),
+        "random": finetune(
+            options.model, options.out / "random", tasks, TASK_SEEDS, options, "--random-init"
+        ),
+    }
+    print_heading("weights", *(f"{task} {metric}" for task, metric in TASKS.items()))
+    for weights, task_scores in scores.items():
+        cells = [format_score(task_scores[task][metric]) for task, metric in TASKS.items()]
+        print_row(weights, *cells)
     points = []
-    for step, path in sorted(
-        (int(step), path) for step, path in (c.split("=", 1) for c in arguments.checkpoints)
-    ):
-        report = finetune(path, arguments.out / f"at-{step}", "stsb", 3, [], arguments)
-        points.append((step, report["tasks"]["stsb"]["scores"]["valid"]["pearson"]))
-        print(f"{step} steps: STS-B Pearson {cell(points[-1][1])}")
+    for step, path in sorted(map(parse_checkpoint, options.checkpoints)):
+        out = options.out / f"at-{step}"
+        score = finetune(path, out, "stsb", CHECKPOINT_SEEDS, options)["stsb"]["pearson"]
+        points.append((step, score))
+        print(f"{step} steps: STS-B Pearson {format_score(score)}")
     if points:
-        chance = rows["random"]["tasks"]["stsb"]["scores"]["valid"]["pearson"]["median"]
-        plot(points, chance, arguments.out / "stsb.png")
+        random_score = scores["random"]["stsb"]["pearson"]["median"]
+        plot(points, random_score, options.out / "stsb.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

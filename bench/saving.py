@@ -1,9 +1,12 @@
-"""How long does training stand still for a checkpoint, and what does the checkpoint cost in all?
+"""Pause of a checkpoint in training, and its whole cost.
 
     python bench/saving.py --data D --out B --ranks 2 --engine zero1
 
-Trains `small` with checkpoints awaited and written beside, and reads metrics.jsonl. pause: the median of
-checkpoint_pause_seconds. cost: what the steps up to the next checkpoint took beyond as many median steps.
+Trains `small` twice, with checkpoints that are awaited and with asynchronous ones, and reads the
+metrics of each run.
+
+pause: median of checkpoint_pause_seconds.
+cost:  seconds of the steps up to the next checkpoint, minus as many median steps; a median, too.
 """
 
 import argparse
@@ -13,10 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from report import make_parser, run_main
+
 from electra_ds.training import checkpoint
 from electra_ds.training.metrics_file import read_metrics
 
-SETS = [
+SETTINGS = [
     "train.global_batch_size=16",
     "train.micro_batch_size=8",
     "train.eval_every=0",
@@ -25,65 +30,59 @@ SETS = [
 ]
 
 
-def run(options: argparse.Namespace, out: Path, asynchronous: bool) -> None:
-    sets = [
-        *SETS,
+def train(options: argparse.Namespace, out: Path, asynchronous: bool) -> None:
+    """Run `pretrain` on the ranks of this machine."""
+    settings = [
+        *SETTINGS,
         f"train.total_steps={options.every * (options.saves + 1)}",
         f"checkpoint.every={options.every}",
         f"checkpoint.asynchronous={str(asynchronous).lower()}",
     ]
-    launcher = [
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={options.ranks}",
-        "-m",
-        "electra_ds",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        *launcher,
-        "pretrain",
-        "small",
-        "--data",
-        str(options.data),
-        "--out",
-        str(out),
-    ]
-    command += ["--engine", options.engine, *(part for line in sets for part in ("--set", line))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={options.ranks}", "-m", "electra_ds", "pretrain", "small"]
+    command += ["--data", str(options.data), "--out", str(out), "--engine", options.engine]
+    for setting in settings:
+        command += ["--set", setting]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+def report(out: Path, every: int) -> None:
+    """Print pause, cost, step time and size of the checkpoints of a run."""
+    records = [
+        record for record in read_metrics(out / "metrics.jsonl") if record["split"] == "train"
+    ]
+    pauses = [record["checkpoint_pause_seconds"] for record in records]
+    pauses = [pause for pause in pauses if pause]
+    ends = [record["seconds"] for record in records]  # of steps 1, 2, ...
+    step_seconds = statistics.median(end - start for start, end in itertools.pairwise(ends))
+    saved_steps = range(every - 1, len(ends) - every, every)  # indices
+    cost = statistics.median(ends[i + every] - ends[i] - every * step_seconds for i in saved_steps)
+    files = checkpoint.read_meta(out / "ckpt" / "final").files
+    size = sum(facts["bytes"] for facts in files.values())
+    print(
+        f"{out.name}: pause {statistics.median(pauses):.3f} s "
+        f"({min(pauses):.3f}-{max(pauses):.3f}), cost {cost:.3f} s, "
+        f"step {step_seconds:.3f} s, checkpoint {size / 1e6:.0f} MB"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, required=True, help="rows of 128 tokens")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--engine", default="zero1")
-    parser.add_argument("--every", type=int, default=10)
-    parser.add_argument("--saves", type=int, default=4)
+    parser = make_parser(__doc__, has_json=False)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="a data folder of rows of 128 tokens"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two runs")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks on this machine")
+    parser.add_argument("--engine", default="zero1", help="engine file")
+    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--saves", type=int, default=4, help="checkpoints before the last one")
     options = parser.parse_args()
     for asynchronous in (False, True):
-        out = options.out / f"{options.ranks}-{'asynchronous' if asynchronous else 'synchronous'}"
-        run(options, out, asynchronous)
-        records = [
-            record for record in read_metrics(out / "metrics.jsonl") if record["split"] == "train"
-        ]
-        pauses = [pause for record in records if (pause := record["checkpoint_pause_seconds"])]
-        ends = [record["seconds"] for record in records]  # of step 1, 2, ...
-        step = statistics.median(b - a for a, b in itertools.pairwise(ends))
-        saves = range(options.every - 1, len(ends) - options.every, options.every)
-        cost = statistics.median(
-            ends[i + options.every] - ends[i] - options.every * step for i in saves
-        )
-        size = sum(
-            facts["bytes"] for facts in checkpoint.read_meta(out / "ckpt" / "final").files.values()
-        )
-        print(
-            f"{out.name}: pause {statistics.median(pauses):.3f} s ({min(pauses):.3f}-{max(pauses):.3f}), "
-            f"cost {cost:.3f} s, step {step:.3f} s, checkpoint {size / 1e6:.0f} MB"
-        )
+        kind = "asynchronous" if asynchronous else "synchronous"
+        out = options.out / f"{options.ranks}-{kind}"
+        train(options, out, asynchronous)
+        report(out, options.every)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

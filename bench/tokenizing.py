@@ -1,16 +1,25 @@
-"""How fast is `prepare`, text in, shards out, beside bare tokenizers that do nothing else?
+"""Speed of `prepare`, from text to shards, beside tokenizers alone.
 
-    python bench/tokenizing.py --scratch S                 10 MB of builtin:docs, a vocabulary made of them
+    python bench/tokenizing.py --scratch S          10 MB of builtin:docs and a vocabulary of them
     python bench/tokenizing.py --input wiki.txt.xz --tokenizer vocab.txt --megabytes 20 --scratch S
     python bench/tokenizing.py wordpiece workers --input wiki.txt.xz --megabytes 0 --scratch S
 
-google: BERT's FullTokenizer, pure Python. hf: tokenizers' encode_batch_fast. sentencepiece: encode of a list of lines.
-wordpiece, unigram: our pipelines, which read JSONL of raw documents, clean, tokenize, deduplicate, shuffle, pack, hash
-and write. workers: wordpiece with four processes, their start and all they do counted.
+Bare tokenizers, which get cleaned texts in memory and are timed without loading:
 
-They take turns, each in a fresh process, one thread; what counts is the ratio of CPU time, the median over the rounds.
-The bare ones get cleaned texts in memory, and only their call counts. Before any timing every document in the shards
-must have the ids that the bare ones give.
+    google         BERT's FullTokenizer, in Python
+    hf             encode_batch_fast of the package tokenizers
+    sentencepiece  encode of a list of lines
+
+Our pipelines, which read JSONL of raw documents, clean, tokenize, deduplicate, shuffle, pack, hash
+and write:
+
+    wordpiece      one process
+    unigram        one process
+    workers        wordpiece with four processes, their start included
+
+The contenders take turns, each in a new process with one thread. The result is the ratio of CPU
+times, as the median over the rounds. Before any timing every document in the shards must have the
+ids of the bare tokenizers.
 """
 
 import argparse
@@ -27,6 +36,8 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from report import make_parser, print_heading, print_row, run_main
+
 from data_tools.formats.corpus import Tally, documents
 from data_tools.inputs.plan import UNIT_BYTES, make_plan
 from data_tools.inspect_rows import reread
@@ -37,25 +48,23 @@ from electra_ds.common.files import read_json, write_json
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
-BARE = {
-    "google": "wordpiece",
-    "hf": "wordpiece",
-    "sentencepiece": "unigram",
-}  # contender -> kind of its vocabulary
-PIPELINES = {
-    "wordpiece": ("wordpiece", 1),
-    "unigram": ("unigram", 1),
-    "workers": ("wordpiece", 4),
-}  # kind, processes
-EVERYONE = [*BARE, *PIPELINES]
-GOALS = {  # (contender, against) -> how many times faster it is to be
+# Bare tokenizer -> kind of its vocabulary.
+BARE = {"google": "wordpiece", "hf": "wordpiece", "sentencepiece": "unigram"}
+# Pipeline -> (kind of its vocabulary, processes).
+PIPELINES = {"wordpiece": ("wordpiece", 1), "unigram": ("unigram", 1), "workers": ("wordpiece", 4)}
+CONTENDERS = [*BARE, *PIPELINES]
+GOALS = {  # (contender, against) -> ratio of CPU times to reach
     ("wordpiece", "google"): 5.0,
     ("wordpiece", "hf"): 1.5,
     ("unigram", "sentencepiece"): 0.75,
     ("workers", "wordpiece"): 1 / 1.10,
 }
+BATCH = 1000  # texts given to a bare tokenizer at once
+VOCABULARY_BYTES = 10**7  # of text, about, on which vocabularies are trained
 
-# ---------------------------------------- BERT's FullTokenizer, its passes over characters and its small functions
+Turn = dict[str, float]  # results of `measure`
+
+# ---------------------------------------------------- BERT's FullTokenizer, character by character
 
 
 def is_space(c: str) -> bool:
@@ -81,7 +90,10 @@ def is_chinese(code: int) -> bool:
 
 
 def google_words(text: str, lowercase: bool) -> list[str]:
-    """Cleaned, Chinese characters apart, lower case without accents, punctuation apart."""
+    """The words of a text; Chinese characters and punctuation are words of their own.
+
+    Control characters are dropped. lowercase: in lower case and without accents.
+    """
     kept = [c for c in text if ord(c) not in (0, 0xFFFD) and not is_control(c)]
     cleaned = "".join(" " if is_space(c) else c for c in kept)
     words = []
@@ -89,248 +101,336 @@ def google_words(text: str, lowercase: bool) -> list[str]:
         if lowercase:
             decomposed = unicodedata.normalize("NFD", word.lower())
             word = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
-        parts, begins = [], True
-        for c in word:
-            apart = is_punctuation(c)
-            if apart or begins:
-                parts.append([])
-            parts[-1].append(c)
-            begins = apart
-        words += ["".join(part) for part in parts]
+        words += split_punctuation(word)
     return " ".join(words).split()
 
 
+def split_punctuation(word: str) -> list[str]:
+    """The word with each punctuation character as a part of its own."""
+    parts: list[list[str]] = []
+    starts_part = True
+    for c in word:
+        is_separate = is_punctuation(c)
+        if is_separate or starts_part:
+            parts.append([])
+        parts[-1].append(c)
+        starts_part = is_separate
+    return ["".join(part) for part in parts]
+
+
+def google_subwords(word: str, vocabulary: dict[str, int]) -> list[str]:
+    """Split a word greedily into its longest entries; empty if it has no such split."""
+    characters = list(word)
+    if len(characters) > 100:
+        return []
+    subwords = []
+    start = 0
+    while start < len(characters):
+        prefix = "##" if start else ""
+        end = len(characters)
+        while start < end:
+            subword = prefix + "".join(characters[start:end])
+            if subword in vocabulary:
+                break
+            end -= 1
+        if start == end:
+            return []
+        subwords.append(subword)
+        start = end
+    return subwords
+
+
 def google_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Of each word the longest entry that it begins with, then of its rest."""
+    unknown = tokenizer.tokens([tokenizer.special_ids.unk])
     tokens = []
     for word in google_words(text, tokenizer.options["lowercase"]):
-        characters, own, start = list(word), [], 0
-        while start < len(characters) <= 100:
-            end = len(characters)
-            while (
-                piece := ("##" if start else "") + "".join(characters[start:end])
-            ) not in tokenizer.ids and start < end:
-                end -= 1
-            if start == end:
-                break
-            own.append(piece)
-            start = end
-        tokens += own if start == len(characters) else tokenizer.tokens([tokenizer.special_ids.unk])
+        tokens += google_subwords(word, tokenizer.ids) or unknown
     return [tokenizer.ids[token] for token in tokens]
 
 
-# -------------------------------------------------------------------------------------------------- contenders
+# -------------------------------------------------------------------------------- bare tokenizers
 
 
-def bare(name: str, tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
-    """The ids of each text."""
-    for some in (texts[first : first + 1000] for first in range(0, len(texts), 1000)):
+def bare_ids(name: str, tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
+    """The ids of each text by a bare tokenizer."""
+    for first in range(0, len(texts), BATCH):
+        batch = texts[first : first + BATCH]
         if name == "google":
-            yield from (google_ids(text, tokenizer) for text in some)
+            yield from (google_ids(text, tokenizer) for text in batch)
         elif name == "hf":
-            yield from (
-                e.ids for e in tokenizer.fast.encode_batch_fast(some, add_special_tokens=False)
-            )
+            encodings = tokenizer.fast.encode_batch_fast(batch, add_special_tokens=False)
+            yield from (encoding.ids for encoding in encodings)
         else:
-            lines = [text.split("\n") for text in some]
-            found = iter(
-                tokenizer._model.encode([line for own in lines for line in own], num_threads=1)
-            )
-            yield from (list(chain.from_iterable(islice(found, len(own)))) for own in lines)
+            yield from sentencepiece_ids(tokenizer, batch)
+
+
+def sentencepiece_ids(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
+    """The ids of each text; all lines are encoded at once."""
+    lines_of_text = [text.split("\n") for text in texts]
+    all_lines = [line for lines in lines_of_text for line in lines]
+    ids_of_line = iter(tokenizer._model.encode(all_lines, num_threads=1))
+    for lines in lines_of_text:
+        yield list(chain.from_iterable(islice(ids_of_line, len(lines))))
+
+
+def read_texts(scratch: Path) -> list[str]:
+    """The cleaned texts that `fill_scratch` wrote."""
+    return read_json(scratch / "texts.json", "texts")["texts"]
+
+
+# ------------------------------------------------------------------------------------ one turn
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
-def measure(name: str, scratch: Path) -> dict[str, float]:
-    """One turn in this process: CPU seconds, those of them in encode_flat (of this process), peak MB of a process."""
-    inside = 0.0
+def measure(name: str, scratch: Path) -> Turn:
+    """Run a contender in this process.
+
+    Returns its CPU seconds (cpu), the part of them spent in encode_flat in this process
+    (tokenizing), and the largest peak memory of a process in MB (peak).
+    """
     if name in BARE:
-        tokenizer, texts = (
-            load_tokenizer(scratch / BARE[name]),
-            read_json(scratch / "texts.json", "texts")["texts"],
-        )
-        begun = cpu_seconds()
-        deque(bare(name, tokenizer, texts), maxlen=0)
+        seconds, tokenizing = measure_bare(name, scratch), 0.0
     else:
-        kind, workers = PIPELINES[name]
-        tokenizer, given, out = (
-            load_tokenizer(scratch / kind),
-            scratch / "input.jsonl",
-            scratch / f"out-{name}",
-        )
-        encode_flat = type(tokenizer).encode_flat
-
-        def timed(self: Tokenizer, texts: list[str]) -> tuple:
-            nonlocal inside
-            before = cpu_seconds()
-            found = encode_flat(self, texts)
-            inside += cpu_seconds() - before
-            return found
-
-        type(tokenizer).encode_flat = timed
-        unit_bytes = min(UNIT_BYTES, given.stat().st_size // 8 + 1)  # some for each process
-        shutil.rmtree(out, ignore_errors=True)
-        begun = cpu_seconds()
-        prepare([str(given)], tokenizer, out, unit_bytes=unit_bytes, workers=workers)
-    seconds = cpu_seconds() - begun
-    own = (
-        Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    )  # ru_maxrss begins with the parent's
-    peak = max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-    return {"cpu": seconds, "tokenizing": inside, "peak": peak / 1024}
+        seconds, tokenizing = measure_pipeline(name, scratch)
+    # ru_maxrss of this process would start from the memory of its parent.
+    status = Path("/proc/self/status").read_text()
+    own_peak = int(status.partition("VmHWM:")[2].split()[0])
+    children_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {"cpu": seconds, "tokenizing": tokenizing, "peak": max(own_peak, children_peak) / 1024}
 
 
-def turn(name: str, scratch: Path) -> dict[str, float]:
-    """`measure` in a process of its own."""
+def measure_bare(name: str, scratch: Path) -> float:
+    """CPU seconds of a bare tokenizer on all texts."""
+    tokenizer = load_tokenizer(scratch / BARE[name])
+    texts = read_texts(scratch)
+    began = cpu_seconds()
+    deque(bare_ids(name, tokenizer, texts), maxlen=0)
+    return cpu_seconds() - began
+
+
+def measure_pipeline(name: str, scratch: Path) -> tuple[float, float]:
+    """(CPU seconds of `prepare`, the part of them spent in encode_flat in this process)."""
+    kind, workers = PIPELINES[name]
+    tokenizer = load_tokenizer(scratch / kind)
+    source = scratch / "input.jsonl"
+    out = pipeline_folder(name, scratch)
+    tokenizing = 0.0
+    encode_flat = type(tokenizer).encode_flat
+
+    def timed_encode_flat(self: Tokenizer, texts: list[str]) -> tuple:
+        nonlocal tokenizing
+        before = cpu_seconds()
+        encoded = encode_flat(self, texts)
+        tokenizing += cpu_seconds() - before
+        return encoded
+
+    type(tokenizer).encode_flat = timed_encode_flat
+    unit_bytes = min(UNIT_BYTES, source.stat().st_size // 8 + 1)  # several units per process
+    shutil.rmtree(out, ignore_errors=True)
+    began = cpu_seconds()
+    prepare([str(source)], tokenizer, out, unit_bytes=unit_bytes, workers=workers)
+    return cpu_seconds() - began, tokenizing
+
+
+def pipeline_folder(name: str, scratch: Path) -> Path:
+    """The data folder that a pipeline writes."""
+    return scratch / f"out-{name}"
+
+
+def run_turn(name: str, scratch: Path) -> Turn:
+    """`measure` in a new process."""
     command = [sys.executable, __file__, name, "--scratch", str(scratch), "--here"]
-    environ = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    return json.loads(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environ).stdout
-    )
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    return json.loads(done.stdout)
 
 
-def fill(scratch: Path, options: argparse.Namespace) -> None:
-    """Raw documents as JSONL, cleaned ones as JSON, both vocabularies; a scratch folder that has them keeps them."""
+# -------------------------------------------------------------------------------- scratch folder
+
+
+def fill_scratch(scratch: Path, options: argparse.Namespace) -> None:
+    """Write raw documents, cleaned texts and both vocabularies, if they are not there."""
     if (scratch / "texts.json").exists():
         return
     scratch.mkdir(parents=True, exist_ok=True)
-    raw, size = [], 0
-    for source in make_plan(options.input).sources:
+    texts, size = read_documents(options.input, options.megabytes)
+    part = texts[: len(texts) // (1 + size // VOCABULARY_BYTES)]
+    write_jsonl(scratch / "input.jsonl", texts)
+    write_jsonl(scratch / "part.jsonl", part)
+    vocabulary_input = [str(scratch / "part.jsonl")]
+    if options.tokenizer:
+        wordpiece = load_tokenizer(options.tokenizer)
+    else:
+        wordpiece = train_tokenizer(vocabulary_input, scratch / "wordpiece")
+    wordpiece.save(scratch / "wordpiece")
+    train_tokenizer(vocabulary_input, scratch / "unigram", kind="unigram")
+    cleaned = ["\n".join(clean_lines(text)[0]) for text in texts]
+    write_json(scratch / "texts.json", {"texts": cleaned})
+
+
+def read_documents(inputs: list[str], megabytes: float) -> tuple[list[str], int]:
+    """(the first documents of the input up to a size, their bytes). megabytes: 0: all."""
+    texts: list[str] = []
+    size = 0
+    for source in make_plan(inputs).sources:
         for text in documents(
             source, 0, source.size, text_field="text", tally=Tally(), on_progress=lambda done: None
         ):
-            if not options.megabytes or size < options.megabytes * 1e6:
-                raw.append(text)
+            if not megabytes or size < megabytes * 1e6:
+                texts.append(text)
                 size += len(text.encode())
-    for file, count in (
-        ("input", len(raw)),
-        ("part", len(raw) // (1 + size // 10**7)),
-    ):  # about 10 MB to train on
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in raw[:count])
-        (scratch / f"{file}.jsonl").write_text("".join(lines), encoding="utf-8")
-    part = [str(scratch / "part.jsonl")]
-    own = (
-        load_tokenizer(options.tokenizer)
-        if options.tokenizer
-        else train_tokenizer(part, scratch / "wordpiece")
-    )
-    own.save(scratch / "wordpiece")
-    train_tokenizer(part, scratch / "unigram", kind="unigram")
-    write_json(scratch / "texts.json", {"texts": ["\n".join(clean_lines(text)[0]) for text in raw]})
+    return texts, size
 
 
-def packed(data: Path, scratch: Path) -> dict[int, list[int]]:
-    """Document (its place in the input) -> its ids, from the rows of a data folder."""
-    parts: dict[tuple[int, int], list] = {}
-    for reader in (ShardReader(data, split) for split in ("train", "valid")):
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    """Write one document per line."""
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------- check of the ids
+
+
+def packed_ids(data: Path, scratch: Path) -> dict[int, list[int]]:
+    """Index of a document in the input -> its ids, from the rows of a data folder."""
+    fragments: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
+    for split in ("train", "valid"):
+        reader = ShardReader(data, split)
         for block in range(len(reader.blocks)):
             rows = reader.block(block)
             for row, start, length, unit, document, token in reader.fragments(block).tolist():
-                parts.setdefault((unit, document), []).append(
-                    (token, rows[row, start : start + length].tolist())
-                )
-    texts_of, units = (
-        reread(data, [str(scratch / "input.jsonl")]),
-        range(len(reader.manifest.source.units)),
-    )
-    keys = [(unit, document) for unit in units for document, _ in enumerate(texts_of(unit))]
+                ids = rows[row, start : start + length].tolist()
+                fragments.setdefault((unit, document), []).append((token, ids))
+    texts_of_unit = reread(data, [str(scratch / "input.jsonl")])
+    units = range(len(reader.manifest.source.units))
+    keys = [(unit, document) for unit in units for document, _ in enumerate(texts_of_unit(unit))]
     return {
-        n: [i for _, ids in sorted(parts[key]) for i in ids]
-        for n, key in enumerate(keys)
-        if key in parts
+        index: [i for _, ids in sorted(fragments[key]) for i in ids]
+        for index, key in enumerate(keys)
+        if key in fragments
     }
 
 
 def check_ids(names: list[str], scratch: Path) -> None:
-    """Every document in the shards must have the ids of each bare tokenizer among `names`."""
-    texts = read_json(scratch / "texts.json", "texts")["texts"]
-    for other in (name for name in names if name in BARE):
-        expected = list(bare(other, load_tokenizer(scratch / BARE[other]), texts))
-        for name in (name for name in names if PIPELINES.get(name, ("",))[0] == BARE[other]):
-            found = packed(scratch / f"out-{name}", scratch)
-            # Python makes the last sigma of a word in capitals a final one; Rust, ours and that of `hf`, does not
-            known = {n for n in found if other == "google" and "\u03a3" in texts[n]}
-            if wrong := [
-                texts[n][:80] for n, ids in found.items() if n not in known and ids != expected[n]
-            ]:
-                raise SystemExit(
-                    f"{name}: not the ids of {other} on {len(wrong)} documents, the first: {wrong[0]}"
-                )
-            print(
-                f"{name}: the ids of {other} on {len(found) - len(known)} of {len(texts)} documents; the rest are "
-                f"copies, or (google) have a capital sigma"
-            )
+    """Compare pipelines with the bare tokenizers of their vocabulary. SystemExit if they differ."""
+    texts = read_texts(scratch)
+    for bare in names:
+        if bare not in BARE:
+            continue
+        tokenizer = load_tokenizer(scratch / BARE[bare])
+        expected = list(bare_ids(bare, tokenizer, texts))
+        for name in names:
+            if name in PIPELINES and PIPELINES[name][0] == BARE[bare]:
+                check_pipeline_ids(name, bare, expected, texts, scratch)
 
 
-def report(taken: dict[str, list[dict]], megabytes: float) -> None:
-    """Ratios, then what each contender needs, as markdown tables."""
+def check_pipeline_ids(
+    name: str, bare: str, expected: list[list[int]], texts: list[str], scratch: Path
+) -> None:
+    """Print on how many documents the ids of a pipeline are those expected."""
+    ids_of_document = packed_ids(pipeline_folder(name, scratch), scratch)
+    # str.lower makes a final sigma of a capital sigma at the end of a word. The package tokenizers
+    # and our tokenizer do not.
+    compared = {
+        index: ids
+        for index, ids in ids_of_document.items()
+        if bare != "google" or "\u03a3" not in texts[index]
+    }
+    wrong = [index for index, ids in compared.items() if ids != expected[index]]
+    if wrong:
+        raise SystemExit(
+            f"{name}: the ids are not those of {bare} on {len(wrong)} documents, the first: "
+            f"{texts[wrong[0]][:80]}"
+        )
     print(
-        "| contender | against | times as fast, CPU, median | spread | goal |\n|---|---|---|---|---|"
+        f"{name}: the ids are those of {bare} on {len(compared)} of {len(texts)} documents; the "
+        "others are duplicates, or (google) have a capital sigma"
     )
-    for (name, other), goal in GOALS.items():
-        if name in taken and other in taken:
-            ratios = sorted(
-                b["cpu"] / a["cpu"] for a, b in zip(taken[name], taken[other], strict=True)
-            )
-            verdict = "reached" if statistics.median(ratios) >= goal else "MISSED"
-            spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
-            print(
-                f"| {name} | {other} | {statistics.median(ratios):.2f} | {spread} | {goal:.2f} {verdict} |"
-            )
-    print(
-        "\n| contender | MB per CPU second | outside encode_flat | peak MB of a process |\n|---|---|---|---|"
-    )
-    for name, turns in taken.items():
-        rate = statistics.median(megabytes / one["cpu"] for one in turns)
-        rest = statistics.median(1 - one["tokenizing"] / one["cpu"] for one in turns)
-        share = f"{rest:.0%}" if name in PIPELINES and PIPELINES[name][1] == 1 else ""
-        print(f"| {name} | {rate:.2f} | {share} | {max(one['peak'] for one in turns):.0f} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+# -------------------------------------------------------------------------------------- tables
+
+
+def report(turns: dict[str, list[Turn]], megabytes: float) -> None:
+    """Print the ratios, then the rate and memory of each contender."""
+    print_heading("contender", "against", "times as fast, CPU, median", "spread", "goal")
+    for (name, peer), goal in GOALS.items():
+        if name not in turns or peer not in turns:
+            continue
+        pairs = zip(turns[name], turns[peer], strict=True)
+        ratios = [peer_turn["cpu"] / turn["cpu"] for turn, peer_turn in pairs]
+        median = statistics.median(ratios)
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        verdict = "reached" if median >= goal else "MISSED"
+        print_row(name, peer, f"{median:.2f}", spread, f"{goal:.2f} {verdict}")
+    print()
+    print_heading("contender", "MB per CPU second", "outside encode_flat", "peak MB of a process")
+    for name, own_turns in turns.items():
+        rate = statistics.median(megabytes / turn["cpu"] for turn in own_turns)
+        outside = ""
+        if name in PIPELINES and PIPELINES[name][1] == 1:
+            shares = [1 - turn["tokenizing"] / turn["cpu"] for turn in own_turns]
+            outside = f"{statistics.median(shares):.0%}"
+        peak = max(turn["peak"] for turn in own_turns)
+        print_row(name, f"{rate:.2f}", outside, f"{peak:.0f}")
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="CONTENDER", help=f"of {', '.join(EVERYONE)} (default: all)"
+        "names",
+        nargs="*",
+        metavar="CONTENDER",
+        help=f"names of contenders: {', '.join(CONTENDERS)} (default: all)",
     )
     parser.add_argument(
         "--input", nargs="+", default=["builtin:docs"], help="text, as `prepare` takes it"
     )
-    parser.add_argument("--tokenizer", help="WordPiece vocabulary (default: made of the text)")
+    parser.add_argument("--tokenizer", help="WordPiece vocabulary (default: trained on the text)")
     parser.add_argument("--megabytes", type=float, default=10, help="of the text (0: all of it)")
     parser.add_argument(
         "--scratch",
         type=Path,
         required=True,
-        help="folder for texts, vocabularies and shards, kept",
+        help="folder for texts, vocabularies and shards, which are kept and used again",
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file for the numbers of every turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names, scratch = options.names or EVERYONE, options.scratch
-    if unknown := set(names) - set(EVERYONE):
-        parser.error(f"no contender {sorted(unknown)[0]!r}; there are {', '.join(EVERYONE)}")
+    if unknown := set(options.names) - set(CONTENDERS):
+        parser.error(f"no contender {sorted(unknown)[0]!r}; there are {', '.join(CONTENDERS)}")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    names: list[str] = options.names or CONTENDERS
+    scratch: Path = options.scratch
     if options.here:
-        return print(json.dumps(measure(names[0], scratch)))
-    fill(scratch, options)
-    for name in PIPELINES.keys() & names:
-        turn(name, scratch)
+        print(json.dumps(measure(names[0], scratch)))
+        return
+    fill_scratch(scratch, options)
+    for name in PIPELINES:
+        if name in names:
+            run_turn(name, scratch)
     check_ids(names, scratch)
-    taken: dict[str, list[dict]] = {name: [] for name in names}
-    for name in names * options.rounds:
-        taken[name].append(turn(name, scratch))
-    megabytes = (
-        sum(len(text.encode()) for text in read_json(scratch / "texts.json", "texts")["texts"])
-        / 1e6
-    )
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            turns[name].append(run_turn(name, scratch))
+    megabytes = sum(len(text.encode()) for text in read_texts(scratch)) / 1e6
     print(f"{megabytes:.1f} MB, load {os.getloadavg()[0]:.1f}\n")
-    report(taken, megabytes)
+    report(turns, megabytes)
     if options.json:
-        write_json(options.json, taken)
+        write_json(options.json, turns)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import shard_data
+import small_corpus
 
 pytest_plugins = ["nodes"]
 
@@ -14,3 +15,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, valid = tmp_path_factory.mktemp("data"), shard_data.best_fit_rows(50, 32, seed=9)
     shards = [shard_data.best_fit_rows(100, 32, seed=seed) for seed in range(3)]
     return shard_data.write_data(folder, shards, valid=valid)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 300 short documents (in) and a vocabulary of whole words (tok)."""
+    return small_corpus.write_corpus(tmp_path_factory.mktemp("corpus"))

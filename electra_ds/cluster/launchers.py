@@ -1,11 +1,11 @@
-"""Who am I among the ranks? The environment of torch.distributed, derived from whichever launcher started us.
+"""The place of this process among the ranks, derived from the variables of its launcher.
 
-DeepSpeed falls to its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are all set, and a
-launcher that sets none then trains N separate copies. So all are derived here, checked and exported.
+DeepSpeed uses its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
+all set; with a launcher that sets none of them it would train N separate copies. So all are derived
+here, checked and exported.
 """
 
 import os
-import re
 import socket
 import subprocess
 from collections.abc import MutableMapping
@@ -15,8 +15,8 @@ from typing import Any
 from electra_ds.common.errors import UserError
 from electra_ds.common.processes import free_port
 
-# launcher -> names of (rank, world size, local rank, ranks on this host), the innermost first: Open MPI starts a daemon
-# per node by srun, and srun --mpi=pmi2 sets the names of MPICH.
+# launcher -> names of (rank, world size, local rank, ranks on this host), the innermost launcher
+# first: Open MPI starts a daemon per node by srun, and srun --mpi=pmi2 sets the names of MPICH.
 LAUNCHERS = {
     "torchrun or deepspeed": (
         "RANK",
@@ -54,10 +54,10 @@ class Ranks:
 def find_ranks(
     environ: MutableMapping[str, str] = os.environ, promised: int | None = None
 ) -> Ranks:
-    """Derive this process's place from the launcher's variables and export all that torch and DeepSpeed read.
+    """Derive this process's place and export the variables that torch and DeepSpeed read.
 
-    promised: the number of ranks the user asked for (--world-size), or None.
-    Raises UserError when the launcher's variables are incomplete, or when another number of ranks was promised.
+    promised: the number of ranks that the user expects (--world-size), or None.
+    Raises UserError when the launcher's variables are incomplete, or another number was promised.
     """
     sizes = {
         name: int(environ[keys[1]])
@@ -65,13 +65,13 @@ def find_ranks(
         if keys[0] in environ and keys[1] in environ
     }
     if not sizes:
-        pairs = [
-            keys[:2] for name, keys in LAUNCHERS.items() if name != "srun"
-        ]  # sbatch alone sets SLURM_PROCID too
+        # srun is left out: sbatch alone sets SLURM_PROCID, too.
+        pairs = [keys[:2] for name, keys in LAUNCHERS.items() if name != "srun"]
         for present, absent in [*pairs, *(pair[::-1] for pair in pairs)]:
             if present in environ:
                 raise UserError(
-                    f"{present} is set but {absent} is not: the launcher's environment is incomplete"
+                    f"{present} is set but {absent} is not: "
+                    "the launcher's environment is incomplete"
                 )
         sizes, ranks = {}, Ranks(0, 1, 0, 1, "none")
     else:
@@ -80,21 +80,22 @@ def find_ranks(
     for name, size in sizes.items():
         if size > ranks.world_size:
             raise UserError(
-                f"{ranks.launcher} started a world of {ranks.world_size} ranks inside {name}, which promised {size}"
+                f"{ranks.launcher} started a world of {ranks.world_size} ranks inside {name}, "
+                f"which promised {size}"
             )
     if promised is not None and promised != ranks.world_size:
         raise UserError(
-            f"--world-size {promised} was promised, but {ranks.launcher} started {ranks.world_size} rank(s)"
+            f"--world-size {promised} was promised, but {ranks.launcher} started "
+            f"{ranks.world_size} rank(s)"
         )
     _export(environ, ranks)
     return ranks
 
 
 def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks:
-    """A world of its own for this rank, on its device: for work that is spread over ranks without talking."""
-    for name in [
-        name for name in environ if name.startswith("TORCHELASTIC_")
-    ]:  # or torch meets in the agent's store
+    """A world of one rank on this rank's device, for work that needs no communication."""
+    # With these variables torch would meet in the store of torchrun's agent.
+    for name in [name for name in environ if name.startswith("TORCHELASTIC_")]:
         del environ[name]
     environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     single = Ranks(0, 1, ranks.local_rank, ranks.local_size, ranks.launcher)
@@ -104,16 +105,15 @@ def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks
 
 def _read(environ: MutableMapping[str, str], launcher: str) -> Ranks:
     rank, size, local, local_sizes = LAUNCHERS[launcher]
-    world_size, found = (
-        int(environ[size]),
-        next((environ[name] for name in local_sizes if name in environ), "1"),
-    )
+    world_size = int(environ[size])
+    local_size = next((environ[name] for name in local_sizes if name in environ), "1")
     if local not in environ:
         raise UserError(
-            f"{launcher} set {rank} and {size} but not {local}: the launcher's environment is incomplete"
+            f"{launcher} set {rank} and {size} but not {local}: "
+            "the launcher's environment is incomplete"
         )
-    local_size = int(re.match(r"\d+", found)[0])  # SLURM writes 4(x2)
-    place = Ranks(int(environ[rank]), world_size, int(environ[local]), local_size, launcher)
+    on_this_host = int(local_size.partition("(")[0].partition(",")[0])  # SLURM writes 4(x2)
+    place = Ranks(int(environ[rank]), world_size, int(environ[local]), on_this_host, launcher)
     if not 0 <= place.rank < world_size:
         raise UserError(
             f"{launcher} set {rank}={place.rank}, outside a world of {world_size} ranks"
@@ -124,8 +124,8 @@ def _read(environ: MutableMapping[str, str], launcher: str) -> Ranks:
 def _export(environ: MutableMapping[str, str], ranks: Ranks) -> None:
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if not (address and port):
-        found = _meeting_point(environ, ranks)
-        address, port = address or found[0], port or found[1]
+        default_address, default_port = _meeting_point(environ, ranks)
+        address, port = address or default_address, port or str(default_port)
     hosts = max(1, ranks.world_size // max(1, ranks.local_size))
     values = {
         "RANK": ranks.rank,
@@ -166,21 +166,23 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
 
 
 def mpi_world(ranks: Ranks, otherwise: str) -> Any:
-    """mpi4py's communicator of all ranks; UserError when it does not meet them, with what to do `otherwise`."""
-    if (
-        ranks.launcher == "srun"
-    ):  # MPICH's ucx writes addresses that are now and then too long for srun's pmi2
+    """mpi4py's communicator of all ranks. UserError when it does not meet them.
+
+    otherwise: what else the user can do, for the message.
+    """
+    if ranks.launcher == "srun":  # MPICH's ucx sometimes writes addresses too long for srun's pmi2
         os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):
         raise UserError(
-            f"{ranks.launcher} started this, but mpi4py cannot load its MPI library: use this environment's mpirun "
-            f"(pip install mpich), or {otherwise}"
+            f"{ranks.launcher} started this, but mpi4py cannot load its MPI library: use this "
+            f"environment's mpirun (pip install mpich), or {otherwise}"
         ) from None
     if (met := MPI.COMM_WORLD.Get_size()) != ranks.world_size:
         raise UserError(
-            f"{ranks.launcher} started {ranks.world_size} ranks, mpi4py meets {met}: it was built for another MPI; "
-            f"install the one of this launcher (for srun --mpi=pmi2: pip install mpich), or {otherwise}"
+            f"{ranks.launcher} started {ranks.world_size} ranks, mpi4py meets {met}: it was built "
+            "for another MPI; install the one of this launcher (for srun --mpi=pmi2: pip install "
+            f"mpich), or {otherwise}"
         )
     return MPI.COMM_WORLD

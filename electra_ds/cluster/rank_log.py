@@ -36,6 +36,7 @@ def open_log(out: Path, ranks: Ranks) -> None:
         LOG.removeHandler(old)
         old.close()
     LOG.addHandler(handler)
+    assert handler.stream is not None  # opened by the constructor
     faulthandler.enable(handler.stream)
     faulthandler.register(signal.SIGUSR2, handler.stream)
     place = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"

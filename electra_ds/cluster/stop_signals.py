@@ -1,11 +1,10 @@
 """Stop signals and exit codes."""
 
-import logging
 import os
 import signal
 from collections.abc import Callable
 
-LOG = logging.getLogger("electra_ds")
+from electra_ds.cluster.rank_log import LOG
 
 DONE = 0  # exit codes; 2 is a user's mistake
 FAILED = 1

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.rank_log import LOG
 from electra_ds.common.errors import RunFailure
 from electra_ds.common.processes import is_gone, machine, started
 
-LOG = logging.getLogger("electra_ds")
 PACKAGE = str(Path(__file__).parents[1])
 MISSES = 8  # heartbeats that a rank, or answers that the store, may miss
 GRACE_SECONDS = 6.0  # from the failure to the end of a rank whose main thread hangs

@@ -287,6 +287,7 @@ class RunConfig(Section):
             return self.train.total_steps
         if rows is None:
             raise UserError("train.epochs needs the data to know the number of steps: give --data")
+        assert self.train.epochs is not None  # one of both is given
         return max(1, round(self.train.epochs * rows / self.train.global_batch_size))
 
     def with_data(
@@ -315,8 +316,10 @@ class RunConfig(Section):
 class FactoryRun(RunConfig):
     """A run whose encoders are made by model.factory."""
 
-    model: FactoryConfig
-    generator: None = science(None, "made by the factory")
+    model: FactoryConfig  # type: ignore[assignment]
+    generator: None = science(  # type: ignore[assignment]
+        None, "made by the factory"
+    )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "FactoryRun":

@@ -1,1 +1,1 @@
-"""Fine-tuning on GLUE and on tasks of the user's own."""
+"""Fine-tuning on GLUE and on tasks that users describe."""

@@ -1,11 +1,8 @@
-"""What does a run cost? Floating-point operations of a step, bytes on a rank.
-
-Letters: B rows, S tokens a row.
-"""
+"""Memory of a run per rank: model states, buckets, activations, and the peak of a step."""
 
 import weakref
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,17 +20,26 @@ PRECISIONS = ("fp32", "bf16 autocast", "half (bf16, fp16)")
 
 
 class Memory(NamedTuple):
-    """Bytes on a rank, at most, as DeepSpeed 0.19 allocates them (tests/engine_memory.py measures it)."""
+    """Most bytes on a rank, as DeepSpeed 0.19 allocates them.
 
-    states: int  # weights, gradients, fp32 master weights and two moments, padding included
-    gradients: int  # the part of the states that is gone between a step and the next backward, but at stage 3
-    buckets: int  # through which gradients are reduced, and weights gathered (stage 3)
-    activations: int  # of forward and backward of one micro-batch, the gradients of stage 0 on their way included
-    update: int  # copies of gradients that the optimizer's step makes
+    tests/support/engine_memory.py measures them.
+
+    states: weights, gradients, fp32 master weights and two moments, padding included.
+    gradients: the part of `states` that is freed between a step and the next backward; 0 at stage 3.
+    buckets: for the reduction of gradients and, at stage 3, the gathering of weights.
+    activations: of forward and backward of one micro-batch, with the gradients of stage 0.
+    update: copies of gradients that the optimizer's step makes.
+    """
+
+    states: int
+    gradients: int
+    buckets: int
+    activations: int
+    update: int
 
     @property
     def peak(self) -> int:
-        """The most that is held at once."""
+        """Most bytes that are held at once."""
         forward_backward = self.states - self.gradients + self.buckets + self.activations
         return max(forward_backward, self.states + self.update)
 
@@ -44,9 +50,10 @@ def memory(
     stages: Iterable[int] = range(4),
     precisions: Iterable[str] = PRECISIONS,
 ) -> dict[tuple[int, str], Memory]:
-    """What a rank needs at each ZeRO stage and precision, the optimizer on the device, layers not compiled.
+    """Memory of a rank by (ZeRO stage, precision), with the optimizer on the device, not compiled.
 
-    The buckets are those of the run's own engine file at its stage, elsewhere those of the shipped zeroN.json.
+    The buckets are those of the run's engine file at its stage, and of the shipped zeroN.json at the
+    other stages.
     """
     groups = parameter_groups(meta_model(config), 1.0)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
@@ -55,60 +62,64 @@ def memory(
     for precision in precisions:
         activations = activation_bytes(config, precision)
         for stage in stages:
-            zero = (
-                own
-                if own.get("stage", 0) == stage
-                else load_engine(f"zero{stage}")["zero_optimization"]
-            )
+            is_own = own.get("stage", 0) == stage
+            zero = own if is_own else load_engine(f"zero{stage}")["zero_optimization"]
             found[stage, precision] = _at_stage(
                 stage, precision, sizes, config, world_size, zero, activations
             )
     return found
 
 
-def _at_stage(stage, precision, sizes, config, world_size, zero, activations) -> Memory:
-    width = 2 if precision == PRECISIONS[2] else 4
+def _at_stage(
+    stage: int,
+    precision: str,
+    sizes: list[list[int]],
+    config: RunConfig,
+    world_size: int,
+    zero: dict[str, Any],
+    activations: tuple[int, int],
+) -> Memory:
+    """sizes: see `model_state_bytes`. activations: see `activation_bytes`."""
+    width = 2 if precision == PRECISIONS[2] else 4  # bytes of a number
     states, gradients = model_state_bytes(sizes, world_size)[stage, precision]
     largest, count = max(map(sum, sizes)), sum(map(sum, sizes))
-    bucket = (
-        int(zero.get("reduce_bucket_size", 5e8)) * width
-        if zero.get("contiguous_gradients", True)
-        else 0
-    )
-    if world_size == 1 and stage in (1, 2):
-        bucket = 0  # engine.SINGLE_RANK_ZERO
-    buckets, update = (
-        0,
-        (4 + width % 4) * largest // world_size,
-    )  # a flat copy, for half precision one in fp32 too
+    bucket = 0
+    reduces = world_size > 1 or stage not in (1, 2)  # see engine.SINGLE_RANK_ZERO
+    if reduces and zero.get("contiguous_gradients", True):
+        bucket = int(zero.get("reduce_bucket_size", 5e8)) * width
+    buckets = 0
+    # A flat copy of the gradients; in half precision one more in fp32.
+    update = (4 + width % 4) * largest // world_size
     if stage == 0:
         update = 4 * count if width == 2 else 0
     elif stage == 3:
-        gathered = count + min(
-            count, int(zero.get("stage3_prefetch_bucket_size", 5e7))
-        )  # flat, then one by one
+        # Gathered weights: a flat buffer, then one parameter after the other.
+        gathered = count + min(count, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
         buckets = bucket + (width * gathered if world_size > 1 else 0)
         update += bucket
     else:
         buckets = bucket * (2 if zero.get("overlap_comm") else 1)
-    whole = (
-        width * count if stage == 1 else gradients
-    )  # stage 1 reduces at the last micro-batch alone
-    accumulated = whole if config.accumulation(world_size) > 1 else 0
+    # Between micro-batches stage 1 holds whole gradients: it reduces with the last one only.
+    held = width * count if stage == 1 else gradients
+    accumulated = held if config.accumulation(world_size) > 1 else 0
     return Memory(states, gradients, buckets, accumulated + activations[stage == 0], update)
 
 
 def model_state_bytes(
     sizes: list[list[int]], world_size: int
 ) -> dict[tuple[int, str], tuple[int, int]]:
-    """Weights, gradients, fp32 master weights and two moments on the rank that holds most, and the gradients alone.
+    """(bytes of states, bytes of gradients) by (stage, precision), on the rank that holds most.
 
-    sizes: elements of the parameters in memory, group by group as the optimizer has them. Stages 1 and 2 cut a flat
-    group into shares, padded to 2 elements a rank, and keep whole the gradients of parameters that a cut goes through
-    (stage 1 as little as stage 2). Stage 3 cuts each parameter. fp32 has a second copy of the weights from stage 1 on.
-    Adam's step counters are in it, 4 bytes for each tensor that the optimizer has.
+    States are weights, gradients, fp32 master weights, two moments, and Adam's step counters (4 bytes
+    per tensor of the optimizer).
+
+    sizes: elements of the parameters in memory, by group of the optimizer.
+    Stages 1 and 2 cut a flat group into shares, padded to 2 elements per rank, and keep the whole
+    gradients of parameters that are cut. Stage 3 cuts each parameter. From stage 1 on, fp32 holds a
+    second copy of the weights.
     """
-    found, count = {}, sum(map(sum, sizes))
+    found: dict[tuple[int, str], tuple[int, int]] = {}
+    count = sum(map(sum, sizes))
     padded = [-(-sum(group) // (2 * world_size)) * 2 * world_size for group in sizes]
     shares = sum(-(-size // world_size) for group in sizes for size in group)
     kept = max(
@@ -129,7 +140,7 @@ def model_state_bytes(
 
 
 def _gradients_kept(group: list[int], padded: int, rank: int, world_size: int) -> int:
-    """Elements of the gradients that a rank keeps of one flat group: the whole of each parameter it has a part of."""
+    """Elements of gradients that a rank keeps of a flat group: of every parameter in its share."""
     share, first, kept = padded // world_size, 0, 0
     for size in group:
         kept += size if first < share * (rank + 1) and first + size > share * rank else 0
@@ -138,9 +149,11 @@ def _gradients_kept(group: list[int], padded: int, rank: int, world_size: int) -
 
 
 def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
-    """Most bytes alive beside the weights in forward and backward of one micro-batch, each gradient given away as soon
-    as it is there, and all kept. On the kind of device that is here: attention on a CPU keeps its probabilities,
-    [B, heads, S, S] a layer, flash attention does not. Rows hold several pieces.
+    """Most bytes alive beside the weights in forward and backward of one micro-batch.
+
+    Returns (with each gradient freed once it is computed, with all gradients kept), for the kind of
+    device of this machine: attention on a CPU keeps its probabilities, [B, heads, S, S] per layer,
+    flash attention does not. Rows hold several documents.
     """
     live = MemoryTracker(bool_is=True)
     at_rest = _run(config, precision, device_here(), live)
@@ -153,8 +166,11 @@ def device_here() -> str:
 
 
 def _run(config: RunConfig, precision: str, device: str, live: "MemoryTracker") -> int:
-    """Forward and backward of one micro-batch on tensors that have shapes alone: what is counted holds for any
-    kind, size and way of computing. Returns the bytes that were there before."""
+    """Run forward and backward of one micro-batch on tensors without data.
+
+    So the result holds for every objective, size and way of computing. Returns the bytes that
+    existed before.
+    """
     module = meta_model(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
     module.recompute_layers(config.train.activation_checkpointing)
     rows, length = config.train.micro_batch_size, config.data.sequence_length
@@ -175,19 +191,29 @@ def _run(config: RunConfig, precision: str, device: str, live: "MemoryTracker") 
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Bytes of the tensors that come to life while it is on: `now`, the `peak`, that without what was given away, and
-    the `largest` one. Of tensors without data (bool_is) a question is answered so."""
+    """Bytes of the tensors that are created while the mode is active.
+
+    now: bytes alive. peak: the most so far. peak_without: the most so far without gradients that
+    `give_away` counted. largest: bytes of the largest tensor.
+    bool_is: the answer to every question about a value, for tensors without data.
+    """
 
     def __init__(self, bool_is: bool | None = None):
         super().__init__()
-        self.now = self.peak = self.peak_without = self.largest = self._given = 0
-        self._held, self._bool_is = {}, bool_is
+        self.now = 0
+        self.peak = 0
+        self.peak_without = 0
+        self.largest = 0
+        self._given = 0
+        self._held: dict[int, int] = {}
+        self._bool_is = bool_is
 
     def give_away(self, parameter: torch.Tensor) -> None:
-        """Count the gradient as not there from now on in `peak_without`."""
+        """Leave the gradient of a parameter out of `peak_without` from now on."""
+        assert parameter.grad is not None
         self._given += parameter.grad.untyped_storage().nbytes()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and self._bool_is is not None:
             return self._bool_is
         made = func(*args, **(kwargs or {}))

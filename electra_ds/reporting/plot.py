@@ -26,7 +26,10 @@ NAMES = {
 
 
 def plot(runs: list[Path], out: Path) -> None:
-    """Draw the runs' curves against tokens seen into `out` (png, svg, pdf). UserError when a run has no metrics."""
+    """Draw the curves of runs over tokens into `out` (png, svg, pdf).
+
+    UserError when a run has no metrics.
+    """
     for run in runs:
         if not (run / "metrics.jsonl").exists():
             raise UserError(f"{run}: no metrics.jsonl here; expected a run folder")
@@ -44,22 +47,21 @@ def plot(runs: list[Path], out: Path) -> None:
             axis.set(title=title, xlabel="million tokens seen")
             axis.grid(alpha=0.3)
             for curve in curves.split():
-                _draw(
-                    axis, records, *curve.split("/"), prefix=f"{run.name} " if len(runs) > 1 else ""
-                )
+                split, key = curve.split("/")
+                _draw(axis, records, split, key, f"{run.name} " if len(runs) > 1 else "")
     for axis in axes.flat:
         axis.legend(fontsize=8)
     figure.savefig(out, dpi=110)
 
 
 def _draw(axis: Any, records: list[dict[str, Any]], split: str, key: str, prefix: str) -> None:
-    seen = [
-        (record["step"], record["tokens"] / 1e6) for record in records if record["split"] == "train"
-    ]
-    found = [r for r in records if seen and r["split"] == split and r.get(key) is not None]
-    # Million tokens at each record, between the training log lines.
-    tokens = np.interp([r["step"] for r in found], *zip(*seen, strict=True)) if found else []
-    style = (
+    train = [record for record in records if record["split"] == "train"]
+    found = [r for r in records if train and r["split"] == split and r.get(key) is not None]
+    steps = [record["step"] for record in train]
+    millions = [record["tokens"] / 1e6 for record in train]
+    # Million tokens at each record, interpolated between the training log lines.
+    tokens = np.interp([r["step"] for r in found], steps, millions) if found else []
+    style: dict[str, Any] = (
         {"linewidth": 0.8, "alpha": 0.5} if split == "train" else {"marker": ".", "linewidth": 1.5}
     )
     label = NAMES.get(key, "training" if split == "train" else "held out")

@@ -1,13 +1,19 @@
 """Pretraining from Python: `electra_ds.pretrain`."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from electra_ds.cluster.launchers import find_ranks
+from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.training.pretrain import Limits
 from electra_ds.training.pretrain import pretrain as pretrain_ranks
+
+_has_run = False
 
 
 def pretrain(
@@ -22,20 +28,60 @@ def pretrain(
     extend: bool = False,
     init_from: str | Path | None = None,
 ) -> int:
-    """Pretrain, or resume what `out` holds. Under a launcher every rank calls this function.
+    """Pretrain, or resume the unfinished run in `out`.
 
-    config: a preset's name, the path of a RUN.json, or a RunConfig (then without engine and sets).
+    Without a launcher it trains in this process, on one device. Under torchrun, deepspeed, srun or
+    mpirun each rank calls it with the same arguments.
+
+    config: name of a preset, path of a RUN.json, or a RunConfig (without engine and sets).
     data: a data folder, its URL, or a MIX.json. out: the run folder.
-    engine, sets: as --engine and --set of the command line.
-    stop_at_step, max_minutes: save and stop after this step, or this time.
-    extend: continue a finished run whose total_steps was raised.
-    init_from: start from the weights of a run or checkpoint.
-    Returns 0 if the schedule is complete, 85 if the run is saved and stopped. Raises UserError or
-    RunFailure. A process can call it once: the ranks of a process group meet once.
+    engine, sets: as --engine and --set of the command line, such as sets=["train.seed=1"].
+    stop_at_step, max_minutes: save and return after this step or this time.
+    extend: continue a finished run with a larger train.total_steps.
+    init_from: start from the weights of a run or a checkpoint.
+
+    Returns the exit code of the command line: 0 if the schedule is complete, 85 if the run is saved
+    and stopped (0 under torchrun, which restarts after any other code). Pass it to sys.exit in a
+    script for a launcher. Raises UserError for a mistake in the arguments and RunFailure for a run
+    that cannot continue.
+
+    A process can pretrain once, since DeepSpeed keeps the process groups of the first run: resume
+    in a new process. Call it from the main thread: SIGINT, SIGTERM and SIGUSR1 save and stop the run.
     """
-    if not isinstance(config, RunConfig):
-        config = load_run(str(config), sets, engine)
-    limits = Limits(
-        stop_at_step, max_minutes, extend, None if init_from is None else Path(init_from)
-    )
-    return pretrain_ranks(config, data, Path(out), find_ranks(), limits)
+    global _has_run
+    if isinstance(config, RunConfig):
+        if engine is not None or sets:
+            raise UserError(
+                "engine and sets change a preset or a file, but config is a RunConfig: give them "
+                "to electra_ds.load_run(name, sets, engine)"
+            )
+    else:
+        config = load_run(str(config), list(sets), engine)
+    if _has_run:
+        raise UserError(
+            "electra_ds.pretrain has run in this process already, and DeepSpeed keeps the process "
+            "groups of the first run: start a new process (in a notebook, restart the kernel)"
+        )
+    weights = None if init_from is None else Path(init_from)
+    limits = Limits(stop_at_step, max_minutes, extend, weights)
+    with _restored_process():
+        code = pretrain_ranks(config, data, Path(out), find_ranks(), limits)
+    _has_run = True
+    return code
+
+
+@contextlib.contextmanager
+def _restored_process() -> Iterator[None]:
+    """Restore signal handlers and remove the variables of torch.distributed that were added."""
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    environment = set(os.environ)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in os.environ.keys() - environment:
+            del os.environ[name]

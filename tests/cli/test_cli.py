@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_custom
 import typer
+from factory_run import factory_run
 
 from electra_ds import cli
 from electra_ds.common.errors import RunFailure, UserError
@@ -234,6 +234,6 @@ def test_check_all_shows_every_value(electra_ds, monkeypatch):
 
 
 def test_check_says_nothing_of_the_memory_of_the_users_own_code(electra_ds, tmp_path):
-    test_custom.run(tmp_path)
+    factory_run(tmp_path)
     code, out, _ = electra_ds("check", tmp_path / "run.json")
     assert code == 0 and "parameters in all" in out and "GiB" not in out

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
 from machines import Machines, wait_until
+from nodes import arguments, hostfile, needs_pdsh, ranks_of, start, wait_for, weights
 
 SILENCE = 8  # train.silence_seconds
 

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from machines import Machines, wait_until
 from nodes import (
     BRIEF,
     arguments,
@@ -21,7 +22,6 @@ from nodes import (
     wait_for,
     weights,
 )
-from machines import Machines, wait_until
 from running import ROOT, needs_mpi, read_json
 
 from electra_ds.training import checkpoint
@@ -129,7 +129,9 @@ def test_scripts_pass_shellcheck() -> None:
 def test_a_hostfile_line_that_is_no_host_is_refused(line: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(f"# nodes\nnode0 slots=1\n{line}\n")
     process = start("deepspeed.sh", *arguments(data, tmp_path / "run"), HOSTFILE=tmp_path / "hosts")
-    assert "expected a line such as" in process.communicate(timeout=60)[0] and process.returncode == 2
+    assert (
+        "expected a line such as" in process.communicate(timeout=60)[0] and process.returncode == 2
+    )
 
 
 @pytest.mark.parametrize("word", ["--set=$(touch x)", "a b", "x;id", "`id`", "two\nlines", "it's"])
@@ -142,4 +144,7 @@ def test_a_word_that_a_remote_shell_would_read_is_refused(
         word,
         HOSTFILE=ROOT / "launch/hostfile.example",
     )
-    assert "cannot be passed through ssh" in process.communicate(timeout=60)[0] and process.returncode == 2
+    assert (
+        "cannot be passed through ssh" in process.communicate(timeout=60)[0]
+        and process.returncode == 2
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from running import CPU, ROOT, needs_mpi
 from slurm import MISSING, Slurm
-from test_prepare import contents, corpus  # noqa: F401 (a fixture)
+from small_corpus import contents
 
 from data_tools.prepare import prepare
 
@@ -16,7 +16,7 @@ from data_tools.prepare import prepare
 @pytest.mark.skipif(
     bool(MISSING), reason=f"no {', '.join(MISSING)} here (apt-get install slurm-wlm munge)"
 )
-def test_tasks_on_two_nodes_write_the_bytes_of_one_process(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_tasks_on_two_nodes_write_the_bytes_of_one_process(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     slurm = Slurm(tmp_path / "slurm", 2)
     out = tmp_path / "my data"

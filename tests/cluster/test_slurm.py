@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from nodes import BRIEF, ranks_of, submit, wait_for, weights
 from machines import wait_until
+from nodes import BRIEF, ranks_of, submit, wait_for, weights
 from running import read_json
 from slurm import Slurm
 

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from running import CPU, ROOT, read_json, run_cli
+from lock_owner import hold
+from running import CPU, read_json, run_cli
 
 from electra_ds.cluster.failures import count_failures, record_error
 from electra_ds.common import folder_lock
@@ -19,15 +20,6 @@ from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.processes import machine, started
 from electra_ds.training import checkpoint
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from electra_ds.common.folder_lock import Lock
-with Lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
 
 RACE = """
 import sys
@@ -57,15 +49,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def alone(out: Path, stale_seconds: float = 60.0) -> Lock:
     return Lock(out, stale_seconds=stale_seconds)
-
-
-def hold(out: Path, **environ: str) -> subprocess.Popen:
-    """Another process that holds OUT, beating every five seconds."""
-    command = [sys.executable, "-c", HOLD, str(out)]
-    environ = os.environ | environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
 
 
 def wait_for(what, seconds: float = 300.0) -> None:

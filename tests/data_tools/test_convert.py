@@ -10,7 +10,7 @@ import google_crc32c
 import numpy as np
 import pytest
 from running import ROOT
-from test_prepare import contents
+from small_corpus import contents
 
 from data_tools.convert import convert
 from data_tools.inspect_rows import describe_rows

@@ -16,8 +16,7 @@ from threading import Thread
 
 import pytest
 import webdataset
-from running import has_mpi
-from test_prepare_mpi import mpirun
+from running import has_mpi, mpirun
 
 from data_tools.formats.corpus import UNKNOWN, Tally, documents
 from data_tools.inputs.plan import make_plan

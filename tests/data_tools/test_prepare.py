@@ -1,7 +1,6 @@
 """Text to shards: every token kept and found again, the same bytes for any workers, resumable."""
 
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -13,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import WITH_SUPPORT
+from small_corpus import ENTRIES, WORDS, contents, endless, text_of
+from small_corpus import prepare_corpus as run
 
 from data_tools.inspect_rows import describe_rows, reread
 from data_tools.pipeline import units as units_module
@@ -25,55 +27,7 @@ from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 
-PATHS = os.pathsep.join(
-    map(
-        str,
-        (Path(__file__).parents[2], Path(__file__).parents[1] / "support", Path(__file__).parent),
-    )
-)
-
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(f"n{i}" for i in range(300))]
 PACKINGS = ("best_fit", "concat", "google")
-
-
-def text_of(number: int) -> str:
-    """A document of 1 to about 120 words in lines of up to 14, unlike all others by its first word."""
-    random = np.random.default_rng(number)
-    words = [f"n{number}", *random.choice(WORDS, int(random.integers(0, 120)))]
-    cuts = [0, *np.cumsum(random.integers(1, 15, len(words)))]
-    return "\n".join(" ".join(words[a:b]) for a, b in itertools.pairwise(cuts) if words[a:b])
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A folder of WikiExtractor and plain files with 300 texts, 30 of them twice; and a vocabulary of whole words."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "tok").mkdir()
-    (folder / "tok" / "vocab.txt").write_text("\n".join(ENTRIES) + "\n")
-    (folder / "in").mkdir()
-    texts = [text_of(i) for i in range(300)]
-    (folder / "in" / "a.wiki").write_text(
-        "".join(f'<doc id="{i}">\n{t}\n</doc>\n' for i, t in enumerate(texts[:150]))
-    )
-    copies = [t.upper().replace("\n", "  \n ") for t in texts[:30]]
-    (folder / "in" / "b.txt").write_text("\n\n".join([*texts[150:], *copies]))
-    return folder
-
-
-def run(corpus, out, **options):
-    """Prepare the corpus in small units and shards."""
-    settings = dict(
-        sequence_length=16, valid_fraction=0.1, unit_bytes=9000, shard_bytes=4000, block_rows=64
-    )
-    return prepare([str(corpus / "in")], corpus / "tok", out, **{**settings, **options})
-
-
-def contents(folder) -> dict[str, bytes]:
-    """Every file of a data folder by name."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 def documents_of(data) -> dict[str, dict[tuple[int, int], list[int]]]:
@@ -210,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(corpus, tmp_path, at):
 def test_a_killed_job_goes_on_to_the_same_bytes_with_other_workers(corpus, tmp_path):
     run(corpus, tmp_path / "whole")
     code = f"""
-from test_prepare import run
+from small_corpus import prepare_corpus as run
 from pathlib import Path
 if __name__ == "__main__":
     run(Path({str(corpus)!r}), Path({str(tmp_path / "data")!r}), workers=2)
@@ -219,7 +173,7 @@ if __name__ == "__main__":
     job = subprocess.Popen(
         [sys.executable, tmp_path / "job.py"],
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": PATHS},
+        env=os.environ | WITH_SUPPORT,
     )
     while not list((tmp_path / "data").rglob("unit-*.json")) and job.poll() is None:
         time.sleep(0.005)
@@ -227,13 +181,6 @@ if __name__ == "__main__":
     job.wait()
     run(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
-
-
-def endless(_, on_progress):
-    """A task that would go on for ever."""
-    while True:
-        on_progress(1)
-        time.sleep(0.01)
 
 
 def fails_or_runs_for_ever(fails, on_progress):
@@ -249,7 +196,7 @@ def killed(_, on_progress):
 def test_workers_leave_when_their_parent_is_killed(tmp_path):
     (tmp_path / "job.py").write_text("""
 import multiprocessing
-from test_prepare import endless
+from small_corpus import endless
 from data_tools.workers import pool
 if __name__ == "__main__":
     with pool(3) as run:
@@ -259,7 +206,7 @@ if __name__ == "__main__":
         [sys.executable, tmp_path / "job.py"],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": PATHS},
+        env=os.environ | WITH_SUPPORT,
     )
     pids = [int(pid) for pid in job.stdout.readline().split()]
     assert len(pids) == 3  # two at work, one waiting
@@ -315,7 +262,7 @@ def test_a_second_prepare_in_the_same_out_or_units_is_refused_with_the_owner_nam
 import sys, time
 from pathlib import Path
 from electra_ds.common import folder_lock as lock
-from test_prepare import run
+from small_corpus import prepare_corpus as run
 lock.BEAT_SECONDS = 0.1
 def stay(stage, done, total):
     if stage == "tokenize":
@@ -327,7 +274,7 @@ run(Path({str(corpus)!r}), Path(sys.argv[1]), units=Path(sys.argv[2]), progress=
         [sys.executable, tmp_path / "job.py", tmp_path / "data", tmp_path / "units"],
         text=True,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": PATHS},
+        env=os.environ | WITH_SUPPORT,
     )
     assert job.stdout.readline() == "at work\n"
     for out, units in ((tmp_path / "data", None), (tmp_path / "other", tmp_path / "units")):

@@ -12,8 +12,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from running import CPU, ROOT, needs_mpi
-from test_prepare import contents, corpus, run, text_of  # noqa: F401 (corpus is a fixture)
+from running import CPU, mpirun, needs_mpi
+from small_corpus import contents, text_of
+from small_corpus import prepare_corpus as run
 
 pytestmark = needs_mpi
 JOB = """
@@ -21,7 +22,7 @@ import os, sys, time
 from pathlib import Path
 from data_tools.workers import mpi_ranks
 from mpi4py import MPI
-from tests.test_prepare import run
+from small_corpus import prepare_corpus as run
 victim, at = int(sys.argv[3]), sys.argv[4]
 pids = MPI.COMM_WORLD.allgather(os.getpid())
 def progress(stage, done, total):
@@ -37,7 +38,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from data_tools.workers import mpi_ranks
-from tests.test_prepare import run
+from small_corpus import prepare_corpus as run
 if __name__ == "__main__":
     corpus, out, units = map(Path, sys.argv[1:4])
     with mpi_ranks() as others:
@@ -46,21 +47,8 @@ if __name__ == "__main__":
 """
 
 
-def mpirun(ranks: int, *command: object, script: bool = False) -> subprocess.CompletedProcess:
-    """Ends within half a minute or fails."""
-    launcher = (
-        ["bash", str(ROOT / "launch/prepare.sh")]
-        if script
-        else ["mpirun", "-n", str(ranks), sys.executable]
-    )
-    environ = os.environ | CPU | {"PYTHON": sys.executable, "RANKS": str(ranks)}
-    return subprocess.run(
-        [*launcher, *map(str, command)], env=environ, capture_output=True, text=True, timeout=30
-    )
-
-
 @pytest.mark.parametrize(("victim", "at"), [(0, "tokenize"), (1, "pack")])
-def test_the_death_of_a_rank_ends_all_and_another_number_goes_on(corpus, tmp_path, victim, at):  # noqa: F811
+def test_the_death_of_a_rank_ends_all_and_another_number_goes_on(corpus, tmp_path, victim, at):
     run(corpus, tmp_path / "whole")
     (tmp_path / "job.py").write_text(JOB)
     died = mpirun(3, tmp_path / "job.py", corpus, tmp_path / "data", victim, at)
@@ -90,7 +78,7 @@ def processes_of(word: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("driver", ["workers", "ranks"])
-def test_20_random_kills_cost_only_what_was_not_finished(corpus, tmp_path, driver):  # noqa: F811
+def test_20_random_kills_cost_only_what_was_not_finished(corpus, tmp_path, driver):
     """Of one process or of all, each followed by another number of them; now and then a finished unit is damaged."""
     random, kills, launches, kept = Random(int(os.environ.get("CHAOS_SEED", "1"))), 0, 0, {}
     whole, out, units, job = (
@@ -153,7 +141,7 @@ def test_20_random_kills_cost_only_what_was_not_finished(corpus, tmp_path, drive
     assert kills == 20 and contents(out) == contents(whole)
 
 
-def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpus, tmp_path):  # noqa: F811
+def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpus, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(6):
         text = "\n\n".join(text_of(i) for i in range(30 * number, 30 * number + 30))
@@ -173,7 +161,9 @@ def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpu
     assert broken.returncode == 2 and broken.stderr.count("3.gz: broken after byte") == 1, (
         broken.stderr
     )
-    assert "Traceback" not in broken.stderr and "failed (exit code 2 of the launcher)" in broken.stderr
+    assert (
+        "Traceback" not in broken.stderr and "failed (exit code 2 of the launcher)" in broken.stderr
+    )
     (tmp_path / "in" / "3.gz").write_bytes(whole)
     done = mpirun(3, *options, tmp_path / "my data", script=True)
     assert done.returncode == 0 and "my data is finished" in done.stderr, done.stderr
@@ -184,7 +174,7 @@ def test_the_script_says_what_a_rank_found_once_and_leaves_as_prepare_does(corpu
     assert refused.returncode == 2 and refused.stderr.count("workers = 2; expected") == 1, refused
 
 
-def test_the_module_under_mpi4py_is_the_verb(corpus, tmp_path):  # noqa: F811
+def test_the_module_under_mpi4py_is_the_verb(corpus, tmp_path):
     command = [
         "-m",
         "mpi4py",

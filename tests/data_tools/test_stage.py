@@ -15,7 +15,8 @@ import fsspec
 import pytest
 from machines import wait_until
 from running import CPU, read_json, run_cli
-from test_prepare import contents, corpus, run  # noqa: F401 (corpus: a fixture)
+from small_corpus import contents
+from small_corpus import prepare_corpus as run
 
 from data_tools.stage import stage
 from data_tools.verify import verify
@@ -23,7 +24,7 @@ from electra_ds.common.errors import RunFailure, UserError
 
 
 @pytest.fixture(scope="module")
-def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def made(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of several shards."""
     folder = tmp_path_factory.mktemp("made") / "data"
     manifest = run(corpus, folder)
@@ -215,7 +216,7 @@ def test_a_disk_without_room_is_told_before_anything_is_copied(made: Path, tmp_p
     )
 
 
-def test_prepare_writes_to_a_url_by_way_of_a_folder(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_prepare_writes_to_a_url_by_way_of_a_folder(corpus: Path, tmp_path: Path) -> None:
     to, work = f"file://{tmp_path}/bucket/data", ("--work", tmp_path / "work")
     options = (
         "--input",

@@ -11,7 +11,7 @@ import pytest
 from data_tools.pipeline import unknowns
 from data_tools.prepare import prepare
 from data_tools.stats import page, stats, tables
-from electra_ds import cli
+from electra_ds.cli import data as verbs
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.tokenizer import load_tokenizer
 
@@ -184,7 +184,7 @@ class Texts(HTMLParser):
 
 
 def test_the_page_says_what_the_json_says_and_needs_nothing_else(folder, tmp_path, capsys):
-    cli.stats(folder / "data", html=tmp_path / "page.html", as_json=True)
+    verbs.stats(folder / "data", html=tmp_path / "page.html", as_json=True)
     facts = json.loads(capsys.readouterr().out)
     assert facts == stats(folder / "data")
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -201,7 +201,7 @@ def test_the_page_says_what_the_json_says_and_needs_nothing_else(folder, tmp_pat
         assert {f"{count:,}" for count in counted} <= set(found.cells)
     assert content.count("<polyline") == 2 and "http" not in content
     assert not Texts(content).names & {"script", "link", "img", "src", "href", "iframe"}
-    cli.stats(folder / "data")
+    verbs.stats(folder / "data")
     printed = capsys.readouterr().out
     for cell in found.cells:
         assert all(word in printed for word in cell.split())

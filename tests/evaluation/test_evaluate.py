@@ -184,10 +184,10 @@ def test_the_verb_returns_the_metrics_of_evaluation_during_training(run, monkeyp
 def test_load_objective_returns_the_module_that_was_saved(run):
     module, config = load_model.load_objective(run.path)
     assert not module.training and config == run.config
-    own = dict(run.module.named_parameters())
+    saved = dict(run.module.named_parameters())
     for name, parameter in module.named_parameters():
         true = padded_rows(module).get(name, len(parameter))
-        assert torch.equal(parameter[:true], own[name][:true]), name
+        assert torch.equal(parameter[:true], saved[name][:true]), name
 
 
 def test_a_checkpoint_is_found_from_the_run_folder_the_ckpt_folder_or_itself(run, tmp_path):

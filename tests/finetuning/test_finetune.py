@@ -1,6 +1,5 @@
 """Fine-tuning through the engine: learning, ranks, kept models, resuming, predictions, batches."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,11 +9,13 @@ import numpy as np
 import pytest
 import run_folders
 import torch
+from lock_owner import hold
 from running import CPU, ROOT, read_json, run_cli, run_ranks
-from test_folder_lock import hold
+from small_tasks import WORDS, write_tasks
 
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.batches import (
+    Encoded,
     collate,
     encode,
     epoch_batches,
@@ -30,52 +31,7 @@ from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.hf import classifier_to_hf, hf_config, to_hf
 from electra_ds.model.weights import true_state
 
-WORDS = run_folders.VOCABULARY[5:305]
 GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
-
-
-def write_tasks(folder: Path) -> Path:
-    """Write three tasks with labels that depend on single words: classes, pairs, words."""
-    random = np.random.default_rng(0)
-
-    def text(size: int) -> list[str]:
-        return [WORDS[i] for i in random.integers(0, len(WORDS), size)]
-
-    def classes() -> dict:
-        label, words = int(random.integers(2)), text(int(random.integers(3, 12)))
-        words[int(random.integers(len(words)))] = ("ab", "cd")[label]
-        return {"sentence": " ".join(words), "label": ("no", "yes")[label]}
-
-    def pairs() -> dict:
-        both = int(random.integers(2))
-        return {
-            "a": " ".join(["ab", *text(3)]),
-            "b": " ".join(["ab" if both else "cd", *text(8)]),
-            "label": 5 * both,
-        }
-
-    def words() -> dict:
-        found = [WORDS[i] for i in random.integers(0, 10, random.integers(3, 9))]
-        return {"words": found, "tags": ["B-early" if word < "af" else "O" for word in found]}
-
-    tasks = {
-        "classes": (classes, {}),
-        "pairs": (pairs, {"kind": "regression", "text_a": "a", "text_b": "b", "both_orders": True}),
-        "words": (words, {"kind": "token_classification", "text_a": "words", "label": "tags"}),
-    }
-    folder.mkdir()
-    for name, (make, description) in tasks.items():
-        sizes = {"train": 200, "valid": 61, "test": 7}
-        splits = {split: f"{name}-{split}.jsonl" for split in sizes}
-        (folder / f"{name}.json").write_text(json.dumps({"splits": splits} | description))
-        for split, file in splits.items():
-            hidden = ("label", "tags") if split == "test" else ()
-            rows = [
-                {key: x for key, x in make().items() if key not in hidden}
-                for _ in range(sizes[split])
-            ]
-            (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +228,8 @@ def test_a_pair_is_cut_from_its_longer_text(tmp_path):
 
 def test_the_first_token_of_a_word_has_its_label(tmp_path):
     tokenizer = words_tokenizer(tmp_path)
-    asked = task("token_classification", labels=["O", "B-x"])
-    (found,) = encode([Example("0", ["aaab", "ab"], None, [1, 0])], asked, tokenizer, 20)
+    described = task("token_classification", labels=["O", "B-x"])
+    (found,) = encode([Example("0", ["aaab", "ab"], None, [1, 0])], described, tokenizer, 20)
     assert tokenizer.tokens(found.ids) == ["[CLS]", "aa", "##ab", "ab", "[SEP]"]
     assert found.label == [-1, 1, -1, 0, -1]
 
@@ -301,86 +257,76 @@ def test_micro_batches_keep_the_order_and_empty_ones_have_weight_0(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
-def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(
-    tmp_path, kind
-):
-    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
-    model = run_folders.config().model.model_copy(update={"max_positions": 128})
-    per_token, regression = kind == "token_classification", kind == "regression"
-    module = run_folders.drawn(Classifier(model, 1 if regression else 3, per_token, regression))
+def random_examples(kind: str, tokenizer) -> list[Encoded]:
+    """Eight encoded examples of a kind of task; some have equal lengths."""
     random = np.random.default_rng(0)
-    sizes = [9, 9, 9, 4, 17, 17, 23, 9]  # runs of equal lengths, and lengths that repeat
 
     def text(size: int) -> list[str]:
         return [WORDS[i] for i in random.integers(0, 300, size)]
 
-    if per_token:
-        examples = [Example("", text(size), None, [i % 3 for i in range(size)]) for size in sizes]
+    examples = []
+    for i, size in enumerate([9, 9, 9, 4, 17, 17, 23, 9]):
+        if kind == "token_classification":
+            examples.append(Example("", text(size), None, [j % 3 for j in range(size)]))
+        else:
+            examples.append(Example("", " ".join(text(size)), " ".join(text(5)), i % 3))
+    if kind == "regression":
+        described = task(kind, label_range=(0.0, 2.0))
     else:
-        examples = [
-            Example("", " ".join(text(size)), " ".join(text(5)), i % 3)
-            for i, size in enumerate(sizes)
-        ]
-    asked = task(
-        kind,
-        labels=None if regression else ["a", "b", "c"],
-        label_range=(0.0, 2.0) if regression else None,
-    )
-    encoded = encode(examples, asked, words_tokenizer(tmp_path), 128)
-    lengths = [len(example.ids) for example in encoded]
+        described = task(kind, labels=["a", "b", "c"])
+    return encode(examples, described, tokenizer, 128)
+
+
+def stock_classifier(module: Classifier, model, kind: str) -> torch.nn.Module:
+    """The stock class of transformers with the weights of `module`."""
+    import transformers
+
     name, state = classifier_to_hf(true_state(module), kind)
-    stock = getattr(transformers, name)(
-        transformers.ElectraConfig(
-            **hf_config(model, None, "discriminator", 0), num_labels=1 if regression else 3
-        )
-    ).eval()
+    labels = 1 if kind == "regression" else 3
+    values = hf_config(model, None, "discriminator", 0)
+    config = transformers.ElectraConfig(**values, num_labels=labels)
+    stock = getattr(transformers, name)(config).eval()
     assert not stock.load_state_dict(state, strict=False).missing_keys
-    fixed = collate(
-        [
-            *encoded,
-            encoded[0]._replace(
-                ids=[2] * 128, second_start=128, label=[-1] * 128 if per_token else 0
-            ),
-        ],
-        0,
-        kind,
-    )
-    ids, segments, real = (
-        x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.document_ids)
-    )  # padded to 128
-    theirs = stock(ids, attention_mask=real, token_type_ids=segments).logits
-    expected = (
-        torch.cat([x[:size] for x, size in zip(theirs, lengths, strict=True)])
-        if per_token
-        else theirs
-    )
+    return stock
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
+def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(
+    tmp_path, kind
+):
+    pytest.importorskip("transformers", reason="needs the extra [hf]")
+    model = run_folders.config().model.model_copy(update={"max_positions": 128})
+    per_token, outputs = kind == "token_classification", 1 if kind == "regression" else 3
+    module = run_folders.drawn(Classifier(model, outputs, per_token, kind == "regression"))
+    encoded = random_examples(kind, words_tokenizer(tmp_path))
+    lengths = [len(example.ids) for example in encoded]
+    stock = stock_classifier(module, model, kind)
+    longest = Encoded([2] * 128, 128, [-1] * 128 if per_token else 0)  # pads all rows to 128
+    fixed = collate([*encoded, longest], 0, kind)
+    ids, segments, real = (x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.document_ids))
+    expected = stock(ids, attention_mask=real, token_type_ids=segments).logits
+    if per_token:
+        expected = torch.cat([row[:size] for row, size in zip(expected, lengths, strict=True)])
     expected.square().sum().backward()
     expected_grads = {name: p.grad for name, p in stock.named_parameters()}
     largest = max(float(grad.abs().max()) for grad in expected_grads.values())
     for packed in (False, True):
         batch = collate(encoded, 0, kind, packed)
-        assert batch.input_ids.shape == (
-            (1, sum(lengths)) if packed else (len(sizes), max(lengths))
-        )
+        shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
+        assert batch.input_ids.shape == shape
         module.zero_grad()
         logits = module(batch, predict=True)
         logits = logits[batch.document_ids.flatten() > 0] if per_token else logits
         logits.square().sum().backward()
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-        grads = {
-            name: p.grad[: len(value)]
-            for (name, p), value in zip(
-                module.named_parameters(), true_state(module).values(), strict=True
-            )
-        }
+        sizes = {name: len(value) for name, value in true_state(module).items()}
+        grads = {name: p.grad[: sizes[name]] for name, p in module.named_parameters()}
         for name, grad in to_hf(grads, "discriminator").items():
             torch.testing.assert_close(
                 grad, expected_grads[name], atol=1e-6 * largest, rtol=1e-4, msg=name
             )
-        alone = sum(
-            module(collate(one, 0, kind, packed)).total for one in [[], *([one] for one in encoded)]
-        )
+        single = [[], *([example] for example in encoded)]
+        alone = sum(module(collate(examples, 0, kind, packed)).total for examples in single)
         torch.testing.assert_close(alone, module(batch).total)
 
 
@@ -435,25 +381,25 @@ def test_dropout_is_applied_before_the_head(tmp_path):
 
 def test_a_swapped_pair_has_swapped_segments(tmp_path):
     tokenizer, pair = words_tokenizer(tmp_path), [Example("0", "ab cd", "ef", 3.0)]
-    asked = task("regression", label_range=(1.0, 5.0))
-    there, back = encode(pair + swapped(pair), asked, tokenizer, 40)
-    assert tokenizer.tokens(there.ids) == ["[CLS]", "ab", "cd", "[SEP]", "ef", "[SEP]"]
-    assert tokenizer.tokens(back.ids) == ["[CLS]", "ef", "[SEP]", "ab", "cd", "[SEP]"]
-    batch = collate([there, back], 0, "regression")
+    described = task("regression", label_range=(1.0, 5.0))
+    first, second = encode(pair + swapped(pair), described, tokenizer, 40)
+    assert tokenizer.tokens(first.ids) == ["[CLS]", "ab", "cd", "[SEP]", "ef", "[SEP]"]
+    assert tokenizer.tokens(second.ids) == ["[CLS]", "ef", "[SEP]", "ab", "cd", "[SEP]"]
+    batch = collate([first, second], 0, "regression")
     assert batch.segment_ids.tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
     assert batch.labels.tolist() == [
         0.5,
         0.5,
     ]  # a share of the range in training, the unit of the labels in predictions
-    assert decode(asked, pair, [there], [np.array([0.5])]) == [3.0]
+    assert decode(described, pair, [first], [np.array([0.5])]) == [3.0]
 
 
 def test_words_that_are_cut_off_are_predicted_as_outside(tmp_path):
     words = [Example("0", ["ab"] * 12, None, [1] * 12)]
-    asked = task("token_classification", labels=["B-x", "O"])
-    encoded = encode(words, asked, words_tokenizer(tmp_path), 8)
+    described = task("token_classification", labels=["B-x", "O"])
+    encoded = encode(words, described, words_tokenizer(tmp_path), 8)
     logits = [np.tile([1.0, 0.0], (len(encoded[0].ids), 1))]
-    assert decode(asked, words, encoded, logits) == [[0] * 6 + [1] * 6]
+    assert decode(described, words, encoded, logits) == [[0] * 6 + [1] * 6]
 
 
 def test_values_of_a_task_override_those_of_the_suite_and_set_overrides_the_file():

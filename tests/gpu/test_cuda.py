@@ -1,6 +1,6 @@
-"""What only CUDA can show; skipped without it. Not yet run on a GPU (README: what is not verified).
+"""Tests that need CUDA; without it they are skipped. They have not yet run on a GPU.
 
-TEST_DEVICE=cpu runs what makes sense there, to try the tests themselves.
+With TEST_DEVICE=cpu those that can run on a CPU do, which tries the tests themselves.
 """
 
 import json
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_kernels
 import torch
+from plain_attention import value_and_grads, written_out_attention
 
 from electra_ds.model.kernels.attention import (
     PackedMask,
@@ -47,11 +47,13 @@ DROPOUT = [
 
 
 def call(*command: object, device: str = DEVICE, code: int = 0) -> None:
-    environ = os.environ | {"DS_ACCELERATOR": device, "PYTHONPATH": str(ROOT)}
-    environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    """Run python with these arguments on a device; the exit code must be `code`."""
+    environment = os.environ | {"DS_ACCELERATOR": device, "PYTHONPATH": str(ROOT)}
+    if device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
-        env=environ,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=600,
@@ -68,28 +70,20 @@ def train(
     stop: int | None = None,
     ranks: int = 1,
 ) -> list[dict]:
-    """Sixty steps of `tiny` in processes of their own; what its metrics say of training, without times."""
-    command = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks > 1
-        else []
-    )
-    command += [
-        "-m",
-        "electra_ds",
-        "pretrain",
-        "tiny",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--engine",
-        engine,
-    ]
-    command += [part for setting in (*SETS, *sets) for part in ("--set", setting)]
-    call(
-        *command, *(["--stop-at-step", stop] if stop else []), device=device, code=85 if stop else 0
-    )
+    """Train `tiny` for 60 steps in new processes; returns its training metrics without times.
+
+    stop: the step at which the run saves and stops, with exit code 85.
+    """
+    command: list[object] = []
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["-m", "electra_ds", "pretrain", "tiny", "--data", data, "--out", out]
+    command += ["--engine", engine]
+    for setting in (*SETS, *sets):
+        command += ["--set", setting]
+    if stop:
+        command += ["--stop-at-step", stop]
+    call(*command, device=device, code=85 if stop else 0)
     records = [
         record for record in read_metrics(out / "metrics.jsonl") if record["split"] == "train"
     ]
@@ -97,36 +91,44 @@ def train(
 
 
 def losses(records: list[dict]) -> list[float]:
+    """The loss of each step."""
     return [record["loss"] for record in records]
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(out / "ckpt")
-    meta = checkpoint.read_meta(found)
-    return dict(checkpoint.tensors(found, meta)) | dict(checkpoint.tensors(found, meta, "optim"))
+def saved_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments of the latest checkpoint of a run."""
+    path = checkpoint.latest(out / "ckpt")
+    meta = checkpoint.read_meta(path)
+    weights = dict(checkpoint.tensors(path, meta))
+    return weights | dict(checkpoint.tensors(path, meta, "optim"))
 
 
-def is_bit_equal(ours: Path, theirs: Path) -> bool:
-    a, b = weights(ours), weights(theirs)
+def is_bit_equal(run: Path, other: Path) -> bool:
+    """Whether two runs saved the same weights and moments."""
+    a = saved_tensors(run)
+    b = saved_tensors(other)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# ----------------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------ kernels
 
 
 def packed_rows(length: int = 96) -> torch.Tensor:
-    """[4, S]: one piece, two, many of two tokens, and one with padding."""
-    ids = torch.ones(4, length, dtype=torch.long)
-    ids[1, 37:], ids[2], ids[3, 50:] = 2, torch.arange(length) // 2 + 1, 0
-    return ids
+    """document_ids [4, S] of rows with one document, two, many of two tokens, and with padding."""
+    document_ids = torch.ones(4, length, dtype=torch.long)
+    document_ids[1, 37:] = 2
+    document_ids[2] = torch.arange(length) // 2 + 1
+    document_ids[3, 50:] = 0
+    return document_ids
 
 
-def structure(kind: str, document_ids: torch.Tensor, dtype: torch.dtype) -> PackedMask:
+def make_mask(kind: str, document_ids: torch.Tensor, dtype: torch.dtype) -> PackedMask:
+    """The attention structure on the device. kind: "varlen" passes cu_seqlens."""
     cu_seqlens = document_cu_seqlens(document_ids).to(DEVICE) if kind == "varlen" else None
-    pieces = packed_mask(document_ids.to(DEVICE), dtype, cu_seqlens)
+    mask = packed_mask(document_ids.to(DEVICE), dtype, cu_seqlens)
     if IS_CUDA and kind == "varlen" and torch.cuda.get_device_capability() >= (8, 0):
-        assert len(cu_seqlens) == 5 or pieces.cu_seqlens is not None
-    return pieces
+        assert len(cu_seqlens) == 5 or mask.cu_seqlens is not None
+    return mask
 
 
 @pytest.mark.parametrize(
@@ -134,82 +136,91 @@ def structure(kind: str, document_ids: torch.Tensor, dtype: torch.dtype) -> Pack
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["varlen", "sdpa", "bmm"])
-def test_every_backend_is_the_formula(kind: str, dtype: torch.dtype, rows: torch.Tensor) -> None:
+def test_every_backend_computes_the_formula(
+    kind: str, dtype: torch.dtype, rows: torch.Tensor
+) -> None:
     if kind == "varlen" and dtype == torch.float32:
         pytest.skip("flash attention is for half precision")
-    qkv, pieces = (
-        torch.randn(4, 96, 3 * 4 * 32, device=DEVICE, dtype=dtype),
-        structure(kind, rows, dtype),
-    )
+    qkv = torch.randn(4, 96, 3 * 4 * 32, device=DEVICE, dtype=dtype)
+    mask = make_mask(kind, rows, dtype)
     backend = "auto" if kind == "varlen" else kind
-    ours = test_kernels.value_and_grads(lambda t: attention(t, 4, pieces, backend=backend), qkv)
-    formula = lambda t: test_kernels.written_out_attention(t, 4, rows.to(DEVICE))  # noqa: E731
-    for a, b in zip(ours, test_kernels.value_and_grads(formula, qkv.float()), strict=True):
-        torch.testing.assert_close(
-            a.float(), b, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02
-        )
+
+    def formula(qkv: torch.Tensor) -> torch.Tensor:
+        return written_out_attention(qkv, 4, rows.to(DEVICE))
+
+    results = value_and_grads(lambda t: attention(t, 4, mask, backend=backend), qkv)
+    expected = value_and_grads(formula, qkv.float())
+    atol = 1e-5 if dtype == torch.float32 else 0.02
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["varlen", "sdpa"])
-def test_attention_dropout_keeps_the_mean_and_follows_the_seed(kind: str) -> None:
+def test_attention_dropout_keeps_the_mean_and_depends_on_the_seed(kind: str) -> None:
     qkv = torch.randn(4, 96, 3 * 4 * 32, device=DEVICE, dtype=torch.bfloat16)
-    pieces, drawn = structure(kind, packed_rows(), qkv.dtype), []
+    mask = make_mask(kind, packed_rows(), qkv.dtype)
+    outputs = []
     for seed in (*range(300), 0):
         torch.manual_seed(seed)
-        drawn.append(attention(qkv, 4, pieces, dropout=0.3).float())
-    assert torch.equal(drawn[0], drawn[-1]) and not torch.equal(drawn[0], drawn[1])
-    mean = torch.stack(drawn).mean(0)
-    assert float((mean - attention(qkv, 4, pieces).float()).abs().mean()) < 0.03
+        outputs.append(attention(qkv, 4, mask, dropout=0.3).float())
+    assert torch.equal(outputs[0], outputs[-1]) and not torch.equal(outputs[0], outputs[1])
+    mean = torch.stack(outputs).mean(0)
+    assert float((mean - attention(qkv, 4, mask).float()).abs().mean()) < 0.03
 
 
-def test_the_gradient_of_dropout_in_pieces_is_that_of_the_forward() -> None:
-    """Values are the one linear input: <grad, v> equals <upstream, out> exactly but for rounding."""
+def test_backward_of_packed_attention_uses_the_dropout_of_the_forward() -> None:
+    """The output is linear in the values, so <grad, values> is <upstream, out> up to rounding."""
     qkv = torch.randn(4, 96, 3 * 4 * 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     torch.manual_seed(3)
-    out = attention(qkv, 4, structure("varlen", packed_rows(), qkv.dtype), dropout=0.3)
+    out = attention(qkv, 4, make_mask("varlen", packed_rows(), qkv.dtype), dropout=0.3)
     upstream = torch.randn_like(out)
     (grad,) = torch.autograd.grad(out, qkv, upstream)
-    through = (grad[..., 256:].double() * qkv[..., 256:].double()).sum()
-    torch.testing.assert_close(
-        through, (upstream.double() * out.double()).sum(), rtol=0.02, atol=1.0
-    )
+    at_values = (grad[..., 256:].double() * qkv[..., 256:].double()).sum()
+    at_output = (upstream.double() * out.double()).sum()
+    torch.testing.assert_close(at_values, at_output, rtol=0.02, atol=1.0)
 
 
-def test_draws_are_those_of_a_cpu() -> None:
-    logits, uniforms = torch.randn(64, 640), torch.rand(64)
-    assert torch.equal(
-        sample_tokens(logits.to(DEVICE), uniforms.to(DEVICE)).cpu(), sample_tokens(logits, uniforms)
-    )
+def test_sampled_tokens_equal_those_on_a_cpu() -> None:
+    logits = torch.randn(64, 640)
+    uniforms = torch.rand(64)
+    sampled = sample_tokens(logits.to(DEVICE), uniforms.to(DEVICE))
+    assert torch.equal(sampled.cpu(), sample_tokens(logits, uniforms))
 
 
 @needs_cuda
 def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
     from electra_ds.config.loading import load_run
+    from electra_ds.data.batch import Batch
     from electra_ds.data.dataset import open_data
     from electra_ds.data.loader import Loader
     from electra_ds.data.masking import masking_recipe
 
-    config, source = load_run("tiny"), open_data(data)
+    source = open_data(data)
+    recipe = masking_recipe(source.manifest, load_run("tiny").objective, 0)
     reader, order = source.training(0, 16)
-    recipe, options = (
-        masking_recipe(source.manifest, config.objective, 0),
-        {"global_batch_size": 16, "micro_batch_size": 8},
-    )
-    pinned, plain = (
-        Loader(reader, order, recipe, pin_memory=pin, **options) for pin in (True, False)
-    )
+    sizes = {"global_batch_size": 16, "micro_batch_size": 8}
+
+    def add_cu_seqlens(batch: Batch) -> Batch:  # as `pretrain` does on CUDA
+        return batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids).pin_memory())
+
+    pinned = Loader(reader, order, recipe, pin_memory=True, transform=add_cu_seqlens, **sizes)
+    plain = Loader(reader, order, recipe, pin_memory=False, **sizes)
     for _ in range(20):
-        ours, theirs = next(pinned).micro_batches, next(plain).micro_batches
-        assert all(tensor.is_pinned() for micro in ours for tensor in micro)
-        on_device = [micro.map(lambda value: value.to(DEVICE, non_blocking=True)) for micro in ours]
-        del ours
-        for copied, kept in zip(on_device, theirs, strict=True):
-            assert all(torch.equal(a.cpu(), b) for a, b in zip(copied[:8], kept[:8], strict=True))
-            assert torch.equal(copied.cu_seqlens.cpu(), document_cu_seqlens(kept.document_ids))
-    pinned.close(), plain.close()
+        pinned_batches = next(pinned).micro_batches
+        assert all(tensor.is_pinned() for batch in pinned_batches for tensor in batch)
+        copies = [
+            batch.map(lambda tensor: tensor.to(DEVICE, non_blocking=True))
+            for batch in pinned_batches
+        ]
+        del pinned_batches
+        for copy, batch in zip(copies, next(plain).micro_batches, strict=True):
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(copy[:8], batch[:8], strict=True))
+            assert torch.equal(copy.cu_seqlens.cpu(), document_cu_seqlens(batch.document_ids))
+    pinned.close()
+    plain.close()
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------- training
 
 
 @needs_cuda
@@ -218,16 +229,15 @@ def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
 def test_every_precision_learns_at_every_stage(
     data: Path, tmp_path: Path, stage: int, kind: str
 ) -> None:
-    found = losses(train(data, tmp_path / "run", f"zero{stage}-{kind}"))
-    assert sum(found[-5:]) < 0.9 * sum(found[:5])
+    curve = losses(train(data, tmp_path / "run", f"zero{stage}-{kind}"))
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
 
 
 @needs_cuda
-def test_auto_is_bf16_where_the_device_has_it() -> None:
-    has = torch.cuda.is_bf16_supported(including_emulation=False)
-    assert resolve_precision({"bf16": {"enabled": "auto"}}, torch.device("cuda")) == {
-        ("bf16" if has else "fp16"): {"enabled": True}
-    }
+def test_auto_is_bf16_if_the_device_has_it() -> None:
+    kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    resolved = resolve_precision({"bf16": {"enabled": "auto"}}, torch.device("cuda"))
+    assert resolved == {kind: {"enabled": True}}
 
 
 @needs_cuda
@@ -247,20 +257,19 @@ def test_a_loss_scale_that_overflows_skips_steps_and_recovers(data: Path, tmp_pa
 
 @needs_cuda
 def test_fp32_on_cuda_trains_like_a_cpu(data: Path, tmp_path: Path) -> None:
-    ours = losses(train(data, tmp_path / "gpu", "zero0-fp32"))
-    theirs = losses(train(data, tmp_path / "cpu", "zero0-fp32", device="cpu"))
-    assert ours[:20] == pytest.approx(theirs[:20], rel=1e-3)
+    on_gpu = losses(train(data, tmp_path / "gpu", "zero0-fp32"))
+    on_cpu = losses(train(data, tmp_path / "cpu", "zero0-fp32", device="cpu"))
+    assert on_gpu[:20] == pytest.approx(on_cpu[:20], rel=1e-3)
 
 
 @pytest.mark.parametrize("option", ("train.compile=true", "train.activation_checkpointing=true"))
 def test_compiled_and_recomputed_layers_train_like_plain_ones(
     data: Path, tmp_path: Path, option: str
 ) -> None:
-    ours, theirs = (
-        losses(train(data, tmp_path / name, "zero1-bf16", *sets))
-        for name, *sets in (("a", option), ("b",))
-    )
-    assert ours[:10] == pytest.approx(theirs[:10], rel=1e-2)  # rounding flips a sample now and then
+    with_option = losses(train(data, tmp_path / "option", "zero1-bf16", option))
+    plain = losses(train(data, tmp_path / "plain", "zero1-bf16"))
+    # Rounding changes a sampled token now and then.
+    assert with_option[:10] == pytest.approx(plain[:10], rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -268,28 +277,30 @@ def test_compiled_and_recomputed_layers_train_like_plain_ones(
 )
 def test_a_deterministic_run_resumes_bit_for_bit(data: Path, tmp_path: Path, engine: str) -> None:
     sets = ["train.deterministic=true", *DROPOUT]
-    whole = train(data, tmp_path / "whole", engine, *sets)
-    train(data, tmp_path / "cut", engine, *sets, stop=20)
-    assert train(data, tmp_path / "cut", engine, *sets) == whole
-    assert is_bit_equal(tmp_path / "cut", tmp_path / "whole")
+    records = train(data, tmp_path / "uninterrupted", engine, *sets)
+    train(data, tmp_path / "resumed", engine, *sets, stop=20)
+    assert train(data, tmp_path / "resumed", engine, *sets) == records
+    assert is_bit_equal(tmp_path / "resumed", tmp_path / "uninterrupted")
 
 
 @needs_cuda
-def test_a_deterministic_run_compiled_is_the_same_again(data: Path, tmp_path: Path) -> None:
+def test_a_deterministic_compiled_run_repeats_bit_for_bit(data: Path, tmp_path: Path) -> None:
     sets = ["train.deterministic=true", "train.compile=true", *DROPOUT]
-    first, again = (train(data, tmp_path / name, "zero1-bf16", *sets) for name in "ab")
-    assert first == again and is_bit_equal(tmp_path / "a", tmp_path / "b")
+    records = train(data, tmp_path / "first", "zero1-bf16", *sets)
+    assert train(data, tmp_path / "second", "zero1-bf16", *sets) == records
+    assert is_bit_equal(tmp_path / "first", tmp_path / "second")
 
 
 @needs_cuda
-@pytest.mark.parametrize(("first", "then"), (("cpu", "cuda"), ("cuda", "cpu")))
-def test_a_checkpoint_moves_between_cpu_and_gpu(
-    data: Path, tmp_path: Path, first: str, then: str
+@pytest.mark.parametrize(("first", "second"), (("cpu", "cuda"), ("cuda", "cpu")))
+def test_a_run_resumes_on_another_kind_of_device(
+    data: Path, tmp_path: Path, first: str, second: str
 ) -> None:
-    train(data, tmp_path / "run", "zero1-fp32", device=first, stop=20)
-    on_progress = losses(train(data, tmp_path / "run", "zero2-fp32", device=then))
-    stayed = losses(train(data, tmp_path / "stayed", "zero1-fp32", device="cpu"))
-    assert len(on_progress) == 60 and on_progress[:30] == pytest.approx(stayed[:30], rel=1e-3)
+    train(data, tmp_path / "moved", "zero1-fp32", device=first, stop=20)
+    moved = losses(train(data, tmp_path / "moved", "zero2-fp32", device=second))
+    on_cpu = losses(train(data, tmp_path / "cpu", "zero1-fp32", device="cpu"))
+    assert len(moved) == 60
+    assert moved[:30] == pytest.approx(on_cpu[:30], rel=1e-3)
 
 
 @needs_cuda
@@ -297,9 +308,9 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
 def test_two_gpus_train_like_one(data: Path, tmp_path: Path, stage: int) -> None:
     sets = ["train.global_batch_size=32", "train.micro_batch_size=16"]
-    ours = losses(train(data, tmp_path / "two", f"zero{stage}-fp32", *sets, ranks=2))
-    theirs = losses(train(data, tmp_path / "one", f"zero{stage}-fp32", *sets))
-    assert ours[:20] == pytest.approx(theirs[:20], rel=1e-4)
+    two = losses(train(data, tmp_path / "two", f"zero{stage}-fp32", *sets, ranks=2))
+    one = losses(train(data, tmp_path / "one", f"zero{stage}-fp32", *sets))
+    assert two[:20] == pytest.approx(one[:20], rel=1e-4)
 
 
 @needs_cuda
@@ -313,14 +324,14 @@ def test_no_step_between_log_lines_waits_for_the_device(data: Path, tmp_path: Pa
 )
 def test_fine_tuning_learns_in_every_precision(tmp_path: Path, engine: str) -> None:
     import run_folders
-    from test_finetune import write_tasks
+    from small_tasks import write_tasks
 
     run_folders.pretrained(tmp_path / "model")
-    tasks, config = write_tasks(tmp_path / "tasks"), tmp_path / "config.json"
-    values = {"epochs": 4.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
-    config.write_text(
-        json.dumps({"train": values, "optimizer": {"peak_lr": 3e-3}, "engine": engine})
-    )
+    tasks = write_tasks(tmp_path / "tasks")
+    train_values = {"epochs": 4.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
+    values = {"train": train_values, "optimizer": {"peak_lr": 3e-3}, "engine": engine}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(values))
     options = ["--tasks", tasks / "classes.json", "--out", tmp_path / "out"]
     call("-m", "electra_ds", "finetune", tmp_path / "model", config, *options)
     result = json.loads((tmp_path / "out/classes/seed-0/result.json").read_text())
@@ -328,22 +339,14 @@ def test_fine_tuning_learns_in_every_precision(tmp_path: Path, engine: str) -> N
 
 
 @needs_cuda
-def test_the_bench_runs(tmp_path: Path) -> None:
+def test_bench_gpu_measures_every_case_that_is_named(tmp_path: Path) -> None:
     names = [
         f"tiny-128-{kind}-{plan}"
         for kind in ("bf16", "fp16")
         for plan in ("zero1", "zero1-packed", "zero2")
     ]
-    call(
-        ROOT / "bench/gpu.py",
-        "--seconds",
-        "0.2",
-        "--json",
-        tmp_path / "found.json",
-        "--cases",
-        *names,
-    )
-    found = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert [row["case"] for row in found] == names and all(
-        0 < row["share_of_peak"] < 1 for row in found
-    )
+    results = tmp_path / "results.json"
+    call(ROOT / "bench/gpu.py", "--seconds", "0.2", "--json", results, "--cases", *names)
+    records = json.loads(results.read_text())["rows"]
+    assert [record["case"] for record in records] == names
+    assert all(0 < record["share_of_peak"] < 1 for record in records)

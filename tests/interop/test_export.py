@@ -23,6 +23,7 @@ from electra_ds.config.loading import load_run, parse_run
 from electra_ds.data.batch import Batch
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.export import export
+from electra_ds.interop.hf import hf_config
 from electra_ds.interop.hf_tokenizer import read_tokenizer, write_tokenizer
 from electra_ds.interop.load_model import (
     load,
@@ -348,69 +349,67 @@ def test_an_exported_fine_tuned_model_has_equal_logits(name, tmp_path):
 # ---------------------------------------------------------------------------------- load_pretrained
 
 
+def assert_same_encoder(path: Path, module: nn.Module, tokenizer: Path | None = None) -> None:
+    """load_pretrained returns the encoder of `module`, bit for bit."""
+    loaded = load_pretrained(path, tokenizer)
+    encoder = ("embeddings.", "discriminator.")
+    wanted = {name: t for name, t in true_state(module).items() if name.startswith(encoder)}
+    wanted = {name: t for name, t in wanted.items() if "head" not in name}
+    assert loaded.state.keys() == wanted.keys(), path
+    assert all(torch.equal(loaded.state[name], t) for name, t in wanted.items()), path
+    assert loaded.model.hidden_size == 48
+    assert loaded.model.vocab_size == loaded.tokenizer.vocab_size == 600
+
+
+def bare_folder(source: Path, folder: Path, pickled: bool = False) -> Path:
+    """An ElectraModel without heads and tokenizer, as safetensors or as a pickled file."""
+    bare = transformers.ElectraModel.from_pretrained(source)
+    bare.save_pretrained(folder)
+    if pickled:
+        (folder / "model.safetensors").unlink()
+        torch.save(bare.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
 def test_load_pretrained_reads_the_same_encoder_from_every_kind_of_folder(tmp_path):
-    run = tmp_path / "run"
+    run, hf = tmp_path / "run", tmp_path / "hf"
     module = run_folders.pretrained(run)
-    export(run, tmp_path / "hf")
-    wanted = {
-        k: v
-        for k, v in true_state(module).items()
-        if k.startswith(("embeddings.", "discriminator."))
-    }
-    bare = transformers.ElectraModel.from_pretrained(tmp_path / "hf" / "discriminator")
-    bare.save_pretrained(tmp_path / "bare")
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "config.json").write_bytes((tmp_path / "bare" / "config.json").read_bytes())
-    torch.save(bare.state_dict(), pickled / "pytorch_model.bin")
-    words = run / "tokenizer"
-    for path in (
-        run,
-        run / "ckpt",
-        run / "ckpt" / "final",
-        tmp_path / "hf",
-        tmp_path / "hf" / "discriminator",
-    ):
-        found = load_pretrained(path)
-        assert found.state.keys() == wanted.keys() and all(
-            torch.equal(found.state[k], wanted[k]) for k in wanted
-        ), path
-        assert (
-            found.model.hidden_size == 48
-            and found.model.vocab_size == found.tokenizer.vocab_size == 600
-        )
-    for path in (tmp_path / "bare", pickled):
-        found = load_pretrained(path, words).state
-        assert found.keys() == wanted.keys() and all(
-            torch.equal(found[k], wanted[k]) for k in wanted
-        ), path
+    export(run, hf)
+    for path in (run, run / "ckpt", run / "ckpt" / "final", hf, hf / "discriminator"):
+        assert_same_encoder(path, module)
+    for name in ("bare", "pickled"):
+        folder = bare_folder(hf / "discriminator", tmp_path / name, pickled=name == "pickled")
+        assert_same_encoder(folder, module, run / "tokenizer")
     parts = fine_tuned(tmp_path / "seed-0", "classification")
     export(tmp_path / "seed-0", tmp_path / "tuned")
     for path in (tmp_path / "seed-0", tmp_path / "seed-0" / "model", tmp_path / "tuned"):
-        found = load_pretrained(path).state
-        assert all(
-            torch.equal(value, found[name])
-            for name, value in true_state(parts).items()
-            if "head" not in name
-        )
+        assert_same_encoder(path, parts)
     (tmp_path / "rte").mkdir()
     (tmp_path / "rte" / "seed-3").symlink_to(tmp_path / "seed-0")
     assert resolve_checkpoint(tmp_path / "rte") == tmp_path / "rte" / "seed-3" / "model"
-    assert load_pretrained(tmp_path / "rte").state.keys() == found.keys()
-    (tmp_path / "rte" / "seed-5").symlink_to(tmp_path / "seed-0")
+    assert_same_encoder(tmp_path / "rte", parts)
+
+
+def test_load_pretrained_refuses_other_folders_and_tokenizers(tmp_path):
+    run = tmp_path / "run"
+    run_folders.pretrained(run)
+    (tmp_path / "rte").mkdir()
+    for seed in ("seed-3", "seed-5"):
+        fine_tuned(tmp_path / "rte" / seed, "classification")
     kinds = "expected a run folder .*OUT/ckpt/STEP.*DIR/TASK/seed-N.*Hugging Face folder"
-    for path, part in (
-        ("rte", "models of 2 seeds; name one, such as .*rte/seed-3"),
-        ("words", kinds),
-    ):
+    several = "models of 2 seeds; name one, such as .*rte/seed-3"
+    for path, part in (("rte", several), ("nothing", kinds)):
         with pytest.raises(UserError, match=part):
             load_pretrained(tmp_path / path)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    config = hf_config(run_folders.config().model, None, "discriminator", 0)
+    (pickled / "config.json").write_text(json.dumps(config))
     torch.save({"x": Path}, pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):  # code in a pickle is not run
-        load_pretrained(pickled, words)
-    (tmp_path / "vocab.txt").write_text(
-        "".join(f"{token}\n" for token in run_folders.VOCABULARY[:50])
-    )
+        load_pretrained(pickled, run / "tokenizer")
+    vocabulary = "".join(f"{token}\n" for token in run_folders.VOCABULARY[:50])
+    (tmp_path / "vocab.txt").write_text(vocabulary)
     with pytest.raises(UserError, match="50 entries"):
         load_pretrained(run, tmp_path / "vocab.txt")
 

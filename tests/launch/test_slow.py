@@ -79,14 +79,14 @@ def test_recomputed_layers_give_the_same_bits(data: Path, tmp_path: Path) -> Non
 
 def test_compiled_layers_are_compiled_once_for_each_size_of_pieces() -> None:
     """No graph breaks; other numbers in the same shapes, rows in pieces or not, training or not, compile no more."""
-    import test_objective
+    import small_objective
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()
-    module = test_objective.build(dropout=0.1)
+    module = small_objective.build(dropout=0.1)
     module.compile_layers()
-    packed = test_objective.make_batch()
+    packed = small_objective.make_batch()
     full = packed._replace(document_ids=torch.ones_like(packed.document_ids))
 
     def pass_through() -> int:

@@ -1,40 +1,24 @@
 """model.factory: what a run with encoders of one's own may say, and what is refused. Its training: test_kinds.py."""
 
-import json
-
 import pytest
 import torch
-from test_objective import IDS, counts_of, make_batch
+from factory_run import factory_run
+from small_objective import IDS, counts_of, make_batch
 from torch import nn
 
 from electra_ds.common.errors import UserError
-from electra_ds.config.loading import config_folder, differences, load_run
+from electra_ds.config.loading import differences, load_run
 from electra_ds.config.schema import FactoryConfig, ObjectiveConfig
 from electra_ds.model.build import build_objective, parameter_count
 from electra_ds.model.custom import FactoryObjective
 
-FACTORY = {
-    "factory": "own_pair:build",
-    "options": {"width": 8},
-    "discr_dim": 8,
-    "discr_layer": "conv",
-}
-
-
-def run(tmp_path, *sets, **model):
-    values = json.loads((config_folder("pretrain") / "tiny.json").read_text())
-    values["model"] = FACTORY | model
-    del values["generator"]
-    (tmp_path / "run.json").write_text(json.dumps(values))
-    return load_run(str(tmp_path / "run.json"), list(sets))
-
 
 def test_sizes_are_not_needed_and_parameters_are_counted(tmp_path):
-    config = run(tmp_path, "model.vocab_size=101")
+    config = factory_run(tmp_path, "model.vocab_size=101")
     words, conv, head = 101 * 24, 24 * 8 + 8 + 24 * 8 + 8, 8 + 1
     gru = 2 * (3 * 8 * (24 + 8) + 2 * 3 * 8) + 16 * 101 + 101
     assert parameter_count(config) == (words + conv + head, words + conv + head + gru)
-    assert parameter_count(run(tmp_path)).joint > 30_522 * (24 + 16)
+    assert parameter_count(factory_run(tmp_path)).joint > 30_522 * (24 + 16)
 
 
 def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
@@ -48,7 +32,7 @@ def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
         (["train.compile=true"], "are for the built-in layers"),
     ):
         with pytest.raises(UserError) as error:
-            run(tmp_path, *sets)
+            factory_run(tmp_path, *sets)
         assert message in str(error.value) and "\n" not in str(error.value)
     for factory, message in (
         ("own_pair", "expected package.module:function"),
@@ -59,11 +43,15 @@ def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
         ("own_pair:build_one", r"must return \(generator, discriminator\)"),
     ):
         with pytest.raises(UserError, match=message):
+<<<<<<< HEAD
             build_objective(run(tmp_path, factory=factory).with_data(101, IDS, 32))
+=======
+            build_objective(factory_run(tmp_path, factory=factory, vocab_size=101))
+>>>>>>> second-edition
 
 
 def test_another_factory_is_another_science(tmp_path):
-    old, new = run(tmp_path), run(tmp_path, options={"width": 9})
+    old, new = factory_run(tmp_path), factory_run(tmp_path, options={"width": 9})
     assert differences(old, new)[0] == ["model.options: {'width': 8} -> {'width': 9}"]
     assert any(line.startswith("model: ") for line in differences(load_run("tiny"), new)[0])
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_attention import value_and_grads, written_out_attention
 
 from electra_ds.model.kernels import linear as linear_op
 from electra_ds.model.kernels.attention import (
@@ -26,27 +27,6 @@ from electra_ds.model.kernels.vocab_head import (
 )
 
 PACKED = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3], [1] * 9])
-
-
-def written_out_attention(qkv, heads, document_ids):
-    batch, length, _ = qkv.shape
-    q, k, v = (t.view(batch, length, heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return (
-        (scores.masked_fill(~same, -math.inf).softmax(-1) @ v)
-        .transpose(1, 2)
-        .reshape(batch, length, -1)
-    )
-
-
-def value_and_grads(function, *inputs):
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    out = function(*inputs)
-    out.backward(
-        torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
-    )
-    return out.detach(), *(t.grad for t in inputs)
 
 
 # --------------------------------------------------------------------------------------------------------- attention

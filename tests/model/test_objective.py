@@ -6,60 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from small_objective import IDS, build, counts_of, make_batch
 
-from electra_ds.common.special_ids import SpecialIds
-from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.kernels.attention import document_cu_seqlens
 from electra_ds.model.losses import BINS, Totals, histogram
-from electra_ds.model.objective import ElectraObjective, mask_input, scatter_tokens
+from electra_ds.model.objective import mask_input, scatter_tokens
 from electra_ds.training.metrics import auc
-
-IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
-VOCAB = 101
-
-
-def build(dropout=0.0, **objective):
-    sizes = dict(
-        num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout
-    )
-    model = ModelConfig(
-        hidden_size=48,
-        embedding_size=32,
-        max_positions=40,
-        vocab_size=VOCAB,
-        init="fan_in",
-        embedding_init_std=0.5,
-        **sizes,
-    )
-    generator = GeneratorConfig(hidden_size=24, **sizes)
-    return ElectraObjective(model, generator, ObjectiveConfig(**objective), IDS, seed=1)
-
-
-def make_batch(rows=4, length=20, chosen=4, seed=0) -> Batch:
-    """Row 0 full, row 1 two pieces, row 2 padded with an unused place, row 3 without any masked position."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, VOCAB, (rows, length), generator=g)
-    ids[:, 0] = IDS.cls
-    pieces = torch.ones(rows, length, dtype=torch.long)
-    places = torch.arange(length).repeat(rows, 1)
-    pieces[1, 9:], places[1, 9:] = 2, places[1, 9:] - 9
-    pieces[2, 12:], ids[2, 12:] = 0, IDS.pad
-    spots = torch.rand(rows, 11, generator=g).argsort(1)[:, :chosen] + 1
-    weights = torch.ones(rows, chosen)
-    weights[2, -1], spots[2, -1] = 0, 0
-    weights[3], spots[3] = 0, 0
-    keep = torch.rand(rows, chosen, generator=g) > 0.6
-    uniforms = torch.rand(rows, chosen, generator=g)
-    return Batch(ids, torch.zeros_like(ids), pieces, places, spots, weights, keep, uniforms)
 
 
 def part(batch: Batch, rows) -> Batch:
     return batch.map(lambda value: value[rows])
-
-
-def counts_of(batch: Batch):
-    return Totals(batch.masked_weights.sum(), (batch.document_ids > 0).sum())
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_failures_name_rank_host_and_cause_and_the_limit(out):
     assert shown(out)["restarts"] == "0; failures 11, 11 in a row"
     assert (
         shown(out)["next"]
-        == f"mend the cause and remove {out}/restarts.json (train.max_restarts = 10)"
+        == f"correct the cause and remove {out}/restarts.json (train.max_restarts = 10)"
     )
     with pytest.raises(UserError, match="failed 11 times in a row"):  # as the next start says
         failures.count_failures(out, 80, 10, "")

@@ -1,6 +1,6 @@
-"""Fine-tunings on real ranks, many in one process group: `torchrun tests/support/finetune_scenario.py MODEL TASKS OUT`.
+"""Several fine-tuning runs in one process group: `torchrun finetune_scenario.py MODEL TASKS OUT`.
 
-The tests in test_finetune.py read what they left in OUT/NAME. Not a test file itself.
+The tests in test_finetune.py read the folders OUT/NAME. This is not a test file.
 """
 
 import os
@@ -29,7 +29,7 @@ def run(
     peak_lr: float = 3e-3,
     **train,
 ) -> None:
-    """One suite in OUT/NAME."""
+    """Run one suite in OUT/NAME."""
     values = {
         "train": {"epochs": 3.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
         | train,
@@ -44,7 +44,7 @@ def run(
 
 
 def interrupted(name: str, task: str, **train) -> None:
-    """The same in two attempts: the first one is asked to stop in the middle of its second epoch."""
+    """Run a suite in two attempts; the first one receives SIGTERM in its second epoch."""
     untouched = seed.Seed.after_attempt
 
     def signalled(self, *arguments):
@@ -56,7 +56,7 @@ def interrupted(name: str, task: str, **train) -> None:
     seed.Seed.after_attempt = signalled
     try:
         run(name, task, **train)
-        raise AssertionError("the signal was not heard")
+        raise AssertionError("the signal did not stop the run")
     except seed.Stopped:
         assert not (OUT / name / task / "seed-0" / "result.json").exists()
     seed.Seed.after_attempt = untouched
@@ -64,7 +64,10 @@ def interrupted(name: str, task: str, **train) -> None:
 
 
 def recorded(owner: type, method: str) -> list:
-    """(arguments, result) of every call of a method from now on; take back with setattr(owner, method, found[0])."""
+    """Record the calls of a method from now on.
+
+    Returns a list: the original method, to restore it, then (arguments, result) of each call.
+    """
     untouched, calls = getattr(owner, method), []
 
     def record(self, *arguments):
@@ -77,20 +80,22 @@ def recorded(owner: type, method: str) -> list:
 
 
 def check_schedule() -> None:
-    """Rates warm up and fall, and fall from the head to the embeddings; epochs have orders of their own; every label
-    of the global batch is counted."""
+    """Learning rates warm up and decay, and decrease from the head to the embeddings.
+
+    Each epoch has its order, and every label of the global batch is counted.
+    """
     groups = []
     steps, attempts = recorded(Engine, "step"), recorded(seed.Seed, "after_attempt")
     untouched = Engine.step
 
-    def look(self, lr):
-        found = untouched(self, lr)
+    def record_rates(self, lr):
+        result = untouched(self, lr)
         groups.append(
             {round(group["lr"] / lr, 6) for group in self.optimizer.param_groups} if lr else {0}
         )
-        return found
+        return result
 
-    Engine.step = look
+    Engine.step = record_rates
     run("schedule", "words", epochs=2.0, peak_lr=1e-3)
     Engine.step, seed.Seed.after_attempt = steps[0], attempts[0]
     rates = [arguments[0] for arguments, _ in steps[1:]]

@@ -18,6 +18,7 @@ CPU = {
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": str(ROOT),
 }
+WITH_SUPPORT = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
 
 
 def has_mpi() -> bool:
@@ -37,7 +38,9 @@ needs_mpi = pytest.mark.skipif(
 def run_ranks(
     world_size: int, script: str, *arguments: object, check: bool = True
 ) -> subprocess.CompletedProcess:
-    """Run a script of tests/ on so many ranks (gloo) under torchrun; fails with its output unless check is False."""
+    """Run a script of tests/support on ranks (gloo) under torchrun.
+
+    Fails with its output unless check is False."""
     launcher = [
         sys.executable,
         "-m",
@@ -51,6 +54,19 @@ def run_ranks(
     )
     assert done.returncode == 0 or not check, done.stdout[-4000:] + done.stderr[-8000:]
     return done
+
+
+def mpirun(ranks: int, *command: object, script: bool = False) -> subprocess.CompletedProcess:
+    """Run a Python command under mpirun, or prepare.sh (`script`); fails after 30 seconds."""
+    launcher = (
+        ["bash", str(ROOT / "launch/prepare.sh")]
+        if script
+        else ["mpirun", "-n", str(ranks), sys.executable]
+    )
+    environ = os.environ | CPU | WITH_SUPPORT | {"PYTHON": sys.executable, "RANKS": str(ranks)}
+    return subprocess.run(
+        [*launcher, *map(str, command)], env=environ, capture_output=True, text=True, timeout=30
+    )
 
 
 def run_cli(

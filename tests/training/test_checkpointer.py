@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_weights import CONFIG, PADDED, PROGRESS, FakeWeights
+from run_results import curve, is_bit_equal
 from running import read_json, run_ranks
-from test_checkpoint import CONFIG, PADDED, PROGRESS, FakeWeights
-from test_ranks_train import curve, is_bit_equal
 
 from electra_ds.common.errors import RunFailure
 from electra_ds.config.schema import CheckpointConfig

@@ -3,11 +3,10 @@
 import math
 
 import pytest
-import test_objective
 import torch
 import torch.nn.functional as F
 from running import run_ranks
-from test_objective import IDS, VOCAB, build, counts_of, make_batch
+from small_objective import IDS, VOCAB, build, counts_of, make_batch
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
@@ -62,17 +61,17 @@ def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, gener
 @pytest.mark.parametrize("kind", PARTS)
 def test_logits_are_never_there_for_the_whole_batch(kind, monkeypatch):
     """Training, evaluation and detect make no tensor as large as [B, S, V], even in fp32."""
-    monkeypatch.setattr(test_objective, "VOCAB", 1000)  # more than anything else is wide
     monkeypatch.setattr(vocab_head, "ROWS_ON_CPU", 8)
     monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 places
-    module, batch = build(kind=kind), make_batch()
+    vocab_size = 1000  # larger than every other dimension
+    module, batch = build(kind=kind, vocab_size=vocab_size), make_batch(vocab_size=vocab_size)
     with MemoryTracker() as live:
         module(batch, counts_of(batch)).total.backward()
         with torch.no_grad():
             module.eval()(batch, with_counts=True)
             if module.objective.detects:
                 module(batch, task="discriminate")
-    assert 0 < live.largest < batch.input_ids.numel() * 1000 * 4
+    assert 0 < live.largest < batch.input_ids.numel() * vocab_size * 4
 
 
 def test_parameters_are_counted_kind_by_kind():

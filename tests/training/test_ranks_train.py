@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import shard_data
-import torch
 from cost import step_traffic
+from run_results import curve, distance, is_bit_equal
 from running import run_ranks
 
 from electra_ds.reporting.status import status
 from electra_ds.training import checkpoint
-from electra_ds.training.metrics_file import TIMED, read_metrics
+from electra_ds.training.metrics_file import read_metrics
 
 STAGES = (0, 1, 2, 3)
 # Who of ours reads tensors in a step: the control message is a CPU's, and rows of one piece are looked for on a CPU.
@@ -41,37 +41,6 @@ def outs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(1, "scenarios.py", "one", data, folder)
     run_ranks(2, "scenarios.py", "two-again", data, folder)
     return folder
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments of a run's latest checkpoint."""
-    found = checkpoint.latest(run / "ckpt")
-    meta = checkpoint.read_meta(found)
-    return dict(checkpoint.tensors(found, meta)) | dict(checkpoint.tensors(found, meta, "optim"))
-
-
-def curve(run: Path) -> list[dict]:
-    """The metrics without what depends on the machine's speed."""
-    return [
-        {k: v for k, v in record.items() if k not in TIMED}
-        for record in read_metrics(run / "metrics.jsonl")
-    ]
-
-
-def is_bit_equal(run: Path, other: Path) -> bool:
-    ours, theirs = tensors(run), tensors(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def distance(run: Path, other: Path) -> float:
-    """Largest relative difference of losses and gradient norms over the common steps."""
-    both = (
-        [record for record in curve(folder) if record["split"] == "train"]
-        for folder in (run, other)
-    )
-    pairs = zip(*both, strict=True)
-    keys = ("loss", "mlm_loss", "disc_loss", "grad_norm")
-    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs for key in keys)
 
 
 @pytest.mark.parametrize("stage", STAGES)
