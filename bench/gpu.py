@@ -43,7 +43,7 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.build import build_objective
-from electra_ds.model.kernels.attention import document_cu_seqlens
+from electra_ds.model.kernels.attention import with_cu_seqlens
 from electra_ds.training.collectives import leave
 from electra_ds.training.engine import Engine, start
 
@@ -129,9 +129,7 @@ def host_batches(config: RunConfig, packed: bool, pin: bool) -> list[Batch]:
     batches = [random_batch(rows, config.data.sequence_length) for _ in range(4)]
     if packed:
         batches = [split_rows(batch) for batch in batches]
-    batches = [
-        batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids)) for batch in batches
-    ]
+    batches = [with_cu_seqlens(batch) for batch in batches]
     return [batch.map(torch.Tensor.pin_memory) for batch in batches] if pin else batches
 
 

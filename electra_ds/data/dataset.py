@@ -84,7 +84,7 @@ class DataFolder(_SingleSource):
 
 
 class StreamedFolder(_SingleSource):
-    """A data folder behind a URL. RowReader are streamed; this process copies the small files."""
+    """A data folder behind a URL. Rows are streamed; this process copies the small files."""
 
     def __init__(self, url: str) -> None:
         from electra_ds.data.remote_reader import RemoteFolder

@@ -167,7 +167,7 @@ class ShardReader(SplitIndex):
         try:
             payload_size = int(header[TAR_SIZE_FIELD], 8)  # the header is compared below
         except ValueError:
-            raise self.damage(block, "no tar header where its pieces begin") from None
+            raise self.damage(block, "no tar header where its fragments begin") from None
         count = max(0, payload_size - NPY_HEADER) // (4 * len(FRAGMENT_FIELDS))
         first = start + TAR_BLOCK + NPY_HEADER
         self._check_headers(block, "pieces", shard_bytes[start:first].tobytes(), count)

@@ -14,7 +14,7 @@ from electra_ds.data import philox
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.examples import Example
 from electra_ds.finetuning.tasks import Task, TaskKind
-from electra_ds.model.kernels.attention import document_cu_seqlens
+from electra_ds.model.kernels.attention import with_cu_seqlens
 
 # Batches that are sorted by length together: 1 to 3 % padding on GLUE, and still a random order.
 BUCKET_BATCHES = 32
@@ -43,7 +43,7 @@ class TaskBatch(NamedTuple):
     cls_positions: Tensor  # [N] int64, index of each [CLS] in the flattened rows
     labels: Tensor  # [N], or [B * S] in token classification; float32 in regression, else int64
     weights: Tensor  # float32, shaped as labels: 1 where a label counts, else 0
-    cu_seqlens: Tensor  # int32, `document_cu_seqlens` of document_ids
+    cu_seqlens: Tensor | None = None  # int32, set by `with_cu_seqlens`
 
 
 def encode(
@@ -184,17 +184,16 @@ def collate(
             labels[i] = example.label
             weights[i] = 1
     shape = (rows, length)
-    document_ids = torch.from_numpy(documents.reshape(shape))
-    return TaskBatch(
+    batch = TaskBatch(
         input_ids=torch.from_numpy(ids.reshape(shape)),
         segment_ids=torch.from_numpy(segments.reshape(shape)),
-        document_ids=document_ids,
+        document_ids=torch.from_numpy(documents.reshape(shape)),
         position_ids=torch.from_numpy(positions.reshape(shape)),
         cls_positions=torch.from_numpy(starts),
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights),
-        cu_seqlens=document_cu_seqlens(document_ids),
     )
+    return with_cu_seqlens(batch)
 
 
 def prediction_batches(

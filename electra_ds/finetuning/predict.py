@@ -88,7 +88,7 @@ def logits_of(
     own: dict[int, np.ndarray] = {}  # example number -> logits, of this rank's share
     for numbers in prediction_batches(examples, BATCH_SIZE, ranks.rank, ranks.world_size):
         batch = collate([examples[i] for i in numbers], pad_id, kind)
-        batch = TaskBatch(*(tensor.to(device) for tensor in batch))
+        batch = TaskBatch._make(x if x is None else x.to(device) for x in batch)
         logits = module(batch, predict=True).cpu().numpy()
         if kind == "token_classification":
             logits = logits.reshape(*batch.document_ids.shape, -1)

@@ -1,1 +1,1 @@
-"""Encoders, heads, objective and kernels."""
+"""Encoders, heads, objectives and kernels."""

@@ -1,4 +1,4 @@
-"""The module of a run config, and its parameter counts."""
+"""Builds the module of a run config, and counts its parameters."""
 
 from typing import NamedTuple
 
@@ -18,50 +18,60 @@ from electra_ds.model.custom import (
 from electra_ds.model.objective import ElectraObjective, Objective
 from electra_ds.model.weights import true_state
 
-VOCAB_SIZE = 30522  # bert-base-uncased's
+VOCAB_SIZE = 30522  # of bert-base-uncased
 
 
 def build_objective(config: RunConfig, seed: int | None = None) -> Objective:
-    """The module of a resolved config (vocab_size and special_ids known), its weights drawn from the seed.
+    """Return the module of a config with known vocab_size and special_ids.
 
-    With model.factory this runs the code it names: trust the config first.
+    The initial weights are drawn from the seed. With model.factory this runs the code that the
+    config names: trust the config first.
     """
-    model, options, special_ids = config.model, config.objective, config.data.special_ids
+    model, special_ids = config.model, config.data.special_ids
+    assert special_ids is not None
     if not isinstance(model, FactoryConfig):
-        return ElectraObjective(model, config.generator, options, special_ids, seed)
+        return ElectraObjective(model, config.generator, config.objective, special_ids, seed)
     if seed is not None:
         torch.manual_seed(seed)
-    pair = load_factory(model.factory)(config)
-    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], nn.Module)) or (
-        options.has_generator and not isinstance(pair[0], nn.Module)
-    ):
+    made = load_factory(model.factory)(config)
+    is_pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], nn.Module)
+    if not is_pair or (config.objective.has_generator and not isinstance(made[0], nn.Module)):
         raise UserError(
-            f"model.factory = {model.factory!r} must return (generator, discriminator), two torch modules"
+            f"model.factory = {model.factory!r} must return (generator, discriminator), two torch "
+            "modules"
         )
-    module = FactoryObjective(*pair, model, options, special_ids)
-    held = {*module.state_dict()} - {
-        name for name, p in module.named_parameters(remove_duplicate=False)
-    }
-    lost = [name for name in held if module.get_buffer(name).is_floating_point()]
-    lost += [name for name, p in module.named_parameters() if not p.requires_grad]
-    if lost:
-        raise UserError(
-            f"model.factory = {model.factory!r}: {sorted(lost)[0]} is a buffer or frozen, and checkpoints hold what is "
-            "trained: train it, or register it with persistent=False and compute it anew (LayerNorm for BatchNorm)"
-        )
+    generator, discriminator = made
+    module = FactoryObjective(generator, discriminator, model, config.objective, special_ids)
+    _check_all_trained(module, model.factory)
     return module
 
 
+def _check_all_trained(module: nn.Module, factory: str) -> None:
+    """Raise UserError for a buffer or a frozen parameter, which checkpoints do not hold."""
+    parameter_names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffer_names = set(module.state_dict()) - parameter_names
+    lost = [name for name in buffer_names if module.get_buffer(name).is_floating_point()]
+    lost += [name for name, p in module.named_parameters() if not p.requires_grad]
+    if lost:
+        raise UserError(
+            f"model.factory = {factory!r}: {min(lost)} is a buffer or frozen, and checkpoints hold "
+            "trained parameters only: train it, or register it with persistent=False and compute "
+            "it again (LayerNorm instead of BatchNorm)"
+        )
+
+
 class ParameterCount(NamedTuple):
-    """True parameters, without rows that only pad the word table in memory."""
+    """Numbers of parameters, without rows that pad the word table in memory."""
 
     discriminator: int
     joint: int
 
 
 def meta_model(config: RunConfig) -> Objective:
-    """The module of a config, of a built-in model with shapes alone (torch's device "meta"); VOCAB_SIZE is assumed
-    where the data has not said it yet."""
+    """Return the module of a config; a built-in model has shapes without data (device "meta").
+
+    Where the vocabulary is not known, it is assumed to have VOCAB_SIZE entries.
+    """
     special_ids = config.data.special_ids or SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
     config = config.with_data(
         config.model.vocab_size or VOCAB_SIZE, special_ids, config.data.sequence_length
@@ -71,7 +81,7 @@ def meta_model(config: RunConfig) -> Objective:
 
 
 def parameter_count(config: RunConfig) -> ParameterCount:
-    """Parameters of the main encoder with its head, and of everything trained."""
+    """Count the parameters of the main encoder with its head, and those of the whole module."""
     sizes = {name: value.numel() for name, value in true_state(meta_model(config)).items()}
-    own = sum(size for name, size in sizes.items() if not name.startswith("generator"))
-    return ParameterCount(own, sum(sizes.values()))
+    discriminator = sum(size for name, size in sizes.items() if not name.startswith("generator"))
+    return ParameterCount(discriminator, sum(sizes.values()))

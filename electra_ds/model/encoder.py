@@ -1,7 +1,12 @@
-"""The encoder with its embeddings and heads (ELECTRA, section 3.1; BERT's post-LN transformer), and how they start.
+"""Embeddings and encoder: BERT's post-LN transformer (ELECTRA, section 3.1).
 
-Letters: B rows, S sequence, K masked positions, H hidden, E embedding, V vocabulary, P = V padded in memory.
+The objectives and fine-tuning use an encoder by `encode` and by the interface of `EncoderBase`
+alone.
+
+Letters: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,42 +21,93 @@ from electra_ds.model.kernels.vocab_head import CHUNK
 
 
 def padded_size(vocab_size: int) -> int:
-    """Rows of the word table in memory: the next multiple of 64, for the matrix units and the sampling chunks."""
+    """Return the rows of the word table in memory: the next multiple of 64.
+
+    Matrix units and the chunks of sampling need such a multiple.
+    """
     return -(-vocab_size // CHUNK) * CHUNK
 
 
+def known_vocab_size(config: ModelConfig) -> int:
+    """Return config.vocab_size; UserError when it is not set."""
+    if config.vocab_size is None:
+        raise UserError("model.vocab_size is not known: it comes with the data, or set it")
+    return config.vocab_size
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which matrix products of x are made: autocast's where it is on, else that of x."""
+    """Return the dtype of matrix products of x: that of autocast where it is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Embeddings(nn.Module):
-    """Word + token type + position, LayerNorm, dropout: [B, S] ids -> [B, S, E]."""
+    """Sum of word, token type and position embeddings, LayerNorm, dropout: [B, S] -> [B, S, E]."""
 
-    def __init__(self, config: ModelConfig, embedding_size: int, hidden_dropout: float):
+    def __init__(self, config: ModelConfig, embedding_size: int, hidden_dropout: float) -> None:
         super().__init__()
-        if config.vocab_size is None:
-            raise UserError("model.vocab_size is not known: it comes with the data, or set it")
+        vocab_size = known_vocab_size(config)
         self.dropout = hidden_dropout
-        self.word = nn.Embedding(padded_size(config.vocab_size), embedding_size)
+        self.word = nn.Embedding(padded_size(vocab_size), embedding_size)
         self.position = nn.Embedding(config.max_positions, embedding_size)
         self.token_type = nn.Embedding(config.type_vocab_size, embedding_size)
         self.norm = nn.LayerNorm(embedding_size, config.layer_norm_eps)
-        self.true_rows = {"word.weight": config.vocab_size}
+        self.true_rows = {"word.weight": vocab_size}
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor) -> Tensor:
         x = self.word(input_ids) + self.token_type(segment_ids) + self.position(position_ids)
         return dropout(self.norm(x), self.dropout, self.training)
 
 
+class EncoderBase(nn.Module):
+    """Interface of an encoder: embedded rows [B, S, E] -> hidden states [B, S, H].
+
+    A subclass sets `layers` and `head_size` in its constructor.
+    """
+
+    layers: nn.ModuleList  # the units of compilation and of activation checkpointing
+    head_size: int  # width of an attention head
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute_layers = False  # activation checkpointing: less memory, equal numbers
+        self.layers_are_compiled = False
+
+    def forward(
+        self,
+        x: Tensor,
+        document_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states of x.
+
+        x:            [B, S, E] embedded rows
+        document_ids: [B, S]; tokens attend within their document
+        position_ids: [B, S]; for encoders whose layers use positions
+        cu_seqlens:   starts of the documents (`kernels.attention.document_cu_seqlens`)
+        positions:    [N] positions in the flattened batch, the only ones that are needed
+        Returns [B, S, H], or [N, H] with `positions`.
+        """
+        raise NotImplementedError
+
+    def compile_layers(self) -> None:
+        """torch.compile every layer in place; parameter names do not change."""
+        self.layers_are_compiled = True
+        for layer in self.layers:
+            layer.compile(dynamic=False)
+
+
 class Layer(nn.Module):
     """One post-LN transformer layer: x = norm(x + attention(x)); x = norm(x + ffn(x))."""
 
-    def __init__(self, sizes: EncoderConfig, eps: float):
+    def __init__(self, sizes: EncoderConfig, eps: float) -> None:
         super().__init__()
         hidden = sizes.hidden_size
-        self.num_heads, self.dropout = sizes.num_heads, sizes.hidden_dropout
+        self.num_heads = sizes.num_heads
+        self.dropout = sizes.hidden_dropout
         self.attention_dropout = sizes.attention_dropout
         self.qkv = Linear(hidden, 3 * hidden)
         self.out = Linear(hidden, hidden)
@@ -60,47 +116,83 @@ class Layer(nn.Module):
         self.ffn_out = GeluLinear(sizes.ffn_size, hidden)
         self.ffn_norm = nn.LayerNorm(hidden, eps)
 
-    def forward(
-        self, x: Tensor, pieces: PackedMask, places: Tensor | None = None
-    ) -> Tensor:  # [B, S, H]
-        seen = attention(
-            self.qkv(x), self.num_heads, pieces, self.attention_dropout if self.training else 0.0
-        )
-        if (
-            places is not None
-        ):  # [N] in the flattened batch: the result is needed there alone, [N, H]
-            x, seen = (t.flatten(0, 1).index_select(0, places) for t in (x, seen))
-        x = self.attention_norm(x + dropout(self.out(seen), self.dropout, self.training))
+    def forward(self, x: Tensor, mask: PackedMask, positions: Tensor | None = None) -> Tensor:
+        """x [B, S, H] -> [B, S, H], or [N, H] at positions [N] of the flattened batch."""
+        attention_dropout = self.attention_dropout if self.training else 0.0
+        attended = attention(self.qkv(x), self.num_heads, mask, attention_dropout)
+        if positions is not None:
+            x = x.flatten(0, 1).index_select(0, positions)  # [N, H]
+            attended = attended.flatten(0, 1).index_select(0, positions)
+        x = self.attention_norm(x + dropout(self.out(attended), self.dropout, self.training))
         change = self.ffn_out(self.ffn_in(x))
         return self.ffn_norm(x + dropout(change, self.dropout, self.training))
 
 
-class Encoder(nn.Module):
-    """Embedded rows [B, S, E] -> hidden [B, S, H], or at places [N] of the flattened batch alone [N, H]; a projection
-    first where E != H."""
+class Encoder(EncoderBase):
+    """BERT's encoder, with a projection before the layers where E != H."""
 
-    def __init__(self, sizes: EncoderConfig, embedding_size: int, eps: float):
+    def __init__(self, sizes: EncoderConfig, embedding_size: int, eps: float) -> None:
         super().__init__()
-        self.recompute_layers = False  # activation checkpointing: less memory, the same numbers
         self.head_size = sizes.hidden_size // sizes.num_heads
-        same = sizes.hidden_size == embedding_size
-        self.project = None if same else Linear(embedding_size, sizes.hidden_size)
+        is_projected = sizes.hidden_size != embedding_size
+        self.project = Linear(embedding_size, sizes.hidden_size) if is_projected else None
         self.layers = nn.ModuleList(Layer(sizes, eps) for _ in range(sizes.num_layers))
 
     def forward(
         self,
         x: Tensor,
         document_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,  # unused: positions are embedded
         cu_seqlens: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         dtype = compute_dtype(x)
         x = x.to(dtype) if self.project is None else self.project(x)
-        pieces = packed_mask(document_ids, dtype, cu_seqlens, self.head_size)
+        mask = packed_mask(
+            document_ids, dtype, cu_seqlens, self.head_size, is_compiled=self.layers_are_compiled
+        )
         for i, layer in enumerate(self.layers, 1):
-            at = places if i == len(self.layers) else None
+            layer_positions = positions if i == len(self.layers) else None
             if self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, pieces, at, use_reentrant=False)
+                x = checkpoint(layer, x, mask, layer_positions, use_reentrant=False)
             else:
-                x = layer(x, pieces, at)
+                x = layer(x, mask, layer_positions)
         return x
+
+
+class EncoderInputs(Protocol):
+    """The fields of a batch that embeddings and encoder use, [B, S] each but cu_seqlens."""
+
+    @property
+    def segment_ids(self) -> Tensor: ...
+
+    @property
+    def document_ids(self) -> Tensor: ...
+
+    @property
+    def position_ids(self) -> Tensor: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+
+
+def encode(
+    embeddings: nn.Module,
+    encoder: EncoderBase,
+    input_ids: Tensor,
+    batch: EncoderInputs,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Embed and encode input_ids [B, S] with the segments, documents and positions of batch.
+
+    Returns hidden states [B, S, H], or [N, H] at positions [N] of the flattened batch.
+    """
+    embedded = embeddings(input_ids, batch.segment_ids, batch.position_ids)
+    return encoder(
+        embedded,
+        batch.document_ids,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        positions=positions,
+    )

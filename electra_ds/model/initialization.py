@@ -10,13 +10,15 @@ from electra_ds.model.heads import GeneratorHead
 
 @torch.no_grad()
 def initialize(module: nn.Module, config: ModelConfig, seed: int | None = None) -> None:
-    """Set every weight of module in place; biases 0, LayerNorm 1 and 0.
+    """Set every weight of module in place; biases are 0, LayerNorm weights 1.
 
-    `normal`: truncated at two deviations, init_std for matrices and embedding_init_std for tables; Xavier-uniform for
-    the embedding projection and the last layer of the discriminator (the authors' code leaves TensorFlow's default
-    there). `fan_in`: plain normal, 1 / sqrt(inputs) for matrices, embedding_init_std for tables. Rows that only pad
-    the word table stay 0 and draw nothing, so that the padding never changes the others. With a seed, drawn from a
-    stream of its own.
+    normal: truncated at two standard deviations, init_std for matrices and embedding_init_std for
+            tables; Xavier uniform for the embedding projection and for the last layer of the
+            discriminator, where the authors' code keeps TensorFlow's default
+    fan_in: plain normal, 1 / sqrt(inputs) for matrices and embedding_init_std for tables
+
+    Rows that pad the word table are 0 and take no random numbers, so that the padding does not
+    change other weights. With a seed, the random numbers come from a separate generator.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for name, part in module.named_modules():
@@ -26,24 +28,27 @@ def initialize(module: nn.Module, config: ModelConfig, seed: int | None = None) 
             elif name.rpartition(".")[2] in ("project", "classify", "copy_gate"):
                 nn.init.xavier_uniform_(part.weight, generator=generator)
             else:
-                _truncated(part.weight, config.init_std, generator)
+                _truncated_normal(part.weight, config.init_std, generator)
             part.bias.zero_()
         elif isinstance(part, Embeddings):
-            for table, rows in (
-                (part.word, config.vocab_size),
-                (part.position, None),
-                (part.token_type, None),
-            ):
-                table.weight.zero_()
-                if config.init == "fan_in":
-                    table.weight[:rows].normal_(0, config.embedding_init_std, generator=generator)
-                else:
-                    _truncated(table.weight[:rows], config.embedding_init_std, generator)
+            _initialize_tables(part, config, generator)
         elif isinstance(part, nn.LayerNorm):
             part.reset_parameters()
         elif isinstance(part, GeneratorHead):
             part.bias.zero_()
 
 
-def _truncated(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+def _initialize_tables(
+    embeddings: Embeddings, config: ModelConfig, generator: torch.Generator | None
+) -> None:
+    true_rows = ((embeddings.word, config.vocab_size), (embeddings.position, None))
+    for table, rows in (*true_rows, (embeddings.token_type, None)):
+        table.weight.zero_()
+        if config.init == "fan_in":
+            table.weight[:rows].normal_(0, config.embedding_init_std, generator=generator)
+        else:
+            _truncated_normal(table.weight[:rows], config.embedding_init_std, generator)
+
+
+def _truncated_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

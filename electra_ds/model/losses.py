@@ -1,4 +1,4 @@
-"""What one forward returns: losses, and the sums behind the metrics.
+"""Losses of one forward pass, their divisors, and the sums for the metrics.
 
 Letters: B rows, S sequence, K masked positions.
 """
@@ -23,10 +23,10 @@ class Totals(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sums behind the metrics: 0-d fp64 tensors and one histogram, additive over micro-batches and
-    ranks.
+    """Sums for the metrics: 0-d fp64 tensors and one histogram.
 
-    Positive means replaced. The counts of tokens are over the positions that the main loss counts.
+    They are additive over micro-batches and ranks. Positive means replaced. Tokens are counted at
+    the positions of the main loss.
     """
 
     masked: Tensor  # masked positions
@@ -40,57 +40,65 @@ class Counts(NamedTuple):
     histogram: Tensor  # [2, BINS]: discriminator logits of original (row 0) and replaced tokens
 
     def to_vector(self) -> Tensor:
-        """All sums as one vector [COUNTS_SIZE], fp64."""
+        """Return all sums as one vector [COUNTS_SIZE], fp64."""
         *scalars, histogram = self
         return torch.cat([torch.stack(scalars), histogram.flatten()])
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> "Counts":
-        """The inverse of `to_vector`."""
+        """Return the counts of a vector that `to_vector` made."""
         scalars = len(cls._fields) - 1
-        return cls(*vector[:scalars], vector[scalars:].view(2, BINS))
+        return cls._make([*vector[:scalars], vector[scalars:].view(2, BINS)])
 
 
 COUNTS_SIZE = len(Counts._fields) - 1 + 2 * BINS
 
 
 class Losses(NamedTuple):
-    """What one forward gives: 0-d fp32 tensors, each already divided by the counts of the whole global batch."""
+    """Losses of one forward pass: 0-d fp32 tensors, divided by the totals of the global batch."""
 
     total: Tensor
     mlm_loss: Tensor  # of the generator (0 without a network); of the main encoder for kind mlm
-    disc_loss: Tensor  # of the main encoder, whatever it learns; 0 for kind mlm
+    disc_loss: Tensor  # of the main encoder, whatever it predicts; 0 for kind mlm
     counts: Counts | None
 
 
 @torch.no_grad()
 def count(
-    batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, places: Tensor
+    batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, counted: Tensor
 ) -> Counts:
-    """The sums behind the metrics, on the device (float64: exact up to 2**53); tokens are those at `places` [B, S]."""
-    weights, real = batch.masked_weights.double(), (places > 0).double()
+    """Return the sums for the metrics, on the device, in float64 (exact up to 2**53).
+
+    logits:      [B, S] of the discriminator
+    is_replaced: [B, S] bool
+    counted:     [B, S]; tokens count where it is above 0
+    """
+    weights = batch.masked_weights.double()
+    is_counted = (counted > 0).double()
     targets = batch.input_ids.gather(1, batch.masked_positions)
-    label, guess = is_replaced.double() * real, (logits > 0).double() * real
+    label = is_replaced.double() * is_counted
+    prediction = (logits > 0).double() * is_counted
     return Counts(
         masked=weights.sum(),
-        tokens=real.sum(),
-        mlm_correct=(weights * (drawn.best == targets)).sum(),
+        tokens=is_counted.sum(),
+        mlm_correct=(weights * (drawn.predicted == targets)).sum(),
         sampled_correct=(weights * (drawn.sampled == targets)).sum(),
         replaced=label.sum(),
-        true_positive=(label * guess).sum(),
-        false_positive=((1 - label) * guess).sum(),
-        false_negative=(label * (1 - guess)).sum(),
-        histogram=histogram(logits, is_replaced, real),
+        true_positive=(label * prediction).sum(),
+        false_positive=((1 - label) * prediction).sum(),
+        false_negative=(label * (1 - prediction)).sum(),
+        histogram=histogram(logits, is_replaced, is_counted),
     )
 
 
-def histogram(logits: Tensor, is_replaced: Tensor, real: Tensor) -> Tensor:
-    """Discriminator logits of the real tokens binned by label, [2, BINS] float64: original, replaced."""
-    clipped = (
-        logits.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT)
-    )  # a broken run is reported by its losses
-    place = ((clipped + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(max=BINS - 1)
-    filled = torch.zeros(2 * BINS, dtype=torch.float64, device=logits.device)
-    return filled.scatter_add_(
-        0, (place + BINS * is_replaced).flatten(), real.double().flatten()
-    ).view(2, BINS)
+def histogram(logits: Tensor, is_replaced: Tensor, weights: Tensor) -> Tensor:
+    """Return weighted histograms of logits by label, [2, BINS] float64: original, replaced.
+
+    logits, is_replaced, weights: [B, S] each. NaN is counted as 0: a run with such logits is
+    reported by its losses.
+    """
+    clipped = logits.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT)
+    bins = ((clipped + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(max=BINS - 1)
+    sums = torch.zeros(2 * BINS, dtype=torch.float64, device=logits.device)
+    sums.scatter_add_(0, (bins + BINS * is_replaced).flatten(), weights.double().flatten())
+    return sums.view(2, BINS)

@@ -1,8 +1,11 @@
-"""Rows -> losses: replaced token detection with a generator trained beside (ELECTRA, section 2), and the objectives
-it is compared with (section 3.4), pure torch.
+"""Losses of replaced token detection with a generator (ELECTRA, section 2).
+
+Also the objectives that the paper compares with it (section 3.4).
 
 Letters: B rows, S sequence, K masked positions, V vocabulary, H hidden.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +18,32 @@ from electra_ds.config.schema import (
     ObjectiveConfig,
 )
 from electra_ds.data.batch import Batch
-from electra_ds.model.encoder import Embeddings, Encoder, Layer
+from electra_ds.model.encoder import Embeddings, Encoder, EncoderBase, encode, known_vocab_size
 from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
 from electra_ds.model.initialization import initialize
 from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.kernels.vocab_head import HeadResult
 from electra_ds.model.losses import Losses, Totals, count
 
+# Compilations per layer: two encoders, with and without gradient, each with the few lengths of
+# cu_seqlens. Beyond the limit, 8 by default, layers would run uncompiled.
+RECOMPILE_LIMIT = 64
+
 
 class Objective(nn.Module):
-    """The loss of every kind, over what a subclass gives: `generate`, `discriminate`, and `predict` where the main
-    encoder predicts tokens."""
+    """Base class of objectives: the losses of every kind.
 
-    def __init__(self, objective: ObjectiveConfig, special_ids: SpecialIds, vocab_size: int | None):
+    A subclass defines `generate`, `discriminate`, and `predict` where the main encoder predicts
+    tokens.
+    """
+
+    def __init__(
+        self, objective: ObjectiveConfig, special_ids: SpecialIds, vocab_size: int
+    ) -> None:
         super().__init__()
-        self.objective, self.special_ids, self.vocab_size = objective, special_ids, vocab_size
+        self.objective = objective
+        self.special_ids = special_ids
+        self.vocab_size = vocab_size
 
     def forward(
         self,
@@ -39,71 +53,101 @@ class Objective(nn.Module):
         with_counts: bool = False,
         task: str = "losses",
     ) -> Losses | Tensor:
-        """The losses of one micro-batch, or with task="discriminate" the logits [B, S] of batch.input_ids as they are.
+        """Return the losses of one micro-batch.
 
-        totals: counts of the whole global batch, by which the sums over masked positions and over real
-        tokens are divided. All losses are 0-d fp32. There is no host sync on devices
-        other than the CPU. Everything goes through this forward because ZeRO-3 gathers parameters only there.
+        All losses are 0-d fp32. There is no host sync on devices other than the CPU. Every
+        computation enters through this method because ZeRO-3 gathers parameters only here.
+
+        totals: counts of the whole global batch, by which the sums over masked positions and over
+                real tokens are divided
+        task:   "losses", or "discriminate" for the discriminator's logits [B, S] of the unchanged
+                batch.input_ids
         """
         if task == "discriminate":
             return self.discriminate(batch.input_ids, batch)
         options = self.objective
-        drawn = self._draw(batch, with_best=with_counts)
-        corrupted = put(
+        drawn = self._draw(batch, with_predictions=with_counts)
+        corrupted = scatter_tokens(
             batch.input_ids, batch.masked_positions, drawn.sampled, batch.masked_weights
         )  # [B, S]
-        is_replaced = (
-            corrupted != batch.input_ids
-        )  # a sample that hits the original counts as original
-        places = batch.document_ids if options.counts_all_tokens else masked_indicator(batch)
+        # A sample that equals the original token counts as original.
+        is_replaced = corrupted != batch.input_ids
+        counted = batch.document_ids if options.counts_all_tokens else masked_tokens_mask(batch)
         logits = torch.zeros_like(corrupted, dtype=torch.float32)
         if options.detects:
             logits = self.discriminate(corrupted, batch)  # [B, S]
-            nll = discriminator_nll(logits, is_replaced, places)
+            nll = discriminator_nll(logits, is_replaced, counted)
         else:
             nll = logits.sum() if options.kind == "mlm" else self.predict(corrupted, batch)
         mlm_loss = drawn.nll / totals.masked_count
         disc_loss = nll / (totals.token_count if options.counts_all_tokens else totals.masked_count)
         gen_weight, disc_weight = options.loss_weights
         total = gen_weight * mlm_loss + disc_weight * disc_loss
-        counts = count(batch, drawn, logits.detach(), is_replaced, places) if with_counts else None
+        counts = count(batch, drawn, logits.detach(), is_replaced, counted) if with_counts else None
         return Losses(total, mlm_loss.detach(), disc_loss.detach(), counts)
 
+    def generate(
+        self, masked_ids: Tensor, batch: Batch, with_predictions: bool = False
+    ) -> HeadResult:
+        """Run the generator on masked rows [B, S].
+
+        Returns the summed loss at the masked positions, samples [B, K], and with_predictions the
+        most likely tokens [B, K].
+        """
+        raise NotImplementedError
+
+    def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
+        """Return logits [B, S] fp32 that each token of input_ids was replaced.
+
+        Documents and positions are those of batch.
+        """
+        raise NotImplementedError
+
+    def predict(self, corrupted: Tensor, batch: Batch) -> Tensor:
+        """Return the summed loss, 0-d, of predicting the original tokens of corrupted [B, S]."""
+        raise NotImplementedError
+
     def recompute_layers(self, on: bool = True) -> None:
-        """Activation checkpointing of every layer of both encoders."""
+        """Turn activation checkpointing on or off for every layer of both encoders."""
         for part in self.modules():
-            if isinstance(part, Encoder):
+            if isinstance(part, EncoderBase):
                 part.recompute_layers = on
 
     def compile_layers(self) -> None:
-        """torch.compile every layer in place, before DeepSpeed wraps the module; parameter names stay."""
-        # Two encoders, with and without gradient, each in the few sizes of `document_cu_seqlens`: past the limit, which is 8,
-        # layers would run uncompiled.
-        torch._dynamo.config.recompile_limit = 64
-        for part in self.modules():
-            if isinstance(part, Layer):
-                part.compile(dynamic=False)
+        """torch.compile every layer in place, before DeepSpeed wraps the module.
 
-    def _draw(self, batch: Batch, with_best: bool) -> HeadResult:
+        Parameter names do not change.
+        """
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        for part in self.modules():
+            if isinstance(part, EncoderBase):
+                part.compile_layers()
+
+    def _draw(self, batch: Batch, with_predictions: bool) -> HeadResult:
+        """Return the generator's loss and samples, or uniform samples without a generator."""
         options = self.objective
         if options.generator == "model":
-            return self.generate(mask_input(batch, self.special_ids.mask), batch, with_best)
-        avoid = (
-            batch.input_ids.gather(1, batch.masked_positions) if options.disallow_correct else None
-        )
+            masked_ids = mask_input(batch, self.special_ids.mask)
+            return self.generate(masked_ids, batch, with_predictions)
+        originals = batch.input_ids.gather(1, batch.masked_positions)
+        excluded = originals if options.disallow_correct else None
         special = list(self.special_ids.model_dump().values())
-        sampled = uniform_tokens(batch.uniforms, self.vocab_size, special, avoid)
+        sampled = uniform_tokens(batch.uniforms, self.vocab_size, special, excluded)
         return HeadResult(batch.uniforms.new_zeros(()), sampled, sampled)
 
 
 class ElectraObjective(Objective):
-    """Both encoders and the loss in one module, the one that DeepSpeed wraps; what is shared is here once.
+    """Both encoders, their heads and the losses in one module, which DeepSpeed wraps.
 
-    Parameter names are the canonical ones of checkpoints: embeddings.*, generator.*, generator_head.*,
-    discriminator.*, discriminator_head.*; with model.sharing = "untied" generator_embeddings.* besides (as wide as
-    the generator, as in the authors' code), with "all" no generator.* (the discriminator's encoder serves both).
-    Kinds whose main encoder predicts tokens have mlm_head.* instead of discriminator_head.*, all_tokens_mlm also
-    copy_gate.*; without a generator network none of its names is there.
+    Parameter names are the canonical names of checkpoints: embeddings.*, generator.*,
+    generator_head.*, discriminator.*, discriminator_head.*.
+
+    - model.sharing = "untied": also generator_embeddings.*, as wide as the generator (as in the
+      authors' code)
+    - model.sharing = "all": no generator.*, the discriminator's encoder serves both
+    - kinds whose main encoder predicts tokens: mlm_head.* instead of discriminator_head.*
+    - all_tokens_mlm: also copy_gate.*
+    - no generator network: none of the generator's names
     """
 
     def __init__(
@@ -113,10 +157,11 @@ class ElectraObjective(Objective):
         objective: ObjectiveConfig,
         special_ids: SpecialIds,
         seed: int | None = None,
-    ):
-        super().__init__(objective, special_ids, model.vocab_size)
+    ) -> None:
+        super().__init__(objective, special_ids, known_vocab_size(model))
         self.sharing = model.sharing
-        width, eps = model.embedding_size, model.layer_norm_eps
+        width = model.embedding_size
+        eps = model.layer_norm_eps
         self.embeddings = Embeddings(model, width, model.hidden_dropout)
         if objective.has_generator:
             if model.sharing == "untied":
@@ -134,92 +179,87 @@ class ElectraObjective(Objective):
             self.copy_gate = Linear(model.hidden_size, 1)
         initialize(self, model, seed)
 
-    def generate(self, masked_ids: Tensor, batch: Batch, with_best: bool = False) -> HeadResult:
-        """Run the generator (for mlm: the main encoder) on masked rows [B, S]: summed loss at the masked positions,
-        samples (and best) [B, K]."""
-        is_main = self.objective.kind == "mlm"
-        encoder = self.discriminator if is_main or self.sharing == "all" else self.generator
-        embeddings = (
-            self.generator_embeddings
-            if self.sharing == "untied" and not is_main
-            else self.embeddings
-        )
-        head = self.mlm_head if is_main else self.generator_head
-        hidden = encoder(
-            embeddings(masked_ids, batch.segment_ids, batch.position_ids),
-            batch.document_ids,
-            batch.cu_seqlens,
-        )
+    def generate(
+        self, masked_ids: Tensor, batch: Batch, with_predictions: bool = False
+    ) -> HeadResult:
+        embeddings, encoder, head = self._generator_parts()
+        hidden = encode(embeddings, encoder, masked_ids, batch)
         return head(
             gather_positions(hidden, batch.masked_positions),
             embeddings.word,
-            self._at_chosen(batch, with_best),
+            self._masked_loss_inputs(batch, with_predictions),
         )
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
-        """Logits [B, S] fp32 that each token of input_ids was replaced; the batch gives pieces and positions."""
         return self.discriminator_head(self._encode(input_ids, batch))
 
     def predict(self, corrupted: Tensor, batch: Batch) -> Tensor:
-        """Summed loss, 0-d, of the main encoder that names the original tokens behind corrupted rows [B, S]."""
-        hidden, word = self._encode(corrupted, batch), self.embeddings.word
+        hidden = self._encode(corrupted, batch)
         if self.objective.kind == "replace_mlm":
-            return self.mlm_head(
-                gather_positions(hidden, batch.masked_positions),
-                word,
-                self._at_chosen(batch, False),
-            ).nll
-        everywhere = {
-            "targets": batch.input_ids,
-            "weights": batch.document_ids > 0,
-            "uniforms": torch.zeros_like(batch.input_ids, dtype=torch.float32),
-            "gate": self.copy_gate(hidden).squeeze(-1).float(),
-            "copied": corrupted == batch.input_ids,
-        }
-        return self.mlm_head(hidden, word, everywhere).nll
+            hidden = gather_positions(hidden, batch.masked_positions)
+            loss_inputs = self._masked_loss_inputs(batch, with_predictions=False)
+        else:
+            loss_inputs = {
+                "targets": batch.input_ids,
+                "weights": batch.document_ids > 0,
+                "uniforms": torch.zeros_like(batch.input_ids, dtype=torch.float32),
+                "gate": self.copy_gate(hidden).squeeze(-1).float(),
+                "copied": corrupted == batch.input_ids,
+            }
+        return self.mlm_head(hidden, self.embeddings.word, loss_inputs).nll
 
-    def _encode(self, input_ids: Tensor, batch: Batch) -> Tensor:  # [B, S, H]
-        embedded = self.embeddings(input_ids, batch.segment_ids, batch.position_ids)
-        return self.discriminator(embedded, batch.document_ids, batch.cu_seqlens)
+    def _generator_parts(self) -> tuple[Embeddings, EncoderBase, GeneratorHead]:
+        """Embeddings, encoder and head that fill in [MASK]; for mlm those of the main encoder."""
+        if self.objective.kind == "mlm":
+            return self.embeddings, self.discriminator, self.mlm_head
+        embeddings = self.generator_embeddings if self.sharing == "untied" else self.embeddings
+        encoder = self.discriminator if self.sharing == "all" else self.generator
+        return embeddings, encoder, self.generator_head
 
-    def _at_chosen(self, batch: Batch, with_best: bool) -> dict:
+    def _encode(self, input_ids: Tensor, batch: Batch) -> Tensor:
+        """Hidden states of the main encoder, [B, S, H]."""
+        return encode(self.embeddings, self.discriminator, input_ids, batch)
+
+    def _masked_loss_inputs(self, batch: Batch, with_predictions: bool) -> dict[str, Any]:
+        """Arguments of `vocab_head` for the masked positions."""
         return {
             "targets": batch.input_ids.gather(1, batch.masked_positions),
             "weights": batch.masked_weights,
             "uniforms": batch.uniforms,
             "temperature": self.objective.temperature,
-            "with_best": with_best,
-            "disallow": self.objective.disallow_correct,
+            "with_predictions": with_predictions,
+            "disallow_target": self.objective.disallow_correct,
         }
 
 
 def mask_input(batch: Batch, mask_id: int) -> Tensor:
-    """input_ids [B, S] with [MASK] at the masked positions that do not keep their token."""
-    hidden = batch.masked_weights * ~batch.keep_original
-    return put(
+    """Return input_ids [B, S] with [MASK] at the masked positions that do not keep their token."""
+    return scatter_tokens(
         batch.input_ids,
         batch.masked_positions,
         torch.full_like(batch.masked_positions, mask_id),
-        hidden,
+        batch.masked_weights * ~batch.keep_original,
     )
 
 
-def put(ids: Tensor, places: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-    """ids [B, S] with values [B, K] at places [B, K]; a place of weight 0 writes into a column that is cut off."""
+def scatter_tokens(ids: Tensor, positions: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Return ids [B, S] with tokens [B, K] at positions [B, K] of weight above 0.
+
+    A token of weight 0 is written to an additional column, which is cut off.
+    """
     length = ids.shape[1]
-    return F.pad(ids, (0, 1)).scatter(1, torch.where(weights > 0, places, length), values)[
-        :, :length
-    ]
+    columns = torch.where(weights > 0, positions, length)
+    return F.pad(ids, (0, 1)).scatter(1, columns, tokens)[:, :length]
 
 
-def gather_positions(hidden: Tensor, places: Tensor) -> Tensor:
-    """Hidden states at places: [B, S, H], [B, K] -> [B, K, H]."""
-    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+def gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Return the hidden states at positions: [B, S, H], [B, K] -> [B, K, H]."""
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def masked_indicator(batch: Batch) -> Tensor:
-    """[B, S] int64: 1 at the masked positions, else 0."""
-    return put(
+def masked_tokens_mask(batch: Batch) -> Tensor:
+    """Return [B, S] int64: 1 at the masked positions, else 0."""
+    return scatter_tokens(
         torch.zeros_like(batch.input_ids),
         batch.masked_positions,
         torch.ones_like(batch.masked_positions),
@@ -228,26 +268,33 @@ def masked_indicator(batch: Batch) -> Tensor:
 
 
 def uniform_tokens(
-    uniforms: Tensor, vocab_size: int, special: list[int], avoid: Tensor | None = None
+    uniforms: Tensor, vocab_size: int, special: list[int], excluded: Tensor | None = None
 ) -> Tensor:
-    """One token per number of [0, 1), all alike likely, never a special one nor that of `avoid`, shaped as uniforms."""
+    """Return one token for each number of [0, 1), uniformly distributed, shaped as uniforms.
+
+    Special tokens are never returned, nor at each position the token of `excluded`.
+    """
     special = sorted({s for s in special if s < vocab_size})
     ordinary = vocab_size - len(special)
-    if avoid is None:
+    if excluded is None:
         index = (uniforms.double() * ordinary).long()  # among the ordinary tokens
     else:
-        rank = avoid - sum((avoid > s).long() for s in special)
-        can_hit = ~sum(avoid == s for s in special).bool()
-        index = (uniforms.double() * (ordinary - can_hit.long())).long()
-        index += (can_hit & (index >= rank)).long()
+        smaller = torch.stack([excluded > s for s in special]).sum(0)
+        excluded_index = excluded - smaller  # among the ordinary tokens
+        is_ordinary = ~torch.stack([excluded == s for s in special]).any(0)
+        index = (uniforms.double() * (ordinary - is_ordinary.long())).long()
+        index += (is_ordinary & (index >= excluded_index)).long()
     for s in special:
         index += (index >= s).long()
     return index
 
 
-def discriminator_nll(logits: Tensor, is_replaced: Tensor, places: Tensor) -> Tensor:
-    """Binary cross-entropy summed over the tokens whose places [B, S] are above 0 (document_ids: all real ones), fp32."""
-    weight = (places > 0).float()
+def discriminator_nll(logits: Tensor, is_replaced: Tensor, counted: Tensor) -> Tensor:
+    """Return the binary cross-entropy summed over the tokens where counted is above 0, 0-d fp32.
+
+    counted: [B, S]; document_ids counts all real tokens
+    """
+    weight = (counted > 0).float()
     return F.binary_cross_entropy_with_logits(
         logits.float(), is_replaced.float(), weight=weight, reduction="sum"
     )

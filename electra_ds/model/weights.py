@@ -1,4 +1,4 @@
-"""Parameters by canonical name, without the rows that only pad a table in memory."""
+"""Parameters by canonical name, without the rows that pad a table in memory."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from electra_ds.common.errors import UserError
 
 
 def padded_rows(module: nn.Module) -> dict[str, int]:
-    """Parameter name -> true rows, for the parameters whose first axis is padded in memory."""
+    """Return the true number of rows of each parameter that is padded in memory, by name."""
     return {
         f"{prefix}.{name}" if prefix else name: rows
         for prefix, part in module.named_modules()
@@ -16,23 +16,30 @@ def padded_rows(module: nn.Module) -> dict[str, int]:
 
 
 def true_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters by canonical name, detached views without padded rows; a shared tensor once."""
+    """Return the parameters by canonical name, as detached views without padded rows.
+
+    A shared tensor occurs once.
+    """
     rows = padded_rows(module)
     return {name: p.detach()[: rows.get(name, len(p))] for name, p in module.named_parameters()}
 
 
 @torch.no_grad()
 def load_true_state(module: nn.Module, state: dict[str, Tensor], partial: bool = False) -> None:
-    """Copy tensors of true rows into module. UserError names what is missing, unknown or of another shape."""
-    own = true_state(module)
-    missing = [] if partial else sorted(own.keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
+    """Copy tensors without padded rows into module.
+
+    partial: parameters that `state` lacks keep their values
+    Raises UserError with the names that are missing, unknown or of another shape.
+    """
+    parameters = true_state(module)
+    missing = [] if partial else sorted(parameters.keys() - state.keys())
+    unknown = sorted(state.keys() - parameters.keys())
     if missing or unknown:
         raise UserError(
             f"weights do not fit: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}"
         )
     for name, value in state.items():
-        found, expected = tuple(value.shape), tuple(own[name].shape)
-        if found != expected:
-            raise UserError(f"weights: {name} has shape {found}, the model expects {expected}")
-        own[name].copy_(value)
+        shape, expected = tuple(value.shape), tuple(parameters[name].shape)
+        if shape != expected:
+            raise UserError(f"weights: {name} has shape {shape}, the model expects {expected}")
+        parameters[name].copy_(value)

@@ -1,21 +1,36 @@
-"""`electra_ds.Electra`: replaced token detection around any two modules of the user's own, in a loop of their own.
+"""`electra_ds.Electra`: replaced token detection around two modules of the user.
 
 Letters: B rows, S sequence, K masked positions, V vocabulary.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from electra_ds.common.errors import UserError
-from electra_ds.model.custom import Discriminator, call_generator, takes, tied
+from electra_ds.model.custom import (
+    Discriminator,
+    accepts_argument,
+    call_generator,
+    describe_shared_parameters,
+)
 from electra_ds.model.kernels.vocab_head import logits_head
-from electra_ds.model.objective import discriminator_nll, gather_positions, put, uniform_tokens
+from electra_ds.model.objective import (
+    discriminator_nll,
+    gather_positions,
+    scatter_tokens,
+    uniform_tokens,
+)
 
 
 class Result(NamedTuple):
-    """What one call gives: 0-d fp32 losses and accuracies over the masked positions (mlm, gen) or real tokens (disc)."""
+    """Losses and accuracies of one call.
+
+    0-d fp32 each, over the masked positions (mlm_loss, gen_acc) or the real tokens (disc_loss,
+    disc_acc).
+    """
 
     loss: Tensor  # gen_weight * mlm_loss + disc_weight * disc_loss
     mlm_loss: Tensor
@@ -23,24 +38,31 @@ class Result(NamedTuple):
     gen_acc: Tensor
     disc_acc: Tensor
     disc_labels: Tensor  # [B, S] 1. where the token was replaced, else 0.
-    disc_predictions: Tensor  # [B, S] 1. where the discriminator says so
+    disc_predictions: Tensor  # [B, S] 1. where the discriminator predicts so, else 0.
 
     def backward(self) -> None:
-        """Gradients of `loss`."""
+        """Compute the gradients of `loss`."""
         self.loss.backward()
 
 
 class Electra(nn.Module):
-    """ELECTRA's two losses for a generator and a discriminator that take ids [B, S] (interface of electra-pytorch).
+    """ELECTRA's two losses for a generator and a discriminator that take ids [B, S].
 
-    generator: returns logits [B, S, V]. discriminator: returns logits [B, S] or [B, S, 1]; with discr_dim > 0 the
-    output [B, S, discr_dim] of its layer discr_layer (name, or index of a child) is taken, and a linear head of the
-    wrapper makes the logits. Nothing stays behind in the two modules: torch.save(discriminator) saves it alone;
-    state_dict() of the wrapper holds the head too.
+    The interface is that of electra-pytorch. Both modules are left as they are:
+    torch.save(discriminator) saves the discriminator alone, and state_dict() of the wrapper also
+    holds the head.
 
-    mask_prob: share of the real tokens that is chosen, a row at a time, at distinct places; never pad_token_id,
-    mask_token_id or mask_ignore_token_ids. random_token_prob of them become random tokens (needs num_tokens),
-    replace_prob of the others mask_token_id, the rest stay. Tokens with pad_token_id count in no loss.
+    generator:     returns logits [B, S, V]
+    discriminator: returns logits [B, S] or [B, S, 1]; with discr_dim > 0 the output
+                   [B, S, discr_dim] of its layer discr_layer (name, or index among the children) is
+                   used, and a linear head of the wrapper makes the logits
+    num_tokens:    size of the vocabulary, needed for random_token_prob
+    mask_prob:     share of a row's real tokens that is masked, at distinct positions; tokens equal
+                   to pad_token_id, mask_token_id or one of mask_ignore_token_ids are never masked
+    random_token_prob: share of the masked positions that become random tokens
+    replace_prob:  share of the other masked positions that become mask_token_id; the rest keep
+                   their token
+    Tokens equal to pad_token_id count in no loss.
     """
 
     def __init__(
@@ -56,92 +78,103 @@ class Electra(nn.Module):
         random_token_prob: float = 0.0,
         mask_token_id: int = 2,
         pad_token_id: int = 0,
-        mask_ignore_token_ids: tuple[int, ...] | list[int] | set[int] = (),
+        mask_ignore_token_ids: Collection[int] = (),
         disc_weight: float = 50.0,
         gen_weight: float = 1.0,
         temperature: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
         shares = {
             "mask_prob": mask_prob,
             "replace_prob": replace_prob,
             "random_token_prob": random_token_prob,
         }
-        if odd := [name for name, share in shares.items() if not 0 <= share <= 1]:
-            raise UserError(f"{odd[0]} = {shares[odd[0]]}: expected a share, 0 to 1")
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} = {share}: expected a share, 0 to 1")
         if random_token_prob > 0 and num_tokens is None:
             raise UserError("random_token_prob needs num_tokens, the number of tokens to draw from")
-        self.generator, self.discriminator = (
-            generator,
-            Discriminator(discriminator, discr_dim, discr_layer),
-        )
-        self.ties, self.num_tokens = tied(generator, discriminator), num_tokens
-        self.mask_prob, self.replace_prob, self.random_token_prob = (
-            mask_prob,
-            replace_prob,
-            random_token_prob,
-        )
-        self.mask_id, self.pad_id = mask_token_id, pad_token_id
-        self.never_chosen = sorted({mask_token_id, pad_token_id, *mask_ignore_token_ids})
-        self.disc_weight, self.gen_weight, self.temperature = disc_weight, gen_weight, temperature
+        self.generator = generator
+        self.discriminator = Discriminator(discriminator, discr_dim, discr_layer)
+        self.shared = describe_shared_parameters(generator, discriminator)
+        self.num_tokens = num_tokens
+        self.mask_prob = mask_prob
+        self.replace_prob = replace_prob
+        self.random_token_prob = random_token_prob
+        self.mask_id = mask_token_id
+        self.pad_id = pad_token_id
+        self.never_masked = sorted({mask_token_id, pad_token_id, *mask_ignore_token_ids})
+        self.disc_weight = disc_weight
+        self.gen_weight = gen_weight
+        self.temperature = temperature
 
     def forward(self, input: Tensor, **kwargs: Any) -> Result:
-        """Losses of ids [B, S] int64. Keyword arguments go to each module whose forward takes them; UserError for one
-        that neither takes. What is chosen, masked and drawn comes from torch's random numbers."""
-        given = {
-            module: {k: v for k, v in kwargs.items() if takes(module, k)}
-            for module in (self.generator, self.discriminator.module)
-        }
-        if lost := kwargs.keys() - set().union(*given.values()):
-            raise UserError(
-                f"neither the generator's nor the discriminator's forward takes {', '.join(sorted(lost))}"
-            )
-        chosen, weights = self._choose(input)  # [B, K]
-        originals = input.gather(1, chosen)
-        masked = put(input, chosen, self._mask(originals), weights)
-        logits = gather_positions(
-            call_generator(self.generator, masked, self.ties, given[self.generator]), chosen
+        """Return the losses of ids [B, S] int64.
+
+        Keyword arguments are passed to each module whose forward accepts them; UserError for one
+        that neither accepts. Masked positions and tokens are drawn from torch's default generator.
+        """
+        generator_arguments, discriminator_arguments = self._split_arguments(kwargs)
+        positions, weights = self._select_masked_positions(input)  # [B, K]
+        originals = input.gather(1, positions)
+        masked_ids = scatter_tokens(input, positions, self._mask(originals), weights)
+        output = call_generator(self.generator, masked_ids, self.shared, generator_arguments)
+        uniforms = torch.rand(positions.shape, device=input.device)
+        drawn = logits_head(
+            gather_positions(output, positions),
+            originals,
+            weights,
+            uniforms,
+            self.temperature,
+            with_predictions=True,
         )
-        uniforms = torch.rand(chosen.shape, device=input.device)
-        drawn = logits_head(logits, originals, weights, uniforms, self.temperature, with_best=True)
-        corrupted = put(input, chosen, drawn.sampled, weights)
-        is_replaced, real = corrupted != input, input != self.pad_id
-        found = self.discriminator(corrupted, **given[self.discriminator.module])  # [B, S]
-        count, tokens = weights.sum().clamp(min=1), real.sum().clamp(min=1)
-        mlm_loss, disc_loss = (
-            drawn.nll / count,
-            discriminator_nll(found, is_replaced, real) / tokens,
-        )
-        says = found > 0
+        corrupted = scatter_tokens(input, positions, drawn.sampled, weights)
+        is_replaced = corrupted != input
+        real = input != self.pad_id
+        logits = self.discriminator(corrupted, **discriminator_arguments)  # [B, S]
+        masked_count = weights.sum().clamp(min=1)
+        token_count = real.sum().clamp(min=1)
+        mlm_loss = drawn.nll / masked_count
+        disc_loss = discriminator_nll(logits, is_replaced, real) / token_count
+        predictions = logits > 0
         return Result(
-            self.gen_weight * mlm_loss + self.disc_weight * disc_loss,
-            mlm_loss.detach(),
-            disc_loss.detach(),
-            (weights * (drawn.best == originals)).sum() / count,
-            ((says == is_replaced) & real).sum() / tokens,
-            is_replaced.float(),
-            says.float(),
+            loss=self.gen_weight * mlm_loss + self.disc_weight * disc_loss,
+            mlm_loss=mlm_loss.detach(),
+            disc_loss=disc_loss.detach(),
+            gen_acc=(weights * (drawn.predicted == originals)).sum() / masked_count,
+            disc_acc=((predictions == is_replaced) & real).sum() / token_count,
+            disc_labels=is_replaced.float(),
+            disc_predictions=predictions.float(),
         )
 
-    def _choose(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Distinct places [B, K] of each row, and 1 for those that count, 0 for the row's surplus."""
-        candidates = ~torch.isin(ids, torch.tensor(self.never_chosen, device=ids.device))
-        count = (
-            ((ids != self.pad_id).sum(1) * self.mask_prob)
-            .round()
-            .clamp(min=1)
-            .minimum(candidates.sum(1))
-        )  # [B]
+    def _split_arguments(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arguments that generator and discriminator accept."""
+        generator, discriminator = (
+            {name: value for name, value in arguments.items() if accepts_argument(module, name)}
+            for module in (self.generator, self.discriminator.module)
+        )
+        if unused := sorted(arguments.keys() - generator.keys() - discriminator.keys()):
+            raise UserError(
+                f"neither the generator's nor the discriminator's forward takes {', '.join(unused)}"
+            )
+        return generator, discriminator
+
+    def _select_masked_positions(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return distinct positions of each row [B, K], and weights [B, K]: 0 for unused ones."""
+        candidates = ~torch.isin(ids, torch.tensor(self.never_masked, device=ids.device))
+        wanted = ((ids != self.pad_id).sum(1) * self.mask_prob).round().clamp(min=1)
+        count = wanted.minimum(candidates.sum(1))  # [B]
         slots = max(1, round(ids.shape[1] * self.mask_prob))
-        dice = torch.rand(ids.shape, device=ids.device).masked_fill(~candidates, -1.0)
-        places = torch.arange(slots, device=ids.device)
-        return dice.topk(slots).indices, (places < count[:, None]).float()
+        priorities = torch.rand(ids.shape, device=ids.device).masked_fill(~candidates, -1.0)
+        used = torch.arange(slots, device=ids.device) < count[:, None]
+        return priorities.topk(slots).indices, used.float()
 
     def _mask(self, originals: Tensor) -> Tensor:
-        """What stands at the masked positions before the generator sees them, [B, K]."""
-        to_mask, to_random, which = torch.rand(3, *originals.shape, device=originals.device)
+        """Return the generator's input at the masked positions, [B, K]."""
+        to_mask, to_random, uniforms = torch.rand(3, *originals.shape, device=originals.device)
         masked = originals.masked_fill(to_mask < self.replace_prob, self.mask_id)
         if self.random_token_prob == 0:
             return masked
-        random = uniform_tokens(which, self.num_tokens, self.never_chosen)
-        return torch.where(to_random < self.random_token_prob, random, masked)
+        assert self.num_tokens is not None
+        random_tokens = uniform_tokens(uniforms, self.num_tokens, self.never_masked)
+        return torch.where(to_random < self.random_token_prob, random_tokens, masked)

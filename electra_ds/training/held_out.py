@@ -14,7 +14,7 @@ from electra_ds.data.batch import Batch, fixed_corruption
 from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import MaskingRecipe
-from electra_ds.model.kernels.attention import document_cu_seqlens
+from electra_ds.model.kernels.attention import with_cu_seqlens
 from electra_ds.model.losses import BINS, COUNTS_SIZE, Counts, histogram
 from electra_ds.training.metrics import auc, metrics_of_kind, rates, share
 
@@ -44,8 +44,7 @@ def evaluate(
     counts_sum = torch.zeros(COUNTS_SIZE, dtype=torch.float64, device=device)
     fixed = torch.zeros(2, BINS, dtype=torch.float64, device=device)
     for cpu_batch, rows in batches:
-        with_lengths = cpu_batch._replace(cu_seqlens=document_cu_seqlens(cpu_batch.document_ids))
-        batch = with_lengths.map(lambda tensor: tensor.to(device))
+        batch = with_cu_seqlens(cpu_batch).map(lambda tensor: tensor.to(device))
         losses = module(batch, with_counts=True)
         targets = batch.input_ids.gather(1, batch.masked_positions)
         unigram = -(log_unigrams[targets] * batch.masked_weights).sum()

@@ -18,14 +18,13 @@ from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import RunConfig
-from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
 from electra_ds.data.masking import MaskingRecipe, masking_recipe
 from electra_ds.data.rows import RowOrder, RowReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
-from electra_ds.model.kernels.attention import document_cu_seqlens
+from electra_ds.model.kernels.attention import with_cu_seqlens
 from electra_ds.model.objective import Objective
 from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint
@@ -324,12 +323,8 @@ def _loader(attempt: Attempt, engine: Engine, consumed_rows: int) -> Loader:
         micro_batch_size=train.micro_batch_size,
         consumed_rows=consumed_rows,
         pin_memory=engine.device.type == "cuda",
-        transform=_with_bounds if engine.device.type == "cuda" else None,
+        transform=with_cu_seqlens,
     )
-
-
-def _with_bounds(batch: Batch) -> Batch:
-    return batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids).pin_memory())
 
 
 def _open_logger(attempt: Attempt, step: int) -> Logger:

@@ -1,6 +1,7 @@
-"""Each damage to a data folder is an error that names shard and block, as early as it can be seen; nothing is executed.
+"""Each damage to a data folder is an error with shard and block; nothing is executed.
 
-At open (sizes and places), at a block's first touch (headers and crc32), or by verify alone (bytes beside the rows).
+It is detected when the folder is opened (sizes and paths), when the block is first read (headers
+and crc32), or by `verify` (bytes outside the rows).
 """
 
 import io
@@ -23,55 +24,71 @@ ROWS = [
     best_fit_rows(50, 32),
     best_fit_rows(1, 32, 2),
 ]  # blocks of 16: 4 + 4 + 1
-BYTES = 16 * 32 * 2  # of a block's rows
-SIZE = -(-(128 + BYTES) // TAR_BLOCK) * TAR_BLOCK  # from its payload to the header of its pieces
+ROW_BYTES = 16 * 32 * 2  # of the rows of a block
+# from a block's payload to the header of its fragments
+PAYLOAD_BYTES = -(-(128 + ROW_BYTES) // TAR_BLOCK) * TAR_BLOCK
 
 
 def edit(change):
-    """Damage shard 0 by change(its bytes, where the payload of block 1 begins) -> bytes, or None: changed in place."""
+    """Damage shard 0: change(content, offset) returns the new content.
 
-    def act(data):
-        at = int(ShardReader(data, "train").blocks["offset"][1])
+    content: bytearray of the shard; offset: start of the payload of block 1
+    """
+
+    def damage(data):
+        offset = int(ShardReader(data, "train").blocks["offset"][1])
         path = data / shard_file("train", 0)
-        content = bytearray(path.read_bytes())
-        path.write_bytes(change(content, at) or content)
+        path.write_bytes(change(bytearray(path.read_bytes()), offset))
 
-    return act
-
-
-def flip(place):
-    """One bit, so far from where block 1's payload begins."""
-    return edit(lambda content, at: content.__setitem__(at + place, content[at + place] ^ 1))
+    return damage
 
 
-def put(place, found):
-    """Other bytes, so far from where block 1's payload begins."""
-    return edit(
-        lambda content, at: content.__setitem__(slice(at + place, at + place + len(found)), found)
-    )
+def flip(distance):
+    """Flip a bit at this distance from the payload of block 1."""
+
+    def change(content, offset):
+        content[offset + distance] ^= 1
+        return content
+
+    return edit(change)
 
 
-def member(name="train-000000-000001.ids.npy", kind=tarfile.REGTYPE, target="", size=128 + BYTES):
+def overwrite(distance, replacement):
+    """Write other bytes at this distance from the payload of block 1."""
+
+    def change(content, offset):
+        start = offset + distance
+        content[start : start + len(replacement)] = replacement
+        return content
+
+    return edit(change)
+
+
+def member(name="train-000000-000001.ids.npy", kind=tarfile.REGTYPE, target="", size=None):
+    """The tar header of a member, by default that of block 1 of shard 0."""
     info = tarfile.TarInfo(name)
-    info.type, info.linkname, info.size = kind, target, size
+    info.type = kind
+    info.linkname = target
+    info.size = 128 + ROW_BYTES if size is None else size
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 class Trap:
-    """Unpickling this fails the test."""
+    """Unpickling an instance fails the test."""
 
     def __reduce__(self):
         return (pytest.fail, ("a pickle inside a shard was executed",))
 
 
 def object_array():
+    """An npy file with a pickled object."""
     out = io.BytesIO()
     np.lib.format.write_array(out, np.array([Trap()], object), allow_pickle=True)
     return out.getvalue()
 
 
 def shard(change):
-    """Do something to the path of shard 0."""
+    """Damage the file of shard 0: change(path)."""
     return lambda data: change(data / shard_file("train", 0))
 
 
@@ -85,17 +102,19 @@ def pipe(path):
 
 
 def swap(other):
-    def act(data):
+    """Exchange the files of shard 0 and another one."""
+
+    def damage(data):
         one, two = data / shard_file("train", 0), data / shard_file("train", other)
-        kept = one.read_bytes()
+        content = one.read_bytes()
         one.write_bytes(two.read_bytes())
-        two.write_bytes(kept)
+        two.write_bytes(content)
 
-    return act
+    return damage
 
 
-def climb(data):
-    """The manifest names a shard outside of the folder, and it is there."""
+def move_outside(data):
+    """Move shard 0 out of the folder and write its path to the manifest."""
     (data / shard_file("train", 0)).rename(data.parent / "outside.tar")
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"][0]["file"] = "../outside.tar"
@@ -108,57 +127,66 @@ CUT, AFTER, PLACE = (
     "shard 0 of train is no regular file",
 )
 TAR, NPY, CRC = "block 1: its tar header", "block 1: the npy header", "block 1: its rows differ"
+# Detected when the folder is opened.
 OPEN = {
-    "truncated at a member": (edit(lambda content, at: content[: at - TAR_BLOCK]), CUT),
-    "truncated in a header": (edit(lambda content, at: content[: at - 100]), CUT),
-    "truncated in data": (edit(lambda content, at: content[: at + 700]), CUT),
-    "truncated in the pieces": (
-        edit(lambda content, at: content[: at + SIZE]),
+    "truncated at a member": (edit(lambda content, offset: content[: offset - TAR_BLOCK]), CUT),
+    "truncated in a header": (edit(lambda content, offset: content[: offset - 100]), CUT),
+    "truncated in data": (edit(lambda content, offset: content[: offset + 700]), CUT),
+    "truncated in the fragments": (
+        edit(lambda content, offset: content[: offset + PAYLOAD_BYTES]),
         "block 2 is the first incomplete one",
     ),
-    "a member appended": (edit(lambda content, at: content + member("foreign.npy", size=0)), AFTER),
+    "a member appended": (
+        edit(lambda content, offset: content + member("foreign.npy", size=0)),
+        AFTER,
+    ),
     "a deleted shard": (shard(os.unlink), PLACE),
     "a shard that is a link": (shard(link), PLACE),
     "a shard that is a pipe": (shard(pipe), PLACE),
-    "a shard outside": (climb, PLACE),
+    "a shard outside": (move_outside, PLACE),
     "swapped with a shorter one": (swap(2), CUT),
 }
+# Detected when the block is first read.
 TOUCH = {
-    "a zeroed KiB": (put(200, bytes(1024)), CRC),
+    "a zeroed KiB": (overwrite(200, bytes(1024)), CRC),
     "a flipped data byte": (flip(300), CRC),
     "a flipped npy header byte": (flip(20), NPY),
     "a flipped tar header byte": (flip(12 - TAR_BLOCK), TAR),
     "a flipped tar checksum byte": (flip(150 - TAR_BLOCK), TAR),
-    "a zeroed tar header": (put(-TAR_BLOCK, bytes(TAR_BLOCK)), TAR),
-    "a foreign member": (put(-TAR_BLOCK, member("readme.txt")), TAR),
-    "a link": (put(-TAR_BLOCK, member(kind=tarfile.SYMTYPE, target="/etc/passwd")), TAR),
-    "a hard link": (put(-TAR_BLOCK, member(kind=tarfile.LNKTYPE, target="/etc/passwd")), TAR),
-    "a device node": (put(-TAR_BLOCK, member(kind=tarfile.CHRTYPE)), TAR),
-    "a pipe": (put(-TAR_BLOCK, member(kind=tarfile.FIFOTYPE)), TAR),
-    "a name that climbs": (put(-TAR_BLOCK, member("../train-000000-000001.ids.npy")), TAR),
-    "an absolute name": (put(-TAR_BLOCK, member("/train-000000-000001.ids.npy")), TAR),
-    "an object array": (put(0, object_array()), NPY),
+    "a zeroed tar header": (overwrite(-TAR_BLOCK, bytes(TAR_BLOCK)), TAR),
+    "a foreign member": (overwrite(-TAR_BLOCK, member("readme.txt")), TAR),
+    "a link": (overwrite(-TAR_BLOCK, member(kind=tarfile.SYMTYPE, target="/etc/passwd")), TAR),
+    "a hard link": (overwrite(-TAR_BLOCK, member(kind=tarfile.LNKTYPE, target="/etc/passwd")), TAR),
+    "a device node": (overwrite(-TAR_BLOCK, member(kind=tarfile.CHRTYPE)), TAR),
+    "a pipe": (overwrite(-TAR_BLOCK, member(kind=tarfile.FIFOTYPE)), TAR),
+    "a path to the parent folder": (
+        overwrite(-TAR_BLOCK, member("../train-000000-000001.ids.npy")),
+        TAR,
+    ),
+    "an absolute path": (overwrite(-TAR_BLOCK, member("/train-000000-000001.ids.npy")), TAR),
+    "an object array": (overwrite(0, object_array()), NPY),
     "swapped with one of its size": (
         swap(1),
         "block 1: its tar header is not that of train-000000-000001.ids.npy",
     ),
 }
+# Detected by `verify` only.
 VERIFY = {
-    "a flipped byte of the pieces": (
-        flip(SIZE + TAR_BLOCK + 300),
+    "a flipped byte of the fragments": (
+        flip(PAYLOAD_BYTES + TAR_BLOCK + 300),
         "block 1: its document fragments do not cover the text",
     ),
-    "a flipped byte in the header of the pieces": (flip(SIZE + 3), TAR),
-    "a zeroed header of the pieces": (
-        put(SIZE, bytes(TAR_BLOCK)),
-        "block 1: no tar header where its pieces",
+    "a flipped byte in the header of the fragments": (flip(PAYLOAD_BYTES + 3), TAR),
+    "a zeroed header of the fragments": (
+        overwrite(PAYLOAD_BYTES, bytes(TAR_BLOCK)),
+        "block 1: no tar header where its fragments",
     ),
-    "a flipped byte of padding": (flip(SIZE - 1), "its sha256 is not the manifest's"),
+    "a flipped byte of padding": (flip(PAYLOAD_BYTES - 1), "its sha256 is not the manifest's"),
 }
 
 
 @pytest.mark.parametrize("name", [*OPEN, *TOUCH, *VERIFY])
-def test_damage_is_named_as_early_as_it_can_be_seen(name, tmp_path):
+def test_damage_is_an_error_with_shard_and_block(name, tmp_path):
     fingerprint = write_tokenizer(tmp_path / "data" / "tokenizer")
     data = write_data(tmp_path / "data", ROWS, fingerprint=fingerprint)
     assert verify(data) == []
@@ -171,15 +199,14 @@ def test_damage_is_named_as_early_as_it_can_be_seen(name, tmp_path):
     else:
         reader = ShardReader(data, "train")
         if "swapped" not in name:
-            assert np.array_equal(
-                reader.read(np.arange(16)), ROWS[0][:16]
-            )  # the block before is whole
+            # the block before it can be read
+            assert np.array_equal(reader.read(np.arange(16)), ROWS[0][:16])
         if name in VERIFY:
             assert np.array_equal(reader.read(np.arange(50)), ROWS[0])
         for _ in range(2 if name in TOUCH else 0):
             with pytest.raises(UserError, match=expected):
                 reader.read(np.array([20]))
-        if "header of the pieces" in name:
+        if "header of the fragments" in name:
             with pytest.raises(UserError, match=expected):
                 reader.fragments(1)
     problems = verify(data)

@@ -1,4 +1,4 @@
-"""Whole-word and span masking: exactly k places, drawn as a row-by-row reading of the rule draws them."""
+"""Whole-word and span masking: exactly k positions, equal to a plain implementation by row."""
 
 import hashlib
 import shutil
@@ -17,122 +17,125 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training.metrics_file import read_metrics
 
 VOCAB = 12
-BEGINS = np.arange(VOCAB) < 9  # 0 to 4 are special, 9 to 11 go on with a word
+BEGINS = np.arange(VOCAB) < 9  # 0 to 4 are special, 9 to 11 continue a word
 RECIPE = MaskingRecipe("best_fit", SPECIAL, 0.15, 0.85, 7, begins_word=BEGINS)
-BARRED = {SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask}
+EXCLUDED = {SPECIAL.pad, SPECIAL.cls, SPECIAL.sep, SPECIAL.mask}
 IDS = st.sampled_from([0, 2, 3, 4, 1, *range(5, VOCAB), *range(5, VOCAB), *range(5, VOCAB)])
 
 
 def words_of(row, begins):
-    """Lists of columns: the words of each stretch between what is barred."""
-    stretches, previous = [], None
+    """The words, lists of columns, of each segment between excluded tokens."""
+    segments, previous = [], None
     for column, token in enumerate(row):
-        if token not in BARRED:
+        if token not in EXCLUDED:
             if previous is None:
-                stretches.append([])
+                segments.append([])
             if previous is None or begins[token]:
-                stretches[-1].append([])
-            stretches[-1][-1].append(column)
-        previous = None if token in BARRED else token
-    return stretches
+                segments[-1].append([])
+            segments[-1][-1].append(column)
+        previous = None if token in EXCLUDED else token
+    return segments
 
 
-def drawn(row, numbers, begins, masking):
-    """Columns in the order in which they are chosen, one row, one word or span after the other."""
-    starts = [
-        (
-            numbers[word[0]],
-            [c for w in stretch[at : at + SPAN_LENGTHS[numbers[word[0]] % 4096]] for c in w],
-            word,
-        )
-        for stretch in words_of(row, begins)
-        for at, word in enumerate(stretch)
-    ]
+def selection_order(row, random_bits, begins, masking):
+    """The columns of one row in the order of their selection, word by word or span by span."""
+    candidates = []
+    for segment in words_of(row, begins):
+        for i, word in enumerate(segment):
+            bits = random_bits[word[0]]
+            length = SPAN_LENGTHS[bits % 4096] if masking == "span" else 1
+            columns = [column for other in segment[i : i + length] for column in other]
+            candidates.append((bits, columns))
     order = []
-    for _, span, word in sorted(starts, key=lambda start: start[0]):
-        order += [column for column in (span if masking == "span" else word) if column not in order]
+    for _, columns in sorted(candidates, key=lambda candidate: candidate[0]):
+        order += [column for column in columns if column not in order]
     return order
 
 
 @st.composite
-def rows_with_numbers(draw):
-    """[B, S] ids and random numbers; few enough rows that a failure can be read."""
+def rows_with_random_bits(draw):
+    """Ids and random bits, [B, S] each, of a few rows."""
     n, length = draw(st.integers(1, 4)), draw(st.integers(8, 40))
     ids = draw(st.lists(st.lists(IDS, min_size=length, max_size=length), min_size=n, max_size=n))
     seed = draw(st.integers(0, 2**32 - 1))
-    return np.array(ids, np.uint16), np.random.default_rng(seed).integers(
-        0, 2**32, (n, length), np.uint32
+    return np.array(ids, np.uint16), bits_for((n, length), seed)
+
+
+def bits_for(shape, seed):
+    return np.random.default_rng(seed).integers(0, 2**32, shape, np.uint32)
+
+
+def check(ids, random_bits, recipe):
+    """The first k columns in the order of selection are masked, k being that of token masking."""
+    positions, used = select_masked_positions(ids, recipe, random_bits)
+    by_token, used_by_token = select_masked_positions(
+        ids, recipe._replace(masking="token"), random_bits
     )
-
-
-def check(ids, numbers, recipe):
-    """What is chosen are the first k columns drawn, k being that of token masking."""
-    chosen, used = select_masked_positions(ids, recipe, numbers)
-    by_token, counts = select_masked_positions(ids, recipe._replace(masking="token"), numbers)
-    assert chosen.shape == by_token.shape and np.array_equal(used, counts)
-    for row, own, places, weights in zip(ids.tolist(), numbers.tolist(), chosen, used, strict=True):
-        expected = drawn(row, own, BEGINS, recipe.masking)[: weights.sum()]
-        assert places[weights].tolist() == sorted(expected) and len(set(expected)) == weights.sum()
+    assert positions.shape == by_token.shape
+    assert np.array_equal(used, used_by_token)
+    for row, bits, row_positions, is_used in zip(
+        ids.tolist(), random_bits.tolist(), positions, used, strict=True
+    ):
+        k = is_used.sum()
+        expected = selection_order(row, bits, BEGINS, recipe.masking)[:k]
+        assert len(set(expected)) == k
+        assert row_positions[is_used].tolist() == sorted(expected)
         if recipe.masking == "whole_word":
-            words = [set(word) for stretch in words_of(row, BEGINS) for word in stretch]
-            assert (
-                sum(0 < len(word & set(expected)) < len(word) for word in words) <= 1
-            )  # the last one drawn
+            words = [set(word) for segment in words_of(row, BEGINS) for word in segment]
+            cut_words = [word for word in words if 0 < len(word & set(expected)) < len(word)]
+            assert len(cut_words) <= 1  # the last word
 
 
 @pytest.mark.parametrize("masking", ["whole_word", "span"])
-@given(pair=rows_with_numbers(), mask_prob=st.sampled_from([0.05, 0.15, 0.4, 0.9]))
+@given(pair=rows_with_random_bits(), mask_prob=st.sampled_from([0.05, 0.15, 0.4, 0.9]))
 @settings(max_examples=150, deadline=None)
-def test_the_first_k_places_of_the_drawn_words_are_chosen(masking, pair, mask_prob):
+def test_the_first_k_positions_of_the_selected_words_are_masked(masking, pair, mask_prob):
     check(*pair, RECIPE._replace(masking=masking, mask_prob=mask_prob))
 
 
 @pytest.mark.parametrize("masking", ["whole_word", "span"])
-def test_the_rule_holds_in_long_pieces(masking):
-    """Room for spans of ten words, which short rows seldom have."""
+def test_the_first_k_positions_are_masked_in_long_documents(masking):
+    """Long documents have room for spans of ten words."""
     ids = best_fit_rows(400, 128, vocab_size=VOCAB)
-    numbers = np.random.default_rng(2).integers(0, 2**32, ids.shape, np.uint32)
-    check(ids, numbers, RECIPE._replace(masking=masking))
+    check(ids, bits_for(ids.shape, seed=2), RECIPE._replace(masking=masking))
 
 
 @pytest.mark.parametrize("masking", ["token", "whole_word", "span"])
-def test_a_row_is_masked_the_same_in_any_company(masking):
+def test_the_masking_of_a_row_does_not_depend_on_the_other_rows(masking):
     recipe, ids = RECIPE._replace(masking=masking), best_fit_rows(40, 64, vocab_size=VOCAB)
-    whole, part = (
-        make_batch(ids, np.arange(40), 3, recipe),
-        make_batch(ids[7:9], np.array([7, 8]), 3, recipe),
-    )
-    assert whole.masked_positions[7:9].equal(part.masked_positions) and whole.uniforms[7:9].equal(
-        part.uniforms
-    )
-    assert not whole.masked_positions.equal(
-        make_batch(ids, np.arange(40), 4, recipe).masked_positions
-    )
+    whole = make_batch(ids, np.arange(40), 3, recipe)
+    part = make_batch(ids[7:9], np.array([7, 8]), 3, recipe)
+    assert whole.masked_positions[7:9].equal(part.masked_positions)
+    assert whole.uniforms[7:9].equal(part.uniforms)
+    next_epoch = make_batch(ids, np.arange(40), 4, recipe)
+    assert not whole.masked_positions.equal(next_epoch.masked_positions)
 
 
-def test_each_word_is_drawn_equally_often():
-    """9 words of 2 tokens, k = 3: one word whole and half of another; and k = 1: where a span starts."""
+@pytest.mark.parametrize(
+    ("masking", "mask_prob", "expected"),
+    [
+        ("whole_word", 0.15, [2 / 9, 1 / 9]),  # k = 3: a whole word and half of another
+        ("span", 0.05, [1 / 9, 0]),  # k = 1: the first token of the first span
+    ],
+)
+def test_each_word_is_selected_equally_often(masking, mask_prob, expected):
+    """Rows with 9 words of 2 tokens."""
     ids = np.tile(np.r_[2, np.tile([5, 9], 9), 3], (20_000, 1)).astype(np.uint16)
-    numbers = np.random.default_rng(1).integers(0, 2**32, ids.shape, np.uint32)
-    chosen, used = select_masked_positions(ids, RECIPE._replace(masking="whole_word"), numbers)
-    share = np.bincount(chosen[used], minlength=20)[1:19].reshape(9, 2) / 20_000
-    assert abs(share - [2 / 9, 1 / 9]).max() < 0.013  # standard deviation .003
-    chosen, used = select_masked_positions(
-        ids, RECIPE._replace(masking="span", mask_prob=0.05), numbers
-    )
-    share = np.bincount(chosen[used], minlength=20)[1:19].reshape(9, 2) / 20_000
-    assert abs(share - [1 / 9, 0]).max() < 0.01
+    recipe = RECIPE._replace(masking=masking, mask_prob=mask_prob)
+    positions, used = select_masked_positions(ids, recipe, bits_for(ids.shape, seed=1))
+    share = np.bincount(positions[used], minlength=20)[1:19].reshape(9, 2) / 20_000
+    assert abs(share - expected).max() < 0.013  # standard deviation at most .003
 
 
-def test_spans_are_as_long_as_those_of_spanbert():
+def test_span_lengths_are_distributed_as_in_spanbert():
     shares = np.bincount(SPAN_LENGTHS, minlength=11) / 4096
     geometric = 0.2 * 0.8 ** np.arange(10)
     assert abs(shares[1:] - geometric / geometric.sum()).max() < 1 / 4096 and shares[0] == 0
     assert abs(SPAN_LENGTHS.mean() - 3.8) < 0.01
 
 
-def test_token_masking_is_what_it_was():
-    """Golden values from before words could be drawn: a change here is another experiment under the same name."""
+def test_token_masking_does_not_change_between_versions():
+    """Golden values; with other values the same config would be another experiment."""
     batch = make_batch(
         best_fit_rows(1000, 128), np.arange(1000), 3, RECIPE._replace(begins_word=None)
     )
@@ -146,7 +149,7 @@ def test_token_masking_is_what_it_was():
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
-def test_words_begin_where_the_text_has_them(tmp_path, kind):
+def test_words_by_spelling_are_the_words_of_the_text(tmp_path, kind):
     firsts, lasts = (
         ("un", "re", "over", "down"),
         ("load", "turn", "write", "play", "cast", "hold", "view"),
@@ -165,12 +168,12 @@ def test_words_begin_where_the_text_has_them(tmp_path, kind):
     )
     ids = tokenizer.encode_batch([" ".join(words)])[0]
     starts = np.flatnonzero(load_tokenizer(tmp_path / "tok").begins_word()[ids])
-    assert len(ids) > len(starts) == len(words)  # some words have several pieces
+    assert len(ids) > len(starts) == len(words)  # some words have several tokens
     spellings = ["".join(tokenizer.tokens(part)) for part in np.split(ids, starts[1:])]
     assert [word.replace("##", "").replace("\u2581", "") for word in spellings] == words
 
 
-def test_a_run_masks_as_it_says_and_resumes_as_nothing_else(tmp_path, data):
+def test_a_run_uses_its_kind_of_masking_and_cannot_resume_with_another(tmp_path, data):
     folder = shutil.copytree(data, tmp_path / "data")
     (folder / "tokenizer").mkdir()
     names = [
@@ -202,6 +205,6 @@ def test_a_run_masks_as_it_says_and_resumes_as_nothing_else(tmp_path, data):
     assert run_cli(*run, "--set", "objective.masking=span", check=False).returncode == 85
     loss = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"]
     by_token = float((ROOT / "tests" / "files" / "golden_tiny.txt").read_text().splitlines()[1])
-    assert abs(loss - by_token) > 1e-3 * by_token  # the same rows and weights, other places
+    assert abs(loss - by_token) > 1e-3 * by_token  # the same rows and weights, other positions
     refused = run_cli(*run, check=False)
     assert refused.returncode == 2 and "objective.masking: span -> token" in refused.stderr

@@ -18,6 +18,7 @@ from electra_ds.model.kernels.attention import (
     attention,
     document_cu_seqlens,
     packed_mask,
+    with_cu_seqlens,
 )
 from electra_ds.model.kernels.vocab_head import sample_tokens
 from electra_ds.training import checkpoint
@@ -190,7 +191,6 @@ def test_sampled_tokens_equal_those_on_a_cpu() -> None:
 @needs_cuda
 def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
     from electra_ds.config.loading import load_run
-    from electra_ds.data.batch import Batch
     from electra_ds.data.dataset import open_data
     from electra_ds.data.loader import Loader
     from electra_ds.data.masking import masking_recipe
@@ -200,10 +200,7 @@ def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
     reader, order = source.training(0, 16)
     sizes = {"global_batch_size": 16, "micro_batch_size": 8}
 
-    def add_cu_seqlens(batch: Batch) -> Batch:  # as `pretrain` does on CUDA
-        return batch._replace(cu_seqlens=document_cu_seqlens(batch.document_ids).pin_memory())
-
-    pinned = Loader(reader, order, recipe, pin_memory=True, transform=add_cu_seqlens, **sizes)
+    pinned = Loader(reader, order, recipe, pin_memory=True, transform=with_cu_seqlens, **sizes)
     plain = Loader(reader, order, recipe, pin_memory=False, **sizes)
     for _ in range(20):
         pinned_batches = next(pinned).micro_batches

@@ -1,4 +1,7 @@
-"""model.factory: what a run with encoders of one's own may say, and what is refused. Its training: test_kinds.py."""
+"""model.factory: settings that are accepted or refused, and the arguments of a user's forward.
+
+Their training is tested in tests/training/test_objective_kinds.py.
+"""
 
 import pytest
 import torch
@@ -12,17 +15,22 @@ from electra_ds.config.schema import FactoryConfig, ObjectiveConfig
 from electra_ds.model.build import build_objective, parameter_count
 from electra_ds.model.custom import FactoryObjective
 
+VOCAB = 101
 
-def test_sizes_are_not_needed_and_parameters_are_counted(tmp_path):
-    config = factory_run(tmp_path, "model.vocab_size=101")
-    words, conv, head = 101 * 24, 24 * 8 + 8 + 24 * 8 + 8, 8 + 1
-    gru = 2 * (3 * 8 * (24 + 8) + 2 * 3 * 8) + 16 * 101 + 101
+
+def test_parameters_are_counted_without_a_known_vocabulary_too(tmp_path):
+    config = factory_run(tmp_path, f"model.vocab_size={VOCAB}")
+    words = VOCAB * 24
+    conv = 24 * 8 + 8 + 24 * 8 + 8
+    head = 8 + 1
+    gru = 2 * (3 * 8 * (24 + 8) + 2 * 3 * 8) + 16 * VOCAB + VOCAB
     assert parameter_count(config) == (words + conv + head, words + conv + head + gru)
     assert parameter_count(factory_run(tmp_path)).joint > 30_522 * (24 + 16)
 
 
-def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
-    for sets, message in (
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
         (
             ["model.hidden_size=8"],
             "model.hidden_size: unknown key; known here: discr_dim, discr_layer, factory",
@@ -30,56 +38,101 @@ def test_mistakes_are_named_without_noise_of_the_other_kind_of_model(tmp_path):
         (["objective.kind=mlm"], "objective.kind mlm needs the built-in model"),
         (["generator.hidden_size=8"], "generator"),
         (["train.compile=true"], "are for the built-in layers"),
-    ):
-        with pytest.raises(UserError) as error:
-            factory_run(tmp_path, *sets)
-        assert message in str(error.value) and "\n" not in str(error.value)
-    for factory, message in (
+    ],
+)
+def test_settings_of_the_built_in_model_are_refused_in_one_line(tmp_path, sets, message):
+    with pytest.raises(UserError) as error:
+        factory_run(tmp_path, *sets)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
         ("own_pair", "expected package.module:function"),
         ("own_pair:bild", "has no attribute 'bild'"),
         ("nowhere:build", "No module named 'nowhere'"),
         ("own_pair:build_buffered", r"average.running_mean is a buffer or frozen"),
         ("own_pair:build_frozen", r"turn.bias is a buffer or frozen"),
         ("own_pair:build_one", r"must return \(generator, discriminator\)"),
-    ):
-        with pytest.raises(UserError, match=message):
-            build_objective(factory_run(tmp_path, factory=factory, vocab_size=101))
+    ],
+)
+def test_a_factory_that_cannot_be_used_is_refused(tmp_path, factory, message):
+    with pytest.raises(UserError, match=message):
+        build_objective(factory_run(tmp_path, factory=factory).with_data(VOCAB, IDS, 32))
 
 
-def test_another_factory_is_another_science(tmp_path):
-    old, new = factory_run(tmp_path), factory_run(tmp_path, options={"width": 9})
+def test_other_options_of_a_factory_are_a_difference_of_science(tmp_path):
+    old = factory_run(tmp_path)
+    new = factory_run(tmp_path, options={"width": 9})
     assert differences(old, new)[0] == ["model.options: {'width': 8} -> {'width': 9}"]
     assert any(line.startswith("model: ") for line in differences(load_run("tiny"), new)[0])
 
 
-class Bag(nn.Module):
-    """Logits by the token alone, and a record of what the forward was given."""
+class TokenLogits(nn.Module):
+    """Logits that depend on the token alone; `arguments` are those of the last forward."""
 
-    def __init__(self, outputs, vocab=101):
+    def __init__(self, outputs, vocab=VOCAB):
         super().__init__()
-        self.table, self.given = nn.Embedding(vocab, outputs), {}
+        self.table = nn.Embedding(vocab, outputs)
+        self.arguments = {}
 
     def forward(self, ids, token_type_ids, position_ids=None, **others):
-        self.given = {"token_type_ids": token_type_ids, "position_ids": position_ids, **others}
+        self.arguments = {"token_type_ids": token_type_ids, "position_ids": position_ids, **others}
         return self.table(ids)
 
 
-def own(encoder, **options):
-    model = FactoryConfig(factory="a:b", vocab_size=101)
-    return FactoryObjective(encoder, Bag(1), model, ObjectiveConfig(**options), IDS)
+class DocumentLogits(TokenLogits):
+    """A forward that names the documents."""
+
+    def forward(self, ids, document_ids):
+        self.arguments = {"document_ids": document_ids}
+        return self.table(ids)
 
 
-def test_forward_gets_what_it_names_and_logits_at_every_place_will_do():
-    module, batch = own(Bag(101)), make_batch()
+class PieceLogits(TokenLogits):
+    """A forward that names the documents as in version 0.1."""
+
+    def forward(self, ids, *, piece_ids):
+        self.arguments = {"piece_ids": piece_ids}
+        return self.table(ids)
+
+
+def objective_of(generator, discriminator=None, /, **options):
+    model = FactoryConfig(factory="a:b", vocab_size=VOCAB)
+    discriminator = discriminator or TokenLogits(1)
+    return FactoryObjective(generator, discriminator, model, ObjectiveConfig(**options), IDS)
+
+
+def test_a_forward_is_passed_the_arguments_that_it_names():
+    module = objective_of(TokenLogits(VOCAB))
+    batch = make_batch()
     losses = module(batch, counts_of(batch), with_counts=True)
     for part in (module.generator, module.discriminator.module):
-        assert part.given.keys() == {"token_type_ids", "position_ids"}  # **others is no wish
-        assert part.given["position_ids"] is batch.position_ids
+        assert part.arguments.keys() == {"token_type_ids", "position_ids"}  # none for **others
+        assert part.arguments["position_ids"] is batch.position_ids
     losses.total.backward()
-    assert all(p.grad.any() for p in module.parameters()) and losses.counts.masked == 11
-    only = own(None, generator="uniform")
-    assert torch.isfinite(only(batch, counts_of(batch)).total) and [
-        n for n, _ in only.named_parameters()
-    ] == ["discriminator.module.table.weight"]
+    assert all(p.grad.any() for p in module.parameters())
+    assert losses.counts.masked == 11
+
+
+def test_documents_are_passed_by_their_name_and_by_that_of_version_0_1():
+    module = objective_of(DocumentLogits(VOCAB), PieceLogits(1))
+    batch = make_batch()
+    assert torch.isfinite(module(batch, counts_of(batch)).total)
+    assert module.generator.arguments["document_ids"] is batch.document_ids
+    assert module.discriminator.module.arguments["piece_ids"] is batch.document_ids
+
+
+def test_uniform_samples_need_no_generator():
+    module = objective_of(None, generator="uniform")
+    batch = make_batch()
+    assert torch.isfinite(module(batch, counts_of(batch)).total)
+    names = [name for name, _ in module.named_parameters()]
+    assert names == ["discriminator.module.table.weight"]
+
+
+def test_a_generator_of_another_vocabulary_is_refused():
     with pytest.raises(UserError, match="the generator has 99 tokens, the data 101"):
-        own(Bag(99))(batch)
+        objective_of(TokenLogits(99))(make_batch())

@@ -1,13 +1,17 @@
-"""The encoder: sizes, starting weights, pieces, padding in memory, precisions."""
+"""The encoder: sizes, initial weights, documents, padding in memory, precisions, compilation."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
-from electra_ds.model.encoder import Encoder
+from electra_ds.model.encoder import Encoder, encode
 from electra_ds.model.heads import DiscriminatorHead
+from electra_ds.model.kernels.attention import with_cu_seqlens
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import load_true_state, padded_rows, true_state
 
@@ -34,7 +38,7 @@ def build(seed=1, **options):
     return ElectraObjective(*configs(**options), ObjectiveConfig(), IDS, seed=seed)
 
 
-def test_memory_padding_changes_no_true_weight():
+def test_the_rows_that_pad_a_table_are_zero_and_not_part_of_the_state():
     padded, whole = true_state(build(vocab_size=101)), true_state(build(vocab_size=128))
     assert padded_rows(build(vocab_size=101)) == {
         "embeddings.word.weight": 101,
@@ -47,11 +51,11 @@ def test_memory_padding_changes_no_true_weight():
     assert padded.keys() == whole.keys()
 
 
-def test_initialisation_is_that_of_the_paper():
+def test_the_initialization_is_that_of_the_paper():
     state = true_state(build(vocab_size=30_000))
     word, ffn = state["embeddings.word.weight"], state["discriminator.layers.0.ffn_in.weight"]
     for weight in (word, ffn):
-        assert float(weight.abs().max()) <= 0.04  # truncated at two deviations
+        assert float(weight.abs().max()) <= 0.04  # truncated at two standard deviations
         assert float(weight.std()) == pytest.approx(0.02 * 0.8796, rel=0.05)
     xavier = (6 / (48 + 32)) ** 0.5
     assert 0.9 * xavier < float(state["discriminator.project.weight"].abs().max()) <= xavier
@@ -62,7 +66,7 @@ def test_initialisation_is_that_of_the_paper():
             assert (value == 1).all(), name
 
 
-def test_fan_in_initialisation_and_a_table_of_its_own():
+def test_fan_in_initializes_matrices_by_their_inputs_and_tables_by_their_own_deviation():
     state = true_state(build(vocab_size=3000, init="fan_in", embedding_init_std=0.2))
     assert float(state["discriminator.layers.0.ffn_in.weight"].std()) == pytest.approx(
         48**-0.5, rel=0.1
@@ -73,7 +77,7 @@ def test_fan_in_initialisation_and_a_table_of_its_own():
     assert float(state["embeddings.word.weight"].std()) == pytest.approx(0.2, rel=0.05)
 
 
-def test_the_seed_alone_decides_the_weights():
+def test_the_seed_alone_determines_the_weights():
     first = true_state(build(seed=7))
     torch.manual_seed(123)
     again, other = true_state(build(seed=7)), true_state(build(seed=8))
@@ -81,51 +85,106 @@ def test_the_seed_alone_decides_the_weights():
     assert not torch.equal(first["embeddings.word.weight"], other["embeddings.word.weight"])
 
 
-def test_sharing_names_each_tensor_once():
-    shared, untied, alone = (set(true_state(build(sharing=s))) for s in ("shared", "untied", "all"))
+def test_a_shared_tensor_is_named_once():
+    shared, untied, all_shared = (
+        set(true_state(build(sharing=sharing))) for sharing in ("shared", "untied", "all")
+    )
     assert untied - shared == {
-        n.replace("embeddings", "generator_embeddings", 1) for n in shared if n[:3] == "emb"
+        name.replace("embeddings", "generator_embeddings", 1)
+        for name in shared
+        if name.startswith("embeddings.")
     }
-    assert shared - untied == {
-        "generator.project.weight",
-        "generator.project.bias",
-    }  # as wide as the generator itself
-    assert alone == {n for n in shared if not n.startswith("generator.")}
+    # untied embeddings are as wide as the generator and need no projection
+    assert shared - untied == {"generator.project.weight", "generator.project.bias"}
+    assert all_shared == {name for name in shared if not name.startswith("generator.")}
 
 
-def test_packed_pieces_are_encoded_as_if_alone():
+class Inputs(NamedTuple):
+    """The fields of a batch that `encode` uses, of B rows with documents of these lengths."""
+
+    input_ids: Tensor
+    segment_ids: Tensor
+    document_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def of_documents(cls, *lengths, rows=1, seed=0):
+        """Rows with documents of these lengths; the last one is padding (0)."""
+        random = torch.Generator().manual_seed(seed)
+        ids = torch.randint(5, 101, (rows, sum(lengths)), generator=random)
+        numbers = [*range(1, len(lengths)), 0]
+        documents = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths))
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return cls(
+            ids, torch.zeros_like(ids), documents.expand(rows, -1), positions.expand(rows, -1)
+        )
+
+    def columns(self, part):
+        """These columns of the rows, without cu_seqlens."""
+        return Inputs(*(tensor[:, part] for tensor in self[:4]))
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_packed_documents_are_encoded_as_separate_rows(with_lengths):
     module = build().eval()
-    ids = torch.randint(5, 101, (1, 20))
-    pieces = torch.tensor([[1] * 8 + [2] * 9 + [0] * 3])
-    places = torch.cat([torch.arange(8), torch.arange(9), torch.arange(3)])[None]
+    inputs = Inputs.of_documents(8, 9, 3)
 
-    def encode(part):
-        embedded = module.embeddings(ids[:, part], torch.zeros_like(ids[:, part]), places[:, part])
-        return module.discriminator(embedded, pieces[:, part])
+    def encoded(inputs, **options):
+        parts = module.embeddings, module.discriminator
+        return encode(*parts, inputs.input_ids, inputs, **options)
 
-    packed, last = encode(slice(None)), torch.tensor([16, 0])
-    at = module.discriminator(
-        module.embeddings(ids, torch.zeros_like(ids), places), pieces, places=last
+    batch = with_cu_seqlens(inputs) if with_lengths else inputs
+    packed = encoded(batch)
+    positions = torch.tensor([16, 0])
+    at_positions = encoded(batch, positions=positions)
+    torch.testing.assert_close(at_positions, packed[0, positions], rtol=1e-5, atol=1e-5)
+    for document in (slice(0, 8), slice(8, 17)):
+        alone = encoded(inputs.columns(document))
+        torch.testing.assert_close(packed[:, document], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_layers_are_not_recompiled_for_other_lengths_of_documents(monkeypatch):
+    """A CPU passes the lengths of documents of a single row to plain layers only."""
+    compiled = []
+
+    def count_graphs(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend=count_graphs, **options),
     )
-    torch.testing.assert_close(at, packed[0, last], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(packed[:, :8], encode(slice(0, 8)), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(packed[:, 8:17], encode(slice(8, 17)), rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+    plain, module = build().eval(), build().eval()
+    module.compile_layers()
+    for lengths in ((8, 9, 3), (5, 12, 3), (2, 2, 3, 11, 2)):
+        inputs = with_cu_seqlens(Inputs.of_documents(*lengths))
+        hidden, expected = (
+            encode(part.embeddings, part.discriminator, inputs.input_ids, inputs)
+            for part in (module, plain)
+        )
+        torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+    assert len(compiled) == 1  # one graph for both layers
+    torch.compiler.reset()
 
 
-def test_dropout_works_in_training_only():
-    encoder, x, ones = (
-        Encoder(configs(dropout=0.3)[0], 32, 1e-12),
-        torch.randn(2, 9, 32),
-        torch.ones(2, 9).long(),
-    )
+def test_dropout_is_applied_in_training_only():
+    encoder = Encoder(configs(dropout=0.3)[0], 32, 1e-12)
+    x = torch.randn(2, 9, 32)
+    ones = torch.ones(2, 9).long()
     assert not torch.equal(encoder(x, ones), encoder(x, ones))
     encoder.eval()
     assert torch.equal(encoder(x, ones), encoder(x, ones))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "autocast"])
-def test_half_precisions_come_near_fp32(kind):
-    encoder, head = Encoder(configs()[0], 32, 1e-12), DiscriminatorHead(48)
+def test_half_precisions_are_close_to_fp32(kind):
+    encoder = Encoder(configs()[0], 32, 1e-12)
+    head = DiscriminatorHead(48)
     x, ones = torch.randn(2, 9, 32), torch.ones(2, 9).long()
     exact = head(encoder(x, ones))
     if kind == "autocast":
@@ -140,12 +199,12 @@ def test_half_precisions_come_near_fp32(kind):
     torch.testing.assert_close(logits, exact, rtol=0, atol=0.05)
 
 
-def test_weights_that_do_not_fit_are_refused_by_name():
+def test_weights_that_do_not_fit_are_refused_with_their_names():
     module = build()
     state = {name: value.clone() for name, value in true_state(module).items()}
     load_true_state(module, state)
-    with pytest.raises(UserError, match="stranger"):
-        load_true_state(module, state | {"stranger": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"unknown \['other'\]"):
+        load_true_state(module, state | {"other": torch.zeros(1)})
     with pytest.raises(UserError, match=r"generator_head\.bias has shape \(7,\)"):
         load_true_state(module, state | {"generator_head.bias": torch.zeros(7)})
     del state["generator_head.bias"]

@@ -1,4 +1,4 @@
-"""Our objective computes what the authors' TensorFlow code and Hugging Face's stock classes compute."""
+"""The objective equals the authors' TensorFlow code and the classes of transformers."""
 
 from pathlib import Path
 
@@ -12,7 +12,12 @@ from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConf
 from electra_ds.data.batch import Batch
 from electra_ds.interop.hf import from_hf, from_hf_config, hf_config, to_hf
 from electra_ds.interop.tf import as_tensors, tf_names
-from electra_ds.model.objective import ElectraObjective, discriminator_nll, gather_positions, put
+from electra_ds.model.objective import (
+    ElectraObjective,
+    discriminator_nll,
+    gather_positions,
+    scatter_tokens,
+)
 from electra_ds.model.weights import load_true_state, true_state
 
 DATA = Path(__file__).parents[1] / "files" / "tf_reference"
@@ -21,8 +26,9 @@ NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 BOUND = 1e-5  # relative, fp32
 
 
-def relative(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> float:
-    return float((ours - theirs).detach().abs().max()) / max(float(theirs.abs().max()), floor)
+def relative(ours: torch.Tensor, theirs: torch.Tensor, minimum: float = 0.0) -> float:
+    """The largest difference, relative to the largest value of theirs, or to a larger minimum."""
+    return float((ours - theirs).detach().abs().max()) / max(float(theirs.abs().max()), minimum)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def authors_batch(ref) -> Batch:
     )
 
 
-def test_losses_logits_and_every_gradient_equal_the_authors_code(reference, authors_model):
+def test_losses_logits_and_all_gradients_equal_those_of_the_authors_code(reference, authors_model):
     ref, batch = reference, authors_batch(reference)
     mlm_loss = (
         authors_model.generate(ref["masked_input_ids"], batch).nll / ref["masked_weights"].sum()
@@ -80,21 +86,20 @@ def test_losses_logits_and_every_gradient_equal_the_authors_code(reference, auth
         assert relative(ours, ref[name]) <= BOUND, name
     compared = set()
     for name, p in authors_model.named_parameters():
-        foreign = tf_names(name)
-        for variable, grad in zip(foreign, p.grad.chunk(len(foreign)), strict=True):
+        variables = tf_names(name)
+        for variable, grad in zip(variables, p.grad.chunk(len(variables)), strict=True):
             theirs = ref["grad/" + variable]
-            assert not grad[len(theirs) :].any() or variable.endswith(
-                "kernel"
-            )  # rows that pad the word table
+            if not variable.endswith("kernel"):
+                assert not grad[len(theirs) :].any()  # rows that pad the word table
             ours = grad.T if variable.endswith("kernel") else grad[: len(theirs)]
-            # adding a constant to all keys changes no softmax: that gradient is 0 but for rounding
-            floor = float(ref["grad/" + variable.replace("/key/", "/query/")].abs().max())
-            assert relative(ours, theirs, floor) <= BOUND, variable
+            # A constant added to all keys changes no softmax: the gradient is 0 up to rounding.
+            minimum = float(ref["grad/" + variable.replace("/key/", "/query/")].abs().max())
+            assert relative(ours, theirs, minimum) <= BOUND, variable
             compared.add("grad/" + variable)
     assert compared == {k for k in ref if k.startswith("grad/")}
 
 
-def test_logits_at_chosen_places_equal_the_authors_code(reference, authors_model):
+def test_logits_at_masked_positions_equal_those_of_the_authors_code(reference, authors_model):
     ref, batch = reference, authors_batch(reference)
     embedded = authors_model.embeddings(
         ref["masked_input_ids"], batch.segment_ids, batch.position_ids
@@ -107,13 +112,15 @@ def test_logits_at_chosen_places_equal_the_authors_code(reference, authors_model
     assert relative(logits, ref["mlm_logits"]) <= BOUND
 
 
-def test_places_of_weight_zero_change_nothing(reference):
+def test_positions_of_weight_zero_are_not_written(reference):
     ref, batch = reference, authors_batch(reference)
-    written = put(batch.input_ids, batch.masked_positions, ref["sampled_ids"], batch.masked_weights)
-    assert torch.equal(written[:, 0], batch.input_ids[:, 0])  # the unused places point at column 0
+    ids = scatter_tokens(
+        batch.input_ids, batch.masked_positions, ref["sampled_ids"], batch.masked_weights
+    )
+    assert torch.equal(ids[:, 0], batch.input_ids[:, 0])  # unused positions are 0
 
 
-# ------------------------------------------------------------------------------------------------------ Hugging Face
+# ------------------------------------------------------------------------------------- Hugging Face
 
 SHAPES = {
     "projected": dict(hidden_size=48, embedding_size=32, generator=24, sharing="shared"),
@@ -153,9 +160,9 @@ def rows_with_padding():
     ids, mask = torch.randint(5, 101, (3, 20)), torch.ones(3, 20, dtype=torch.long)
     ids[1, 12:], mask[1, 12:] = IDS.pad, 0
     segments = (torch.arange(20) > 8).long().expand(3, -1)
-    place = torch.arange(20).expand(3, -1)
+    positions = torch.arange(20).expand(3, -1)
     empty = torch.zeros(3, 1)
-    return Batch(ids, segments, mask, place, place[:, :1], empty, empty > 0, empty)
+    return Batch(ids, segments, mask, positions, positions[:, :1], empty, empty > 0, empty)
 
 
 def our_logits(objective, batch, part):
@@ -173,12 +180,12 @@ def our_logits(objective, batch, part):
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["generator", "discriminator"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_stock_classes_give_our_logits_both_ways(shape, part):
+def test_logits_equal_those_of_the_hugging_face_classes_after_conversion_both_ways(shape, part):
     model, gen, objective = pair(**SHAPES[shape])
     theirs, batch = stock(model, gen, part), rows_with_padding()
     real = batch.document_ids > 0
 
-    def same():
+    def compare_logits():
         logits = theirs(
             batch.input_ids, attention_mask=batch.document_ids, token_type_ids=batch.segment_ids
         ).logits
@@ -187,15 +194,15 @@ def test_stock_classes_give_our_logits_both_ways(shape, part):
     load_true_state(
         objective, from_hf(theirs.state_dict(), true_state(objective), part), partial=True
     )
-    same()  # theirs -> ours
+    compare_logits()  # theirs -> ours
     for p in objective.parameters():
         p.add_(torch.randn_like(p) * 0.05)
     missing, unexpected = theirs.load_state_dict(to_hf(true_state(objective), part), strict=False)
     assert not unexpected and all("position_ids" in name for name in missing)
-    same()  # ours -> theirs
+    compare_logits()  # ours -> theirs
 
 
-def test_sizes_survive_the_config_json():
+def test_sizes_are_unchanged_by_conversion_to_config_json_and_back():
     model, gen, _ = pair(**SHAPES["projected"])
     configs = [hf_config(model, gen, part, IDS.pad) for part in ("discriminator", "generator")]
     assert from_hf_config(*configs) == (model, gen)
@@ -205,7 +212,7 @@ def test_sizes_survive_the_config_json():
         from_hf_config(configs[0], configs[1] | {"hidden_size": "1/4"})
 
 
-def test_the_wrong_folder_is_refused_by_name():
+def test_the_weights_of_the_other_encoder_are_refused():
     *_, objective = pair(**SHAPES["projected"])
     with pytest.raises(UserError, match=r"generator_predictions|generator_lm_head"):
         from_hf(to_hf(true_state(objective), "discriminator"), true_state(objective), "generator")

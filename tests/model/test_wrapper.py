@@ -1,4 +1,4 @@
-"""electra_ds.Electra: two modules of the user's own, their masking, their losses, and what stays in them."""
+"""electra_ds.Electra: masking and losses around two modules of the user."""
 
 import io
 
@@ -14,7 +14,7 @@ VOCAB, PAD, MASK = 50, 0, 2
 
 
 class Language(nn.Module):
-    """As small as a language model gets: token_emb, pos_emb, a layer named reformer, logits or embeddings."""
+    """A small language model with a layer named reformer; returns logits or embeddings."""
 
     def __init__(self, dim=16, return_embeddings=False, length=64):
         super().__init__()
@@ -44,14 +44,15 @@ def ids(rows=6, length=64):
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-def watch(module):
-    seen = []
-    module.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
-    return seen
+def record_calls(module):
+    """The list to which every call of the module adds (first input, output)."""
+    calls = []
+    module.register_forward_hook(lambda _module, inputs, output: calls.append((inputs[0], output)))
+    return calls
 
 
 @pytest.mark.parametrize("kind", ["layer", "index", "sigmoid", "logits"])
-def test_the_losses_are_the_definition_whatever_gives_the_logits(kind):
+def test_the_losses_equal_their_definition_for_every_kind_of_discriminator(kind):
     generator, body = pair(return_embeddings=kind in ("sigmoid", "logits"))
     if kind in ("layer", "index"):
         trainer = Electra(
@@ -71,42 +72,41 @@ def test_the_losses_are_the_definition_whatever_gives_the_logits(kind):
                 )
         else:
             trainer = Electra(generator, nn.Sequential(body, head, nn.Flatten(1)), gen_weight=2.0)
-    drawn, found, data = watch(generator), watch(body.reformer), ids()
-    inputs = watch(body)
+    data = ids()
+    generator_calls = record_calls(generator)
+    body_calls = record_calls(body)
+    layer_calls = record_calls(body.reformer)
     result = trainer(data)
-    (masked, logits), (corrupted, _), (_, hidden) = drawn[0], inputs[0], found[0]
+    masked, logits = generator_calls[0]
+    corrupted, _ = body_calls[0]
+    _, hidden = layer_calls[0]
     changed = corrupted != data
     assert torch.equal(result.disc_labels, changed.float())
     real = data != PAD
-    binary = head(hidden).squeeze(2)
-    disc_loss = F.binary_cross_entropy_with_logits(binary[real], changed[real].float())
+    disc_logits = head(hidden).squeeze(2)
+    disc_loss = F.binary_cross_entropy_with_logits(disc_logits[real], changed[real].float())
     torch.testing.assert_close(result.disc_loss, disc_loss)
-    torch.testing.assert_close(result.disc_acc, ((binary > 0) == changed)[real].float().mean())
+    torch.testing.assert_close(result.disc_acc, ((disc_logits > 0) == changed)[real].float().mean())
     torch.testing.assert_close(result.loss, 2 * result.mlm_loss + 50 * result.disc_loss)
-    hidden_places = masked == MASK
-    hidden_places &= data != MASK
-    nll = F.cross_entropy(logits[hidden_places], data[hidden_places], reduction="sum")
-    assert (
-        nll < result.mlm_loss * 1.3 * hidden_places.sum()
-    )  # the masked positions that keep their token are not seen here
+    is_mask = (masked == MASK) & (data != MASK)
+    nll = F.cross_entropy(logits[is_mask], data[is_mask], reduction="sum")
+    # mlm_loss also covers the masked positions that keep their token
+    assert nll < result.mlm_loss * 1.3 * is_mask.sum()
     result.backward()
-    assert (
-        head.weight.grad.any()
-        and generator.to_logits.weight.grad.any()
-        and body.token_emb.weight.grad.any()
-    )
+    assert head.weight.grad.any()
+    assert generator.to_logits.weight.grad.any()
+    assert body.token_emb.weight.grad.any()
 
 
-def test_every_chosen_place_counts_when_all_are_masked():
+def test_mlm_loss_is_the_mean_over_the_masked_positions():
+    """With replace_prob 1 all of them are visible in the generator's input."""
     generator, discriminator = pair()
-    trainer, data = (
-        Electra(generator, discriminator, discr_dim=16, discr_layer=2, replace_prob=1.0),
-        ids(),
-    )
-    drawn = watch(generator)
+    trainer = Electra(generator, discriminator, discr_dim=16, discr_layer=2, replace_prob=1.0)
+    data = ids()
+    calls = record_calls(generator)
     result = trainer(data)
-    masked, logits = drawn[0]
-    at = masked != data  # ids that are 0 or 2 by themselves are never chosen
+    masked, logits = calls[0]
+    at = masked != data  # [PAD] and [MASK] in the data are never masked
     expected = ((data != PAD).sum(1) * 0.15).round()
     assert torch.equal(at.sum(1), expected.long()) and (masked[at] == MASK).all()
     assert not at[(data == PAD) | (data == MASK)].any()
@@ -115,7 +115,7 @@ def test_every_chosen_place_counts_when_all_are_masked():
     assert not result.disc_labels[~at].any()
 
 
-def test_random_tokens_fall_inside_the_mask_alone():
+def test_random_tokens_are_drawn_at_masked_positions_only():
     generator, discriminator = pair()
     options = dict(
         num_tokens=VOCAB,
@@ -124,21 +124,20 @@ def test_random_tokens_fall_inside_the_mask_alone():
         mask_prob=0.3,
         mask_ignore_token_ids=(7, 8),
     )
-    trainer, drawn = (
-        Electra(generator, discriminator, discr_dim=16, discr_layer=2, **options),
-        watch(generator),
-    )
+    trainer = Electra(generator, discriminator, discr_dim=16, discr_layer=2, **options)
+    calls = record_calls(generator)
     data = ids(rows=400)
     trainer(data)
-    masked = drawn[0][0]
+    masked, _ = calls[0]
     changed = masked != data
     assert (changed.sum(1) <= ((data != PAD).sum(1) * 0.3).round()).all()
     assert not changed[torch.isin(data, torch.tensor([PAD, MASK, 7, 8]))].any()
     assert not torch.isin(masked[changed], torch.tensor([PAD, 7, 8])).any()
-    kinds = torch.stack([(masked == MASK)[changed].sum(), (masked != MASK)[changed].sum()]) / (
-        (data != PAD).sum() * 0.3
+    counts = torch.stack([(masked == MASK)[changed].sum(), (masked != MASK)[changed].sum()])
+    shares = counts / ((data != PAD).sum() * 0.3)
+    torch.testing.assert_close(
+        shares, torch.tensor([0.5 * 0.4, 0.5 * 44 / 45]), rtol=0.05, atol=0.0
     )
-    torch.testing.assert_close(kinds, torch.tensor([0.5 * 0.4, 0.5 * 44 / 45]), rtol=0.05, atol=0.0)
 
 
 def test_rows_of_padding_and_short_rows_give_finite_losses():
@@ -150,7 +149,7 @@ def test_rows_of_padding_and_short_rows_give_finite_losses():
     assert torch.isfinite(with_layer()(torch.zeros(1, 8, dtype=torch.long)).loss)
 
 
-def test_nothing_stays_in_the_discriminator():
+def test_the_discriminator_is_left_as_it_is():
     def size(module):
         file = io.BytesIO()
         torch.save(module, file)
@@ -171,31 +170,31 @@ def test_nothing_stays_in_the_discriminator():
     assert torch.equal(first, other(ids()).loss)
 
 
-def test_keyword_arguments_go_where_they_are_taken():
+def test_keyword_arguments_are_passed_to_the_modules_that_accept_them():
     data, mask = ids(), torch.ones(6, 64)
     mask[:, 40:] = 0
     losses = []
-    for given in ({}, {"input_mask": mask}, {"input_mask": torch.ones(6, 64)}):
+    for arguments in ({}, {"input_mask": mask}, {"input_mask": torch.ones(6, 64)}):
         torch.manual_seed(1)
-        losses.append(with_layer()(data, **given).disc_loss)
+        losses.append(with_layer()(data, **arguments).disc_loss)
     assert losses[0] == losses[2] != losses[1]
     with pytest.raises(UserError, match=r"neither .* takes attention_mask"):
         with_layer()(data, attention_mask=mask)
     generator, body = pair()
     plain = nn.Sequential(body, nn.Linear(VOCAB, 1))
-    Electra(generator, plain)(
-        data, input_mask=mask
-    )  # the generator takes it, nn.Sequential does not
+    Electra(generator, plain)(data, input_mask=mask)  # nn.Sequential does not accept it
 
 
-def test_mistakes_are_named():
+def test_modules_and_options_that_do_not_fit_are_refused():
     generator, discriminator = pair()
     for layer in ("performer", 9):
         with pytest.raises(
             UserError, match="no such layer; it has token_emb, pos_emb, reformer, to_logits"
         ):
             Electra(generator, discriminator, discr_dim=16, discr_layer=layer)
-    with pytest.raises(UserError, match=r"gave \[6, 64, 16\]; expected one tensor \[6, 64, 24\]"):
+    with pytest.raises(
+        UserError, match=r"returned \[6, 64, 16\]; expected one tensor \[6, 64, 24\]"
+    ):
         Electra(generator, discriminator, discr_dim=24, discr_layer="reformer")(ids())
     with pytest.raises(UserError, match=r"must return logits \[6, 64\].* returned \[6, 64, 50\]"):
         Electra(generator, discriminator)(ids())
@@ -205,12 +204,12 @@ def test_mistakes_are_named():
         lambda x: x[..., 0].contiguous(),
     ):
 
-        class Shut(Language):
+        class EndsInSigmoid(Language):
             def forward(self, x, last=last):
                 return last(torch.sigmoid(super().forward(x)[..., :1]))
 
         with pytest.raises(UserError, match="ends in a sigmoid"):
-            Electra(generator, Shut())(ids())
+            Electra(generator, EndsInSigmoid())(ids())
     with pytest.raises(UserError, match=r"mask_prob = 1\.2: expected a share"):
         Electra(generator, discriminator, mask_prob=1.2)
     with pytest.raises(UserError, match="random_token_prob needs num_tokens"):

@@ -1,18 +1,16 @@
-"""A generator (GRU) and a discriminator (convolution) with shared tables, for model.factory."""
+"""Encoders for model.factory: a GRU and a convolution with shared word embeddings."""
 
 import torch
 from torch import nn
 
 
 class Generator(nn.Module):
-    """Returns hidden states; `predict` gives the logits at the masked positions."""
+    """Returns hidden states; `predict` maps those at the masked positions to logits."""
 
     def __init__(self, words, width):
         super().__init__()
-        self.words, self.gru = (
-            words,
-            nn.GRU(words.embedding_dim, width, batch_first=True, bidirectional=True),
-        )
+        self.words = words
+        self.gru = nn.GRU(words.embedding_dim, width, batch_first=True, bidirectional=True)
         self.predict = nn.Linear(2 * width, words.num_embeddings)
 
     def forward(self, ids, attention_mask):
@@ -20,11 +18,12 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Returns a number; the output of its layer `conv` is what a run trains."""
+    """Returns a scalar that training does not use; it uses the output of the layer `conv`."""
 
     def __init__(self, words, width):
         super().__init__()
-        self.words, self.turn = words, nn.Linear(words.embedding_dim, width)
+        self.words = words
+        self.turn = nn.Linear(words.embedding_dim, width)
         self.conv = nn.Linear(3 * width, width)
 
     def forward(self, x, *, document_ids):
@@ -34,25 +33,26 @@ class Discriminator(nn.Module):
 
 
 def build(config):
+    """Return (generator, discriminator) for a run config."""
     words = nn.Embedding(config.model.vocab_size, 24)
     width = config.model.options["width"]
     return Generator(words, width), Discriminator(words, width)
 
 
 def build_buffered(config):
-    """With running statistics, which no checkpoint holds."""
+    """As `build`, with a buffer of running statistics."""
     generator, discriminator = build(config)
     discriminator.average = nn.BatchNorm1d(4)
     return generator, discriminator
 
 
 def build_frozen(config):
-    """With a table that is not trained."""
+    """As `build`, with a frozen layer."""
     generator, discriminator = build(config)
     discriminator.turn.requires_grad_(False)
     return generator, discriminator
 
 
 def build_one(config):
-    """A discriminator alone."""
+    """Return a discriminator without a generator."""
     return build(config)[1]

@@ -1,4 +1,4 @@
-"""Small data folders for the tests: packed rows of random tokens, written as `prepare` would."""
+"""Small data folders of packed rows of random tokens, in the format that `prepare` writes."""
 
 import itertools
 from pathlib import Path
@@ -23,7 +23,10 @@ SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
 def best_fit_rows(n: int, sequence_length: int, seed: int = 0, vocab_size: int = 600) -> np.ndarray:
-    """[n, S] uint16: rows of documents [CLS] tokens [SEP] of random lengths, then up to 3 [PAD]."""
+    """Random rows [n, S] uint16: documents of random lengths, then up to 3 tokens of padding.
+
+    A document is [CLS], tokens, [SEP].
+    """
     random = np.random.default_rng(seed)
     rows = random.integers(5, vocab_size, (n, sequence_length)).astype(np.uint16)
     for row in rows:
@@ -36,7 +39,7 @@ def best_fit_rows(n: int, sequence_length: int, seed: int = 0, vocab_size: int =
 
 
 def document_fragments(rows: np.ndarray) -> np.ndarray:
-    """The pieces of best_fit rows, [P, 6] int32: piece p of the shard is document p of unit 0."""
+    """Fragments of the rows of one shard, [F, 6] int32: fragment f is document f of unit 0."""
     row, start = np.nonzero(rows == SPECIAL.cls)
     end = np.nonzero(rows == SPECIAL.sep)[1]
     zero = np.zeros_like(row)
@@ -53,7 +56,10 @@ def write_data(
     fingerprint: str = "0" * 64,
     valid: np.ndarray | None = None,
 ) -> Path:
-    """Write a data folder of best_fit shards (split train) and rows (split valid); returns it."""
+    """Write a data folder with shards of best_fit rows as split train, and rows as split valid.
+
+    Returns the folder.
+    """
     (data_dir / "shards").mkdir()
     splits = {"train": shards} if valid is None else {"train": shards, "valid": [valid]}
     rows = np.concatenate(shards)
@@ -82,7 +88,7 @@ def write_data(
 
 
 def write_tokenizer(folder: Path) -> str:
-    """A tokenizer of 600 words for the rows; returns its fingerprint."""
+    """Write a tokenizer of 600 words. Returns its fingerprint."""
     vocab = folder.with_name("vocab.txt")
     folder.mkdir(parents=True)
     vocab.write_text(
@@ -95,14 +101,14 @@ def write_tokenizer(folder: Path) -> str:
 
 
 def token_counts(rows: np.ndarray, vocab_size: int) -> np.ndarray:
-    """[V] int64 counts of the text tokens."""
+    """Return the counts of the text tokens, [V] int64."""
     counts = np.bincount(rows.ravel(), minlength=vocab_size)
     counts[:5] = 0
     return counts.astype(np.int64)
 
 
 def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows: int) -> SplitInfo:
-    """Write the shards and the index of one split; its entry in the manifest."""
+    """Write the shards and the index of one split. Returns its entry in the manifest."""
     written = [
         write_shard(
             data_dir / shard_file(split, shard),

@@ -1,4 +1,4 @@
-"""A folder served over http with byte ranges, as by an object store, and with faults on demand."""
+"""A folder served over http with byte ranges, as object stores serve them, and with faults."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,48 +9,51 @@ from threading import Thread
 
 
 class Web(ThreadingHTTPServer):
-    """The server.
+    """An http server of a folder.
 
-    asked: (path, first byte) of every request.
-    change(path, content): the content or the status that is sent instead.
+    requests:        (path, first byte) of every request
+    supports_ranges: whether the header Range has an effect
+    change:          change(path, content) returns the content to send instead, or a status
     """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
-        self.folder, self.knows_ranges = folder, True
-        self.asked: list[tuple[str, int]] = []
+        self.folder = folder
+        self.supports_ranges = True
+        self.requests: list[tuple[str, int]] = []
         self.change: Callable[[str, bytes], bytes | int] = lambda path, content: content
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Answers one request."""
 
     server: Web
 
     def do_GET(self) -> None:
+        range_header = self.headers.get("Range", "") if self.server.supports_ranges else ""
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", range_header)
+        start = int(byte_range[1]) if byte_range else 0
+        size = int(byte_range[2]) + 1 - start if byte_range and byte_range[2] else -1
         path = self.server.folder / self.path.lstrip("/")
-        asked = (
-            re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            if self.server.knows_ranges
-            else None
-        )
-        start = int(asked[1]) if asked else 0
-        content = 404
+        self.server.requests.append((self.path, start))
+        answer: bytes | int = 404
         if path.is_file():
             with open(path, "rb") as file:
                 file.seek(start)
-                content = file.read(int(asked[2]) + 1 - start if asked and asked[2] else -1)
-        self.server.asked.append((self.path, start))
-        content = content if content == 404 else self.server.change(self.path, content)
-        self.send_response(content if isinstance(content, int) else 206 if asked else 200)
-        content = b"" if isinstance(content, int) else content
+                content = file.read(size)
+            answer = self.server.change(self.path, content)
+        if isinstance(answer, int):
+            status, content = answer, b""
+        else:
+            status, content = 206 if byte_range else 200, answer
+        self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        pass
+        """Write no log."""
 
 
 @contextmanager

@@ -15,7 +15,12 @@ from electra_ds.evaluation.evaluate import evaluate_checkpoint
 from electra_ds.model.build import parameter_count
 from electra_ds.model.kernels import vocab_head
 from electra_ds.model.losses import Totals
-from electra_ds.model.objective import mask_input, masked_indicator, put, uniform_tokens
+from electra_ds.model.objective import (
+    mask_input,
+    masked_tokens_mask,
+    scatter_tokens,
+    uniform_tokens,
+)
 from electra_ds.reporting.memory import MemoryTracker
 from electra_ds.training.metrics import metrics_of_kind
 from electra_ds.training.metrics_file import read_metrics, summary
@@ -33,7 +38,7 @@ PARTS = {
 
 
 def corrupted(module, batch):
-    return put(
+    return scatter_tokens(
         batch.input_ids,
         batch.masked_positions,
         module._draw(batch, False).sampled,
@@ -111,7 +116,7 @@ def test_electra_15_is_electra_without_the_terms_of_the_other_positions():
     terms = F.binary_cross_entropy_with_logits(
         module.discriminate(ids, batch), (ids != batch.input_ids).float(), reduction="none"
     )
-    others = (batch.document_ids > 0) & (masked_indicator(batch) == 0)
+    others = (batch.document_ids > 0) & (masked_tokens_mask(batch) == 0)
     torch.testing.assert_close(whole.disc_loss - terms[others].sum(), chosen.disc_loss)
     assert (
         chosen.counts.tokens == chosen.counts.masked == 11
@@ -127,7 +132,7 @@ def test_mlm_is_the_main_encoder_on_masked_rows():
     logits = module.mlm_head(
         module.discriminator(embedded, batch.document_ids), module.embeddings.word
     )
-    at = masked_indicator(batch) > 0
+    at = masked_tokens_mask(batch) > 0
     torch.testing.assert_close(losses.mlm_loss, F.cross_entropy(logits[at], batch.input_ids[at]))
     assert losses.disc_loss == 0 and torch.equal(losses.total, losses.mlm_loss)
 
@@ -147,7 +152,7 @@ def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
     )
     likely = dense.mlm_head(hidden, dense.embeddings.word).softmax(-1)  # [B, S, V]
     likely = likely.gather(2, batch.input_ids[..., None]).squeeze(2)
-    places = masked_indicator(batch) > 0
+    places = masked_tokens_mask(batch) > 0
     if kind == "all_tokens_mlm":
         copy = dense.copy_gate(hidden).squeeze(2).sigmoid()
         likely = copy * (ids == batch.input_ids) + (1 - copy) * likely
@@ -195,7 +200,7 @@ def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
         uniforms = (torch.arange(20_000) + 0.5) / 20_000
         x, table = torch.ones(20_000, 1), logits.T.contiguous()
         rows = {"targets": target, "weights": torch.ones(20_000), "uniforms": uniforms}
-        options = {"vocab_size": 128, "temperature": temperature, "disallow": True}
+        options = {"vocab_size": 128, "temperature": temperature, "disallow_target": True}
         drawn = vocab_head.vocab_head(x, table, torch.zeros(128), **rows, **options).sampled
         expected = (logits[0] / temperature).index_fill(0, torch.tensor([7]), -math.inf).softmax(-1)
         torch.testing.assert_close(

@@ -1,1 +1,1 @@
-"""Kernels: attention, linear, dropout, vocabulary head. They import torch alone."""
+"""Kernels that depend on torch alone: attention, linear layers, dropout, vocabulary head."""

@@ -1,10 +1,12 @@
-"""Attention inside the pieces of each row, on one fused qkv tensor, by the backend that suits the device.
+"""Attention within the documents of packed rows, on one fused qkv tensor, and its structure.
 
 Letters: B rows, S sequence, H hidden, N heads, D = H / N.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,57 +15,94 @@ from torch import Tensor
 from electra_ds.model.kernels.dropout import dropout_factors
 
 
-class PackedMask(NamedTuple):
-    """Who attends to whom, made once per micro-batch. All None: every token of a row sees the whole row."""
+class _PackedBatch(Protocol):
+    """A NamedTuple with the fields document_ids and cu_seqlens."""
 
-    bias: Tensor | None = (
-        None  # [B, 1, S, S] in the compute dtype, added to the scores: -inf between pieces, else 0
-    )
-    cu_seqlens: Tensor | None = (
-        None  # int32, starts of the pieces in the flattened batch (`document_cu_seqlens`)
-    )
-    rows: list[int] | None = None  # on a CPU those whose bias is not 0
-    runs: list[tuple[int, int]] | None = (
-        None  # of one row: (pieces, tokens of each) of each stretch of equal lengths
-    )
+    @property
+    def document_ids(self) -> Tensor: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+
+    def _replace(self, *, cu_seqlens: Tensor | None = ...) -> Any: ...
+
+
+PackedBatch = TypeVar("PackedBatch", bound=_PackedBatch)
+
+
+def with_cu_seqlens(batch: PackedBatch) -> PackedBatch:
+    """Return the batch with cu_seqlens derived from its document_ids, on the host.
+
+    Training, evaluation and fine-tuning call this for every batch, before it is copied to the
+    device. cu_seqlens is pinned when document_ids is.
+    """
+    cu_seqlens = document_cu_seqlens(batch.document_ids)
+    if batch.document_ids.is_pinned():
+        cu_seqlens = cu_seqlens.pin_memory()
+    return batch._replace(cu_seqlens=cu_seqlens)
 
 
 def document_cu_seqlens(document_ids: Tensor) -> Tensor:
-    """Starts of the pieces of document_ids [B, S] in the flattened batch, and its length; int32, made on the host.
+    """Return the starts of the documents of [B, S] rows in the flattened batch, int32.
 
-    Filled up with the length to B x 1, 2, 4, ... starts (and one), so that compiled layers meet few sizes: B x 1 says
-    that every row is one piece. Not to the most that could be: the flash kernel starts blocks for every piece and holds
-    128 rows of fp32 more in backward, 26 MB a row of Base at S = 128 were each of 2 tokens.
+    The starts are padded with B * S to a length of B x 1, 2, 4, ... (plus one), so that compiled
+    layers meet few sizes. A length of B + 1 means that every row is one document. They are not
+    padded to the largest possible number of documents: for every document the flash kernel starts
+    blocks and in backward holds 128 more rows of fp32, 26 MB per row of Base at S = 128 with
+    documents of 2 tokens.
     """
     batch, length = document_ids.shape
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = begins.view(-1).nonzero().view(-1)
-    size = batch << (-(-len(starts) // batch) - 1).bit_length()
+    documents_per_row = -(-len(starts) // batch)  # rounded up
+    size = batch << (documents_per_row - 1).bit_length()
     return F.pad(starts, (0, size + 1 - len(starts)), value=batch * length).to(torch.int32)
 
 
-def packed_mask(
-    document_ids: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None = None, head_size: int = 64
-) -> PackedMask:
-    """The attention structure of document_ids [B, S]; padding (0) is a piece of its own, so no row of scores is empty.
+class PackedMask(NamedTuple):
+    """Which tokens attend to each other, computed once per micro-batch.
 
-    dtype is the one attention will compute in. Rows of a single piece take the path without a mask: a CPU looks at
-    each (with `cu_seqlens`, one row alone goes piece by piece there); elsewhere the size of `cu_seqlens` tells, and nothing is
-    read back, so that the step has no host sync.
+    All fields None: every token attends to its whole row.
+    """
+
+    # [B, 1, S, S] in the compute dtype, added to the scores: -inf between documents, else 0
+    bias: Tensor | None = None
+    cu_seqlens: Tensor | None = None  # as `document_cu_seqlens` returns it, on the device
+    rows: list[int] | None = None  # on a CPU: the rows whose bias is not 0
+    # on a CPU, of a single row: (documents, tokens of each) for each run of equal lengths
+    runs: list[tuple[int, int]] | None = None
+
+
+def packed_mask(
+    document_ids: Tensor,
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None = None,
+    head_size: int = 64,
+    *,
+    is_compiled: bool = False,
+) -> PackedMask:
+    """Return the attention structure of document_ids [B, S].
+
+    Padding (0) counts as one more document, so that no row of scores is empty. Rows of a single
+    document need no mask. On a CPU each row is inspected, and a single row with cu_seqlens is
+    computed document by document. On other devices the length of cu_seqlens decides and nothing is
+    copied to the host, so that the step has no host sync.
+
+    dtype:       the dtype in which attention computes
+    is_compiled: whether the layers are compiled. They are then not given the lengths of documents
+                 as Python numbers, which would recompile them for every batch.
     """
     rows = None
     if document_ids.device.type == "cpu":
-        rows = [
-            row for row, is_packed in enumerate((document_ids != 1).any(1).tolist()) if is_packed
-        ]
+        is_packed = (document_ids != 1).any(1).tolist()
+        rows = [row for row, several_documents in enumerate(is_packed) if several_documents]
         if not rows:
             return PackedMask()
-        if len(document_ids) == 1 and cu_seqlens is not None:
+        if len(document_ids) == 1 and cu_seqlens is not None and not is_compiled:
             sizes, counts = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
-            return PackedMask(
-                runs=[run for run in zip(counts.tolist(), sizes.tolist(), strict=True) if run[1]]
-            )
+            runs = zip(counts.tolist(), sizes.tolist(), strict=True)
+            return PackedMask(runs=[(count, size) for count, size in runs if size])
     elif cu_seqlens is not None:
         if len(cu_seqlens) == len(document_ids) + 1:
             return PackedMask()
@@ -77,70 +116,77 @@ def packed_mask(
 def attention(
     qkv: Tensor,
     num_heads: int,
-    pieces: PackedMask = PackedMask(),
+    mask: PackedMask = PackedMask(),
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V per head, inside pieces (Vaswani et al. 2017, 3.2).
+    """softmax(Q K^T / sqrt(D)) V per head, within documents (Vaswani et al. 2017, section 3.2).
 
-    qkv:     [B, S, 3H] any float dtype, the outputs for query, key and value side by side
+    qkv:     [B, S, 3H] any float dtype, the projections for query, key and value side by side
     dropout: on the probabilities; 0 outside training
-    backend: "bmm" (plain products, one autograd function: the fast one on CPUs), "sdpa", "varlen", or "auto"
-    Returns [B, S, H] in qkv's dtype.
+    backend: "bmm" (batched products in one autograd function, the fastest on CPUs), "sdpa"
+             (scaled_dot_product_attention), "varlen" (flash attention over cu_seqlens), or "auto"
+    Returns [B, S, H] in the dtype of qkv.
     """
-    if pieces.runs is not None:
-        parts = qkv[0].split([count * size for count, size in pieces.runs])
-        seen = [
-            _BmmAttention.apply(part.view(*run, -1), num_heads, None, None, dropout).flatten(0, 1)
-            for part, run in zip(parts, pieces.runs, strict=True)
-        ]
-        return torch.cat(seen)[None]
+    if mask.runs is not None:
+        return _attention_by_document(qkv, num_heads, mask.runs, dropout)
     if backend == "auto":
-        backend = (
-            "varlen"
-            if pieces.cu_seqlens is not None
-            else "bmm"
-            if qkv.device.type == "cpu"
-            else "sdpa"
-        )
+        backend = "bmm" if qkv.device.type == "cpu" else "sdpa"
+        if mask.cu_seqlens is not None:
+            backend = "varlen"
     if backend == "bmm":
-        rows = (
-            None if torch.compiler.is_compiling() else pieces.rows
-        )  # compiled code may not depend on their numbers
-        return _BmmAttention.apply(qkv, num_heads, pieces.bias, rows, dropout)
+        # Compiled code must not depend on row numbers.
+        rows = None if torch.compiler.is_compiling() else mask.rows
+        return _BmmAttention.apply(qkv, num_heads, mask.bias, rows, dropout)
     batch, length, width = qkv.shape
     heads = qkv.view(batch, length, 3, num_heads, width // 3 // num_heads)
     if backend == "varlen":
         q, k, v = heads.flatten(0, 1).unbind(1)  # [B*S, N, D] each
-        # What torch's varlen_attn and jagged attention call; the first of these has no dropout.
-        cu_seqlens = (pieces.cu_seqlens, pieces.cu_seqlens, length, length)
-        out = torch.ops.aten._flash_attention_forward(q, k, v, *cu_seqlens, dropout, False, False)[
-            0
-        ]
-        return out.reshape(batch, length, -1)
+        # The operator that torch's varlen_attn and jagged attention call; varlen_attn has no
+        # dropout.
+        lengths = (mask.cu_seqlens, mask.cu_seqlens, length, length)
+        outputs = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, dropout, False, False)
+        return outputs[0].reshape(batch, length, -1)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, S, D] each
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=pieces.bias, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, dropout_p=dropout)
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
+def _attention_by_document(
+    qkv: Tensor, num_heads: int, runs: list[tuple[int, int]], dropout: float
+) -> Tensor:
+    """Attention of a single row [1, S, 3H], one batched product per run of equal lengths."""
+    parts = qkv[0].split([count * size for count, size in runs])
+    outputs = [
+        _BmmAttention.apply(part.view(count, size, -1), num_heads, None, None, dropout).flatten(
+            0, 1
+        )
+        for part, (count, size) in zip(parts, runs, strict=True)
+    ]
+    return torch.cat(outputs)[None]
+
+
 def _has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Flash attention over packed pieces: half precision on Ampere or later."""
+    """Whether flash attention over documents is available: half precision, Ampere or later."""
     is_fit = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
     return is_fit and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _BmmAttention(torch.autograd.Function):
-    """Batched products on contiguous heads; the probabilities stay in the compute dtype (speed.md, 2)."""
+    """Attention by batched products on contiguous heads.
+
+    The probabilities are kept for backward in the compute dtype.
+    """
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         qkv: Tensor,
         num_heads: int,
         bias: Tensor | None,
         rows: list[int] | None,
         dropout: float,
-    ):
+    ) -> Tensor:
         batch, length, width = qkv.shape
         size = width // 3 // num_heads
         heads = qkv.view(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4).contiguous()
@@ -148,20 +194,21 @@ class _BmmAttention(torch.autograd.Function):
         scores = torch.baddbmm(
             q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(size)
         )  # [B*N, S, S]
-        if rows is not None:
-            for row in rows:
-                scores[row * num_heads : (row + 1) * num_heads].add_(bias[row])
-        elif bias is not None:
-            scores.view(batch, num_heads, length, length).add_(bias)
+        if bias is not None:
+            if rows is None:
+                scores.view(batch, num_heads, length, length).add_(bias)
+            else:
+                for row in rows:
+                    scores[row * num_heads : (row + 1) * num_heads].add_(bias[row])
         probs = torch.softmax(scores, -1)
-        kept = dropout_factors(probs, dropout) if dropout else None
-        out = torch.bmm(probs if kept is None else probs * kept, v)  # [B*N, S, D]
-        ctx.save_for_backward(heads, probs, kept)
+        factors = dropout_factors(probs, dropout) if dropout else None
+        out = torch.bmm(probs if factors is None else probs * factors, v)  # [B*N, S, D]
+        ctx.save_for_backward(heads, probs, factors)
         return out.view(batch, num_heads, length, size).transpose(1, 2).reshape(batch, length, -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        heads, probs, kept = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, probs, factors = ctx.saved_tensors
         _, batch, num_heads, length, size = heads.shape
         q, k, v = heads.view(3, batch * num_heads, length, size)
         grad = (
@@ -169,14 +216,15 @@ class _BmmAttention(torch.autograd.Function):
             .transpose(1, 2)
             .reshape(batch * num_heads, length, size)
         )
-        grads = torch.empty_like(heads)
-        dq, dk, dv = grads.view(3, batch * num_heads, length, size)
-        torch.bmm((probs if kept is None else probs * kept).transpose(1, 2), grad, out=dv)
+        dheads = torch.empty_like(heads)
+        dq, dk, dv = dheads.view(3, batch * num_heads, length, size)
+        torch.bmm((probs if factors is None else probs * factors).transpose(1, 2), grad, out=dv)
         dprobs = torch.bmm(grad, v.transpose(1, 2))
-        if kept is not None:
-            dprobs.mul_(kept)
+        if factors is not None:
+            dprobs.mul_(factors)
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
         scale = 1 / math.sqrt(size)
         torch.baddbmm(q.new_empty(1), dscores, k, beta=0, alpha=scale, out=dq)
         torch.baddbmm(q.new_empty(1), dscores.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
-        return grads.permute(1, 3, 0, 2, 4).reshape(batch, length, -1), None, None, None, None
+        dqkv = dheads.permute(1, 3, 0, 2, 4).reshape(batch, length, -1)
+        return dqkv, None, None, None, None

@@ -1,10 +1,13 @@
-"""Linear layers in fp32 on a CPU by oneDNN.
+"""Linear layers whose fp32 products on a CPU are computed by oneDNN.
 
-PyTorch sends fp32 products to MKL, which leaves half of the vector width unused on processors of other makers
-(110 against 250 GFLOP/s per core measured on one of them); oneDNN, which PyTorch uses for bf16, does not.
+PyTorch computes fp32 products by MKL, which uses half of the vector width on processors of other
+makers (110 instead of 250 GFLOP/s per core measured on one of them). oneDNN, which PyTorch uses for
+bf16, uses the whole width.
 
-Letters: M places, I inputs, O outputs.
+Letters: M rows of a product, I inputs, O outputs.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,57 +15,65 @@ from torch import Tensor, nn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] times weight [O, I] transposed, plus bias [O]; the same as F.linear but for rounding."""
+    """Return x [..., I] times weight [O, I] transposed, plus bias [O]; F.linear up to rounding."""
     if uses_onednn(x, weight):
-        return _Linear.apply(x, weight, bias, False)
+        return _LinearFunction.apply(x, weight, bias, False)
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
+    """nn.Linear computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class GeluLinear(Linear):
-    """Linear of gelu(x) that keeps x alone and makes gelu(x) again in backward: the same bit for bit."""
+    """Linear layer on gelu(x); x alone is kept for backward, which recomputes gelu(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which decides by itself what to keep
+        if torch.compiler.is_compiling():  # the compiler decides what is kept for backward
             return linear(F.gelu(x), self.weight, self.bias)
-        return _Linear.apply(x, self.weight, self.bias, True)
+        return _LinearFunction.apply(x, self.weight, self.bias, True)
+
+
+# The operator of PyTorch's CPU inference graphs, or None where this build does not have it.
+_onednn_product: Any = None
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _onednn_product = torch.ops.mkldnn._linear_pointwise.default
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of x and weight goes to oneDNN by ourselves: plain fp32 on a CPU, outside autocast and
-    torch.compile."""
+    """Whether a product of x and weight is computed by oneDNN directly.
+
+    True for plain fp32 on a CPU, outside autocast and torch.compile.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and _product is not None
+        and _onednn_product is not None
         and not torch.compiler.is_compiling()
     )
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a [M, I] times b [O, I] transposed, plus bias [O], without gradient; either may be a transposed view."""
-    return _product(a, b, bias, "none", [], "") if uses_onednn(a, b) else F.linear(a, b, bias)
+    """Return a [M, I] times b [O, I] transposed, plus bias [O], without gradient.
+
+    Either argument may be a transposed view.
+    """
+    if uses_onednn(a, b):
+        return _onednn_product(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
 
 
-# The operator behind PyTorch's own CPU inference graphs, where this build has it.
-_has_product = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
-_product = torch.ops.mkldnn._linear_pointwise.default if _has_product else None
-
-
-class _Linear(torch.autograd.Function):
-    """linear of x, or of gelu(x), in the dtype of x, whatever autocast says when backward comes."""
+class _LinearFunction(torch.autograd.Function):
+    """linear of x or of gelu(x), in the dtype of x; autocast has no effect on backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, with_gelu: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, with_gelu: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.with_gelu = with_gelu
         return product(
@@ -73,27 +84,29 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])  # [M, O]
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        dweight = dx = None
-        if wants_weight:
-            dweight = _outer(flat, (F.gelu(x) if ctx.with_gelu else x).reshape(-1, x.shape[-1]))
-        if wants_x:
-            dx = product(flat, weight.to(x.dtype).T).view(x.shape)
+        flat_grad = grad.reshape(-1, grad.shape[-1])  # [M, O]
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx = dweight = dbias = None
+        if needs_weight:
+            dweight = _outer_product(
+                flat_grad, (F.gelu(x) if ctx.with_gelu else x).reshape(-1, x.shape[-1])
+            )
+        if needs_x:
+            dx = product(flat_grad, weight.to(x.dtype).T).view(x.shape)
             if ctx.with_gelu:
                 torch.ops.aten.gelu_backward.grad_input(dx, x, grad_input=dx)
-        return (
-            dx,
-            dweight,
-            flat.sum(0) if wants_bias else None,
-            None,
-        )  # autograd casts them to the parameters' dtype
+        if needs_bias:
+            dbias = flat_grad.sum(0)
+        return dx, dweight, dbias, None  # autograd casts them to the dtypes of the parameters
 
 
-def _outer(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [M, O] transposed times x [M, I]. The operator copies a transposed first argument: make it the narrower."""
+def _outer_product(grad: Tensor, x: Tensor) -> Tensor:
+    """Return grad [M, O] transposed times x [M, I].
+
+    The operator copies a transposed first argument, so the narrower matrix is the first one.
+    """
     if grad.shape[1] <= x.shape[1]:
         return product(grad.T, x.T)
     return product(x.T, grad.T).T.contiguous()

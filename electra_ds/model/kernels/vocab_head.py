@@ -1,10 +1,10 @@
-"""The generator's vocabulary: linear, cross-entropy and sampling at the masked positions.
+"""Vocabulary head of the generator: linear layer, cross-entropy and sampling at masked positions.
 
 Letters: M masked positions of a micro-batch, V vocabulary, P = V padded in memory, E embedding.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,27 +12,28 @@ from torch import Tensor
 
 from electra_ds.model.kernels.linear import product
 
-CHUNK = 64  # the word table is padded to a multiple of it; sampling looks for the chunk first, then inside it
-ROWS_ON_CPU, ROWS_ON_GPU = (
-    64,
-    1024,
-)  # places per block: a block of logits stays in the processor's cache
-GROUP = 4096  # places whose gradient of the logits is held at once; a multiple of both
+# The word table is padded to a multiple of CHUNK. Sampling selects a chunk, then a token in it.
+CHUNK = 64
+# Positions per block, so that a block of logits stays in the processor's cache.
+ROWS_ON_CPU = 64
+ROWS_ON_GPU = 1024
+# Positions for which the gradient of the logits is held at once; a multiple of both block sizes.
+GROUP = 4096
 
 
 class HeadResult(NamedTuple):
-    """nll [] fp32: sum over the places of weight x negative log likelihood; sampled, best [M] int64 ids."""
+    """Loss and samples at the masked positions."""
 
-    nll: Tensor
-    sampled: Tensor
-    best: Tensor | None  # the most likely tokens, when asked for
+    nll: Tensor  # 0-d fp32, sum over the positions of weight x negative log likelihood
+    sampled: Tensor  # token ids, shaped as the targets
+    predicted: Tensor | None  # the most likely token ids, if requested
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-    """Draw one token per place from softmax(logits / temperature) by inverting its distribution function.
+    """Draw one token per position from softmax(logits / temperature) by inverse transform sampling.
 
     logits:   [..., P] any float dtype; the draw is made in fp32
-    uniforms: [...] in [0, 1), the row's own numbers, so that the draw is the same at any world size
+    uniforms: [...] in [0, 1), a function of the row, so that the draw is the same at any world size
     Returns [...] token ids. No gradient passes.
     """
     scaled = logits.detach().float() / temperature
@@ -41,46 +42,68 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) ->
 
 
 def sample_weights(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the running sum of weights [M, P] fp32 passes uniforms [M] x their total. [M] int64.
+    """Return the first token whose running sum of weights exceeds uniforms x the total, [M] int64.
 
-    Two levels: the sums of chunks of 64, then the 64 weights inside one. A token of weight 0 is never drawn.
+    In two levels: the sums of chunks of 64 tokens, then the weights inside one chunk. A token of
+    weight 0 is never drawn.
+
+    weights:  [M, P] fp32
+    uniforms: [M] in [0, 1)
     """
     if weights.shape[-1] % CHUNK:
         weights = F.pad(weights, (0, -weights.shape[-1] % CHUNK))
     chunks = weights.view(len(weights), -1, CHUNK)
-    sums = running_sums(chunks.sum(-1))  # [M, P/64]
-    aim = uniforms.float()[:, None] * sums[:, -1:]
-    chunk = _first_above(sums, aim)
-    before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp(min=0)), 0.0)
-    inside = running_sums(
-        chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1)
-    )  # [M, 64]
-    return (chunk * CHUNK + _first_above(inside, aim - before)).squeeze(1)
+    chunk_sums = running_sums(chunks.sum(-1))  # [M, P/64]
+    threshold = uniforms.float()[:, None] * chunk_sums[:, -1:]
+    chunk = _first_above(chunk_sums, threshold)
+    before = torch.where(chunk > 0, chunk_sums.gather(1, (chunk - 1).clamp(min=0)), 0.0)
+    inside = running_sums(_select_chunk(chunks, chunk))
+    return (chunk * CHUNK + _first_above(inside, threshold - before)).squeeze(1)
 
 
 def running_sums(x: Tensor) -> Tensor:
-    """cumsum over the last axis of x [M, N] fp32; in deterministic mode, which CUDA's cumsum refuses, by a product."""
+    """Return the cumulative sums over the last axis of x [M, N] fp32.
+
+    In deterministic mode, in which torch refuses cumsum on CUDA, by a matrix product.
+    """
     if not torch.are_deterministic_algorithms_enabled():
         return x.cumsum(-1)
     ones = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device).triu()
     return (x.double() @ ones).float()
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """argmax over the tokens of logits [M, P], P a multiple of 64: by chunks, ten times as fast on a CPU. [M] int64."""
+def most_likely_tokens(logits: Tensor) -> Tensor:
+    """Return the argmax of logits [M, P], [M] int64; P is a multiple of 64.
+
+    By chunks, which is ten times as fast as argmax on a CPU.
+    """
     chunks = logits.view(len(logits), -1, CHUNK)
     chunk = chunks.amax(-1).argmax(-1, keepdim=True)  # [M, 1]
-    inside = (
-        chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1).argmax(-1, keepdim=True)
-    )
+    inside = _select_chunk(chunks, chunk).argmax(-1, keepdim=True)
     return (chunk * CHUNK + inside).squeeze(1)
 
 
-def _first_above(running: Tensor, aim: Tensor) -> Tensor:
-    """Index of the first running sum above aim [M, 1]; where rounding leaves none, of the last rise."""
-    found = (running <= aim).sum(-1, keepdim=True)
-    last_rise = (running < running[:, -1:]).sum(-1, keepdim=True)
-    return torch.minimum(found, last_rise)
+def _select_chunk(chunks: Tensor, chunk: Tensor) -> Tensor:
+    """Return one chunk of each row: chunks [M, P/64, 64], chunk [M, 1] -> [M, 64]."""
+    return chunks.gather(1, chunk[:, :, None].expand(-1, 1, CHUNK)).squeeze(1)
+
+
+def _first_above(sums: Tensor, threshold: Tensor) -> Tensor:
+    """Return the index of the first running sum above threshold [M, 1].
+
+    Where rounding leaves no such sum, return the index of the last increase.
+    """
+    first = (sums <= threshold).sum(-1, keepdim=True)
+    last_increase = (sums < sums[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum(first, last_increase)
+
+
+class _HeadOptions(NamedTuple):
+    vocab_size: int
+    temperature: float
+    with_predictions: bool
+    disallow_target: bool
+    with_grad: bool
 
 
 def vocab_head(
@@ -93,122 +116,184 @@ def vocab_head(
     uniforms: Tensor,
     vocab_size: int,
     temperature: float = 1.0,
-    with_best: bool = False,
-    disallow: bool = False,
+    with_predictions: bool = False,
+    disallow_target: bool = False,
     gate: Tensor | None = None,
     copied: Tensor | None = None,
 ) -> HeadResult:
-    """Loss and samples at the masked positions, block by block; a block's logits become their own gradient in place.
+    """Return loss and samples at the masked positions, computed block by block.
 
-    x:       [..., E] in the compute dtype; table [P, E] and bias [P] in that dtype or fp32
-    targets: [...] ids; weights [...] 1 or 0; uniforms [...] in [0, 1)
-    disallow: the target itself is never drawn.
-    gate [...] fp32, copied [...] bool: the likelihood of a target is sigmoid(gate) where it is copied, plus
-    1 - sigmoid(gate) times its softmax (the copy mechanism of section 3.4); the gradient reaches gate too.
-    Logits of the rows beyond vocab_size count for nothing. Gradients reach x, table and bias.
+    The logits of a block are overwritten by their own gradient. Logits of the rows beyond
+    vocab_size have no effect. Gradients reach x, table, bias and gate.
+
+    x:        [..., E] in the compute dtype
+    table:    [P, E] word table, in the compute dtype or fp32
+    bias:     [P], in the compute dtype or fp32
+    targets:  [...] token ids
+    weights:  [...] 1 or 0
+    uniforms: [...] in [0, 1)
+    disallow_target: the target itself is never drawn
+    gate, copied: [...] fp32 and bool, the copy mechanism of ELECTRA, section 3.4: the likelihood of
+              a target is (1 - sigmoid(gate)) x its softmax, plus sigmoid(gate) where it is copied
     """
-    shape = targets.shape
-    x, targets, weights, uniforms = (
+    with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
+    nll, sampled, predicted = _FusedHead.apply(
         x.flatten(0, -2),
+        table,
+        bias,
+        None if gate is None else gate.flatten(),
         targets.flatten(),
-        weights.flatten(),
+        weights.flatten().float(),
         uniforms.flatten(),
+        None if copied is None else copied.flatten(),
+        _HeadOptions(vocab_size, temperature, with_predictions, disallow_target, with_grad),
     )
-    gate, copied = (None, None) if gate is None else (gate.flatten(), copied.flatten())
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
-    options = vocab_size, temperature, with_best, disallow, wants_grad
-    nll, sampled, best = _FusedHead.apply(
-        x, table, bias, gate, targets, weights.float(), uniforms, copied, options
-    )
-    return HeadResult(nll, sampled.view(shape), best.view(shape) if with_best else None)
+    shape = targets.shape
+    return HeadResult(nll, sampled.view(shape), predicted.view(shape) if with_predictions else None)
 
 
 def logits_head(
-    logits, targets, weights, uniforms, temperature=1.0, with_best=False, disallow=False
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    with_predictions: bool = False,
+    disallow_target: bool = False,
 ) -> HeadResult:
-    """Loss and samples of logits [..., P] that are there as a whole; targets, weights, uniforms [...]."""
-    nll = (
-        F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
-        * weights.flatten()
-    )
-    drawn_from = logits.detach().float()
-    if disallow:
-        drawn_from = drawn_from.scatter(-1, targets[..., None], -math.inf)
-    sampled = sample_tokens(drawn_from, uniforms, temperature)
-    return HeadResult(nll.sum(), sampled, logits.argmax(-1) if with_best else None)
+    """Return loss and samples of complete logits [..., P]; the other tensors are [...]."""
+    losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+    nll = (losses * weights.flatten()).sum()
+    sampling_logits = logits.detach().float()
+    if disallow_target:
+        sampling_logits = sampling_logits.scatter(-1, targets[..., None], -math.inf)
+    sampled = sample_tokens(sampling_logits, uniforms, temperature)
+    return HeadResult(nll, sampled, logits.argmax(-1) if with_predictions else None)
 
 
 class _FusedHead(torch.autograd.Function):
-    """The gradient is made in forward, so nothing of the table is kept for backward (ZeRO-3 takes it away)."""
+    """vocab_head on flattened positions.
+
+    The gradient is computed in forward, so that nothing of the table is kept for backward: ZeRO-3
+    releases the table between the two.
+    """
 
     @staticmethod
-    def forward(ctx, x, table, bias, gate, targets, weights, uniforms, copied, options):
-        vocab_size, temperature, with_best, disallow, wants_grad = options
-        places, padded = len(x), len(table)
-        rows = ROWS_ON_CPU if x.device.type == "cpu" else ROWS_ON_GPU
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        table: Tensor,
+        bias: Tensor,
+        gate: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        uniforms: Tensor,
+        copied: Tensor | None,
+        options: _HeadOptions,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        positions = len(x)
+        block_rows = ROWS_ON_CPU if x.device.type == "cpu" else ROWS_ON_GPU
         weight, offset = table.detach().to(x.dtype), bias.detach().to(x.dtype)
-        grad = x.new_empty(min(places, GROUP), padded) if wants_grad else None  # d nll / d logits
-        sampled, best = torch.empty_like(targets), torch.empty_like(targets) if with_best else None
-        nll = torch.empty(places, dtype=torch.float32, device=x.device)
-        dx, dtable, dgate = [], None, torch.empty_like(nll) if gate is not None else None
-        dbias = torch.zeros(padded if wants_grad else 0, dtype=torch.float32, device=x.device)
-        for start in range(0, places, rows):
-            part = slice(start, start + rows)
-            logits = product(x[part], weight, offset)
-            logits[:, vocab_size:] = -math.inf
-            target = targets[part, None]
-            probs = logits.float()  # [rows, P]
-            if with_best:
-                best[part] = most_likely(probs)
-            top = probs.amax(-1, keepdim=True)
-            at_target = probs.gather(1, target)
-            probs.sub_(top)
-            is_plain = temperature == 1 and not disallow
-            if not is_plain:
-                scaled = probs / temperature
-                if disallow:
-                    scaled.scatter_(1, target, -math.inf).sub_(scaled.amax(-1, keepdim=True))
-                sampled[part] = sample_weights(scaled.exp_(), uniforms[part])
-            probs.exp_()
-            total = probs.sum(-1, keepdim=True)
-            nll[part] = (total.log() + top - at_target).squeeze(1)
-            if is_plain:
-                sampled[part] = sample_weights(probs, uniforms[part])
-            weight_here = weights[part, None]
-            if gate is not None:
-                nll[part], by_softmax, dgate[part] = _with_copies(
-                    nll[part], gate[part], copied[part]
+        sampled = torch.empty_like(targets)
+        predicted = torch.empty_like(targets) if options.with_predictions else None
+        nll = torch.empty(positions, dtype=torch.float32, device=x.device)
+        dgate = None if gate is None else torch.empty_like(nll)
+        grads = _HeadGradients(x, table) if options.with_grad else None
+        for start in range(0, positions, block_rows):
+            block = slice(start, start + block_rows)
+            logits = product(x[block], weight, offset)
+            logits[:, options.vocab_size :] = -math.inf
+            target = targets[block, None]
+            probs = logits.float()  # [rows, P]; logits at first, changed in place below
+            if predicted is not None:
+                predicted[block] = most_likely_tokens(probs)
+            maximum = probs.amax(-1, keepdim=True)
+            target_logits = probs.gather(1, target)
+            probs.sub_(maximum)
+            sampled[block], total = _exp_and_sample(probs, target, uniforms[block], options)
+            nll[block] = (total.log() + maximum - target_logits).squeeze(1)
+            scale = weights[block, None]
+            if gate is not None and copied is not None and dgate is not None:
+                nll[block], softmax_share, dgate[block] = _with_copies(
+                    nll[block], gate[block], copied[block]
                 )
-                weight_here = weight_here * by_softmax[:, None]
-            if wants_grad:
-                probs.mul_(weight_here / total)
-                probs.scatter_add_(1, target, -weight_here)
-                dbias += probs.sum(0)
-                first = start - start % GROUP
-                grad[start - first : start - first + len(probs)] = probs
-                if (last := min(start + rows, places)) in (places, first + GROUP):
-                    group = grad[: last - first]
-                    dx.append(product(group, weight.T))
-                    change = (group.T @ x[first:last]).to(table.dtype)
-                    dtable = dtable.add_(change) if first else change
-        ctx.mark_non_differentiable(sampled, *([best] if with_best else []))
-        if wants_grad:
-            dgate = None if gate is None else dgate * weights
-            ctx.save_for_backward(torch.cat(dx), dtable, dbias.to(bias.dtype), dgate)
-        return (nll * weights).sum(), sampled, best
+                scale = scale * softmax_share[:, None]
+            if grads is not None:
+                probs.mul_(scale / total)
+                probs.scatter_add_(1, target, -scale)
+                grads.add(start, probs, weight)
+        ctx.mark_non_differentiable(sampled, *([] if predicted is None else [predicted]))
+        if grads is not None:
+            dgate = None if dgate is None else dgate * weights
+            dx = torch.cat(grads.dx)
+            ctx.save_for_backward(dx, grads.dtable, grads.dbias.to(bias.dtype), dgate)
+        return (nll * weights).sum(), sampled, predicted
 
     @staticmethod
-    def backward(ctx, scale, *_):
-        # scaled in fp32: a scale rounded to bf16 would shift the whole gradient
-        return *(g if g is None else (g.float() * scale).to(g.dtype) for g in ctx.saved_tensors), *[
-            None
-        ] * 5
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # Scaled in fp32: a scale rounded to bf16 would bias the whole gradient.
+        grads = [
+            grad if grad is None else (grad.float() * scale).to(grad.dtype)
+            for grad in ctx.saved_tensors
+        ]
+        return *grads, None, None, None, None, None
+
+
+def _exp_and_sample(
+    probs: Tensor, target: Tensor, uniforms: Tensor, options: _HeadOptions
+) -> tuple[Tensor, Tensor]:
+    """Exponentiate shifted logits [rows, P] in place and draw one token per row.
+
+    Returns the samples [rows] and the sums of the exponentials [rows, 1].
+    """
+    is_plain = options.temperature == 1 and not options.disallow_target
+    if not is_plain:
+        scaled = probs / options.temperature
+        if options.disallow_target:
+            scaled.scatter_(1, target, -math.inf).sub_(scaled.amax(-1, keepdim=True))
+        sampled = sample_weights(scaled.exp_(), uniforms)
+    probs.exp_()
+    total = probs.sum(-1, keepdim=True)
+    if is_plain:
+        sampled = sample_weights(probs, uniforms)
+    return sampled, total
+
+
+class _HeadGradients:
+    """Accumulates the gradients of x, table and bias from blocks of gradients of the logits.
+
+    The products are made for GROUP positions at a time.
+    """
+
+    def __init__(self, x: Tensor, table: Tensor) -> None:
+        self.x = x
+        self.table_dtype = table.dtype
+        self.dx: list[Tensor] = []
+        self.dtable: Tensor | None = None
+        self.dbias = torch.zeros(len(table), dtype=torch.float32, device=x.device)
+        self._group = x.new_empty(min(len(x), GROUP), len(table))  # d nll / d logits
+
+    def add(self, start: int, dlogits: Tensor, weight: Tensor) -> None:
+        """Add the gradient of the logits [rows, P] fp32 of the positions from `start` on."""
+        self.dbias += dlogits.sum(0)
+        group_start = start - start % GROUP
+        end = start + len(dlogits)
+        self._group[start - group_start : end - group_start] = dlogits
+        if end not in (len(self.x), group_start + GROUP):
+            return
+        group = self._group[: end - group_start]
+        self.dx.append(product(group, weight.T))
+        change = (group.T @ self.x[group_start:end]).to(self.table_dtype)
+        self.dtable = change if self.dtable is None else self.dtable.add_(change)
 
 
 def _with_copies(nll: Tensor, gate: Tensor, copied: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From the softmax's nll [rows] to that of the mixture, the softmax's share of it, and d nll / d gate."""
-    by_softmax = F.logsigmoid(-gate) - nll
-    by_copy = torch.where(copied, F.logsigmoid(gate), -math.inf)
-    likelihood = torch.logaddexp(by_softmax, by_copy)
-    share = (by_softmax - likelihood).exp()
-    return -likelihood, share, gate.sigmoid() - (1 - share)
+    """Add the copy mechanism to the softmax's nll [rows].
+
+    Returns the nll of the mixture, the softmax's share of its likelihood, and d nll / d gate.
+    """
+    softmax_part = F.logsigmoid(-gate) - nll
+    copy_part = torch.where(copied, F.logsigmoid(gate), -math.inf)
+    log_likelihood = torch.logaddexp(softmax_part, copy_part)
+    softmax_share = (softmax_part - log_likelihood).exp()
+    return -log_likelihood, softmax_share, gate.sigmoid() - (1 - softmax_share)
