@@ -317,11 +317,6 @@ def test_a_link_and_a_pickle_in_a_chunk_are_refused_by_their_headers(web):
             reader.read(np.array([0]))
 
 
-def test_a_stream_does_not_import_webdataset():
-    source = "import sys, electra_ds.data.remote_reader\nassert 'webdataset' not in sys.modules"
-    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
-
-
 def test_the_health_check_of_a_node_reads_the_url(web):
     command = ["bash", str(ROOT / "launch" / "health.sh")]
     found = subprocess.run([*command, web.url], capture_output=True, text=True)
