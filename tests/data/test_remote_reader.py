@@ -3,7 +3,6 @@
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from collections import Counter
 from contextlib import ExitStack
