@@ -56,9 +56,10 @@ class Loader:
         pin_memory: bool = False,
         transform: Callable[[Batch], Batch] | None = None,
     ) -> None:
-        """consumed_rows: position of the first row of the first global batch
+        """Start the thread.
 
-        transform: applied to each micro-batch in the thread
+        consumed_rows: position of the first row of the first global batch
+        transform:     applied to each micro-batch in the thread
         """
         assert global_batch_size % (world_size * micro_batch_size) == 0
         assert 0 <= rank < world_size

@@ -187,8 +187,9 @@ class MixtureOrder:
     def __init__(
         self, orders: dict[str, RowOrder], counts: np.ndarray, starts: np.ndarray, seed: int
     ) -> None:
-        """orders: order of each source by name
+        """Combine the orders of S sources.
 
+        orders: order of each source by name
         counts: [S] rows of each source in a window
         starts: [S] first row number of each source
         """

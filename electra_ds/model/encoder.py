@@ -1,7 +1,7 @@
 """Embeddings and encoder: BERT's post-LN transformer (ELECTRA, section 3.1).
 
-The objectives and fine-tuning use an encoder by `encode` and by the interface of `EncoderBase`
-alone.
+The objectives and fine-tuning use an encoder only through `encode` and the interface of
+`EncoderBase`.
 
 Letters: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
 """

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares in every window, each source's own order, one stream for any cut, figures by source."""
+"""Mixtures: exact shares, order of each source, one stream for any ranks, metrics by source."""
 
 import json
 import os
@@ -30,7 +30,7 @@ RUN = {"recipe": RECIPE, "global_batch_size": 12, "micro_batch_size": 1}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Beside each other: de, 90 rows and 20 held out; ja, 41 and 33; en, 60 and none; odd, of another length."""
+    """Data folders: de, ja, en (without held-out rows), and odd with rows of another length."""
     base = tmp_path_factory.mktemp("folders")
     for seed, (name, rows, valid, length) in enumerate(
         [("de", 90, 20, 32), ("ja", 41, 33, 32), ("en", 60, 0, 32), ("odd", 20, 0, 16)]
@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
 
 
 def mixture(folders, content, name="mixture.json"):
-    """A mixture's file beside its folders."""
+    """Write a mixture into the folder of its sources."""
     path = folders / name
     path.write_text(json.dumps(content))
     return path
@@ -52,99 +52,95 @@ def weighted(**weights):
     return [{"data": name, "weight": weight} for name, weight in weights.items()]
 
 
-# -------------------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------------------- order
 
 SIZES = st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 100)), min_size=1, max_size=6)
 
 
 def order_of(sizes, seed=3, window=50):
-    """A mixture's order over sources of so many rows, in blocks of 4, with so much weight each."""
-    rows, weights = np.array([rows for rows, _ in sizes]), np.array([weight for _, weight in sizes])
-    own = {
+    """The order of a mixture of sources with these (rows, weight), in blocks of 4 rows."""
+    rows = np.array([rows for rows, _ in sizes])
+    weights = np.array([weight for _, weight in sizes])
+    orders = {
         f"s{i}": ShuffledOrder(np.diff(np.r_[np.arange(0, n, 4), n]), seed, 2)
         for i, n in enumerate(rows)
     }
     return MixtureOrder(
-        own, rows_per_window(weights / weights.sum(), window), np.cumsum(rows) - rows, seed
+        orders, rows_per_window(weights / weights.sum(), window), np.cumsum(rows) - rows, seed
     )
 
 
 @given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), window=st.integers(40, 500))
 @settings(deadline=None)
-def test_a_window_has_whole_rows_of_every_source_as_near_to_its_weight_as_can_be(weights, window):
-    wanted = np.array(weights) / sum(weights)
-    counts = rows_per_window(wanted, window)
+def test_the_rows_of_a_window_are_within_one_of_the_weights(weights, window):
+    exact = np.array(weights) / sum(weights)
+    counts = rows_per_window(exact, window)
     assert counts.sum() == window and counts.min() >= 1
-    if (wanted * window >= 1).all():
-        assert abs(counts - wanted * window).max() < 1
+    if (exact * window >= 1).all():
+        assert abs(counts - exact * window).max() < 1
 
 
 @given(sizes=SIZES, seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_shares_are_exact_over_every_window_and_near_at_every_position(sizes, seed):
+def test_shares_are_exact_in_every_window_and_close_at_every_position(sizes, seed):
     order = order_of(sizes, seed)
     sources = np.searchsorted(order.starts, order.rows(np.arange(150))[0], side="right") - 1
-    had = np.cumsum(
-        sources[:, None] == np.arange(len(sizes)), axis=0
-    )  # [150, S] up to each position
-    assert np.array_equal(had[[49, 99, 149]], np.outer([1, 2, 3], order.counts))
+    is_source = sources[:, None] == np.arange(len(sizes))
+    counts = np.cumsum(is_source, axis=0)  # [150, S] up to each position
+    assert np.array_equal(counts[[49, 99, 149]], np.outer([1, 2, 3], order.counts))
     share = order.counts / 50
-    assert (
-        abs(had - np.arange(1, 151)[:, None] * share) <= 1 + share * (len(sizes) - 2) + 1e-9
-    ).all()
+    difference = abs(counts - np.arange(1, 151)[:, None] * share)
+    assert (difference <= 1 + share * (len(sizes) - 2) + 1e-9).all()
 
 
 @given(sizes=SIZES)
 @settings(max_examples=40, deadline=None)
-def test_the_rows_of_each_source_come_in_its_own_order_each_once_per_its_epoch(sizes):
+def test_the_rows_of_each_source_keep_the_order_of_the_source(sizes):
     order = order_of(sizes)
     rows, epochs = order.rows(np.arange(600))
-    for (total, _), start, own in zip(sizes, order.starts, order.orders.values(), strict=True):
+    for (total, _), start, source in zip(sizes, order.starts, order.orders.values(), strict=True):
         here = (rows >= start) & (rows < start + total)
-        expected = own.rows(np.arange(here.sum()))
-        assert np.array_equal(rows[here] - start, expected[0]) and np.array_equal(
-            epochs[here], expected[1]
-        )
+        expected_rows, expected_epochs = source.rows(np.arange(here.sum()))
+        assert np.array_equal(rows[here] - start, expected_rows)
+        assert np.array_equal(epochs[here], expected_epochs)
         for epoch in range(here.sum() // total):
-            assert np.array_equal(
-                np.sort(rows[here][epochs[here] == epoch]), start + np.arange(total)
-            )
+            of_epoch = rows[here][epochs[here] == epoch]
+            assert np.array_equal(np.sort(of_epoch), start + np.arange(total))
 
 
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_any_world_size_and_any_restart_see_one_stream(data):
+def test_any_world_size_and_any_restart_read_one_stream(data):
     sizes = data.draw(SIZES)
     stream = np.stack(order_of(sizes).rows(np.arange(240)))
     position, order = 0, order_of(sizes)
     while position < 240:
         world = data.draw(st.sampled_from([1, 2, 3, 4]))
         each = 12 // world
-        order = (
-            order_of(sizes) if data.draw(st.booleans()) else order
-        )  # a restart, or on with what is kept
-        found = [
+        if data.draw(st.booleans()):  # a restart, without cached windows
+            order = order_of(sizes)
+        ranks = [
             np.stack(order.rows(position + rank * each + np.arange(each))) for rank in range(world)
         ]
-        assert np.array_equal(np.concatenate(found, axis=1), stream[:, position : position + 12])
+        assert np.array_equal(np.concatenate(ranks, axis=1), stream[:, position : position + 12])
         position += 12
 
 
-def test_seeds_and_windows_are_mixed_differently():
+def test_the_order_depends_on_seed_and_window():
     sizes = [(60, 1.0), (60, 1.0)]
     first, second = (order_of(sizes).rows(np.arange(500))[0] < 60).reshape(2, 250)
     other = order_of(sizes, seed=4).rows(np.arange(250))[0] < 60
     assert 0.2 < (first == second).mean() < 0.8 and 0.2 < (first == other).mean() < 0.8
 
 
-def test_version_1_keeps_its_order():
-    """Golden values: a change here breaks every resume, so it needs a new VERSION."""
+def test_version_1_does_not_change():
+    """Golden values; a change breaks every resume and needs a new VERSION."""
     rows, epochs = order_of([(9, 1.0), (5, 2.0), (3, 0.5)]).rows(np.arange(95, 107))
     assert rows.tolist() == [13, 11, 8, 14, 12, 0, 10, 9, 12, 11, 1, 16]
     assert epochs.tolist() == [11, 11, 3, 4, 11, 3, 11, 11, 12, 12, 3, 4]
 
 
-def test_a_batch_far_in_a_run_needs_no_history():
+def test_a_position_late_in_a_run_is_computed_directly():
     order = MixtureOrder(
         {"a": ShuffledOrder(np.full(781_250, 256), 0), "b": ShuffledOrder(np.full(100, 256), 0)},
         rows_per_window(np.array([0.9, 0.1])),
@@ -156,25 +152,26 @@ def test_a_batch_far_in_a_run_needs_no_history():
     assert set(epochs[rows >= 200_000_000]) == {500_000_000 // 25_600}
 
 
-def test_rows_are_those_of_the_sources_and_masked_apart(folders):
-    """The same folder twice under two names: the same ids, other masked positions."""
+def test_sources_of_the_same_rows_are_masked_differently(folders):
     twice = mixture(
         folders, [{"data": "de", "weight": 1}, {"data": "de", "weight": 1, "name": "again"}]
     )
     rows, order = open_data(twice).training(7, 12)
-    own = open_data(folders / "de").training(7, 12)[0]
+    source = open_data(folders / "de").training(7, 12)[0]
     numbers = np.array([179, 3, 93, 89, 90])
-    assert rows.rows == 180 and np.array_equal(rows.read(numbers), own.read(numbers % 90))
+    assert rows.rows == 180
+    assert np.array_equal(rows.read(numbers), source.read(numbers % 90))
     loader = Loader(rows, order, **RUN | {"global_batch_size": 180, "micro_batch_size": 180})
     step = next(loader)
     loader.close()
-    chosen = dict(zip(step.rows.tolist(), step.micro_batches[0].masked_positions, strict=True))
-    both = [row for row in range(90) if row in chosen and row + 90 in chosen]
-    assert len(both) > 50 and sum(torch.equal(chosen[row], chosen[row + 90]) for row in both) == 0
+    masked = dict(zip(step.rows.tolist(), step.micro_batches[0].masked_positions, strict=True))
+    both = [row for row in range(90) if row in masked and row + 90 in masked]
+    assert len(both) > 50
+    assert not any(torch.equal(masked[row], masked[row + 90]) for row in both)
 
 
 def stream(data, steps, **options):
-    """(row numbers, ids, masked positions) of some ranks' first steps together."""
+    """[row numbers, then the fields of the batches] of the first steps of all ranks together."""
     ranks = []
     for rank in range(options.get("world_size", 1)):
         loader = Loader(*data.training(7, 12), rank=rank, **RUN | options)
@@ -182,35 +179,32 @@ def stream(data, steps, **options):
         loader.close()
     parts = [part for step in zip(*ranks, strict=True) for part in step]
     micro_batches = [micro[:8] for part in parts for micro in part.micro_batches]
-    return [np.concatenate([part.rows for part in parts])] + [
-        torch.cat(field) for field in zip(*micro_batches, strict=True)
-    ]
+    fields = [torch.cat(field) for field in zip(*micro_batches, strict=True)]
+    return [np.concatenate([part.rows for part in parts]), *fields]
 
 
-def test_a_mixture_of_one_source_is_that_folder(folders):
+def test_a_mixture_of_one_source_equals_that_folder(folders):
     one = stream(open_data(mixture(folders, weighted(de=0.2))), 20)
     for found, expected in zip(one, stream(open_data(folders / "de"), 20), strict=True):
         assert np.array_equal(found, expected)
 
 
-def test_ranks_and_restarts_get_the_same_batches(folders):
+def test_ranks_and_restarts_read_the_same_batches(folders):
     data = open_data(mixture(folders, weighted(de=5, ja=1, en=2)))
     whole = stream(data, 20)
     for world, start in ((2, 0), (3, 7), (4, 11)):
-        cut = stream(data, 5, world_size=world, consumed_rows=start * 12)
-        for found, expected in zip(cut, whole, strict=True):
+        part = stream(data, 5, world_size=world, consumed_rows=start * 12)
+        for found, expected in zip(part, whole, strict=True):
             assert np.array_equal(found, expected[start * 12 : (start + 5) * 12])
 
 
-def test_a_checkpoint_goes_on_with_the_same_shares_and_sources_alone(folders):
+def test_a_checkpoint_of_other_sources_or_shares_is_refused(folders):
     parts = open_data(mixture(folders, weighted(de=3, ja=1))).training(7, 12)
     loader = Loader(*parts, **RUN)
     state = json.loads(json.dumps(loader.state(240)))
     loader.close()
-    assert consumed_rows_from_state(state, *parts) == 240 and state["rows_per_window"] == {
-        "de": 7500,
-        "ja": 2500,
-    }
+    assert consumed_rows_from_state(state, *parts) == 240
+    assert state["rows_per_window"] == {"de": 7500, "ja": 2500}
     for other in (weighted(de=2, ja=1), weighted(de=3, en=1), weighted(ja=1, de=3)):
         with pytest.raises(
             UserError, match=r"checkpoint belongs to other data: .*dataset_id: .*--init-from"
@@ -223,10 +217,10 @@ def test_a_checkpoint_goes_on_with_the_same_shares_and_sources_alone(folders):
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ MIX.json
+# ----------------------------------------------------------------------------------------- MIX.json
 
 
-def test_a_temperature_takes_from_large_sources_less_than_they_have():
+def test_a_temperature_reduces_the_share_of_large_sources():
     tokens = [900, 90, 10]
 
     def weights(temperature):
@@ -278,23 +272,23 @@ def test_a_temperature_takes_from_large_sources_less_than_they_have():
         ),
     ],
 )
-def test_a_mistake_in_the_file_is_named(folders, content, message):
+def test_a_mistake_in_the_file_is_an_error_with_the_key(folders, content, message):
     (folders / "mixture.json.bak").touch()
     with pytest.raises(UserError, match=message):
         open_data(mixture(folders, content))
 
 
-def test_the_health_check_of_a_node_knows_mixtures(folders):
-    for place, is_seen in (
+def test_the_health_check_of_a_node_reads_mixtures(folders):
+    for data, is_readable in (
         (mixture(folders, []), True),
         (folders / "de", True),
         (folders, False),
         ("x.json", False),
     ):
-        said = subprocess.run(
-            ["bash", HEALTH, place], env=os.environ | {"PYTHON": "true"}, capture_output=True
+        errors = subprocess.run(
+            ["bash", HEALTH, data], env=os.environ | {"PYTHON": "true"}, capture_output=True
         ).stderr
-        assert (b"cannot read" in said) != is_seen, said
+        assert (b"cannot read" in errors) != is_readable, errors
 
 
 def test_check_shows_the_share_and_the_epochs_of_each_source(folders):
@@ -317,11 +311,11 @@ def test_check_shows_the_share_and_the_epochs_of_each_source(folders):
     assert lines["epochs"].value == f"{320 / 131:.3f}" and lines["vocab_size"].value == "600"
 
 
-# ------------------------------------------------------------------------------------------------------------ held out
+# ----------------------------------------------------------------------------------------- held out
 
 
-def test_held_out_figures_are_those_of_each_folder_and_their_mean_by_the_shares(folders):
-    """A group of sources is a mixture in a mixture; en has no held-out rows, so it counts for nothing."""
+def test_held_out_metrics_are_those_of_each_folder_and_their_mean_by_the_shares(folders):
+    """In a mixture of mixtures; en has no held-out rows and no share in the mean."""
     mixture(folders, weighted(de=1, en=3), "west.json")
     content = [{"data": "west.json", "weight": 4}, {"data": "ja", "weight": 1}]
     held_out = open_data(mixture(folders, content)).held_out()
@@ -346,10 +340,7 @@ def test_held_out_figures_are_those_of_each_folder_and_their_mean_by_the_shares(
     for key in alone["ja"]:
         de, ja = alone["west/de"][key], alone["ja"][key]
         assert (found[f"west/de/{key}"], found[f"ja/{key}"]) == (de, ja)
-        assert found[key] == pytest.approx(
-            de + ja if key in ("tokens", "chosen") else 0.25 * de + 0.75 * ja
-        )
-    assert (
-        len(found) == 3 * len(alone["ja"])
-        and alone["west/de"]["unigram_loss"] != alone["ja"]["unigram_loss"]
-    )
+        is_sum = key in ("tokens", "chosen")
+        assert found[key] == pytest.approx(de + ja if is_sum else 0.25 * de + 0.75 * ja)
+    assert len(found) == 3 * len(alone["ja"])
+    assert alone["west/de"]["unigram_loss"] != alone["ja"]["unigram_loss"]

@@ -3,7 +3,6 @@
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from collections import Counter
 from contextlib import ExitStack
@@ -315,11 +314,6 @@ def test_a_link_and_a_pickle_in_a_chunk_are_refused_by_their_headers(web):
         )
         with pytest.raises(UserError, match=message):
             reader.read(np.array([0]))
-
-
-def test_a_stream_does_not_import_webdataset():
-    source = "import sys, electra_ds.data.remote_reader\nassert 'webdataset' not in sys.modules"
-    subprocess.run([sys.executable, "-c", source], check=True, cwd=ROOT)
 
 
 def test_the_health_check_of_a_node_reads_the_url(web):

@@ -1,4 +1,4 @@
-"""Shards: what is written is read back, the bytes never change, and damage is named instead of read."""
+"""Shard format: rows and fragments are read back, equal bytes for equal rows, refused folders."""
 
 import hashlib
 import io
@@ -41,21 +41,21 @@ def read_all(data):
     return reader.read(np.arange(reader.rows))
 
 
-def test_rows_come_back_in_any_order(data, monkeypatch):
-    monkeypatch.setattr(shard_reader, "OPEN_SHARDS", 2)  # fewer than there are
+def test_rows_are_read_in_any_order(data, monkeypatch):
+    monkeypatch.setattr(shard_reader, "OPEN_SHARDS", 2)  # of three
     reader = ShardReader(data, "train")
-    wanted = np.random.default_rng(0).integers(0, 91, 300)
-    found = reader.read(wanted)
-    assert found.dtype == np.uint16 and np.array_equal(found, np.concatenate(ROWS)[wanted])
-    assert len(reader._maps) <= 2 and set(reader.blocks["shard"][list(reader._views)]) <= set(
-        reader._maps
-    )
+    numbers = np.random.default_rng(0).integers(0, 91, 300)
+    rows = reader.read(numbers)
+    assert rows.dtype == np.uint16
+    assert np.array_equal(rows, np.concatenate(ROWS)[numbers])
+    assert len(reader._maps) <= 2
+    assert set(reader.blocks["shard"][list(reader._views)]) <= set(reader._maps)
     assert reader.read(np.array([], int)).shape == (0, 32)
     with pytest.raises(IndexError):
         reader.read(np.array([91]))
 
 
-def test_pieces_come_back_by_block(data):
+def test_fragments_are_read_by_block(data):
     reader = ShardReader(data, "train")
     starts = np.array([0, 16, 32, 48, 50, 66, 82, 90])
     assert np.array_equal(reader.block_starts[:-1], starts)
@@ -70,15 +70,15 @@ def test_pieces_come_back_by_block(data):
     assert np.array_equal(np.concatenate(found), np.concatenate(expected))
 
 
-def test_large_vocabularies_are_stored_wider(tmp_path):
+def test_ids_of_large_vocabularies_are_stored_as_uint32(tmp_path):
     assert ids_dtype(65_536) == np.uint16 and ids_dtype(65_537) == np.uint32
     rows = best_fit_rows(20, 32).astype(np.uint32) * 1000
     write_data(tmp_path, [rows], vocab_size=600_000)
     assert np.array_equal(read_all(tmp_path), rows) and read_all(tmp_path).dtype == np.uint32
 
 
-def test_format_version_1_keeps_its_bytes(tmp_path):
-    """Golden digests: other bytes for the same rows need a new format version."""
+def test_the_bytes_of_format_version_1_do_not_change(tmp_path):
+    """Golden digests; other bytes for the same rows need a new format version."""
     rows = (np.arange(40 * 32) % 600).astype(np.uint16).reshape(40, 32)
     info, _ = write_shard(
         tmp_path / "x.tar", "train", 3, rows, np.arange(60, dtype=np.int32).reshape(10, 6), 16
@@ -119,8 +119,8 @@ for hostile in ("hostile.tar", "pipe:touch executed"):
 """
 
 
-def test_plain_webdataset_reads_our_shards_as_the_page_says(data):
-    """The snippet of docs/webdataset.md, in a process of its own."""
+def test_the_snippet_of_the_docs_reads_shards_by_plain_webdataset(data):
+    """docs/webdataset.md, in a separate process."""
     pytest.importorskip("webdataset")
     page = (Path(__file__).parents[2] / "docs" / "webdataset.md").read_text()
     snippet = page.split("```python\n")[1].split("```")[0].replace('"D/', f'"{data}/')
@@ -140,7 +140,7 @@ def test_plain_webdataset_reads_our_shards_as_the_page_says(data):
     assert "cannot open pipe URLs" in executed and not (data / "executed").exists(), executed
 
 
-def test_dataset_id_follows_the_rows_alone(tmp_path):
+def test_the_dataset_id_depends_on_the_rows_only(tmp_path):
     ids = []
     for name, rows in [("a", ROWS[0]), ("b", ROWS[0]), ("c", ROWS[1])]:
         (tmp_path / name).mkdir()
@@ -148,7 +148,7 @@ def test_dataset_id_follows_the_rows_alone(tmp_path):
     assert ids[0] == ids[1] != ids[2]
 
 
-# ------------------------------------------------------------------------------------------------- index, manifest
+# ---------------------------------------------------------------------------------- index, manifest
 
 
 @pytest.mark.parametrize("byte", [0, 9, 13, 40])
@@ -169,14 +169,14 @@ def test_a_changed_index_is_refused(data, byte):
         ({"packing": "tight"}, "packing"),
     ],
 )
-def test_a_strange_manifest_is_refused(data, change, message):
+def test_a_manifest_of_another_format_is_refused(data, change, message):
     path = data / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         read_manifest(data)
 
 
-def test_missing_parts_are_named(data, tmp_path):
+def test_a_missing_part_is_an_error_with_its_name(data, tmp_path):
     with pytest.raises(UserError, match="no split 'valid', only train"):
         ShardReader(data, "valid")
     with pytest.raises(UserError, match=r"unigrams\.npy"):

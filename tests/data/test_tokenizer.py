@@ -1,4 +1,4 @@
-"""Text to ids: equal to the reference, never a special id, the same after saving."""
+"""Tokenizers: ids equal to the reference, no special ids from text, equal ids after saving."""
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +8,7 @@ from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer import WordPiece, load_tokenizer, wordpiece
 
-PIECES = [
+VOCABULARY = [
     "[PAD]",
     "[UNK]",
     "[CLS]",
@@ -46,7 +46,7 @@ CHARACTERS = (
 
 @pytest.fixture
 def vocabulary(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
     return tmp_path / "vocab.txt"
 
 
@@ -65,21 +65,21 @@ def reference(tokenizer: WordPiece, text: str) -> list[int]:
     return tokenizer.fast.encode(text, add_special_tokens=False).ids
 
 
-def test_the_word_cache_gives_the_ids_of_whole_texts(vocabulary):
+def test_the_word_cache_returns_the_ids_of_whole_texts(vocabulary):
     tokenizer = load_tokenizer(vocabulary)
-    for _ in range(2):  # cold, then warm
+    for _ in range(2):  # with an empty cache, then from the cache
         assert tokenizer.encode_batch(TEXTS) == [reference(tokenizer, text) for text in TEXTS]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(st.sampled_from(CHARACTERS))))
-def test_the_word_cache_gives_the_ids_of_any_text(texts):
-    content = "\n".join(PIECES).encode()
+def test_the_word_cache_returns_the_ids_of_any_text(texts):
+    content = "\n".join(VOCABULARY).encode()
     tokenizer = WordPiece(content, {"lowercase": True, "strip_accents": True}, "test")
     assert tokenizer.encode_batch(texts) == [reference(tokenizer, text) for text in texts]
 
 
-def test_a_full_cache_starts_again_with_the_same_ids(vocabulary, monkeypatch):
+def test_a_full_cache_is_cleared_and_returns_the_same_ids(vocabulary, monkeypatch):
     monkeypatch.setattr(wordpiece, "MAX_CACHED_WORDS", 3)
     tokenizer = load_tokenizer(vocabulary)
     expected = [reference(tokenizer, text) for text in TEXTS]
@@ -87,7 +87,7 @@ def test_a_full_cache_starts_again_with_the_same_ids(vocabulary, monkeypatch):
     assert len(tokenizer._cache) <= 20
 
 
-def test_text_never_makes_a_special_id(vocabulary, sentencepiece):
+def test_text_never_encodes_to_a_special_id(vocabulary, sentencepiece):
     for tokenizer in (load_tokenizer(vocabulary), sentencepiece):
         special = set(tokenizer.special_ids.model_dump().values()) - {tokenizer.special_ids.unk}
         ids = tokenizer.encode_batch(["[MASK] [CLS][SEP] x[PAD]y [mask]"])[0]
@@ -95,14 +95,14 @@ def test_text_never_makes_a_special_id(vocabulary, sentencepiece):
         assert not special.intersection(tokenizer.encode_with_offsets("[MASK] [CLS]")[0])
 
 
-def optioned(vocabulary, **options):
+def with_options(vocabulary, **options):
     return WordPiece(
         vocabulary.read_bytes(), {"lowercase": True, "strip_accents": True} | options, "test"
     )
 
 
 def test_saved_tokenizers_load_with_equal_ids_and_fingerprint(vocabulary, sentencepiece, tmp_path):
-    for number, tokenizer in enumerate((optioned(vocabulary, lowercase=False), sentencepiece)):
+    for number, tokenizer in enumerate((with_options(vocabulary, lowercase=False), sentencepiece)):
         tokenizer.save(tmp_path / str(number))
         again = load_tokenizer(tmp_path / str(number))
         assert (again.fingerprint, again.special_ids) == (
@@ -113,23 +113,17 @@ def test_saved_tokenizers_load_with_equal_ids_and_fingerprint(vocabulary, senten
 
 
 def test_options_change_the_ids_and_the_fingerprint(vocabulary):
-    plain, cased = load_tokenizer(vocabulary), optioned(vocabulary, lowercase=False)
-    accents = optioned(vocabulary, strip_accents=False)
+    plain, cased = load_tokenizer(vocabulary), with_options(vocabulary, lowercase=False)
+    accents = with_options(vocabulary, strip_accents=False)
     assert len({t.fingerprint for t in (plain, cased, accents)}) == 3
-    assert (
-        cased.encode_batch(["HELLO"])
-        != plain.encode_batch(["HELLO"])
-        == plain.encode_batch(["hello"])
-    )
-    assert (
-        accents.encode_batch(["caf\u00e9"])
-        != plain.encode_batch(["caf\u00e9"])
-        == plain.encode_batch(["cafe"])
-    )
+    assert plain.encode_batch(["HELLO"]) == plain.encode_batch(["hello"])
+    assert plain.encode_batch(["HELLO"]) != cased.encode_batch(["HELLO"])
+    assert plain.encode_batch(["caf\u00e9"]) == plain.encode_batch(["cafe"])
+    assert plain.encode_batch(["caf\u00e9"]) != accents.encode_batch(["caf\u00e9"])
 
 
-def test_a_vocabulary_with_capitals_is_not_lower_cased(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, "Hello"]), encoding="utf-8")
+def test_a_vocabulary_with_upper_case_letters_is_cased(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "Hello"]), encoding="utf-8")
     assert load_tokenizer(tmp_path).options == {"lowercase": False, "strip_accents": False}
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
     assert load_tokenizer(tmp_path).options["lowercase"] is True
@@ -143,7 +137,7 @@ def test_offsets_cover_the_words(vocabulary, sentencepiece):
         assert "".join(text[a:b] for a, b in offsets).replace(" ", "") == text.replace(" ", "")
 
 
-def test_decoding_gives_readable_text_and_shows_special_tokens(vocabulary, sentencepiece):
+def test_decode_returns_readable_text_with_special_tokens(vocabulary, sentencepiece):
     for tokenizer in (load_tokenizer(vocabulary), sentencepiece):
         ids = tokenizer.encode_batch(["hello world"])[0] if tokenizer.kind == "wordpiece" else None
         ids = ids or tokenizer.encode_batch(["quick brown fox"])[0]
@@ -152,22 +146,22 @@ def test_decoding_gives_readable_text_and_shows_special_tokens(vocabulary, sente
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "message"),
     [
         ("hello\nworld\n", r"no \[PAD\], \[UNK\], \[CLS\], \[SEP\], \[MASK\]"),
-        ("\n".join([*PIECES, "hello"]), "'hello' occurs twice"),
+        ("\n".join([*VOCABULARY, "hello"]), "'hello' occurs twice"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
-def test_a_broken_vocabulary_is_refused_with_what_is_wrong(tmp_path, content, found):
+def test_a_malformed_vocabulary_is_refused(tmp_path, content, message):
     (tmp_path / "vocab.txt").write_bytes(
         content if isinstance(content, bytes) else content.encode()
     )
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path / "vocab.txt")
 
 
-def test_missing_files_and_foreign_models_are_refused(tmp_path):
+def test_missing_files_and_other_models_are_refused(tmp_path):
     with pytest.raises(UserError, match="not found"):
         load_tokenizer(tmp_path / "none.txt")
     with pytest.raises(UserError, match="no vocabulary in this folder"):
@@ -177,7 +171,7 @@ def test_missing_files_and_foreign_models_are_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_model_whose_mask_text_can_make_is_refused(tmp_path):
+def test_a_model_in_which_text_can_encode_to_mask_is_refused(tmp_path):
     import io
 
     import sentencepiece
@@ -200,7 +194,7 @@ def test_a_model_whose_mask_text_can_make_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
-def test_training_twice_gives_the_same_vocabulary(tmp_path, kind):
+def test_training_twice_makes_the_same_vocabulary(tmp_path, kind):
     text = "\n\n".join(
         f"Document {i} says {'very ' * (i % 3)}little of {chr(97 + i % 26) * (i % 5)} things."
         for i in range(300)
@@ -217,7 +211,7 @@ def test_training_twice_gives_the_same_vocabulary(tmp_path, kind):
     assert one.special_ids.unk not in one.encode_batch(["Document 7 says little"])[0]
 
 
-def test_case_and_accents_are_kept_when_asked(tmp_path):
+def test_case_and_accents_are_kept_without_lowercase(tmp_path):
     (tmp_path / "t.txt").write_text("\u00c9cole Paris " * 50)
     cased = train_tokenizer([str(tmp_path)], tmp_path / ".c", vocab_size=64, lowercase=False)
     plain = train_tokenizer([str(tmp_path)], tmp_path / ".p", vocab_size=64)

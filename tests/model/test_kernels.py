@@ -126,7 +126,7 @@ def test_dropout_drops_the_share_p_and_keeps_the_mean(p):
     assert sorted(set(out.flatten().tolist())) == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
     assert float((out == 0).float().mean()) == pytest.approx(p, abs=0.003)
     assert float(out.mean()) == pytest.approx(1, abs=0.005)
-    columns = (out == 0).float().mean(0)  # every column is dropped alike
+    columns = (out == 0).float().mean(0)  # all columns are dropped equally often
     assert float((columns - p).abs().max()) < 0.18
 
 

@@ -1,1 +1,1 @@
-"""Kernels that depend on torch alone: attention, linear layers, dropout, vocabulary head."""
+"""Kernels that depend only on torch: attention, linear layers, dropout, vocabulary head."""

@@ -191,15 +191,15 @@ class _FusedHead(torch.autograd.Function):
         copied: Tensor | None,
         options: _HeadOptions,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        positions = len(x)
+        num_positions = len(x)
         block_rows = ROWS_ON_CPU if x.device.type == "cpu" else ROWS_ON_GPU
         weight, offset = table.detach().to(x.dtype), bias.detach().to(x.dtype)
         sampled = torch.empty_like(targets)
         predicted = torch.empty_like(targets) if options.with_predictions else None
-        nll = torch.empty(positions, dtype=torch.float32, device=x.device)
+        nll = torch.empty(num_positions, dtype=torch.float32, device=x.device)
         dgate = None if gate is None else torch.empty_like(nll)
         grads = _HeadGradients(x, table) if options.with_grad else None
-        for start in range(0, positions, block_rows):
+        for start in range(0, num_positions, block_rows):
             block = slice(start, start + block_rows)
             logits = product(x[block], weight, offset)
             logits[:, options.vocab_size :] = -math.inf
