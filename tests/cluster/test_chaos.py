@@ -1,7 +1,8 @@
-"""Chains of faults: each attempt of a run is hurt somewhere, the next resumes, and nothing is lost or doubled.
+"""Chains of faults: each attempt has a fault, the next resumes, no row is lost or repeated.
 
-`bash tests/run.sh -m chaos` (CHAOS_SEED=n: other faults; CHAOS_FAULTS=n: of each of the three chains; CHAOS_TABLE=FILE:
-the table as markdown). A fault is a pure function of (seed, chain, number); only "any time" hangs on the clock.
+`bash tests/run.sh -m chaos`. CHAOS_SEED=n: other faults; CHAOS_FAULTS=n: faults of each of the
+three chains; CHAOS_TABLE=FILE: the table as markdown. A fault is a function of (seed, chain,
+number); only the place "any time" depends on the clock.
 """
 
 import contextlib
@@ -18,35 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
+from run_results import curve, is_bit_equal
 from running import CPU, ROOT, read_json
+from small_run import SMALL_MODEL
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.processes import free_port
 from electra_ds.training import checkpoint
-from electra_ds.training.metrics_file import TIMED, read_metrics
 
 SEED, FAULTS = int(os.environ.get("CHAOS_SEED", "1")), int(os.environ.get("CHAOS_FAULTS", "36"))
-CHAINS = [
-    (1, "one"),
-    (2, "two"),
-    (2, "two, awaited"),
-]  # ranks, name; "awaited": saving is not asynchronous
-HANG, NEVER = 60, 180  # seconds from a fault to the last process's end; from a start to the fault
-ROWS, GLOBAL, EVERY = (
-    300,
-    8,
-    10,
-)  # training rows of the fixture, rows of a step, steps between checkpoints
+# Ranks and name of each chain; "awaited": saving is not asynchronous.
+CHAINS = [(1, "one"), (2, "two"), (2, "two, awaited")]
+HANG, NEVER = 60, 180  # limits in seconds: from a fault to the last exit; from a start to the fault
+ROWS, GLOBAL, EVERY = 300, 8, 10  # rows of the data, of a step; steps between checkpoints
 STEPS = 20 * FAULTS + 60
 SETS = [
-    "model.hidden_size=32",
-    "model.ffn_size=64",
-    "model.embedding_size=24",
-    "model.num_layers=1",
-    "generator.hidden_size=16",
-    "generator.ffn_size=32",
-    "generator.num_layers=1",
+    *SMALL_MODEL,
     f"train.global_batch_size={GLOBAL}",
     "train.micro_batch_size=4",
     f"train.total_steps={STEPS}",
@@ -60,7 +48,8 @@ SETS = [
     "train.silence_seconds=5",
 ]
 ANY = ("kill -9", "exit 3", "exception", "SIGTERM")
-# place: (weight, highest count on rank 0, on another rank, actions). Counts reach over two saves, evaluations, epochs.
+# place: (weight, highest count on rank 0, highest count on another rank, actions). Counts span two
+# saves, evaluations and epochs.
 PLACES = {
     "imports": (1, 300, 300, ("kill -9", "exit 3", "SIGTERM")),
     "start": (1, 20, 1, ANY),
@@ -75,7 +64,7 @@ PLACES = {
 
 @dataclass
 class Outcome:
-    """A fault and what came of it. seconds: until the last process was gone."""
+    """A fault and its result; seconds: until the last process had ended."""
 
     fault: dict
     ranks: int
@@ -88,7 +77,10 @@ class Outcome:
 
 
 def draw(name: str, ranks: int, number: int) -> dict:
-    """The fault of that number; rank -1: all ranks. A stopped rank, or one that dies alone, needs a launcher's eye."""
+    """The fault of a number; rank -1: all ranks.
+
+    After a rank was stopped, or died before the watchdog starts, torchrun has to end the others.
+    """
     dice = random.Random(f"{SEED} {name} {number}")
     if ranks > 1 and number % 12 == 5:
         return {
@@ -117,50 +109,47 @@ def draw(name: str, ranks: int, number: int) -> dict:
 
 @dataclass
 class Chain:
-    """One run from its first step to its last, through all its faults."""
+    """One run from its first step to its last, with all its faults."""
 
     folder: Path
     data: Path
     ranks: int
     name: str = "uninterrupted"
     outcomes: list[Outcome] = field(default_factory=list)
-    pending: list[Outcome] = field(default_factory=list)  # after which no step was made yet
+    pending: list[Outcome] = field(default_factory=list)  # not followed by a step yet
     attempts: int = 0
     position: int = 0  # of the first row after the latest checkpoint
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        self.out, self.trace, self.awaited = (
-            self.folder / "out",
-            self.folder / "trace",
-            "awaited" in self.name,
-        )
+        self.out, self.trace = self.folder / "out", self.folder / "trace"
+        self.awaited = "awaited" in self.name
         self.trace.mkdir()
 
     def run(self, faults: int) -> "Chain":
-        """Every fault in turn, then to the end in peace."""
+        """All faults one after the other, then an attempt without a fault to the last step."""
         for number in range(faults):
-            self.suffer(number)
-            if (self.out / "done").exists():  # without meeting the fault
+            self.inject(number)
+            if (self.out / "done").exists():  # finished before the fault
                 return self
-        codes, said = self.attempt({"rank": None, "place": "none"})[:2]
-        assert set(codes) == {0} and read_json(self.out / "done")["step"] == STEPS, said[-6000:]
+        codes, output = self.attempt({"rank": None, "place": "none"})[:2]
+        assert set(codes) == {0} and read_json(self.out / "done")["step"] == STEPS, output[-6000:]
         self.look()
         return self
 
-    def suffer(self, number: int) -> None:
+    def inject(self, number: int) -> None:
+        """One attempt with the fault of a number, and the checks after it."""
         fault = draw(self.name, self.ranks, number)
         outcome = Outcome(fault, self.ranks, self.awaited)
-        codes, said, outcome.seconds, outcome.hung = self.attempt(fault)
+        codes, output, outcome.seconds, outcome.hung = self.attempt(fault)
         met = [line for line in self.lines("faults") if line["attempt"] == self.attempts]
         if (self.out / "done").exists() and not met:
             return
-        where = f"chain {self.name!r}, seed {SEED}, fault {number}: {fault}, left with {codes}\n{said[-6000:]}"
-        assert met, f"ended by itself: {where}"
-        fault |= {
-            "place": met[-1]["place"],
-            "action": met[-1]["action"],
-        }  # another than drawn at LATEST
+        where = f"chain {self.name!r}, seed {SEED}, fault {number}: {fault}, exit codes {codes}"
+        where += f"\n{output[-6000:]}"
+        assert met, f"ended without the fault: {where}"
+        # At step LATEST it is another fault than the one drawn.
+        fault |= {"place": met[-1]["place"], "action": met[-1]["action"]}
         stopped = any(self.out.glob("stopped.*"))
         assert stopped or any(codes), f"a failure with code 0: {where}"
         self.pending.append(outcome)
@@ -169,12 +158,14 @@ class Chain:
         outcome.corrupt = self.check_latest()
         outcome.lost = before - self.position // GLOBAL
         assert not (stopped and outcome.lost), f"a stop lost {outcome.lost} steps: {where}"
-        print(
-            f"{self.name} {number}: {fault} -> {outcome.seconds:.1f} s, lost {outcome.lost}, left with {codes}"
-        )
+        result = f"{outcome.seconds:.1f} s, {outcome.lost} steps lost, exit codes {codes}"
+        print(f"{self.name} {number}: {fault} -> {result}")
 
     def attempt(self, fault: dict) -> tuple[list[int], str, float, bool]:
-        """Start the ranks, wait until all processes are gone: exit codes, output, seconds since the fault, hung."""
+        """Start the ranks and wait for the end of all processes.
+
+        Returns exit codes, output, seconds from fault to end, whether they had to be killed.
+        """
         self.attempts += 1
         chaos = json.dumps(fault | {"trace": str(self.trace), "attempt": self.attempts})
         log, began, hung = self.folder / f"attempt-{self.attempts}.log", time.time(), False
@@ -200,7 +191,7 @@ class Chain:
         asynchronous = f"checkpoint.asynchronous={str(not self.awaited).lower()}"
         sets = [word for value in (*SETS, asynchronous) for word in ("--set", value)]
         command = [
-            str(ROOT / "tests/cluster/chaos.py"),
+            str(ROOT / "tests/support/chaos.py"),
             "pretrain",
             "tiny",
             "--data",
@@ -246,7 +237,7 @@ class Chain:
         return time.time() > began + fault["delay"]
 
     def signal_ranks(self, fault: dict, processes: list[int]) -> None:
-        """From outside, to the ranks that have started."""
+        """Send the signal of the fault, once the ranks that it is for have started."""
         ranks = {rank: process for process in processes if (rank := rank_of(process)) is not None}
         wanted = range(self.ranks) if fault["rank"] == -1 else [fault["rank"]]
         if all(rank in ranks for rank in wanted):
@@ -272,7 +263,7 @@ class Chain:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def look(self) -> int:
-        """Check where this attempt went on; the steps that were applied when it ended, as far as any rank got."""
+        """Check where this attempt resumed; the steps that some rank had applied at its end."""
         step = self.position // GLOBAL
         for rank in range(self.ranks):
             offset = rank * GLOBAL // self.ranks
@@ -283,7 +274,7 @@ class Chain:
             ]
             if positions:
                 assert positions[0] - offset == self.position, (
-                    f"{self.name}: resumed elsewhere than at its checkpoint"
+                    f"{self.name}: did not resume at its checkpoint"
                 )
                 step = max(step, (positions[-1] - offset) // GLOBAL + 1)
                 for outcome in self.pending:
@@ -292,7 +283,7 @@ class Chain:
         return step
 
     def check_latest(self) -> int:
-        """1 when `latest` names what cannot be loaded; and where the next attempt will go on."""
+        """1 if `latest` names a checkpoint that cannot be loaded, else 0; sets self.position."""
         try:
             found = checkpoint.latest(self.out / "ckpt")
             if found is not None:
@@ -306,7 +297,7 @@ class Chain:
         return 0
 
     def rows_seen(self) -> list[int]:
-        """Row by position, of the steps that count: those of an attempt up to where the next one went on."""
+        """The row at each position, of the steps that no later attempt repeated."""
         seen = {}
         for rank in range(self.ranks):
             own, attempt = {}, 0
@@ -326,35 +317,21 @@ class Chain:
         assert sorted(seen) == list(range(len(seen)))
         return [seen[position] for position in range(len(seen))]
 
-    def final(self) -> dict[str, torch.Tensor]:
-        """Weights and moments."""
-        found = checkpoint.latest(self.out / "ckpt")
-        meta = checkpoint.read_meta(found)
-        return dict(checkpoint.tensors(found, meta)) | dict(
-            checkpoint.tensors(found, meta, "optim")
-        )
-
-    def curve(self) -> list[dict]:
-        """The metrics without what depends on the machine's speed."""
-        return [
-            {k: v for k, v in r.items() if k not in TIMED}
-            for r in read_metrics(self.out / "metrics.jsonl")
-        ]
-
 
 def living(chaos: str) -> list[int]:
-    """Launchers and ranks of one attempt, known by their environment."""
+    """Process numbers of the launchers and ranks of one attempt, found by their environment."""
     return [process for process, environ in environs() if f"CHAOS={chaos}\0".encode() in environ]
 
 
 def environs() -> Iterator[tuple[int, bytes]]:
+    """(process number, environment) of all processes."""
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone
+        with contextlib.suppress(OSError):  # it has ended
             yield int(folder.name), (folder / "environ").read_bytes()
 
 
 def rank_of(process: int) -> int | None:
-    """RANK of a process that runs chaos.py itself; None of a launcher, or of one that is gone."""
+    """RANK of a process that runs chaos.py; None for a launcher or a process that has ended."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
         environ = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
@@ -366,9 +343,10 @@ def rank_of(process: int) -> int | None:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown: by what happened, then the same faults by where."""
+    """Markdown: the faults by action, then the same faults by place."""
     lines = [
-        "| fault | ranks | faults | resumed | seconds until gone, max | steps lost, max | corrupt loads | hangs |",
+        "| fault | ranks | faults | resumed | seconds until ended, max | steps lost, max "
+        "| corrupt loads | hangs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     groups = {}
@@ -376,12 +354,12 @@ def table(outcomes: list[Outcome]) -> str:
         for name in (outcome.fault["action"], f"at {outcome.fault['place']}"):
             groups.setdefault((name.startswith("at "), name, outcome.ranks), []).append(outcome)
     groups = {key[1:]: groups[key] for key in sorted(groups)}
-    groups["all, saving awaited", 2] = [outcome for outcome in outcomes if outcome.awaited]
-    groups["all, saving asynchronous", "1, 2"] = [
+    groups["all, synchronous saving", 2] = [outcome for outcome in outcomes if outcome.awaited]
+    groups["all, asynchronous saving", "1, 2"] = [
         outcome for outcome in outcomes if not outcome.awaited
     ]
     for (name, ranks), some in groups.items():
-        figures = (
+        numbers = (
             len(some),
             sum(o.resumed for o in some),
             f"{max(o.seconds for o in some):.0f}",
@@ -389,7 +367,7 @@ def table(outcomes: list[Outcome]) -> str:
             sum(o.corrupt for o in some),
             sum(o.hung for o in some),
         )
-        lines.append(f"| {name} | {ranks} | {' | '.join(map(str, figures))} |")
+        lines.append(f"| {name} | {ranks} | {' | '.join(map(str, numbers))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -398,15 +376,15 @@ def test_a_run_survives_a_hundred_faults(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with ThreadPoolExecutor(len(CHAINS)) as pool:
-        peaceful = [
+        undisturbed = [
             pool.submit(Chain(tmp_path / f"whole-{ranks}", data, ranks).run, 0) for ranks in (1, 2)
         ]
-        hurt = [
+        disturbed = [
             pool.submit(Chain(tmp_path / name, data, ranks, name).run, FAULTS)
             for ranks, name in CHAINS
         ]
-        whole = {chain.result().ranks: chain.result() for chain in peaceful}
-        chains = [chain.result() for chain in hurt]
+        whole = {chain.result().ranks: chain.result() for chain in undisturbed}
+        chains = [chain.result() for chain in disturbed]
     outcomes = [outcome for chain in chains for outcome in chain.outcomes]
     text = table(outcomes)
     with capsys.disabled():
@@ -419,12 +397,10 @@ def test_a_run_survives_a_hundred_faults(
         for start in range(0, len(rows), ROWS):
             epoch = rows[start : start + ROWS]
             assert len(set(epoch)) == len(epoch), "a row was seen twice in an epoch"
-        ours, theirs = chain.final(), reference.final()
-        assert ours.keys() == theirs.keys() and all(
-            torch.equal(ours[key], theirs[key]) for key in ours
-        )
-        assert chain.curve() == reference.curve()
+        assert is_bit_equal(chain.out, reference.out)
+        assert curve(chain.out) == curve(reference.out)
     assert all(o.resumed and not o.corrupt and not o.hung for o in outcomes), text
-    # Beside an interval, the steps made while the checkpoint at its end was being written; the next save waits for it.
+    # Beside an interval, the steps that were made while the checkpoint at its end was written; the
+    # next save waits for it.
     assert all(o.lost <= EVERY if o.awaited else o.lost < 2 * EVERY for o in outcomes), text
     assert len(outcomes) >= 0.93 * FAULTS * len(CHAINS)

@@ -1,4 +1,4 @@
-"""A machine that falls silent: every rank and the launcher notice, nobody waits for ever, the checkpoint is good."""
+"""Unfit machines are named before a run; a lost machine ends all ranks, and the run resumes."""
 
 import re
 import shutil
@@ -16,7 +16,10 @@ SILENCE = 8  # train.silence_seconds
 
 @pytest.fixture
 def unfit(machines: Machines, data: Path, tmp_path: Path) -> Iterator[Path]:
-    """node2 without the data, with a full /dev/shm and a broken environment; the interpreter to be given as PYTHON."""
+    """node2 without the data, with a full /dev/shm and a broken environment.
+
+    Returns the interpreter that PYTHON has to name.
+    """
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ "$(uname -n)" != node2 ] && exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -37,11 +40,11 @@ def test_a_node_that_is_not_fit_is_named_before_the_run(
     process = start(
         script, *arguments(data, tmp_path / "run"), on=machines.on("head"), PYTHON=unfit, **places
     )
-    said = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=100)[0]
     assert process.returncode != 0 and not (tmp_path / "run").exists()
     for wrong in ("cannot read", "left in /dev/shm", "cannot import torch"):
-        assert re.search(f"bad node node2: .*{wrong}", said), said
-    assert "bad node node1" not in said
+        assert re.search(f"bad node node2: .*{wrong}", output), output
+    assert "bad node node1" not in output
 
 
 @needs_pdsh
@@ -60,29 +63,28 @@ def test_a_lost_node_ends_the_job(
     getattr(machines, fault)(victim)
     try:
         wait_until(lambda: not ranks_of(out), "ranks are left", SILENCE + 30)
-        gone = time.monotonic() - began
-        said = process.communicate(timeout=60)[0]
-        print(
-            f"{fault} {victim}: ranks gone after {gone:.0f} s, launcher after {time.monotonic() - began:.0f} s"
-        )
+        ended = time.monotonic() - began
+        output = process.communicate(timeout=60)[0]
+        launcher_ended = time.monotonic() - began
+        print(f"{fault} {victim}: ranks ended after {ended:.0f} s, launcher {launcher_ended:.0f} s")
     finally:
         (machines.heal if fault == "cut" else machines.boot)(victim)
-    assert process.returncode not in (0, 85), said[-4000:]
-    lost, left = (0, 1) if victim == "node1" else (1, 0)
+    assert process.returncode not in (0, 85), output[-4000:]
+    lost, other = (0, 1) if victim == "node1" else (1, 0)
     named = f"rank {lost} on {victim} failed first: "
     assert (
-        f"(rank {left}): error: {named}" in said
-        and named in (out / f"log/rank-{left}.log").read_text()
+        f"(rank {other}): error: {named}" in output
+        and named in (out / f"log/rank-{other}.log").read_text()
     )
-    if fault == "cut":  # the other side, which cannot say so, names this one
+    if fault == "cut":  # the other side of the cut names this one
         assert (
-            f"rank {left} on node{left + 1} failed first: "
+            f"rank {other} on node{other + 1} failed first: "
             in (out / f"log/rank-{lost}.log").read_text()
         )
     again = start(
         "deepspeed.sh", *arguments(data, out, *sets), on=machines.on("head"), **hostfile(tmp_path)
     )
-    said = again.communicate(timeout=300)[0]
+    output = again.communicate(timeout=300)[0]
     assert (
-        again.returncode == 0 and "resuming" in said and weights(out) == weights(uninterrupted)
-    ), said[-4000:]
+        again.returncode == 0 and "resuming" in output and weights(out) == weights(uninterrupted)
+    ), output[-4000:]

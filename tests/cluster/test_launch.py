@@ -1,4 +1,4 @@
-"""The scripts of launch/, run as a user would: each launcher trains the same run, to the bit, on two machines.
+"""The scripts of launch/ on two machines: every launcher trains the same run, bit for bit.
 
 `python -m pytest tests/cluster -m 'slow or not slow'` runs all.
 """
@@ -28,27 +28,25 @@ from electra_ds.training import checkpoint
 
 
 @needs_pdsh
-def test_the_nodes_of_a_hostfile_train_one_world_from_disks_of_their_own(
+def test_the_nodes_of_a_hostfile_train_one_world_from_their_own_disks(
     machines: Machines, brief: Path, data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data/tokenizer").mkdir()
     for name in ("vocab.txt", "options.json"):
         (tmp_path / "data/tokenizer" / name).write_text("{}\n")
-    words, own = (
-        arguments(tmp_path / "data", tmp_path / "run", *BRIEF),
-        "/dev/shm/data",
-    )  # of each machine
+    words = arguments(tmp_path / "data", tmp_path / "run", *BRIEF)
+    own = "/dev/shm/data"  # each machine has its own
     process = start("deepspeed.sh", *words, on=machines.on("head"), STAGE=own, **hostfile(tmp_path))
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), said[-4000:]
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), output[-4000:]
     for node in machines.nodes:
         assert (
-            f"{node}: {own}: " in said
+            f"{node}: {own}: " in output
             and machines.run(node, "ls", own).split()[-1] == "unigrams.npy"
         )
         machines.run(node, "rm", "-r", own)
-    assert f"--data {own} --world-size 2" in said
+    assert f"--data {own} --world-size 2" in output
 
 
 def test_torchrun_on_each_node_trains_one_world(
@@ -59,9 +57,9 @@ def test_torchrun_on_each_node_trains_one_world(
     agents = [
         start("torchrun.sh", *words, on=machines.on(node), **meeting) for node in machines.nodes
     ]
-    said = [agent.communicate(timeout=300)[0] for agent in agents]
+    output = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(
-        text[-4000:] for text in said
+        text[-4000:] for text in output
     )
     assert weights(tmp_path / "run with a space") == weights(brief)
 
@@ -74,8 +72,8 @@ def test_mpirun_trains_one_world(
     process = start(
         "mpi.sh", *arguments(data, tmp_path / "run", *BRIEF), on=machines.on("head"), **words
     )
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), said[-4000:]
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and weights(tmp_path / "run") == weights(brief), output[-4000:]
 
 
 @pytest.mark.slow
@@ -84,7 +82,7 @@ def test_mpirun_trains_one_world(
 @pytest.mark.parametrize(
     ("script", "stop"), [("deepspeed.sh", "STOP"), ("deepspeed.sh", "^C"), ("mpi.sh", "^C")]
 )
-def test_a_run_on_two_nodes_saves_when_it_is_told_to_stop(
+def test_a_run_on_two_nodes_saves_at_a_stop(
     script: str, stop: str, machines: Machines, data: Path, tmp_path: Path
 ) -> None:
     out, places = (
@@ -95,24 +93,24 @@ def test_a_run_on_two_nodes_saves_when_it_is_told_to_stop(
     process = start(script, *words, on=machines.on("head"), **places)
     wait_for(out / "ckpt/latest", process)
     (out / "STOP").touch() if stop == "STOP" else os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=100)[0]
-    assert said.endswith("is saved and stopped; the same command resumes it\n"), said[-4000:]
+    output = process.communicate(timeout=100)[0]
+    assert output.endswith("is saved and stopped; the same command resumes it\n"), output[-4000:]
     assert not list(out.glob("error-rank-*"))
     assert checkpoint.latest(out / "ckpt").name == str(read_json(out / "stopped.0")["step"])
     wait_until(lambda: not ranks_of(out), "ranks are left")
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_after_the_death_of_a_rank(
+def test_torchrun_resumes_after_the_death_of_a_rank(
     uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     process = start("torchrun.sh", *arguments(data, out))
     wait_for(out / "ckpt/latest", process)
     os.kill(ranks_of(out)["1"], signal.SIGKILL)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said[-4000:]
-    assert re.search(r"resuming .* at step \d+", said)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-4000:]
+    assert re.search(r"resuming .* at step \d+", output)
     assert weights(out) == weights(uninterrupted)
 
 
@@ -135,7 +133,7 @@ def test_a_hostfile_line_that_is_no_host_is_refused(line: str, data: Path, tmp_p
 
 
 @pytest.mark.parametrize("word", ["--set=$(touch x)", "a b", "x;id", "`id`", "two\nlines", "it's"])
-def test_a_word_that_a_remote_shell_would_read_is_refused(
+def test_a_word_that_a_remote_shell_would_interpret_is_refused(
     word: str, data: Path, tmp_path: Path
 ) -> None:
     process = start(

@@ -1,4 +1,4 @@
-"""launch/pretrain.sbatch under a real SLURM: stops, failures, lost nodes end in the same weights as without."""
+"""launch/pretrain.sbatch under a real SLURM: stops and failures do not change the weights."""
 
 import os
 import re
@@ -19,7 +19,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def end_of(slurm: Slurm, job: str, out: Path, seconds: float = 400) -> str:
-    """The job's log, once it has ended well."""
+    """The log of a job, after its successful end."""
     slurm.until(lambda: slurm.state(job) in ENDED, seconds)
     log = Path(f"{out}.log").read_text()
     assert slurm.state(job) == "COMPLETED" and (out / "done").exists(), log[-6000:]
@@ -87,12 +87,12 @@ def test_a_stopped_job_is_queued_again_once_and_ends_the_same(
 
 
 @pytest.mark.slow
-def test_a_job_at_its_time_limit_saves_and_goes_on(
+def test_a_job_at_its_time_limit_saves_and_resumes(
     slurm: Slurm, data: Path, tmp_path: Path
 ) -> None:
     out, long = tmp_path / "run", ("train.total_steps=100000",)
     job = submit(slurm, out, data, "--time=1", "--signal=B:USR1@45", sets=long)
-    wait_until(lambda: (out / "stopped.0").exists(), "the job was not told of its limit", 120)
+    wait_until(lambda: (out / "stopped.0").exists(), "the job got no signal before its limit", 120)
     saved = read_json(out / "stopped.0")["step"]
     wait_until(
         lambda: f"at step {saved}\n" in Path(f"{out}.log").read_text().partition("restart 1")[2],
@@ -104,8 +104,10 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(
 
 
 @pytest.mark.slow
-def test_what_the_user_ends_stays_ended(slurm: Slurm, data: Path, tmp_path: Path) -> None:
-    """scancel, though all is saved at its SIGTERM; OUT/STOP; a cap on restarts."""
+def test_a_run_that_the_user_ends_is_not_queued_again(
+    slurm: Slurm, data: Path, tmp_path: Path
+) -> None:
+    """scancel, although its SIGTERM saves; OUT/STOP; a limit of restarts."""
     jobs = {}
     for name in ("cancelled", "stopped", "capped"):
         out = tmp_path / name
@@ -126,7 +128,7 @@ def test_what_the_user_ends_stays_ended(slurm: Slurm, data: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_mistake_of_the_user_ends_a_job_at_once(slurm: Slurm, data: Path, tmp_path: Path) -> None:
-    """Though there is a checkpoint to go on from: OUT in use, another science."""
+    """OUT in use or another science, although there is a checkpoint to resume from."""
     out, long = tmp_path / "run", ("train.total_steps=100000",)
     first = submit(slurm, out, data, sets=long)
     wait_for(out / "ckpt/latest")
@@ -136,15 +138,15 @@ def test_a_mistake_of_the_user_ends_a_job_at_once(slurm: Slurm, data: Path, tmp_
     slurm.until(lambda: slurm.state(first) in ENDED)
     third = submit(slurm, out, data, sets=(*long, "optimizer.peak_lr=1"))
     slurm.until(lambda: slurm.state(third) in ENDED)
-    said = Path(f"{out}.log").read_text()
-    assert f"names job {first} (restart 0)" in said and "was trained with another config" in said, (
-        said[-6000:]
-    )
-    assert "+ scontrol requeue" not in said and not (out / "restarts.json").exists()
+    output = Path(f"{out}.log").read_text()
+    assert (
+        f"names job {first} (restart 0)" in output and "was trained with another config" in output
+    ), output[-6000:]
+    assert "+ scontrol requeue" not in output and not (out / "restarts.json").exists()
 
 
 @pytest.mark.slow
-def test_failures_go_on_until_they_gain_nothing(
+def test_failures_are_queued_again_until_they_gain_nothing(
     slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
     sets = ("checkpoint.every=200", "train.max_restarts=1", "train.silence_seconds=8")
@@ -158,9 +160,9 @@ def test_failures_go_on_until_they_gain_nothing(
         ranks_of(out)["0"], signal.SIGKILL
     )  # without a new checkpoint: the next attempt is refused
     slurm.until(lambda: slurm.state(job) in ENDED)
-    said = log.read_text()
-    assert slurm.state(job) == "FAILED" and said.count("+ scontrol requeue") == 2, said[-6000:]
-    assert "failed 2 times in a row at step 200" in said
+    output = log.read_text()
+    assert slurm.state(job) == "FAILED" and output.count("+ scontrol requeue") == 2, output[-6000:]
+    assert "failed 2 times in a row at step 200" in output
     lost = [(error["rank"], error["host"]) for error in read_json(out / "restarts.json")["errors"]]
     assert (
         lost == [(1, "node2"), (0, "node1")]
@@ -176,7 +178,7 @@ def test_failures_go_on_until_they_gain_nothing(
 def test_gpus_of_whole_nodes_and_another_mpi(
     slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Two ranks of one node see both of its GPUs, each takes its own; srun under pmi2 sets the names of MPICH, too."""
+    """Two ranks of a node see both of its GPUs; srun under pmi2 sets the names of MPICH, too."""
     whole = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-task=0", "--gpus-per-node=2"]
     job, out = (
         submit(slurm, tmp_path / "run", data, *whole, SLURM_MPI_TYPE="pmi2"),
@@ -195,7 +197,7 @@ def test_gpus_of_whole_nodes_and_another_mpi(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["node1", "node2"])
-def test_a_job_goes_on_after_the_power_of_a_node_failed(
+def test_a_job_resumes_after_a_power_failure_of_a_node(
     victim: str, slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
     if not slurm.machines:
@@ -215,7 +217,7 @@ def test_a_job_goes_on_after_the_power_of_a_node_failed(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_nodes(
+def test_a_run_resumes_with_another_number_of_nodes(
     slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"

@@ -75,7 +75,7 @@ def held() -> dict[int, int]:
 
 
 def predicted_memory(config: RunConfig, engine: Engine, world_size: int) -> tuple[int, int]:
-    """Bytes of the model states and of the peak, as `check` reports them, for a rank of an engine."""
+    """Bytes of a rank's model states and peak, as `check` reports them."""
     values = engine.deepspeed_config
     precision = PRECISIONS[("torch_autocast" in values) + 2 * ("bf16" in values)]
     predicted = memory(config, world_size, [engine.stage], [precision])[engine.stage, precision]

@@ -1,8 +1,8 @@
 """Records where the host reads a tensor, which on a GPU waits for the device.
 
-On a CPU nothing waits, so every call that reads is recorded: those of Python (float(tensor), .cpu(),
-.tolist(), ...) and the operators below them, each with the innermost function of electra_ds or
-DeepSpeed on the stack.
+On a CPU nothing waits, so every call that reads is recorded: those of Python (float(tensor),
+.cpu(), .tolist(), ...) and the operators below them, each with the innermost function of electra_ds
+or DeepSpeed on the stack.
 """
 
 import contextlib

@@ -91,7 +91,7 @@ def passed_over(name: str, engine: str) -> None:
 
 
 def bad_losses() -> None:
-    """A spike or NaN on rank 1: skipped at every stage and after a resume, or the end of the run."""
+    """A spike or NaN on rank 1: skipped at every stage and after a resume, or the run ends."""
     for name, engine in GUARDED_ENGINES.items():
         passed_over(f"passed-{name}", engine)
         skips(f"spiked-{name}", engine)

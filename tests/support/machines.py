@@ -1,4 +1,4 @@
-"""Virtual machines: namespaces with their own network, host name, processes, /dev/shm, /run and sshd.
+"""Virtual machines: namespaces with network, host name, processes, /dev/shm, /run and sshd.
 
 File systems are shared, as on a cluster. `head` is the machine that starts jobs on the others, and
 the network switch between them. Needs root; nothing of this machine changes, and the virtual

@@ -130,7 +130,7 @@ def mixed() -> None:
 
 
 def refused_resumes() -> None:
-    """Resumes with other settings or data, or after many failures; extended and initialized runs."""
+    """Resumes with other settings or data, after many failures; extended and initialized runs."""
     copy("for-one-z1", "refused")
     copy("full-z1", "extended")
     found = {

@@ -2,9 +2,9 @@
 
 python tests/support/scenarios.py DATA OUTS PHASE ...
 
-The ranks of each phase are forked from this process, so that torch and DeepSpeed are imported once.
-A phase that succeeds leaves OUTS/PHASE.finished; a failure ends the command. Under torchrun there is
-one PHASE, on the ranks of torchrun.
+The ranks of each phase are forked from this process, so that torch and DeepSpeed are imported
+once. A phase that succeeds leaves OUTS/PHASE.finished; a failure ends the command. Under torchrun
+there is one PHASE, on the ranks of torchrun.
 """
 
 import contextlib
