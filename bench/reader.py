@@ -51,7 +51,7 @@ def random_rows(count: int, sequence_length: int) -> np.ndarray:
 def write_description(
     folder: Path, sequence_length: int, shards: list[shard_format.ShardInfo], blocks: np.ndarray
 ) -> None:
-    """Write index and manifest of a data folder whose shards are written."""
+    """Write index and manifest of a data folder with finished shards."""
     index_sha256 = shard_format.write_index(folder / shard_format.index_file("train"), blocks)
     split = shard_format.SplitInfo(
         documents=0,
@@ -192,7 +192,7 @@ def read_litdata(folder: Path, sequence_length: int) -> Iterator[int]:
 
 
 def make_readers(folder: Path, sequence_length: int) -> dict[str, Iterator[int]]:
-    """The readers whose formats are written."""
+    """The readers of the formats that are written."""
     readers = {
         "ours": read_ours(folder),
         "webdataset, one .npy per sample": read_webdataset(folder),

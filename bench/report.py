@@ -12,7 +12,7 @@ GOAL_NAMES = ("floor", "target", "stretch")
 
 
 def make_parser(description: str, has_json: bool = True) -> argparse.ArgumentParser:
-    """A parser whose --help prints the whole description. has_json: adds the option --json."""
+    """A parser; its --help prints the whole description. has_json: adds the option --json."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

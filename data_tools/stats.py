@@ -17,7 +17,7 @@ from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
-COVERAGE = (1_000, 5_000, 10_000)  # numbers of most frequent entries whose coverage is reported
+COVERAGE = (1_000, 5_000, 10_000)  # numbers of most frequent entries; their coverage is reported
 PERCENTILES = {"percentile_5": 5, "median": 50, "percentile_95": 95}
 NEVER_SEEN = 20  # entries that are named
 CURVE_POINTS = 100  # at most, evenly spaced by the logarithm of the rank

@@ -1,4 +1,4 @@
-"""Reader of tar archives, whose members are read as files, or hold the text of webdataset samples.
+"""Reader of tar archives of files, and of webdataset samples with a text.
 
 The members may have any of the formats, also that of a tar.
 """

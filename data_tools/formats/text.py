@@ -132,7 +132,7 @@ def _decode(lines: list[Line], source: Source, tally: Tally) -> str:
 
 
 def _is_long(document: list[Line], offset: int) -> bool:
-    """Whether a document whose next line is at `offset` reaches the maximum length."""
+    """Whether a document reaches the maximum length before its next line at `offset`."""
     return offset - document[0][0] >= LONGEST
 
 

@@ -1,7 +1,7 @@
 """Exact and near-duplicate documents.
 
 Exact duplicates have equal hashes of their text. Near-duplicates are found by locality-sensitive
-hashing: documents whose MinHash signatures agree in a band of slots are compared.
+hashing: documents with MinHash signatures that agree in a band of slots are compared.
 
 A document is identified by (unit, number in the unit), or by the one number unit << 32 | number,
 which is in reading order. Letters: D documents of a unit.
@@ -29,7 +29,7 @@ NUMBER_MASK = np.uint64(0xFFFFFFFF)
 
 
 def find_duplicates(folder: str, units: int, on_total: Callable[[int], None]) -> np.ndarray:
-    """Return every document whose text occurred in an earlier one: [n, 2] int64, sorted.
+    """Return every document with the text of an earlier one: [n, 2] int64, sorted.
 
     folder, units: folder and number of the tokenized units
     on_total:      receives the number of documents done so far
@@ -146,7 +146,7 @@ def similar_pairs(
     """Find pairs of documents that agree in a band and reach the threshold.
 
     Returns {"pairs": [n, 2] uint64}, the earlier document first. Only documents are considered
-    whose first slot of the band lies in the given one of `parts` equal ranges of values. Each
+    that have their first slot of the band in the given one of `parts` equal ranges of values. Each
     document is compared with the first of its group; those that are not similar form a group again,
     up to LEADERS times.
     """

@@ -31,7 +31,7 @@ class Settings:
     drop_repeated_lines: bool = False  # remove lines that occurred before in the same document
     # "package.module:function" of a function (text) -> bool, which is false for documents to remove
     keep: str | None = None
-    # Remove documents whose text, apart from case and white space, occurred before.
+    # Remove documents with a text that, apart from case and white space, occurred before.
     deduplicate: bool = True
     # Estimated similarity to an earlier remaining document from which a document is removed.
     near_duplicates: float | None = None

@@ -80,7 +80,7 @@ def prepare(
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the document shuffle.")] = 0,
     deduplicate: Annotated[
-        bool, typer.Option(help="Drop documents whose text occurred before.")
+        bool, typer.Option(help="Drop documents with a text that occurred before.")
     ] = True,
     near_duplicates: NearDuplicates = None,
     min_chars: Annotated[int, typer.Option(help="Drop documents with fewer characters.")] = 1,

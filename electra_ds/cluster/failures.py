@@ -68,8 +68,8 @@ def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
     """Move the error files of the last attempt into OUT/restarts.json. Called on rank 0.
 
     step: of the latest checkpoint; after a later one the count starts anew.
-    silent: the owner of whom the lock was taken over, an attempt that ended without a message; or
-    empty. UserError when more than `limit` failures in a row gained no checkpoint (0: no limit).
+    silent: the former owner of the lock, an attempt that ended without a message; or empty.
+    UserError when more than `limit` failures in a row gained no checkpoint (0: no limit).
     """
     path = out / "restarts.json"
     before = Failures()

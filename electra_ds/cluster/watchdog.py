@@ -3,8 +3,8 @@
 Each rank writes a heartbeat a few times per `silence_seconds` into the TCP store of the process
 group. It reads those of rank 0 and of the ranks on its own machine; rank 0 reads all. A killed
 process is seen in the process table, an exception is reported by its rank, everything else is a
-missing heartbeat. The first failure that the store accepts is the cause on every rank. A rank whose
-main thread waits for a lost rank is ended.
+missing heartbeat. The first failure that the store accepts is the cause on every rank. If the main
+thread of a rank waits for a lost rank, the rank is ended.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from electra_ds.common.processes import is_gone, machine, started
 
 PACKAGE = str(Path(__file__).parents[1])
 MISSES = 8  # heartbeats that a rank, or answers that the store, may miss
-GRACE_SECONDS = 6.0  # from the failure to the end of a rank whose main thread hangs
+GRACE_SECONDS = 6.0  # from the failure to the end of a rank with a hanging main thread
 ANSWER_SECONDS = 3.0  # wait for the store before a rank decides, or leaves, without it
 
 

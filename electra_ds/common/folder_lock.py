@@ -33,7 +33,7 @@ class Lock:
     on every rank with the owner's name.
 
     on_rank0: calls a function on rank 0 and returns its result on every rank; default: no ranks.
-    took_over: from whom and why the lock was taken over; empty if it was free.
+    took_over: the former owner, and why the lock was taken over; empty if it was free.
     step: written with the heartbeat.
     lost: the error to raise after the heartbeats ended: the lock was lost, or a write failed.
     """

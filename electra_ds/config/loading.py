@@ -84,7 +84,7 @@ def parse_run(values: Values, where: str) -> RunConfig:
 def parse_config(values: Values, where: str, root: type[Config]) -> Config:
     """Check the values of a config; UserError names `where`.
 
-    A run whose model has a factory becomes a FactoryRun.
+    A run with a model.factory becomes a FactoryRun.
     """
     model = values.get("model")
     has_factory = isinstance(model, dict) and "factory" in model

@@ -237,7 +237,7 @@ class CheckpointConfig(Section):
     keep_every: int = machine(
         0, "never remove checkpoints at multiples of this step; 0: none", ge=0
     )
-    keep_steps: list[int] = machine([], "steps whose checkpoints are never removed")
+    keep_steps: list[int] = machine([], "steps of checkpoints that are never removed")
 
 
 class LoggingConfig(Section):
@@ -324,7 +324,7 @@ class RunConfig(Section):
 
 
 class FactoryRun(RunConfig):
-    """A run whose encoders are made by model.factory."""
+    """A run with encoders from model.factory."""
 
     model: FactoryConfig  # type: ignore[assignment]
     generator: None = science(  # type: ignore[assignment]

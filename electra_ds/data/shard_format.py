@@ -84,7 +84,7 @@ class UnknownWords(_ManifestPart):
     """Words of the input that became [UNK], duplicate documents included."""
 
     found: int  # number of [UNK] tokens
-    looked_at: int  # number of [UNK] tokens whose words were recorded
+    looked_at: int  # number of [UNK] tokens with recorded words
     words: dict[str, int]  # the most frequent words with their counts, by falling count
 
 

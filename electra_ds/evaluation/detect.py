@@ -35,7 +35,7 @@ class TokenScore(NamedTuple):
 class Detector:
     """A discriminator that scores texts; loaded once for many texts.
 
-    module: an objective in eval mode whose main encoder detects replaced tokens.
+    module: an objective in eval mode with a main encoder that detects replaced tokens.
     sequence_length: most tokens of a row, [CLS] and [SEP] included.
     """
 

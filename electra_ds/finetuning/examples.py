@@ -274,7 +274,7 @@ def _conll(path: Path, text: str) -> Iterator[Row]:
             where = f"{path}:{number - len(sentence)}"
             if len({len(cells) for cells in sentence}) > 1:
                 raise UserError(
-                    f"{where}: a sentence whose lines have different numbers of columns; expected "
+                    f"{where}: the lines of a sentence have different numbers of columns; expected "
                     "word tag"
                 )
             row: dict[str | int, Any] = {"words": [cells[0] for cells in sentence]}

@@ -185,8 +185,8 @@ def load_task(name: str, data: Path | None) -> Task:
     labels, label_range and metrics are filled in from the training split where they are null or
     empty, and test splits without a file are left out.
     data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...) or the task's
-    folder. UserError for an unknown name or key, and for errors in a training file whose labels
-    must be read.
+    folder. UserError for an unknown name or key, and for errors in a training file
+    that the labels are read from.
     """
     if name.endswith(".json"):
         return _filled(_user_task(Path(name), data))

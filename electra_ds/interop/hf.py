@@ -160,7 +160,7 @@ TABLES = {
     "type_vocab_size": "type_vocab_size",
     "layer_norm_eps": "layer_norm_eps",
 }
-# Keys whose only supported value is also the library's default.
+# Keys with one supported value, which is also the library's default.
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 
 

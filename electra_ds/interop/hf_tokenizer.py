@@ -161,7 +161,7 @@ def _sentencepiece_model(tokenizer: Tokenizer, proto: Any) -> Any:
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Pairs of entries in the order in which bpe merges them.
 
-    SentencePiece first merges the pair whose result has the highest score.
+    SentencePiece first merges the pair that gives the highest score.
     """
     cuts = (
         (-score, entry[:i], entry[i:])

@@ -112,7 +112,7 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(path: Path) -> Checkpoint:
     """Meta data and all weights of a run, a checkpoint or a fine-tuned model, checked by sha256.
 
-    Raises UserError for damaged files and for a run whose modules come from model.factory.
+    Raises UserError for damaged files and for a run with modules from model.factory.
     """
     folder = resolve_checkpoint(path)
     meta = checkpoint.read_meta(folder)

@@ -262,7 +262,7 @@ def _forward_arguments(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def _is_sequential_with_sigmoid(module: nn.Module) -> bool:
-    """Whether a module is a plain nn.Sequential whose last layer is a Sigmoid."""
+    """Whether a module is a plain nn.Sequential that ends in a Sigmoid."""
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         return False
     return len(module) > 0 and isinstance(module[-1], nn.Sigmoid)

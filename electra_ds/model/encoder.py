@@ -86,7 +86,7 @@ class EncoderBase(nn.Module):
 
         x:            [B, S, E] embedded rows
         document_ids: [B, S]; tokens attend within their document
-        position_ids: [B, S]; for encoders whose layers use positions
+        position_ids: [B, S]; for encoders with positions in their layers
         cu_seqlens:   starts of the documents (`kernels.attention.document_cu_seqlens`)
         positions:    [N] positions in the flattened batch, the only ones that are needed
         Returns [B, S, H], or [N, H] with `positions`.

@@ -35,7 +35,7 @@ class GeneratorHead(nn.Module):
         """Return logits [B, K, V], or with `loss_inputs` loss and samples.
 
         hidden:      [B, K, H]
-        word:        the embedding whose table is the output matrix
+        word:        the embedding; its table is the output matrix
         loss_inputs: the other arguments of `vocab_head`: targets, weights, uniforms [B, K], ...
         """
         x = self.norm(F.gelu(self.dense(hidden)))  # [B, K, E]

@@ -145,7 +145,7 @@ class ElectraObjective(Objective):
     - model.sharing = "untied": also generator_embeddings.*, as wide as the generator (as in the
       authors' code)
     - model.sharing = "all": no generator.*, the discriminator's encoder serves both
-    - kinds whose main encoder predicts tokens: mlm_head.* instead of discriminator_head.*
+    - kinds with a main encoder that predicts tokens: mlm_head.* instead of discriminator_head.*
     - all_tokens_mlm: also copy_gate.*
     - no generator network: none of the generator's names
     """

@@ -111,8 +111,8 @@ class Electra(nn.Module):
     def forward(self, input: Tensor, **kwargs: Any) -> Result:
         """Return the losses of ids [B, S] int64.
 
-        Keyword arguments are passed to each module whose forward accepts them; UserError for one
-        that neither accepts. Masked positions and tokens are drawn from torch's default generator.
+        Keyword arguments are passed to each module that accepts them in its forward; UserError for
+        one that neither accepts. Masked positions and tokens are drawn from torch's default generator.
         """
         generator_arguments, discriminator_arguments = self._split_arguments(kwargs)
         positions, weights = self._select_masked_positions(input)  # [B, K]

@@ -104,7 +104,7 @@ def _errors(
 ) -> list[dict[str, Any]]:
     """The errors of the last attempt, by time.
 
-    gone_owner: an owner whose process has ended. Without an error file its end is the error.
+    gone_owner: an owner; its process has ended. Without an error file its end is the error.
     """
     files = sorted(out.glob("error-rank-*.json"))
     errors = [error for file in files if (error := _read(file, missing, expected=False))]

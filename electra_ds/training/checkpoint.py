@@ -175,7 +175,7 @@ def load(
 ) -> Meta:
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
-    padded: parameter name -> true rows, for tensors whose first axis is padded in memory.
+    padded: parameter name -> true rows, for tensors with a first axis that is padded in memory.
     weights_only: moments start at zero and the loss scaler stays.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """

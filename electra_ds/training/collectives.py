@@ -60,7 +60,7 @@ class Votes(NamedTuple):
     totals: Any  # counts of the next global batch, of the type that was sent
     stop: int  # ranks that ask to save and stop
     save: int  # ranks that ask to save
-    written: int  # ranks whose part of the pending checkpoint is written
+    written: int  # ranks that have written their part of the pending checkpoint
 
 
 class ControlGroup:

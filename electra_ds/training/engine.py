@@ -131,7 +131,7 @@ def keep_freed_memory() -> None:
 
 def _limit_waiting(timeout_minutes: float) -> None:
     # The timeout of init_distributed reaches the world group alone. DeepSpeed makes more groups,
-    # whose default is 30 minutes.
+    # with a default of 30 minutes.
     timeout = datetime.timedelta(minutes=timeout_minutes)
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)

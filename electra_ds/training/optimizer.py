@@ -39,7 +39,7 @@ def parameter_groups(
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW whose state can start past bias correction (ELECTRA, appendix A).
+    """torch's fused AdamW with a state that can start past bias correction (ELECTRA, appendix A).
 
     The state is made here and not in torch, since ZeRO swaps the parameters after construction.
     """

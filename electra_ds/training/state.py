@@ -9,7 +9,7 @@ class TrainingState:
     """How far a run is, the same on every rank. The fields are keys of meta.json.
 
     step: applied optimizer steps.
-    skipped: attempts whose update was not applied (fp16 overflow, bad losses).
+    skipped: attempts without an applied update (fp16 overflow, bad losses).
     skipped_in_a_row: such attempts since the last applied step.
     tokens: real tokens of all attempts.
     data: state of the data order (kind, version, dataset_id, position = consumed rows, ...).

@@ -238,7 +238,7 @@ def test_an_answer_that_always_fails_is_an_error(web, capsys, change, error, mes
         reader.read(np.array([row]))
     warnings = capsys.readouterr().err.count(f"{name}: no complete answer yet")
     assert warnings == is_retried
-    # aiohttp repeats a request whose connection was closed
+    # aiohttp repeats a request after its connection was closed
     requests = len(remote_reader.RETRY_PAUSES) + 1 if is_retried else 1
     assert requests <= len(web.requests) <= 2 * requests
 

@@ -300,7 +300,7 @@ def test_the_error_for_a_file_without_read_permission_names_it(closed):
         os.chmod(folder, 0o755)
         os.chmod(Path(folder) / closed, 0)
         if root := os.geteuid() == 0:
-            os.seteuid(65534)  # nobody
+            os.seteuid(65534)  # a user without rights
         try:
             with pytest.raises(
                 UserError, match=rf"cannot be read \(.*Permission denied: '{folder}/{closed}'"

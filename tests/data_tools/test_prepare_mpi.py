@@ -71,7 +71,7 @@ def test_a_killed_rank_ends_all_and_another_number_of_ranks_resumes(corpus, tmp_
 
 
 def processes_with(text: str) -> list[int]:
-    """The processes, launchers included, whose environment holds a text."""
+    """The processes, launchers included, with a text in their environment."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 """`electra-ds` with one fault and a trace of the rows: `CHAOS=JSON python chaos.py pretrain ...`.
 
 CHAOS: {"trace": folder, "attempt": n} and, for a fault of a rank: rank (-1: all), place, count (the
-number of the call or file operation at that place), action. A fault whose place is not reached
-becomes a kill -9 at step LATEST of the attempt.
+number of the call or file operation at that place), action. If the place is not reached,
+the fault is a kill -9 at step LATEST of the attempt.
 """
 
 import errno

@@ -27,8 +27,8 @@ def uninterrupted() -> None:
     """Whole runs: every stage in fp32 and bf16; other micro-batches, dropout, small buckets."""
     for stage in STAGES:
         finish(f"full-z{stage}", f"zero{stage}-fp32", SAVED)
-    # The first engine of ZeRO 3 in a process replaces F.linear, whose bf16 results differ in the
-    # last bits: all runs in bf16 come after it.
+    # The first engine of ZeRO 3 in a process replaces F.linear, which changes bf16
+    # results in the last bits: all runs in bf16 come after it.
     for stage in STAGES:
         finish(f"full-bf16-z{stage}", f"zero{stage}-bf16")
     finish("full-whole-micro", "zero1-fp32", "train.micro_batch_size=8")
@@ -173,7 +173,7 @@ def sharing() -> None:
 
 
 def killed(kill: str) -> None:
-    """A run whose ranks kill themselves: `STAGE-stepN`, `STAGE-tensors` or `STAGE-latest`.
+    """A run with ranks that kill themselves: `STAGE-stepN`, `STAGE-tensors` or `STAGE-latest`.
 
     `stepN` is before the update of step N. The others are inside the second save: before its first
     tensors are written, and before `latest` names it (on rank 0, which alone writes it).

@@ -11,7 +11,7 @@ from electra_ds.data.tokenizer.base import Tokenizer
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model whose special tokens are control symbols."""
+    """A SentencePiece model; its special tokens are control symbols."""
 
     kind = "sentencepiece"
     file_name = "spm.model"

@@ -69,7 +69,7 @@ class PackedMask(NamedTuple):
     # [B, 1, S, S] in the compute dtype, added to the scores: -inf between documents, else 0
     bias: Tensor | None = None
     cu_seqlens: Tensor | None = None  # as `document_cu_seqlens` returns it, on the device
-    rows: list[int] | None = None  # on a CPU: the rows whose bias is not 0
+    rows: list[int] | None = None  # on a CPU: the rows with a bias that is not 0
     # on a CPU, of a single row: (documents, tokens of each) for each run of equal lengths
     runs: list[tuple[int, int]] | None = None
 

@@ -1,4 +1,4 @@
-"""Linear layers whose fp32 products on a CPU are computed by oneDNN.
+"""Linear layers that compute fp32 products on a CPU by oneDNN.
 
 PyTorch computes fp32 products by MKL, which uses half of the vector width on processors of other
 makers (110 instead of 250 GFLOP/s per core measured on one of them). oneDNN, which PyTorch uses for

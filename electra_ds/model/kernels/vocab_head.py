@@ -42,7 +42,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) ->
 
 
 def sample_weights(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the first token whose running sum of weights exceeds uniforms x the total, [M] int64.
+    """Return the first token at which the running sum exceeds uniforms x the total, [M] int64.
 
     In two levels: the sums of chunks of 64 tokens, then the weights inside one chunk. A token of
     weight 0 is never drawn.
