@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from electra_ds.cli import app
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 VERBS = typer.main.get_command(app).commands
+# Scripts of launch/ and the verb that gets their words.
+SCRIPTS = {
+    **dict.fromkeys(("local", "deepspeed", "torchrun", "mpi", "pretrain"), "pretrain"),
+    "prepare": "prepare",
+    "glue": "finetune",
+}
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -22,15 +29,45 @@ def anchors(page: Path) -> set[str]:
     return {title.strip().replace(" ", "-") for title in plain}
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words of each `electra-ds VERB ...` in fenced blocks; lines that end in \\ are joined."""
-    found = []
-    for block in re.findall(r"(?ms)^```\w*\n(.*?)^```", page.read_text(encoding="utf-8")):
-        for line in block.replace("\\\n", " ").splitlines():
-            match = re.match(r"\s*(?:\$ )?electra-ds (\S+.*)", line)
-            if match:
-                found.append(shlex.split(match[1], comments=True))
-    return found
+def code(page: Path) -> Iterator[str]:
+    """The lines of fenced blocks, joined where they end in a backslash, and the inline code."""
+    text = page.read_text(encoding="utf-8")
+    fenced = re.compile(r"(?ms)^```\w*\n(.*?)^```")
+    for block in fenced.findall(text):
+        yield from block.replace("\\\n", " ").splitlines()
+    for inline in re.findall(r"`([^`]+)`", fenced.sub("", text)):
+        yield " ".join(inline.split())
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a command line, without variables before the command."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:  # an apostrophe: no command
+        return []
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    return words
+
+
+def calls(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(verb, its words) of every command of ours that a page names.
+
+    `electra-ds VERB ...`, `VERB ...` in inline code, and the scripts of launch/, which pass their
+    words to a verb; what stands before a script is for sbatch.
+    """
+    for line in code(page):
+        words = words_of(line)
+        if not words:
+            continue
+        script = next((word for word in words if word.startswith("launch/")), "")
+        verb = SCRIPTS.get(Path(script).stem)
+        if words[0] == "electra-ds" and re.fullmatch(r"[a-z][a-z-]*", " ".join(words[1:2])):
+            yield words[1], words[2:]
+        elif verb:
+            yield verb, words[words.index(script) + 1 :]
+        elif words[0] in VERBS:
+            yield words[0], words[1:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -44,15 +81,22 @@ def test_relative_links_and_anchors_resolve(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_verbs_and_options_exist(page: Path) -> None:
-    for words in commands(page):
-        if not re.fullmatch(r"[a-z-]+", words[0]) or words[0].startswith("-"):
-            continue
-        assert words[0] in VERBS, f"{page.name}: electra-ds {words[0]}"
-        options = {name for p in VERBS[words[0]].params for name in (*p.opts, *p.secondary_opts)}
-        for word in words[1:]:
+    for verb, words in calls(page):
+        assert verb in VERBS, f"{page.name}: electra-ds {verb}"
+        params = VERBS[verb].params
+        options = {name for param in params for name in (*param.opts, *param.secondary_opts)}
+        for word in words:
             option = word.partition("=")[0]
-            if re.fullmatch(r"--[a-z-]+", option) and option != "--help":
-                assert option in options, f"{page.name}: electra-ds {words[0]} {option}"
+            if re.fullmatch(r"--[a-z][a-z-]*", option) and option != "--help":
+                assert option in options, f"{page.name}: electra-ds {verb} {option}"
+
+
+def test_the_commands_of_the_pages_are_found() -> None:
+    """The test above finds commands in blocks, in inline code, after variables and in scripts."""
+    found = {verb for page in PAGES for verb, _ in calls(page)}
+    assert set(VERBS) <= found, set(VERBS) - found
+    launched = [words for verb, words in calls(ROOT / "docs/clusters.md") if verb == "pretrain"]
+    assert any("--data" in words for words in launched)
 
 
 def test_the_readme_is_short() -> None:
