@@ -10,8 +10,8 @@ import pytest
 import run_folders
 import torch
 from lock_owner import hold
-from running import CPU, ROOT, read_json, run_cli, run_ranks
-from small_tasks import WORDS, write_tasks
+from running import CPU, ROOT, read_json, run_cli
+from small_tasks import WORDS
 
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.batches import (
@@ -32,19 +32,6 @@ from electra_ds.interop.hf import classifier_to_hf, hf_config, to_hf
 from electra_ds.model.weights import true_state
 
 GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
-
-
-@pytest.fixture(scope="module")
-def suites(tmp_path_factory) -> Path:
-    """The folders of finetune_scenario.py on one rank and on two: one/NAME, two/NAME."""
-    folder = tmp_path_factory.mktemp("finetune")
-    run_folders.pretrained(folder / "model")
-    write_tasks(folder / "tasks")
-    for world_size, name in ((1, "one"), (2, "two")):
-        run_ranks(
-            world_size, "finetune_scenario.py", folder / "model", folder / "tasks", folder / name
-        )
-    return folder
 
 
 def result(folder: Path, seed: int = 0) -> dict:

@@ -1,4 +1,4 @@
-"""Scenarios: the disk fails while two ranks train. OUTS is a small file system of its own."""
+"""Scenarios: the disk fails while two ranks train. OUTS is a small file system of its own (OUTS/disk for the tests)."""
 
 import contextlib
 import resource

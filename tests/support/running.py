@@ -56,16 +56,6 @@ def run_ranks(
     return done
 
 
-def run_scenarios(data: Path, outs: Path, *phases: str) -> subprocess.CompletedProcess:
-    """Run phases of scenarios.py; fails with their output."""
-    command = [sys.executable, ROOT / "tests" / "support" / "scenarios.py", data, outs, *phases]
-    done = subprocess.run(
-        list(map(str, command)), env=os.environ | CPU, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return done
-
-
 def mpirun(ranks: int, *command: object, script: bool = False) -> subprocess.CompletedProcess:
     """Run a Python command under mpirun, or prepare.sh (`script`); fails after 30 seconds."""
     launcher = (

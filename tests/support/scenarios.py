@@ -3,8 +3,8 @@
 python tests/support/scenarios.py DATA OUTS PHASE ...
 
 The ranks of each phase are forked from this process, so that torch and DeepSpeed are imported
-once. A phase that succeeds leaves OUTS/PHASE.finished; a failure ends the command. Under torchrun
-there is one PHASE, on the ranks of torchrun.
+once. A phase writes OUTS/PHASE.log and, when it succeeds, OUTS/PHASE.finished; a failure ends the
+command. Under torchrun there is one PHASE, on the ranks of torchrun.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401 (the first optimizer would import it in every rank)
 from disk_scenarios import full_disk, quota_of_one_rank, read_only_disk, uninterrupted_on_disk
+from finetune_scenarios import fine_tuned, fine_tuned_in_other_ways
 from kind_scenarios import kinds, own_encoders
 from loss_scenarios import (
     bad_losses,
@@ -88,6 +89,8 @@ PHASES = {  # ranks, scenarios
         ),
     ),
     "two-again": (2, (from_one_to_two, resumed_after_kills)),
+    "finetune-one": (1, (fine_tuned, fine_tuned_in_other_ways)),
+    "finetune-two": (2, (fine_tuned,)),
     "kinds": (2, (kinds, own_encoders)),
     "disk": (2, (uninterrupted_on_disk, full_disk, quota_of_one_rank, read_only_disk)),
     "memory": (2, (needed_memory,)),
@@ -111,7 +114,7 @@ def freeze() -> None:
 
 def run_phase(phase: str, data: Path, outs: Path) -> None:
     """The scenarios of a phase on this rank; rank 0 prints their times."""
-    begin(data, outs)
+    begin(data, outs / "disk" if phase == "disk" else outs)
     for scenario in scenarios_of(phase)[1]:
         freeze()
         began, cpu_began = time.monotonic(), time.process_time()
@@ -123,6 +126,11 @@ def run_phase(phase: str, data: Path, outs: Path) -> None:
     leave()
 
 
+def log_file(phase: str, outs: Path) -> Path:
+    """The file with the output of a phase."""
+    return outs / f"{phase}.log"
+
+
 def fork_rank(phase: str, data: Path, outs: Path, place: dict[str, object]) -> int:
     """Run a phase in a child process with the variables of a launcher; its process number."""
     child = os.fork()
@@ -130,6 +138,9 @@ def fork_rank(phase: str, data: Path, outs: Path, place: dict[str, object]) -> i
         return child
     code = 1
     try:
+        with log_file(phase, outs).open("ab") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
         os.environ |= {name: str(value) for name, value in place.items()}
         run_phase(phase, data, outs)
         code = 0
@@ -179,7 +190,8 @@ def main(data: Path, outs: Path, phases: list[str]) -> None:
         codes = start_phase(phase, data, outs)
         was_killed = -signal.SIGKILL in codes and all(codes)
         if not (was_killed if phase.startswith("killed-") else not any(codes)):
-            sys.exit(f"phase {phase}: exit codes {codes}")
+            log = log_file(phase, outs).read_text(errors="replace")
+            sys.exit(f"phase {phase}: exit codes {codes}\n{log[-12000:]}")
         (outs / f"{phase}.finished").touch()
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 import torch
 from fake_weights import CONFIG, PADDED, PROGRESS, FakeWeights
 from run_results import curve, is_bit_equal
-from running import read_json, run_scenarios
+from running import read_json
 
 from electra_ds.common.errors import RunFailure
 from electra_ds.config.schema import CheckpointConfig
@@ -166,21 +165,6 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_loads(tmp_path: Path) -> No
 
 
 # ------------------------------------------------------------------------ two ranks, failing disks
-
-
-@pytest.fixture(scope="module")
-def disk(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system of 32 MB, and on it the runs of disk_scenarios.py."""
-    folder = tmp_path_factory.mktemp("disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a file system of its own needs root and the right to mount")
-    try:
-        done = run_scenarios(data, folder, "disk")
-        assert "Traceback" not in done.stdout + done.stderr, done.stderr[-8000:]
-        yield folder
-    finally:
-        subprocess.run(["umount", "--recursive", str(folder)], check=True)
 
 
 def test_training_continues_while_a_checkpoint_is_written(disk: Path) -> None:

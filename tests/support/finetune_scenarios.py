@@ -1,23 +1,26 @@
-"""Several fine-tuning runs in one process group: `torchrun finetune_scenario.py MODEL TASKS OUT`.
-
-The tests in test_finetune.py read the folders OUT/NAME. This is not a test file.
-"""
+"""Scenarios: fine-tuning on one rank and on two, in OUTS/finetune/one and OUTS/finetune/two."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
-from electra_ds.cluster.launchers import find_ranks
+import run_folders
+from scenario_tools import here, wait_for_ranks
+from small_tasks import write_tasks
+
 from electra_ds.config.loading import parse_config
 from electra_ds.finetuning import finetune, seed
 from electra_ds.finetuning.config import FinetuneConfig
-from electra_ds.training.collectives import leave
-from electra_ds.training.engine import Engine, start
+from electra_ds.training.engine import Engine
 
-MODEL, TASKS, OUT = map(Path, sys.argv[1:])
-RANKS = find_ranks()
-DEVICE = start(RANKS, 2)
+
+def base() -> Path:
+    """The folder of the model, the tasks and the suites."""
+    return here.outs / "finetune"
+
+
+def suite_folder(name: str) -> Path:
+    return base() / ("one", "two")[here.world_size - 1] / name
 
 
 def run(
@@ -29,7 +32,7 @@ def run(
     peak_lr: float = 3e-3,
     **train,
 ) -> None:
-    """Run one suite in OUT/NAME."""
+    """Run one suite in the folder of its name."""
     values = {
         "train": {"epochs": 3.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
         | train,
@@ -37,9 +40,17 @@ def run(
         "engine": engine,
     }
     config = parse_config(values, name, FinetuneConfig)
-    names = [str(TASKS / f"{task}.json")]
+    names, out = [str(base() / "tasks" / f"{task}.json")], suite_folder(name)
     finetune.finetune_on_ranks(
-        config, MODEL, names, seeds, None, OUT / name, RANKS, DEVICE, random_init=random_init
+        config,
+        base() / "model",
+        names,
+        seeds,
+        None,
+        out,
+        here.ranks,
+        here.device,
+        random_init=random_init,
     )
 
 
@@ -58,7 +69,7 @@ def interrupted(name: str, task: str, **train) -> None:
         run(name, task, **train)
         raise AssertionError("the signal did not stop the run")
     except seed.Stopped:
-        assert not (OUT / name / task / "seed-0" / "result.json").exists()
+        assert not (suite_folder(name) / task / "seed-0" / "result.json").exists()
     seed.Seed.after_attempt = untouched
     run(name, task, **train)
 
@@ -126,22 +137,21 @@ def check_best() -> None:
     assert len(set(scores[:-1])) > 1 and scores[-1] == max(scores[:-1]), scores
 
 
-run("classes", "classes", seeds=2)
-run(
-    "pairs",
-    "pairs",
-    "zero2-fp32" if RANKS.world_size > 1 else "zero0-fp32",
-    epochs=2.0,
-    dropout=0.0,
-)
-run(
-    "words",
-    "words",
-    "zero3-fp32" if RANKS.world_size > 1 else "zero1-fp32",
-    epochs=3.5,
-    peak_lr=1e-3,
-)
-if RANKS.world_size == 1:
+def fine_tuned() -> None:
+    """Three tasks; on two ranks at ZeRO 2 and 3."""
+    if here.rank == 0 and not base().exists():
+        run_folders.pretrained(base() / "model")
+        write_tasks(base() / "tasks")
+    wait_for_ranks()
+    engines = {1: ("zero0-fp32", "zero1-fp32"), 2: ("zero2-fp32", "zero3-fp32")}
+    pairs_engine, words_engine = engines[here.world_size]
+    run("classes", "classes", seeds=2)
+    run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
+    run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
+
+
+def fine_tuned_in_other_ways() -> None:
+    """Stopped and resumed, the best epoch kept, bf16, batches of both kinds, random, diverging."""
     interrupted("cut", "classes")
     check_best()
     check_schedule()
@@ -150,4 +160,3 @@ if RANKS.world_size == 1:
     run("packed", "classes", epochs=1.0, dropout=0.0, batching="packed")
     run("random", "classes", random_init=True, keep="none", epochs=0.5)
     run("blown", "classes", peak_lr=1e30, max_skipped_steps=2)
-leave()
