@@ -9,7 +9,7 @@ The option --no-deps is there because the torchvision of litdata would bring ano
 Writes the same rows in every format and reads each file once, so that all are in the page cache.
 Then the readers take turns. A rate is tokens per second of this process's CPU time, with all
 threads; the table shows medians over the rounds. Ours is ShardReader with ShuffledOrder, as the
-loader uses them. The others use their own shuffling. webdataset and litdata return single rows;
+loader uses them. The others shuffle by themselves. webdataset and litdata return single rows;
 ours and the memmap return an array of many rows.
 """
 

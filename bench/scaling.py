@@ -110,7 +110,7 @@ def read_clocks() -> tuple[float, float, float]:
 
 
 class Job:
-    """Ranks in processes of their own, which train a step when one is requested."""
+    """Ranks in separate processes; each trains one step per request."""
 
     def __init__(self, world_size: int, stages: list[int]):
         spawn = multiprocessing.get_context("spawn")

@@ -90,7 +90,7 @@ def is_chinese(code: int) -> bool:
 
 
 def google_words(text: str, lowercase: bool) -> list[str]:
-    """The words of a text; Chinese characters and punctuation are words of their own.
+    """The words of a text; each Chinese and punctuation character is a separate word.
 
     Control characters are dropped. lowercase: in lower case and without accents.
     """
@@ -106,7 +106,7 @@ def google_words(text: str, lowercase: bool) -> list[str]:
 
 
 def split_punctuation(word: str) -> list[str]:
-    """The word with each punctuation character as a part of its own."""
+    """The parts of a word; each punctuation character is a separate part."""
     parts: list[list[str]] = []
     starts_part = True
     for c in word:

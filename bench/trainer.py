@@ -267,7 +267,7 @@ def peer_loop(
 
 
 def peer_loss(peer: Contender, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss of a peer on a batch of its own loop."""
+    """The loss of a peer on a batch of its data loader."""
     if not isinstance(peer, HuggingFace):
         return peer.module(batch["ids"], attention_mask=batch["real"]).loss
     is_masked = batch["labels"] != -100
