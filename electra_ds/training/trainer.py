@@ -1,5 +1,6 @@
 """The training loop, shared by pretraining and fine-tuning."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ from electra_ds.training.engine import Engine, StepResult
 from electra_ds.training.state import TrainingState
 
 
-class Trainer:
+class Trainer(ABC):
     """The loop over optimizer steps.
 
     A subclass provides the batches, the schedule, the requests to stop, and what follows a step.
@@ -63,34 +64,35 @@ class Trainer:
             written=self.checkpointer.is_written(),
         )
 
+    @abstractmethod
     def totals(self, batch: Any) -> tuple:
         """This rank's counts of a batch: a NamedTuple of integers, summed over the ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_finished(self, state: TrainingState) -> bool:
         """Whether no step follows; equal on all ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def should_stop(self, state: TrainingState) -> bool:
         """Whether this rank asks to save and stop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def should_save(self, state: TrainingState) -> bool:
         """Whether this rank asks to save."""
-        raise NotImplementedError
 
     def forward_options(self, state: TrainingState) -> dict[str, Any]:
         """Options of the module's forward in the next step."""
         return {}
 
+    @abstractmethod
     def learning_rate(self, state: TrainingState) -> float:
         """Learning rate of the next step, before the factors of the parameter groups."""
-        raise NotImplementedError
 
+    @abstractmethod
     def snapshot(self, state: TrainingState) -> TrainingState:
         """The state as it is saved, with the sums of the open interval. Collective."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_attempt(
         self,
         state: TrainingState,
@@ -105,4 +107,3 @@ class Trainer:
         state: before the attempt. totals: counts of the whole global batch. losses: one per
         micro-batch of this rank. lr: the learning rate of the step.
         """
-        raise NotImplementedError

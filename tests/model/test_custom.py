@@ -37,7 +37,7 @@ def test_parameters_are_counted_without_a_known_vocabulary_too(tmp_path):
         ),
         (["objective.kind=mlm"], "objective.kind mlm needs the built-in model"),
         (["generator.hidden_size=8"], "generator"),
-        (["train.compile=true"], "are for the built-in layers"),
+        (["train.compile=true"], "work with the built-in layers only"),
     ],
 )
 def test_settings_of_the_built_in_model_are_refused_in_one_line(tmp_path, sets, message):
