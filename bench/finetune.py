@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from electra_ds.cluster.launchers import find_ranks
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 from electra_ds.config.engine_files import load_engine
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.batches import Encoded, collate, encode, epoch_batches

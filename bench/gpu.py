@@ -38,7 +38,7 @@ from report import make_parser, print_heading, print_row, run_main
 
 from electra_ds.cluster.launchers import Ranks, find_ranks
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch

@@ -31,7 +31,7 @@ from peers import (
 )
 from report import make_parser, print_heading, print_row, run_main
 
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from engine_memory import allocated

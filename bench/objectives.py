@@ -21,7 +21,8 @@ from typing import Any
 from cost import step_flops
 from report import make_parser, run_main
 
-from electra_ds.common.files import write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import write_json
 from electra_ds.config.loading import load_run
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.training.metrics_file import read_metrics

@@ -16,7 +16,7 @@ from typing import Any
 
 from report import make_parser, print_heading, print_row, run_main
 
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 
 TASKS = {"cola": "matthews", "mrpc": "accuracy", "rte": "accuracy", "stsb": "pearson"}  # metrics
 TASK_SEEDS = 5

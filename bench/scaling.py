@@ -32,7 +32,7 @@ from peers import VOCAB_SIZE, random_batch, run_config
 from report import make_parser, median_and_range, print_heading, print_row, run_main
 
 from electra_ds.cluster.launchers import find_ranks
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 from electra_ds.common.processes import free_port
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import load_run

@@ -22,7 +22,7 @@ from cost import step_flops
 from peers import Ours, make_contenders, measure_seconds, random_batch, run_config, train_step
 from report import best_goal, make_parser, median_and_range, print_heading, print_row, run_main
 
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch, make_batch
 from electra_ds.data.masking import masking_recipe

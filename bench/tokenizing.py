@@ -45,7 +45,7 @@ from data_tools.inspect_rows import source_reader
 from data_tools.pipeline.clean import clean_lines
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
-from electra_ds.common.files import read_json, write_json
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 

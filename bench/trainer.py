@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, DataCollatorForLanguageModeling
 
 from electra_ds.cluster.launchers import Ranks, find_ranks
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig

@@ -11,7 +11,7 @@ from data_tools.formats.documents import documents
 from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import Segment, make_plan
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 from electra_ds.data.shard_format import SourcePlan
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer

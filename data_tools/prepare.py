@@ -43,8 +43,9 @@ from data_tools.pipeline.units import (
 from data_tools.pipeline.unknowns import sum_unknowns
 from data_tools.workers import Progress, Rank, Run, Task, ignore_progress, pool
 from electra_ds.common.errors import RunFailure, UserError
-from electra_ds.common.files import write_bytes, write_json
+from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_lock import Lock
+from electra_ds.common.json_files import write_json
 from electra_ds.data import shard_format
 from electra_ds.data.shard_format import (
     INDEX_DTYPE,

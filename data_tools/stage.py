@@ -19,8 +19,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_tools.workers import Progress, ignore_progress
 from electra_ds.common.errors import LockedOut, RunFailure, UserError
-from electra_ds.common.files import file_system, parse_json, write_bytes
+from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_lock import Lock
+from electra_ds.common.json_files import parse_json
+from electra_ds.common.urls import file_system
 from electra_ds.data.shard_format import MANIFEST, Manifest, check_manifest, index_file
 
 

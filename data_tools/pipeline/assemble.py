@@ -21,7 +21,8 @@ from data_tools.pipeline.settings import Settings
 from data_tools.pipeline.units import DOCUMENT, KEYS, key_range, npy_bytes, read_table, unit_files
 from data_tools.workers import OnProgress
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import write_json
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.data import philox
 from electra_ds.data.shard_format import FRAGMENT_FIELDS, ids_dtype, shard_file, write_shard

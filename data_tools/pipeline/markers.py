@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, sha256_file, write_json
+from electra_ds.common.files import sha256_file
+from electra_ds.common.json_files import read_json, write_json
 
 _SHOWN = 90  # characters of a value in a message
 

@@ -36,7 +36,8 @@ from data_tools.pipeline.settings import Settings
 from data_tools.pipeline.unknowns import Unknowns
 from data_tools.workers import OnProgress
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import fsync_folder, sha256_file, write_bytes, write_json
+from electra_ds.common.files import fsync_folder, sha256_file, write_bytes
+from electra_ds.common.json_files import write_json
 from electra_ds.common.plugins import load_function
 from electra_ds.data.shard_format import ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer

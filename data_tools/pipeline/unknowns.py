@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.formats.source import UNKNOWN
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 from electra_ds.data.shard_format import UnknownWords
 from electra_ds.data.tokenizer import Tokenizer
 

@@ -10,6 +10,8 @@ from electra_ds.cli import data, train, evaluate, finetune, transfer  # noqa: F4
 # isort: on
 from electra_ds.cli.console import app, leave
 from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.printable import printable_lines
+from electra_ds.common.urls import redacted
 
 
 def main() -> None:
@@ -21,6 +23,7 @@ def main() -> None:
         app()
     except (UserError, RunFailure) as error:
         rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        leave(2 if isinstance(error, UserError) else 1, f"electra-ds{rank}: error: {error}\n")
+        message = redacted(printable_lines(str(error)))
+        leave(2 if isinstance(error, UserError) else 1, f"electra-ds{rank}: error: {message}\n")
     except Exception:
         leave(1, traceback.format_exc())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.common.errors import LockedOut, UserError
-from electra_ds.common.files import read_json, write_json
+from electra_ds.common.json_files import read_json, write_json
 
 ERRORS_KEPT = 10  # in restarts.json
 

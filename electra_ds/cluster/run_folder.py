@@ -10,7 +10,8 @@ from typing import Any
 
 from electra_ds.cluster.provenance import provenance
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import write_json
 from electra_ds.common.processes import restart_count
 from electra_ds.config.schema import RunConfig
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.common.errors import LockedOut, UserError
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 from electra_ds.common.processes import is_gone, machine, restart_count, started
 
 BEAT_SECONDS = 5.0

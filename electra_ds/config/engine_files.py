@@ -7,7 +7,7 @@ suffix (zero1-bf16), by a path, or it is the JSON object itself.
 from typing import Any
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.loading import config_names, find_config
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 from electra_ds.common.section import Section
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.schema import FactoryRun, RunConfig

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 from electra_ds.common.section import Section
 from electra_ds.config.loading import parse_config
 from electra_ds.data import philox

@@ -20,7 +20,7 @@ import numpy as np
 
 from electra_ds.common.arrays import runs
 from electra_ds.common.errors import RunFailure, UserError
-from electra_ds.common.files import file_system
+from electra_ds.common.urls import file_system
 from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, padded, shard_file
 from electra_ds.data.shard_reader import SplitIndex
 

@@ -22,7 +22,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.common.special_ids import SpecialIds
 
 FORMAT: Literal["electra_ds shards"] = "electra_ds shards"

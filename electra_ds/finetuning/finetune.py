@@ -20,8 +20,8 @@ from electra_ds.cluster.provenance import provenance
 from electra_ds.cluster.stop_signals import DONE, stop_exit_code
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, write_json
 from electra_ds.common.folder_lock import Lock
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, parse_config

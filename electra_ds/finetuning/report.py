@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.finetuning.tasks import GLUE
 
 # Columns of the comparison: title -> (task, metric). The average is that of the paper: all columns

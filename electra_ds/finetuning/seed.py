@@ -19,7 +19,7 @@ import torch
 
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.stop_signals import on_stop_signal
-from electra_ds.common.files import write_json
+from electra_ds.common.json_files import write_json
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.finetuning.batches import Encoded, TaskBatch, epoch_batches, micro_batches
 from electra_ds.finetuning.config import FinetuneConfig

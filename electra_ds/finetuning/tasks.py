@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 from electra_ds.common.section import Section, machine, science
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.loading import parse_config

@@ -7,7 +7,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.config.loading import parse_run
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.hf import classifier_to_hf, hf_config, part_names, to_hf

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 
 FILES = (
     "model.safetensors",

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer, WordPiece, load_tokenizer
 
 SPACE = "\u2581"  # SentencePiece's character for a space

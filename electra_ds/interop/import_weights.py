@@ -14,7 +14,7 @@ from torch import Tensor
 
 from electra_ds.cluster.run_folder import write_config
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, write_json
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.config.loading import load_run, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json, sha256_file
+from electra_ds.common.files import sha256_file
+from electra_ds.common.json_files import read_json
 from electra_ds.training.collectives import fail_on_all_ranks
 from electra_ds.training.state import TrainingState
 

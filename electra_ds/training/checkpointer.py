@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from electra_ds.cluster.launchers import Ranks
-from electra_ds.common.files import fsync_folder, sha256_file, write_bytes, write_json
+from electra_ds.common.files import fsync_folder, sha256_file, write_bytes
+from electra_ds.common.json_files import write_json
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, VERSION, Weights, latest
 from electra_ds.training.collectives import Votes, fail_on_all_ranks

@@ -10,8 +10,8 @@ from running import ROOT, run_cli
 
 from electra_ds.cluster import failures, run_folder
 from electra_ds.common.errors import RunFailure, UserError
-from electra_ds.common.files import write_json
 from electra_ds.common.folder_lock import Lock
+from electra_ds.common.json_files import write_json
 from electra_ds.config.loading import load_run
 from electra_ds.reporting.status import lines, status
 from electra_ds.training.run_logger import RunLogger

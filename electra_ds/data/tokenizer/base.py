@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes, write_json
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import write_json
 from electra_ds.common.special_ids import SpecialIds
 
 # Role -> accepted spellings in a vocabulary; the first one is used by `train-tokenizer`.

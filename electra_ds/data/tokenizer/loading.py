@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import read_json
+from electra_ds.common.json_files import read_json
 from electra_ds.data.tokenizer.base import Tokenizer
 from electra_ds.data.tokenizer.sentencepiece import SentencePiece
 from electra_ds.data.tokenizer.wordpiece import WordPiece

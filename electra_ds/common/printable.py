@@ -1,0 +1,50 @@
+"""Text from files and URLs, made safe for terminals, logs and tables."""
+
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+# Cc: control characters; Cf: format characters such as bidirectional overrides; Cs: surrogates;
+# Zl, Zp: line and paragraph separators.
+ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Format characters that words of natural languages need: zero-width non-joiner and joiner.
+KEPT = "\u200c\u200d"
+PLAIN = re.compile(r"[ -~]*")
+
+
+def printable(value: str | Path) -> str:
+    """`value` with escapes for all characters that move the cursor, start a terminal sequence,
+    change the direction of text or cannot be encoded.
+
+    A line feed becomes `\\n`, the escape character `\\x1b`. Letters of all scripts stay.
+    """
+    text = str(value)
+    return text if PLAIN.fullmatch(text) else "".join(map(_escaped, text))
+
+
+def printable_lines(text: str) -> str:
+    """Like `printable`, but line feeds and tabs stay: for messages of several lines."""
+    return re.sub(r"[^\n\t]+", lambda part: printable(part.group()), text)
+
+
+def shortened(value: Any, limit: int = 80) -> str:
+    """The repr of a value in at most `limit` characters, printable."""
+    if isinstance(value, str):
+        text = repr(value[: limit + 1])
+    elif isinstance(value, (bool, int, float, type(None))):
+        text = repr(value)
+    else:
+        text = (
+            f"a {type(value).__name__} of {len(value)}"
+            if hasattr(value, "__len__")
+            else repr(value)
+        )
+    text = printable(text)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _escaped(character: str) -> str:
+    if character in KEPT or unicodedata.category(character) not in ESCAPED:
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()

@@ -1,0 +1,73 @@
+"""Remote folders and files: allowed protocols, and URLs without their secrets."""
+
+import re
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from electra_ds.common.errors import UserError
+
+# fsspec knows more than 40 protocols. Some execute templates, run shell commands over ssh or mount
+# archives, so only these are opened.
+PROTOCOLS = ("file", "gs", "hf", "http", "https", "memory", "s3")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
+SECRET = re.compile(
+    r"(?i)\b([\w.-]*(?:token|key|secret|signature|sig|password|passwd|pwd|credential|auth|session)"
+    r"[\w.-]*=)[^&\s;#'\"]*"
+)
+
+
+def is_url(place: str) -> bool:
+    """Whether `place` names a protocol, or is a chain of protocols, rather than a local path."""
+    return "::" in place or bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place))
+
+
+def protocol_of(place: str) -> str:
+    """The protocol of a URL, lower case; `file` for a path.
+
+    UserError for a chain of protocols (`a::b`) and for protocols that are not in `PROTOCOLS`.
+    """
+    if not is_url(place):
+        return "file"
+    name = place.partition("://")[0].lower()
+    if "::" in place or name not in PROTOCOLS:
+        raise UserError(
+            f"{redacted(place)}: this kind of URL is not opened; expected a path or one of "
+            f"{', '.join(f'{known}://' for known in PROTOCOLS)}, without '::'"
+        )
+    return name
+
+
+def file_system(place: str) -> tuple[Any, str]:
+    """The fsspec file system of a folder or URL, and the path there.
+
+    UserError when the protocol is not allowed, or when its package is not installed.
+    """
+    import fsspec
+
+    protocol_of(place)
+    try:
+        return fsspec.core.url_to_fs(place)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{redacted(place)}: {redacted(str(error))}; expected a folder, or a URL of one "
+            "(http, s3: pip install 'electra_ds[remote]')"
+        ) from None
+
+
+def redacted(text: str) -> str:
+    """`text`, with user names, passwords and secret query values of its URLs replaced by `***`.
+
+    text: a URL, or a message or command line that contains URLs.
+    """
+    return URL.sub(lambda match: _redacted_url(match.group()), text)
+
+
+def _redacted_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # not a URL, such as an unfinished IPv6 address
+        return SECRET.sub(r"\1***", re.sub(r"//[^/@]*@", "//***@", url))
+    _, at, host = parts.netloc.rpartition("@")
+    netloc = f"***@{host}" if at else parts.netloc
+    query, fragment = (SECRET.sub(r"\1***", part) for part in (parts.query, parts.fragment))
+    return urlunsplit((parts.scheme, netloc, parts.path, query, fragment))

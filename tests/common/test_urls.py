@@ -1,0 +1,45 @@
+"""URLs: known protocols only, and no secret in what is printed."""
+
+import fsspec
+import pytest
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.urls import PROTOCOLS, file_system, redacted
+
+
+@pytest.mark.parametrize("protocol", sorted(set(fsspec.available_protocols()) - set(PROTOCOLS)))
+def test_other_protocols_are_refused(protocol):
+    if protocol in ("http", "https"):
+        return
+    with pytest.raises(UserError, match="this kind of URL is not opened"):
+        file_system(f"{protocol}://host/x")
+
+
+@pytest.mark.parametrize(
+    "place", ["simplecache::http://a/x", "zip://x::file:///y", "reference::/x", "HTTP::x"]
+)
+def test_chains_are_refused(place):
+    with pytest.raises(UserError, match="without '::'"):
+        file_system(place)
+
+
+def test_local_folders_and_memory_are_opened(tmp_path):
+    for place in (str(tmp_path), f"file://{tmp_path}", "memory://x"):
+        assert file_system(place)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://me:pw@host:80/a?x=1", "https://***@host:80/a?x=1"),
+        ("s3://KEY:SE/CRET@bucket/d", None),
+        ("https://h/a?X-Amz-Signature=abc&n=2", "https://h/a?X-Amz-Signature=***&n=2"),
+        ("https://h/a?access_token=abc#token=d", "https://h/a?access_token=***#token=***"),
+        ("pretrain --data https://u:p@h/x --out o", "pretrain --data https://***@h/x --out o"),
+        ("no url, token=abc", "no url, token=abc"),
+    ],
+)
+def test_secrets_of_urls_are_replaced(text, expected):
+    result = redacted(text)
+    assert result == expected if expected else "CRET" not in result.split("@")[0]
+    assert redacted(result) == result
