@@ -2,8 +2,7 @@
 
     python bench/clean.py --input 'wiki/*' --tokenizer vocab.txt --out B
 
-Prepares the input as it is, and then together with altered copies of its documents, 500 copies of
-each kind.
+Prepares the input unchanged, and then with altered copies of its documents, 500 of each kind.
 
 removed: share of the copies that `prepare` leaves out.
 lost:    documents of the input that `prepare` leaves out only if the copies are present.

@@ -76,7 +76,7 @@ def step_traffic(
     Stage 2 reduces every micro-batch. Stage 3 gathers and reduce-scatters every micro-batch; below
     1e9 parameters it keeps the weights of the forward for the backward. Stages 1 and 2 all-reduce
     where a reduce-scatter would be enough; with "use_multi_rank_bucket_allreduce": false stage 1
-    sends a third less, with one call for each owner of a bucket. Padding, norms and votes (some
+    sends a third less, with one call for each owner of a bucket. Padding, norms and votes (a few
     hundred bytes) are left out.
     """
     shares = {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: 2 * accumulation}

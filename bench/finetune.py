@@ -1,4 +1,4 @@
-"""Time of a fine-tuning step on GLUE tasks beside Hugging Face's usual loop.
+"""Time of a fine-tuning step on GLUE tasks compared with Hugging Face's usual loop.
 
     python bench/finetune.py --glue GLUE_DIR          four tasks, fp32 and bf16, 5 paired rounds
     python bench/finetune.py --glue GLUE_DIR --tasks cola --rounds 9 --json F
@@ -186,13 +186,13 @@ def make_contenders(task: Task, bf16: bool) -> dict[str, Ours | HuggingFace]:
 
 @torch.no_grad()
 def check_logits(contenders: dict[str, Ours | HuggingFace], examples: list[Encoded]) -> None:
-    """SystemExit if the contenders do not give the same logits."""
+    """Raise SystemExit if the contenders do not give the same logits."""
     expected = contenders[PACKED].logits(examples)
     for name, contender in contenders.items():
         logits = contender.logits(examples)
         if not torch.allclose(logits, expected, atol=1e-5):
             difference = float((logits - expected).abs().max())
-            raise SystemExit(f"{name}: the logits differ from those of ours by {difference}")
+            raise SystemExit(f"{name}: logits differ by {difference} from those of electra_ds")
 
 
 # --------------------------------------------------------------------------------- measurement

@@ -11,9 +11,9 @@ A case is SIZE-LENGTH-PRECISION-PLAN. The plans:
     zero1-packed   the same with two documents in each row
     hf             Hugging Face's classes, joined, compiled, under autocast, without DeepSpeed
 
-The configs are the shipped ones with dropout .1. Rows are random and lie in host memory; each step
-copies its own. Cases for which no time is left are named at the end. --cases takes any such name,
-also one that is not listed. To try the bench on a CPU:
+The configs are the shipped ones with dropout .1. Rows are random and stay in host memory; each step
+copies its rows to the device. Cases for which no time is left are named at the end. --cases takes
+any name of this form, also one that --list does not print. To try the bench on a CPU:
 
     DS_ACCELERATOR=cpu python bench/gpu.py --cases tiny-32-fp32-zero1 --rows 4
 
@@ -164,9 +164,9 @@ class WithEngine:
 
 
 class WithHuggingFace:
-    """The stock classes with our weights: compiled layers, fused AdamW, autocast.
+    """The stock classes with the weights of electra_ds: compiled layers, fused AdamW, autocast.
 
-    Before, they must give our loss on a CPU.
+    Their loss is first compared with that of electra_ds on a CPU.
     """
 
     skipped_steps = None  # reading them from the scaler would wait for the device
@@ -206,7 +206,7 @@ class WithHuggingFace:
 
 
 def measure(case: Case, rows: int, seconds: float, ranks: Ranks, device: torch.device) -> dict:
-    """Measure one case for about so many seconds; returns a row of the table."""
+    """Measure one case for about `seconds` seconds; returns a row of the table."""
     began = time.perf_counter()
     on_gpu = device.type == "cuda"
     config = run_config(case.size, case.length, rows, DROPOUT)
@@ -254,7 +254,7 @@ def default_rows(case: Case, device: torch.device) -> int:
 
 @functools.cache
 def device_peak(precision: str, device: torch.device) -> tuple[float, str]:
-    """(FLOP/s of which the shares are computed, the source of this number)."""
+    """(peak FLOP/s, to which the reported shares refer; source of this number)."""
     on_gpu = device.type == "cuda"
     dtype = DTYPES[precision]
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"

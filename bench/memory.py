@@ -1,4 +1,4 @@
-"""Peak memory of the bare training step beside Hugging Face's classes.
+"""Peak memory of the bare training step compared with Hugging Face's classes.
 
     python bench/memory.py                    every case and contender
     python bench/memory.py small-bf16 --json memory.json

@@ -250,7 +250,7 @@ def check_losses(contenders: dict[str, Contender], length: int) -> None:
         if abs(loss / expected - 1) > 1e-5:
             raise SystemExit(
                 f"{name}: loss {loss} on the same rows, masks and weights; expected {expected}, "
-                "the loss of ours"
+                "the loss of electra_ds"
             )
         contender.module.train()
 

@@ -4,7 +4,7 @@
         jmespath requests urllib3 certifi charset-normalizer python-dateutil six
     python bench/reader.py --out B
 
-The option --no-deps is there because the torchvision of litdata would bring another torch.
+Without --no-deps, litdata would install a torchvision with another torch.
 
 Writes the same rows in every format and reads each file once, so that all are in the page cache.
 Then the readers take turns. A rate is tokens per second of this process's CPU time, with all
@@ -306,8 +306,8 @@ def first_batch(folder: Path, sequence_length: int = 128) -> None:
     loader.close()
     print(
         f"\n{reader.rows:,} rows in {len(reader.info.shards):,} shards: opened in "
-        f"{opened - began:.2f} s; the first batch, at the last position of epoch 3, came "
-        f"{ended - opened:.2f} s later"
+        f"{opened - began:.2f} s; first batch, at the last position of epoch 3, after "
+        f"another {ended - opened:.2f} s"
     )
 
 

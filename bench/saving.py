@@ -2,8 +2,8 @@
 
     python bench/saving.py --data D --out B --ranks 2 --engine zero1
 
-Trains `small` twice, with checkpoints that are awaited and with asynchronous ones, and reads the
-metrics of each run.
+Trains `small` twice, with synchronous and with asynchronous checkpoints, and reads the metrics of
+each run.
 
 pause: median of checkpoint_pause_seconds.
 cost:  seconds of the steps up to the next checkpoint, minus as many median steps; a median, too.

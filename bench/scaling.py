@@ -1,4 +1,4 @@
-"""Scaling of training: one rank and two measured on this machine, 8 to 512 GPUs modelled on paper.
+"""Scaling of training: 1 and 2 ranks measured on this machine, 8 to 512 GPUs calculated by a model.
 
     python bench/scaling.py                     weak scaling, ZeRO 0 to 2, one thread a rank
     python bench/scaling.py --model --stages 1  the model of scaling; no rank is started
@@ -160,8 +160,8 @@ def measure(stages: list[int], rounds: int) -> list[dict[str, Any]]:
             # The bound allows for bf16 and for one token in a thousand that is sampled differently.
             if abs(single_loss / pair_loss - 1) > 1e-2:
                 raise SystemExit(
-                    f"ZeRO {stage}, step {turn}: one rank has loss {single_loss}, "
-                    f"two ranks have {pair_loss}"
+                    f"ZeRO {stage}, step {turn}: loss {pair_loss} on two ranks; expected "
+                    f"{single_loss}, as on one rank"
                 )
             if turn >= WARM_UP_ROUNDS:
                 times[stage].append((single_seconds, pair_seconds))
@@ -192,7 +192,7 @@ def print_measured(records: list[dict[str, Any]]) -> None:
         print_row(record["stage"], f"{record['ms']:.0f} ms", *cells)
 
 
-# ----------------------------------------------------------------------------------- on paper
+# ------------------------------------------------------------------------------ model of scaling
 
 
 class Hardware(NamedTuple):
@@ -242,8 +242,8 @@ class ScalingModel:
         layers = config.model.num_layers + config.generator.num_layers
         self.launch_seconds = LAUNCH_SECONDS * LAYER_KERNELS * layers  # of a micro-batch
         self.micro_rows = MICRO_TOKENS[size] // length
-        # The gradient of the word table is complete at the end of the backward, which hides nothing
-        # of its reduction.
+        # The gradient of the word table is complete at the end of the backward, so its reduction
+        # does not overlap with the backward.
         word_table = VOCAB_SIZE * config.model.embedding_size
         self.exposed_share = max(word_table, BUCKET) / self.parameters
 
@@ -327,7 +327,7 @@ def efficiencies(model: ScalingModel, stage: int, batch: int | None) -> dict[int
 def print_model(records: list[dict[str, Any]]) -> None:
     """Print the table of the model, and its comparison with a published result."""
     print(
-        "Efficiency against one GPU, modelled on paper. "
+        "Efficiency against one GPU, calculated by a model. "
         "batch: rows of all GPUs; weak: a full micro-batch per GPU\n"
     )
     print_heading("node", "run", "ZeRO", *(f"{gpus} GPUs" for gpus in GPUS))

@@ -1,4 +1,4 @@
-"""Time of the bare training step beside Hugging Face's classes and the electra-pytorch wrapper.
+"""Time of the bare training step against Hugging Face's classes and the electra-pytorch wrapper.
 
     python bench/step.py                      every case, 5 paired rounds each
     python bench/step.py --list               the names of the cases

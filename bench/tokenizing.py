@@ -1,4 +1,4 @@
-"""Speed of `prepare`, from text to shards, beside tokenizers alone.
+"""Speed of `prepare`, from text to shards, compared with bare tokenizers.
 
     python bench/tokenizing.py --scratch S          10 MB of builtin:docs and a vocabulary of them
     python bench/tokenizing.py --input wiki.txt.xz --tokenizer vocab.txt --megabytes 20 --scratch S
@@ -332,7 +332,7 @@ def check_ids(names: list[str], scratch: Path) -> None:
 def check_pipeline_ids(
     name: str, bare: str, expected: list[list[int]], texts: list[str], scratch: Path
 ) -> None:
-    """Print on how many documents the ids of a pipeline are those expected."""
+    """Print the number of documents with the expected ids. SystemExit if any ids differ."""
     ids_of_document = packed_ids(pipeline_folder(name, scratch), scratch)
     # str.lower makes a final sigma of a capital sigma at the end of a word. The package tokenizers
     # and our tokenizer do not.
@@ -344,12 +344,12 @@ def check_pipeline_ids(
     wrong = [index for index, ids in compared.items() if ids != expected[index]]
     if wrong:
         raise SystemExit(
-            f"{name}: the ids are not those of {bare} on {len(wrong)} documents, the first: "
+            f"{name}: ids differ from those of {bare} on {len(wrong)} documents; the first one: "
             f"{texts[wrong[0]][:80]}"
         )
     print(
-        f"{name}: the ids are those of {bare} on {len(compared)} of {len(texts)} documents; the "
-        "others are duplicates, or (google) have a capital sigma"
+        f"{name}: ids equal those of {bare} on {len(compared)} of {len(texts)} documents; the "
+        "others are duplicates, or (google) contain a capital sigma"
     )
 
 

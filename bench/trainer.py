@@ -1,4 +1,4 @@
-"""Time of the whole training loop beside the bare step, and beside other code in its usual loop.
+"""Time of the whole training loop against the bare step, and against other code in its usual loop.
 
     python bench/trainer.py                                   every engine below, 7 rounds each
     python bench/trainer.py zero1 zero0 --threads 2 --peers --data D --json F
@@ -11,9 +11,9 @@ the ratio of CPU times, as the median over the rounds. The model is Small withou
 has 32 rows of 128 tokens on one rank, random or from --data. The losses of the loop and of the bare
 step must agree in the first round.
 
-The CPU time of ours excludes the thread of the loader, which prepares batches while others run. The
-time that it needs for a batch is measured alone and added. Every tenth step logs; the cost of a log
-line counts as often as `logging.every` of the preset says.
+The CPU time of the loop excludes the thread of the loader, which prepares batches while others run.
+The time of this thread per batch is measured separately and added. Every tenth step logs; the cost
+of a log line is divided by `logging.every` of the preset.
 """
 
 import argparse
@@ -119,7 +119,7 @@ class Rounds:
         )
 
 
-# -------------------------------------------------------------------------------- the loop of ours
+# --------------------------------------------------------------------------- loop of electra_ds
 
 
 @dataclass
@@ -381,7 +381,7 @@ def check_loss(engine: str, loss: float, bare_loss: float) -> None:
     tolerance = 2e-2 if "bf16" in engine else 1e-5
     if abs(loss / bare_loss - 1) > tolerance:
         raise SystemExit(
-            f"{engine}: the first loss of the loop is {loss}, that of the bare step {bare_loss}"
+            f"{engine}: the first loss of the loop is {loss}; expected {bare_loss} (bare step)"
         )
 
 

@@ -71,13 +71,15 @@ def convert(
 ) -> Manifest:
     """Make a data folder with packing "google" from TFRecords and return its manifest.
 
-    Every row is kept. Rows are shuffled by `seed` and held out by the hash of their ids. Their
-    provenance is file and record.
+    Every row is kept. Rows are shuffled by `seed` and held out by the hash of their ids. The
+    provenance of a row is its file and the number of its record.
 
-    inputs, options: as for `prepare`
-    Raises UserError, with file and record, for a damaged record and for a record that is no row of
-    this vocabulary or has another length than the first row; also when the extra [tfrecord] is not
-    installed.
+    inputs:    TFRecord files, folders, globs, URLs
+    tokenizer: path of the vocabulary with which the rows were made
+    options:   those of `prepare` except format, packing, sequence_length, deduplicate, read_unit
+    Raises UserError, with file and record, for a damaged record, for ids that do not fit the
+    vocabulary, and for a row with another length than the first one; also when there is no record,
+    and when the extra [tfrecord] is not installed.
     """
     sources = make_plan(inputs, format="tfrecord").sources
     records = (record for source in sources for _, record in _read_records(source))
@@ -99,7 +101,7 @@ def convert(
 
 
 def _convert_unit(width: int, task: UnitTask, on_progress: OnProgress) -> dict:
-    """Do what `tokenize_unit` does, for a file of rows of `width` ids."""
+    """Write a unit's files, as `tokenize_unit` does, from a file of rows of `width` ids."""
     if marker := finished(unit_files(task.folder, task.number).marker, task.plan_sha256):
         on_progress(unit_size(task.unit))
         return marker
@@ -128,8 +130,8 @@ def _problem(record: Record, width: int, tokenizer: Tokenizer) -> str:
     lengths = [len(feature) for feature in record]
     if lengths != [width] * 3:
         return (
-            f"{lengths} numbers in {', '.join(FEATURES)}; expected {width}, as in the first record "
-            "of all"
+            f"{lengths} numbers in {', '.join(FEATURES)}; expected {width} in each, as in the "
+            "first record"
         )
     ids = record.input_ids
     special = tokenizer.special_ids.model_dump()
@@ -139,17 +141,18 @@ def _problem(record: Record, width: int, tokenizer: Tokenizer) -> str:
     in_vocabulary = ids.min() >= 0 and ids.max() < tokenizer.vocab_size
     if not in_vocabulary or not re.fullmatch(b"c[tu]+s([tu]+s)?", letters):
         return (
-            f"ids from {ids.min()} to {ids.max()}, in order {letters.decode()}; expected [CLS] A "
-            f"[SEP] or [CLS] A [SEP] B [SEP] (ctts, cttsts), and {tokenizer.special_ids} of "
-            f"{tokenizer.vocab_size} entries; give the rows' own vocabulary"
+            f"ids from {ids.min()} to {ids.max()}, in order {letters.decode()}; expected the order "
+            "ctts ([CLS] A [SEP]) or cttsts ([CLS] A [SEP] B [SEP]), with the vocabulary of "
+            f"{tokenizer.vocab_size} entries and {tokenizer.special_ids}; give the vocabulary with "
+            "which the rows were made"
         )
     positions = np.arange(width)
     is_real = positions < len(letters)
     is_second = is_real & (positions > letters.index(b"s"))
     if (record.input_mask != is_real).any() or (record.segment_ids != is_second).any():
         return (
-            "input_mask is not 1 on all before the padding, or segment_ids are not 1 on B and its "
-            "[SEP] alone"
+            "input_mask is not 1 exactly before the padding, or segment_ids are not 1 on B and its "
+            "[SEP] only"
         )
     return ""
 

@@ -17,11 +17,11 @@ from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 
 TITLE_CHARS = 100
-SHOWN_FILES = 3  # files of a unit that are named
+SHOWN_FILES = 3  # most files of a unit that a line names
 
 
 class SourceDocument(NamedTuple):
-    """A document as it is in the input."""
+    """A document as read from the input."""
 
     segment: Segment  # the byte range in which it starts
     number: int  # in that byte range, from 0
@@ -94,7 +94,7 @@ def source_reader(
     a file is damaged.
     """
     settings = read_json(Path(data_dir) / "prepare.json", "the settings of `prepare`")
-    # Any format will do: it is that of prepare.json which is used.
+    # The format given here has no effect: the formats are read from prepare.json.
     paths = {source.name: source.path for source in make_plan(inputs, format="text").sources}
     sources = [Source(name, paths.get(name, ""), *rest) for name, *rest in settings["files"]]
     if missing := [source.name for source in sources if not source.path]:

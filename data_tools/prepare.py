@@ -61,7 +61,7 @@ from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Job:
-    """What one call of `prepare` makes, and where."""
+    """Input, settings and output folders of one call of `prepare`."""
 
     plan: Plan
     tokenizer: Tokenizer
@@ -107,10 +107,10 @@ def prepare(
     inputs:    files, folders, globs, brace patterns, URLs, "dataset:NAME", "builtin:docs"
     tokenizer: a Tokenizer, or a path for load_tokenizer
     workers, ranks: as for `pool`
-    units:     folder that keeps the tokenized units for other lengths and packings; by default
-               they are removed at the end
+    units:     folder in which the tokenized units are kept, for other lengths and packings; by
+               default they are removed at the end
     max_bad_fraction: share of unreadable lines above which UserError is raised
-    read_unit: task that makes the files of a unit, for inputs that are not text
+    read_unit: task that writes the files of a unit; another one is needed if the input is not text
     progress:  receives (stage, done, total) of the stages plan, tokenize (bytes), deduplicate
                (documents), near-duplicates (parts) and pack (tokens)
     settings:  fields of `Settings`
@@ -120,8 +120,7 @@ def prepare(
     """
     if workers < 1 or (workers > 1 and ranks):
         raise UserError(
-            f"workers = {workers}; expected at least 1 process, and 1 where MPI's ranks are the "
-            "workers"
+            f"workers = {workers}; expected at least 1, and exactly 1 if MPI ranks are the workers"
         )
     job = _plan_job(inputs, tokenizer, Path(out), units, Settings(**settings), progress)
     try:
@@ -173,7 +172,7 @@ def _make_folders(job: Job) -> None:
     for folder in (job.out, job.work, job.units, job.out / "shards"):
         folder.mkdir(exist_ok=True)
         for temporary in folder.glob(".*.tmp"):
-            temporary.unlink(missing_ok=True)  # that of our heartbeat may disappear meanwhile
+            temporary.unlink(missing_ok=True)  # the heartbeat thread may rename its file meanwhile
     job.tokenizer.save(job.out / "tokenizer")
 
 
@@ -193,7 +192,7 @@ def _run_stages(
     duplicates = sort_pairs(np.concatenate([exact, near]))
     split_tokens = _count_split_tokens(job, duplicates)
 
-    # From here on the settings of the packing are fixed, too.
+    # From here on, the settings of the packing are fixed as well.
     write_json(job.out / "prepare.json", job.record)
     write_bytes(job.work / "duplicates.npy", npy_bytes(duplicates))
     tasks = _shard_tasks(job, split_tokens)
@@ -231,8 +230,9 @@ def _check_bad_lines(markers: list[dict], max_bad_fraction: float) -> dict[str, 
         locations = [location for marker in markers for location in marker["places"]]
         counts = ", ".join(f"{kind}: {count}" for kind, count in sorted(bad.items()))
         raise UserError(
-            f"{bad.total()} of {lines} lines are bad ({counts}), more than max_bad_fraction = "
-            f"{max_bad_fraction}; the first: {'; '.join(locations[:LOCATIONS])}"
+            f"{bad.total()} of {lines} lines cannot be read ({counts}); expected at most the share "
+            f"{max_bad_fraction}; correct them or raise --max-bad-fraction; the first: "
+            f"{'; '.join(locations[:LOCATIONS])}"
         )
     return dict(sorted(bad.items()))
 
@@ -293,9 +293,9 @@ def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
             tokens[split] += int(table["tokens"][selected].sum(dtype=np.int64))
     if not tokens["train"] or (valid_fraction and not tokens["valid"]):
         raise UserError(
-            f"of {sum(tokens.values())} tokens, valid_fraction = {valid_fraction} leaves "
-            f"{tokens['train']} to train on and {tokens['valid']} held out; give more text, "
-            "or another --valid-fraction (0: none held out)"
+            f"valid_fraction = {valid_fraction} gives {tokens['train']} training tokens and "
+            f"{tokens['valid']} held-out tokens; expected some of both; give more text or another "
+            "--valid-fraction (0: none held out)"
         )
     return tokens
 

@@ -27,7 +27,7 @@ from electra_ds.data.shard_format import MANIFEST, Manifest, check_manifest, ind
 
 
 class File(NamedTuple):
-    """A file of a data folder; None for what the manifest does not hold."""
+    """A file of a data folder; sha256 and bytes are None if the manifest does not contain them."""
 
     name: str
     sha256: str | None = None
@@ -35,7 +35,7 @@ class File(NamedTuple):
 
 
 class Location:
-    """A local folder, or a folder at a URL that fsspec knows.
+    """A local folder, or a folder at a URL that fsspec supports.
 
     name:   as given, for messages
     folder: path of a local folder, None for a URL
@@ -59,14 +59,17 @@ class Location:
             ) from error
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, None if it does not exist."""
+        """Return the content of a file, None if it does not exist. RunFailure for other errors."""
         content = None
         with self._run_failures(name), suppress(FileNotFoundError, NotADirectoryError):
             content = self._system.cat_file(f"{self._root}/{name}")
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file; atomic in a local folder, else as far as the file system supports that."""
+        """Write a file; atomic in a local folder, at a URL if its file system supports that.
+
+        Raises RunFailure when it cannot be written.
+        """
         with self._run_failures(name):
             if self.folder is None:
                 self._system.pipe_file(f"{self._root}/{name}", content)
@@ -91,11 +94,11 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = ignore
     progress:   receives ("copy", bytes of shards done, bytes of all shards)
     A complete copy (by its manifest and the sizes of its files) is left as it is. In an incomplete
     one, existing files are read again and kept if they have the sha256 of the manifest; at a URL
-    they are kept if they have the right size. Of several processes with the same local target one
-    copies, and the others wait until the copy is complete. If that process dies, another one
+    they are kept if they have the right size. If several processes have the same local target, one
+    copies and the others wait until the copy is complete. If that process dies, another one
     continues.
-    Raises UserError when `source` is damaged or no data folder, and when `to` holds other data;
-    RunFailure when a file cannot be read or written.
+    Raises UserError when `source` is damaged or is no data folder, and when `to` holds other data;
+    RunFailure when a file cannot be read or written, and when the target has too little space.
     """
     origin = Location(source)
     target = Location(to)
@@ -106,7 +109,7 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = ignore
     with ThreadPoolExecutor(workers) as threads:
         complete = partial(_is_complete, origin, target, content, files, threads)
         while not complete():
-            # LockedOut: another process copies at present; look again.
+            # LockedOut: another process is copying; check again.
             with suppress(LockedOut), _lock(target, complete):
                 if not complete():
                     copied = _copy(origin, target, files, threads, progress)
@@ -135,18 +138,21 @@ def _is_complete(
         if target.holds(File("prepare.json")):
             raise UserError(
                 f"{target.name}: holds an unfinished `prepare`; give another folder, or finish "
-                "that first"
+                "that `prepare` first"
             )
         return False
     if present != manifest:
         raise UserError(
-            f"{target.name}: holds other data than {origin.name}; give another folder, or remove it"
+            f"{target.name}: holds other data than {origin.name}; give another folder, or empty it"
         )
     return all(threads.map(target.holds, files))
 
 
 def _lock(target: Location, complete: Callable[[], bool]) -> AbstractContextManager:
-    """Return the lock of a local target; entering it ends when the copy is complete, too."""
+    """Return the lock of a local target, or an empty context for a URL.
+
+    Waiting for the lock also ends, without the lock, when another process has completed the copy.
+    """
     if target.folder is None:
         return nullcontext()
     return Lock(target.folder, lambda take: complete() or take())
@@ -176,7 +182,7 @@ def _copy(
 def _remove_temporary_files(folder: Path) -> None:
     """Remove the files that a killed copy left."""
     for temporary in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        temporary.unlink(missing_ok=True)  # that of our heartbeat may disappear meanwhile
+        temporary.unlink(missing_ok=True)  # the heartbeat thread may rename its own file meanwhile
 
 
 def _check_free_space(target: Location, folder: Path, files: list[File]) -> None:
@@ -196,10 +202,10 @@ def _copy_file(origin: Location, target: Location, file: File) -> int:
         return 0
     content = origin.read(file.name)
     if content is None or not _is_whole(content, file):
-        problem = "not there" if content is None else "its sha256 is not the manifest's"
+        problem = "missing" if content is None else "its sha256 differs from that in the manifest"
         raise UserError(
-            f"{origin.name}/{file.name}: damaged ({problem}); copy it there again, or prepare the "
-            "data again"
+            f"{origin.name}/{file.name}: damaged ({problem}); copy this file there again, or "
+            "prepare the data again"
         )
     target.write(file.name, content)
     return len(content)

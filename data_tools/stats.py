@@ -1,6 +1,6 @@
 """Statistics of a data folder: counts, lengths, vocabulary coverage, unknown words, removed text.
 
-A spectrum is {value: how often it occurs}. The spectrum of document lengths has at most
+A spectrum is {value: number of occurrences}. The spectrum of document lengths has at most
 sqrt(2 x tokens) values, since different lengths add up to no more than the tokens: 1.5 million
 values for 10^12 tokens. Letters: V vocabulary.
 """
@@ -19,15 +19,15 @@ from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 COVERAGE = (1_000, 5_000, 10_000)  # numbers of most frequent entries; their coverage is reported
 PERCENTILES = {"percentile_5": 5, "median": 50, "percentile_95": 95}
-NEVER_SEEN = 20  # entries that are named
-CURVE_POINTS = 100  # at most, evenly spaced by the logarithm of the rank
+NEVER_SEEN = 20  # most entries that are listed by name
+CURVE_POINTS = 100  # most points of the curve, evenly spaced by the logarithm of the rank
 BAR = 24  # characters of the longest bar
 
 Rows = list[tuple[str, ...]]
 
 
 class Table(NamedTuple):
-    """A table of text cells. A cell of # alone is a bar."""
+    """A table of text cells. A cell with only # is a bar."""
 
     title: str
     head: tuple[str, ...]
@@ -35,7 +35,7 @@ class Table(NamedTuple):
 
 
 class SplitScan(NamedTuple):
-    """What is counted in the rows of a split."""
+    """Counts of the rows of a split."""
 
     id_counts: np.ndarray  # [V] int64
     document_tokens: Counter[int]  # spectrum of tokens per document
@@ -49,9 +49,9 @@ def stats(
 
     on_progress: receives the bytes of each shard
     Every row is read once; memory holds the fragments of one shard. Shares are fractions of 1.
-    [UNK] counts as a token; [CLS], [SEP] and padding do not. `vocabulary` is about the training
-    rows, `unknowns` about the whole input; it is None for data prepared by older versions. Raises
-    UserError when there is no manifest, and for a damaged block.
+    [UNK] counts as a token; [CLS], [SEP] and padding do not. `vocabulary` covers the training rows,
+    `unknowns` the whole input; `unknowns` is None for data prepared by an older version. "pieces"
+    are document fragments. Raises UserError when there is no manifest, and for a damaged block.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
@@ -132,7 +132,7 @@ def _describe(spectrum: Counter[int]) -> dict[str, Any]:
 
 
 def _vocabulary(id_counts: np.ndarray, tokens: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return how the text uses the vocabulary, special entries left out.
+    """Return how often entries of the vocabulary occur in the text, without special entries.
 
     `curve` is [[rank, count of the entry, share of the tokens covered up to this rank], ...].
     """

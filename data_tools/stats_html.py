@@ -45,7 +45,7 @@ def html_page(facts: dict[str, Any], name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a table cell; text of # alone becomes a bar of that length."""
+    """Return a table cell; a text with only # becomes a bar of that length."""
     if not text.strip("#"):
         return f'<td><i style="width:{len(text) / 2}em"></i></td>'
     return f"<td>{html.escape(text)}</td>"

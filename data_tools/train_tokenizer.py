@@ -22,11 +22,11 @@ from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, W
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
-# WordPiece: share of the text that the characters of the vocabulary cover. They are at most a
-# quarter of its entries.
+# WordPiece: share of the text that the characters of the vocabulary cover. At most a quarter of the
+# entries are characters.
 COVERAGE = 0.9999
-MIN_COUNT = 2  # occurrences of a pair that WordPiece joins
-REPEATS = 1000  # most occurrences of a word in one text for the trainer
+MIN_COUNT = 2  # least occurrences of a pair that WordPiece joins
+REPEATS = 1000  # most repetitions of a word in one text that is passed to the trainer
 MAX_SENTENCES = 5_000_000  # lines that SentencePiece samples
 SENTENCE_BYTES = 16384  # SentencePiece ignores longer lines, so they are cut at white space
 
@@ -49,7 +49,7 @@ def train_tokenizer(
     kind:          wordpiece, or unigram or bpe (SentencePiece)
     strip_accents: None: the value of lowercase. SentencePiece models normalize by NFKC and keep
                    accents
-    On little text the vocabulary is smaller than vocab_size; the tokenizer's vocab_size is exact.
+    With little text the vocabulary is smaller than vocab_size; tokenizer.vocab_size is its size.
     Raises UserError for unknown settings, for inputs without text, and for a size that
     SentencePiece cannot make.
     """
@@ -67,7 +67,7 @@ def train_tokenizer(
         tokenizer = WordPiece(content, options, "the new vocabulary")
     elif strip_accents:
         raise UserError(
-            "strip_accents is for wordpiece; a SentencePiece model has no such rule, leave it out"
+            "strip_accents = True; expected None or False, since SentencePiece models keep accents"
         )
     else:
         content = _train_sentencepiece(lines, kind, vocab_size, lowercase)
@@ -94,7 +94,7 @@ def _lines(
             yield from lines
     if not has_text:
         raise UserError(
-            f"{', '.join(inputs)}: no text in it; expected documents to train a vocabulary on "
+            f"{', '.join(inputs)}: found no text; expected documents to train a vocabulary on "
             f"(JSONL: in the field {text_field!r})"
         )
     progress("train", 0, 1)
@@ -106,8 +106,9 @@ def _train_wordpiece(
     """Return the content of a vocab.txt, which is the same for the same words and counts.
 
     The trainer numbers words and characters in the order of a hash table, which differs from run to
-    run, and decides ties by these numbers. Therefore it receives words in a fixed order, and all
-    characters, alone and as continuations, have numbers before.
+    run, and decides ties by these numbers. Therefore the words are passed in a fixed order, and the
+    characters, plain and as continuations (##c), are passed as special tokens, which get the first
+    numbers in their order.
     """
     from tokenizers import Tokenizer as Fast
     from tokenizers import models, normalizers, pre_tokenizers, trainers

@@ -1,4 +1,4 @@
-"""Comparison of a data folder with its manifest. Everything is read again.
+"""Comparison of a data folder with its manifest. Every file is read again.
 
 Letters: n rows, S sequence, F fragments, V vocabulary.
 """
@@ -21,22 +21,23 @@ def verify(data_dir: str | Path, on_progress: Callable[[int], None] | None = Non
 
     on_progress: receives the bytes of each shard; they add up to the bytes of all shards of the
                  manifest
-    An empty list means that everything agrees. UserError is raised only when there is no manifest.
+    An empty list means that everything agrees. Raises UserError only if the manifest is missing or
+    cannot be read.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
     problems = []
     if manifest.dataset_id != manifest.content_id():
         problems.append(
-            f"manifest.json: dataset_id {manifest.dataset_id}, its content gives "
-            f"{manifest.content_id()}"
+            f"manifest.json: dataset_id is {manifest.dataset_id}; expected "
+            f"{manifest.content_id()}, the hash of its content"
         )
     try:
         fingerprint = load_tokenizer(data_dir / "tokenizer").fingerprint
         if fingerprint != manifest.tokenizer.sha256:
             problems.append(
-                f"tokenizer: its fingerprint is {fingerprint}, that of the rows is "
-                f"{manifest.tokenizer.sha256}"
+                f"tokenizer: its fingerprint is {fingerprint}; expected "
+                f"{manifest.tokenizer.sha256}, with which the rows were made"
             )
     except UserError as error:
         problems.append(str(error))
@@ -63,8 +64,8 @@ def _verify_split(
         shard_problems = _verify_shard(reader, shard, totals, unigrams)
         if not shard_problems and sha256_file(data_dir / info.file) != info.sha256:
             shard_problems = [
-                f"{data_dir / info.file}: its sha256 is not the manifest's though every block is "
-                "whole: bytes beside the rows differ; copy this shard again"
+                f"{data_dir / info.file}: its sha256 differs from that in the manifest, but all "
+                "blocks are intact: bytes outside the rows have changed; copy this shard again"
             ]
         problems += shard_problems
         on_progress(info.bytes)
@@ -114,13 +115,13 @@ def _block_problem(rows: np.ndarray, fragments: np.ndarray, manifest: Manifest) 
     """Describe the first problem of a block's rows [n, S] and fragments [F, 6]; None if none."""
     special = manifest.tokenizer.special_ids
     if rows.max() >= manifest.tokenizer.vocab_size:
-        return f"token id {rows.max()}, the vocabulary has {manifest.tokenizer.vocab_size}"
+        return f"token id {rows.max()}, expected less than {manifest.tokenizer.vocab_size}"
     starts_wrong = rows[:, 0] != special.cls
     if starts_wrong.any():
         return f"row {int(np.argmax(starts_wrong))} does not begin with [CLS]"
     is_real = rows != special.pad
     if (is_real[:, 1:] > is_real[:, :-1]).any():
-        return "padding before the end of a row"
+        return "padding before the end of a row; expected padding only at the end"
     row, start, length, *source = fragments.astype(np.int64).T
     inside = (row >= 0) & (row < len(rows))
     inside &= (start > 0) & (length > 0) & (start + length <= rows.shape[1])
@@ -134,7 +135,7 @@ def _block_problem(rows: np.ndarray, fragments: np.ndarray, manifest: Manifest) 
     covered = np.cumsum(change)[:-1].reshape(rows.shape)
     is_text = ~np.isin(rows, (special.pad, special.cls, special.sep, special.mask))
     if not np.array_equal(covered, is_text):
-        return "its document fragments do not cover the text of its rows exactly once"
+        return "the document fragments do not cover each text token exactly once"
     return None
 
 
@@ -149,6 +150,6 @@ def _verify_unigrams(data_dir: Path, manifest: Manifest, counts: np.ndarray) -> 
         return []
     token = int(np.argmax(stored != counts))
     return [
-        f"unigrams.npy: token {token} counted {stored[token]} times, the training rows hold "
-        f"{counts[token]}"
+        f"unigrams.npy: count of token {token} is {stored[token]}; expected {counts[token]}, as in "
+        "the training rows"
     ]

@@ -17,14 +17,14 @@ from typing import Any
 
 from electra_ds.common.errors import UserError
 
-OnProgress = Callable[[int], None]  # receives an amount of work that was finished since the last
+OnProgress = Callable[[int], None]  # receives the amount of work finished since the last call
 Task = Callable[[Any, OnProgress], dict]  # (input, on_progress) -> result
 # (task, inputs, on_total) -> results in the order of the inputs. on_total receives the sum of the
 # amounts of all tasks.
 Run = Callable[[Task, list, Callable[[int], None]], list[dict]]
 Progress = Callable[[str, int, int], None]  # receives (stage, done, total)
 
-GRACE = 5  # seconds that a worker has to clean up
+GRACE = 5  # seconds until a worker that does not end is killed
 # Seconds between two polls of the pipes. A blocking receive of MPI would keep a core busy.
 PAUSE = 0.005
 
@@ -53,12 +53,15 @@ class Rank:
         self._rank = rank
 
     def poll(self) -> bool:
+        """Whether a message of the rank can be received without waiting."""
         return self._world.iprobe(source=self._rank)
 
     def send(self, value: object) -> None:
+        """Send a picklable value to the rank."""
         self._world.send(value, self._rank)
 
     def recv(self) -> Any:
+        """Wait for a value of the rank and return it. Raises EOFError after its `close`."""
         _wait_for_messages([self])
         message = self._world.recv(source=self._rank)
         if message is None:  # sent by `close`
@@ -66,6 +69,7 @@ class Rank:
         return message
 
     def close(self) -> None:
+        """Tell the rank that no more values follow."""
         self.send(None)
 
 
@@ -77,8 +81,8 @@ def mpi_ranks(world: Any) -> Iterator[list[Rank] | None]:
     """Yield the other ranks, for `pool`, on rank 0 of an MPI communicator, and None on the others.
 
     world: communicator of mpi4py, or None for a single process (yields [])
-    On the other ranks, entering runs tasks of rank 0 and returns when rank 0 leaves the context. If
-    rank 0 fails, its process must end the others (MPI_Abort).
+    On the other ranks, entering the context runs the tasks of rank 0 until rank 0 leaves it. If
+    rank 0 raises, its process must end the other ranks (MPI_Abort).
     """
     if world is None:
         yield []
@@ -164,8 +168,8 @@ def _distribute(
             messages = [(pipe, pipe.recv()) for pipe in _wait_for_messages(list(running))]
         except (EOFError, OSError):
             raise UserError(
-                "a worker process was killed (out of memory?); the same command resumes from what "
-                "is finished, fewer --workers take less memory"
+                "a worker process was killed, possibly for lack of memory; the same command "
+                "resumes; fewer --workers need less memory"
             ) from None
         for pipe, message in messages:
             if isinstance(message, Exception):

@@ -1,6 +1,6 @@
 """Pretraining of text encoders by replaced token detection (ELECTRA) on DeepSpeed.
 
-The public names are loaded at first use, so importing this package loads no torch.
+Public names are imported at their first use, so `import electra_ds` does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

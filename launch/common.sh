@@ -42,14 +42,14 @@ begin() {
 
 ranks_here() { count RANKS "${RANKS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
 count() { # NAME VALUE: print a positive integer; bash arithmetic would execute PATH[$(...)]
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || { say "$1='$2' is not a positive integer"; exit 2; }
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || { say "$1='$2': expected a positive integer"; exit 2; }
     echo "$2"
 }
 free_port() { "$PYTHON" -c 'from electra_ds.common.processes import free_port; print(free_port())'; }
 
 # The exit code of a launcher is not reliable: mpirun may return 0 although a rank failed, and srun may
-# return a signal although everything is saved. Therefore the files of rank 0 decide. For a run that was
-# finished before this attempt, the launcher's code decides.
+# return a signal although everything is saved. Therefore the exit code is derived from the files of rank 0.
+# For a run that was finished before this attempt, the exit code of the launcher is used.
 judge() {
     # Files at a URL are not visible here.
     case $out in *://*) [ "$1" -ne 0 ] || { say "$out is finished"; exit 0; } ;; esac

@@ -16,12 +16,12 @@ while read -r host slots; do
     fi
     hosts+=${hosts:+,}$host ranks=$((ranks + ${slots#slots=}))
 done < <(tr '\r' '\n' < "$hostfile" | sed -e 's/#.*//' -e '/^[[:space:]]*$/d')
-[ -n "$hosts" ] || { say "no nodes in HOSTFILE '$hostfile'"; exit 2; }
-# The remote shells parse these again.
+[ -n "$hosts" ] || { say "HOSTFILE '$hostfile' contains no nodes; expected lines such as 'node1 slots=8'"; exit 2; }
+# The remote shells parse these words a second time.
 for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-.}" "${MASTER_ADDR:-.}" "${STAGE:-.}" "$@"; do
     if ! [[ $word =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
         say "'$word' cannot be passed through ssh: only letters, digits and _@+=:,./- can." \
-            "Write other values into a RUN.json instead of --set"
+            "Write such values into a RUN.json instead of --set"
         exit 2
     fi
 done
@@ -33,7 +33,7 @@ while IFS= read -r -d '' line || [ -n "$line" ]; do # DeepSpeed exports these
         exit 2
     fi
 done < <(env -0 | grep -zE '^(PYTHON|MLFLOW|MV2|UCX|NCCL)'; cat -- "$HOME/$variables" "$variables" 2> /dev/null | tr '\n' '\0')
-# ssh to a node that does not answer ends after 3 x 10 s; otherwise pdsh would wait forever.
+# End ssh to a node that does not answer after 3 x 10 s; otherwise pdsh waits without limit.
 export PDSH_RCMD_TYPE=ssh
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} STAGE=${STAGE:-} bash $here/health.sh $data"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check a node before its ranks start: bash launch/health.sh DATA
-# Prints one line with the node's name for each problem, with exit code 1. A bad node that is found
-# later costs the whole job. With STAGE=FOLDER on the node's own disk, DATA (a folder or a URL) is
+# Prints one line with the node's name for each problem; the exit code is then 1. A bad node that is not
+# found here would end the whole job later. With STAGE=FOLDER on the node's own disk, DATA (a folder or a URL) is
 # copied there first if it is missing.
 set -uo pipefail
 # mpirun starts this script once per rank; the first rank of a node checks it.
@@ -21,7 +21,7 @@ esac || complain "cannot read $file; expected as --data a folder that prepare wr
     "or a MIX.json of several folders, visible on all nodes"
 [ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 65536 ] || complain "less than 64 MiB left in /dev/shm"
 if command -v nvidia-smi > /dev/null; then
-    timeout 60 nvidia-smi > /dev/null || complain "nvidia-smi fails: drain the node or reset its GPUs"
+    timeout 60 nvidia-smi > /dev/null || complain "nvidia-smi fails; drain the node or reset its GPUs"
 fi
 timeout 300 "${PYTHON:-python}" -c 'import torch, electra_ds
 for index in range(torch.cuda.device_count()): torch.ones(1, device=f"cuda:{index}").item()' > /dev/null ||

@@ -54,7 +54,7 @@ run electra-ds detect "$out/run" "Return the number of elements because the list
 
 cat <<END
 
-What next:
+Next steps:
   curves        .venv/bin/tensorboard --logdir $out/run/tensorboard
   your text     bash launch/quickstart.sh --input 'my/*.txt' --out runs/mine
   a real model  .venv/bin/electra-ds check small --world-size 8, then prepare with --sequence-length 128 (README)

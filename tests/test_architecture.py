@@ -1,4 +1,4 @@
-"""Import rules of the rooms: one way only; one file imports deepspeed; data_tools never imports torch."""
+"""Import rules: one direction between rooms, deepspeed in one file, no torch in data_tools."""
 
 import ast
 import os
@@ -20,14 +20,14 @@ RULES["cli"] = {*RULES, "interop"}
 
 
 def room_of(path):
-    """data of electra_ds/data/loader.py; data_tools of everything in data_tools/; electra_ds of its top level."""
+    """Room of a file: `data` for electra_ds/data/loader.py, `electra_ds` for the top level."""
     first, second, *_ = *path.relative_to(ROOT).with_suffix("").parts, ""
     inside = path.parent != ROOT / "electra_ds"
     return second if first == "electra_ds" and inside else first
 
 
 def imports(source):
-    """(full name, line) of everything imported anywhere in the source, inside functions too."""
+    """(full name, line) of all imports in the source, also inside functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -56,7 +56,7 @@ def own_imports(path):
 
 
 def imports_when_run(path):
-    """First names of what a file imports when it runs: what stands below `if TYPE_CHECKING` is for readers."""
+    """Top-level names that a file imports at run time, without those below `if TYPE_CHECKING`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -65,7 +65,7 @@ def imports_when_run(path):
 
 
 def importers(package):
-    """Files that import a foreign package, wherever the import stands."""
+    """Files that import a package of others anywhere, also inside functions."""
     found = {
         path
         for path in sources()
@@ -93,8 +93,8 @@ def test_imports_between_rooms_go_one_way(path):
         assert allowed, f"{path.relative_to(ROOT)}:{line}: room {here} imports {name}"
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    """Imports at the top of modules form no circle."""
+def test_imports_have_no_cycle():
+    """Top-level imports have no cycle."""
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sources()}
     below = {
         name: {
@@ -120,13 +120,13 @@ def test_no_module_imports_itself_by_way_of_others():
         visit(module)
 
 
-def test_deepspeed_and_transformers_have_one_door_each():
+def test_deepspeed_is_imported_by_one_file_and_transformers_by_one_room():
     assert importers("deepspeed") == {"electra_ds/training/engine.py"}
     assert all(path.startswith("electra_ds/interop/") for path in importers("transformers"))
-    assert "electra_ds/model/encoder.py" in importers("torch")  # the search finds what is there
+    assert "electra_ds/model/encoder.py" in importers("torch")  # importers() finds imports
 
 
-def test_kernels_import_torch_alone():
+def test_kernels_import_only_torch():
     for path in (ROOT / "electra_ds" / "model" / "kernels").glob("*.py"):
         foreign = {name.split(".")[0] for name, _ in imports(path.read_text())}
         assert foreign <= {"torch", "electra_ds", *sys.stdlib_module_names}, path
@@ -163,7 +163,7 @@ def test_the_data_tools_start_without_torch():
     assert "data_tools.prepare" in loaded and not loaded & {"torch", "deepspeed", "transformers"}
 
 
-def test_importing_the_package_imports_next_to_nothing():
+def test_importing_the_package_imports_no_large_package():
     loaded = modules_after("import electra_ds")
     assert not loaded & {"torch", "numpy", "pydantic", "deepspeed", "transformers", "typer"}
     assert len((ROOT / "electra_ds" / "__init__.py").read_text().splitlines()) < 40

@@ -33,7 +33,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def texts() -> list[Path]:
-    """The files that a person reads, without this one, which holds the words to find."""
+    """Files with text for readers, except this one, which contains the words to find."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "launch").iterdir()]
     files = [*sources(*CODE), *(path for path in sorted(pages) if path.is_file())]
     return [path for path in files if path != Path(__file__).resolve()]
@@ -159,7 +159,7 @@ def test_no_module_docstring_begins_with_a_question() -> None:
     )
 
 
-def test_texts_refer_to_pages_of_the_repository_alone() -> None:
+def test_texts_refer_only_to_pages_of_the_repository() -> None:
     none_found(
         f"{path}: {match[0]}"
         for path in texts()

@@ -32,8 +32,8 @@ def detect_format(name: str, head: bytes, wanted: str = "auto") -> str:
         return "arrow"
     if wanted == "webdataset":
         raise UserError(
-            f"{name}: not a tar, and --format webdataset reads only tars; prepare it by itself and "
-            "train on both with --data MIX.json"
+            f"{name}: not a tar; --format webdataset expects tars only; prepare this file "
+            "separately, and train on both data folders with --data MIX.json"
         )
     if wanted != "auto":
         return wanted

@@ -1,4 +1,4 @@
-"""Documents of one input file, from any byte range of it, whatever its format.
+"""Documents of one input file in any format, from any byte range.
 
 A document belongs to the range in which its first line starts (for parquet: its row group), so
 ranges that cut a file anywhere give each document exactly once. Lines that cannot be read are left
@@ -20,7 +20,7 @@ from data_tools.inputs import docstring_corpus, hub
 from data_tools.inputs.streams import content_of, fingerprint, open_input
 from electra_ds.common.errors import UserError
 
-PROGRESS_BYTES = 1 << 18  # bytes between two calls of on_progress
+PROGRESS_BYTES = 1 << 18  # least bytes between two calls of on_progress
 
 
 def documents(
@@ -34,6 +34,7 @@ def documents(
 ) -> Iterator[str]:
     """Yield the texts of the documents that start in bytes [start, end) of a file.
 
+    text_field:  field of JSONL, column of a table, or text of webdataset samples
     tally:       counts the lines read
     on_progress: receives bytes read; the amounts add up to end - start
     Raises UserError with file and offset when a compressed file, a tar, a parquet or an arrow file
@@ -104,8 +105,8 @@ def _check_unchanged(source: Source, raw: BufferedReader, *, whole: bool) -> Non
         size, digest = raw.seek(0, os.SEEK_END), source.digest
     if (size, digest) != (source.size, source.digest):
         raise UserError(
-            f"{source.name}: changed since the start: {size} bytes, {source.size} then; give "
-            "another --out, and files that stay as they are"
+            f"{source.name}: changed since the start: {size} bytes, {source.size} then, or "
+            "other first bytes; expected files that do not change; give another --out"
         )
     raw.seek(0)
 

@@ -32,7 +32,7 @@ def read_jsonl(
 
 
 def _error_class(line: bytes, error: Exception) -> str:
-    """The class under which a line that is no JSON is counted."""
+    """Return the class of bad lines to which a line that is not JSON belongs."""
     if len(line) >= LONGEST_LINE:
         return f"longer than {LONGEST_LINE >> 20} MiB"
     return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"

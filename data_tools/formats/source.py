@@ -13,7 +13,7 @@ from data_tools.inputs.streams import COMPRESSED
 
 # The <unk> of WikiText: a noncharacter that no text contains, so every vocabulary maps it to [UNK].
 UNKNOWN = "\ufdd0"
-LOCATIONS = 20  # bad lines with a location that is kept for messages
+LOCATIONS = 20  # most locations of bad lines that are kept for messages
 LONGEST = 4 << 20  # about the bytes of the longest document; longer texts become several documents
 TO_THE_END = 1 << 62  # end of the range that covers a whole stream
 

@@ -24,7 +24,7 @@ def read_table(
 ) -> Iterator[str]:
     """Yield the column `text_field` of a table's rows.
 
-    Of parquet, the row groups that begin in bytes [start, end) are read; of arrow, the whole file.
+    In parquet, the row groups that begin in bytes [start, end) are read; in arrow, the whole file.
     Raises UserError when the file is broken, compressed or in a tar, when it has no such column of
     text, and when pyarrow is not installed.
     """
@@ -96,7 +96,7 @@ def _arrow_batches(content: BufferedReader) -> tuple[list[str], Batches]:
     else:
         content.seek(-8, os.SEEK_END)
         if content.read() != ARROW[1] + bytes(4):  # pyarrow accepts a stream without an end mark
-            raise ArrowInvalid("it ends without its mark")
+            raise ArrowInvalid("the stream has no end mark")
         content.seek(0)
         table = batches = ipc.open_stream(content)
     return table.schema.names, ((content.tell(), batch) for batch in batches)

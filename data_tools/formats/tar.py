@@ -1,6 +1,6 @@
 """Reader of tar archives of files, and of webdataset samples with a text.
 
-The members may have any of the formats, also that of a tar.
+The members may have any format, including tar.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from electra_ds.common.errors import UserError
 
 
 class TarHeader(tarfile.TarInfo):
-    """A checked tar header. tarfile treats a damaged or missing one as the archive's end."""
+    """A tar header that raises ReadError if it is damaged; tarfile would end the archive there."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> TarHeader:
@@ -89,7 +89,8 @@ def _read_tar(
     if not has_text:
         raise UserError(
             f"{source.name}: nothing for --text-field {text_field}, the last member is {name}; "
-            "expected the extension of one with text, or of JSON and its field (txt, json.text)"
+            "expected the extension of a text member (txt), or of a JSON member with a field "
+            "(json.text)"
         )
 
 

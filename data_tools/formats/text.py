@@ -22,14 +22,14 @@ Line = tuple[int, bytes]  # (offset in the content, line)
 def read_lines(content: BufferedReader, start: int, longest: int) -> Iterator[Line]:
     """Yield (offset, line) from the first line that starts at byte `start` or later.
 
-    A line of more than `longest` bytes comes in parts, which cut no UTF-8 character.
+    A line of more than `longest` bytes is yielded in parts. No UTF-8 character is cut.
     """
     offset = _seek_line(content, start) if start else 0
     begins_line = True
     while line := content.readline(longest):
         while longest <= len(line) < longest + _UTF8_CONTINUATION and _continues(content):
             line += content.read(1)
-        if begins_line or line.strip():  # the white end of a long line is no blank line
+        if begins_line or line.strip():  # the end of a divided line is not a blank line
             yield offset, line if offset else line.removeprefix(b"\xef\xbb\xbf")
         offset += len(line)
         begins_line = line.endswith(b"\n")
@@ -38,7 +38,7 @@ def read_lines(content: BufferedReader, start: int, longest: int) -> Iterator[Li
 def read_text(
     source: Source, content: BufferedReader, start: int, end: int, _: str, tally: Tally
 ) -> Iterator[str]:
-    """Yield documents that end at a blank line; for the format text_file, the whole file."""
+    """Yield documents, which end at a blank line; for text_file, the whole file is one document."""
     whole_file = source.format == "text_file"
     previous_blank = start == 0 or _blank_before(content, start)
     document: list[Line] = []
@@ -60,7 +60,7 @@ def read_text(
 def read_wikitext(
     source: Source, content: BufferedReader, start: int, end: int, _: str, tally: Tally
 ) -> Iterator[str]:
-    """Yield the articles; text before the first title is a document of its own."""
+    """Yield the articles. Text before the first title is a separate document."""
     document: list[Line] = []
     inside = start == 0
     previous_blank = start == 0 or _blank_before(content, start)

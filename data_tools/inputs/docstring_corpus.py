@@ -33,7 +33,7 @@ SKIPPED_FOLDERS = {
 MIN_PARAGRAPH = 6  # words
 MIN_DOCUMENT = 200  # characters
 MIN_PLAIN = 0.8  # share of a paragraph's words that consist of letters
-MIN_QUOTED = 0.05  # share of a source in triple quotes; with less it is not parsed
+MIN_QUOTED = 0.05  # least share of a source in triple quotes; with less it is not parsed
 TOPICS = "pydoc_data/topics.py"  # a dictionary: topic -> text of the language reference
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _ROLE = re.compile(r":[\w:.+-]+:`~?([^`<]*?)(?: ?<[^`>]*>)?`")  # :class:`~a.b.C` -> a.b.C
@@ -110,7 +110,7 @@ def paragraphs(docstring: str) -> Iterator[str]:
     A paragraph is a run of lines of equal indentation that holds no code.
     """
     run: list[str] = []
-    indent: int | None = None  # None after the first line of a list item: its second line decides
+    indent: int | None = None  # None after the first line of a list item; the next line sets it
     for line in [*inspect.cleandoc(docstring).split("\n"), ""]:
         text = line.strip()
         depth = len(line) - len(line.lstrip())

@@ -1,4 +1,4 @@
-"""Hugging Face datasets as inputs, of the hub or in a folder, streamed by the `datasets` library.
+"""Hugging Face datasets as inputs, from the hub or a folder, streamed by the `datasets` library.
 
 A dataset is named `dataset:NAME?config=C&split=S&revision=R`; the default split is train. No code
 of a dataset is run: the versions of the library that the extra [hf] requires cannot run it.
@@ -26,7 +26,8 @@ def find_shards(given: str) -> list[tuple[str, str, int, str, str]]:
 
     The name holds no path of this machine. The path holds the revision that the hub has now, so
     all shards are read from one revision. The digest is that of the names, sizes and first bytes of
-    the split's files; the size is the mean over the shards.
+    the split's files; the size is the mean over the shards. Raises UserError for an invalid name or
+    option; errors of the library are raised as they are.
     """
     name, options = _parse(given)
     label = name

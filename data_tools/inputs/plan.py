@@ -93,7 +93,7 @@ def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = 
 def readable(name: str, extra: str = "remote") -> Iterator[None]:
     """Turn the errors of reading from `name` into UserError.
 
-    extra: the extra of this package that installs a missing library
+    extra: the extra of electra_ds (`pip install 'electra_ds[...]'`) with the library that it needs
     """
     try:
         yield
@@ -101,7 +101,7 @@ def readable(name: str, extra: str = "remote") -> Iterator[None]:
         raise
     except Exception as error:  # each file system raises its own types
         install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
-        # fsspec's http file system reports every error as a missing file, with the true cause.
+        # fsspec's http file system raises FileNotFoundError for every error, with the true cause.
         cause = error.__cause__ or error
         raise UserError(
             f"{name}: cannot be read ({type(cause).__name__}: {cause}){install}"
@@ -142,7 +142,7 @@ def _local_files(path: str, parents: tuple[str, ...] = ()) -> list[str]:
         return [real]
     if not os.path.isdir(real):
         raise UserError(
-            f"{path}: neither a file nor a folder, or a link to nothing; expected text; remove it"
+            f"{path}: neither a file nor a folder, or a link to nothing; expected a file; remove it"
         )
     if real in parents:
         return []
@@ -153,7 +153,7 @@ def _local_files(path: str, parents: tuple[str, ...] = ()) -> list[str]:
 
 
 def _remote_files(given: str) -> list[str]:
-    """Return the URLs of the files of a URL. A folder ends with a slash; `*` makes a glob."""
+    """Return the URLs of the files of a URL: a folder if it ends with a slash, a glob with `*`."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(given)

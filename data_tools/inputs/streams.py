@@ -20,7 +20,7 @@ URL_BUFFER = 1 << 20  # bytes
 
 
 def open_input(path: str) -> io.BufferedReader:
-    """Open a local file, or a URL that fsspec knows, for reading. The result is seekable."""
+    """Open a local file, or a URL that fsspec supports, for reading. The result is seekable."""
     if "://" not in path:
         return open(path, "rb")
     import fsspec
@@ -53,7 +53,7 @@ class _Decompressed(io.RawIOBase):
         self.raw = raw
         self.name = name
         self.suffix = Path(name).suffix
-        self.stream: Any = None  # the decompressor of the present stream
+        self.stream: Any = None  # the decompressor of the current stream
         self.pending = b""  # decompressed bytes that are not yet returned
         self.returned = 0  # bytes of content returned so far
 

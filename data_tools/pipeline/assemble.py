@@ -38,7 +38,7 @@ UNIT_DOCUMENT = np.dtype([("unit", "<u4"), ("entry", DOCUMENT)])
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard, and everything that decides its bytes beside the units."""
+    """A shard, with all settings that determine its bytes; the units are the other input."""
 
     split: str
     shard: int
@@ -47,7 +47,7 @@ class ShardTask:
     units_folder: str
     work: str  # folder of markers and of duplicates.npy
     out: str  # data folder
-    plan_sha256: str  # of units and packing together
+    plan_sha256: str  # fingerprint of the settings of units and packing
     settings: Settings
     vocab_size: int
     special_ids: SpecialIds
@@ -112,12 +112,13 @@ def assemble_shard(task: ShardTask, on_progress: OnProgress) -> dict:
 def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     """Return a shard's documents in the order of their keys.
 
-    Returns ([D] UNIT_DOCUMENT, ids [.] of these documents one after the other, with line ends).
+    Returns (table [D] UNIT_DOCUMENT; ids of these documents, concatenated in this order, 1-d in
+    ids_dtype, with a [SEP] after each line).
     """
     tables = _shard_tables(task)
     unit_ends = np.cumsum([len(table) for table in tables])
     joined = np.concatenate(tables)
-    del tables  # takes as much memory
+    del tables  # as large as `joined`
     entries = joined["entry"]
     by_key = np.lexsort((entries["document"], joined["unit"], entries["key"]))
     lengths = entries["stored"].astype(np.int64)
@@ -156,9 +157,9 @@ def _pack(task: ShardTask) -> PackedShard:
     table, stored = collect(task)
     if not len(table):
         raise UserError(
-            f"shard {task.shard} of {task.shards} of the {task.split} split would hold no "
-            "document: they are too long; expected a blank line between documents (or JSONL, or "
-            "<doc> blocks)"
+            f"shard {task.shard} of {task.shards} of split {task.split} has no document, because "
+            "the documents are too long; expected a blank line between documents, JSONL, or <doc> "
+            "blocks"
         )
     special = task.special_ids
     line_lengths, document_lines = _line_lengths(table, stored, special)

@@ -15,10 +15,10 @@ import numpy as np
 
 from electra_ds.common.errors import UserError
 
-# Characters without text; tab and line feed are not among them.
+# Characters that are removed: controls except \x09 to \x0d, zero-width space, BOM, U+FFFD.
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]")
 SHINGLE = 5  # tokens
-SLOTS = 128  # of a signature: a similarity of 0.8 is estimated with a standard error of <= 0.035
+SLOTS = 128  # slots of a signature; a similarity of 0.8 is estimated with a standard error of 0.035
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd factor that spreads the bits of a number over 64
 
 
@@ -84,7 +84,7 @@ def signatures(documents: Sequence[np.ndarray]) -> np.ndarray:
     documents: token ids of each document
     The share of equal slots estimates the Jaccard similarity of two sets of shingles. A shingle is
     SHINGLE consecutive tokens; one starts at each token, and those at the end are filled with
-    zeros. The slots are the low halves of rensa's.
+    zeros. A slot is the low 16 bits of a 32-bit slot of rensa.
     """
     ids = np.concatenate(documents)
     ends = np.cumsum([len(document) for document in documents])

@@ -20,9 +20,9 @@ from data_tools.workers import OnProgress, Run
 
 NO_DUPLICATES = np.empty((0, 2), np.int64)
 HASHES_AT_ONCE = 4 << 20  # documents compared at a time, 104 bytes each
-MISSED = 0.01  # share of the pairs with the threshold's similarity that may have no band in common
-LEADERS = 8  # documents of a group with which all others of it are compared, at most
-# Documents grouped at a time: 48 MB, and 256 bytes for each that shares its band with another.
+MISSED = 0.01  # share of the pairs at the threshold that may have no band in common
+LEADERS = 8  # most documents of a group that all its later documents are compared with
+# Documents grouped at a time: 48 MB, and 256 bytes for each one in a group of two or more.
 AT_ONCE = 2 << 20
 NUMBER_BITS = np.uint64(32)
 NUMBER_MASK = np.uint64(0xFFFFFFFF)
@@ -33,8 +33,8 @@ def find_duplicates(folder: str, units: int, on_total: Callable[[int], None]) ->
 
     folder, units: folder and number of the tokenized units
     on_total:      receives the number of documents done so far
-    Columns are (unit, document). Equal ranges of hashes are searched one after the other, so memory
-    is limited to that of about HASHES_AT_ONCE documents.
+    Columns are (unit, document). The hashes are divided into equal ranges that are searched one
+    after the other, so that memory holds about HASHES_AT_ONCE documents.
     """
     total = sum(len(read_table(folder, unit)) for unit in range(units))
     ranges = -(-total // HASHES_AT_ONCE) or 1
@@ -126,7 +126,7 @@ def _removed_documents(pairs: np.ndarray) -> np.ndarray:
     """
     removed = [np.empty(0, np.uint64)]
     while len(pairs):
-        # No remaining pair has these first documents as its later one, so they stay.
+        # A first document that is not the later document of any remaining pair stays.
         stays = ~np.isin(pairs[:, 0], pairs[:, 1])
         removed.append(np.unique(pairs[stays, 1]))
         pairs = pairs[~np.isin(pairs, removed[-1]).any(axis=1)]
@@ -145,10 +145,11 @@ def similar_pairs(
 ) -> dict:
     """Find pairs of documents that agree in a band and reach the threshold.
 
-    Returns {"pairs": [n, 2] uint64}, the earlier document first. Only documents are considered
-    that have their first slot of the band in the given one of `parts` equal ranges of values. Each
-    document is compared with the first of its group; those that are not similar form a group again,
-    up to LEADERS times.
+    Returns {"pairs": [n, 2] uint64}, the earlier document first. The values of a slot are divided
+    into `parts` equal ranges; only documents with their first slot of the band in range number
+    `part` are compared. Documents with equal slots in the band form a group. Each document is
+    compared with the first one of its group; those that are not similar form a new group, up to
+    LEADERS times.
     """
     entries = _band_entries(folder, units, excluded, parts, band, part)
     _, group, sizes = np.unique(entries[:, 0], return_inverse=True, return_counts=True)

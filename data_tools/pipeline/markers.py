@@ -41,8 +41,8 @@ def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) ->
 
     marker: file in the folder that holds its settings
     wanted: all settings of this call
-    fixed:  those of them that a new folder is marked with at once; the others may change until they
-            are written
+    fixed:  the part of `wanted` that is written into a new folder; the caller writes the other
+            settings later, and until then they may change
     Raises UserError when the folder has files but no marker, and when settings differ.
     """
     folder = marker.parent
@@ -74,10 +74,10 @@ def _difference(stored: Any, wanted: Any) -> str:
     if isinstance(stored, list) and isinstance(wanted, list):
         pairs = zip_longest(stored, wanted)
         stored, wanted = next(pair for pair in pairs if pair[0] != pair[1])
-    return f"{_shorten(stored)} there, {_shorten(wanted)} given"
+    return f"found {_shorten(stored)}, expected {_shorten(wanted)}"
 
 
 def _shorten(value: Any) -> str:
-    """Return a value as JSON, cut if it is long."""
+    """Return a value as JSON, truncated if it is long."""
     text = json.dumps(value)
     return text if len(text) < _SHOWN + 10 else f"{text[:_SHOWN]}..."

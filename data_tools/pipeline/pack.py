@@ -1,7 +1,8 @@
 """Packing of documents into rows, as pure functions of lengths. No packing drops a token.
 
-A fragment is a stretch of one document's tokens in one row. Its start and length count text tokens,
-without the [CLS] and [SEP] around it. Letters: D documents, F fragments, n rows, S sequence.
+A fragment is a contiguous part of one document in one row. Its start is the column of its first
+text token (the [CLS] of a row is column 0), its length is the number of its text tokens. Letters: D
+documents, F fragments, n rows, S sequence.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ import numpy as np
 from electra_ds.common.special_ids import SpecialIds
 
 PACKINGS = ("best_fit", "concat", "google", "as_rows")
-SHORTEST_FREE = 3  # [CLS] token [SEP]: less free space of a row is padding
+SHORTEST_FREE = 3  # least free space that is filled: [CLS] token [SEP]; less becomes padding
 # Probabilities of the authors' code for rows without B and for shorter targets.
 SINGLE_SEGMENT = 0.1
 SHORT_TARGET = 0.05
 SHORTEST_TARGET = 5  # tokens
-FILLED_AT_ONCE = 1 << 16  # at most so many tokens, so that index arrays stay in the cache
+FILLED_AT_ONCE = 1 << 16  # most tokens filled at a time, so that index arrays fit in the cache
 
 
 class Layout(NamedTuple):
     """Rows before their token ids are filled in."""
 
     rows: int
-    fragments: np.ndarray  # [F, 5] int64: row, start, length, document, token
+    fragments: np.ndarray  # [F, 5] int64: row, start, length, document, first token in the document
     cls: np.ndarray  # [.] int64, positions row * S + column of the [CLS]
     sep: np.ndarray  # [.] int64, positions of the [SEP]
 
@@ -39,8 +40,8 @@ def lay_out(
 ) -> Layout:
     """Place documents into rows of `width` tokens.
 
-    line_lengths:   tokens of each line, the lines of all documents one after the other
-    document_lines: [D] number of lines of each document
+    line_lengths:   [lines] int64 tokens of each line, over all documents in order
+    document_lines: [D] int64 number of lines of each document
     uniforms:       [uniforms_needed(...)] random numbers in [0, 1), for google only
     """
     line_ends = np.concatenate([[0], np.cumsum(line_lengths, dtype=np.int64)])
@@ -136,9 +137,9 @@ def google(
 ) -> Layout:
     """Build rows [CLS] A [SEP] B [SEP] from lines as the authors' code does.
 
-    A row takes tokens up to a target. A ends with the first line that reaches about half of it, B
-    is the rest. Some rows have no B, some a shorter target. Rows never cross documents. Unlike in
-    the authors' code, text that does not fit starts the next row.
+    A row takes text tokens up to a target length. A ends with the first line that reaches about
+    half of it; B is the rest. Some rows have no B, and some have a shorter target. A row contains
+    one document only. Unlike in the authors' code, text that does not fit starts the next row.
 
     uniforms: see `uniforms_needed`
     """

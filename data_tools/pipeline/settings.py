@@ -1,4 +1,4 @@
-"""Settings that decide the bytes of a data folder, apart from the input and the tokenizer."""
+"""Settings that, with input and tokenizer, determine the bytes of a data folder."""
 
 from __future__ import annotations
 

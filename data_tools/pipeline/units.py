@@ -9,8 +9,8 @@ The files of a unit depend on the unit and the settings only:
     unit-000003.unknowns       counts of unknown words
     unit-000003.json           the marker, written last
 
-Within a run of at most RUN_TOKENS ids, documents are sorted by their shuffle key. Any range of
-keys, for any number of shards, is therefore one stretch per run. Letters: D documents.
+Within a run of at most RUN_TOKENS ids, documents are sorted by their shuffle key. The documents in
+any range of keys are therefore contiguous in each run. Letters: D documents.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from electra_ds.common.plugins import load_function
 from electra_ds.data.shard_format import ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
-# What cleaning counts, in the order of its steps.
+# Keys of the counts of cleaning, in the order of its steps.
 REMOVED = ("control_characters", "repeated_lines", "too_short", "filtered")
 BATCH_CHARS = 4 << 20  # characters that are tokenized at a time
 RUN_TOKENS = 32 << 20  # ids held in memory at a time
-DOCUMENT_TOKENS = 128  # ids that take the memory of a document's other data, about 350 bytes
-KEYS = 1 << 64  # shuffle keys and hashes are numbers below it
+DOCUMENT_TOKENS = 128  # memory of a document's other data (about 350 bytes), counted in ids
+KEYS = 1 << 64  # shuffle keys and hashes are less than this
 DOCUMENT = np.dtype(
     [
         ("key", "<u8"),  # shuffle key: position in the shuffled corpus
@@ -64,7 +64,7 @@ tokenizers: dict[str, Tokenizer] = {}
 
 @dataclass(frozen=True)
 class UnitTask:
-    """A unit, and everything that decides its files."""
+    """A unit, with all settings that determine its files."""
 
     number: int
     unit: Unit
@@ -170,7 +170,7 @@ def _cleaned(
         except Exception as error:  # the user's function may raise anything
             raise UserError(
                 f"{source.name}: keep = {settings.keep!r} raised {type(error).__name__}: {error}; "
-                f"document {number} of unit {task.number}, it begins {lines[0][:60]!r}"
+                f"document {number} of unit {task.number} begins with {lines[0][:60]!r}"
             ) from error
         if kept:
             yield number, lines
@@ -247,7 +247,7 @@ class UnitWriter:
         self.task = task
         self.key_prefix = f"{task.settings.seed}/{task.number}/"
         self.files = unit_files(task.folder, task.number)
-        self.files.marker.unlink(missing_ok=True)  # existing files are not whole
+        self.files.marker.unlink(missing_ok=True)  # existing files may be incomplete
         self.paths = [self.files.ids]
         if task.settings.near_duplicates:
             self.paths.append(self.files.signatures)
@@ -256,7 +256,7 @@ class UnitWriter:
         ]
         self.streams = [open(path, "wb") for path in self.temporaries]  # noqa: SIM115 (see __exit__)
         self.written = 0  # ids in finished runs
-        self.run_tokens = 0  # ids of the present run
+        self.run_tokens = 0  # ids of the current run
         self.run: list[tuple[int, EncodedDocument]] = []  # (shuffle key, document)
         self.tables: list[np.ndarray] = []  # of finished runs, each [documents] DOCUMENT
 

@@ -20,15 +20,16 @@ from electra_ds.data.tokenizer import Tokenizer
 FIRST_TOKENS = 1 << 13
 SHARE = 256
 WORD_CHARS = 100  # longer words are cut
-MAX_WORDS = 1 << 18  # different words in memory, of one unit and of their sum
-MOST_FREQUENT = 100
+MAX_WORDS = 1 << 18  # most distinct words in memory, for one unit and for the sum of all units
+MOST_FREQUENT = 100  # words in the manifest
 
 
 class Unknowns:
     """The unknown words of one unit, counted in lines that hold [UNK].
 
     Such lines are tokenized a second time, so only a share of the text is examined. If the
-    vocabulary fits the text, these are nearly all such lines. The counts depend on the unit alone.
+    vocabulary fits the text, nearly all such lines are examined. Only the unit determines the
+    counts.
     """
 
     def __init__(self) -> None:

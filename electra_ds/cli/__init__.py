@@ -4,7 +4,7 @@ import os
 import traceback
 
 # isort: off
-# The verbs stand in --help in the order of these imports.
+# --help lists the verbs in the order of these imports.
 from electra_ds.cli import data, train, evaluate, finetune, transfer  # noqa: F401
 
 # isort: on

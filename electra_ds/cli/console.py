@@ -28,7 +28,7 @@ def root() -> None:
 def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
     """Print a table over the terminal's whole width; long cells continue on the next line.
 
-    head: titles of the columns; empty: none are shown.
+    head: titles of the columns; if it is empty, the table has no header.
     """
     from rich.console import Console
     from rich.table import Column, Table
@@ -45,11 +45,11 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) 
 def leave(code: int, error: str = "") -> NoReturn:
     """Print an error and end the process with this exit code.
 
-    An ordinary exit could hang or change the code: threads of gloo or NCCL may wait for ranks that
-    are gone, or abort after all work is done.
+    An ordinary exit could hang or change the exit code, because threads of gloo or NCCL may wait
+    for ranks that have ended, or abort after the work is done.
     """
     for stream, text in ((sys.stdout, ""), (sys.stderr, error)):
-        with contextlib.suppress(OSError):  # the reader of the stream may be gone
+        with contextlib.suppress(OSError):  # the other end of the stream may be closed
             print(text, end="", file=stream, flush=True)
     mpi = sys.modules.get("mpi4py.MPI")
     if code in (1, 2) and mpi:  # otherwise srun leaves the other ranks waiting

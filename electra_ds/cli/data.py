@@ -1,6 +1,6 @@
 """Verbs of data: train-tokenizer, prepare, convert, stage, verify, stats, inspect.
 
-Imports stand inside each verb, so that `--help` is fast.
+Each verb imports its modules in its own body, so that `--help` is fast.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def prepare(
 ) -> None:
     """Write text as packed rows in WebDataset tar shards.
 
-    A share of the documents is held out. Runs alone, or under mpirun or srun.
+    A share of the documents is held out. Runs in one process, or on the ranks of mpirun or srun.
     """
     from data_tools.prepare import prepare
     from data_tools.stage import stage
@@ -113,8 +113,7 @@ def prepare(
 
     if ("://" in out) != (work is not None):
         raise UserError(
-            f"--out {out}, --work {work}: expected --work DIR together with a URL as --out, "
-            "and only then"
+            f"--out {out}, --work {work}: expected --work DIR exactly if --out is a URL"
         )
     ranks = find_ranks()
     otherwise = "prepare on one machine with --workers"
@@ -284,7 +283,7 @@ def inspect(
     ] = False,
     input: Annotated[
         list[str] | None,
-        typer.Option(help="The inputs of prepare: show how the source documents begin."),
+        typer.Option(help="The inputs of prepare: also show how each source document begins."),
     ] = None,
 ) -> None:
     """Show rows as text, with document boundaries."""

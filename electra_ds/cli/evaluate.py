@@ -1,6 +1,6 @@
 """Verbs of a trained model: evaluate, detect.
 
-Imports stand inside each verb, so that `--help` is fast.
+Each verb imports its modules in its own body, so that `--help` is fast.
 """
 
 import sys
@@ -53,7 +53,7 @@ def detect(
         Path | None, typer.Option(exists=True, dir_okay=False, help="File with the text to score.")
     ] = None,
     original: Annotated[
-        str | None, typer.Option(help="Original text; its scores are shown beside.")
+        str | None, typer.Option(help="Original text; its scores are shown in more columns.")
     ] = None,
     threshold: Annotated[
         float, typer.Option(help="Mark tokens with at least this probability.")
@@ -70,7 +70,7 @@ def detect(
     from electra_ds.evaluation.detect import Detector, table
 
     if text is not None and file is not None:
-        raise UserError("a TEXT and --file were both given; choose one")
+        raise UserError("TEXT and --file were both given; choose one of them")
     if text is None:
         try:
             text = (file.read_bytes() if file is not None else sys.stdin.buffer.read()).decode(
@@ -78,7 +78,7 @@ def detect(
             )
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{file or 'standard input'}: not UTF-8 at byte {error.start}; convert it first"
+                f"{file or 'standard input'}: byte {error.start} is not UTF-8; convert it"
             ) from None
     detector = Detector.load(model, tokenizer, trust_code)
     scores = detector(text)

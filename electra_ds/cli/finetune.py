@@ -1,6 +1,6 @@
 """Verbs of fine-tuning: finetune, predict, submit.
 
-Imports stand inside each verb, so that `--help` is fast.
+Each verb imports its modules in its own body, so that `--help` is fast.
 """
 
 from pathlib import Path
@@ -50,7 +50,7 @@ def finetune(
 ) -> None:
     """Fine-tune on GLUE or other tasks, with several seeds.
 
-    Runs alone or under any launcher. The same --out resumes.
+    Runs in one process or under any launcher. A call with the same --out resumes.
     """
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.finetuning.config import load_finetune

@@ -48,15 +48,15 @@ TrustCode = Annotated[
 ]
 TextField = Annotated[
     str,
-    typer.Option(help="Field of JSONL or column of a table; for webdataset txt or json.FIELD."),
+    typer.Option(help="Field of JSONL, or column of a table; for webdataset: txt or json.FIELD."),
 ]
 RepeatedLines = Annotated[
     bool,
-    typer.Option("--drop-repeated-lines", help="Keep the first of equal lines of a document."),
+    typer.Option("--drop-repeated-lines", help="Keep only the first of equal lines of a document."),
 ]
 NearDuplicates = Annotated[
     float | None,
-    typer.Option(help="Drop documents with this similarity to an earlier one: 0.5 to 1."),
+    typer.Option(help="Drop documents with at least this similarity to an earlier one (0.5 to 1)."),
 ]
 Kind = Annotated[
     Literal["wordpiece", "unigram", "bpe"],

@@ -1,6 +1,6 @@
 """Verbs of a run: check, pretrain, status, plot.
 
-Imports stand inside each verb, so that `--help` is fast.
+Each verb imports its modules in its own body, so that `--help` is fast.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def check(
         bool, typer.Option("--all", help="Show every value with its scope and meaning.")
     ] = False,
 ) -> None:
-    """Show what a run needs; refuse what would fail later."""
+    """Show what a run needs, and report errors in its config."""
     from electra_ds.config.loading import config_names, load_run
     from electra_ds.config.schema import FactoryRun
     from electra_ds.data.dataset import open_data
@@ -43,7 +43,7 @@ def check(
     )
     derived = [(line.key, line.value, line.meaning) for line in report.derived]
     print_table(f"{run} on {world_size} rank(s)", ("key", "value", "meaning"), derived)
-    if not isinstance(report.config, FactoryRun):  # what a user's modules keep is not known
+    if not isinstance(report.config, FactoryRun):  # the memory of a user's modules is not known
         _print_memory(report.config, world_size)
     if show_all:
         print_table("every value", Line._fields, report.fields)
@@ -64,8 +64,8 @@ def _print_memory(config: "RunConfig", world_size: int) -> None:
         sizes = (need.states, need.buckets, need.activations, need.peak)
         rows.append((str(stage), name, *(f"{size / 2**30:.3f}" for size in sizes)))
     on_gpu = device_here() == "cuda"
-    where = "a GPU" if on_gpu else "a CPU (a GPU keeps less of attention)"
-    title = f"GiB per rank at most, activations as on {where}, not compiled, without offload"
+    where = "a GPU" if on_gpu else "a CPU (a GPU stores less for attention)"
+    title = f"GiB per rank (maximum), activations as on {where}, layers not compiled, no offload"
     print_table(title, head, rows)
 
 
@@ -92,10 +92,11 @@ def pretrain(
         Path | None, typer.Option(help="Start from the weights of a run or checkpoint.")
     ] = None,
 ) -> None:
-    """Pretrain a model; the same --out resumes.
+    """Pretrain a model, or resume the run in --out.
 
-    Runs alone, or under deepspeed, torchrun, srun or mpirun. Exit codes: 0 finished, 85 saved and
-    stopped, 2 a mistake in the command or the config, 1 any other failure.
+    Runs in one process, or on the ranks of deepspeed, torchrun, srun or mpirun. Exit codes: 0
+    finished, 85 saved and stopped (0 under torchrun), 2 a mistake in the command or the config, 1
+    any other failure.
     """
     from electra_ds.cluster.launchers import find_ranks
     from electra_ds.config.loading import load_run

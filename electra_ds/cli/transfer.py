@@ -1,6 +1,6 @@
 """Verbs between formats: export, import.
 
-Imports stand inside each verb, so that `--help` is fast.
+Each verb imports its modules in its own body, so that `--help` is fast.
 """
 
 from pathlib import Path
@@ -52,14 +52,14 @@ def import_(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="JSON with num_attention_heads, for a TensorFlow checkpoint."),
+        typer.Option(help="JSON with hidden_size and num_attention_heads, for TensorFlow."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Vocabulary (default: the one in SRC).")
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """Write a run folder at step 0 from foreign weights.
+    """Write a run folder at step 0 from imported weights.
 
     Every tensor is listed: loaded, initialized, or unused.
     """

@@ -19,10 +19,12 @@ ERRORS_KEPT = 10  # in restarts.json
 
 @dataclass
 class Failures:
-    """restarts.json. A stop or a user's mistake is no failure.
+    """Content of OUT/restarts.json. A requested stop and a UserError are not counted as failures.
 
-    failures: all of them. in_a_row: those since the last new checkpoint. step: of that checkpoint.
-    errors: the last ones, each with rank, host, time and error.
+    failures: number of failures of the run.
+    in_a_row: number of failures since the last new checkpoint.
+    step: step of that checkpoint; -1 before the first attempt.
+    errors: the last ERRORS_KEPT errors, each with rank, host, time and error.
     """
 
     failures: int = 0
@@ -31,7 +33,10 @@ class Failures:
     errors: list[dict[str, Any]] = field(default_factory=list)
 
     def with_attempt(self, step: int, errors: list[dict[str, Any]]) -> "Failures":
-        """The count after an attempt. step: of the latest checkpoint; errors: of the attempt."""
+        """Return the counts after an attempt.
+
+        step: step of the latest checkpoint. errors: errors of the attempt, empty without a failure.
+        """
         is_later = step > self.step
         in_a_row = 0 if is_later else self.in_a_row
         failed = 1 if errors else 0
@@ -46,8 +51,8 @@ class Failures:
 def record_error(out: Path, rank: int, error: BaseException | str, host: str = "") -> None:
     """Write OUT/error-rank-N.json for the next attempt. Never raises.
 
-    Nothing is written into a folder that belongs to another job.
-    error: what the rank raised, or how it was lost. host: of the rank, if it is not this one.
+    Nothing is written for LockedOut, because the folder belongs to another job.
+    error: the exception of the rank, or a description. host: host of the rank; by default this one.
     """
     if isinstance(error, LockedOut):
         return
@@ -59,7 +64,7 @@ def record_error(out: Path, rank: int, error: BaseException | str, host: str = "
 
 
 def read_errors(out: Path) -> list[dict[str, Any]]:
-    """The contents of OUT/error-rank-*.json, by time."""
+    """Return the contents of OUT/error-rank-*.json, sorted by time."""
     errors = [_read_error(file) for file in sorted(out.glob("error-rank-*.json"))]
     return sorted(errors, key=lambda error: error.get("time", ""))
 
@@ -67,9 +72,11 @@ def read_errors(out: Path) -> list[dict[str, Any]]:
 def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
     """Move the error files of the last attempt into OUT/restarts.json. Called on rank 0.
 
-    step: of the latest checkpoint; after a later one the count starts anew.
-    silent: the former owner of the lock, an attempt that ended without a message; or empty.
-    UserError when more than `limit` failures in a row gained no checkpoint (0: no limit).
+    step: step of the latest checkpoint. A later step than in restarts.json resets the count.
+    limit: largest number of failures in a row without a new checkpoint; 0: no limit.
+    silent: the former owner of the lock, if it was taken over. If there are no error files, it is
+        counted as a failure without a message.
+    Raises UserError when the limit is exceeded.
     """
     path = out / "restarts.json"
     before = Failures()
@@ -87,7 +94,7 @@ def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
     if limit and after.in_a_row > limit:
         last = after.errors[-1]
         raise UserError(
-            f"{out} failed {after.in_a_row} times in a row at step {after.step} without gaining a "
+            f"{out} failed {after.in_a_row} times in a row at step {after.step} without a new "
             f"checkpoint (train.max_restarts = {limit}); the last time on rank {last['rank']}, "
             f"{last['host']}: {last['error']}. Correct the cause and remove {path}, or raise "
             "train.max_restarts"

@@ -1,8 +1,8 @@
-"""The place of this process among the ranks, derived from the variables of its launcher.
+"""Rank and world size of this process, derived from the environment variables of its launcher.
 
 DeepSpeed uses its own discovery unless RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
-are all set. With a launcher that sets none of them it would train N separate copies. So all are
-derived here, checked and exported.
+are all set. If a launcher sets none of them, DeepSpeed trains N separate copies. Therefore this
+module derives, checks and exports all of them.
 """
 
 import os
@@ -15,8 +15,9 @@ from typing import Any
 from electra_ds.common.errors import UserError
 from electra_ds.common.processes import free_port
 
-# launcher -> names of (rank, world size, local rank, ranks on this host), the innermost launcher
-# first: Open MPI starts a daemon per node by srun, and srun --mpi=pmi2 sets the names of MPICH.
+# launcher -> names of (rank, world size, local rank, ranks on this host). The innermost launcher
+# comes first: processes of Open MPI also have the variables of srun, which starts its daemons, and
+# srun --mpi=pmi2 also sets those of MPICH.
 LAUNCHERS = {
     "torchrun or deepspeed": (
         "RANK",
@@ -42,7 +43,11 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world_size`; `launcher` is for messages."""
+    """Rank of this process and sizes of its world.
+
+    local_rank, local_size: rank on this host, and number of ranks on this host.
+    launcher: name of the launcher, "none" without one, for messages.
+    """
 
     rank: int
     world_size: int
@@ -54,10 +59,12 @@ class Ranks:
 def find_ranks(
     environ: MutableMapping[str, str] = os.environ, promised: int | None = None
 ) -> Ranks:
-    """Derive this process's place and export the variables that torch and DeepSpeed read.
+    """Return the ranks of this process, and export the variables that torch and DeepSpeed read.
 
-    promised: the number of ranks that the user expects (--world-size), or None.
-    Raises UserError when the launcher's variables are incomplete, or another number was promised.
+    environ: read and changed.
+    promised: expected number of ranks (--world-size); None for any.
+    Raises UserError when the launcher's variables are incomplete or contradict each other, or when
+    the number of ranks is not `promised`.
     """
     sizes = {
         name: int(environ[keys[1]])
@@ -65,13 +72,13 @@ def find_ranks(
         if keys[0] in environ and keys[1] in environ
     }
     if not sizes:
-        # srun is left out: sbatch alone sets SLURM_PROCID, too.
+        # srun is not checked: sbatch without srun sets SLURM_PROCID, too.
         pairs = [keys[:2] for name, keys in LAUNCHERS.items() if name != "srun"]
         for present, absent in [*pairs, *(pair[::-1] for pair in pairs)]:
             if present in environ:
                 raise UserError(
-                    f"{present} is set but {absent} is not: "
-                    "the launcher's environment is incomplete"
+                    f"{present} is set but {absent} is not: the environment of the launcher is "
+                    f"incomplete; unset {present} to train on one rank, or start with a launcher"
                 )
         sizes, ranks = {}, Ranks(0, 1, 0, 1, "none")
     else:
@@ -81,20 +88,23 @@ def find_ranks(
         if size > ranks.world_size:
             raise UserError(
                 f"{ranks.launcher} started a world of {ranks.world_size} ranks inside {name}, "
-                f"which promised {size}"
+                f"which started {size} ranks; use one launcher for all ranks"
             )
     if promised is not None and promised != ranks.world_size:
         raise UserError(
-            f"--world-size {promised} was promised, but {ranks.launcher} started "
-            f"{ranks.world_size} rank(s)"
+            f"--world-size is {promised}, but {ranks.launcher} started {ranks.world_size} rank(s): "
+            "correct --world-size or the launcher's number of ranks"
         )
     _export(environ, ranks)
     return ranks
 
 
 def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks:
-    """A world of one rank on this rank's device, for work that needs no communication."""
-    # With these variables torch would meet in the store of torchrun's agent.
+    """Return a world of one rank on the device of `ranks`, for work without communication.
+
+    environ: changed; MASTER_ADDR and MASTER_PORT are replaced and TORCHELASTIC_* is removed.
+    """
+    # With the variables of torchrun, torch would use the store of torchrun's agent.
     for name in [name for name in environ if name.startswith("TORCHELASTIC_")]:
         del environ[name]
     environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
@@ -166,9 +176,10 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
 
 
 def mpi_world(ranks: Ranks, otherwise: str) -> Any:
-    """mpi4py's communicator of all ranks. UserError when it does not meet them.
+    """Return mpi4py's communicator of all ranks.
 
-    otherwise: what else the user can do, for the message.
+    otherwise: an alternative to mpi4py, for the error message.
+    Raises UserError when mpi4py cannot be loaded, or its world size differs from `ranks`.
     """
     if ranks.launcher == "srun":  # MPICH's ucx sometimes writes addresses too long for srun's pmi2
         os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
@@ -176,8 +187,8 @@ def mpi_world(ranks: Ranks, otherwise: str) -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError):
         raise UserError(
-            f"{ranks.launcher} started this, but mpi4py cannot load its MPI library: use this "
-            f"environment's mpirun (pip install mpich), or {otherwise}"
+            f"{ranks.launcher} started this process, but mpi4py cannot load its MPI library: use "
+            f"the mpirun of this environment (pip install mpich), or {otherwise}"
         ) from None
     if (met := MPI.COMM_WORLD.Get_size()) != ranks.world_size:
         raise UserError(

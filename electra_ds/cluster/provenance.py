@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def provenance(dataset_id: str) -> dict[str, Any]:
-    """What wrote a config, as JSON values."""
+    """Return dataset_id, host, versions and commit of this process, as JSON values."""
     versions = {name: package_version(name) for name in PACKAGES}
     return {
         "dataset_id": dataset_id,
@@ -31,7 +31,7 @@ def provenance(dataset_id: str) -> dict[str, Any]:
 
 
 def package_version(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -19,14 +19,14 @@ LOG.addHandler(logging.NullHandler())  # without a handler early messages would 
 
 class _QuietFileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk is reported by whatever saves, not by a traceback for each line."""
+        """Ignore errors: a full disk is reported by the next checkpoint, not for each line."""
 
 
 def open_log(out: Path, ranks: Ranks) -> None:
-    """Write what concerns this rank alone to OUT/log/rank-N.log from now on.
+    """Open OUT/log/rank-N.log for the messages of this rank.
 
-    That is its start, stop signals, errors with their traceback, the first failure, and the stacks
-    of all threads on SIGUSR2 and on a crash.
+    It gets the start, stop signals, errors with their traceback, the first failure, and the stacks
+    of all threads on SIGUSR2 and on a crash. Raises OSError when the file cannot be opened.
     """
     path = out / "log" / f"rank-{ranks.rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)

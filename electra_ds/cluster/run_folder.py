@@ -1,4 +1,4 @@
-"""The run folder OUT: creation, check that all ranks share it, config.json, the last file."""
+"""The run folder OUT: creation, check that all ranks share it, config.json, done and stopped.N."""
 
 import json
 import secrets
@@ -21,8 +21,8 @@ STALE_FILES = ("stopped.*", "STOP", "SAVE", ".nonce*", ".*.tmp")  # of an earlie
 def open_folder(out: Path, rank: int, all_gather_object: Callable[[Any], list[Any]]) -> list[str]:
     """Create OUT, remove stale files, and check that every rank sees the same folder. Collective.
 
-    Returns the host of each rank. UserError on every rank names the hosts that do not see what
-    rank 0 wrote.
+    Returns the host names of all ranks. Raises UserError on every rank when rank 0 cannot write to
+    OUT, and when hosts do not see the file that rank 0 wrote; it names them.
     """
     nonce = secrets.token_hex(8) if rank == 0 else ""
     problem = _prepare(out, nonce) if rank == 0 else None
@@ -34,14 +34,14 @@ def open_folder(out: Path, rank: int, all_gather_object: Callable[[Any], list[An
     blind = sorted({host for host, sees in per_rank if not sees})
     if blind:
         raise UserError(
-            f"--out {out} is not shared: {', '.join(blind)} does not see what rank 0 wrote; "
+            f"--out {out} is not shared: {', '.join(blind)} does not see the files of rank 0; "
             "give a folder on a shared file system"
         )
     return [host for host, _ in per_rank]
 
 
 def _prepare(out: Path, nonce: str) -> str | None:
-    """Create the folder; returns what is wrong with it, or None."""
+    """Create the folder. Returns an error message, or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for pattern in STALE_FILES:
@@ -49,7 +49,10 @@ def _prepare(out: Path, nonce: str) -> str | None:
                 stale.unlink(missing_ok=True)
         write_bytes(out / ".nonce", nonce.encode())
     except OSError as error:
-        return f"--out {out}: cannot be written ({error}); choose a folder with room and rights"
+        return (
+            f"--out {out}: cannot be written ({error}); choose a folder with free space and write "
+            "permission"
+        )
     return None
 
 
@@ -63,19 +66,22 @@ def _appears(path: Path, expected: str) -> bool:
 
 
 def is_done(out: Path) -> bool:
-    """Whether a run finished here."""
+    """Return whether the run in OUT is finished."""
     return (out / "done").exists()
 
 
 def finish(out: Path, done: bool, facts: dict[str, Any]) -> None:
-    """Write `done`, or `stopped.N` for a saved run: the last file of an attempt, on rank 0."""
+    """Write `done`, or `stopped.N` (N: restarts of the SLURM job) for a stopped run, on rank 0.
+
+    It is the last file that an attempt writes.
+    """
     write_json(out / ("done" if done else f"stopped.{restart_count()}"), facts)
 
 
 def write_config(out: Path, config: RunConfig, dataset_id: str, **facts: Any) -> None:
     """Write OUT/config.json: the resolved config with its provenance, usable as a RUN.json.
 
-    facts: more for the provenance. The number of restarts is added.
+    facts: more entries of the provenance. The number of earlier starts is added as `restarts`.
     """
     restarts = {"restarts": _restarts(out / "config.json")}
     written_by = provenance(dataset_id) | facts | restarts
@@ -83,7 +89,7 @@ def write_config(out: Path, config: RunConfig, dataset_id: str, **facts: Any) ->
 
 
 def _restarts(config: Path) -> int:
-    """Restarts including this one. 0 without an earlier config.json, or one written by hand."""
+    """Return the number of earlier starts; 0 if config.json is missing or has no provenance."""
     try:
         return json.loads(config.read_text())["provenance"]["restarts"] + 1
     except (OSError, ValueError, LookupError, TypeError):

@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 from electra_ds.cluster.rank_log import LOG
 
-DONE = 0  # exit codes; 2 is a user's mistake
+DONE = 0  # exit codes; 2 is a UserError
 FAILED = 1
 STOPPED = 85
 
 
 def on_stop_signal(note: Callable[[str], None]) -> None:
-    """Make SIGTERM, SIGUSR1 and Ctrl-C call note(name) and nothing else.
+    """Make SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) call note(name).
 
-    The ranks vote on the note at a later step: a save on one rank's signal alone would wait for the
-    others. A second Ctrl-C interrupts at once.
+    The handler does not save: all ranks must save together, so they vote at the next step.
+    After the first of these signals Ctrl-C raises KeyboardInterrupt.
     """
 
     def request_stop(number: int, _frame: object) -> None:
@@ -29,8 +29,8 @@ def on_stop_signal(note: Callable[[str], None]) -> None:
 
 
 def stop_exit_code() -> int:
-    """The exit code of a saved and stopped run: 85, which asks for a resume.
+    """Return the exit code of a saved and stopped run: 85, so that scripts resume it.
 
-    Under torchrun it is 0, since torchrun restarts after any other code.
+    Under torchrun it is 0, because torchrun restarts after any other code.
     """
     return DONE if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED

@@ -1,10 +1,11 @@
 """Watchdog: detects dead or hung ranks through heartbeats and stops all ranks with one error.
 
 Each rank writes a heartbeat a few times per `silence_seconds` into the TCP store of the process
-group. It reads those of rank 0 and of the ranks on its own machine; rank 0 reads all. A killed
-process is seen in the process table, an exception is reported by its rank, everything else is a
-missing heartbeat. The first failure that the store accepts is the cause on every rank. If the main
-thread of a rank waits for a lost rank, the rank is ended.
+group. It reads those of rank 0 and of the ranks on its own machine; rank 0 reads all.
+
+A killed process is found in the process table. An exception is reported by its rank. All other
+failures are found by missing heartbeats. All ranks report the first failure that was written into
+the store. A rank with a main thread that still waits for a lost rank is ended.
 """
 
 import contextlib
@@ -32,13 +33,16 @@ from electra_ds.common.errors import RunFailure
 from electra_ds.common.processes import is_gone, machine, started
 
 PACKAGE = str(Path(__file__).parents[1])
-MISSES = 8  # heartbeats that a rank, or answers that the store, may miss
+MISSES = 8  # missed heartbeats of a rank, or missed answers of the store, that are a failure
 GRACE_SECONDS = 6.0  # from the failure to the end of a rank with a hanging main thread
-ANSWER_SECONDS = 3.0  # wait for the store before a rank decides, or leaves, without it
+ANSWER_SECONDS = 3.0  # longest wait for an answer of the store after a failure and at the end
 
 
 class Failure(NamedTuple):
-    """The rank that failed first, and how. is_silent: it may hang, and other ranks must end it."""
+    """The rank that failed first, and the error.
+
+    is_silent: the process may still exist. A rank on the same machine kills it.
+    """
 
     rank: int
     host: str
@@ -50,7 +54,7 @@ class Failure(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """What a rank writes into the store."""
+    """State of a rank that it writes into the store, as JSON."""
 
     host: str
     machine: str  # boot and process namespace, see `processes.machine`
@@ -59,7 +63,7 @@ class Heartbeat(NamedTuple):
     number: int = 0
     location: str = ""  # of the main thread, such as `engine.py:300 step`
     in_collective: bool = False  # whether it waits there for other ranks
-    left: bool = False  # whether the rank left in order
+    left: bool = False  # whether the rank has ended its block and announced it
 
     def is_gone(self) -> bool:
         """Whether the process has ended; False for one on another machine."""
@@ -67,19 +71,21 @@ class Heartbeat(NamedTuple):
 
 
 class Watchdog:
-    """Watches over the ranks while a block runs: a context manager entered on every rank.
+    """Watches the ranks while a block runs. Use it as a context manager on every rank.
 
-    If the block raises because a peer is lost, RunFailure names that peer instead. If the block
-    hangs in a collective, the process ends within silence_seconds + 15 s. Silence is counted in
-    rounds of the watching thread, not by a clock, so a machine that slept or is slow blames no
-    other. A single rank is not watched; its errors are recorded.
+    If the block raises the error of a lost connection, RunFailure with the first failure is raised
+    instead. If the block hangs in a collective after another rank failed, the process ends within
+    silence_seconds + 15 s. Missing heartbeats are counted in rounds of the watching thread and not
+    by a clock, so that a suspended or slow machine does not report other ranks as lost. A single
+    rank is not watched; its errors are recorded.
 
     silence_seconds: time without a heartbeat after which a rank counts as lost.
-    timeout_minutes: time in which no rank moves, after which the hanging one is looked for.
+    timeout_minutes: timeout of the collectives. If no rank makes progress for a slightly shorter
+        time, the rank that hangs is reported.
     on_rank0: calls a function on rank 0 and returns its result on every rank.
     record: called on one rank with the first failure (rank, error, host).
-    is_collective: whether a function of this package waits for other ranks, by its frame. It is
-        called with the innermost frame of the package in the main thread.
+    is_collective: returns whether a frame belongs to a function that waits for other ranks. It is
+        called with the innermost frame of this package in the main thread.
     """
 
     def __init__(
@@ -98,7 +104,8 @@ class Watchdog:
         self._is_collective = is_collective
         self._silence_seconds = silence_seconds
         self._round_seconds = silence_seconds / MISSES
-        # Shorter than the timeout of the collectives, which would blame the ranks that waited.
+        # Shorter than the timeout of the collectives, which raises errors on the waiting ranks and
+        # not on the one that hangs.
         self._patience = max(MISSES, int(60 * timeout_minutes / self._round_seconds) - 4)
         pid = os.getpid()
         self._own = Heartbeat(socket.gethostname(), machine(), pid, started(pid))
@@ -116,7 +123,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._world_size > 1:
-            # torchrun's store outlives an attempt: each attempt has keys of its own.
+            # torchrun's store is kept for the next attempt, so each attempt uses its own keys.
             attempt = self._on_rank0(lambda: secrets.token_hex(8))
             for loop in (lambda: self._exchange_heartbeats(attempt), self._watch):
                 threading.Thread(target=loop, daemon=True).start()
@@ -140,7 +147,8 @@ class Watchdog:
     def _exchange_heartbeats(self, attempt: str) -> None:
         """Write and read heartbeats until the store fails.
 
-        A thread of its own: the store's calls do not return when its host is cut off.
+        This runs in its own thread, because calls of the store do not return when the network to
+        its host is interrupted.
         """
         try:
             store = self._open_store(attempt)
@@ -179,7 +187,7 @@ class Watchdog:
         return self._rank == 0 or rank == 0 or self._is_on_this_machine(rank)
 
     def _refresh(self) -> bool:
-        """Whether the store answered an exchange that began after this call."""
+        """Exchange heartbeats now. Returns whether the store answered within ANSWER_SECONDS."""
         goal = self._exchanges + 2  # one may be under way
         deadline = time.monotonic() + ANSWER_SECONDS
         while self._exchanges < goal and time.monotonic() < deadline:
@@ -192,7 +200,7 @@ class Watchdog:
     def _leave(self) -> None:
         """Tell the other ranks that this one leaves.
 
-        Rank 0 leaves last, since it may hold the store.
+        Rank 0 waits for the others, because its process may hold the store.
         """
         self._leaving.set()
         self._own = self._own._replace(left=True)
@@ -212,7 +220,7 @@ class Watchdog:
         while not self._leaving.wait(self._round_seconds):
             current: dict[int | str, int] = {"store": self._exchanges}
             current |= {rank: beat.number for rank, beat in self._heartbeats.items()}
-            # Without an answer of the store nothing is known about the ranks.
+            # Without an answer of the store no heartbeat of a rank counts as missed.
             store_answers = previous.get("store") != current["store"]
             for key in current if store_answers else ["store"]:
                 missed[key] = missed[key] + 1 if previous.get(key) == current[key] else 0
@@ -223,7 +231,7 @@ class Watchdog:
                 return
 
     def _find_failure(self, missed: Counter[int | str]) -> Failure | None:
-        """The rank that is gone or silent, if there is one."""
+        """Return the failure of a rank that has ended or sends no heartbeats, or None."""
         others = {
             rank: beat
             for rank, beat in self._heartbeats.items()
@@ -233,14 +241,14 @@ class Watchdog:
             if not beat.is_gone():
                 continue
             if self._refresh() and (self._first or self._heartbeats[rank].left):
-                return self._first  # it reported its error, or left in order
+                return self._first  # it has reported its error, or ended its block
             text = (
                 f"process {beat.pid} is gone: killed (kill -9, out of memory), or it left without "
                 f"a message; last seen at {beat.location}"
             )
             return Failure(rank, beat.host, text)
         if missed["store"] >= (2 if self._store_error else MISSES):
-            # Rank 0 may have left in order, and the store with it.
+            # Rank 0 may have ended its block, and its process with the store.
             has_left = 0 in self._heartbeats and self._heartbeats[0].left
             return None if has_left else self._store_failure()
         for rank, beat in others.items():
@@ -264,7 +272,12 @@ class Watchdog:
         return f"silent for {self._silence_seconds:g} s, {detail}"
 
     def _hang(self) -> Failure | None:
-        """The rank for which the others wait: no rank moves, and one stands elsewhere."""
+        """Return the failure of the rank that hangs, or None.
+
+        A hang is reported when no rank changes its location for `_patience` rounds and the
+        locations differ. The rank is the one outside collectives, or the one at the least common
+        location.
+        """
         beats = self._heartbeats
         locations = [(beats[rank].location, rank) for rank in sorted(beats)]
         is_same = locations == self._locations
@@ -281,13 +294,13 @@ class Watchdog:
             f"{count} at {other}" for other, count in common.items() if other != location
         )
         seconds = self._rounds_without_motion * self._round_seconds
-        text = f"no rank moved for {seconds:.0f} s: it stands at {location}, of the others {others}"
+        text = f"no rank moved for {seconds:.0f} s: it is at {location}, the other ranks: {others}"
         return Failure(rank, beats[rank].host, text)
 
     # ------------------------------------------------------------------------- after a failure
 
     def _stop(self, failure: Failure) -> None:
-        # The timer starts first: files may hang like everything else.
+        # The timer starts first, because writing files may hang, too.
         threading.Timer(GRACE_SECONDS, self._end_process).start()
         self._agree_on(failure, failure.error)
         LOG.error("%s", self._first)
@@ -298,7 +311,10 @@ class Watchdog:
             self._kill_hung_rank(self._first)
 
     def _agree_on(self, failure: Failure, error: BaseException | str) -> None:
-        """Agree on the first failure: this one, unless the store holds another. Records it once."""
+        """Set `_first` to this failure, or to the one that the store already holds.
+
+        The failure is recorded by the rank that wrote it into the store.
+        """
         if self._first is not None:
             return
         self._proposal = json.dumps(failure)
@@ -308,9 +324,9 @@ class Watchdog:
             self._record(failure.rank, error, failure.host)
 
     def _kill_hung_rank(self, failure: Failure) -> None:
-        """Kill a silent rank of this machine, after it was made to print its stacks.
+        """Make a silent rank of this machine print its stacks, then kill it.
 
-        It may be stopped, or hold Python's lock.
+        The process may be stopped (SIGSTOP) or hold the GIL, so that it cannot end itself.
         """
         if not failure.is_silent or failure.rank == self._rank:
             return
@@ -328,7 +344,7 @@ class Watchdog:
         try:
             message = f"electra-ds (rank {self._rank}): error: {self._message()}"
             print(message, file=sys.stderr, flush=True)
-        finally:  # the launcher that reads standard error may be gone
+        finally:  # print fails if the reader of standard error has ended
             os._exit(1)
 
     def _message(self) -> str:
@@ -346,19 +362,19 @@ class Watchdog:
         )
 
     def _current_location(self) -> tuple[str, bool]:
-        """Where the main thread is inside this package, and whether it waits there for ranks."""
+        """Return the location of the main thread in this package, and whether it is collective."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         while frame and frame.f_back and not frame.f_code.co_filename.startswith(PACKAGE):
             frame = frame.f_back
         if frame is None:
-            return "its end", False
+            return "the end of its main thread", False
         code = frame.f_code
         location = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
         return location, self._is_collective(frame)
 
 
 def _is_lost_connection(error: BaseException | None) -> bool:
-    """Whether an error is what a lost peer causes."""
+    """Return whether an error is of a type that torch.distributed raises for a lost peer."""
     return isinstance(error, dist.DistError) or (
         type(error) is RuntimeError and "gloo" in str(error)
     )

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, processes, plugins."""
+"""Code that all other subpackages use: errors, files, processes, plugins."""

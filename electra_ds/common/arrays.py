@@ -7,7 +7,7 @@ import numpy as np
 
 
 def runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The stretches of equal values of a vector, in order: (value, slice)."""
+    """Yield (value, slice) for each run of equal values of a vector [n], in order."""
     if not len(values):
         return
     cuts = np.flatnonzero(values[1:] != values[:-1]) + 1

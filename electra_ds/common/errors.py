@@ -2,19 +2,18 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct: exit code 2.
+    """A mistake that the user can correct. The command line exits with code 2.
 
-    The message names the place (file, key or rank), the value there, the expected value and what to
-    try.
+    The message names the file, key or rank, the value found, the expected value and what to try.
     """
 
 
 class RunFailure(RuntimeError):
-    """A run that cannot continue (a loss that is not finite, a full disk): exit code 1.
+    """A run cannot continue (a loss that is not finite, a full disk). The exit code is 1.
 
-    The last checkpoint is good.
+    The last checkpoint is valid.
     """
 
 
 class LockedOut(UserError):
-    """The folder belongs to another job: nothing may be written there, not even this error."""
+    """Another job has the lock of the folder. No error file is written to the folder."""

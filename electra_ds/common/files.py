@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def fsync_folder(path: str | Path) -> None:
-    """Make the names inside a folder durable. POSIX needs this beside the fsync of the files."""
+    """Sync a folder to disk. POSIX requires this for new names, besides the fsync of the files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,9 +20,9 @@ def fsync_folder(path: str | Path) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old file or the new one, also after a power cut.
+    """Write a file atomically. A reader finds the old or the new content, also after a power cut.
 
-    An OSError carries the path.
+    Raises OSError; its `filename` is `path`.
     """
     path = Path(path)
     # A random name, since process numbers repeat across hosts.

@@ -1,6 +1,6 @@
 """Lock file that gives one job at a time the right to write a folder.
 
-FOLDER/lock names the owner, FOLDER/heartbeat.json shows that it is alive.
+FOLDER/lock holds the identity of the owner. The owner rewrites FOLDER/heartbeat.json every 5 s.
 """
 
 import contextlib
@@ -20,22 +20,28 @@ from electra_ds.common.json_files import write_json
 from electra_ds.common.processes import is_gone, machine, restart_count, started
 
 BEAT_SECONDS = 5.0
-LOOK_SECONDS = 1.0  # between two looks at the owner's heartbeat
-STALE_SECONDS = 60.0  # without a new heartbeat the owner counts as dead
+LOOK_SECONDS = 1.0  # between two reads of the owner's heartbeat
+STALE_SECONDS = 60.0  # an owner without a new heartbeat for this time counts as dead
 
 
 class Lock:
-    """The lock of a folder, a context manager entered on every rank. Rank 0 holds the lock.
+    """The lock of a folder. Use it as a context manager on every rank. Rank 0 holds the lock.
 
-    An existing lock is taken over at once from an earlier start of the same SLURM job, and from a
-    process of this machine that has ended; else when its heartbeat does not change for
-    `stale_seconds` of this process's monotonic clock. If the heartbeat changes, LockedOut is raised
-    on every rank with the owner's name.
+    The lock of another owner is taken over in three cases:
 
-    on_rank0: calls a function on rank 0 and returns its result on every rank; default: no ranks.
-    took_over: the former owner, and why the lock was taken over; empty if it was free.
-    step: written with the heartbeat.
-    lost: the error to raise after the heartbeats ended: the lock was lost, or a write failed.
+    - the owner is an earlier start of the same SLURM job
+    - the owner was a process of this machine and has ended
+    - the owner's heartbeat does not change for `stale_seconds` (monotonic clock of this process)
+
+    If the heartbeat changes, every rank raises LockedOut with the owner's name.
+
+    out: the folder.
+    on_rank0: calls a function on rank 0 and returns its result on every rank. The default calls it
+        in this process.
+    took_over: on rank 0 the former owner and the cause of the takeover; empty if the lock was free.
+    step: set by the caller; written into the heartbeat.
+    lost: the error that ended the heartbeats, usually LockedOut; None while they continue. A
+        heartbeat that cannot be written (OSError) is ignored.
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class Lock:
             "nonce": secrets.token_hex(8),
         }
         self._text = json.dumps(self._own, indent=2) + "\n"
-        self._seen = ("", "")  # lock and heartbeat at the first look at this owner
+        self._seen = ("", "")  # lock and heartbeat as first read from this owner
         self._seen_at = 0.0
         self._beats = 0
         self._thread = threading.Thread(target=self._beat_until_released, daemon=True)
@@ -76,14 +82,17 @@ class Lock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the folder, on every rank. LockedOut when another job uses it. Collective."""
-        # Short turns: no rank waits longer for rank 0 than a collective may take.
+        """Take the lock. Every rank calls this. Collective.
+
+        Raises LockedOut when another job has the lock, UserError when the folder is not writable.
+        """
+        # Each attempt is short, so that no rank waits longer than the timeout of a collective.
         while not self._on_rank0(self._take):
             pass
 
     def release(self) -> None:
-        """Give the folder back. A second call does nothing."""
-        if self._thread.ident is None:  # another rank
+        """Release the lock. Does nothing on other ranks than 0, and in a second call."""
+        if self._thread.ident is None:  # not the rank that holds the lock
             return
         self._leaving.set()
         self._thread.join(BEAT_SECONDS)
@@ -92,13 +101,17 @@ class Lock:
                 self._path.unlink()
 
     def beat(self) -> None:
-        """Write a heartbeat. LockedOut when another job took the folder. Called on rank 0."""
-        with contextlib.suppress(OSError):  # a full disk is reported by whatever saves
+        """Write a heartbeat. Called on rank 0.
+
+        Raises LockedOut when another job has taken the lock. An OSError is ignored.
+        """
+        with contextlib.suppress(OSError):  # a full disk is reported by the next checkpoint
             text = self._path.read_text()
             if text != self._text:
                 raise LockedOut(
-                    f"{self._path} now names {_name(_facts(text))}: this attempt stood still for "
-                    "so long that it was taken for dead; it ends and writes nothing more"
+                    f"{self._path} now names {_name(_facts(text))}: this attempt wrote no "
+                    "heartbeat for too long, and the other job took the lock; this attempt ends "
+                    "and writes nothing more"
                 )
             self._beats += 1
             now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -113,13 +126,14 @@ class Lock:
             self.lost = error
 
     def _take(self) -> bool:
-        """One attempt, on rank 0. False after a short wait: not yet."""
+        """Try once to take the lock, on rank 0. Returns False after a short wait if it is taken."""
         try:
             self._out.mkdir(parents=True, exist_ok=True)
             taken = self._create() or self._take_over()
         except OSError as error:
             raise UserError(
-                f"{self._out}: not writable ({error}); give a folder with room and rights"
+                f"{self._out}: not writable ({error}); choose a folder with free space and write "
+                "permission"
             ) from None
         if taken:
             self.beat()
@@ -134,13 +148,16 @@ class Lock:
         try:
             with file:
                 file.write(self._text)
-        except OSError:  # a full disk: the next start would wait for the owner of an empty lock
+        except OSError:  # such as a full disk: the next start would wait for an empty lock's owner
             self._path.unlink()
             raise
         return True
 
     def _take_over(self) -> bool:
-        """Take the lock of a dead owner. False: not dead yet, or another job was faster."""
+        """Take the lock of a dead owner.
+
+        Returns False if the owner may be alive, or if another job took the lock first.
+        """
         seen = (_text(self._path), _text(self._heartbeat))
         owner = _facts(seen[0])
         cause = self._why_dead(owner)
@@ -148,13 +165,14 @@ class Lock:
             if self._may_be_alive(seen, owner):
                 time.sleep(LOOK_SECONDS)
                 return False
-            cause = f"its heartbeat stood still for {self._stale_seconds:.0f} s"
+            cause = f"its heartbeat did not change for {self._stale_seconds:.0f} s"
         replacement = self._path.with_name(f".lock.{self._own['nonce']}")
         replacement.write_text(self._text)
-        # The rename follows the comparison at once: a slow disk would let others in between.
+        # Nothing is written between comparison and rename: on a slow disk another job could take
+        # the lock meanwhile.
         if _text(self._path) == seen[0]:
             os.replace(replacement, self._path)
-            # Other jobs may have judged the same owner: the last one to rename has the lock.
+            # Other jobs may take over from the same owner now: the last one to rename has the lock.
             time.sleep(LOOK_SECONDS)
         replacement.unlink(missing_ok=True)
         won = _text(self._path) == self._text
@@ -162,8 +180,8 @@ class Lock:
         return won
 
     def _may_be_alive(self, seen: tuple[str, str], owner: dict[str, Any]) -> bool:
-        """Whether to look again. LockedOut when the heartbeat has changed."""
-        if seen[0] != self._seen[0]:  # the first look at this owner
+        """Whether the owner may still be alive. Raises LockedOut when its heartbeat has changed."""
+        if seen[0] != self._seen[0]:  # the first read of this owner
             self._seen = seen
             self._seen_at = time.monotonic()
         elif seen[1] != self._seen[1]:
@@ -178,13 +196,14 @@ class Lock:
         is_same_job = bool(owner.get("job")) and owner["job"] == own["job"]
         if is_same_job and owner["restart"] < own["restart"]:
             return f"this is restart {own['restart']} of the same job"
-        return "its process is gone" if is_gone(owner) else ""
+        return "its process has ended" if is_gone(owner) else ""
 
 
 def owner_of(out: Path) -> tuple[str, bool]:
-    """(name of the owner, whether its process has ended); the name is empty without a lock.
+    """Return (name of the owner, whether its process has ended). Does not take the lock.
 
-    Takes nothing. Only processes of this machine are known to have ended.
+    The name is empty if there is no lock. The second value is always False for a process of another
+    machine.
     """
     text = _text(out / "lock")
     facts = _facts(text)
@@ -207,6 +226,6 @@ def _facts(text: str) -> dict[str, Any]:
 
 def _name(owner: dict[str, Any]) -> str:
     if not owner:
-        return "an owner without a name"
+        return "an unknown owner"
     job = f"job {owner['job']} (restart {owner['restart']}), " if owner.get("job") else ""
     return f"{job}process {owner['pid']} on {owner['host']}"

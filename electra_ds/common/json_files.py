@@ -91,9 +91,9 @@ def parse_json(
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{printable(path)}: not valid JSON ({error}); expected {what}") from None
     if not isinstance(value, kinds):
+        wanted = "a JSON object" if kinds is dict else "a JSON object or array"
         raise UserError(
-            f"{printable(path)}: found a JSON {type(value).__name__}; expected {what}, "
-            "a JSON object"
+            f"{printable(path)}: found a JSON {type(value).__name__}; expected {what}, {wanted}"
         )
     return value
 

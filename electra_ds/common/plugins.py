@@ -1,4 +1,4 @@
-"""Functions of the user, loaded by the name `package.module:function`."""
+"""Import of user-defined functions by the name `package.module:function`."""
 
 import importlib
 import os
@@ -10,10 +10,11 @@ from electra_ds.common.errors import UserError
 
 
 def load_function(setting: str, name: str) -> Callable[..., Any]:
-    """Import the function of "package.module:function". This runs the module's code.
+    """Import and return the function "package.module:function". This runs the module's code.
 
-    The module is searched as Python does, and in the current folder.
-    setting: the option or key that holds the name, for the UserError.
+    The module is looked up in sys.path. The current folder is appended to sys.path.
+    setting: the option or key that holds the name, for the error message.
+    Raises UserError when the module or the function cannot be imported.
     """
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -22,6 +23,6 @@ def load_function(setting: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{setting} = {name!r}: {error}; expected package.module:function, found from the "
-            "current folder or by PYTHONPATH"
+            f"{setting} = {name!r}: {error}; expected package.module:function with the module in "
+            "the current folder or on PYTHONPATH"
         ) from error

@@ -10,22 +10,22 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def restart_count(environ: Mapping[str, str] = os.environ) -> int:
-    """How often the scheduler restarted this job."""
+    """Return the number of restarts of this SLURM job (SLURM_RESTART_COUNT); 0 without SLURM."""
     return int(environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def free_port() -> int:
-    """A TCP port that is free on this host now."""
+    """Return a TCP port that is free on this host at this moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
 def machine() -> str:
-    """An id of this boot and process namespace, in which a process number is unique.
+    """Return an id of this boot and process namespace; process numbers are unique in it.
 
-    Host names repeat (localhost), and containers of one machine do not see each other's processes.
-    Empty if the system does not provide it.
+    Host names do not serve as ids: they repeat (localhost), and containers of one machine have
+    separate process numbers. The id is empty if the system does not provide it.
     """
     try:
         return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -34,9 +34,9 @@ def machine() -> str:
 
 
 def started(pid: int) -> str:
-    """When a process started, in clock ticks since the boot; empty if it has ended.
+    """Return the start time of a process in clock ticks since boot, as text; empty if it has ended.
 
-    Together with the number it identifies a process, since numbers are reused.
+    The system reuses process numbers. Number and start time together identify a process.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

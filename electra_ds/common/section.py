@@ -6,16 +6,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 def science(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field that decides what is learned."""
+    """Return a field of scope "science": its value changes what the model learns.
+
+    meaning: the description of the field. limits: passed to pydantic's Field.
+    """
     return Field(default, description=meaning, json_schema_extra={"scope": "science"}, **limits)
 
 
 def machine(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field that decides where and how fast a run computes, or what is watched."""
+    """Return a field of scope "machine": speed, evaluation, logging, checkpoints, faults.
+
+    meaning: the description of the field. limits: passed to pydantic's Field.
+    """
     return Field(default, description=meaning, json_schema_extra={"scope": "machine"}, **limits)
 
 
 class Section(BaseModel):
-    """A frozen config section that refuses unknown keys and other types."""
+    """Base class of config sections: frozen, without unknown keys, with strict types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())

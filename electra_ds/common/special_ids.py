@@ -4,7 +4,7 @@ from electra_ds.common.section import Section, science
 
 
 class SpecialIds(Section):
-    """Ids of the special tokens. The tokenizer decides them, not the run."""
+    """Ids of the special tokens, as the tokenizer of the data defines them."""
 
     pad: int = science(..., "id of [PAD]")
     unk: int = science(..., "id of [UNK]")

@@ -1,7 +1,7 @@
-"""DeepSpeed engine files: names with a precision, checks, keys that the run config owns.
+"""DeepSpeed engine files: loading by name, checks, keys that belong to the run config.
 
-An engine is named by a file in ds_configs/engine, such as zero1, with an optional precision as
-suffix (zero1-bf16), by a path, or it is the JSON object itself.
+An engine is given by name, by path or as a JSON object. A name is that of a file in
+ds_configs/engine (zero1), with an optional precision as suffix (zero1-bf16).
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from electra_ds.common.json_files import read_json
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.loading import config_names, find_config
 
-# Keys of a DeepSpeed file. DeepSpeed ignores an unknown top-level key, so a misspelled one is
+# Top-level keys of a DeepSpeed file. DeepSpeed ignores unknown keys, so a misspelled key is
 # refused here.
 ENGINE_KEYS = {
     "aio",
@@ -39,7 +39,7 @@ ENGINE_KEYS = {
     "zero_optimization",
 }
 PRECISIONS = ("fp16", "bf16", "torch_autocast")
-# The section that a suffix of an engine's name puts in the place of the file's own precision.
+# Suffix of an engine's name -> precision section. It replaces the precision sections of the file.
 SUFFIXES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"bf16": {"enabled": True}},
@@ -55,7 +55,8 @@ SUFFIXES: dict[str, dict[str, Any]] = {
     },
     "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
 }
-# Numbers that the run config owns: the same key in both files would have two owners.
+# Keys that are set from the run config, and the place of each there. An engine file must not have
+# them, so that no setting has two values.
 ENGINE_OWNERS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -68,10 +69,11 @@ ENGINE_OWNERS = {
 
 
 def load_engine(engine: str | dict[str, Any]) -> dict[str, Any]:
-    """The checked DeepSpeed config of a name, a path or an object.
+    """Return the checked DeepSpeed config of a name, a path or an object.
 
-    What the run owns (batch sizes, clipping) is merged later. UserError for an unknown name,
-    unknown keys, keys that the run owns, and values that cannot work.
+    Batch sizes and clipping are not in it; `Engine` adds them from the run config.
+    Raises UserError for an unknown name, unknown keys, keys that belong to the run config, and
+    values that are not supported.
     """
     if isinstance(engine, str):
         where, values = _read(engine)
@@ -84,7 +86,7 @@ def load_engine(engine: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_names() -> list[str]:
-    """The names of shipped engines, without and with a precision."""
+    """Return the names of the shipped engines, each without and with a precision suffix."""
     files = config_names("engine")
     with_precision = [f"{name}-{suffix}" for name in files for suffix in SUFFIXES]
     return [*files, *with_precision]
@@ -128,13 +130,14 @@ def _check_sections(values: dict[str, Any], where: str) -> None:
     autocast = values.get("torch_autocast", {}).get("dtype", "bfloat16")
     if autocast not in ("bfloat16", "torch.bfloat16"):
         raise UserError(
-            f'{where}: torch_autocast.dtype must be "bfloat16"; for fp16 use the fp16 block'
+            f"{where}: torch_autocast.dtype = {autocast!r}; "
+            'expected "bfloat16"; for fp16 use the section fp16'
         )
     for block, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if values.get(block, {}).get(key) is False:
             raise UserError(
-                f"{where}: {block}.{key} must stay true, or gradients that are not finite would "
-                "reach the weights"
+                f"{where}: {block}.{key} = false; expected true, because otherwise gradients that "
+                "are not finite change the weights; remove the key"
             )
 
 
@@ -145,10 +148,10 @@ def _check_precision(values: dict[str, Any], where: str) -> None:
         if not (isinstance(enabled, bool) or (enabled == "auto" and allows_auto)):
             raise UserError(
                 f"{where}: {kind}.enabled = {enabled!r}; "
-                'expected true, false or (bf16, fp16) "auto"'
+                'expected true or false, for bf16 and fp16 also "auto"'
             )
     enabled_kinds = [kind for kind, enabled in switches.items() if enabled]
-    # Two "auto" are one choice: the device decides.
+    # bf16 and fp16 may both be "auto": `resolve_precision` then selects one for the device.
     if len(enabled_kinds) > 1 and any(enabled is True for enabled in switches.values()):
         raise UserError(
             f"{where}: {' and '.join(enabled_kinds)} are both enabled; choose one precision"

@@ -18,9 +18,9 @@ Values = dict[str, Any]
 
 
 def config_folder(kind: str) -> Path:
-    """The folder of shipped files of a kind: `pretrain`, `engine` or `glue`.
+    """Return the folder of the shipped files of a kind: `pretrain`, `engine` or `glue`.
 
-    It lies beside the package in a checkout, and inside the package after an installation.
+    In a checkout it is beside the package; after an installation it is inside the package.
     """
     package = Path(__file__).resolve().parents[1]
     inside = package / "ds_configs" / kind
@@ -33,9 +33,9 @@ def config_names(kind: str) -> list[str]:
 
 
 def find_config(name: str, kind: str) -> Path:
-    """The file of a shipped name, or the path itself.
+    """Return the path of a shipped config; a path (with "/" or ".json") is returned as it is.
 
-    UserError lists the names and the nearest one.
+    Raises UserError with the known names and the most similar one when the name is unknown.
     """
     if name.endswith(".json") or "/" in name:
         return Path(name)
@@ -49,7 +49,14 @@ def find_config(name: str, kind: str) -> Path:
 
 
 def load_run(name: str, sets: Sequence[str] = (), engine: str | None = None) -> RunConfig:
-    """The run config of a preset's name or of a RUN.json. See `load_config`."""
+    """Return the checked run config of a preset or of a RUN.json.
+
+    name: name of a preset (`tiny`, `small`, ...) or path of a RUN.json.
+    sets: settings such as "train.seed=1", applied in order; the value is JSON or plain text.
+    engine: name or path of a DeepSpeed file; replaces the config's `engine`.
+    Returns a RunConfig; a FactoryRun if the config has model.factory.
+    Raises UserError with file, key, value and the expected value.
+    """
     return load_config(name, "pretrain", RunConfig, sets, engine)
 
 
@@ -60,12 +67,14 @@ def load_config(
     sets: Sequence[str] = (),
     engine: str | None = None,
 ) -> Config:
-    """Read a config file, apply settings, check everything.
+    """Read a config file, apply settings and check the result.
 
     name: a shipped name of that kind, or a path.
-    sets: `section.field=value` settings, as --set takes them.
+    kind: `pretrain`, `engine` or `glue`.
+    root: the schema.
+    sets: settings `section.field=value`, as for --set; the value is JSON or plain text.
     engine: replaces the file's `engine`.
-    UserError names the file, the key, the value and what is expected.
+    Raises UserError with file, key, value and the expected value.
     """
     path = find_config(name, kind)
     values = read_json(path, f"a {kind} config")
@@ -77,14 +86,15 @@ def load_config(
 
 
 def parse_run(values: Values, where: str) -> RunConfig:
-    """Check the values of a run config. See `parse_config`."""
+    """Check the values of a run config and return it. See `parse_config`."""
     return parse_config(values, where, RunConfig)
 
 
 def parse_config(values: Values, where: str, root: type[Config]) -> Config:
-    """Check the values of a config; UserError names `where`.
+    """Check the values of a config and return it as `root`.
 
-    A run with a model.factory becomes a FactoryRun.
+    A run config with model.factory is returned as a FactoryRun.
+    where: the file, for the error message. Raises UserError with all invalid keys.
     """
     model = values.get("model")
     has_factory = isinstance(model, dict) and "factory" in model
@@ -146,16 +156,17 @@ def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _fraction_hint(location: list[str], value: Any) -> str:
-    """A hint for a size of the generator that is not an integer, such as "1/4"."""
-    if location[:1] == ["generator"] and isinstance(value, (str, float)):
+    """Return a hint for a size of the generator that is not an integer, such as "1/4"."""
+    is_size = location[-1] not in ("hidden_dropout", "attention_dropout")
+    if location[:1] == ["generator"] and is_size and isinstance(value, (str, float)):
         return f"; sizes are not fractions: write the integer, such as {location[-1]}: 64"
     return ""
 
 
 def differences(old: BaseModel, new: BaseModel) -> tuple[list[str], list[str]]:
-    """(science, machine) fields that differ, as `section.field: old -> new`.
+    """Return the differences in science fields and in machine fields, two lists of text.
 
-    old, new: configs of one class.
+    Each text is `section.field: old -> new`. old, new: configs of the same class.
     """
     lines: dict[str, list[str]] = {"science": [], "machine": []}
     _compare(old, new, "", lines)
@@ -172,7 +183,7 @@ def _compare(old: BaseModel, new: BaseModel, prefix: str, lines: dict[str, list[
             _compare(before, after, f"{key}.", lines)
         elif any(isinstance(section, Section) for section in sections.values()):
             for part, section in sections.items():
-                default = type(section)()  # of a section that one side does not name
+                default = type(section)()  # stands for a section that one config lacks
                 parts = before.get(part, default), after.get(part, default)
                 _compare(*parts, f"{key}.{part}.", lines)
         elif before != after and name != "provenance":

@@ -1,7 +1,7 @@
 """Schema of run configs: every field with its meaning, unit, limits and scope.
 
-Scope `science`: the field decides what is learned; a resume with another value is refused.
-Scope `machine`: where and how fast; a change is reported, and the run resumes.
+Scope `science`: the field changes what the model learns. A resume with another value is refused.
+Scope `machine`: all other fields. A resume with another value is allowed and reported.
 """
 
 from typing import Any, Literal
@@ -33,30 +33,31 @@ class EncoderConfig(Section):
 
 
 class GeneratorConfig(EncoderConfig):
-    """The generator's encoder. Its sizes are integers, not fractions of the discriminator's."""
+    """Sizes of the generator's encoder, as integers and not as fractions of the discriminator."""
 
 
 class ModelConfig(EncoderConfig):
-    """The discriminator's encoder, and what both encoders share."""
+    """Sizes of the discriminator's encoder, and the settings of both encoders."""
 
     embedding_size: int = science(..., "width of the word, position and token-type tables", ge=1)
     max_positions: int = science(512, "rows of the position table", ge=1)
     type_vocab_size: int = science(2, "rows of the token-type table", ge=1)
     layer_norm_eps: float = science(1e-12, "epsilon of every LayerNorm", gt=0)
     init: Literal["normal", "fan_in"] = science(
-        "normal", "initial matrices: truncated normal of init_std, or normal of 1/sqrt(inputs)"
+        "normal",
+        "initial matrices: truncated normal with std init_std, or normal with std 1/sqrt(inputs)",
     )
     init_std: float = science(0.02, "standard deviation of `normal`", gt=0)
     embedding_init_std: float = science(0.02, "standard deviation of the embedding tables", gt=0)
     sharing: Literal["shared", "untied", "all"] = science(
         "shared",
-        "one embedding for generator and discriminator, two, or one whole encoder",
+        "generator and discriminator share the embeddings, share nothing, or share the encoder",
     )
     vocab_size: int | None = science(None, "word table rows; filled from the data", ge=6)
 
 
 class FactoryConfig(Section):
-    """Encoders of the user instead of the built-in ones."""
+    """User-defined encoders instead of the built-in ones."""
 
     factory: str = science(
         ...,
@@ -64,10 +65,10 @@ class FactoryConfig(Section):
     )
     options: dict[str, Any] = science({}, "passed to build as config.model.options")
     discr_dim: int = science(
-        -1, "width of the discriminator's hidden layer that gets a head; -1: it returns logits"
+        -1, "width of the discriminator's layer before a linear head; -1: it returns logits itself"
     )
     discr_layer: str | int = science(
-        -1, "this layer, by name or by index among the discriminator's children"
+        -1, "name of the layer for discr_dim, or its index among the discriminator's children"
     )
     vocab_size: int | None = science(None, "filled from the data", ge=6)
 
@@ -77,8 +78,8 @@ class ObjectiveConfig(Section):
 
     kind: Literal["electra", "electra_15", "mlm", "replace_mlm", "all_tokens_mlm"] = science(
         "electra",
-        "task of the main encoder: detect replaced tokens (_15: at masked positions only), "
-        "or predict tokens",
+        "task of the main encoder: detect replaced tokens (electra; electra_15: at masked "
+        "positions only), or predict tokens",
     )
     generator: Literal["model", "uniform"] = science(
         "model", "replacement tokens: sampled from the generator, or uniformly from the vocabulary"
@@ -105,7 +106,7 @@ class ObjectiveConfig(Section):
     def _mlm_replaces_nothing(self) -> "ObjectiveConfig":
         if self.kind == "mlm" and (self.generator != "model" or self.disallow_correct):
             raise ValueError(
-                "kind mlm replaces nothing: generator and disallow_correct have no meaning with it"
+                "kind mlm replaces nothing: expected generator = model and disallow_correct = false"
             )
         return self
 
@@ -134,7 +135,7 @@ class ObjectiveConfig(Section):
 
 
 class DataConfig(Section):
-    """The rows. The data folder owns everything but the length."""
+    """Format of the rows. Other properties of the data are read from the data folder."""
 
     sequence_length: int = science(
         ..., "tokens per row; the data must be prepared with the same length", ge=8
@@ -160,8 +161,8 @@ class TrainConfig(Section):
     eval_rows: int = machine(
         2048, "held-out rows of each source per evaluation during training", ge=1
     )
-    # Machine scope, although it changes which rows count: otherwise a run that stopped at a bad
-    # loss could not resume.
+    # Machine scope, although it changes which rows are used: otherwise a run that stopped at a bad
+    # loss could not resume with "skip".
     on_bad_loss: Literal["stop", "skip"] = machine(
         "stop", "after a loss that is not finite, or a spike: end the run, or skip the step"
     )
@@ -171,11 +172,11 @@ class TrainConfig(Section):
         ge=0,
     )
     max_skipped_steps: int = machine(
-        20, "end the run after more skipped steps in a row (fp16 overflow, bad losses)", ge=1
+        20, "skipped steps in a row (fp16 overflow, bad losses) that do not end the run", ge=1
     )
     max_restarts: int = machine(
         10,
-        "refuse to start after more failures in a row without a new checkpoint; 0: no limit",
+        "failures in a row without a new checkpoint that do not end the run; 0: no limit",
         ge=0,
     )
     activation_checkpointing: bool = machine(
@@ -193,11 +194,14 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _is_possible(self) -> "TrainConfig":
         if (self.total_steps is None) == (self.epochs is None):
-            raise ValueError("give total_steps or epochs, exactly one (the other one null)")
+            raise ValueError(
+                f"total_steps = {self.total_steps}, epochs = {self.epochs}: give total_steps or "
+                "epochs, exactly one, and set the other to null"
+            )
         if 0 < self.spike_factor <= 1:
             raise ValueError(
-                f"spike_factor = {self.spike_factor} calls every step a spike; "
-                "expected 0 or above 1"
+                f"spike_factor = {self.spike_factor} makes average losses spikes; "
+                "expected 0 or a value above 1"
             )
         return self
 
@@ -207,9 +211,8 @@ class AdamConfig(Section):
 
     peak_lr: float = science(..., "learning rate at the end of warmup, before decay", gt=0)
     beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
-    beta2: float = science(
-        0.999, "decay of the second moment", ge=0, le=0.9999
-    )  # above, 1 - beta2**2**20 < 1
+    # The limit: above it 1 - beta2**(2**20) is below 1 in fp32 (NO_BIAS_CORRECTION_STEP).
+    beta2: float = science(0.999, "decay of the second moment", ge=0, le=0.9999)
     eps: float = science(1e-6, "added to the root of the second moment", gt=0)
     weight_decay: float = science(
         0.01, "decoupled weight decay of everything but biases and LayerNorm", ge=0
@@ -248,7 +251,10 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """A pretraining run. `engine` is the name or path of a DeepSpeed file, or its object."""
+    """Config of a pretraining run (RUN.json).
+
+    engine: name or path of a DeepSpeed file, or its content as an object.
+    """
 
     model: ModelConfig
     generator: GeneratorConfig
@@ -262,14 +268,17 @@ class RunConfig(Section):
         "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object"
     )
     provenance: Any = machine(
-        None, "versions, commit, host and data that wrote the file; ignored as input"
+        None, "versions, commit, host and data of the run that wrote the file; ignored as input"
     )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         length, most = self.data.sequence_length, self.model.max_positions
         if length > most:
-            raise ValueError(f"data.sequence_length {length} exceeds max_positions {most}")
+            raise ValueError(
+                f"data.sequence_length {length} exceeds max_positions {most}: raise "
+                "model.max_positions, or use shorter rows"
+            )
         sizes = EncoderConfig.model_fields
         if self.model.sharing == "all" and any(
             getattr(self.model, f) != getattr(self.generator, f) for f in sizes
@@ -281,27 +290,31 @@ class RunConfig(Section):
         return self
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per step and rank of this run."""
+        """Return the micro-batches per step and rank. Raises UserError as `accumulation` does."""
         return accumulation(self.train, world_size)
 
     def total_steps(self, rows: int | None) -> int:
-        """Steps of the schedule.
+        """Return the number of optimizer steps of the schedule.
 
-        rows: of the training split; needed when the length is given in epochs.
+        rows: rows of the training split, needed with train.epochs.
+        Raises UserError when train.epochs is set and `rows` is None.
         """
         if self.train.total_steps is not None:
             return self.train.total_steps
         if rows is None:
-            raise UserError("train.epochs needs the data to know the number of steps: give --data")
+            raise UserError(
+                "train.epochs needs the data, because the number of steps depends on its rows: "
+                "give --data"
+            )
         assert self.train.epochs is not None  # one of both is given
         return max(1, round(self.train.epochs * rows / self.train.global_batch_size))
 
     def with_data(
         self, vocab_size: int, special_ids: SpecialIds, sequence_length: int
     ) -> "RunConfig":
-        """The config with the values of the data filled in.
+        """Return the config with vocab_size and special_ids of the data.
 
-        UserError when the config has another value already.
+        Raises UserError when the config has other values, or another sequence_length.
         """
         if sequence_length != self.data.sequence_length:
             raise UserError(
@@ -315,8 +328,8 @@ class RunConfig(Section):
         ):
             if value is not None and value != value_of_data:
                 raise UserError(
-                    f"{key} = {value}, but the data has {value_of_data}: leave it out, or use the "
-                    "data of that tokenizer"
+                    f"{key} = {value}, but the data has {value_of_data}: remove {key} from the "
+                    "config, or use data that the same tokenizer made"
                 )
         model = self.model.model_copy(update={"vocab_size": vocab_size})
         data = self.data.model_copy(update={"special_ids": special_ids})
@@ -324,7 +337,7 @@ class RunConfig(Section):
 
 
 class FactoryRun(RunConfig):
-    """A run with encoders from model.factory."""
+    """Config of a run with user-defined encoders (model.factory)."""
 
     model: FactoryConfig  # type: ignore[assignment]
     generator: None = science(  # type: ignore[assignment]
@@ -347,9 +360,10 @@ class FactoryRun(RunConfig):
 
 
 def accumulation(train: Any, world_size: int) -> int:
-    """Micro-batches per step and rank of a section with global_batch_size and micro_batch_size.
+    """Return the number of micro-batches per optimizer step and rank.
 
-    UserError when the global batch cannot be split so.
+    train: a section with global_batch_size and micro_batch_size.
+    Raises UserError when global_batch_size is not divisible by world_size * micro_batch_size.
     """
     per_micro = world_size * train.micro_batch_size
     if train.global_batch_size % per_micro == 0:

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """One micro-batch of packed rows with its masking, a pure function of (seed, epoch, row)."""
+    """One micro-batch of packed rows with masked positions and random numbers.
+
+    All of it is a pure function of (token ids, seed, epoch, row number).
+    """
 
     input_ids: Tensor  # [B, S] int64, unmasked
     segment_ids: Tensor  # [B, S] int64
@@ -35,7 +38,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch of function(tensor) for each tensor; None stays None."""
+        """Return a batch with function(tensor) for each tensor; fields that are None stay None."""
         return Batch._make(None if value is None else function(value) for value in self)
 
 
@@ -48,7 +51,7 @@ def row_layout(
     concat:   the row is one document
     google:   the row is one document, with segment 1 after the first [SEP]
 
-    ids: [B, S]; text cannot produce the ids of special tokens
+    ids: [B, S] token ids; text produces no [PAD], [CLS] or [SEP]
     Returns segment_ids, document_ids (0 = padding, else 1, 2, ...) and position_ids, each [B, S]
     int64.
     """
@@ -76,8 +79,8 @@ def make_batch(
     Each row of the batch is a pure function of (token ids, seed, epoch, row number).
 
     ids:    [B, S] unsigned token ids
-    rows:   [B] row numbers
-    epochs: [B] or one number
+    rows:   [B] int64 row numbers
+    epochs: [B] int64 epoch numbers, or one number for all rows
     """
 
     def random_bits(n: int, purpose: int) -> np.ndarray:

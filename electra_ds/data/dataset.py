@@ -30,15 +30,15 @@ class HeldOut(NamedTuple):
 
     rows: RowReader
     unigrams: np.ndarray  # [V] int64 token counts of the source's training rows
-    share: float  # of the source in the training rows, of 1
+    share: float  # share of the source in the training rows, from 0 to 1
 
 
 class Data(Protocol):
-    """What training, evaluation and `check` use of the data."""
+    """Interface of the data for training, evaluation and `check`."""
 
     manifest: Manifest
     tokenizer: Path  # folder of the tokenizer's files
-    shares: dict[str, SourceShare]  # by name of a mixture's sources; empty for a single source
+    shares: dict[str, SourceShare]  # source name -> its share of a mixture; {} for one source
 
     def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
         """Return the training rows and their order in a run with this seed."""
@@ -84,7 +84,11 @@ class DataFolder(_SingleSource):
 
 
 class StreamedFolder(_SingleSource):
-    """A data folder behind a URL. Rows are streamed; this process copies the small files."""
+    """A data folder behind a URL. Rows are streamed.
+
+    Manifest, indexes, unigrams and tokenizer are copied into a temporary folder. Raises UserError
+    for missing or damaged files, RunFailure when the server does not answer.
+    """
 
     def __init__(self, url: str) -> None:
         from electra_ds.data.remote_reader import RemoteFolder
@@ -170,8 +174,9 @@ class Mixture:
 def open_data(data: str | Path, outer: tuple[Path, ...] = ()) -> Data:
     """Open the value of --data: a data folder, its URL, or a MIX.json.
 
-    outer: the mixtures that have this data as a source
-    Raises UserError when it is not a complete data folder or not a valid mixture.
+    outer: the mixtures that contain this data as a source, to detect cycles
+    Raises UserError for an incomplete data folder or an invalid mixture, and RunFailure when the
+    server of a URL does not answer.
     """
     name = str(data)
     path = Path(data)

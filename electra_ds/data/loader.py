@@ -18,18 +18,18 @@ from electra_ds.data.batch import Batch, make_batch
 from electra_ds.data.masking import MaskingRecipe
 from electra_ds.data.rows import RowOrder, RowReader
 
-# Tokens read at once, about 8 MB as tensors: enough that several rows come from each block.
+# Tokens that one read returns, about 8 MB as tensors. With so many, each block gives several rows.
 READ_TOKENS = 1 << 18
 
 
 class StepBatch(NamedTuple):
     """The rows of one rank in one attempt of an optimizer step."""
 
-    first_row: int  # position of the first row of the global batch
-    first_rows: list[int]  # position of the first row of each micro-batch; seeds its dropout
+    first_row: int  # position (not row number) of the first row of the global batch
+    first_rows: list[int]  # positions of the first rows of the micro-batches; they seed dropout
     micro_batches: list[Batch]
-    masked_count: int  # masked positions of this rank, for the global normalisers
-    token_count: int  # real tokens of this rank, for the global normalisers
+    masked_count: int  # masked positions of this rank; summed over ranks, a divisor of the losses
+    token_count: int  # real tokens of this rank; summed over ranks, a divisor of the losses
     rows: np.ndarray  # [G / world_size] row numbers, for messages
     wait_seconds: float  # time that the caller waited for the data
 
@@ -97,7 +97,7 @@ class Loader:
         return item._replace(wait_seconds=time.perf_counter() - start)
 
     def state(self, consumed_rows: int) -> dict[str, Any]:
-        """Return the data's part of a checkpoint, the same on every rank.
+        """Return the state of the data order for a checkpoint. It is equal on every rank.
 
         consumed_rows: position at which the next global batch starts
         """
@@ -163,7 +163,7 @@ def _data_state(reader: RowReader, row_order: RowOrder) -> dict[str, Any]:
 
 
 def consumed_rows_from_state(state: dict[str, Any], reader: RowReader, row_order: RowOrder) -> int:
-    """Return the number of rows that the checkpoint's run has consumed.
+    """Return the number of rows that the run of a checkpoint has consumed: its next position.
 
     Raises UserError with every difference between the state and the data of this run.
     """
@@ -192,11 +192,12 @@ def evaluation_batches(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yield this rank's batches of the first `max_rows` rows of a split, and their row numbers.
 
-    The ranks together yield each row once; None means all rows. Masking uses the constant
-    evaluation seed and selects tokens, for every run and every checkpoint. All ranks yield the same
-    number of batches: missing rows are padding (row number -1, document_ids 0, masked_weights 0).
+    Together the ranks yield each row once. All ranks yield the same number of batches. Missing rows
+    are padding: row number -1, document_ids 0, masked_weights 0. Masking is the same for every run
+    and every checkpoint: it selects tokens and uses a constant seed.
 
-    Row numbers: [batch_rows] int64
+    max_rows: None for all rows
+    Yields (batch with B = batch_rows, row numbers [batch_rows] int64).
     """
     recipe = recipe._replace(seed=philox.EVALUATION_SEED, masking="token")
     total = reader.rows if max_rows is None else min(max_rows, reader.rows)

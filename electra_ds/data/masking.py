@@ -13,14 +13,15 @@ from electra_ds.data.shard_format import Manifest
 
 COLUMN_BITS = np.uint64(24)  # low bits of a sorting key; the 32 random bits are above them
 MAX_SPAN_WORDS = 10  # SpanBERT, section 3.1
-# Words of a span by 12 random bits, the inverse of 1 - .8 ** length: geometric, p = .2, mean 3.8.
+# Number of words of a span for each value of 12 random bits: geometric with p = 0.2, at most 10
+# words, mean 3.8 (the inverse of the distribution function 1 - 0.8 ** length).
 SPAN_LENGTHS = (
     1 + np.log1p(np.arange(4096) / -4096 * (1 - 0.8**MAX_SPAN_WORDS)) / np.log(0.8)
 ).astype(np.uint8)
 
 
 class MaskingRecipe(NamedTuple):
-    """What determines a batch besides token ids, row numbers and epochs."""
+    """Parameters of masking. With token ids, row numbers and epochs they determine a batch."""
 
     packing: str  # best_fit, concat or google
     special_ids: SpecialIds
@@ -47,9 +48,9 @@ def masking_recipe(
 
 
 def max_masked_positions(mask_prob: float, sequence_length: int) -> int:
-    """Return K, the most masked positions of a row.
+    """Return K, the largest number of masked positions of a row.
 
-    19 (S = 128, mask_prob = .15), 79 (512, .15), 130 (512, .25).
+    K is 19 for S = 128 and mask_prob = 0.15, 79 for (512, 0.15) and 130 for (512, 0.25).
     """
     return max(1, min(sequence_length, int((mask_prob + 0.005) * sequence_length)))
 
@@ -61,8 +62,9 @@ def select_masked_positions(
 
     k = min(candidates, max(1, min(K, round(mask_prob * real tokens)))). Candidates are the real
     tokens except [CLS], [SEP] and [MASK]. The k candidates with the smallest random bits are
-    selected. With masking whole_word or span, a token has the random bits of its word or span, so
-    that words or spans are selected in random order; the last one is cut after the k-th position.
+    selected. With masking whole_word or span, all tokens of a word or span have the same random
+    bits. Words or spans are then selected in random order, and the last one is cut after the k-th
+    position.
 
     ids:         [B, S] token ids
     random_bits: [B, S] uint32
@@ -94,8 +96,8 @@ def word_priorities(
     """Return the priority of each token's word, [B, S] uint32; smaller values are selected first.
 
     The priority of a word is the random bits of its first token. With `spans`, each word also
-    starts a span of 1 to 10 words that ends before an excluded token, and a word has the smallest
-    priority of the spans that cover it. Spans are thus drawn by their first words, uniformly and
+    starts a span of 1 to 10 words, which ends before an excluded token. A word then has the
+    smallest priority of all spans that cover it. This draws spans uniformly by their first word,
     without replacement.
 
     random_bits: [B, S] uint32
@@ -116,7 +118,7 @@ def word_priorities(
             out_of_reach = (lengths[:-distance] <= distance) | (
                 segments[:-distance] != segments[distance:]
             )
-            # all bits set where out of reach: never the smallest
+            # Out of reach all bits are set, so that the value is never the minimum.
             candidates = word_bits[:-distance] | -out_of_reach.astype(np.uint32)
             np.minimum(priorities[distance:], candidates, out=priorities[distance:])
     return priorities[np.cumsum(starts) - 1].reshape(random_bits.shape)

@@ -1,4 +1,4 @@
-"""Mixtures: several sources read as one in exact shares, as a pure function of the position.
+"""Mixtures of several sources in exact shares. The row is a pure function of the position.
 
 Letters: n rows or positions, S sources, T tokens of a row, W positions of a window.
 """
@@ -27,8 +27,9 @@ WINDOW = 10_000  # positions over which the shares are exact
 class SourceConfig(Section):
     """One source of a mixture.
 
-    data: any value of --data; a path is relative to the folder of MIX.json
-    name: name in metrics, by default that of the folder or of the MIX.json
+    data:   any value of --data; a path is relative to the folder of MIX.json
+    weight: share of the source relative to the other weights, above 0; None with a temperature
+    name:   name in metrics; by default the name of the folder or of the MIX.json
     """
 
     data: str
@@ -67,7 +68,9 @@ class MixtureConfig(Section):
         expected = len(self.sources) if self.temperature is None else 0
         if weighted != expected:
             raise ValueError(
-                "give every source a weight, or give no source a weight and set a temperature"
+                f"{weighted} of {len(self.sources)} sources have a weight, temperature is "
+                f"{self.temperature}: give every source a weight, or give no source a weight and "
+                "set a temperature"
             )
         if self.temperature is not None and self.temperature < 1:
             raise ValueError(
@@ -77,7 +80,7 @@ class MixtureConfig(Section):
         return self
 
     def weights(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return the intended share of each source, [S], with sum 1.
+        """Return the intended share of each source, [S] float64 with sum 1.
 
         tokens: [S] tokens of the sources' training rows
         """
@@ -100,9 +103,11 @@ def read_mixture(path: Path) -> MixtureConfig:
 
 
 def rows_per_window(weights: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Return the rows of each source in a window, [S] int64, at least one for each.
+    """Return the number of rows of each source in a window, [S] int64 with sum `window`.
 
-    By the largest remainder method: each count is within one row of its weight.
+    The largest remainder method gives counts within one row of weights * window. A source below one
+    row is raised to one row; the rows for it are taken from other sources.
+    weights: [S] float64 with sum 1
     """
     exact = weights * window
     counts = np.maximum(exact.astype(np.int64), 1)
@@ -117,16 +122,18 @@ class SourceShare(NamedTuple):
 
     rows: int  # of its training split
     tokens: int  # of its training split
-    weight: float  # intended share, of 1
-    share: float  # actual share in every window, of 1
+    weight: float  # intended share, from 0 to 1
+    share: float  # actual share in every window, from 0 to 1
 
     def epochs(self, positions: int) -> float:
-        """Return the epochs over this source in so many rows of the mixture."""
+        """Return the epochs over this source after `positions` rows of the mixture."""
         return positions * self.share / self.rows
 
 
 def join_manifests(path: Path, manifests: dict[str, Manifest], counts: Sequence[int]) -> Manifest:
-    """Return a manifest of the training rows of all sources; its dataset_id covers the counts.
+    """Return a manifest of the training rows of all sources.
+
+    Its dataset_id is a hash of the sources' dataset_ids and of `counts`.
 
     path:   the MIX.json, for messages
     counts: [S] rows of each source in a window
@@ -203,7 +210,7 @@ class MixtureOrder:
         self._cached_window = lru_cache(2)(self._window)
 
     def state(self) -> dict[str, Any]:
-        """Return what must be equal in a checkpoint and in the run that resumes from it."""
+        """Return the parameters that a checkpoint and the run that resumes from it must share."""
         counts = dict(zip(self.orders, self.counts.tolist(), strict=True))
         sources = {name: order.state() for name, order in self.orders.items()}
         return {

@@ -1,7 +1,7 @@
 """Random bits, uniform numbers and permutations as pure functions of (seed, epoch, row), by Philox.
 
-Generator and permutation are implemented here because libraries do not promise to keep the streams
-of their generators. A change that alters a result must raise `shuffle.ORDER_VERSION`.
+Generator and permutation are implemented here because libraries may change the streams of their
+generators. A change that alters a result must raise `shuffle.ORDER_VERSION`.
 
 Letters: n numbers, B rows.
 """
@@ -85,9 +85,11 @@ def uniforms(bits: np.ndarray) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int, purpose: int) -> np.ndarray:
-    """Return a random permutation of 0..n-1, [n] int64, keyed by the arguments.
+    """Return a random permutation of 0..n-1, [n] int64, a pure function of the arguments.
 
     Each number is stored in the low bits of a random 64-bit key, and the keys are sorted.
+
+    stream: takes the place of the row number in `random_bits`
     """
     pairs = random_bits(seed, epoch, np.array([stream]), 2 * n, purpose)[0].view("<u8")
     low = np.uint64((1 << max(1, n - 1).bit_length()) - 1)

@@ -24,10 +24,10 @@ from electra_ds.common.urls import file_system
 from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, padded, shard_file
 from electra_ds.data.shard_reader import SplitIndex
 
-CHUNK_BYTES = 1 << 20  # rows of a chunk; the fragments between its blocks are fetched in addition
+CHUNK_BYTES = 1 << 20  # bytes of rows per chunk, without the fragments between its blocks
 CONCURRENT_REQUESTS = 16
 RETRY_PAUSES = (0.5, 1, 2, 4, 8, 16, 32)  # seconds
-CACHED_CHUNKS = 256  # in memory, the most recently read ones
+CACHED_CHUNKS = 256  # chunks kept in memory: the most recently read ones
 # Client errors (4xx) that a retry may resolve: request timeout, too many requests.
 TRANSIENT_STATUSES = (408, 429)
 
@@ -65,8 +65,9 @@ class RemoteFolder:
         """Read byte ranges, several at a time, and call accept(range, content) for each.
 
         A range that fails, or for which `accept` returns an error, is requested again after a
-        pause. After the last retry its error is raised: that of `accept`, or RunFailure. Raises
-        UserError at once when a file does not exist or may not be read.
+        pause. After the last retry, raises the error that `accept` returned, or RunFailure.
+        Raises UserError without a retry when a file does not exist, may not be read, or comes from
+        a server that ignores Range requests.
         """
         for pause in (*RETRY_PAUSES, None):
             errors = self._read_once(ranges, accept)
@@ -94,7 +95,7 @@ class RemoteFolder:
             expected = names[part.name]
             if expected is not None and hashlib.sha256(content).hexdigest() != expected:
                 return UserError(
-                    f"{self.url}/{part.name}: its sha256 differs from the manifest's; "
+                    f"{self.url}/{part.name}: its sha256 differs from that in manifest.json; "
                     "copy the data there again"
                 )
             path = folder / part.name
@@ -103,7 +104,7 @@ class RemoteFolder:
                 path.write_bytes(content)
             except OSError as error:
                 raise RunFailure(
-                    f"{path}: {error}; make room, or set TMPDIR to another folder"
+                    f"{path}: {error}; free disk space, or set TMPDIR to another folder"
                 ) from error
             return None
 
@@ -131,7 +132,10 @@ class RemoteFolder:
         return errors
 
     def _transient_error(self, part: ByteRange, answer: bytes | Exception) -> Exception | None:
-        """Return the error of an answer that a retry may resolve; raise UserError for any other."""
+        """Return the error of a failed request that a retry may resolve, None for a good answer.
+
+        Raises UserError for an error that a retry cannot resolve.
+        """
         path = f"{self.url}/{part.name}"
         status = getattr(answer, "status", 0)
         received = (

@@ -23,13 +23,13 @@ class RowReader(Protocol):
 
 
 class RowOrder(Protocol):
-    """The endless order of the training rows; position 0 is the first row that a run takes."""
+    """The endless order of the training rows. Position 0 is the first row of a run."""
 
     def rows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Map [n] positions to ([n] row numbers, [n] epochs), int64."""
 
     def state(self) -> dict[str, Any]:
-        """Return what must be equal in a checkpoint and in the run that resumes from it.
+        """Return the parameters of the order as JSON values.
 
-        The values are those of JSON.
+        A run resumes only from a checkpoint with equal parameters.
         """

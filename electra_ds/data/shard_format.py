@@ -1,9 +1,8 @@
 """Data folder format, version 1: tar shards of packed rows, block index, manifest.
 
-Every byte around the rows (tar header, npy header) follows from the manifest and the index. A
-reader compares the headers with those that the writer makes and parses none of them. Nothing in a
-shard can be executed, and a link, a device, another name or an object array is detected as a
-difference.
+Manifest and index determine every byte around the rows (tar headers, npy headers). A reader does
+not parse these headers, it compares them with the expected bytes. So nothing in a shard is
+executed, and a link, a device, another name or an object array is found as a difference.
 
 A fragment is a run of text tokens of one document in one row; [CLS] and [SEP] do not belong to it.
 On disk (member names, manifest keys) fragments are called pieces.
@@ -43,7 +42,7 @@ INDEX_DTYPE = np.dtype(
         ("zero", "<u4"),
     ]
 )
-# Bytes. Tar headers and payloads start at multiples of it, so the rows are aligned to 64 bytes.
+# Bytes. Tar headers and payloads start at multiples of 512, so the rows are aligned to 64 bytes.
 TAR_BLOCK = 512
 NPY_HEADER = 128  # bytes
 
@@ -85,8 +84,8 @@ class UnknownWords(_ManifestPart):
     """Words of the input that became [UNK], duplicate documents included."""
 
     found: int  # number of [UNK] tokens
-    looked_at: int  # number of [UNK] tokens with recorded words
-    words: dict[str, int]  # the most frequent words with their counts, by falling count
+    looked_at: int  # number of [UNK] tokens for which the word was recorded
+    words: dict[str, int]  # the most frequent words -> counts, in descending order
 
 
 class ShardInfo(_ManifestPart):
@@ -130,7 +129,10 @@ class Manifest(_ManifestPart):
     unknowns: UnknownWords | None = None  # None in data prepared by versions without this record
 
     def content_id(self) -> str:
-        """Return a fingerprint of the rows and of their meaning, without names of input files."""
+        """Return a hash of format, rows and tokenizer, [32 hexadecimal digits].
+
+        It does not depend on the names of the input files.
+        """
         parts = [self.format, self.version, self.sequence_length, self.dtype, self.packing]
         parts += [
             self.tokenizer.sha256,
@@ -300,7 +302,7 @@ def write_index(path: str | Path, blocks: np.ndarray) -> str:
 def read_index(path: str | Path, sha256: str) -> np.ndarray:
     """Read a block index, [blocks] INDEX_DTYPE.
 
-    Raises UserError when it is missing or its sha256 differs from that of the manifest.
+    Raises UserError when it is missing or its sha256 differs from `sha256`, that of the manifest.
     """
     try:
         content = Path(path).read_bytes()
@@ -310,7 +312,7 @@ def read_index(path: str | Path, sha256: str) -> np.ndarray:
         ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(
-            f"{path}: its sha256 differs from the manifest's; copy the data again or prepare it "
-            "again"
+            f"{path}: its sha256 differs from that in manifest.json; copy the data again or "
+            "prepare it again"
         )
     return np.frombuffer(content, INDEX_DTYPE, offset=len(INDEX_MAGIC) + 8)

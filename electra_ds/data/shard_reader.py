@@ -36,7 +36,10 @@ class SplitIndex:
     """
 
     def __init__(self, data_dir: str | Path, split: str, location: str | Path) -> None:
-        """data_dir: folder of manifest and index; location: name of the data folder in messages"""
+        """Read manifest and index. Raises UserError when they are missing, damaged or disagree.
+
+        data_dir: folder of manifest and index. location: name of the data folder in messages.
+        """
         self.location = location
         self.split = split
         self.manifest = read_manifest(data_dir)
@@ -44,7 +47,7 @@ class SplitIndex:
             splits = ", ".join(self.manifest.splits)
             raise UserError(
                 f"{location}: found no split {split!r}, only {splits}; "
-                "`prepare --valid-fraction` makes the split valid"
+                "`prepare --valid-fraction` writes a split named valid"
             )
         self.info = self.manifest.splits[split]
         self.rows = self.info.rows
@@ -60,7 +63,8 @@ class SplitIndex:
         indexed_rows = self.block_starts[-1]
         if indexed_rows != self.rows or not self.rows:
             raise UserError(
-                f"{location}: split {split} has {self.rows} rows, {indexed_rows} of them indexed; "
+                f"{location}: split {split} has {self.rows} rows in manifest.json and "
+                f"{indexed_rows} in its index; expected equal numbers above 0; "
                 "prepare the data again"
             )
 
@@ -86,10 +90,14 @@ class SplitIndex:
         rows, crc32 = self.blocks[["rows", "crc32"]][block].item()
         self._check_headers(block, "ids", headers, rows)
         if zlib.crc32(payload) != crc32:
-            raise self.damage(block, "its rows differ from their crc32")
+            raise self.damage(block, "the crc32 of its rows differs from that in the index")
 
     def _check_headers(self, block: int, kind: str, headers: bytes, rows: int) -> None:
-        """kind: "ids" or "pieces"; rows: length of the array's first axis."""
+        """Raise UserError when a member's headers differ from the expected ones.
+
+        kind: "ids" or "pieces". headers: tar header and npy header, as read. rows: length of the
+        first axis of the array.
+        """
         dtype: np.dtype = np.dtype("<i4")
         width = len(FRAGMENT_FIELDS)
         if kind == "ids":
@@ -97,10 +105,10 @@ class SplitIndex:
             width = self.sequence_length
         name = f"{block_name(self.split, *self.place(block))}.{kind}.npy"
         if headers[:TAR_BLOCK] != tar_header(name, NPY_HEADER + rows * width * dtype.itemsize):
-            raise self.damage(block, f"its tar header is not that of {name}")
+            raise self.damage(block, f"its tar header differs from the expected one for {name}")
         if headers[TAR_BLOCK:] != npy_header(dtype, (rows, width)):
             raise self.damage(
-                block, f"the npy header of {name} is not that of {dtype.name}[{rows}, {width}]"
+                block, f"the npy header of {name}: expected that of {dtype.name}[{rows}, {width}]"
             )
 
 
@@ -167,7 +175,7 @@ class ShardReader(SplitIndex):
         try:
             payload_size = int(header[TAR_SIZE_FIELD], 8)  # the header is compared below
         except ValueError:
-            raise self.damage(block, "no tar header where its fragments begin") from None
+            raise self.damage(block, "no tar header where its fragments start") from None
         count = max(0, payload_size - NPY_HEADER) // (4 * len(FRAGMENT_FIELDS))
         first = start + TAR_BLOCK + NPY_HEADER
         self._check_headers(block, "pieces", shard_bytes[start:first].tobytes(), count)
@@ -184,8 +192,8 @@ class ShardReader(SplitIndex):
         path = self.data_dir / info.file
         if info.file != shard_file(self.split, shard) or path.is_symlink() or not path.is_file():
             raise UserError(
-                f"{path}: shard {shard} of {self.split} is no regular file here; "
-                "copy the data again"
+                f"{path}: shard {shard} of {self.split} is missing or no regular file; expected "
+                f"{shard_file(self.split, shard)}; copy the data again"
             )
         ends = blocks["offset"] + blocks["bytes"]
         size = path.stat().st_size
@@ -208,7 +216,7 @@ class ShardReader(SplitIndex):
             or (ends > size).any()
         ):
             raise UserError(
-                f"{path}: index-{self.split}.bin and manifest.json differ about its rows; "
+                f"{path}: index-{self.split}.bin and manifest.json give different rows for it; "
                 "prepare the data again"
             )
 

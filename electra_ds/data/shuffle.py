@@ -18,8 +18,8 @@ MAX_LANES = 256
 class ShuffledOrder:
     """The shuffled order of rows on disk, the same for any world size.
 
-    Every epoch permutes the blocks of rows. Each window of `window` consecutive permuted blocks
-    then permutes its rows. Positions continue across epochs, and every row occurs once per epoch.
+    Every epoch permutes the blocks of rows. Then the rows of each window are permuted; a window is
+    `window` consecutive blocks. Positions continue across epochs. Every row occurs once per epoch.
     """
 
     cached_windows = 4
@@ -35,7 +35,7 @@ class ShuffledOrder:
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def state(self) -> dict[str, Any]:
-        """Return what must be equal in a checkpoint and in the run that resumes from it."""
+        """Return the parameters that a checkpoint and the run that resumes from it must share."""
         return {
             "kind": "shards",
             "version": ORDER_VERSION,
@@ -85,13 +85,13 @@ class ShuffledOrder:
 
 
 class StreamOrder(ShuffledOrder):
-    """The shuffled order of streamed rows, in which a rank reads from few chunks at a time.
+    """The shuffled order of streamed rows. A rank reads from few chunks at a time.
 
-    The chunks of an epoch are permuted, and so are the rows of each chunk. The resulting T rows are
-    cut into lanes of T // lanes rows or one more. Every global batch takes its next rows from each
-    lane, lane after lane, so that neighbouring slices of all batches come from neighbouring lanes.
-    A lane reads its rows of one epoch, then those of the next, so that every row occurs once per
-    epoch and the epoch ends in one lane up to one row earlier than in another.
+    Every epoch permutes the chunks and the rows of each chunk. The resulting T rows are divided
+    into lanes of T // lanes rows or one more. Every global batch takes the next rows of each lane,
+    in the order of the lanes. So the same slice of every batch, and the rank that reads it, uses
+    the same lanes. A lane goes through its rows of one epoch and then of the next. Every row occurs
+    once per epoch. The epochs of two lanes may end one row apart.
     """
 
     def __init__(self, chunk_rows: np.ndarray, seed: int, global_batch_size: int) -> None:
@@ -106,7 +106,7 @@ class StreamOrder(ShuffledOrder):
         self.cached_windows = 2 * self.lanes
 
     def state(self) -> dict[str, Any]:
-        """Return what must be equal in a checkpoint and in the run that resumes from it."""
+        """Return the parameters that a checkpoint and the run that resumes from it must share."""
         chunks = len(self.block_rows)
         return {
             "kind": "stream",

@@ -23,7 +23,8 @@ BATCH_ROWS = 64
 class TokenScore(NamedTuple):
     """One token of a text with its probability of being replaced.
 
-    token: its spelling in the vocabulary. start, end: its characters in the text.
+    token: its spelling in the vocabulary. start, end: character offsets in the text, end excluded.
+    probability: from 0 to 1.
     """
 
     token: str
@@ -54,8 +55,9 @@ class Detector:
         """The detector of a run folder (its latest checkpoint), of OUT/ckpt or of OUT/ckpt/STEP.
 
         tokenizer: the vocabulary, when it is not in OUT/tokenizer. trust_code: run the code that
-        model.factory of the checkpoint names. Raises UserError when there is no checkpoint or no
-        tokenizer, when their sizes differ, and for an objective that does not detect.
+        model.factory of the checkpoint names. The model is in fp32 on the CPU. Raises UserError if
+        there is no checkpoint or no tokenizer, if their sizes differ, for a model.factory without
+        trust_code, and for an objective that does not detect.
         """
         folder = find_checkpoint(Path(path))
         module, config = load_objective(folder, trust_code=trust_code)
@@ -76,7 +78,7 @@ class Detector:
         """
         ids, spans = self.tokenizer.encode_with_offsets(text)
         if not ids:
-            raise UserError("the text holds no tokens; give a sentence")
+            raise UserError("the text holds no tokens; expected at least one word")
         room = self.sequence_length - 2  # beside [CLS] and [SEP]
         rows = [ids[start : start + room] for start in range(0, len(ids), room)]
         probabilities: list[float] = []

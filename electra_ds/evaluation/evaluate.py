@@ -19,9 +19,11 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """Metrics of a checkpoint on the held-out split of `data`, in fp32, on CUDA if available.
 
-    path: a run folder or a checkpoint. max_rows: most rows of each source; None for all.
-    Returns the metrics of `held_out.evaluate_sources` by name. Raises UserError when no rows are
-    held out, and when vocabulary or sequence length of the data differ from those of the model.
+    path: a run folder or a checkpoint. data: a data folder, its URL, or a MIX.json.
+    max_rows: most rows of each source; None for all. trust_code: run the code that model.factory of
+    the checkpoint names. Returns the metrics of `held_out.evaluate_sources` by name. Raises
+    UserError when there is no checkpoint or no data, when no rows are held out, for a model.factory
+    without trust_code, and when vocabulary or sequence length of data and model differ.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module, config = load_objective(find_checkpoint(Path(path)), device, trust_code)
@@ -29,7 +31,7 @@ def evaluate_checkpoint(
     manifest = dataset.manifest
     held_out = dataset.held_out()
     if not held_out:
-        raise UserError(f"{data}: no rows are held out; prepare it with a --valid-fraction above 0")
+        raise UserError(f"{data}: no held-out rows; prepare the data with --valid-fraction above 0")
     tokenizer = manifest.tokenizer
     config.with_data(tokenizer.vocab_size, tokenizer.special_ids, manifest.sequence_length)
     recipe = masking_recipe(manifest, config.objective, config.train.seed)

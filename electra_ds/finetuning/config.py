@@ -39,7 +39,7 @@ class FinetuneTrain(Section):
         "weights that are scored: of the last epoch, or of the best epoch on the dev set",
     )
     keep: Literal["best", "all", "none"] = machine(
-        "best", "models kept: that of the best seed on dev, those of all seeds, or none"
+        "best", "models to keep: of the best seed on dev, of all seeds, or none"
     )
     max_skipped_steps: int = machine(
         20, "skipped steps in a row before a seed counts as diverged", ge=1
@@ -88,7 +88,7 @@ class FinetuneConfig(Section):
     )
 
     def accumulation(self, world_size: int) -> int:
-        """`config.accumulation` of this suite."""
+        """Micro-batches per step and rank. UserError if the global batch cannot be split so."""
         return accumulation(self.train, world_size)
 
     def of(
@@ -115,14 +115,14 @@ class FinetuneConfig(Section):
 
 
 def load_finetune(name: str, sets: Sequence[str] = (), engine: str | None = None) -> FinetuneConfig:
-    """`load_config` of a suite.
+    """Load the config of a suite with `load_config`, which raises UserError for mistakes.
 
-    A value that --set gives for all tasks (train.epochs=2) replaces the overrides in the file; only
-    --set tasks.NAME.epochs=... is an exception to it.
+    A value that --set gives for all tasks (train.epochs=2) replaces the overrides in the file. Only
+    --set tasks.NAME.epochs=... takes precedence over it.
     """
     config = load_config(name, "glue", FinetuneConfig, list(sets), engine)
     keys = [setting.partition("=")[0].strip() for setting in sets]
-    if "tasks" in keys:  # the whole table is from the command line
+    if "tasks" in keys:  # the command line replaces the whole table
         return config
     set_for_all = {key.partition(".")[2] for key in keys if "tasks" not in key}
     fields = TaskOverrides.model_fields.keys() & set_for_all

@@ -20,15 +20,15 @@ from electra_ds.common.suggestions import nearest
 if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
 
-RawLabel = str | float | list[str] | None  # as a file has it: text, number or tags
+RawLabel = str | float | list[str] | None  # as stored in a file: text, number or tags
 
 
 class Example(NamedTuple):
     """One example of a task.
 
     key: its name in files of predictions. text_a: a text, or in token classification its words.
-    label: a class number; in regression a number; in token classification one class number for each
-    word; None where the file has no label.
+    text_b: the second text of a pair, or None. label: a class number; in regression a number; in
+    token classification one class number for each word; None if the file has no label.
     """
 
     key: str
@@ -44,8 +44,9 @@ Lines = Iterator[tuple[int, list[str]]]  # line number from 1, and cells
 def read_examples(task: Task, split: str) -> list[Example]:
     """The examples of one split, in the order of the file.
 
-    The splits train and valid must have labels; other splits have them if the file has the column
-    of the label. UserError names file and line, what was found and what was expected.
+    The splits train and valid must have labels; other splits have labels if the file has the column
+    of the label. Raises UserError for a split that the task does not have, for a file that cannot
+    be read, and, with file and line, for a row that does not fit the task.
     """
     if split not in task.splits:
         raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
@@ -81,7 +82,7 @@ def _class_numbers(task: Task, label: RawLabel, where: str) -> int | float | lis
 
 
 def read_file(task: Task, path: Path) -> list[Example]:
-    """The examples of any file in the format of the task, with labels if it has their column."""
+    """Read a file in the format of the task; labels are read if the file has their column."""
     files = {"folder": str(path.parent), "splits": {"test": path.name}, "dataset": None}
     return read_examples(task.model_copy(update=files), "test")
 
@@ -96,7 +97,7 @@ def seen_labels(task: Task) -> list[Any]:
 
 
 def _label(task: Task, split: str, row: dict[str | int, Any], where: str) -> RawLabel:
-    """The label as the file has it; None only outside train and valid."""
+    """The label as stored in the file; None only outside train and valid."""
     is_required = split.startswith(("train", "valid"))
     if task.label is None or (not is_required and row.get(task.label) is None):
         return None
@@ -159,7 +160,7 @@ def _rows(task: Task, split: str) -> Iterator[Row]:
     if not count:
         raise UserError(
             f"{path}: holds no example; expected at least one line after the header; "
-            "is the file complete?"
+            "check that the file is complete"
         )
 
 
@@ -174,8 +175,7 @@ def _rows_of_text(path: Path, text: str, task: Task, split: str) -> Iterator[Row
     if file_format == "conll":
         return _conll(path, text)
     raise UserError(
-        f"{path}: the suffix is not that of a format; give the task a format: tsv, csv, jsonl, "
-        "conll"
+        f"{path}: unknown suffix {path.suffix!r}; give the task a format: tsv, csv, jsonl, conll"
     )
 
 
@@ -240,8 +240,8 @@ def _csv(path: Path, text: str) -> Lines:
     except csv.Error as error:
         raise UserError(
             f"{path}:{first_line}: odd quote in the row that begins here ({error}); expected each "
-            "quote inside a quoted text written twice; correct it, or use TSV, where quotes are "
-            "literal"
+            "quote inside a quoted text to be doubled; correct the row, or use TSV, where quotes "
+            "are literal"
         ) from None
 
 
@@ -261,7 +261,7 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
 
 
 def _conll(path: Path, text: str) -> Iterator[Row]:
-    """Sentences as columns `words` (first of the file) and `tags` (last of the file).
+    """Sentences with the columns `words` and `tags`: the first and the last column of the file.
 
     One word a line; a blank line or -DOCSTART- ends a sentence.
     """
@@ -304,7 +304,7 @@ def _dataset(task: Task, dataset: str, split: str) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {error}") from None
     feature = table.features.get(task.label)
-    # Of a ClassLabel, or of the ClassLabel inside a sequence.
+    # Names of a ClassLabel, or of the ClassLabel inside a sequence.
     names = getattr(getattr(feature, "feature", feature), "names", None)
     for number, row in enumerate(table):
         label = row.get(task.label)

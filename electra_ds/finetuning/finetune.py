@@ -1,4 +1,4 @@
-"""The verb `finetune`: train a head for each task and seed, score, predict, report.
+"""The verb `finetune`: train a model for each task and seed, score, predict, report.
 
 DIR/config.json                     the suite
 DIR/TASK/task.json                  the task, and a fingerprint of its examples
@@ -53,10 +53,11 @@ def finetune(
     model: what `load_pretrained` reads.
     names: tasks, for `load_task`. data: the GLUE root, or a task's own folder.
     seeds: number of seeds, from train.seed on.
-    spread: each rank runs its share of the seeds, alone.
-    random_init: the same budget from random weights, for comparison.
-    Returns the exit code: 0 done, 85 saved and stopped by a signal. Raises UserError for bad data,
-    settings that do not fit, an `out` of another suite, or a seed that another process runs.
+    spread: each rank runs its share of all (task, seed) pairs by itself.
+    random_init: start from random weights instead of the pretrained ones, for comparison.
+    Returns the exit code: 0 done, 85 saved and stopped by a signal (0 under torchrun). Raises
+    UserError for bad data, settings that do not fit, an `out` of another suite, or a seed that
+    another process runs.
     """
     share = slice(ranks.rank, None, ranks.world_size) if spread else slice(None)
     ranks = alone(ranks) if spread else ranks
@@ -102,9 +103,9 @@ def finetune_on_ranks(
     share: slice = slice(None),
     random_init: bool = False,
 ) -> None:
-    """`finetune` on ranks that have met. Raises Stopped after a signal. Collective.
+    """`finetune` with an initialized process group. Raises Stopped after a signal. Collective.
 
-    share: which of all (task, seed) pairs these ranks run.
+    share: slice of the list of all (task, seed) pairs that these ranks run.
     """
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
@@ -132,7 +133,7 @@ def _unfinished(out: Path, task: Task, seeds: list[int]) -> list[int]:
 
 
 def _check(suite: Suite, tasks: list[Task]) -> None:
-    """Refuse now what would fail later, or would be ignored without a message."""
+    """Raise UserError for settings that would fail later or would have no effect."""
     config, model = suite.config, suite.pretrained.model
     names = [task.name for task in tasks]
     repeated = [name for name in names if names.count(name) > 1]
@@ -156,12 +157,12 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
             )
         if task.text_b is not None and model.type_vocab_size < 2:
             raise UserError(
-                f"{task.name}: texts in pairs, but the model knows one segment only "
-                "(type_vocab_size = 1)"
+                f"{task.name}: the task has pairs of texts, but the model has one segment "
+                "(type_vocab_size = 1); use a model with at least 2"
             )
         if "train" not in task.splits:
             raise UserError(
-                f"{task.name}: no split train; it is for predictions alone (ax: by mnli's model)"
+                f"{task.name}: no split train; use it only with predict (ax: a model of mnli)"
             )
 
 
@@ -180,7 +181,7 @@ def _open(suite: Suite) -> None:
     def differs(found: dict[str, Any]) -> list[str]:
         before = found.get("provenance") or {}
         if "weights" not in before:
-            raise UserError(f"--out {suite.out} holds a run of another kind; choose another folder")
+            raise UserError(f"--out {suite.out}: not a folder of finetune; choose another folder")
         config = parse_config(found, f"{suite.out}/config.json", FinetuneConfig)
         science, _ = differences(config, suite.config)
         if before["weights"] == facts["weights"]:
@@ -194,7 +195,7 @@ def _open(suite: Suite) -> None:
 def _read(suite: Suite, task: Task) -> Splits:
     """A task's examples, as read and encoded. Collective.
 
-    DIR/TASK/task.json is written, or compared: all seeds of a task see the same task and rows.
+    Writes DIR/TASK/task.json, or compares with it, so that all seeds use the same task and rows.
     """
     max_length = suite.config.of(task.name, task.epochs, 0).train.max_length
     examples = {split: read_examples(task, split) for split in task.splits}
@@ -208,7 +209,7 @@ def _read(suite: Suite, task: Task) -> Splits:
     def differs(found: dict[str, Any]) -> list[str]:
         science, _ = differences(parse_config(found["task"], f"{task.name}/task.json", Task), task)
         if not science and found["examples"] != digest:
-            return ["other examples in train or dev"]
+            return ["the examples of train or dev have changed"]
         return science
 
     settings = {"task": task.model_dump(mode="json"), "examples": digest}
@@ -224,19 +225,19 @@ def _write_or_compare(
 ) -> None:
     """Write settings into DIR/name. Collective.
 
-    UserError when seeds were trained with other settings already. differs: the settings there ->
-    the differences, for the message.
+    differs: function of the settings in the file that returns a list of differences, for the
+    message. Raises UserError when they differ and a seed was already trained with them.
     """
     path = suite.out / name
 
     def compare_and_write() -> None:
         if path.exists():
-            listed = "; ".join(differs(read_json(path, "an earlier attempt's settings")))
+            listed = "; ".join(differs(read_json(path, "the settings of an earlier attempt")))
             trained = [*path.parent.rglob("seed-*/ckpt"), *path.parent.rglob("seed-*/result.json")]
             if listed and trained:
                 raise UserError(
-                    f"{path} is of another fine-tuning: {listed}. Take the old values, or another "
-                    "--out"
+                    f"{path}: earlier seeds were trained with other settings: {listed}; use "
+                    "those, or another --out"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)

@@ -56,9 +56,9 @@ def score(task: "Task", predictions: Any, examples: "list[Example]") -> dict[str
 
     predictions: class numbers [N]; in regression floats [N] in the unit of the labels; in token
     classification one list of class numbers for each example, one for each word.
-    f1 is that of the second label. Undefined metrics count as no skill: matthews, pearson and
-    spearman of constant predictions and f1 without a positive are 0.0. Predictions that are not
-    finite give nan.
+    f1 is that of the second label. Undefined metrics are 0.0: matthews, pearson and spearman of
+    constant predictions, and f1 without a positive. Predictions that are not finite give nan.
+    Raises UserError for entity_f1 with labels that are no BIO tags.
     """
     from scipy import stats
     from sklearn import metrics

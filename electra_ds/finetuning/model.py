@@ -38,8 +38,8 @@ class TaskTotals(NamedTuple):
 class Classifier(nn.Module):
     """Encoder, dropout and one linear layer on [CLS], or on every token.
 
-    Parameters are named embeddings.*, discriminator.* and head.*. outputs: C. per_token: token
-    classification. regression: the loss is the squared error.
+    Parameters are named embeddings.*, discriminator.* and head.*. outputs: C. per_token: one output
+    for each token instead of one for [CLS]. regression: the loss is the squared error.
     """
 
     def __init__(self, model: ModelConfig, outputs: int, per_token: bool, regression: bool):

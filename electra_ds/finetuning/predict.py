@@ -60,8 +60,8 @@ def predict_split(
 ) -> Predictions:
     """Predictions and scores of a Classifier on one split, on every rank. Collective.
 
-    module: in eval mode. encoded: `encode` of examples. Fine-tuning and the verb `predict` both
-    use this function.
+    module: in eval mode. encoded: `encode` of examples. all_gather_object: returns the objects of
+    all ranks, in rank order. Fine-tuning and the verb `predict` both use this function.
     """
     with torch.no_grad():
         logits = logits_of(module, task.kind, encoded, pad_id, ranks, all_gather_object)
@@ -81,8 +81,8 @@ def logits_of(
 ) -> list[np.ndarray]:
     """Logits of each example, [C] or in token classification [S, C], fp32. Collective.
 
-    Each rank computes its share and gets all of them. module: a Classifier in eval mode. kind: that
-    of the task.
+    Each rank computes its share and receives all logits. module: a Classifier in eval mode.
+    kind: the kind of the task.
     """
     device = next(module.parameters()).device
     own: dict[int, np.ndarray] = {}  # example number -> logits, of this rank's share
@@ -159,9 +159,11 @@ def predict(
     model: DIR/TASK (if it holds one model), DIR/TASK/seed-N, or that seed's model.
     file: a file with the columns of the task; or split: a split of the task's own data, with data:
     the GLUE root or the task's folder. The scores are empty when an example has no label.
+    Raises UserError unless exactly one of file and split is given, for a model that is not a
+    fine-tuned one, and for a file that does not fit the task.
     """
     if (file is None) == (split is None):
-        raise UserError("give --input FILE, or --split NAME with --data")
+        raise UserError("expected exactly one of --input FILE and --split NAME (with --data)")
     source = read_checkpoint(model)
     config = source.meta.config
     if "task" not in config:

@@ -1,6 +1,6 @@
 """DIR/report.json and report.md: every seed, median, mean, deviation, published results.
 
-The report is a function of the folder alone; unfinished seeds are listed as such.
+The report depends only on the files in the folder. Unfinished seeds are listed.
 """
 
 import math
@@ -119,9 +119,9 @@ def _status(result: Result | None) -> str:
 def write_report(folder: Path) -> dict[str, Any]:
     """Write report.json and report.md into `folder`; returns the content of report.json.
 
-    folder: holds TASK/seed-N/result.json. Scores are multiplied by 100; `best` is that of the best
-    seed on dev. Median, mean and standard deviation (n - 1) are over the finished seeds; diverged
-    seeds are listed but not counted. UserError when there is no seed.
+    folder: holds TASK/seed-N/result.json. Scores are multiplied by 100; `best` is the score
+    of the best seed on dev. Median, mean and standard deviation (n - 1) are over the finished
+    seeds; diverged seeds are listed but not counted. Raises UserError when there is no seed.
     """
     tasks = {name: _summarize(seeds) for name, seeds in read_results(folder).items()}
     has_glue = any(name in GLUE for name in tasks)
@@ -159,7 +159,7 @@ def _summarize(seeds: Seeds) -> dict[str, Any]:
 
 
 def _statistics(values: dict[int, float], best: int | None) -> dict[str, Any]:
-    """values: seed -> score. best: the best seed on dev."""
+    """Return median, mean, deviation and best. values: seed -> score. best: best seed on dev."""
     scores = list(values.values())
     return {
         "seeds": values,

@@ -1,9 +1,9 @@
 """Fine-tuning of one task with one seed: training steps, epochs, scores, files.
 
-DIR/TASK/seed-N/result.json             written last: a seed with one is finished
+DIR/TASK/seed-N/result.json             written last; it marks a finished seed
 DIR/TASK/seed-N/predictions-SPLIT.tsv
 DIR/TASK/seed-N/model, tokenizer        the fine-tuned model, if train.keep keeps it
-DIR/TASK/seed-N/ckpt                    of a seed that was stopped, or takes long
+DIR/TASK/seed-N/ckpt                    checkpoints of an unfinished seed, every SAVE_SECONDS
 """
 
 import math
@@ -50,7 +50,7 @@ Scores = dict[str, float]
 
 
 class Suite(NamedTuple):
-    """What all seeds of a fine-tuning share."""
+    """Values that all seeds of a fine-tuning share."""
 
     config: FinetuneConfig
     pretrained: Pretrained
@@ -80,7 +80,7 @@ class TaskStep(NamedTuple):
 
 
 class Stopped(Exception):
-    """A stop was requested; everything is saved."""
+    """Raised after a requested stop, when the state is saved."""
 
 
 def seed_folder(out: Path, task: Task, seed: int) -> Path:
@@ -108,7 +108,7 @@ class Seed(Trainer):
     def fit(self) -> None:
         """Train from the start or from a checkpoint, score, write everything, result.json last.
 
-        Raises Stopped when a signal stopped the seed; it is saved then. Collective.
+        Raises Stopped after a signal, when the state of the seed is saved. Collective.
         """
         began = time.monotonic()
         self.engine = self._make_engine()
@@ -152,7 +152,7 @@ class Seed(Trainer):
         state = TrainingState()
         if found is not None:
             state = checkpoint.load(self.engine, found, self.padded).state
-        elif self.is_rank0:  # an earlier attempt left no checkpoint
+        elif self.is_rank0:  # the seed starts again: remove the model that an earlier attempt kept
             shutil.rmtree(self.folder / "model", ignore_errors=True)
         device = self.suite.device
         self.sums = LossSums(1, self.suite.ranks, device, state.interval)  # of this epoch
@@ -161,7 +161,7 @@ class Seed(Trainer):
     # ------------------------------------------------------------------------------- the loop
 
     def _steps(self, attempts: int) -> Iterator[TaskStep]:
-        """The batches from a number of attempts on, endless."""
+        """Yield batches without end, beginning after `attempts` attempted steps."""
         batch_size = self.config.train.global_batch_size
         while True:
             epoch, first = divmod(attempts, self.epoch_steps)
@@ -204,11 +204,11 @@ class Seed(Trainer):
         return self.stop_requested
 
     def should_save(self, state: TrainingState) -> bool:
-        """Whether the last checkpoint is older than SAVE_SECONDS, on rank 0's clock."""
+        """On rank 0, whether the last checkpoint is older than SAVE_SECONDS; else False."""
         return self.is_rank0 and time.monotonic() - self.saved_at > SAVE_SECONDS
 
     def learning_rate(self, state: TrainingState) -> float:
-        """Linear warmup and decay over all attempts."""
+        """Linear warmup and decay as a function of the applied steps."""
         options = self.config.optimizer
         warmup_steps = round(options.warmup_fraction * self.total_steps)
         return learning_rate(options.peak_lr, warmup_steps, state.step, self.total_steps)
@@ -272,7 +272,7 @@ class Seed(Trainer):
     # --------------------------------------------------------------------- scores and results
 
     def _finish(self, state: TrainingState) -> dict[str, Scores]:
-        """Scores of the dev splits. Writes the model, and predictions of every split but train."""
+        """Scores of all labelled splits except train. Writes the model and the predictions."""
         if self.config.train.select == "best":
             checkpoint.load(self.engine, self.folder / "model", self.padded, weights_only=True)
         scores = {}
@@ -297,7 +297,8 @@ class Seed(Trainer):
     def _predict(self, split: str) -> Predictions:
         """Predictions and scores of a split, computed in fp32. Collective.
 
-        fp32 whatever the engine trains in, so that `predict` and exports give the same.
+        They are computed in fp32 for every precision of the engine, so that `predict` and exported
+        models give the same values.
         """
         engine = self.engine
         weights = {
@@ -318,7 +319,7 @@ class Seed(Trainer):
         )
 
     def _save_model(self, state: TrainingState, scores: Any) -> None:
-        if self.is_rank0:  # before the model, which is never without its tokenizer
+        if self.is_rank0:  # written before the model, so that a model always has its tokenizer
             self.suite.pretrained.tokenizer.save(self.folder / "tokenizer")
         facts = self._facts(scores)
         checkpointer.save(
@@ -326,7 +327,7 @@ class Seed(Trainer):
         )
 
     def _facts(self, scores: Any) -> dict[str, Any]:
-        """meta.json's config: enough to predict with and to export."""
+        """The config in meta.json, with all values that predict and export need."""
         return self.config.model_dump(mode="json") | {
             "model": self.model.model_dump(mode="json"),
             "task": self.task.model_dump(mode="json"),

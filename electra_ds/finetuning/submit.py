@@ -54,8 +54,8 @@ def write_submission(folder: Path, out: Path) -> list[str]:
         )
     if filled:
         notes.append(
-            f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant, their "
-            "scores mean nothing"
+            f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant; their "
+            "scores are meaningless"
         )
     write_bytes(out, data.getvalue())
     return notes

@@ -1,4 +1,4 @@
-"""Descriptions of tasks, GLUE's and the user's: files, columns, labels, metrics."""
+"""Descriptions of GLUE tasks and user tasks: files, columns, labels, metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Task(Section):
     )
     dataset_config: str | None = science(None, "name of the dataset's configuration")
     format: Literal["tsv", "csv", "jsonl", "conll"] | None = science(
-        None, "of the files; null: by their suffixes"
+        None, "format of the files; null: given by their suffixes"
     )
     header: bool = science(True, "TSV and CSV: the first line has the names of the columns")
     columns: dict[str, list[str]] = science(
@@ -249,15 +249,15 @@ def _filled(task: Task) -> Task:
         if labels[0] == labels[-1]:
             raise UserError(
                 f"task {task.name}: every label of the training split is {labels[0]}; "
-                "nothing can be learned"
+                "expected at least two different labels"
             )
         values["label_range"] = (labels[0], labels[-1])
     if task.kind != "regression" and task.labels is None:
         values["labels"] = seen_labels(task)
         if len(values["labels"]) < 2:
             raise UserError(
-                f"task {task.name}: the training split has the one label {values['labels']}; "
-                "expected two"
+                f"task {task.name}: the training split has the one label {values['labels'][0]!r}; "
+                "expected at least two labels"
             )
     if not task.metrics:
         values["metrics"] = _default_metrics(task.kind, values["labels"] or [])
@@ -276,8 +276,8 @@ def _default_metrics(kind: TaskKind, labels: list[str]) -> list[str]:
 def task_names(text: str) -> list[str]:
     """The tasks of --tasks, a list separated by commas, each once.
 
-    GLUE names in any spelling become short names; `glue` stands for the nine; paths of descriptions
-    stay as they are.
+    GLUE names in any spelling become short names. `glue` becomes the nine GLUE tasks (without ax).
+    Paths of descriptions are not changed.
     """
     names: list[str] = []
     for name in (part.strip() for part in text.split(",")):

@@ -1,4 +1,4 @@
-"""Export of a run, a checkpoint or a fine-tuned model as folders that transformers reads alone."""
+"""Export of a run, a checkpoint or a fine-tuned model as folders that transformers can load."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     path: a run folder, a checkpoint or a fine-tuned model. tokenizer: the vocabulary, when it is
     not beside the model. Each folder holds fp32 weights for `from_pretrained` of the class in its
     config.json, the files of AutoTokenizer and a model card. Returns a line for each folder.
-    Raises UserError when `out` is not empty, and for a run of the user's own modules.
+    Raises UserError when `out` is not empty, when there is no model or no tokenizer, when their
+    vocabulary sizes differ, and for a run of the user's own modules.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; choose a new folder")
@@ -52,11 +53,11 @@ def _export_run(source: Checkpoint, out: Path, words: Tokenizer) -> list[str]:
     facts = _run_facts(source)
     exported = {name for part in parts for name in part_names(weights, part)}
     if rest := sorted(weights.keys() - exported):
-        facts["left out, without a counterpart in the stock classes"] = ", ".join(rest)
+        facts["left out (not in the stock classes)"] = ", ".join(rest)
     lines = []
     for part in parts:
         tensors = to_hf(weights, part)
-        tensors.pop("generator_lm_head.weight", None)  # tied: the library uses the word table
+        tensors.pop("generator_lm_head.weight", None)  # tied to the word embeddings
         is_mlm = "generator_lm_head.bias" in tensors
         values = hf_config(source.model, config.generator, part, words.special_ids.pad)
         values["architectures"] = ["ElectraForMaskedLM" if is_mlm else "ElectraForPreTraining"]
@@ -110,7 +111,7 @@ def _export_fine_tuned(source: Checkpoint, out: Path, words: Tokenizer) -> str:
     facts = _task_facts(source, task)
     if reads_cls:
         facts["class of the text"] = (
-            "the logits at the first token: the stock sentence head has no room for all labels"
+            "the logits of the first token, because the stock sentence head is too small"
         )
     for split, scores in config["scores"].items():
         facts |= {f"{split}, {metric}": f"{value:.4f}" for metric, value in scores.items()}
@@ -140,7 +141,7 @@ def _task_facts(source: Checkpoint, task: dict[str, Any]) -> dict[str, str]:
 def _write_folder(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], words: Tokenizer, card: Card
 ) -> str:
-    """Write weights, tokenizer, card and config.json (last, so that it marks a whole folder)."""
+    """Write weights, tokenizer and card, then config.json, which marks a complete folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(words, folder, config["max_position_embeddings"])
     tensors = {name: value.contiguous() for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Names, tensors and config keys of Hugging Face's ELECTRA classes, converted from and to ours.
+"""Conversion of parameter names, tensors and config keys to and from Hugging Face's ELECTRA.
 
 "Stock" means a class of the transformers library without changes. `part` is always "discriminator"
 (ElectraForPreTraining) or "generator" (ElectraForMaskedLM).
@@ -13,7 +13,7 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.config.schema import EncoderConfig, GeneratorConfig, ModelConfig
 
-# Names of our modules -> theirs, for embeddings, one layer and the heads.
+# Module names in electra_ds -> those in Hugging Face, for embeddings, one layer and the heads.
 EMBEDDINGS = {
     "word": "word_embeddings",
     "position": "position_embeddings",
@@ -94,13 +94,15 @@ def classifier_to_hf(
 ) -> tuple[str, dict[str, Tensor]]:
     """(stock class, its state_dict) of a fine-tuned encoder, with equal logits.
 
-    state: the encoder with head.weight [labels, H] and head.bias [labels]. kind: that of the task.
+    state: fp32 tensors of the encoder, head.weight [labels, H] and head.bias [labels].
+    kind: the kind of the task.
     label_range: the range of a regression's labels; it is folded into the weights, so that the
     stock logit is in the unit of the labels.
 
-    The stock sentence head is linear, gelu, linear and ours is one linear layer. Since
-    gelu(z) - gelu(-z) = z, the two are equal with 2 x labels of the H rows of the first layer.
-    With more labels the class is that of token classification, to be read at [CLS].
+    The stock sentence head is linear, gelu, linear; that of electra_ds is one linear layer. Since
+    gelu(z) - gelu(-z) = z, 2 x labels rows of the first stock layer reproduce it, and the other
+    rows are zero. With more than H / 2 labels the class is ElectraForTokenClassification, and the
+    logits at [CLS] are those of the text.
     """
     tensors = to_hf(state, "discriminator")
     weight, bias = state["head.weight"], state["head.bias"]
@@ -127,7 +129,7 @@ def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], part: str) -> d
     """Our tensors of one part (fp32, without padded rows) from a state_dict of its stock class.
 
     names: all our parameters; those of other parts are ignored. A bare ElectraModel, which has no
-    prefix "electra.", is accepted. UserError names the first tensor that is missing.
+    prefix "electra.", is accepted. Raises UserError with the name of the first missing tensor.
     """
     state = {}
     for name in part_names(names, part):
@@ -137,7 +139,7 @@ def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], part: str) -> d
             if chunk is None:
                 raise UserError(
                     f"Hugging Face {part}: no tensor {foreign} for {name}; "
-                    f"is this the folder of a {part}?"
+                    f"expected the folder of a {part}"
                 )
             chunks.append(chunk.detach().float())
         state[name] = torch.cat(chunks)
@@ -194,10 +196,10 @@ def hf_config(
 def from_hf_config(
     discriminator: Mapping[str, Any], generator: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, GeneratorConfig]:
-    """Our sizes from the config.json of the discriminator and of the generator, if there is one.
+    """The sizes in the config.json of the discriminator and of the generator, if there is one.
 
-    Raises UserError for what our encoder does not support (another activation, relative positions)
-    and for generator sizes that do not fit the discriminator's embeddings.
+    Raises UserError for a missing key, for values that the encoder of electra_ds does not support
+    (another activation, relative positions), and for tables of different sizes.
     """
     main = _checked_sizes(discriminator)
     other = _checked_sizes(generator or discriminator)
@@ -206,7 +208,7 @@ def from_hf_config(
         if main[key] != other[key] and not (is_untied and key == "embedding_size"):
             raise UserError(
                 f"config.json: {key} of discriminator and generator differ "
-                f"({main[key]} and {other[key]})"
+                f"({main[key]} and {other[key]}); expected equal values"
             )
     sizes = {field: main[key] for field, key in (SIZES | TABLES).items()}
     generator_sizes = {field: other[key] for field, key in SIZES.items()}
@@ -215,16 +217,14 @@ def from_hf_config(
 
 
 def _checked_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config with the library's default of layer_norm_eps; every key that is used is checked."""
+    """Return config with a default layer_norm_eps. UserError for missing or unsupported keys."""
     config = {"layer_norm_eps": 1e-12} | dict(config)
     for key, only in ONLY.items():
         if config.get(key, only) != only:
             raise UserError(f"config.json: {key} = {config[key]!r}; only {only!r} is supported")
     for key in (*TABLES.values(), *SIZES.values()):
         if not isinstance(config.get(key), (int, float)):
-            raise UserError(
-                f"config.json: {key} = {config.get(key)!r}; sizes must be numbers, not strings"
-            )
+            raise UserError(f"config.json: {key} = {config.get(key)!r}; expected a number")
     return config
 
 

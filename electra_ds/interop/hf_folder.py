@@ -26,7 +26,7 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def read_config(folder: Path, model_types: tuple[str, ...] = ("electra",)) -> dict[str, Any]:
-    """config.json of a folder. UserError when its model_type is not one of `model_types`."""
+    """config.json of a folder. Raises UserError if it is missing or has another model_type."""
     config = read_json(folder / "config.json", "the config.json of a Hugging Face model")
     model_type = config.get("model_type")
     if model_type not in model_types:
@@ -66,6 +66,6 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read as weights ({reason})") from None
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(
-            f"{path}: expected a table of tensors by name, as `state_dict()` returns it"
+            f"{path}: found values that are no tensors; expected a dict of tensors (a state_dict)"
         )
     return tensors

@@ -14,10 +14,11 @@ SPACE = "\u2581"  # SentencePiece's character for a space
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the vocabulary file.
 
-    AutoTokenizer then returns our ids as [CLS] A [SEP] B [SEP] with token types. Two differences
-    come from the library: a special token written in a text becomes its id, and where unigram finds
-    two segmentations of equal score (a long run of one character), rounding decides, in fp64 there
-    and in fp32 in SentencePiece.
+    AutoTokenizer then returns the same ids as [CLS] A [SEP] B [SEP] with token types. There are two
+    differences. The library maps a special token that is written in a text to its id. If unigram
+    has two segmentations of equal score (a long run of one character), the library may choose
+    another one, because it adds scores in fp64 and SentencePiece in fp32.
+    Raises UserError for a SentencePiece model that is neither unigram nor bpe.
     """
     tokenizer.save(folder)
     (folder / "options.json").unlink()  # tokenizer_config.json has the same facts
@@ -80,14 +81,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
     model, normalizer = content["model"], content["normalizer"] or {}
     if model["type"] != "WordPiece" or normalizer.get("type") != "BertNormalizer":
         raise UserError(
-            f"{path}/tokenizer.json: a {model['type']} model; expected BERT's WordPiece, or the "
-            "vocabulary as vocab.txt or SentencePiece .model: put it into the folder or give it "
-            "with --tokenizer"
+            f"{path}/tokenizer.json: found a {model['type']} model; expected BERT's WordPiece; "
+            "otherwise put vocab.txt or a SentencePiece .model into the folder, or give it with "
+            "--tokenizer"
         )
     if unsupported := _unsupported_settings(model, normalizer):
         raise UserError(
-            f"{path}/tokenizer.json: {', '.join(unsupported)}; only BERT's own settings are "
-            "supported"
+            f"{path}/tokenizer.json: found {', '.join(unsupported)}; expected those of BERT; "
+            "give a vocab.txt with --tokenizer"
         )
     names = sorted(model["vocab"], key=model["vocab"].get)
     lowercase, strip_accents = normalizer["lowercase"], normalizer["strip_accents"]
@@ -125,7 +126,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Any:
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if "nfkc" in rules.name:
-        # The library's Precompiled loses combining marks that are separate from their letter.
+        # The library's Precompiled drops combining marks that are separate from their letter.
         steps = [normalizers.NFC(), *steps, normalizers.NFC()]
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
@@ -133,7 +134,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Any:
         steps.append(normalizers.Prepend(SPACE))
     fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     if not any(SPACE in name[1:] for name in tokenizer.names):
-        # No entry crosses a space, so that words can be tokenized separately and cached.
+        # No entry contains an inner space, so words can be tokenized separately and cached.
         fast.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     fast.decoder = decoders.Metaspace(SPACE, "always" if rules.add_dummy_prefix else "never")
     return fast
@@ -148,7 +149,7 @@ def _sentencepiece_model(tokenizer: Tokenizer, proto: Any) -> Any:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
         return models.Unigram(scores, trainer.unk_id, trainer.byte_fallback)
     if trainer.model_type != trainer.BPE:
-        raise UserError("only SentencePiece models of the kinds unigram and bpe can be exported")
+        raise UserError("found another SentencePiece model; expected unigram or bpe")
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     return models.BPE(
         tokenizer.ids,

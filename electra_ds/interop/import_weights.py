@@ -1,7 +1,7 @@
 """Import of Hugging Face folders and TensorFlow checkpoints as a run folder at step 0.
 
-Every foreign tensor is either loaded or listed as unused with a reason; every parameter of ours
-that has no foreign tensor is initialized.
+"Foreign" means of the imported model. Every foreign tensor is either loaded, or listed as unused
+with a reason. Every parameter without a foreign tensor is initialized.
 """
 
 import re
@@ -42,8 +42,8 @@ class Source(NamedTuple):
 
     tensors: by their name in a stock ELECTRA class, or by the name of the TensorFlow variable.
     original_names: the key of `tensors` -> the name in the folder itself.
-    foreign_names: our parameter name -> the keys of `tensors` that it consists of.
-    prefixes: of our parameters that this folder supplies.
+    foreign_names: electra_ds parameter name -> the keys of `tensors` that it consists of.
+    prefixes: prefixes of the electra_ds parameters that this folder supplies.
     """
 
     folder: Path
@@ -100,14 +100,16 @@ def import_weights(
 
     source: a Hugging Face ELECTRA folder (discriminator or generator), a folder that contains
         `discriminator` and `generator`, a BERT folder (it initializes both encoders), or a
-        TensorFlow checkpoint of the authors' code (heads = hidden / 64, or by `config`).
+        TensorFlow checkpoint of the authors' code (heads = hidden / 64, or from `config`, or from a
+        config.json beside the checkpoint).
     run, sets: the run config for everything that the weights do not determine, such as the sizes of
         a part that is missing.
     generator: the generator's folder, when it is not beside the discriminator.
     config: JSON file with hidden_size and num_attention_heads, for a TensorFlow checkpoint.
     tokenizer: the vocabulary, when it is not in `source`.
-    Raises UserError for an architecture that our encoder does not have, a vocabulary without our
-    special tokens, and a tensor of an encoder that is missing or has another shape.
+    Raises UserError when `out` is not empty, when there are no weights or no vocabulary, for an
+    architecture or a vocabulary that is not supported, for options that do not fit `source`, and
+    for a tensor of an encoder that is missing or has another shape.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: not empty; choose a new folder")
@@ -119,7 +121,8 @@ def import_weights(
     prefix = find_tf(source)
     if (generator and prefix) or (config and not prefix):
         raise UserError(
-            "--generator goes with a Hugging Face folder, --config with a TensorFlow checkpoint"
+            f"{source}: expected --generator with a Hugging Face folder, or "
+            "--config with a TensorFlow checkpoint"
         )
     foreign = _tensorflow(prefix, config) if prefix else _hugging_face(source, generator, base)
     vocabulary = tokenizer or foreign.vocabulary
@@ -177,7 +180,7 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> Foreig
     if config["model_type"] == "bert":
         if generator:
             raise UserError(
-                f"{generator}: BERT ({main}) starts both encoders; import it without a generator"
+                f"{generator}: BERT ({main}) initializes both encoders; leave the generator out"
             )
         return _bert(main, config, base)
     tensors = read_tensors(main)
@@ -207,12 +210,12 @@ def _generator_alone(path: Path, tensors: dict[str, Tensor], config: dict[str, A
 
 
 def _sharing(discriminator: Source, generator: Source, can_be_untied: bool) -> str | None:
-    """model.sharing as the tensors of both parts show it; None: as the sizes show it."""
+    """model.sharing as derived from the tensors of both parts; None: as derived from the sizes."""
     main, other = discriminator.tensors, generator.tensors
     if WORD_TABLE not in main or WORD_TABLE not in other:
         raise UserError(
-            f"{discriminator.folder} or {generator.folder}: no {WORD_TABLE}; is that an ELECTRA "
-            "model?"
+            f"{discriminator.folder} or {generator.folder}: no tensor {WORD_TABLE}; expected "
+            "ELECTRA models"
         )
     differing = {
         name
@@ -247,7 +250,7 @@ def _source(folder: Path, tensors: dict[str, Tensor], prefixes: Iterable[str]) -
 def _convert(
     sources: list[Source], parameters: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], ImportReport]:
-    """(our tensors that the sources supply, the report on all). parameters: all of our model."""
+    """(tensors taken from the sources, report). parameters: all parameters of the new model."""
     state: dict[str, Tensor] = {}
     report = ImportReport([], [], {}, [])
     used: dict[Path, set[str]] = {source.folder: set() for source in sources}
@@ -260,7 +263,7 @@ def _convert(
         missing = [key for key in foreign if key not in source.tensors]
         if missing and name.startswith(ENCODERS):
             raise UserError(
-                f"{source.folder}: no tensor {missing[0]} for {name}; is the file complete?"
+                f"{source.folder}: no tensor {missing[0]} for {name}; expected all encoder weights"
             )
         if missing:  # a head that this folder does not have
             report.initialized.append(name)
@@ -282,7 +285,7 @@ def _report_unused(report: ImportReport, source: Source, name: str, first: Sourc
     label = source.label(name)
     reason = _reason(source, name, first)
     if reason is None:
-        reason = "no parameter of ours corresponds to it"
+        reason = "no parameter corresponds to it"
         if source is not first and name in first.tensors:
             reason = f"differs from that of {first.folder.name}, which is loaded"
         shape = tuple(source.tensors[name].shape)
@@ -312,7 +315,7 @@ def _reason(source: Source, name: str, first: Source) -> str | None:
         return f"shared: equal to that of {first.folder.name}"
     is_mlm_head = name.startswith(("generator_lm_head.", "generator_predictions."))
     if is_mlm_head and "generator_head." not in source.prefixes:
-        return "head of language modelling: no part of this run has one of its sizes"
+        return "language-modelling head: this run has no such head of the same size"
     return next((reason for pattern, reason in REASONS if re.search(pattern, name)), None)
 
 

@@ -1,4 +1,4 @@
-"""What a MODEL argument may be, and how its weights and tokenizer are read.
+"""MODEL arguments: the accepted paths, and loading of their weights and tokenizer.
 
 A MODEL is the path of one of these:
 
@@ -120,7 +120,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if "embeddings.word.weight" not in weights:
         raise UserError(
             f"{folder}: expected the built-in encoder (embeddings.*, discriminator.*), found "
-            f"{', '.join(sorted(weights)[:2])}, ...; load modules of your own with your own code"
+            f"{', '.join(sorted(weights)[:2])}, ...; for modules of your own use electra_ds.load"
         )
     return Checkpoint(folder, meta, ModelConfig.model_validate(meta.config["model"]), weights)
 
@@ -138,8 +138,8 @@ def load_objective(
     config = parse_run(meta.config, f"{folder}/meta.json")
     if isinstance(config.model, FactoryConfig) and not trust_code:
         raise UserError(
-            f"{folder}: model.factory = {config.model.factory!r} builds this model; reading a "
-            "checkpoint runs no code by default: give --trust-code if you trust that module"
+            f"{folder}: model.factory = {config.model.factory!r} builds this model; its code is "
+            "not run by default; if you trust it, give --trust-code (Python: trust_code=True)"
         )
     module = build_objective(config, seed=0)
     load_true_state(module, checkpoint.weights(folder))
@@ -167,9 +167,9 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
     """
     source = resolve_model(path)
     if source.checkpoint is None:
-        # Sizes of the generator's folder alone would be those of another encoder.
+        # A generator's folder has the sizes of another encoder.
         if (folder := source.hf.get("discriminator")) is None:
-            raise UserError(f"{path}: expected discriminator/ beside generator/")
+            raise UserError(f"{path}: found only generator/; expected discriminator/ beside it")
         model, _ = from_hf_config(read_config(folder))
         with torch.device("meta"):
             names = true_state(main_encoder(model))
@@ -204,7 +204,10 @@ class LoadedModel(NamedTuple):
     max_length: int
 
     def input_ids(self, texts: list[str]) -> Tensor:
-        """Token ids [B, S] int64 of texts cut to max_length: [CLS] text [SEP], then padding."""
+        """Token ids [B, S] int64 of texts cut to max_length: [CLS] text [SEP], then padding.
+
+        texts: B texts, at least one. S is the length of the longest row.
+        """
         token_ids = self.tokenizer.encode_batch(texts)
         cut = [ids[: self.max_length - 2] for ids in token_ids]
         return rows_of_token_ids(cut, self.tokenizer.special_ids)
@@ -219,7 +222,8 @@ def load(
         folder with a language-modelling head is returned as the generator.
     tokenizer: folder or file of the vocabulary, when it is not beside the weights.
     trust_code: run the code that model.factory of a checkpoint names.
-    Raises UserError when there is no model in `model`, or when its tokenizer does not fit.
+    Raises UserError if there is no model in `model`, if its tokenizer is missing or does not fit,
+    and for a model.factory without trust_code.
     """
     source = resolve_model(Path(model))
     words = None if tokenizer is None else Path(tokenizer)

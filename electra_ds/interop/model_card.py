@@ -29,11 +29,11 @@ print(list(zip(tokenizer.convert_ids_to_tokens(inputs.input_ids[0]), tags)))"""
 
 
 class Card(NamedTuple):
-    """Facts of one exported folder that its config.json does not have.
+    """Facts of one exported folder that its config.json does not contain.
 
     purpose: one sentence. facts: title -> value, in the order of the table.
-    takes_pairs: whether the model reads two texts. reads_cls: whether the class of a text is that
-    of its first token (token classification of a whole text).
+    takes_pairs: whether the input is a pair of texts. reads_cls: whether the logits of the first
+    token are those of the whole text.
     """
 
     purpose: str
@@ -108,5 +108,5 @@ def _reading_code(config: Mapping[str, Any], card: Card) -> str:
 
 
 def _cell(value: str) -> str:
-    """A value that cannot end its cell of a Markdown table."""
+    """A value escaped for one cell of a Markdown table."""
     return value.replace("|", "\\|").replace("\n", " ")

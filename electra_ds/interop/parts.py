@@ -42,11 +42,11 @@ class EncoderWithHead(nn.Module):
         segment_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, S, H] of the last layer.
+        """Hidden states [B, S, H] of the last layer, in the dtype of the weights.
 
         input_ids: [B, S] int64, each row `[CLS] text [SEP]` followed by padding.
         segment_ids: [B, S] int64, 1 in the second text of a pair; zeros by default.
-        attention_mask: [B, S], 0 for padding; by default 0 where input_ids equals pad_id.
+        attention_mask: [B, S] bool or int64, 0 for padding; default: 0 where input_ids is pad_id.
         """
         if segment_ids is None:
             segment_ids = torch.zeros_like(input_ids)
@@ -81,7 +81,7 @@ def parts_of_objective(
 ) -> tuple[EncoderWithHead, EncoderWithHead | None]:
     """(discriminator, generator) that share the parameters of a built-in objective.
 
-    The generator is None where the objective trains none. A main encoder that predicts tokens has
+    The generator is None if the objective trains none. A main encoder that predicts tokens has
     its language-modelling head; the copy gate of all_tokens_mlm is left out.
     """
     main_head = module.discriminator_head if module.objective.detects else module.mlm_head

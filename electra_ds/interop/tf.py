@@ -13,7 +13,7 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.interop.hf import hf_names
 
-# A variable is named as Hugging Face's parameter, with "/" for "." and these differences.
+# A variable has the name of Hugging Face's parameter, with "/" for "." and these changes.
 DIFFERENCES = {
     r"^generator_lm_head\.bias$": "generator_predictions.output_bias",
     r"\.dense_prediction\.": ".dense_1.",
@@ -64,13 +64,13 @@ def find_tf(path: Path) -> Path | None:
 
 
 def read_tf(prefix: Path) -> dict[str, Tensor]:
-    """`as_tensors` of every variable of a TensorFlow checkpoint. Needs the extra [tf]."""
+    """`as_tensors` of all variables. Raises UserError when tensorflow (extra [tf]) is missing."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         from tensorflow.train import load_checkpoint
     except ImportError:
         raise UserError(
-            f"{prefix}: a TensorFlow checkpoint, and tensorflow is not installed: "
+            f"{prefix}: reading a TensorFlow checkpoint needs tensorflow: "
             "pip install 'electra_ds[tf]'"
         ) from None
     reader = load_checkpoint(str(prefix))
@@ -83,19 +83,20 @@ def sizes_of(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(fields of ModelConfig, fields of GeneratorConfig or None), read from the tensors' shapes.
 
-    head_width: hidden size of one attention head, which no shape contains.
+    head_width: hidden size of one attention head, which the shapes do not determine.
+    Raises UserError when there is no ELECTRA encoder among the variables.
     """
     model = _encoder_sizes(variables, "electra", head_width)
     generator = _encoder_sizes(variables, "generator", head_width)
     if model is None:
         raise UserError(
-            "TensorFlow checkpoint: no variable electra/encoder/layer_0/...; is it one of ELECTRA?"
+            "TensorFlow checkpoint: no variable electra/encoder/layer_0/...; expected ELECTRA"
         )
     sharing = "shared"
     if "generator/embeddings/word_embeddings" in variables:
         sharing = "untied"
     elif generator is None and "generator_predictions/output_bias" in variables:
-        sharing = "all"  # one encoder serves both parts
+        sharing = "all"  # both parts use one encoder
         generator = dict(model)
     tables = {"vocab_size": "word", "max_positions": "position", "type_vocab_size": "token_type"}
     for field, table in tables.items():

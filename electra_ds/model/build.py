@@ -1,4 +1,4 @@
-"""Builds the module of a run config, and counts its parameters."""
+"""Construction of the module of a run config, and its number of parameters."""
 
 from typing import NamedTuple
 
@@ -24,8 +24,12 @@ VOCAB_SIZE = 30522  # of bert-base-uncased
 def build_objective(config: RunConfig, seed: int | None = None) -> Objective:
     """Return the module of a config with known vocab_size and special_ids.
 
-    The initial weights are drawn from the seed. With model.factory this runs the code that the
-    config names: trust the config first.
+    With model.factory this runs the code that the config names. Use only configs that you trust.
+
+    seed: of the initial weights; None uses torch's default generator. With model.factory it seeds
+          the default generator.
+    Raises UserError when the factory cannot be imported, returns no pair of modules, or a module
+    has floating-point buffers or frozen parameters.
     """
     model, special_ids = config.model, config.data.special_ids
     assert special_ids is not None
@@ -38,7 +42,8 @@ def build_objective(config: RunConfig, seed: int | None = None) -> Objective:
     if not is_pair or (config.objective.has_generator and not isinstance(made[0], nn.Module)):
         raise UserError(
             f"model.factory = {model.factory!r} must return (generator, discriminator), two torch "
-            "modules"
+            f"modules, but returned {type(made).__name__}; the generator may be None with "
+            "objective.generator = uniform"
         )
     generator, discriminator = made
     module = FactoryObjective(generator, discriminator, model, config.objective, special_ids)
@@ -54,23 +59,24 @@ def _check_all_trained(module: nn.Module, factory: str) -> None:
     lost += [name for name, p in module.named_parameters() if not p.requires_grad]
     if lost:
         raise UserError(
-            f"model.factory = {factory!r}: {min(lost)} is a buffer or frozen, and checkpoints hold "
-            "trained parameters only: train it, or register it with persistent=False and compute "
-            "it again (LayerNorm instead of BatchNorm)"
+            f"model.factory = {factory!r}: {min(lost)} is a buffer or frozen, but checkpoints hold "
+            "trained parameters only: make it a parameter that is trained, or compute it in the "
+            "constructor and register it with persistent=False (for BatchNorm use LayerNorm)"
         )
 
 
 class ParameterCount(NamedTuple):
     """Numbers of parameters, without rows that pad the word table in memory."""
 
-    discriminator: int
-    joint: int
+    discriminator: int  # main encoder with embeddings and head
+    joint: int  # both encoders
 
 
 def meta_model(config: RunConfig) -> Objective:
-    """Return the module of a config; a built-in model has shapes without data (device "meta").
+    """Return the module of a config to count or measure, not to train.
 
-    Where the vocabulary is not known, it is assumed to have VOCAB_SIZE entries.
+    A built-in model is on the device "meta" and has no data; a model.factory is on the CPU. An
+    unknown vocabulary size is assumed to be VOCAB_SIZE.
     """
     special_ids = config.data.special_ids or SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
     config = config.with_data(

@@ -1,4 +1,4 @@
-"""Objective over encoders of the user (model.factory), and how a user's modules are called.
+"""Objective with user-defined encoders (model.factory), and the calls of user-defined modules.
 
 Letters: B rows, S sequence, H hidden, K masked positions, V vocabulary.
 """
@@ -22,8 +22,8 @@ from electra_ds.data.batch import Batch
 from electra_ds.model.kernels.vocab_head import HeadResult, logits_head
 from electra_ds.model.objective import Objective, gather_positions
 
-# Autograd nodes between a sigmoid and the returned tensor that do not change its values, or that
-# wrap a module (the backward hooks of ZeRO-3). Prefixes of their names.
+# Name prefixes of autograd nodes that may follow a sigmoid without another function of its values:
+# views, copies, clamps, and the backward hooks of ZeRO-3.
 VALUE_PRESERVING_NODES = (
     "Squeeze",
     "Unsqueeze",
@@ -49,9 +49,9 @@ def load_factory(name: str) -> Callable:
 
 
 def accepts_argument(module: nn.Module, name: str, by_name: bool = False) -> bool:
-    """Whether the module's forward accepts this keyword argument besides the token ids.
+    """Return whether the module's forward accepts this keyword argument besides the token ids.
 
-    by_name: **kwargs does not count
+    by_name: True requires a parameter of that name; otherwise **kwargs is enough
     """
     _ids, *parameters = inspect.signature(module.forward).parameters.values()
     for parameter in parameters:
@@ -64,7 +64,7 @@ def accepts_argument(module: nn.Module, name: str, by_name: bool = False) -> boo
 
 
 def describe_shared_parameters(generator: nn.Module, discriminator: nn.Module) -> str:
-    """Return names and shapes of the parameters that both modules own, for messages."""
+    """Return names and shapes of the parameters that both modules contain, for messages."""
     owned = {id(p) for p in discriminator.parameters()}
     shared = [
         f"{name} {list(p.shape)}" for name, p in generator.named_parameters() if id(p) in owned
@@ -77,10 +77,10 @@ def call_generator(
 ) -> Tensor:
     """Call generator(ids [B, S], **arguments) and check its output.
 
-    shared: what `describe_shared_parameters` returned, for the message of an error that they may
-            have caused
-    Returns [B, S, V], or [B, S, H] of a generator with a method `predict`. Raises UserError for any
-    other output.
+    shared: text of `describe_shared_parameters`, for the message of a shape error
+    Returns logits [B, S, V], or hidden states [B, S, H] if the generator has a method `predict`.
+    Raises UserError for an output of another shape, and for a shape error in the generator when it
+    shares parameters with the discriminator.
     """
     try:
         output = generator(ids, **arguments)
@@ -100,12 +100,13 @@ def call_generator(
 
 
 class Discriminator(nn.Module):
-    """A module that takes ids [B, S], changed to return logits [B, S] fp32.
+    """A wrapper around a module that takes ids [B, S]. It returns logits [B, S] fp32.
 
-    dim > 0: the output of the layer `layer` (name, or index among the children) is [B, S, dim], and
-    a linear head of this class, in its state_dict, makes the logits. Otherwise the module returns
-    logits [B, S] or [B, S, 1]. The last Sigmoid of an nn.Sequential is skipped, because the loss
-    takes logits.
+    With dim > 0 the layer `layer` (name, or index among the children) returns [B, S, dim], and a
+    linear head of this class computes the logits. The head is in the state_dict.
+    With dim <= 0 the module returns logits [B, S] or [B, S, 1]. If it is an nn.Sequential that ends
+    in a Sigmoid, the Sigmoid is not applied, because the loss takes logits.
+    Raises UserError when there is no layer `layer`.
     """
 
     def __init__(self, module: nn.Module, dim: int = -1, layer: str | int = -1) -> None:
@@ -119,7 +120,7 @@ class Discriminator(nn.Module):
             self._hidden_layer()  # raises when there is no such layer
         if self.drops_sigmoid:
             warnings.warn(
-                "the discriminator's last Sigmoid is left out in training: losses take logits",
+                "the discriminator's last Sigmoid is left out, because the loss takes logits",
                 stacklevel=3,
             )
 
@@ -167,8 +168,7 @@ class Discriminator(nn.Module):
     def _hidden(self, ids: Tensor, dim: int, arguments: dict[str, Any]) -> Tensor:
         """Run the module and return the output of its hidden layer, [B, S, dim]."""
         outputs: list[Any] = []
-        # The hook is removed after the call: it would be pickled with the user's module, and this
-        # object with it.
+        # The hook is removed after the call, because torch.save cannot pickle a lambda.
         hook = self._hidden_layer().register_forward_hook(
             lambda _layer, _inputs, output: outputs.append(output)
         )
@@ -187,16 +187,17 @@ class Discriminator(nn.Module):
 
 
 class FactoryObjective(Objective):
-    """Objective over encoders of the user (model.factory); kinds electra and electra_15.
+    """Objective with user-defined encoders (model.factory), for the kinds electra and electra_15.
 
     generator:     generator(ids [B, S]) returns logits [B, S, V], or hidden states [B, S, H] that
                    its method `predict` maps to logits at the masked positions,
                    [B, K, H] -> [B, K, V]; None with objective.generator = "uniform"
     discriminator: see `Discriminator`
 
-    A forward that names attention_mask, token_type_ids, position_ids or document_ids is passed
-    them; piece_ids, the name in version 0.1, is accepted for document_ids. With packing best_fit a
-    row has several documents, and only document_ids separates them.
+    If a forward has parameters named attention_mask, token_type_ids, position_ids or document_ids,
+    it gets these tensors, [B, S] int64 each. piece_ids, the name in version 0.1, is accepted for
+    document_ids. With packing best_fit a row has several documents, and only document_ids separates
+    them. Raises UserError for outputs of other shapes.
     """
 
     def __init__(
@@ -227,8 +228,8 @@ class FactoryObjective(Objective):
             logits = predict(logits)  # [B, K, H] -> [B, K, V]
         if logits.shape[-1] != self.vocab_size:
             raise UserError(
-                f"the generator has {logits.shape[-1]} tokens, the data {self.vocab_size} "
-                "(model.vocab_size)"
+                f"the generator has {logits.shape[-1]} tokens, the data {self.vocab_size}; "
+                "expected logits with model.vocab_size entries on the last axis"
             )
         return logits_head(
             logits,
@@ -269,7 +270,7 @@ def _is_sequential_with_sigmoid(module: nn.Module) -> bool:
 
 
 def _ends_in_sigmoid(output: Tensor) -> bool:
-    """Whether the values of output are those of a sigmoid, by its autograd graph."""
+    """Return whether the autograd graph of output ends in a sigmoid; False without a graph."""
     node = output.grad_fn
     while node is not None and node.name().startswith(VALUE_PRESERVING_NODES):
         node = node.next_functions[0][0]

@@ -31,12 +31,15 @@ def padded_size(vocab_size: int) -> int:
 def known_vocab_size(config: ModelConfig) -> int:
     """Return config.vocab_size; UserError when it is not set."""
     if config.vocab_size is None:
-        raise UserError("model.vocab_size is not known: it comes with the data, or set it")
+        raise UserError(
+            "model.vocab_size = null; expected the size of the vocabulary: pass the data, or set "
+            "model.vocab_size"
+        )
     return config.vocab_size
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products of x: that of autocast where it is on, else that of x."""
+    """Return the dtype of matrix products of x: that of autocast if it is on, else x.dtype."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -70,7 +73,7 @@ class EncoderBase(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recompute_layers = False  # activation checkpointing: less memory, equal numbers
+        self.recompute_layers = False  # activation checkpointing: less memory, the same results
         self.layers_are_compiled = False
 
     def forward(
@@ -85,11 +88,11 @@ class EncoderBase(nn.Module):
         """Return the hidden states of x.
 
         x:            [B, S, E] embedded rows
-        document_ids: [B, S]; tokens attend within their document
-        position_ids: [B, S]; for encoders with positions in their layers
-        cu_seqlens:   starts of the documents (`kernels.attention.document_cu_seqlens`)
-        positions:    [N] positions in the flattened batch, the only ones that are needed
-        Returns [B, S, H], or [N, H] with `positions`.
+        document_ids: [B, S] int64, 0 = padding; tokens attend within their document
+        position_ids: [B, S] int64, for encoders that use positions in their layers
+        cu_seqlens:   int32 starts of the documents (`kernels.attention.document_cu_seqlens`)
+        positions:    [N] int64 positions in the flattened batch, for which states are returned
+        Returns [B, S, H] in the compute dtype (`compute_dtype`), or [N, H] with `positions`.
         """
         raise NotImplementedError
 
@@ -162,7 +165,7 @@ class Encoder(EncoderBase):
 
 
 class EncoderInputs(Protocol):
-    """The fields of a batch that embeddings and encoder use, [B, S] each but cu_seqlens."""
+    """The fields of a batch that embeddings and encoder use: [B, S] int64, and cu_seqlens."""
 
     @property
     def segment_ids(self) -> Tensor: ...

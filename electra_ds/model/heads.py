@@ -16,9 +16,10 @@ from electra_ds.model.kernels.vocab_head import HeadResult, vocab_head
 
 
 class GeneratorHead(nn.Module):
-    """Hidden states -> logits over the vocabulary, or loss and samples.
+    """Head that predicts tokens: hidden states -> logits over the vocabulary, or loss and samples.
 
-    The word table is the output matrix.
+    The output matrix is the word table. The main encoder has such a head (`mlm_head`) in the
+    objectives in which it predicts tokens.
     """
 
     def __init__(self, config: ModelConfig, hidden_size: int, embedding_size: int) -> None:
@@ -32,11 +33,11 @@ class GeneratorHead(nn.Module):
     def forward(
         self, hidden: Tensor, word: nn.Embedding, loss_inputs: dict[str, Any] | None = None
     ) -> Tensor | HeadResult:
-        """Return logits [B, K, V], or with `loss_inputs` loss and samples.
+        """Return logits [B, K, V] in the compute dtype, or a HeadResult with `loss_inputs`.
 
         hidden:      [B, K, H]
-        word:        the embedding; its table is the output matrix
-        loss_inputs: the other arguments of `vocab_head`: targets, weights, uniforms [B, K], ...
+        word:        word embedding; its table [P, E] is the output matrix
+        loss_inputs: other arguments of `vocab_head`: targets, weights, uniforms [B, K], ...
         """
         x = self.norm(F.gelu(self.dense(hidden)))  # [B, K, E]
         x = x.to(compute_dtype(x))

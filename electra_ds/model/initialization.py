@@ -10,11 +10,13 @@ from electra_ds.model.heads import GeneratorHead
 
 @torch.no_grad()
 def initialize(module: nn.Module, config: ModelConfig, seed: int | None = None) -> None:
-    """Set every weight of module in place; biases are 0, LayerNorm weights 1.
+    """Initialize all linear, embedding and LayerNorm weights of module in place.
+
+    Biases are 0, LayerNorm weights 1. config.init is one of:
 
     normal: truncated at two standard deviations, init_std for matrices and embedding_init_std for
-            tables; Xavier uniform for the embedding projection and for the last layer of the
-            discriminator, where the authors' code keeps TensorFlow's default
+            tables. Xavier uniform, TensorFlow's default in the authors' code, for the layers named
+            project, classify and copy_gate.
     fan_in: plain normal, 1 / sqrt(inputs) for matrices and embedding_init_std for tables
 
     Rows that pad the word table are 0 and take no random numbers, so that the padding does not

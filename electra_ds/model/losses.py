@@ -11,8 +11,8 @@ from torch import Tensor
 from electra_ds.data.batch import Batch
 from electra_ds.model.kernels.vocab_head import HeadResult
 
-BINS = 2000  # of the histogram of discriminator logits, from which the AUC is computed
-LIMIT = 20.0  # the bins divide [-LIMIT, LIMIT]
+BINS = 2000  # of the histogram of discriminator logits, which is used to compute the AUC
+LIMIT = 20.0  # the bins divide [-LIMIT, LIMIT]; larger logits are in the outer bins
 
 
 class Totals(NamedTuple):
@@ -59,7 +59,7 @@ class Losses(NamedTuple):
 
     total: Tensor
     mlm_loss: Tensor  # of the generator (0 without a network); of the main encoder for kind mlm
-    disc_loss: Tensor  # of the main encoder, whatever it predicts; 0 for kind mlm
+    disc_loss: Tensor  # of the main encoder, also when it predicts tokens; 0 for kind mlm
     counts: Counts | None
 
 
@@ -69,9 +69,10 @@ def count(
 ) -> Counts:
     """Return the sums for the metrics, on the device, in float64 (exact up to 2**53).
 
-    logits:      [B, S] of the discriminator
+    drawn:       loss and samples of the generator, with `predicted`
+    logits:      [B, S] fp32 of the discriminator; zeros without one
     is_replaced: [B, S] bool
-    counted:     [B, S]; tokens count where it is above 0
+    counted:     [B, S]; a token counts where it is above 0
     """
     weights = batch.masked_weights.double()
     is_counted = (counted > 0).double()
@@ -94,8 +95,8 @@ def count(
 def histogram(logits: Tensor, is_replaced: Tensor, weights: Tensor) -> Tensor:
     """Return weighted histograms of logits by label, [2, BINS] float64: original, replaced.
 
-    logits, is_replaced, weights: [B, S] each. NaN is counted as 0: a run with such logits is
-    reported by its losses.
+    logits: [B, S] float. is_replaced: [B, S] bool. weights: [B, S].
+    A NaN is counted as 0; the loss is NaN, too, and is reported.
     """
     clipped = logits.double().nan_to_num(0.0).clamp(-LIMIT, LIMIT)
     bins = ((clipped + LIMIT) * (BINS / (2 * LIMIT))).long().clamp(max=BINS - 1)

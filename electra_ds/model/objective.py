@@ -25,8 +25,8 @@ from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.kernels.vocab_head import HeadResult
 from electra_ds.model.losses import Losses, Totals, count
 
-# Compilations per layer: two encoders, with and without gradient, each with the few lengths of
-# cu_seqlens. Beyond the limit, 8 by default, layers would run uncompiled.
+# Largest number of compilations per layer: it is compiled for two encoders, with and without
+# gradient, for each length of cu_seqlens. With torch's limit of 8, layers would run uncompiled.
 RECOMPILE_LIMIT = 64
 
 
@@ -55,13 +55,14 @@ class Objective(nn.Module):
     ) -> Losses | Tensor:
         """Return the losses of one micro-batch.
 
-        All losses are 0-d fp32. There is no host sync on devices other than the CPU. Every
-        computation enters through this method because ZeRO-3 gathers parameters only here.
+        All losses are 0-d fp32. The device is not synchronized with the host. Every computation
+        uses this method, because ZeRO-3 gathers parameters only in forward.
 
-        totals: counts of the whole global batch, by which the sums over masked positions and over
-                real tokens are divided
-        task:   "losses", or "discriminate" for the discriminator's logits [B, S] of the unchanged
-                batch.input_ids
+        totals: counts of the whole global batch; the sums over masked positions and over real
+                tokens are divided by them
+        with_counts: also compute `Losses.counts`, the sums for the metrics
+        task:   "losses", or "discriminate" to return only the discriminator's logits [B, S] fp32 of
+                the unchanged batch.input_ids
         """
         if task == "discriminate":
             return self.discriminate(batch.input_ids, batch)
@@ -91,8 +92,8 @@ class Objective(nn.Module):
     ) -> HeadResult:
         """Run the generator on masked rows [B, S].
 
-        Returns the summed loss at the masked positions, samples [B, K], and with_predictions the
-        most likely tokens [B, K].
+        Returns the summed loss at the masked positions (0-d fp32), samples [B, K] int64 and, if
+        with_predictions, the most likely tokens [B, K] int64.
         """
         raise NotImplementedError
 
@@ -144,7 +145,7 @@ class ElectraObjective(Objective):
 
     - model.sharing = "untied": also generator_embeddings.*, as wide as the generator (as in the
       authors' code)
-    - model.sharing = "all": no generator.*, the discriminator's encoder serves both
+    - model.sharing = "all": no generator.*; the discriminator's encoder is also the generator's
     - kinds with a main encoder that predicts tokens: mlm_head.* instead of discriminator_head.*
     - all_tokens_mlm: also copy_gate.*
     - no generator network: none of the generator's names
@@ -270,9 +271,12 @@ def masked_tokens_mask(batch: Batch) -> Tensor:
 def uniform_tokens(
     uniforms: Tensor, vocab_size: int, special: list[int], excluded: Tensor | None = None
 ) -> Tensor:
-    """Return one token for each number of [0, 1), uniformly distributed, shaped as uniforms.
+    """Return one token per uniform number, uniform over the ordinary tokens, int64.
 
-    Special tokens are never returned, nor at each position the token of `excluded`.
+    uniforms: [...] in [0, 1)
+    special:  ids that are never returned
+    excluded: [...] one more id per position that is not returned there
+    Returns [...] token ids.
     """
     special = sorted({s for s in special if s < vocab_size})
     ordinary = vocab_size - len(special)
@@ -292,7 +296,9 @@ def uniform_tokens(
 def discriminator_nll(logits: Tensor, is_replaced: Tensor, counted: Tensor) -> Tensor:
     """Return the binary cross-entropy summed over the tokens where counted is above 0, 0-d fp32.
 
-    counted: [B, S]; document_ids counts all real tokens
+    logits:      [B, S]
+    is_replaced: [B, S] bool
+    counted:     [B, S], for example document_ids for all real tokens
     """
     weight = (counted > 0).float()
     return F.binary_cross_entropy_with_logits(

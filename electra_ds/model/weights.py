@@ -7,7 +7,7 @@ from electra_ds.common.errors import UserError
 
 
 def padded_rows(module: nn.Module) -> dict[str, int]:
-    """Return the true number of rows of each parameter that is padded in memory, by name."""
+    """Return {name: rows without padding} of the parameters that are padded in memory."""
     return {
         f"{prefix}.{name}" if prefix else name: rows
         for prefix, part in module.named_modules()
@@ -26,17 +26,20 @@ def true_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_true_state(module: nn.Module, state: dict[str, Tensor], partial: bool = False) -> None:
-    """Copy tensors without padded rows into module.
+    """Copy tensors without padded rows into the parameters of module.
 
-    partial: parameters that `state` lacks keep their values
-    Raises UserError with the names that are missing, unknown or of another shape.
+    state:   canonical name -> tensor
+    partial: allow missing names; these parameters keep their values
+    Raises UserError when names are missing or unknown, or a shape differs. Tensors before the first
+    wrong shape are copied already.
     """
     parameters = true_state(module)
     missing = [] if partial else sorted(parameters.keys() - state.keys())
     unknown = sorted(state.keys() - parameters.keys())
     if missing or unknown:
         raise UserError(
-            f"weights do not fit: missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}"
+            f"the weights do not fit the model: missing {missing[:3] or 'none'}, unknown "
+            f"{unknown[:3] or 'none'} (the first three names of each)"
         )
     for name, value in state.items():
         shape, expected = tuple(value.shape), tuple(parameters[name].shape)

@@ -1,4 +1,4 @@
-"""`electra_ds.Electra`: replaced token detection around two modules of the user.
+"""`electra_ds.Electra`: replaced token detection with two user-defined modules.
 
 Letters: B rows, S sequence, K masked positions, V vocabulary.
 """
@@ -28,8 +28,8 @@ from electra_ds.model.objective import (
 class Result(NamedTuple):
     """Losses and accuracies of one call.
 
-    0-d fp32 each, over the masked positions (mlm_loss, gen_acc) or the real tokens (disc_loss,
-    disc_acc).
+    Losses and accuracies are 0-d fp32 means: over the masked positions (mlm_loss, gen_acc) or over
+    the real tokens (disc_loss, disc_acc). Only `loss` has a gradient.
     """
 
     loss: Tensor  # gen_weight * mlm_loss + disc_weight * disc_loss
@@ -37,8 +37,8 @@ class Result(NamedTuple):
     disc_loss: Tensor
     gen_acc: Tensor
     disc_acc: Tensor
-    disc_labels: Tensor  # [B, S] 1. where the token was replaced, else 0.
-    disc_predictions: Tensor  # [B, S] 1. where the discriminator predicts so, else 0.
+    disc_labels: Tensor  # [B, S] fp32: 1 where the token was replaced, else 0
+    disc_predictions: Tensor  # [B, S] fp32: 1 where the logit is above 0, else 0
 
     def backward(self) -> None:
         """Compute the gradients of `loss`."""
@@ -48,21 +48,25 @@ class Result(NamedTuple):
 class Electra(nn.Module):
     """ELECTRA's two losses for a generator and a discriminator that take ids [B, S].
 
-    The interface is that of electra-pytorch. Both modules are left as they are:
-    torch.save(discriminator) saves the discriminator alone, and state_dict() of the wrapper also
-    holds the head.
+    The interface is that of electra-pytorch. Both modules are not modified:
+    torch.save(discriminator) saves the discriminator without the head. state_dict() of the wrapper
+    also holds the head.
 
     generator:     returns logits [B, S, V]
-    discriminator: returns logits [B, S] or [B, S, 1]; with discr_dim > 0 the output
-                   [B, S, discr_dim] of its layer discr_layer (name, or index among the children) is
-                   used, and a linear head of the wrapper makes the logits
+    discriminator: returns logits [B, S] or [B, S, 1]; with discr_dim > 0 its layer discr_layer
+                   (name, or index among the children) returns [B, S, discr_dim], and a linear head
+                   of the wrapper computes the logits
     num_tokens:    size of the vocabulary, needed for random_token_prob
     mask_prob:     share of a row's real tokens that is masked, at distinct positions; tokens equal
                    to pad_token_id, mask_token_id or one of mask_ignore_token_ids are never masked
     random_token_prob: share of the masked positions that become random tokens
     replace_prob:  share of the other masked positions that become mask_token_id; the rest keep
                    their token
+    disc_weight, gen_weight: factors of disc_loss and mlm_loss in the loss
+    temperature:   temperature of the softmax from which the generator's tokens are sampled
     Tokens equal to pad_token_id count in no loss.
+    Raises UserError for a share outside 0 to 1, for random_token_prob without num_tokens, and for a
+    discr_layer that does not exist.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Electra(nn.Module):
         }
         for name, share in shares.items():
             if not 0 <= share <= 1:
-                raise UserError(f"{name} = {share}: expected a share, 0 to 1")
+                raise UserError(f"{name} = {share}: expected a share from 0 to 1")
         if random_token_prob > 0 and num_tokens is None:
             raise UserError("random_token_prob needs num_tokens, the number of tokens to draw from")
         self.generator = generator
@@ -111,8 +115,9 @@ class Electra(nn.Module):
     def forward(self, input: Tensor, **kwargs: Any) -> Result:
         """Return the losses of ids [B, S] int64.
 
-        Keyword arguments are passed to each module that accepts them in its forward; UserError for
-        one that neither accepts. Masked positions and tokens are drawn from torch's default generator.
+        A keyword argument is passed to each module with a forward that accepts it. Masked positions
+        and tokens are drawn from torch's default generator.
+        Raises UserError for an argument that no module accepts, and for outputs of other shapes.
         """
         generator_arguments, discriminator_arguments = self._split_arguments(kwargs)
         positions, weights = self._select_masked_positions(input)  # [B, K]

@@ -1,1 +1,1 @@
-"""What is reported about runs: check, memory, status, plot."""
+"""Reports about runs: check, memory, status, plot."""

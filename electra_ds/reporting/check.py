@@ -1,4 +1,4 @@
-"""Check of a run before it starts: derived numbers, parameters, values; refusal of what would fail.
+"""Check of a run before it starts: derived numbers, parameters, values, and errors in the config.
 
 The memory table is in `memory`.
 """
@@ -32,7 +32,7 @@ class Report(NamedTuple):
     derived: numbers that follow from the config, the ranks and the data.
     changed: the values that differ from the baseline.
     fields: every value of the config.
-    config: with what the data decides filled in.
+    config: the config, with the values that the data determines filled in.
     """
 
     derived: list[Line]
@@ -47,10 +47,12 @@ def check(
     data: Data | None = None,
     baseline: RunConfig | None = None,
 ) -> Report:
-    """Report on a run of `world_size` ranks. UserError for what would fail later.
+    """Report on a run of `world_size` ranks.
 
     data: for epochs, the vocabulary and the shares of a mixture.
     baseline: the preset with which values are compared; None: the defaults of the schema.
+    Raises UserError for an engine that cannot be loaded, for data that does not fit the model, and
+    for a global batch that cannot be split over the ranks.
     """
     load_engine(config.engine)
     if data is not None:
@@ -119,7 +121,7 @@ def _length_lines(config: RunConfig, data: Data | None) -> Iterator[Line]:
     steps = config.total_steps(rows)
     seen_rows = steps * train.global_batch_size
     warmup = f"{config.optimizer.warmup_steps / steps:.1%}"
-    yield _derived("warmup", warmup, "of the steps; at 100% the rate never decays")
+    yield _derived("warmup", warmup, "share of the steps; from 100% on, the warmup never ends")
     yield _derived("total_steps", steps, "optimizer steps")
     yield _derived("tokens", seen_rows * length, "of the whole run, padding included")
     if rows:

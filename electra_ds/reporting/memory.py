@@ -28,8 +28,7 @@ class Memory(NamedTuple):
     """Largest numbers of bytes on a rank.
 
     states: weights, gradients, fp32 master weights and two moments, padding included.
-    gradients: the part of the states that is free between a step and the next backward (none at
-        stage 3).
+    gradients: bytes of `states` that are freed between a step and the next backward (0 at stage 3).
     buckets: buffers in which gradients are reduced and (stage 3) weights are gathered.
     activations: of forward and backward of one micro-batch; at stage 0 with the gradients that
         autograd produces.
@@ -148,8 +147,8 @@ def model_state_bytes(
 def _gradients_kept(group: list[int], padded: int, rank: int, world_size: int) -> int:
     """Elements of the gradients of one flat group that a rank keeps.
 
-    A rank keeps the whole gradient of each parameter of which it has a part. The last rank has the
-    padding.
+    A rank keeps the whole gradient of each parameter that lies at least partly in its share. The
+    last rank also keeps the padding.
     """
     share = padded // world_size
     first, kept = 0, 0
@@ -214,8 +213,8 @@ def _forward_backward(
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of tensors that are created while the mode is active.
 
-    now: bytes that exist. peak: the most so far. largest: the largest tensor.
-    peak_without_released: the peak, where released gradients do not count.
+    now: bytes allocated. peak: maximum of `now`. largest: bytes of the largest storage.
+    peak_without_released: the peak without the gradients passed to `release_gradient`.
     read_value: returned for every read of a value (`bool(tensor)`), because fake tensors have none.
     """
 

@@ -1,4 +1,4 @@
-"""Curves of one or several runs as a picture, drawn from metrics.jsonl alone."""
+"""Curves of one or several runs as a picture, drawn from metrics.jsonl only."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from electra_ds.common.errors import UserError
 from electra_ds.training.metrics_file import read_metrics
 
-# title -> (split, key) of its curves
+# title of a panel -> its curves as SPLIT/KEY, separated by spaces
 PANELS = {
     "MLM loss (nats per chosen token)": "train/mlm_loss valid/mlm_loss valid/unigram_loss",
     "discriminator loss (nats per token)": "train/disc_loss valid/disc_loss valid/base_rate_loss",
@@ -28,7 +28,8 @@ NAMES = {
 def plot(runs: list[Path], out: Path) -> None:
     """Draw the curves of runs over tokens into `out` (png, svg, pdf).
 
-    UserError when a run has no metrics.
+    runs: run folders. out: path of the picture. Raises UserError when a run has no metrics.jsonl,
+    and when matplotlib (extra [plot]) is not installed.
     """
     for run in runs:
         if not (run / "metrics.jsonl").exists():

@@ -15,7 +15,7 @@ from electra_ds.training.metrics_file import TRAIN, VALID, read_metrics, summary
 
 NEXT = {
     "training": "touch {out}/STOP saves and stops it, touch {out}/SAVE saves",
-    "silent": "look at its owner's machine; if that is dead, "
+    "silent": "check the machine of its owner; if it is down, "
     "the same command resumes from step {at}",
     "failed": "correct the cause; the same command resumes from step {at}",
     "refused": "correct the cause and remove {out}/restarts.json (train.max_restarts = {limit})",
@@ -29,11 +29,13 @@ NEXT = {
 def status(out: Path) -> dict[str, Any]:
     """The facts of a run folder as JSON values; times in seconds.
 
-    state: training; silent (locked, but no heartbeat for a minute on this clock); failed (or its
-    process has ended on this machine); stopped (resumable); finished; not started.
-    failures: including those that the next start will count.
+    state: training; silent (the folder is locked, and its last heartbeat is missing or older than
+        STALE_SECONDS by the clock of this machine); finished; failed (the last attempt recorded a
+        failure, or the process that holds the lock has ended on this machine); stopped (there is a
+        checkpoint to resume from); not started.
+    failures: all failures, including those that restarts.json does not count yet.
     missing: files that do not exist or cannot be read; their facts are null or empty.
-    UserError when there is no such folder.
+    Raises UserError when `out` is no folder.
     """
     if not out.is_dir():
         raise UserError(f"{out}: no run folder here")
@@ -104,12 +106,13 @@ def _errors(
 ) -> list[dict[str, Any]]:
     """The errors of the last attempt, by time.
 
-    gone_owner: an owner; its process has ended. Without an error file its end is the error.
+    gone_owner: name of the owner of the lock if its process has ended, else "". If the process left
+    no error file, its end is returned as the error.
     """
     files = sorted(out.glob("error-rank-*.json"))
     errors = [error for file in files if (error := _read(file, missing, expected=False))]
     if gone_owner and not errors:
-        text = f"{gone_owner} is gone without a message"
+        text = f"ended without a message: {gone_owner}"
         return [{"rank": 0, "host": host, "error": text, "failure": True}]
     return sorted(errors, key=lambda error: error.get("time", ""))
 
@@ -150,7 +153,7 @@ def _read(path: Path, missing: list[str], expected: bool = True) -> dict:
         return json.loads(path.read_text())
     except FileNotFoundError:
         missing += [f"{path.name}: not there"] if expected else []
-    except (OSError, ValueError) as error:  # cut short by a kill or a full disk
+    except (OSError, ValueError) as error:  # truncated by a kill or a full disk
         missing.append(f"{path.name}: {error}")
     return {}
 
@@ -185,7 +188,7 @@ def _rate(record: dict[str, Any] | None) -> float | None:
 
 
 def _age(moment: float) -> float:
-    return max(0.0, round(time.time() - moment, 1))  # a clock elsewhere may be ahead
+    return max(0.0, round(time.time() - moment, 1))  # the clock of another machine may be ahead
 
 
 def _span(seconds: float | None) -> str:

@@ -33,21 +33,24 @@ def pretrain(
     Without a launcher it trains in this process, on one device. Under torchrun, deepspeed, srun or
     mpirun each rank calls it with the same arguments.
 
-    config: name of a preset, path of a RUN.json, or a RunConfig (without engine and sets).
-    data: a data folder, its URL, or a MIX.json. out: the run folder.
-    engine, sets: as --engine and --set of the command line, such as sets=["train.seed=1"].
-    stop_at_step, max_minutes: save and return after this step or this time.
+    config: name of a preset, path of a RUN.json, or a RunConfig (then without engine and sets).
+    data: a data folder, its URL, or a MIX.json.
+    out: the run folder.
+    engine: name or path of a DeepSpeed file; replaces the config's `engine`.
+    sets: settings such as "train.seed=1", applied to the config in order.
+    stop_at_step: save and return after this step.
+    max_minutes: save and return after this time.
     extend: continue a finished run with a larger train.total_steps.
-    init_from: start from the weights of a run or a checkpoint.
+    init_from: a run or a checkpoint; a new run starts from its weights.
 
     Returns the exit code of the command line: 0 if the schedule is complete, 85 if the run is saved
-    and stopped (0 under torchrun, which restarts after any other code). Pass it to sys.exit in a
-    script for a launcher. Raises UserError for a mistake in the arguments and RunFailure for a run
-    that cannot continue.
+    and stopped. Under torchrun it is 0 in both cases, because torchrun restarts after any other
+    code. A script for a launcher passes it to sys.exit.
+    Raises UserError for a mistake in the arguments, and RunFailure when the run cannot continue.
 
-    A process can pretrain once, since DeepSpeed keeps the process groups of the first run: resume
-    in a new process. Call it from the main thread; SIGINT, SIGTERM and SIGUSR1 save and stop the
-    run.
+    A process can complete one run, because DeepSpeed keeps the process groups of the first run.
+    Resume in a new process. Call it from the main thread: it handles SIGINT, SIGTERM and SIGUSR1,
+    which save and stop the run.
     """
     global _has_run
     if isinstance(config, RunConfig):
@@ -73,7 +76,7 @@ def pretrain(
 
 @contextlib.contextmanager
 def _restored_process() -> Iterator[None]:
-    """Restore signal handlers and remove the variables of torch.distributed that were added."""
+    """Restore the signal handlers, and remove all environment variables that the run added."""
     handlers = {
         number: signal.getsignal(number)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

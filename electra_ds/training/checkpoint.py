@@ -5,7 +5,8 @@
                   optim-00001-of-00002.safetensors     exp_avg/NAME, exp_avg_sq/NAME
     OUT/ckpt/latest                                    the name of one checkpoint, written last
 
-A checkpoint exists whole or not at all. Reading one executes nothing: safetensors and JSON only.
+A checkpoint folder is complete, because it is renamed to its name after its files are written. The
+files are safetensors and JSON, so reading them executes no code.
 """
 
 import re
@@ -32,7 +33,7 @@ DEFAULT_EXPECTATION = "a run folder (OUT), OUT/ckpt or OUT/ckpt/STEP"
 
 
 class Weights(Protocol):
-    """What saving and loading need of `engine.Engine`: full tensors by name, and the other ranks."""
+    """Interface of `engine.Engine` for saving and loading: full tensors, and collectives."""
 
     ranks: Any
     parameters: dict[str, Any]
@@ -48,10 +49,13 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Meta:
-    """meta.json: everything but the tensors.
+    """Content of meta.json, which describes a checkpoint.
 
-    config: the resolved config as JSON values. scaler: the fp16 loss scaler, empty without one.
-    files: name -> {"bytes", "sha256"}.
+    state: progress of the run.
+    config: the resolved config as JSON values.
+    scaler: state of the fp16 loss scaler; empty without one.
+    world_size: number of ranks that wrote the checkpoint.
+    files: file name -> {"bytes": size, "sha256": hexadecimal hash}.
     """
 
     state: TrainingState
@@ -62,30 +66,32 @@ class Meta:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that OUT/ckpt/latest names; None if no checkpoint was ever finished.
+    """Return the checkpoint that `latest` names; None if there is no file `latest`.
 
-    UserError when the file names no checkpoint.
+    folder: OUT/ckpt.
+    Raises UserError when the file does not name a checkpoint.
     """
     pointer = folder / "latest"
     if not pointer.exists():
         return None
     name = pointer.read_text().strip()
     if name == FINAL and not (folder / FINAL).exists():
-        # Killed while --extend renamed `final` to its step.
+        # The run was killed while --extend renamed `final` to its step.
         steps = (path.name for path in folder.iterdir() if path.name.isdigit())
         name = max(steps, key=int, default=name)
     if not re.fullmatch(r"\d+|final", name) or not (folder / name / "meta.json").exists():
         raise UserError(
-            f"{pointer} names {name!r}, which is no checkpoint in {folder}; "
-            "write the name of a good one into it"
+            f"{pointer} names {name!r}, which is no complete checkpoint in {folder}; "
+            "write the name of a complete checkpoint into the file"
         )
     return folder / name
 
 
 def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
-    """The checkpoint folder of a run folder (its latest), of a ckpt folder, or the folder itself.
+    """Return the latest checkpoint of a run folder or of its ckpt folder, or `path` if it is one.
 
-    expected: what a user may give, for the UserError when there is no checkpoint.
+    expected: description of the accepted folders, for the error message.
+    Raises UserError when there is no checkpoint.
     """
     for folder in (path, path / "ckpt"):
         if (folder / "meta.json").exists():
@@ -97,16 +103,19 @@ def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
 
 
 def tokenizer_of(checkpoint: Path) -> Path:
-    """The tokenizer folder of a checkpoint: beside a fine-tuned model, or in the run folder."""
+    """Return the tokenizer folder of a checkpoint. It may not exist.
+
+    It is beside the checkpoint of a fine-tuned model; otherwise it is in the run folder.
+    """
     parent = checkpoint.resolve().parent
     beside = parent / "tokenizer"
     return beside if beside.is_dir() else parent.parent / "tokenizer"
 
 
 def read_meta(path: Path) -> Meta:
-    """Read meta.json; check format, version, and that every file exists with its size.
+    """Read meta.json and check format, version, and the size of every file.
 
-    UserError names the file, what was found and what was expected.
+    Raises UserError with the file, what was found and what was expected.
     """
     values = read_json(path / "meta.json", "a checkpoint of electra_ds")
     found = (values.get("format"), values.get("version"))
@@ -129,7 +138,10 @@ def read_meta(path: Path) -> Meta:
 
 def _check_size(path: Path, name: str, expected: int) -> None:
     if not re.fullmatch(r"(model|optim)-\d{5}-of-\d{5}\.safetensors", name):
-        raise UserError(f"{path}/meta.json: lists a file named {name!r}, which no checkpoint has")
+        raise UserError(
+            f"{path}/meta.json: found a file named {name!r}, which no checkpoint has; expected "
+            "model-NNNNN-of-NNNNN.safetensors or optim-NNNNN-of-NNNNN.safetensors"
+        )
     size = (path / name).stat().st_size if (path / name).exists() else None
     if size != expected:
         found = "no file" if size is None else size
@@ -137,20 +149,23 @@ def _check_size(path: Path, name: str, expected: int) -> None:
 
 
 def check_content(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> None:
-    """Compare the sha256 of files `part`, `part + parts`, ... with meta.json.
+    """Compare the sha256 of the files `part`, `part + parts`, ... (by name) with meta.json.
 
-    UserError names the damaged file.
+    Raises UserError with the name of the damaged file.
     """
     for name in sorted(meta.files)[part::parts]:
         if sha256_file(path / name) != meta.files[name]["sha256"]:
             raise UserError(
-                f"{path / name}: its content is not what was written (sha256 differs); "
-                "use an older checkpoint"
+                f"{path / name}: its content has changed (the sha256 differs from that in "
+                "meta.json); use an older checkpoint"
             )
 
 
 def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 tensor) of the `model` or `optim` files, one at a time."""
+    """Yield (name, fp32 tensor on the CPU) of the `model` or `optim` files.
+
+    Raises UserError when a file is not a safetensors file.
+    """
     for name in sorted(meta.files):
         if not name.startswith(prefix):
             continue
@@ -165,7 +180,10 @@ def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    """All fp32 weights of a checkpoint by canonical name, checked against their sha256."""
+    """Return all weights of a checkpoint, {canonical name: fp32 tensor on the CPU}.
+
+    The files are checked by size and sha256. Raises UserError when one is missing or damaged.
+    """
     meta = read_meta(path)
     check_content(path, meta)
     return dict(tensors(path, meta))
@@ -176,8 +194,8 @@ def load(
 ) -> Meta:
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
-    padded: parameter name -> true rows, for tensors with a first axis that is padded in memory.
-    weights_only: moments start at zero and the loss scaler stays.
+    padded: parameter name -> rows without padding, for tensors padded in memory on the first axis.
+    weights_only: load no moments (they are set to zero), no step count and no loss scaler.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """
     meta = read_meta(path)

@@ -1,4 +1,4 @@
-"""Writing of checkpoints: snapshot, files beside the training, commit, pruning."""
+"""Writing of checkpoints: snapshot, files written in a thread, commit, pruning."""
 
 import contextlib
 import os
@@ -26,14 +26,16 @@ from electra_ds.training.state import TrainingState
 
 
 class PendingCheckpoint:
-    """A snapshot of the moment of its construction, not yet a checkpoint. Collective.
+    """A snapshot of the training state, while its files are written.
 
-    The constructor gathers the tensors into host memory: that is the pause of the training. A thread
-    of each rank then writes its files beside OUT/ckpt/NAME. `commit` makes them a checkpoint.
+    The constructor copies the tensors into host memory; training pauses meanwhile. Then a thread of
+    each rank writes its files into a temporary folder in OUT/ckpt. `commit` renames the folder.
+    Constructor and `commit` are collective.
 
-    padded: parameter name -> true rows, for tensors padded in memory; the files hold the true rows.
-    weights_only: a model to export or to start from: no moments, and `latest` is left alone.
-    Raises RunFailure on every rank when rank 0 cannot write; earlier checkpoints stay whole.
+    padded: parameter name -> rows without padding, for tensors padded in memory. The files hold
+        these rows only.
+    weights_only: write no moments, and do not change `latest`. For export and for --init-from.
+    Raises RunFailure on every rank when rank 0 cannot write. Earlier checkpoints are not changed.
     """
 
     def __init__(
@@ -73,14 +75,16 @@ class PendingCheckpoint:
         writer.shutdown(wait=False)
 
     def is_written(self) -> bool:
-        """Whether this rank's thread has ended: `commit` does not wait for this rank any more."""
+        """Return whether this rank's thread has ended, with or without an error."""
         return self._files.done()
 
     def commit(self, flush: Callable[[], None] = lambda: None) -> Path:
-        """Wait for the files of every rank, rename the folder, point `latest` at it. Collective.
+        """Wait for the files of every rank, rename the folder, write its name into `latest`.
 
-        flush: makes the logs durable first, so that `latest` is never ahead of them; OSError when it
-        cannot. Raises RunFailure on every rank when any rank could not write.
+        flush: writes the logs to disk before the rename, so that they reach the checkpoint's step.
+            It may raise OSError.
+        Returns the checkpoint folder. Raises RunFailure on every rank when a rank could not write.
+        Collective.
         """
         engine = self._engine
         is_rank0 = engine.ranks.rank == 0
@@ -97,23 +101,31 @@ class PendingCheckpoint:
                     if not self._weights_only:
                         _point_latest_at(self.target)
         finally:
-            if is_rank0:  # after a failure: half a checkpoint would keep a full disk full
+            if is_rank0:  # after a failure the partial checkpoint would keep the disk full
                 shutil.rmtree(self._temporary, ignore_errors=True)
         return self.target
 
 
 def save(*arguments: Any, **options: Any) -> Path:
-    """Write a checkpoint and wait for it. Takes the arguments of `PendingCheckpoint`. Collective."""
+    """Write a checkpoint, wait for it and return its folder. Collective.
+
+    The arguments are those of `PendingCheckpoint`. Raises RunFailure when a rank could not write.
+    """
     return PendingCheckpoint(*arguments, **options).commit()
 
 
 class Checkpointer:
-    """Saves the training state, with at most one snapshot pending. The same calls on every rank.
+    """Saves the training state. At most one snapshot is pending. Every rank makes the same calls.
 
+    folder: OUT/ckpt.
+    rules: when to save and which checkpoints to keep.
     config: the resolved config as JSON values, stored in each checkpoint.
-    before_write: called on rank 0 before anything is written (is the run folder still this run's?).
+    padded: see `PendingCheckpoint`.
+    before_write: called on rank 0 before each write. It raises LockedOut when another job has taken
+        the run folder.
     flush: see `PendingCheckpoint.commit`.
-    saved_step: the step of the checkpoint that was resumed.
+    saved_step: step of the checkpoint that the run resumed from; it is not saved again.
+    on_commit: set by the caller; called with (step, seconds of pause) after each commit.
     """
 
     def __init__(
@@ -138,14 +150,17 @@ class Checkpointer:
         self._flush = flush
         self._is_rank0 = engine.ranks.rank == 0
         self._pending: PendingCheckpoint | None = None
-        self._announced: PendingCheckpoint | None = None  # the one that the last vote is about
+        self._announced: PendingCheckpoint | None = None  # the snapshot of this rank's last vote
         self._pause_seconds = 0.0
 
     def save(self, state: TrainingState, name: str | None = None) -> None:
-        """Take a snapshot. It is committed once every rank has reported its files as written.
+        """Take a snapshot. Collective.
 
-        name: of the checkpoint; default: the step, and nothing is done if that step is saved already.
-        With checkpoint.asynchronous = false it is committed at once. Collective.
+        `commit_if_written` commits it when all ranks have written their files. With
+        checkpoint.asynchronous = false it is committed here.
+
+        name: name of the checkpoint; by default the step. Without a name, nothing is done if the
+            step is saved already.
         """
         if name is None and state.step == self._saved_step:
             return
@@ -172,17 +187,17 @@ class Checkpointer:
         self.commit()
 
     def is_written(self) -> bool:
-        """This rank's vote: its files of the pending snapshot are written."""
+        """Return this rank's vote: whether its files of the pending snapshot are written."""
         self._announced = self._pending
         return self._pending is not None and self._pending.is_written()
 
     def commit_if_written(self, votes: Votes) -> None:
-        """Commit the snapshot that the votes are about, once all ranks have written. Collective."""
+        """Commit the pending snapshot if all ranks voted that it is written. Collective."""
         if votes.written == self._engine.ranks.world_size and self._pending is self._announced:
             self.commit()
 
     def commit(self) -> None:
-        """Make the pending snapshot a checkpoint, if there is one; waits for it. Collective."""
+        """Wait for the pending snapshot, if there is one, and commit it. Collective."""
         if self._pending is None:
             return
         began = time.perf_counter()
@@ -196,17 +211,23 @@ class Checkpointer:
         self.on_commit(pending.step, self._pause_seconds)
 
     def last_checkpoint(self) -> str:
-        """The path of the last checkpoint, for messages. Commits a pending one first. Collective."""
+        """Return the path of the last checkpoint, or "none yet", for messages. Collective.
+
+        A pending snapshot is committed first.
+        """
         self.commit()
         return str(latest(self._folder) or "none yet")
 
 
 def write_initial(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    """Write folder/0, a checkpoint of weights alone, and point `latest` at it; returns folder/0.
+    """Write the checkpoint folder/0 with weights only, and name it in `latest`. Returns folder/0.
 
-    For a single process without an engine, and for runs that start with --init-from.
-    folder: OUT/ckpt. state: parameter name -> full tensor without padded rows, stored as fp32.
-    config: the resolved config as JSON values. Raises OSError when a file cannot be written.
+    It is called in a single process without an engine. `pretrain --init-from` accepts the result.
+
+    folder: OUT/ckpt.
+    state: parameter name -> full tensor without padded rows, stored as fp32.
+    config: the resolved config as JSON values.
+    Raises OSError when a file cannot be written.
     """
     weights = {
         name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -259,7 +280,7 @@ def _write(
 ) -> dict[str, dict[str, Any]]:
     """Write this rank's files durably; {file: size and sha256}.
 
-    Runs in a thread beside the training, so there is no collective in here.
+    It runs in a thread during training, so it must not call a collective.
     """
     files = {}
     for prefix, part in tensors.items():
@@ -300,7 +321,7 @@ def _replace_folder(temporary: Path, target: Path) -> None:
 
 def rename_final(engine: Weights, final: Path, step: int) -> None:
     """Rename `final` to its step, so that a longer schedule can continue from it. Collective."""
-    engine.all_gather_object(None)  # other ranks may still read it
+    engine.all_gather_object(None)  # wait for ranks that still read it
     with fail_on_all_ranks(engine.all_gather_object, f"renaming {final}"):
         if engine.ranks.rank == 0:
             renamed = final.with_name(str(step))
@@ -309,10 +330,12 @@ def rename_final(engine: Weights, final: Path, step: int) -> None:
 
 
 def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
-    """Remove the checkpoints that the rules do not keep; returns the names removed.
+    """Remove the checkpoints that the rules do not keep. Returns the names removed.
 
-    `final` and the newest two are always kept. newest: the step just saved. Later steps belong to a
-    run that went back to an older checkpoint: they stay until the run reaches and overwrites them.
+    `final` and the newest two are always kept. Steps after `newest` are left over from before a
+    return to an older checkpoint. They are kept until the run overwrites them.
+
+    newest: the step just saved.
     """
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
     up_to_newest = [step for step in steps if step <= newest]
@@ -324,7 +347,7 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
     for name in removed:
         trash = folder / f".{name}.old"
         shutil.rmtree(trash, ignore_errors=True)  # left by a crash
-        with contextlib.suppress(OSError):  # a folder that cannot be removed stays
+        with contextlib.suppress(OSError):  # a folder that cannot be removed is kept
             # The rename comes first, so that a reader never sees half of a checkpoint.
             os.rename(folder / name, trash)
         shutil.rmtree(trash, ignore_errors=True)
@@ -332,7 +355,7 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what a killed save or prune left. Called on rank 0 before anything is saved."""
+    """Remove temporary files of a killed save or prune. Called on rank 0 before any save."""
     for path in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
         if path.is_file():
             path.unlink(missing_ok=True)

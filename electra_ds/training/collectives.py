@@ -19,13 +19,13 @@ _COLLECTIVE_CODE: set[CodeType] = set()
 
 
 def collective(function: Function) -> Function:
-    """Mark a function that waits for other ranks, so that `is_collective` recognises its frames."""
+    """Mark a function that waits for other ranks. `is_collective` is then True for its frames."""
     _COLLECTIVE_CODE.add(function.__code__)
     return function
 
 
 def is_collective(frame: FrameType) -> bool:
-    """Whether a frame belongs to a function that waits for other ranks. The watchdog uses it."""
+    """Return whether a frame belongs to a function marked `collective`. Used by the watchdog."""
     return frame.f_code in _COLLECTIVE_CODE
 
 
@@ -33,8 +33,9 @@ def is_collective(frame: FrameType) -> bool:
 def on_rank0(function: Callable[[], Any]) -> Any:
     """Call a function on rank 0 and return its result on every rank. Collective.
 
-    Rank 0 alone reads and writes the run folder, so that all ranks decide alike. A UserError of the
-    function is raised on every rank; an OSError becomes a RunFailure on every rank.
+    Only rank 0 reads and writes the run folder, so that all ranks make the same decisions.
+    A UserError of the function is raised on every rank. An OSError is raised as RunFailure on every
+    rank. Any other exception is raised on rank 0 only.
     """
     result: Any = None
     error: Exception | None = None
@@ -57,7 +58,7 @@ def on_rank0(function: Callable[[], Any]) -> Any:
 class Votes(NamedTuple):
     """Sums over the ranks of one control message."""
 
-    totals: Any  # counts of the next global batch, of the type that was sent
+    totals: Any  # counts of the next global batch, a NamedTuple of the type that was sent
     stop: int  # ranks that ask to save and stop
     save: int  # ranks that ask to save
     written: int  # ranks that have written their part of the pending checkpoint
@@ -66,7 +67,7 @@ class Votes(NamedTuple):
 class ControlGroup:
     """Small messages between CPUs (gloo), beside the engine's NCCL or gloo group.
 
-    All methods but those of a single rank are collective.
+    All methods are collective. In a world of one rank they return at once.
     """
 
     def __init__(self, ranks: Ranks):
@@ -98,13 +99,16 @@ class ControlGroup:
         return Votes(self._totals_type(*totals), stop, save, written)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, fp64 on the CPU. The order is that of the ranks, so the sum repeats."""
+        """Return the sum over the ranks, fp64 on the CPU, the same on every rank.
+
+        The sum is in the order of the ranks, so that a repeated run gives the same bits.
+        """
         on_cpu = tensor.detach().double().cpu()
         return torch.stack(self.all_gather(on_cpu)).sum(0)
 
     @collective
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """The CPU tensor of each rank, on every rank. Shapes and dtypes are equal on all ranks."""
+        """Return the CPU tensors of all ranks in order. They have the same shape and dtype."""
         if self._group is None:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.ranks.world_size)]
@@ -113,7 +117,7 @@ class ControlGroup:
 
     @collective
     def all_gather_object(self, value: Any) -> list[Any]:
-        """A small plain value of each rank, on every rank."""
+        """Return the values of all ranks in order. The values are pickled and should be small."""
         if self._group is None:
             return [value]
         gathered: list[Any] = [None] * self.ranks.world_size
@@ -122,7 +126,7 @@ class ControlGroup:
 
     @collective
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this method."""
         if self._group is not None:
             dist.barrier(group=self._group)
 
@@ -136,7 +140,7 @@ def _gloo_group() -> dist.ProcessGroup:
 
 @collective
 def leave() -> None:
-    """Destroy the process groups, after every engine is closed."""
+    """Destroy the process groups. Call it after every engine is closed. Collective."""
     _gloo_group.cache_clear()
     dist.destroy_process_group()
 
@@ -145,11 +149,13 @@ def leave() -> None:
 def fail_on_all_ranks(
     all_gather_object: Callable[[Any], list[Any]], action: str
 ) -> Iterator[dict[str, Any]]:
-    """Run a block on every rank. If it fails on one, raise on all with the rank and the cause.
+    """Run a block on every rank. If it fails on one rank, raise the error on all ranks. Collective.
 
-    action: what the block does, for the message. The yielded dict is exchanged: after the block its
-    key `all_ranks` lists the dict of each rank. Raises UserError for a user's mistake, else
-    RunFailure.
+    action: what the block does, for the message.
+    Yields a dict for values of this rank. After the block its key `all_ranks` is the list of the
+    dicts of all ranks.
+    Raises UserError when a rank raised one, and RunFailure when a rank raised OSError. Other
+    exceptions are raised only on the rank where they occur.
     """
     report: dict[str, Any] = {}
     problem: Exception | None = None

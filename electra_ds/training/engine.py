@@ -1,7 +1,7 @@
 """The DeepSpeed engine: start of the ranks, forward, backward, step, full tensors.
 
-This is the only file that imports deepspeed. The private names of DeepSpeed 0.19 that it uses are
-held by tests/training/test_ranks_train.py at every stage:
+This is the only file that imports deepspeed. tests/training/test_ranks_train.py tests at every ZeRO
+stage the private names of DeepSpeed 0.19 that it uses:
 ops.__compatible_ops__, parameter._hp_mapping, engine.enable_backward_allreduce,
 FP16_UnfusedOptimizer.fp16_groups and fp32_groups (stage 0),
 optimizer._hp_optimizer_states_linked and _lazy_init_hp_params_optimizer_state (stages 1 and 2),
@@ -35,18 +35,18 @@ AnyBatch = TypeVar("AnyBatch", bound=NamedTuple)  # of tensors or None
 # DeepSpeed's throughput timer waits for the device at every forward and every step; its output is
 # not used here.
 NO_TIMER = {"timers": {"throughput": {"enabled": False}}}
-# One rank at stages 1 and 2 reduces no gradients: no copies into buckets (11 of the 33 ms that stage
-# 1 adds to a step of `small` on one core; the results are the same bit for bit), no buckets in
-# memory, no waiting for the device. With an offloaded optimizer the buckets stay: gradients go to
-# the host on a stream of its own beside the backward.
+# Options of stages 1 and 2 for a single rank, which reduces no gradients. They avoid the copies
+# into buckets, the memory of the buckets and a wait for the device. The results are bitwise equal.
+# The copies take 11 of the 33 ms that stage 1 adds to a step of `small` on one core. With an
+# offloaded optimizer the options are not used: the buckets are copied to the host during backward.
 SINGLE_RANK_ZERO = {"overlap_comm": False, "reduce_scatter": False, "contiguous_gradients": False}
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class StepResult(NamedTuple):
-    """What `Engine.step` did, the same on every rank."""
+    """Result of `Engine.step`, equal on every rank."""
 
-    applied: bool  # whether the weights moved
+    applied: bool  # whether the weights were changed
     grad_norm: (
         Tensor | float
     )  # before clipping, 0-d on the device (reading it waits); NaN if skipped
@@ -55,14 +55,16 @@ class StepResult(NamedTuple):
 
 @collective
 def start(ranks: Ranks, timeout_minutes: float, deterministic: bool = False) -> torch.device:
-    """Choose the device and meet the other ranks (NCCL on CUDA, gloo on a CPU).
+    """Select the device and initialize torch.distributed (NCCL on CUDA, gloo on a CPU). Collective.
 
-    Called once per process, before the first `Engine`. Afterwards SIGUSR2 prints the stacks of this
-    rank.
+    It is called once per process, before the first `Engine`. Afterwards SIGUSR2 prints the stacks
+    of this rank.
 
     timeout_minutes: longest wait for another rank in a collective.
-    deterministic: CUDA kernels that sum in any order are replaced, or raise if there is no other.
-    Raises UserError when the number of ranks is not the launcher's, or a rank finds no device.
+    deterministic: use deterministic kernels. An operation without one raises RuntimeError.
+    Returns the device of this rank.
+    Raises UserError when the world size differs from that of the launcher, or when a rank has no
+    CUDA device.
     """
     faulthandler.register(signal.SIGUSR2)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -73,8 +75,8 @@ def start(ranks: Ranks, timeout_minutes: float, deterministic: bool = False) -> 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     deepspeed.logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
     if os.environ["DS_ACCELERATOR"] == "cpu":
-        # Building this op takes a minute and gloo never calls it. A process that is killed meanwhile
-        # leaves a lock file.
+        # Building this op takes a minute, and gloo does not use it. A process that is killed during
+        # the build leaves a lock file.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device, backend = torch.device("cpu"), "gloo"
         keep_freed_memory()
@@ -90,7 +92,8 @@ def start(ranks: Ranks, timeout_minutes: float, deterministic: bool = False) -> 
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     if dist.get_world_size() != ranks.world_size:
         raise UserError(
-            f"{ranks.launcher} promised {ranks.world_size} ranks, but {dist.get_world_size()} met"
+            f"{ranks.launcher} set a world size of {ranks.world_size}, but torch.distributed has "
+            f"{dist.get_world_size()} ranks; start each rank with the same launcher"
         )
     return device
 
@@ -99,7 +102,7 @@ def _cuda_device(ranks: Ranks) -> torch.device:
     count = torch.cuda.device_count()
     if not count or (count > 1 and ranks.local_rank >= count):
         raise UserError(
-            f"local rank {ranks.local_rank} of {ranks.local_size} finds {count} CUDA device(s): "
+            f"local rank {ranks.local_rank} of {ranks.local_size} has {count} CUDA device(s): "
             "start one rank per device, or set DS_ACCELERATOR=cpu"
         )
     # With --gpus-per-task=1 each rank sees one device, number 0.
@@ -112,7 +115,7 @@ def _cuda_device(ranks: Ranks) -> torch.device:
 
 
 def _choose_deterministic_kernels() -> None:
-    # Read when CUDA's first matrix product runs.
+    # cuBLAS reads the variable at its first matrix product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Filling uninitialized memory finds mistakes; it changes no result.
@@ -120,9 +123,9 @@ def _choose_deterministic_kernels() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep large freed blocks.
+    """Make glibc keep large freed blocks for the next allocation.
 
-    By default they return to the system, and each step pays for them again in page faults.
+    By default glibc returns them to the system, and each step spends time on page faults.
     """
     with contextlib.suppress(OSError, AttributeError):
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -130,15 +133,15 @@ def keep_freed_memory() -> None:
 
 
 def _limit_waiting(timeout_minutes: float) -> None:
-    # The timeout of init_distributed reaches the world group alone. DeepSpeed makes more groups,
-    # with a default of 30 minutes.
+    # The timeout of init_distributed applies to the world group only. DeepSpeed creates more groups
+    # with a timeout of 30 minutes.
     timeout = datetime.timedelta(minutes=timeout_minutes)
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def zero_options(zero: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The zero_optimization section as this many ranks run it."""
+    """Return the zero_optimization section to use with `world_size` ranks."""
     stage, offloads = zero.get("stage"), "offload_optimizer" in zero
     if world_size == 1 and stage in (1, 2) and not offloads:
         return zero | SINGLE_RANK_ZERO
@@ -148,8 +151,8 @@ def zero_options(zero: dict[str, Any], world_size: int) -> dict[str, Any]:
 class Engine:
     """A DeepSpeed engine around a module that returns losses.
 
-    control: messages among the ranks beside the engine's own.
-    parameters: canonical name -> parameter as the engine holds it (empty at stage 3).
+    control: collectives on the CPU, beside those of the engine.
+    parameters: canonical name -> parameter of the wrapped module (an empty tensor at stage 3).
     """
 
     @collective
@@ -164,7 +167,7 @@ class Engine:
     ):
         """Wrap the module. Collective.
 
-        config: a RunConfig, or whatever has its `train`, `optimizer` and `accumulation`.
+        config: a RunConfig, or another object with `train`, `optimizer` and `accumulation`.
         engine_config: as `config.engine_files.load_engine` returns it; the precision is resolved
         here. lr_scale: parameter name -> factor of its learning rate.
         """
@@ -198,7 +201,7 @@ class Engine:
         _limit_waiting(config.train.timeout_minutes)
 
     def _merged_config(self) -> EngineConfig:
-        """The engine file with what the run config owns."""
+        """Return the engine config with batch sizes and clipping of the run config."""
         train = self.config.train
         clipping = self.config.optimizer.gradient_clipping
         owned = {
@@ -242,14 +245,13 @@ class Engine:
         Gradients are reduced with the last micro-batch.
 
         micro_batches: NamedTuples of CPU tensors.
-        first_rows: row count of the first row of each micro-batch, which seeds its dropout.
+        first_rows: position of the first row of each micro-batch; seeds its dropout.
         totals: a NamedTuple of counts of the whole global batch, passed to the module as floats.
-        refuses: called on every rank with the step's loss, the same number on all; if it returns
-        True, `step` applies nothing. With it the ranks wait once for each other and the device
-        before the last backward.
+        refuses: called on every rank with the loss of the global batch. If it returns True, `step`
+            skips the update. The call costs one wait for the other ranks and for the device.
         options: passed to the module.
-        Returns what the module returned for each micro-batch, with `total`, the part that is
-        differentiated, detached. Sums over micro-batches and ranks are the step's losses.
+        Returns the output of the module for each micro-batch, with `total` detached. The sums over
+        micro-batches and ranks are the losses of the step.
         """
         self._engine.train()
         divisors = type(totals)._make(map(float, totals))
@@ -264,21 +266,23 @@ class Engine:
             factor = self.ranks.world_size * self.accumulation * self._missing_loss_scale()
             results.append(losses._replace(total=losses.total.detach()))
             if refuses is not None and is_last and refuses(self._step_loss(results)):
-                # Reduced gradients cannot be taken back. Every stage drops those that are not finite.
+                # Gradients of earlier micro-batches cannot be removed after the reduction. With NaN
+                # gradients every stage skips the step.
                 factor = math.nan
                 self._scaler_before_refusal = self.scaler_state()
             self._engine.backward(losses.total * factor)
         return results
 
     def _step_loss(self, results: list[Any]) -> float:
-        """The loss of the global batch, on every rank."""
+        """Return the loss of the global batch, on every rank. Waits for the device."""
         return float(self.control.sum(sum(result.total for result in results)))
 
     @collective
     def step(self, lr: float) -> StepResult:
-        """Clip, check and apply the reduced gradients. Collective.
+        """Clip the reduced gradients and apply them if they are finite. Collective.
 
-        lr: learning rate, before the factor of each parameter group. Returns the same on all ranks.
+        lr: learning rate, before the factor of each parameter group.
+        Returns a StepResult, equal on all ranks.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -313,14 +317,14 @@ class Engine:
         return 1.0
 
     def _seed_dropout(self, first_row: int) -> None:
-        # A 64-bit mix of (seed, first row): equal for any world size at one micro_batch_size.
+        # A 64-bit mix of seed and position: it depends on micro_batch_size, but not on world_size.
         mixed = (self.config.train.seed << 40) ^ first_row * 0x9E3779B97F4A7C15
         torch.manual_seed(mixed & (2**63 - 1))
 
     def to_device(self, batch: AnyBatch) -> AnyBatch:
-        """A NamedTuple of CPU tensors (or None) on this rank's device.
+        """Return a batch, a NamedTuple of CPU tensors or None, on this rank's device.
 
-        The copy of pinned tensors overlaps with what the device computes.
+        The copy of pinned tensors is asynchronous.
         """
         if self.device.type == "cpu":
             return batch
@@ -334,7 +338,10 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The module in eval mode, without gradients. A call of it is collective at ZeRO stage 3."""
+        """Yield the module in eval mode, without gradients, with the autocast of the engine.
+
+        At ZeRO stage 3 a call of the module is collective.
+        """
         autocasts = bool(self.deepspeed_config.get("torch_autocast", {}).get("enabled"))
         self._engine.eval()
         try:
@@ -348,9 +355,10 @@ class Engine:
 
     @collective
     def full_tensor(self, name: str, kind: str) -> Tensor:
-        """The whole fp32 tensor of a parameter on this device. Collective at stages 1 to 3.
+        """Return the full fp32 tensor of a parameter on this device. Collective at stages 1 to 3.
 
         kind: "master" (the weights), "exp_avg" or "exp_avg_sq" (the moments).
+        The tensor may share memory with the engine. Copy it before the next step.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -364,9 +372,10 @@ class Engine:
 
     @collective
     def set_full_tensor(self, name: str, kind: str, value: Tensor) -> None:
-        """The inverse of `full_tensor`; every rank passes the same whole value. Collective.
+        """Set the full tensor of a parameter; see `full_tensor`. Collective.
 
-        For "master" the working copy of the parameter is set, too.
+        value: the full tensor, equal on every rank. For "master" it is also copied into the
+            parameter of the module.
         """
         parameter: Any = self.parameters[name]
         value = value.to(self.device, torch.float32)
@@ -392,15 +401,15 @@ class Engine:
                 parameter.data.copy_(value)
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter (stage 3 keeps an empty tensor in its place)."""
+        """Return the shape of the full parameter, which is an empty tensor at stage 3."""
         return getattr(self.parameters[name], "ds_shape", self.parameters[name].shape)
 
     def parameter_count(self) -> int:
-        """Elements of all parameters, rows that only pad a table in memory included."""
+        """Return the number of elements of all parameters, including rows that pad a table."""
         return sum(self.shape(name).numel() for name in self.parameters)
 
     def reset_moments(self, applied_steps: int) -> None:
-        """Set the moments to zero and the step count to that of a run with `applied_steps` steps."""
+        """Set the moments to zero, and the step counts as after `applied_steps` steps."""
         in_groups = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
@@ -415,13 +424,13 @@ class Engine:
             link()
 
     def scaler_state(self) -> dict[str, float]:
-        """The fp16 loss scaler as numbers; empty without one."""
+        """Return the state of the fp16 loss scaler as numbers; empty without one."""
         scaler = self._loss_scaler()
         values = {key: getattr(scaler, key, None) for key in _SCALER_FIELDS}
         return {key: value for key, value in values.items() if isinstance(value, (int, float))}
 
     def set_scaler_state(self, state: dict[str, float]) -> None:
-        """Continue the loss scaler of a checkpoint; ignored without one."""
+        """Set the state of the fp16 loss scaler. Does nothing without one."""
         scaler = self._loss_scaler()
         for key, value in state.items():
             if scaler is not None and hasattr(scaler, key):
@@ -449,16 +458,17 @@ class Engine:
         return {name: masters[id(parameter)] for name, parameter in self.parameters.items()}
 
     def close(self) -> None:
-        """Destroy the engine and free its memory for the next one of this process. Collective.
+        """Destroy the engine and free its memory for the next engine of this process. Collective.
 
-        All ranks wait for each other first: the first process to leave would take its peers down.
+        All ranks wait for each other first, because collectives fail on the other ranks when a
+        process ends early.
         """
         self.control.barrier()
         self._engine.destroy()
         if self.stage == 3:
             from deepspeed.runtime.zero import parameter_offload
 
-            parameter_offload.FWD_MODULE_STACK.clear()  # it keeps every module ever wrapped
+            parameter_offload.FWD_MODULE_STACK.clear()  # it refers to every wrapped module
         self._engine = None
         self.optimizer = None  # type: ignore[assignment]
         self.parameters = {}

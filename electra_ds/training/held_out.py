@@ -29,15 +29,18 @@ def evaluate(
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, float]:
-    """Held-out losses and rates, with the run's own generator and with a fixed corruption.
+    """Return losses and rates of held-out rows, with the model's generator and a fixed corruption.
 
-    module: an `Objective` in eval mode, under no_grad.
+    module: an `Objective` in eval mode; the caller disables gradients.
     batches: (batch, row numbers), as `evaluation_batches` yields them.
     unigrams: [V] token counts of the training rows, for the fixed corruption and for
     `unigram_loss`, the cross-entropy of a model without context.
-    Losses are in nats per masked position (mlm) and per token that the main loss counts (disc).
-    Rates of the own generator are over these tokens, those of the fixed corruption over all.
-    Metrics that a kind of objective does not have are left out.
+    device: where the module is.
+    sum_over_ranks: returns the sum of a CPU fp64 tensor over the ranks; by default one process.
+    Losses are in nats per masked position (mlm) and per token of the main loss (disc). Rates with
+    the model's generator are over the tokens of the main loss, rates with the fixed corruption over
+    all real tokens. The result has only the metrics that exist for the kind of objective.
+    Raises UserError when there are no rows.
     """
     log_unigrams = _log_unigrams(unigrams).to(device)
     losses_sum = torch.zeros(3, dtype=torch.float64, device=device)  # mlm, disc, unigram
@@ -82,11 +85,15 @@ def evaluate_sources(
     world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, float]:
-    """`evaluate` on at most `max_rows` rows of each source, as source/metric.
+    """Return the metrics of `evaluate` for each source and for the mixture.
 
-    Metrics without a source are those of the mixture: the mean over the sources by their shares in
-    training. So they compare with the metrics of training and do not depend on how many rows a
-    source holds out. Tokens and masked positions are summed.
+    Keys of a source are source/metric. Keys without a source are the means over the sources,
+    weighted by their shares in training, so that they are comparable with the metrics of training.
+    `tokens` and `chosen` (masked positions) are sums.
+
+    batch_rows: rows per batch on each rank.
+    max_rows: largest number of rows of each source; None for all.
+    Raises UserError when a source has no rows.
     """
     by_source: dict[str, dict[str, float]] = {}
     for name, source in held_out.items():
@@ -149,5 +156,5 @@ def _metrics(
 
 
 def _entropy(probability: float) -> float:
-    """Entropy of a coin, in nats: the loss of a constant prediction at the base rate."""
+    """Return the binary entropy in nats: the loss of a constant prediction of this probability."""
     return -sum(p * math.log(p) for p in (probability, 1 - probability) if p > 0)

@@ -1,4 +1,4 @@
-"""Sums of losses since the last report, continued by a resumed run."""
+"""Sums of losses since the last log line. They are saved in checkpoints."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,19 @@ from electra_ds.training.collectives import ControlGroup
 
 
 class LossSums:
-    """This rank's sums of `size` losses, on the device, and rank 0's number of steps.
+    """Sums of `size` losses of this rank, on the device. Rank 0 also counts the steps.
 
-    values: [size + 1] fp64, the steps last. Adding does not wait for the device.
+    values: [size + 1] fp64; the last entry is the number of steps on rank 0, and 0 on other ranks.
+    `add_step` does not wait for the device.
     """
 
     def __init__(
         self, size: int, ranks: Ranks, device: torch.device, saved: list[list[float]] | None = None
     ):
-        """saved: the sums of each rank, from a checkpoint. At another world size rank 0 takes all."""
+        """saved: the sums of each rank, from a checkpoint.
+
+        At another world size rank 0 starts with the total of all ranks, the other ranks with 0.
+        """
         self._is_rank0 = ranks.rank == 0
         own = [0.0] * (size + 1)
         if saved and len(saved) == ranks.world_size:
@@ -35,7 +39,7 @@ class LossSums:
             self.values[-1] += 1
 
     def per_rank(self, control: ControlGroup) -> list[list[float]]:
-        """The sums of each rank, for a checkpoint. Collective."""
+        """Return the sums of each rank, [world_size][size + 1], for a checkpoint. Collective."""
         return [values.tolist() for values in control.all_gather(self.values.cpu())]
 
     def means(self, control: ControlGroup) -> list[float]:
@@ -44,5 +48,5 @@ class LossSums:
         return [value / max(1.0, steps) for value in sums]
 
     def reset(self) -> None:
-        """Start the next interval."""
+        """Set the sums to zero, for the next interval."""
         self.values.zero_()

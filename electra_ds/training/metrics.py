@@ -9,14 +9,14 @@ from electra_ds.model.losses import Counts
 
 
 def share(part: float, whole: float) -> float:
-    """part / whole; NaN if whole is 0."""
+    """Return part / whole; NaN if whole is 0."""
     return part / whole if whole else math.nan
 
 
 def auc(histogram: Tensor) -> float:
-    """Area under the ROC curve of a histogram [2, BINS] of original and replaced tokens.
+    """Return the area under the ROC curve of a histogram [2, BINS] of original and replaced tokens.
 
-    Pairs in one bin count half. NaN without tokens of both labels.
+    Pairs in one bin count half. The result is NaN without tokens of both labels.
     """
     original, replaced = histogram.double().cpu()
     below = original.cumsum(0) - original / 2
@@ -25,7 +25,7 @@ def auc(histogram: Tensor) -> float:
 
 
 def rates(counts: Counts) -> dict[str, float]:
-    """Metrics of summed counts by key; NaN where a class is empty. Positive means replaced."""
+    """Return {metric: value} of counts; NaN where a class is empty. Positive means replaced."""
     masked, tokens = float(counts.masked), float(counts.tokens)
     replaced = float(counts.replaced)
     original = tokens - replaced
@@ -45,7 +45,7 @@ def rates(counts: Counts) -> dict[str, float]:
 
 
 def metrics_of_kind(values: dict[str, float], options: ObjectiveConfig) -> dict[str, float]:
-    """`values` without the metrics that do not exist for this kind of objective."""
+    """Return `values` without the metrics that do not exist for this kind of objective."""
 
     def exists(key: str) -> bool:
         if key.startswith("mlm_"):

@@ -10,9 +10,9 @@ from typing import Any
 from electra_ds.common.errors import UserError
 
 SCHEMA = {"schema": "electra_ds metrics", "version": 1}
-# Keys that depend on the machine's speed: left out where runs are compared bit for bit.
+# Keys that depend on the speed of the machine. Bitwise comparisons of runs ignore them.
 TIMED = frozenset({"tokens_per_second", "data_wait_share", "seconds", "checkpoint_pause_seconds"})
-# Parts of a line on the console, two blanks apart; those without a metric in the run are left out.
+# Console lines. `summary` splits them at two blanks and drops the parts with an unknown metric.
 TRAIN = "mlm {mlm_loss:.3f}  disc {disc_loss:.4f}"
 VALID = (
     "mlm {mlm_loss:.3f} (unigram {unigram_loss:.3f})  accuracy {mlm_accuracy:.3f}  "
@@ -22,10 +22,10 @@ VALID = (
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without its schema line.
+    """Return the records of a metrics.jsonl, without its schema line.
 
-    A last line without its newline (a crash) is left out. UserError when a line is not JSON or the
-    schema is another one.
+    A last line without a newline, left by a crash, is ignored. Raises FileNotFoundError when the
+    file is missing, and UserError when a line is not JSON or the schema line differs.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     records = []
@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(values: dict[str, float], line: str = VALID) -> str:
-    """The metrics of VALID or TRAIN in one line; those that are not in `values` are left out."""
+    """Return the metrics of VALID or TRAIN as one line, without those that `values` lacks."""
     parts = []
     for part in line.split("  "):
         first_key = part.split("{")[1].split(":")[0]

@@ -16,10 +16,11 @@ NO_BIAS_CORRECTION_STEP = 2**20
 def parameter_groups(
     module: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for the optimizer: matrices and embeddings decay; biases and LayerNorms do not.
+    """Return parameter groups: weight decay for matrices and embeddings, none for vectors.
 
-    lr_scale: parameter name -> factor of its learning rate; each factor has groups of its own, which
-    hold it under the key "lr_scale".
+    Vectors (fewer than two axes) are biases and LayerNorm weights. Frozen parameters are left out.
+    lr_scale: parameter name -> factor of its learning rate. Each group has one factor, stored under
+        the key "lr_scale".
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
@@ -39,13 +40,14 @@ def parameter_groups(
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW with a state that can start past bias correction (ELECTRA, appendix A).
+    """torch's fused AdamW, with or without bias correction (ELECTRA, appendix A).
 
-    The state is made here and not in torch, since ZeRO swaps the parameters after construction.
+    Without bias correction the step count starts at NO_BIAS_CORRECTION_STEP. The state of a
+    parameter is created at its first step, because ZeRO replaces the parameters after construction.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: AdamConfig):
-        # lr 0: some DeepSpeed stages run a step inside initialize, which must move nothing.
+        # lr 0: some DeepSpeed stages run a step in initialize, which must not change the weights.
         betas = (config.beta1, config.beta2)
         super().__init__(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
         self.bias_correction = config.bias_correction
@@ -63,9 +65,9 @@ def make_state(
     applied_steps: int,
     bias_correction: bool,
 ) -> None:
-    """Set zero moments and the step count of one parameter (under ZeRO: of one flat shard).
+    """Set the moments of one parameter to zero, and its step count. Under ZeRO: of one flat shard.
 
-    applied_steps: steps that the run has applied so far.
+    applied_steps: optimizer steps that the run has applied.
     """
     step: Any = applied_steps + (0 if bias_correction else NO_BIAS_CORRECTION_STEP)
     if isinstance(optimizer, torch.optim.AdamW):

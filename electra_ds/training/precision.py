@@ -12,10 +12,11 @@ NAMES = {"bf16": "bf16", "fp16": "fp16", "torch_autocast": "bf16 autocast"}
 
 
 def resolve_precision(engine_config: EngineConfig, device: torch.device) -> EngineConfig:
-    """Replace `"enabled": "auto"` by the precision for this device; returns a new dict.
+    """Return a copy of the config with `"enabled": "auto"` replaced by a precision of the device.
 
-    On CUDA: bf16 where the device has it, else fp16. On a CPU: bf16 autocast where the processor
-    multiplies bf16, else fp32. UserError when the precision cannot run on the device.
+    On CUDA this is bf16 if the device supports it, else fp16. On a CPU it is bf16 autocast if the
+    processor has bf16 matrix instructions, else fp32.
+    Raises UserError for fp16 on a CPU.
     """
     resolved = {
         key: dict(value) if isinstance(value, dict) else value
@@ -33,16 +34,16 @@ def resolve_precision(engine_config: EngineConfig, device: torch.device) -> Engi
         resolved["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if resolved.get("fp16", {}).get("enabled") and device.type == "cpu":
         raise UserError(
-            "fp16.enabled = true, but this run is on a CPU, where fp16 lacks operations and speed: "
+            "fp16.enabled = true, but this run is on a CPU, which does not support fp16 training: "
             'use bf16 or fp32, or write "bf16": {"enabled": "auto"} (engine files zero0 to zero3)'
         )
     return resolved
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this processor has bf16 matrix instructions.
+    """Return whether this processor has bf16 matrix instructions (Linux only, else False).
 
-    DeepSpeed's CPU accelerator reports bf16 on every processor.
+    DeepSpeed's CPU accelerator is not used for this: it reports bf16 on every processor.
     """
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
@@ -52,7 +53,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def precision_name(engine_config: EngineConfig) -> str:
-    """fp32, bf16, fp16 or bf16 autocast, of a resolved engine config."""
+    """Return "fp32", "bf16", "fp16" or "bf16 autocast" for a resolved engine config."""
     for key, name in NAMES.items():
         if engine_config.get(key, {}).get("enabled") is True:
             return name

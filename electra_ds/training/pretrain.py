@@ -1,4 +1,4 @@
-"""The verb `pretrain`: meet the other ranks, set up or resume a run, train, leave together."""
+"""The command `pretrain`: initialize the ranks, set up or resume a run, train, close."""
 
 import contextlib
 import functools
@@ -41,8 +41,12 @@ from electra_ds.training.stop_requests import StopRequests
 
 @dataclass(frozen=True)
 class Limits:
-    """When an attempt ends before its schedule does, and where its weights come from.
+    """Options of one attempt.
 
+    stop_at_step: save and stop after this step.
+    max_minutes: save and stop after this time.
+    extend: continue a finished run with a larger train.total_steps.
+    init_from: a run or checkpoint; a new run starts from its weights.
     asked: reasons to stop at the next vote; signal handlers append to it.
     """
 
@@ -55,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The rows of a run in their order, and how a row becomes a row of a batch."""
+    """Training rows of a run: source, reader, order and masking recipe."""
 
     source: Data
     reader: RowReader
@@ -65,7 +69,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run: what is known once the ranks have met."""
+    """One start of a run: its config, data, run folder, ranks and options."""
 
     config: RunConfig
     data: TrainingData
@@ -84,20 +88,22 @@ class Attempt:
 
 
 def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limits: Limits) -> int:
-    """Meet the other ranks, train, leave together. Called on every rank.
+    """Initialize the process group, train, and destroy the process group. Called on every rank.
 
-    Returns the exit code: 0 the schedule is complete, 85 saved and stopped.
-    Raises UserError or RunFailure; the first failure is left in OUT/error-rank-N.json.
+    Returns the exit code: 0 if the schedule is complete, 85 if the run is saved and stopped (under
+    torchrun 0).
+    Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:
         device = start(ranks, train.timeout_minutes, train.deterministic)
     except BaseException as error:
-        if not owner_of(out)[0]:  # else the folder belongs to a run that continues
+        if not owner_of(out)[0]:  # with an owner the folder may belong to another, running job
             record(ranks.rank, error)
         raise
-    # Before the ranks have met, a signal ends a rank at once: the others might never come.
+    # Set after the initialization: before it a signal must end the rank at once, because the rank
+    # may wait for ranks that do not start.
     stop_signals.on_stop_signal(limits.asked.append)
     watchdog = Watchdog(
         ranks,
@@ -126,10 +132,11 @@ def pretrain_on_ranks(
     limits: Limits,
     lock: Lock | None = None,
 ) -> int:
-    """Train on ranks that have met. Resumes what OUT holds. Collective.
+    """Train, or resume the run in OUT, after the process group is initialized. Collective.
 
-    lock: of OUT; the caller releases it after an error. Without one, it is released here.
-    Returns the exit code. Raises UserError or RunFailure on every rank.
+    lock: the lock of OUT, not yet acquired; after an error the caller releases it. Without a lock,
+        one is made and released here.
+    Returns the exit code; see `pretrain`. Raises UserError or RunFailure on every rank.
     """
     began = time.monotonic()
     source = open_data(data)
@@ -155,7 +162,7 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     """Build the engine, resume, train, and close. Returns the exit code."""
     config, out, lock = attempt.config, attempt.out, attempt.lock
     if on_rank0(lambda: run_folder.is_done(out)) and not attempt.limits.extend:
-        attempt.print(f"{out} is finished; to continue, raise train.total_steps and give --extend")
+        attempt.print(f"{out} is finished; to continue, raise train.total_steps and pass --extend")
         return stop_signals.DONE
     if lock.took_over:
         attempt.print(f"{out}/lock: taken over from {lock.took_over}")
@@ -168,7 +175,7 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     resumed = _resume(attempt, engine)
     on_rank0(lambda: _write_description(attempt, nodes))
     is_complete = _train(attempt, engine, resumed)
-    lock.release()  # before the engine closes: the first rank to leave may take rank 0 down
+    lock.release()  # before the engine closes: rank 0 may fail when another rank ends first
     engine.close()
     return stop_signals.DONE if is_complete else stop_signals.stop_exit_code()
 
@@ -184,7 +191,7 @@ def _training_data(config: RunConfig, source: Data) -> TrainingData:
 
 
 def _objective(config: RunConfig) -> Objective:
-    # Built whole on every rank from the same seed: DeepSpeed's zero.Init would skip the
+    # Every rank builds the full module from the same seed. DeepSpeed's zero.Init would skip the
     # initialization without an error.
     objective = build_objective(config, config.train.seed)
     objective.recompute_layers(config.train.activation_checkpointing)
@@ -197,10 +204,10 @@ def _objective(config: RunConfig) -> Objective:
 
 
 def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
-    """Load OUT's latest checkpoint; None for a new run. Collective.
+    """Load the latest checkpoint of OUT and return its state; None for a new run. Collective.
 
-    With --init-from a new run starts from the weights of another one. UserError when the checkpoint
-    belongs to another config or other data.
+    With --init-from a new run loads the weights of another run. Raises UserError when the config or
+    the data of the checkpoint differ from those of this run.
     """
     limits, config = attempt.limits, attempt.config
     padded = padded_rows(engine.module)
@@ -219,8 +226,8 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
         science = [line for line in science if not line.startswith(lengths)]
     if science:
         raise UserError(
-            f"{found} was trained with another config: {'; '.join(science)}. Take the old values "
-            "back, choose another --out, or start from its weights with --init-from"
+            f"{found} was trained with another config: {'; '.join(science)}. Use the old values, "
+            "choose another --out, or start from its weights with --init-from"
         )
     consumed_rows_from_state(meta.state.data, attempt.data.reader, attempt.data.row_order)
     checkpoint.load(engine, found, padded)
@@ -232,14 +239,14 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
 
 
 def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:
-    """UserError when two vocabularies differ. Those of one size would fit each other's tables."""
+    """Raise UserError when the vocabularies of checkpoint and data differ, also at equal size."""
     tokenizer = tokenizer_of(checkpoint_path)
     if not tokenizer.is_dir() or not data_tokenizer.is_dir():
         return
     if load_tokenizer(tokenizer).names != load_tokenizer(data_tokenizer).names:
         raise UserError(
             f"--init-from {checkpoint_path}: its vocabulary ({tokenizer}) is not that of the data "
-            f"({data_tokenizer}); prepare with that one"
+            f"({data_tokenizer}); prepare the data with {tokenizer}"
         )
 
 
@@ -250,7 +257,7 @@ def _count_failures(out: Path, limit: int, silent: str) -> None:
 
 
 def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:
-    """UserError on every rank when nodes have different copies of the data. Collective."""
+    """Raise UserError on every rank when nodes have different data. Collective."""
     dataset_ids = engine.all_gather_object(source.manifest.dataset_id)
     node_of = dict(zip(dataset_ids, nodes, strict=True))
     if len(node_of) > 1:
@@ -262,7 +269,7 @@ def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:
 
 
 def _write_description(attempt: Attempt, nodes: list[str]) -> None:
-    """config.json and the tokenizer: the run folder alone is enough for detect and export."""
+    """Write config.json and the tokenizer. `detect` and `export` then need only the run folder."""
     out, source = attempt.out, attempt.data.source
     (out / "done").unlink(missing_ok=True)
     run_folder.write_config(
@@ -282,7 +289,7 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
 
 
 def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> bool:
-    """Train until the schedule ends or a stop; returns whether it ended. Collective."""
+    """Train until the end of the schedule or a stop. Returns whether it is complete. Collective."""
     loader = _loader(attempt, engine, resumed.consumed_rows if resumed else 0)
     state = resumed or TrainingState(data=loader.state(0))
     with _open_logger(attempt, state.step) as logger:
@@ -328,7 +335,7 @@ def _loader(attempt: Attempt, engine: Engine, consumed_rows: int) -> Loader:
 
 
 def _open_logger(attempt: Attempt, step: int) -> Logger:
-    """Rank 0's logger, and loggers without output on the others. Collective."""
+    """Return a RunLogger on rank 0 and a Logger without output on other ranks. Collective."""
     train = attempt.config.train
     epochs = attempt.total_steps * train.global_batch_size / attempt.data.reader.rows
     opened: list[Logger] = []
@@ -369,7 +376,7 @@ def _pretrainer(
 
 
 def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
-    """What a run prints before its first step."""
+    """Return the lines that rank 0 prints before the first step."""
     config, ranks = attempt.config, attempt.ranks
     train = config.train
     precision = precision_name(engine.deepspeed_config)
@@ -377,7 +384,7 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
         f"{engine.parameter_count():,} parameters, {ranks.world_size} rank(s) under "
         f"{ranks.launcher}, ZeRO {engine.stage}, {precision}; a step is "
         f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
-        f"({engine.accumulation} x {train.micro_batch_size} a rank); "
+        f"({engine.accumulation} x {train.micro_batch_size} per rank); "
         f"{attempt.total_steps} steps, from step {step}"
     ]
     offloads = "offload_optimizer" in engine.deepspeed_config.get("zero_optimization", {})
@@ -385,8 +392,8 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     if ranks.world_size == 1 and engine.stage and not is_half and not offloads:
         name = "zero0-fp32" if precision == "fp32" else "zero0"
         lines.append(
-            f"ZeRO {engine.stage} divides nothing on one rank: "
-            f"--engine {name} is faster and smaller"
+            f"ZeRO {engine.stage} has no effect on memory with one rank: "
+            f"--engine {name} is faster and needs less memory"
         )
     rows = attempt.total_steps * train.global_batch_size
     parts = [

@@ -28,7 +28,7 @@ from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 from electra_ds.training.trainer import Trainer
 
-WAIT_SHARE = 0.05  # of an interval's time: a warning is printed above
+WAIT_SHARE = 0.05  # share of the time waiting for data above which a warning is printed
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where a run ends, and the rows that an epoch has."""
+    """Number of steps of the run and of this attempt, and of rows per epoch."""
 
     total_steps: int
     last_step: int  # of this attempt: --stop-at-step, or total_steps
@@ -69,7 +69,7 @@ class Pretrainer(Trainer):
         state: TrainingState,
         began: float,
     ):
-        """state: where the run continues. began: `time.monotonic()` at the start of the attempt."""
+        """state: the state at the start. began: `time.monotonic()` at the start of the attempt."""
         self.config = config
         self.engine = engine
         self.batches = batches
@@ -89,7 +89,7 @@ class Pretrainer(Trainer):
         checkpointer.on_commit = self._record_pause
 
     def totals(self, batch: StepBatch) -> Totals:
-        """This rank's masked positions and real tokens."""
+        """Return the numbers of masked positions and of real tokens of this rank."""
         return Totals(batch.masked_count, batch.token_count)
 
     def is_finished(self, state: TrainingState) -> bool:
@@ -97,7 +97,7 @@ class Pretrainer(Trainer):
         return state.step >= self.schedule.last_step
 
     def should_stop(self, state: TrainingState) -> bool:
-        """Whether this rank asks to stop. Raises the error of a lost run folder."""
+        """Return whether this rank asks to stop. Raises LockedOut when the lock was lost."""
         self.lock.step = state.step
         if self.lock.lost:
             raise self.lock.lost
@@ -108,7 +108,7 @@ class Pretrainer(Trainer):
         return self.requests.should_save()
 
     def forward_options(self, state: TrainingState) -> dict[str, Any]:
-        """Counts are computed in the steps that are logged."""
+        """Return the options of the forward pass: with_counts in steps that are logged."""
         return {"with_counts": self._is_logged(state.step + 1)}
 
     def _is_logged(self, step: int) -> bool:
@@ -134,7 +134,7 @@ class Pretrainer(Trainer):
         result: StepResult,
     ) -> TrainingState:
         """Count the attempt; log, evaluate and save when due."""
-        if not self._is_first_attempt:  # nothing could be prepared ahead of the first batch
+        if not self._is_first_attempt:  # no batch was prepared before the first call
             self.timing.wait_seconds += batch.wait_seconds
         self._is_first_attempt = False
         self.timing.tokens += batch.token_count
@@ -212,9 +212,10 @@ class Pretrainer(Trainer):
     def _report_skipped(
         self, before: TrainingState, state: TrainingState, batch: StepBatch, losses: list[Losses]
     ) -> None:
-        """Name the rows of a bad loss. RunFailure on every rank when the run cannot continue.
+        """Report a skipped step with the rows of a bad loss. Collective.
 
-        A skipped step is rare, so reading the losses may wait for the device. Collective.
+        Raises RunFailure on every rank when the run cannot continue. This waits for the device,
+        which is acceptable because skipped steps are rare.
         """
         options = self.config.train
         step = before.step + 1
@@ -222,18 +223,18 @@ class Pretrainer(Trainer):
         blame = self.guard.blame([part for parts in per_rank for part in parts])
         if blame and options.on_bad_loss == "stop":
             raise RunFailure(
-                f"step {step} has {blame}. The weights were not touched; "
-                "--set train.on_bad_loss=skip leaves out such steps; last good checkpoint: "
+                f"step {step} has {blame}. The weights were not changed; "
+                "--set train.on_bad_loss=skip skips such steps; last good checkpoint: "
                 f"{self.checkpointer.last_checkpoint()}"
             )
         if blame:
             self.logger.say(f"step {step} has {blame}: skipped")
         if state.skipped_in_a_row > options.max_skipped_steps:
             raise RunFailure(
-                f"{state.skipped_in_a_row} steps in a row after step {state.step} were skipped, "
-                "for gradients or losses that are not finite or spikes "
+                f"{state.skipped_in_a_row} steps in a row after step {state.step} were skipped "
+                "because of spikes, or because losses or gradients were not finite "
                 f"(train.max_skipped_steps = {options.max_skipped_steps}): lower "
-                "optimizer.peak_lr, use bf16 or fp32, or look at the rows named above; "
+                "optimizer.peak_lr, use bf16 or fp32, or inspect the rows in the lines above; "
                 f"last good checkpoint: {self.checkpointer.last_checkpoint()}"
             )
 
@@ -262,7 +263,7 @@ class Pretrainer(Trainer):
     ) -> None:
         """Log the interval: losses averaged over it, rates of its last step. Collective.
 
-        This is the only host sync of the step that is ours; DeepSpeed also reads the gradient norm.
+        This waits for the device. Other steps do so only where DeepSpeed reads the gradient norm.
         """
         sums, counts, waits, tokens = self._gather_interval(losses)
         mlm, disc, steps = sums.tolist()
@@ -299,7 +300,10 @@ class Pretrainer(Trainer):
         self.timing = Timing(now)
 
     def _gather_interval(self, losses: list[Losses]) -> tuple[Tensor, Counts, Tensor, float]:
-        """(loss sums [3], counts, wait seconds of each rank [world_size], tokens), over all ranks."""
+        """Return sums over all ranks: losses and steps [3], counts, wait seconds, tokens.
+
+        The wait seconds are those of each rank, [world_size]. Collective.
+        """
         counts = sum(loss.counts.to_vector() for loss in losses if loss.counts is not None)
         assert isinstance(counts, Tensor)
         times = [self.timing.wait_seconds, float(self.timing.tokens)]

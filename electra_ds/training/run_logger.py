@@ -15,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from electra_ds.common.files import write_bytes
 from electra_ds.training.metrics_file import SCHEMA, TRAIN, read_metrics, summary
 
-TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard's names where they are not SPLIT/KEY
+TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard tags that are not SPLIT/KEY
 
 
 class Logger:
-    """A logger without output, for the ranks above 0. `RunLogger` is that of rank 0."""
+    """A logger without output, for all ranks but 0. Rank 0 uses `RunLogger`."""
 
     def __enter__(self) -> "Logger":
         return self
@@ -34,7 +34,7 @@ class Logger:
         """Log one held-out evaluation; metrics of a mixture's sources are called source/metric."""
 
     def saved(self, step: int, pause_seconds: float) -> None:
-        """Log for how long the checkpoint of `step` paused the training."""
+        """Log the seconds that the checkpoint of `step` paused the training."""
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -43,7 +43,7 @@ class Logger:
         """Print one line."""
 
     def flush(self) -> None:
-        """Make what was logged durable; OSError when it cannot be."""
+        """Write all records to disk and sync them. Raises OSError when this fails."""
 
 
 class RunLogger(Logger):
@@ -52,7 +52,10 @@ class RunLogger(Logger):
     def __init__(
         self, out: Path, step: int, total_steps: int, total_epochs: float | None, tensorboard: bool
     ):
-        """step: where the run continues; later records of an earlier attempt are removed."""
+        """Open the files. Raises OSError when a file cannot be written.
+
+        step: last step that is kept in the log; later records of an earlier attempt are removed.
+        """
         _remove_later_records(out / "metrics.jsonl", step)
         self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (see __exit__)
         self._unwritten = b""
@@ -108,9 +111,9 @@ class RunLogger(Logger):
             self.say(f"step {step}  {title}: {summary(metrics)}")
 
     def saved(self, step: int, pause_seconds: float) -> None:
-        """Log for how long a checkpoint paused the training, to TensorBoard.
+        """Log to TensorBoard the seconds that a checkpoint paused the training.
 
-        metrics.jsonl has the sum of an interval.
+        metrics.jsonl has their sum per interval.
         """
         tag = "checkpoint/pause_seconds"
         self._tensorboard(lambda writer: writer.add_scalar(tag, pause_seconds, step))
@@ -126,7 +129,10 @@ class RunLogger(Logger):
             self._console.print(text, highlight=False, markup=False)
 
     def flush(self) -> None:
-        """Make what was logged durable, before a checkpoint points past it. OSError if it fails."""
+        """Write all records to disk and sync them. Raises OSError when this fails.
+
+        It is called before each commit, so that the log of a checkpoint's steps is on disk.
+        """
         self._write()
         os.fsync(self._file.fileno())
         self._tensorboard(lambda writer: writer.flush())
@@ -139,8 +145,8 @@ class RunLogger(Logger):
             self._write()
         except OSError as error:
             self.say(
-                f"step {step}: not logged yet, retried with the next line and by the next "
-                f"checkpoint: {error}"
+                f"step {step}: not logged yet ({error}); the write is repeated with the next line "
+                "and at the next checkpoint"
             )
         for key, value in values.items():
             self._add_scalar(TAGS.get(key, f"{split}/{key}"), value, step)
@@ -161,9 +167,9 @@ class RunLogger(Logger):
         try:
             if self._writer is not None:
                 act(self._writer)
-        except OSError as error:  # it repeats metrics.jsonl, so the run continues
+        except OSError as error:  # metrics.jsonl holds the same metrics, so the run continues
             self._writer = None
-            self.say(f"TensorBoard's file is not written any more until the next start: {error}")
+            self.say(f"TensorBoard's file is not written until the next start: {error}")
 
 
 def _remove_later_records(path: Path, step: int) -> None:
@@ -173,8 +179,8 @@ def _remove_later_records(path: Path, step: int) -> None:
 
 
 def _except_tensorboard(failure: threading.ExceptHookArgs) -> None:
-    # The thread that writes TensorBoard's file passes its error on to the caller. The traceback that
-    # it prints as well would repeat it.
+    # The error of the thread that writes TensorBoard's file is also raised in the caller, so the
+    # traceback of the thread is not printed.
     if not type(failure.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(failure)
 

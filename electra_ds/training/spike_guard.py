@@ -2,18 +2,18 @@
 
 import math
 
-WINDOW = 32  # losses against which a spike is measured; with fewer no loss is a spike
+WINDOW = 32  # accepted losses in the mean of the spike test; with fewer no loss is a spike
 NOT_FINITE = "a loss that is not finite"
 
 
 class SpikeGuard:
-    """Judges the loss of each global batch, the same on every rank.
+    """Test of the loss of each global batch. The result is equal on every rank.
 
     spike_factor: a loss above this multiple of the mean of the last WINDOW accepted losses is a
-    spike; 0 disables.
-    recent: these losses. They come from the checkpoint, so that a resumed run decides like one that
-    never stopped, at any number of ranks.
-    fault: what is wrong with the last loss, for messages; empty when it was accepted.
+        spike; 0 disables the test.
+    recent: the last accepted losses, at most WINDOW. A checkpoint holds them, so that a resumed run
+        has the same results as one without a stop, at any number of ranks.
+    fault: description of the last loss if it was refused; otherwise empty.
     """
 
     def __init__(self, spike_factor: float, recent: list[float]):
@@ -22,7 +22,7 @@ class SpikeGuard:
         self.fault = ""
 
     def refuses(self, loss: float) -> bool:
-        """Whether a step with this loss must not be applied."""
+        """Return whether a step with this loss must be skipped. Updates `recent` and `fault`."""
         self.fault = "" if math.isfinite(loss) else NOT_FINITE
         mean = math.fsum(self.recent) / max(1, len(self.recent))
         if len(self.recent) == WINDOW and loss > self.spike_factor * mean:
@@ -35,10 +35,10 @@ class SpikeGuard:
         return bool(self.fault)
 
     def blame(self, parts: list[tuple[float, str]]) -> str:
-        """What is wrong with a step that was not applied, and where.
+        """Return the fault of a skipped step with the micro-batches that caused it, for messages.
 
-        parts: (loss, description) of each micro-batch of all ranks. Empty when the losses are good
-        and the gradients alone are not finite (fp16).
+        parts: (loss, description) of each micro-batch of all ranks.
+        The result is empty if all losses were accepted and only gradients are not finite (fp16).
         """
         places = [description for loss, description in parts if not math.isfinite(loss)]
         if self.fault and not places:

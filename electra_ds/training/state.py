@@ -1,4 +1,4 @@
-"""Training state: everything that a checkpoint holds beside tensors."""
+"""Training state: the progress of a run, stored in meta.json."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainingState:
-    """How far a run is, the same on every rank. The fields are keys of meta.json.
+    """Progress of a run, equal on every rank. The fields are keys of meta.json.
 
     step: applied optimizer steps.
     skipped: attempts without an applied update (fp16 overflow, bad losses).
     skipped_in_a_row: such attempts since the last applied step.
     tokens: real tokens of all attempts.
     data: state of the data order (kind, version, dataset_id, position = consumed rows, ...).
-    interval: per rank, sums of losses and of steps since the last report.
-    recent_losses: the losses against which a spike is measured (`spike_guard`).
+    interval: for each rank, the sums of losses and of steps since the last log line.
+    recent_losses: the last accepted losses, for the spike test (`spike_guard`).
     """
 
     step: int = 0
@@ -27,7 +27,7 @@ class TrainingState:
 
     @property
     def attempts(self) -> int:
-        """Applied and skipped steps: they decide which batch is next."""
+        """Number of applied and skipped steps."""
         return self.step + self.skipped
 
     @property
@@ -36,7 +36,10 @@ class TrainingState:
         return self.data.get("position", 0)
 
     def advanced(self, applied: bool, **changes: Any) -> "TrainingState":
-        """The state after one more attempt. Rows are consumed in any case; a step counts if applied."""
+        """Return the state after one more attempt: step + 1 if applied, otherwise skipped + 1.
+
+        changes: new values of other fields, such as data and tokens.
+        """
         if applied:
             changes |= {"step": self.step + 1, "skipped_in_a_row": 0}
         else:

@@ -10,9 +10,9 @@ LOOK_SECONDS = (
 
 
 class StopRequests:
-    """What this rank votes for. One rank's request is enough; all ranks follow it together.
+    """Requests of this rank to stop or to save. A request of one rank applies to all ranks.
 
-    reasons: why this rank asks to stop; signal handlers append to the list that is passed.
+    reasons: reasons of this rank to stop. Signal handlers append to this list.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class StopRequests:
         self._looked_at: dict[str, float] = {}
 
     def should_stop(self) -> bool:
-        """Whether this rank asks to save and stop."""
+        """Return whether this rank asks to save and stop. Adds to `reasons`."""
         minutes = self._max_minutes
         if minutes is not None and time.monotonic() - self._began >= 60 * minutes:
             self.reasons.append(f"--max-minutes {minutes}")
@@ -36,11 +36,11 @@ class StopRequests:
         return bool(self.reasons)
 
     def should_save(self) -> bool:
-        """Whether this rank asks to save."""
+        """Return whether this rank asks to save. Removes OUT/SAVE."""
         return self._take_file("SAVE")
 
     def _take_file(self, name: str) -> bool:
-        """Whether OUT/name was touched; it is removed. Rank 0 looks once per LOOK_SECONDS."""
+        """Return whether OUT/name exists, and remove it. Rank 0 checks once per LOOK_SECONDS."""
         now = time.monotonic()
         if not self._is_rank0 or now - self._looked_at.get(name, -math.inf) < LOOK_SECONDS:
             return False

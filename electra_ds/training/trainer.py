@@ -12,9 +12,9 @@ from electra_ds.training.state import TrainingState
 class Trainer(ABC):
     """The loop over optimizer steps.
 
-    A subclass provides the batches, the schedule, the requests to stop, and what follows a step.
-    Every rank runs the same loop: all decisions follow from votes or from values that are equal on
-    all ranks.
+    A subclass provides the batches, the schedule, the requests to stop, and the work after a step.
+    Every rank runs the same loop. All decisions depend on votes or on values that are equal on all
+    ranks.
 
     batches: endless; each has `micro_batches`, NamedTuples of tensors, and `first_rows`.
     refuses: see `Engine.forward_backward`.
@@ -27,9 +27,9 @@ class Trainer(ABC):
     stop_voted = False  # whether the last `run` ended by a vote
 
     def run(self, state: TrainingState) -> TrainingState:
-        """Train from `state` until the end of the schedule or an agreed stop; returns the last state.
+        """Train from `state` until `is_finished` or a vote to stop. Returns the last state.
 
-        The state is not saved on the way out.
+        The last state is not saved here. Collective.
         """
         engine = self.engine
         batch = next(self.batches)
@@ -70,7 +70,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def is_finished(self, state: TrainingState) -> bool:
-        """Whether no step follows; equal on all ranks."""
+        """Return whether this was the last step. The result must be equal on all ranks."""
 
     @abstractmethod
     def should_stop(self, state: TrainingState) -> bool:

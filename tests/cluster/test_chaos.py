@@ -263,7 +263,7 @@ class Chain:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def look(self) -> int:
-        """Check where this attempt resumed; the steps that some rank had applied at its end."""
+        """Check where this attempt resumed; returns the number of steps that any rank applied."""
         step = self.position // GLOBAL
         for rank in range(self.ranks):
             offset = rank * GLOBAL // self.ranks

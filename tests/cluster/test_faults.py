@@ -76,7 +76,7 @@ def test_a_lost_node_ends_the_job(
         f"(rank {other}): error: {named}" in output
         and named in (out / f"log/rank-{other}.log").read_text()
     )
-    if fault == "cut":  # the other side of the cut names this one
+    if fault == "cut":  # the nodes on the other side of the cut name this node
         assert (
             f"rank {other} on node{other + 1} failed first: "
             in (out / f"log/rank-{lost}.log").read_text()

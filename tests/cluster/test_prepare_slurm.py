@@ -61,9 +61,7 @@ def test_tasks_on_two_nodes_write_the_bytes_of_one_process(corpus: Path, tmp_pat
         assert contents(out) == contents(tmp_path / "one")
 
         state, log = at_its_end(submit(*script, "--seed", 1))
-        assert state == "FAILED" and log.count("holds other data (seed: 0 there, 1 given)") == 1, (
-            log
-        )
+        assert state == "FAILED" and log.count("other data (seed: found 0, expected 1)") == 1, log
         # Without --kill-on-bad-exit.
         bare = [
             "timeout",

@@ -58,7 +58,7 @@ def test_a_node_that_is_not_fit_is_named_before_the_run(
             "--batch",
             "--signal=USR1",
             "JOB",
-        ],  # as before the time limit: to the shell alone
+        ],  # as before the time limit: only to the shell
         ["scancel", "--signal=TERM", "JOB"],  # to the ranks
         ["scontrol", "requeue", "JOB"],
         [
@@ -146,7 +146,7 @@ def test_a_mistake_of_the_user_ends_a_job_at_once(slurm: Slurm, data: Path, tmp_
 
 
 @pytest.mark.slow
-def test_failures_are_queued_again_until_they_gain_nothing(
+def test_failures_are_queued_again_until_no_checkpoint_is_gained(
     slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
     sets = ("checkpoint.every=200", "train.max_restarts=1", "train.silence_seconds=8")

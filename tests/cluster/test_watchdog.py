@@ -182,7 +182,7 @@ def test_a_location_knows_whether_its_function_waits_for_other_ranks(
 
 @pytest.mark.parametrize("hung", [0, 1, 2])
 def test_a_hanging_rank_is_the_one_outside_collectives(hung: int) -> None:
-    """The location alone does not decide: two ranks may wait at different places for the third."""
+    """The location is not sufficient: two ranks may wait for the third at different places."""
     watchdog = Watchdog(Ranks(0, 3, 0, 3, "none"), 4.0, 1.0, lambda function: function())
     locations = ["trainer.py:1 train", "collectives.py:2 on_rank0", "engine.py:3 step"]
     for rank in range(3):

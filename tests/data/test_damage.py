@@ -174,14 +174,14 @@ TOUCH = {
 VERIFY = {
     "a flipped byte of the fragments": (
         flip(PAYLOAD_BYTES + TAR_BLOCK + 300),
-        "block 1: its document fragments do not cover the text",
+        "block 1: the document fragments do not cover each text token",
     ),
     "a flipped byte in the header of the fragments": (flip(PAYLOAD_BYTES + 3), TAR),
     "a zeroed header of the fragments": (
         overwrite(PAYLOAD_BYTES, bytes(TAR_BLOCK)),
         "block 1: no tar header where its fragments",
     ),
-    "a flipped byte of padding": (flip(PAYLOAD_BYTES - 1), "its sha256 is not the manifest's"),
+    "a flipped byte of padding": (flip(PAYLOAD_BYTES - 1), "its sha256 differs from that"),
 }
 
 

@@ -22,7 +22,7 @@ from electra_ds.data.shuffle import ShuffledOrder, StreamOrder
     ],
 )
 def test_philox_equals_the_known_answers(counter, key, expected):
-    """Of Random123 (kat_vectors, philox4x32, 10 rounds)."""
+    """The known answers are those of Random123 (kat_vectors, philox4x32, 10 rounds)."""
     bits = philox(np.array(counter, np.uint64)[:, None], key)  # [1, 4]
     assert " ".join(f"{value:08x}" for value in bits[0]) == expected
 

@@ -275,7 +275,7 @@ def test_kept_units_are_used_for_other_lengths_and_packings(corpus, tmp_path, mo
     monkeypatch.undo()
     run(corpus, tmp_path / "c", sequence_length=32, packing="concat")
     assert contents(tmp_path / "b") == contents(tmp_path / "c")
-    with pytest.raises(UserError, match="seed: 0 there, 1 given"):
+    with pytest.raises(UserError, match="seed: found 0, expected 1"):
         run(corpus, tmp_path / "d", units=tmp_path / "units", seed=1)
 
 
@@ -290,7 +290,7 @@ def test_units_of_an_older_version_are_refused_and_older_markers_are_replaced(co
     plan = json.loads((tmp_path / "units" / "plan.json").read_text())
     del plan["unit_format"]
     (tmp_path / "units" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(UserError, match="unit_format: null there, 2 given"):
+    with pytest.raises(UserError, match="unit_format: found null, expected 2"):
         run(corpus, tmp_path / "c", units=tmp_path / "units")
 
 
@@ -333,13 +333,13 @@ def test_a_finished_folder_is_returned_and_another_data_set_is_refused(
     manifest = run(corpus, tmp_path / "data")
     before = contents(tmp_path / "data")
     assert run(corpus, tmp_path / "data") == manifest and contents(tmp_path / "data") == before
-    with pytest.raises(UserError, match="sequence_length: 16 there, 32 given"):
+    with pytest.raises(UserError, match="sequence_length: found 16, expected 32"):
         run(corpus, tmp_path / "data", sequence_length=32)
     shutil.copytree(corpus, tmp_path / "other")
     last = max(path for path in (tmp_path / "other" / "in").rglob("*") if path.is_file())
     last.unlink()
     with pytest.raises(
-        UserError, match=rf'files: \["{last.name}", .*\] there, null given; units: \[\['
+        UserError, match=rf'files: found \["{last.name}", .*\], expected null; units: found \[\['
     ):
         run(tmp_path / "other", tmp_path / "data")
 
@@ -347,7 +347,7 @@ def test_a_finished_folder_is_returned_and_another_data_set_is_refused(
 def test_settings_of_the_packing_may_change_until_packing_begins(corpus, tmp_path):
     with pytest.raises(UserError, match="and 0 held out"):
         run(corpus, tmp_path / "a", valid_fraction=1e-9)
-    with pytest.raises(UserError, match="seed: 0 there, 1 given"):
+    with pytest.raises(UserError, match="seed: found 0, expected 1"):
         run(corpus, tmp_path / "a", seed=1)
     run(corpus, tmp_path / "a")
     run(corpus, tmp_path / "b")
@@ -457,7 +457,7 @@ def test_too_many_bad_lines_fail_with_their_locations_and_few_are_counted(corpus
     )
     options = dict(sequence_length=16, valid_fraction=0)
     with pytest.raises(
-        UserError, match=r"1 of 51 lines are bad \(not JSON: 1\).*in\.jsonl: byte \d+"
+        UserError, match=r"1 of 51 lines cannot be read \(not JSON: 1\).*in\.jsonl: byte \d+"
     ):
         prepare([str(tmp_path / "in.jsonl")], corpus / "tok", tmp_path / "a", **options)
     manifest = prepare(

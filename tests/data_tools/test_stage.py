@@ -147,9 +147,9 @@ def test_damage_at_the_source_is_named_and_not_copied(made: Path, web: Web, tmp_
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for content, found in (
-        (flipped, "its sha256 is not the manifest's"),
+        (flipped, "its sha256 differs from that in the manifest"),
         (whole[:-512], "sha256"),
-        (None, "not there"),
+        (None, "missing"),
     ):
         shard.unlink() if content is None else shard.write_bytes(content)
         with pytest.raises(

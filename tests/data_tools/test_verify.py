@@ -100,7 +100,7 @@ def test_another_tokenizer_is_reported(data):
         (3, 10, 600, "block 0: token id 600"),
         (20, 0, 9, "block 1: row 4 does not begin with [CLS]"),
         (35, 15, 0, "block 2: padding before the end"),
-        (2, 1, 4, "block 0: its document fragments do not cover the text"),
+        (2, 1, 4, "block 0: the document fragments do not cover each text token"),
     ],
 )
 def test_impossible_rows_are_reported_though_all_checksums_agree(data, row, column, token, message):

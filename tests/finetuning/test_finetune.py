@@ -187,7 +187,7 @@ def test_wrong_calls_are_refused_with_one_message(suites, tmp_path):
         )
 
 
-# --------------------------------------------------------------------------------- the parts, alone
+# ------------------------------------------------------------------------------------ single parts
 
 
 def words_tokenizer(folder: Path):

@@ -289,7 +289,7 @@ MISTAKES = {  # name: files, values of the description, what the message holds
         ["a.tsv:4", "0xe9", "UTF-8", "iconv"],
     ),
     "empty file": ({"a.tsv": GOOD, "b.tsv": ""}, {}, ["b.tsv: holds no example"]),
-    "header alone": (
+    "header only": (
         {"a.tsv": GOOD, "b.tsv": "sentence\tlabel\n"},
         {},
         ["b.tsv: holds no example"],

@@ -1,6 +1,6 @@
 """Tests that need CUDA; without it they are skipped. They have not yet run on a GPU.
 
-With TEST_DEVICE=cpu those that can run on a CPU do, which tries the tests themselves.
+With TEST_DEVICE=cpu, the tests that can run on a CPU run there; this checks the tests.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Slow tests, minutes each: bash tests/run.sh -m slow."""
+"""Slow tests of some minutes each: bash tests/run.sh -m slow."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_the_quickstart_learns_and_resumes(tmp_path: Path) -> None:
         command, env=os.environ | CPU, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "resuming" in done.stdout and "What next" in done.stdout
+    assert "resuming" in done.stdout and "Next steps" in done.stdout
     held_out = [
         record
         for record in read_metrics(tmp_path / "run/metrics.jsonl")

@@ -71,7 +71,7 @@ def test_other_options_of_a_factory_are_a_difference_of_science(tmp_path):
 
 
 class TokenLogits(nn.Module):
-    """Logits that depend on the token alone; `arguments` are those of the last forward."""
+    """Logits that depend only on the token; `arguments` are those of the last forward."""
 
     def __init__(self, outputs, vocab=VOCAB):
         super().__init__()

@@ -77,7 +77,7 @@ def test_fan_in_initializes_matrices_by_their_inputs_and_tables_by_their_own_dev
     assert float(state["embeddings.word.weight"].std()) == pytest.approx(0.2, rel=0.05)
 
 
-def test_the_seed_alone_determines_the_weights():
+def test_the_weights_depend_only_on_the_seed():
     first = true_state(build(seed=7))
     torch.manual_seed(123)
     again, other = true_state(build(seed=7)), true_state(build(seed=8))

@@ -80,12 +80,12 @@ def test_an_old_heartbeat_is_silent_and_a_dead_process_is_a_failure(out):
         beat = json.loads((out / "heartbeat.json").read_text())
         write_json(out / "heartbeat.json", beat | {"time": "2020-01-01T00:00:00+00:00"})
         assert status(out)["state"] == "silent"
-        assert "look at its owner's machine" in shown(out)["next"]
+        assert "check the machine of its owner" in shown(out)["next"]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", KILLED_OWNER, str(out)], env=environ)
     facts = status(out)
     assert (facts["state"], facts["failures"], facts["failures_in_a_row"]) == ("failed", 1, 1)
-    assert "is gone without a message" in lines(facts)["last error"]
+    assert "ended without a message" in lines(facts)["last error"]
 
 
 def test_failures_show_rank_host_cause_and_limit(out):

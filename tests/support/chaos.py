@@ -33,7 +33,7 @@ steps, met = 0, []  # attempts of a step in this process; calls at the place of 
 
 
 def write(name: str, record: dict) -> None:
-    """Append one line in one write, so that a kill leaves it whole or absent."""
+    """Append one line in a single write, so that a kill leaves it complete or absent."""
     with open(TRACE / name, "ab", buffering=0) as file:
         file.write((json.dumps(record) + "\n").encode())
 

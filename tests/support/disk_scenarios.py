@@ -42,8 +42,8 @@ def mount(*options: str) -> None:
 def uninterrupted_on_disk() -> None:
     """Three runs without a fault.
 
-    `whole` writes its first checkpoint only when its eighth step has come, `stopped` stops at the
-    step of a save, `waited` saves synchronously.
+    `whole` delays the writing of its first checkpoint until its eighth step, `stopped` stops at the
+    step of a save, and `waited` saves synchronously.
     """
     original, eighth, waited = checkpointer._write, threading.Event(), []
 

@@ -1,10 +1,11 @@
 """`electra-ds ARGUMENTS` with a fault on one rank: faults.py KIND RANK NOTE ARGUMENTS.
 
-The fault happens in the twelfth step of this rank, or (`early`) while the engine is made. The file
-NOTE then holds the time.
+The fault happens in the twelfth step of this rank, or (`early`) while the engine is made. Its time
+is written to the file NOTE.
+
 Other scenarios:
 faults.py meet     three ranks under a watchdog; rank 1 leaves long before rank 0, rank 2 long after
-faults.py groups   two ranks, of which rank 0 waits in every process group
+faults.py groups   two ranks; rank 0 waits in every process group
 faults.py unheard  a rank with a closed standard error
 faults.py refuse   two ranks that end with an error of their own
 """

@@ -1,4 +1,4 @@
-"""Records where the host reads a tensor, which on a GPU waits for the device.
+"""Records the places where the host reads a tensor; on a GPU such a read waits for the device.
 
 On a CPU nothing waits, so every call that reads is recorded: those of Python (float(tensor),
 .cpu(), .tolist(), ...) and the operators below them, each with the innermost function of electra_ds

@@ -85,7 +85,7 @@ class Machines:
             raise
 
     def boot(self, name: str) -> None:
-        """Switch a machine on, and wait until it takes ssh."""
+        """Start a machine, and wait until it accepts ssh connections."""
         init = INIT.format(name=name, folder=self.folder, address=self._address[name])
         spaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child"]
         with (self.folder / f"{name}.log").open("w") as log:
@@ -123,7 +123,7 @@ class Machines:
         enter = [*self.on("head"), "ssh", name, "true"]
         wait_until(
             lambda: subprocess.run(enter, capture_output=True).returncode == 0,
-            f"{name} takes no ssh",
+            f"{name} does not accept ssh connections",
         )
 
     def _init(self, name: str) -> int:

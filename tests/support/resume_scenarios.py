@@ -119,7 +119,7 @@ def mixture(name: str, *weights: int) -> str:
 
 
 def mixed() -> None:
-    """Two folders in shares: whole, resumed, refused with other shares; the first folder alone."""
+    """Two folders in shares: whole, resumed, refused with other shares; one folder."""
     sets = ["train.eval_every=10", "train.eval_rows=30", "logging.tensorboard=true"]
     both, other = mixture("mixture", 7, 3), mixture("other", 6, 4)
     finish("mixed", "zero2-fp32", *sets, data=both)

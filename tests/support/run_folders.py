@@ -81,7 +81,7 @@ def vocabulary(folder: Path) -> Path:
 
 
 def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) -> Path:
-    """Write a checkpoint of weights alone as folder/name with a config."""
+    """Write a checkpoint with only weights as folder/name, with a config."""
     return checkpointer.save(
         SingleProcessWeights(state),
         folder,

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "tests" / "files"
-SHARED = ROOT.parent / "shared"  # skipped where it is not there
+SHARED = ROOT.parent / "shared"  # tests that need it are skipped if it is missing
 CPU = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -22,7 +22,7 @@ WITH_SUPPORT = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "
 
 
 def has_mpi() -> bool:
-    """Whether mpirun is at hand and this environment's mpi4py loads a library."""
+    """Whether mpirun is installed and mpi4py in this environment loads an MPI library."""
     load = [sys.executable, "-c", "from mpi4py import MPI"]
     return (
         shutil.which("mpirun") is not None
@@ -40,7 +40,8 @@ def run_ranks(
 ) -> subprocess.CompletedProcess:
     """Run a script of tests/support on ranks (gloo) under torchrun.
 
-    Fails with its output unless check is False."""
+    Fails with its output unless check is False.
+    """
     launcher = [
         sys.executable,
         "-m",

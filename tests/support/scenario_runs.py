@@ -17,7 +17,7 @@ import shard_data
 from running import CPU, ROOT
 from small_run import STAGES
 
-# Killed in a random step at each stage (the names of the tests tell which), and inside a save.
+# Killed in a random step at each stage (the test names contain the step), and inside a save.
 KILLS = (*(f"{stage}-step{random.randint(1, 20)}" for stage in STAGES), "1-tensors", "1-latest")
 PHASES = {  # fixture -> phases of scenarios.py, in their order
     "suites": ("finetune-one", "finetune-two"),

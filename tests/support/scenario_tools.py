@@ -1,4 +1,4 @@
-"""Small runs on the ranks of this process, and what they leave for the tests.
+"""Small runs on the ranks of this process, and their results for the tests.
 
 The scenarios (scenarios.py) call these functions on every rank alike.
 """
@@ -41,7 +41,7 @@ STOPPED = (0, 85)  # exit codes of a run that stopped as asked: under torchrun, 
 
 @dataclass
 class Here:
-    """This rank: where the data is, where the runs go, and its place among the ranks."""
+    """This rank: data folder, folder of the runs, rank and number of ranks."""
 
     data: Path = Path()
     outs: Path = Path()

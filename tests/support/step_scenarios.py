@@ -97,7 +97,7 @@ def slow_reader() -> None:
 
 
 def signals_and_files() -> None:
-    """A signal to rank 1 alone, OUT/STOP and OUT/SAVE, each in the fourth step."""
+    """A signal only to rank 1, OUT/STOP and OUT/SAVE, each in the fourth step."""
 
     def requested(name: str, rank: int, request: Callable[[], None]) -> int | str:
         def act() -> None:
@@ -188,7 +188,7 @@ def single_rank() -> None:
 
 
 def never_waits() -> None:
-    """On CUDA: torch raises where our part of a step waits for the device; DeepSpeed may."""
+    """On CUDA: torch raises if our part of a step waits for the device; DeepSpeed may wait."""
     for name in ("step", "_backward_epilogue"):
         method = getattr(DeepSpeedEngine, name)
         setattr(DeepSpeedEngine, name, host_reads.waiting("default")(method))

@@ -47,7 +47,7 @@ def test_a_saved_state_is_loaded_again(saved):
     assert (meta.state, meta.config, meta.world_size) == (PROGRESS, CONFIG, 1)
 
 
-def test_weights_alone_leave_the_moments_fresh(saved):
+def test_loading_only_weights_keeps_the_initial_moments(saved):
     other = FakeWeights(seed=1)
     other.scaler = {"cur_scale": 4.0}
     checkpoint.load(other, saved[1], PADDED, weights_only=True)

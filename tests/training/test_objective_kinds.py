@@ -1,4 +1,4 @@
-"""Kinds of objectives and of generators: each changes what its name says, and nothing else."""
+"""Kinds of objectives and of generators: each changes only what its option describes."""
 
 import math
 
@@ -99,9 +99,7 @@ def test_kinds_share_the_masked_positions_the_generator_and_its_samples():
         losses = other(*args)
         assert torch.equal(corrupted(other, batch), corrupted(electra, batch))
         assert torch.equal(losses.mlm_loss, electra(*args).mlm_loss)
-        weight = (
-            3.0 if kind == "electra_15" else 1.0
-        )  # disc_weight applies to the binary loss alone
+        weight = 3.0 if kind == "electra_15" else 1.0  # disc_weight applies only to the binary loss
         torch.testing.assert_close(losses.total, 2 * losses.mlm_loss + weight * losses.disc_loss)
 
 

@@ -95,7 +95,7 @@ def even(size: int, to: int = 2) -> int:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("kind", "accumulation"), [("fp32", 1), ("fp32", 2), ("bf16", 2)])
-def test_a_step_sends_what_theory_says_and_one_vote(
+def test_a_step_sends_the_calculated_bytes_and_one_vote(
     outs: Path, stage: int, kind: str, accumulation: int
 ) -> None:
     found, sizes, matrices = sent(outs, f"zero{stage}-{kind}-{accumulation}")
@@ -151,7 +151,7 @@ def test_no_step_between_log_lines_reads_from_the_device(outs: Path, stage: int)
     ours = {reader for reader in found if not reader.startswith("deepspeed/")}
     assert "electra_ds/training/collectives.py:wait_votes" in ours
     assert ours <= READS | (READS_AT_STAGE_0 if stage == 0 else set())
-    # The probe sees reads of DeepSpeed, too.
+    # The probe also records reads of DeepSpeed.
     assert stage == 0 or "deepspeed/runtime/utils.py:is_invalid_grad_norm" in found
 
 
@@ -228,7 +228,7 @@ def test_a_finished_run_resumes_only_when_it_is_extended(outs: Path) -> None:
     assert names == ["15", "20", "final", "latest"]
 
 
-def test_init_from_takes_weights_alone(outs: Path) -> None:
+def test_init_from_loads_only_weights(outs: Path) -> None:
     first = curve(outs / "init-from")[0]
     assert first["step"] == 1 and first["lr"] == 0.0
     # The weights are trained, the rows are the first ones.

@@ -132,7 +132,7 @@ def test_tensorboard_holds_the_same_numbers_without_overlap_after_a_resume(tmp_p
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_stops_tensorboard_alone_without_a_traceback(tmp_path, capfd):
+def test_a_full_disk_stops_only_tensorboard_without_a_traceback(tmp_path, capfd):
     pytest.importorskip("tensorboard")
     with RunLogger(tmp_path, 0, 100, 1.0, tensorboard=True) as metrics:
         (events,) = (tmp_path / "tensorboard").iterdir()

@@ -1,7 +1,7 @@
 """Interface of tokenizers, their special tokens, and their files.
 
-A tokenizer adds no special tokens, and no text encodes to one: a literal "[MASK]" in a text is
-tokenized as letters and punctuation.
+A tokenizer adds no special tokens. A text encodes to no special token except [UNK]: a literal
+"[MASK]" in a text is tokenized as letters and punctuation.
 
 Letters: V vocabulary, N tokens of all texts.
 """
@@ -38,7 +38,7 @@ class Tokenizer(ABC):
     kind:        "wordpiece" or "sentencepiece"
     names:       spelling of each id
     special_ids: ids of the special tokens
-    options:     what determines the ids besides the vocabulary file
+    options:     settings that, with the vocabulary file, determine the ids
     fingerprint: sha256 of kind, options and vocabulary file
     """
 
@@ -48,7 +48,10 @@ class Tokenizer(ABC):
     def __init__(
         self, content: bytes, names: Sequence[str], options: dict[str, bool], source: str
     ) -> None:
-        """content: the vocabulary file; source: its name in messages"""
+        """content: bytes of the vocabulary file. source: its name in messages.
+
+        Raises UserError when a special token is missing.
+        """
         self.content = content
         self.names = list(names)
         self.options = options
@@ -94,7 +97,7 @@ class Tokenizer(ABC):
         return [self.names[i] for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return readable text; special tokens keep their spelling."""
+        """Return readable text of ids. Special tokens keep their spelling."""
         special = set(self.special_ids.model_dump().values())
         parts: list[str] = []
         for is_special, group in groupby(map(int, ids), special.__contains__):

@@ -1,4 +1,4 @@
-"""Loads a tokenizer from a vocabulary file or a folder, with its options."""
+"""Loading of a tokenizer from a vocabulary file or a folder, with its options."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a vocab.txt, an spm .model file, or a folder with one of them (ours or Hugging Face's).
 
     The options of a vocab.txt are read from options.json or tokenizer_config.json in its folder.
-    Without them it is lower-cased when none of its entries has an upper-case letter, and accents
-    are stripped when it is lower-cased.
+    Without them, text is lower-cased if no entry has an upper-case letter, and accents are stripped
+    if text is lower-cased.
 
     Raises UserError when the vocabulary is missing, malformed, or lacks a special token.
     """

@@ -32,7 +32,7 @@ class SentencePiece(Tokenizer):
             if role != "unk" and not self._model.is_control(i):
                 raise UserError(
                     f"{source}: {self.names[i]} is no control symbol, so text could encode to its "
-                    "id; expected control_symbols; train the model with "
+                    "id; expected it among the model's control_symbols; train the model with "
                     "`electra-ds train-tokenizer`"
                 )
 

@@ -22,8 +22,8 @@ MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
 MAX_MEAN_WORD_LENGTH = 24
 # Parts of a word: BERT makes each ASCII punctuation character a word.
 _WORD_PARTS = re.compile("[^!-/:-@[-`{-~]+|.")
-# Characters at which str.split() splits and that BERT's cleaning deletes or keeps. A text with one
-# of them is tokenized as a whole.
+# str.split() splits at these characters, BERT's cleaning deletes or keeps them. A text with one of
+# them is tokenized as a whole.
 _SPLIT_DIFFERENTLY = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 
 

@@ -1,4 +1,4 @@
-"""Attention within the documents of packed rows, on one fused qkv tensor, and its structure.
+"""Attention within the documents of packed rows, on one fused qkv tensor, and its mask.
 
 Letters: B rows, S sequence, H hidden, N heads, D = H / N.
 """
@@ -43,13 +43,15 @@ def with_cu_seqlens(batch: PackedBatch) -> PackedBatch:
 
 
 def document_cu_seqlens(document_ids: Tensor) -> Tensor:
-    """Return the starts of the documents of [B, S] rows in the flattened batch, int32.
+    """Return the starts of the documents in the flattened batch, [B * 2**n + 1] int32.
 
-    The starts are padded with B * S to a length of B x 1, 2, 4, ... (plus one), so that compiled
-    layers meet few sizes. A length of B + 1 means that every row is one document. They are not
-    padded to the largest possible number of documents: for every document the flash kernel starts
-    blocks and in backward holds 128 more rows of fp32, 26 MB per row of Base at S = 128 with
-    documents of 2 tokens.
+    document_ids: [B, S]. Padding counts as a document.
+    n is the smallest that fits; unused entries are B * S. The few lengths limit the number of
+    compilations. A length of B + 1 means that every row is one document.
+
+    The length is not that for the largest possible number of documents, because the flash kernel
+    starts blocks for every document and its backward allocates 128 fp32 rows for each (26 MB per
+    row of Base at S = 128 with documents of 2 tokens).
     """
     batch, length = document_ids.shape
     begins = torch.ones_like(document_ids, dtype=torch.bool)
@@ -86,12 +88,14 @@ def packed_mask(
 
     Padding (0) counts as one more document, so that no row of scores is empty. Rows of a single
     document need no mask. On a CPU each row is inspected, and a single row with cu_seqlens is
-    computed document by document. On other devices the length of cu_seqlens decides and nothing is
-    copied to the host, so that the step has no host sync.
+    computed document by document. On other devices only the length of cu_seqlens is used and
+    nothing is copied to the host, so that the step has no host sync.
 
     dtype:       the dtype in which attention computes
-    is_compiled: whether the layers are compiled. They are then not given the lengths of documents
-                 as Python numbers, which would recompile them for every batch.
+    cu_seqlens:  int32, as `document_cu_seqlens` returns it; None computes a bias [B, 1, S, S]
+    head_size:   width of an attention head; decides whether flash attention is available
+    is_compiled: whether the layers are compiled. Lengths of documents are then not passed as Python
+                 numbers, because these would cause a compilation for every batch.
     """
     rows = None
     if document_ids.device.type == "cpu":
@@ -167,7 +171,10 @@ def _attention_by_document(
 
 
 def _has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether flash attention over documents is available: half precision, Ampere or later."""
+    """Return whether flash attention over cu_seqlens is available.
+
+    It needs half precision, a head size of a multiple of 8 up to 256, and Ampere or later.
+    """
     is_fit = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
     return is_fit and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -23,15 +23,15 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 def dropout_factors(like: Tensor, p: float) -> Tensor:
     """Return 1 / (1 - p) with probability 1 - p, else 0, in the shape and dtype of `like`.
 
-    Drawn from torch's default generator. On a CPU p is rounded to a multiple of 2**-16, also in the
-    factor, so that the mean is 1.
+    The numbers are drawn from torch's default generator. On a CPU p is rounded to a multiple of
+    2**-16, in the factor too, so that the mean is 1.
     """
     if like.device.type != "cpu" or torch.compiler.is_compiling():  # random_ would break the graph
         return (torch.rand_like(like, dtype=torch.float32) >= p).to(like.dtype).div_(1 - p)
     dropped_levels = round(p * LEVELS)
     bits64 = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits16 = bits64.view(torch.int16)[: like.numel()].view(like.shape)
-    # Compared in place, which is ten times as fast as a comparison to bool: 3.6 % of a bf16 step of
-    # Small.
+    # The comparison in place is ten times as fast as one that returns bool. This saves 3.6 % of a
+    # bf16 step of Small.
     kept = bits16.ge_(dropped_levels - LEVELS // 2)
     return kept.to(like.dtype).mul_(LEVELS / (LEVELS - dropped_levels))

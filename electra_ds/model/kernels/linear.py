@@ -1,8 +1,8 @@
 """Linear layers that compute fp32 products on a CPU by oneDNN.
 
-PyTorch computes fp32 products by MKL, which uses half of the vector width on processors of other
-makers (110 instead of 250 GFLOP/s per core measured on one of them). oneDNN, which PyTorch uses for
-bf16, uses the whole width.
+PyTorch computes fp32 products by MKL. On processors that are not by Intel, MKL uses half of the
+vector width: 110 instead of 250 GFLOP/s per core were measured on one. oneDNN, which PyTorch uses
+for bf16, uses the whole width.
 
 Letters: M rows of a product, I inputs, O outputs.
 """
@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 
 class GeluLinear(Linear):
-    """Linear layer on gelu(x); x alone is kept for backward, which recomputes gelu(x)."""
+    """Linear layer of gelu(x). Only x is kept for backward, which recomputes gelu(x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler decides what is kept for backward
@@ -44,7 +44,7 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_p
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of x and weight is computed by oneDNN directly.
+    """Return whether `product` computes x times weight by oneDNN directly.
 
     True for plain fp32 on a CPU, outside autocast and torch.compile.
     """
@@ -58,7 +58,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a [M, I] times b [O, I] transposed, plus bias [O], without gradient.
+    """Return a [M, I] times b [O, I] transposed, plus bias [O]: [M, O]. It is not differentiable.
 
     Either argument may be a transposed view.
     """

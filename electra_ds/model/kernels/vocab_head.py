@@ -44,8 +44,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) ->
 def sample_weights(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Return the first token at which the running sum exceeds uniforms x the total, [M] int64.
 
-    In two levels: the sums of chunks of 64 tokens, then the weights inside one chunk. A token of
-    weight 0 is never drawn.
+    The search has two levels: sums of chunks of 64 tokens, then the weights in one chunk. A token
+    of weight 0 is never drawn.
 
     weights:  [M, P] fp32
     uniforms: [M] in [0, 1)
@@ -64,7 +64,8 @@ def sample_weights(weights: Tensor, uniforms: Tensor) -> Tensor:
 def running_sums(x: Tensor) -> Tensor:
     """Return the cumulative sums over the last axis of x [M, N] fp32.
 
-    In deterministic mode, in which torch refuses cumsum on CUDA, by a matrix product.
+    In deterministic mode they are computed by a matrix product, because torch has no deterministic
+    cumsum on CUDA.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return x.cumsum(-1)
@@ -75,7 +76,7 @@ def running_sums(x: Tensor) -> Tensor:
 def most_likely_tokens(logits: Tensor) -> Tensor:
     """Return the argmax of logits [M, P], [M] int64; P is a multiple of 64.
 
-    By chunks, which is ten times as fast as argmax on a CPU.
+    The search by chunks is ten times as fast as argmax on a CPU.
     """
     chunks = logits.view(len(logits), -1, CHUNK)
     chunk = chunks.amax(-1).argmax(-1, keepdim=True)  # [M, 1]
@@ -129,12 +130,13 @@ def vocab_head(
     x:        [..., E] in the compute dtype
     table:    [P, E] word table, in the compute dtype or fp32
     bias:     [P], in the compute dtype or fp32
-    targets:  [...] token ids
+    targets:  [...] int64 token ids
     weights:  [...] 1 or 0
     uniforms: [...] in [0, 1)
+    with_predictions: also return the most likely tokens
     disallow_target: the target itself is never drawn
-    gate, copied: [...] fp32 and bool, the copy mechanism of ELECTRA, section 3.4: the likelihood of
-              a target is (1 - sigmoid(gate)) x its softmax, plus sigmoid(gate) where it is copied
+    gate, copied: [...] fp32 and bool, the copy mechanism (ELECTRA, section 3.4): the likelihood of
+              a target is (1 - sigmoid(gate)) x its softmax, plus sigmoid(gate) where copied is True
     """
     with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, table, bias))
     nll, sampled, predicted = _FusedHead.apply(
@@ -161,7 +163,15 @@ def logits_head(
     with_predictions: bool = False,
     disallow_target: bool = False,
 ) -> HeadResult:
-    """Return loss and samples of complete logits [..., P]; the other tensors are [...]."""
+    """Return loss and samples of complete logits (`vocab_head` without the linear layer).
+
+    logits:   [..., V] any float dtype; loss and samples are computed in fp32
+    targets:  [...] int64 token ids
+    weights:  [...] 1 or 0
+    uniforms: [...] in [0, 1)
+    disallow_target: the target itself is never drawn
+    Gradients reach logits.
+    """
     losses = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
     nll = (losses * weights.flatten()).sum()
     sampling_logits = logits.detach().float()
@@ -174,8 +184,8 @@ def logits_head(
 class _FusedHead(torch.autograd.Function):
     """vocab_head on flattened positions.
 
-    The gradient is computed in forward, so that nothing of the table is kept for backward: ZeRO-3
-    releases the table between the two.
+    Forward computes the gradient, so that backward does not need the table. ZeRO-3 releases the
+    table between forward and backward.
     """
 
     @staticmethod
