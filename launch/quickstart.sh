@@ -58,7 +58,7 @@ Next steps:
   curves        .venv/bin/tensorboard --logdir $out/run/tensorboard
   your text     bash launch/quickstart.sh --input 'my/*.txt' --out runs/mine
   a real model  .venv/bin/electra-ds check small --world-size 8, then prepare with --sequence-length 128 (README)
-  GPU nodes     HOSTFILE=hosts bash launch/deepspeed.sh small --data D --out O, or sbatch launch/pretrain.sbatch ...
+  GPU nodes     HOSTFILE=hosts bash launch/deepspeed.sh small --data D --out O --set train.micro_batch_size=8 (docs/clusters.md)
   GLUE          .venv/bin/electra-ds finetune $out/run tiny --tasks cola,rte --data GLUE_DIR --out runs/glue
   Hugging Face  .venv/bin/electra-ds export $out/run --out runs/hf
 END

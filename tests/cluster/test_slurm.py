@@ -201,7 +201,7 @@ def test_a_job_resumes_after_a_power_failure_of_a_node(
     victim: str, slurm: Slurm, uninterrupted: Path, data: Path, tmp_path: Path
 ) -> None:
     if not slurm.machines:
-        pytest.skip("needs virtual machines")
+        pytest.skip("needs virtual nodes")
     out = tmp_path / "run"
     job = submit(slurm, out, data)
     wait_for(out / "ckpt/latest")

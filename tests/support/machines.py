@@ -1,8 +1,8 @@
-"""Virtual machines: namespaces with network, host name, processes, /dev/shm, /run and sshd.
+"""Virtual nodes: namespaces with network, host name, processes, /dev/shm, /run and sshd.
 
-File systems are shared, as on a cluster. `head` is the machine that starts jobs on the others, and
-the network switch between them. Needs root; nothing of this machine changes, and the virtual
-machines end with the process that made them.
+File systems are shared, as on a cluster. `head` is the node that starts jobs on the others, and the
+network switch between them. Needs root; nothing of this machine changes, and the virtual nodes end
+with the process that made them.
 """
 
 import os
@@ -51,13 +51,13 @@ ConnectTimeout 5
 
 
 def missing() -> str:
-    """The reason why no virtual machines can be made here, or an empty string."""
+    """The reason why no virtual nodes can be made here, or an empty string."""
     absent = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if absent:
         return f"no {', '.join(absent)} here (apt-get install iproute2 util-linux openssh-server)"
     make = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
     made = os.getuid() == 0 and subprocess.run(make, capture_output=True).returncode == 0
-    return "" if made else "virtual machines need root and the right to make namespaces"
+    return "" if made else "virtual nodes need root and the right to make namespaces"
 
 
 class Machines:

@@ -1,4 +1,4 @@
-"""Fixtures and helpers of tests/cluster: runs, virtual machines, SLURM, the scripts of launch/.
+"""Fixtures and helpers of tests/cluster: runs, virtual nodes, SLURM, the scripts of launch/.
 
 A plugin of pytest (tests/conftest.py names it), so that machines and SLURM are started once.
 """
@@ -139,7 +139,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
-    """The virtual machines head, node1 and node2."""
+    """The virtual nodes head, node1 and node2."""
     if problem := virtual.missing():
         pytest.skip(problem)
     made = Machines(tmp_path_factory.mktemp("machines"), 2)
@@ -151,7 +151,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 def slurm(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Slurm]:
-    """SLURM with two idle nodes: virtual machines, or without root both on 127.0.0.1."""
+    """SLURM with two idle nodes: virtual ones, or without root both on 127.0.0.1."""
     if scheduler.MISSING:
         pytest.skip(f"no {', '.join(scheduler.MISSING)} here (apt-get install slurm-wlm munge)")
     on = None if virtual.missing() else request.getfixturevalue("machines")

@@ -1,9 +1,9 @@
 """A real SLURM of virtual nodes: slurmctld, and a slurmd for each node.
 
-With virtual machines each node is one of them. Without root all nodes are on 127.0.0.1 and share
-the name of this machine, so a job needs MASTER_ADDR=127.0.0.1. Each node has two devices of type
-gpu, /dev/null and /dev/zero. A job in the partition `urgent` takes the nodes of a job in `main`,
-which is queued again. Nothing outside `folder` changes.
+With root the nodes are those of machines.py. Without root all nodes are on 127.0.0.1 and share the
+name of this machine, so a job needs MASTER_ADDR=127.0.0.1. Each node has two devices of type gpu,
+/dev/null and /dev/zero. A job in the partition `urgent` takes the nodes of a job in `main`, which
+is queued again. Nothing outside `folder` changes.
 """
 
 import os
@@ -150,7 +150,7 @@ class Slurm:
         )
 
     def down(self) -> None:
-        """Cancel all jobs and end the daemons; those on virtual machines end with the machines."""
+        """Cancel all jobs and end the daemons; those on virtual nodes end with the nodes."""
         if len(self.children) > 2:
             self.run("scancel", "--me", check=False)
             ended = time.monotonic() + 20
