@@ -126,7 +126,11 @@ CUT, AFTER, PLACE = (
     "the change is after block 3",
     "shard 0 of train is missing or no regular file",
 )
-TAR, NPY, CRC = "block 1: its tar header", "block 1: the npy header", "block 1: the crc32 of its rows differs"
+TAR, NPY, CRC = (
+    "block 1: its tar header",
+    "block 1: the npy header",
+    "block 1: the crc32 of its rows differs",
+)
 # Detected when the folder is opened.
 OPEN = {
     "truncated at a member": (edit(lambda content, offset: content[: offset - TAR_BLOCK]), CUT),

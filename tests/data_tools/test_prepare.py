@@ -345,7 +345,7 @@ def test_a_finished_folder_is_returned_and_another_data_set_is_refused(
 
 
 def test_settings_of_the_packing_may_change_until_packing_begins(corpus, tmp_path):
-    with pytest.raises(UserError, match="and 0 held out"):
+    with pytest.raises(UserError, match="and 0 held-out"):
         run(corpus, tmp_path / "a", valid_fraction=1e-9)
     with pytest.raises(UserError, match="seed: found 0, expected 1"):
         run(corpus, tmp_path / "a", seed=1)
@@ -484,7 +484,7 @@ def test_an_error_in_a_worker_reaches_the_user(corpus, tmp_path):
         (dict(packing="tight"), "expected one of best_fit"),
         (dict(sequence_length=4), "expected 8 to"),
         (dict(valid_fraction=1.5), "less than 1"),
-        (dict(valid_fraction=1e-9), "and 0 held out"),
+        (dict(valid_fraction=1e-9), "and 0 held-out"),
         (dict(format="pdf"), "expected one of auto"),
         (dict(workers=0), "expected at least 1"),
     ],

@@ -172,7 +172,7 @@ def test_errors_are_one_line_with_the_location(made: Path, web: Web, tmp_path: P
         ),
         (str(made / "manifest.json"), run_to, f"{made}/manifest.json/manifest.json: not found"),
         (web.url + "/none", run_to, f"{web.url}/none/manifest.json: not found"),
-        ("s4://x/y", run_to, "s4://x/y: .*expected a folder, or a URL"),
+        ("s4://x/y", run_to, "s4://x/y: .*expected a path or one of"),
         (str(made), web.url + "/new", f"{web.url}/new/"),
     ):
         with pytest.raises((UserError, RunFailure), match=f"^{message}"):

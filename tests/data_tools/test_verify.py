@@ -66,8 +66,8 @@ def test_every_damaged_block_is_named(data):
     problems = verify(data)
     assert len(problems) == 3
     locations = [
-        "000.tar: block 0: its rows",
-        "000.tar: block 2: its rows",
+        "000.tar: block 0: the crc32 of its rows",
+        "000.tar: block 2: the crc32 of its rows",
         "001.tar: block 1: its tar",
     ]
     for location, problem in zip(locations, problems, strict=True):
