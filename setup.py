@@ -38,6 +38,7 @@ EXTRAS = {
         "rensa>=0.5,<0.6",
         "google-crc32c>=1.5",
         "protobuf>=4.21",
+        "mpich>=4.3; sys_platform == 'linux'",  # an MPI library with mpirun, without root
     ],
     # bench/step.py also measures electra-pytorch, which requires old versions of its dependencies:
     # pip install --no-deps electra-pytorch
