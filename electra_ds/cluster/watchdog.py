@@ -130,6 +130,7 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Stop watching. Raises RunFailure when another rank failed first."""
         is_lost_peer = _is_lost_connection(error)
         if error is not None:
             self._has_own_message = not is_lost_peer

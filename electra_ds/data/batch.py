@@ -110,6 +110,7 @@ def fixed_corruption(
 ) -> tuple[Tensor, Tensor]:
     """Replace the tokens at the masked positions by unigram draws, the same for every model.
 
+    batch:    on the CPU
     rows:     [B] row numbers; the draws are keyed by them and a constant seed
     unigrams: [V] token counts of the training rows; special tokens are never drawn
     Returns input_ids [B, S] int64 and is_replaced [B, S] bool, False where the original was drawn.

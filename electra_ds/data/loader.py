@@ -58,7 +58,14 @@ class Loader:
     ) -> None:
         """Start the thread.
 
+        reader:        the rows of the training split
+        row_order:     row number and epoch of each position
+        recipe:        masking of the rows
+        global_batch_size: rows of all ranks in a step, divisible by world_size * micro_batch_size
+        micro_batch_size: rows of a forward pass of this rank
+        rank, world_size: this rank's share of a global batch
         consumed_rows: position of the first row of the first global batch
+        pin_memory:    copy the tensors to page-locked memory, for a GPU
         transform:     applied to each micro-batch in the thread
         """
         assert global_batch_size % (world_size * micro_batch_size) == 0

@@ -62,6 +62,7 @@ def random_bits(
     seed:   0 <= seed < 2**64
     epochs: [B] or one number, below 2**24
     rows:   [B] row numbers, not negative
+    n:      above 0
     Returns [B, n] uint32.
     """
     rows = np.asarray(rows).astype(np.uint64)

@@ -161,6 +161,8 @@ class Checkpointer:
 
         name: name of the checkpoint; by default the step. Without a name, nothing is done if the
             step is saved already.
+        Raises RunFailure on all ranks when a file cannot be written, and LockedOut when another
+        job has taken the run folder.
         """
         if name is None and state.step == self._saved_step:
             return

@@ -69,7 +69,17 @@ class Pretrainer(Trainer):
         state: TrainingState,
         began: float,
     ):
-        """state: the state at the start. began: `time.monotonic()` at the start of the attempt."""
+        """Connect the parts of an attempt.
+
+        batches: endless, from the position of `state`.
+        held_out: name of a source -> its held-out rows.
+        recipe: masking of the held-out rows.
+        schedule: learning rates and the last step of this attempt.
+        requests: of this rank, to save or to stop.
+        lock: of the run folder; held while this object is used.
+        state: the state at the start.
+        began: `time.monotonic()` at the start of the attempt.
+        """
         self.config = config
         self.engine = engine
         self.batches = batches

@@ -127,9 +127,12 @@ def attention(
     """softmax(Q K^T / sqrt(D)) V per head, within documents (Vaswani et al. 2017, section 3.2).
 
     qkv:     [B, S, 3H] any float dtype, the projections for query, key and value side by side
+    num_heads: divides H
+    mask:    the tokens that each token attends to, from `packed_mask`; all tokens by default
     dropout: on the probabilities; 0 outside training
     backend: "bmm" (batched products in one autograd function, the fastest on CPUs), "sdpa"
-             (scaled_dot_product_attention), "varlen" (flash attention over cu_seqlens), or "auto"
+             (scaled_dot_product_attention), "varlen" (flash attention over cu_seqlens; needs
+             mask.cu_seqlens), or "auto"
     Returns [B, S, H] in the dtype of qkv.
     """
     if mask.runs is not None:
