@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from electra_ds.config.schema import RunConfig
-from electra_ds.data.batch import Batch
-from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import meta_model
+from electra_ds.reporting.memory import zero_batch
 
 
 def step_flops(config: RunConfig) -> float:
@@ -26,7 +25,7 @@ def step_flops(config: RunConfig) -> float:
     module = meta_model(config).to(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True), _ReadsAreTrue(), torch.device("cpu"):
         module.to_empty(device="cpu")
-        batch = _zero_batch(config)
+        batch = zero_batch(config)
         with FlopCounterMode(display=False) as counter:
             module(batch).total.backward()
     micro_batches = config.train.global_batch_size / config.train.micro_batch_size
@@ -42,25 +41,6 @@ class _ReadsAreTrue(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return True
         return func(*args, **(kwargs or {}))
-
-
-def _zero_batch(config: RunConfig) -> Batch:
-    """One micro-batch of zeros, [B, S] and [B, K]."""
-    rows = config.train.micro_batch_size
-    length = config.data.sequence_length
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    masked = max_masked_positions(config.objective.mask_prob, length)
-    positions = torch.zeros(rows, masked, dtype=torch.long)
-    return Batch(
-        input_ids=ids,
-        segment_ids=ids,
-        document_ids=ids,
-        position_ids=ids,
-        masked_positions=positions,
-        masked_weights=positions.float(),
-        keep_original=positions.bool(),
-        uniforms=positions.float(),
-    )
 
 
 def step_traffic(

@@ -185,22 +185,9 @@ def _forward_backward(
     """
     module = meta_model(config).to(torch.bfloat16 if precision == PRECISIONS[2] else torch.float32)
     module.recompute_layers(config.train.activation_checkpointing)
-    rows, length = config.train.micro_batch_size, config.data.sequence_length
-    masked = max_masked_positions(config.objective.mask_prob, length)
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, torch.device(device):
         module.to_empty(device=device)
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        positions = torch.zeros(rows, masked, dtype=torch.long)
-        batch = Batch(
-            input_ids=ids,
-            segment_ids=ids,
-            document_ids=ids,
-            position_ids=ids,
-            masked_positions=positions,
-            masked_weights=positions.float(),
-            keep_original=positions.bool(),
-            uniforms=positions.float(),
-        )
+        batch = zero_batch(config)
         at_rest = tracker.now
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(tracker.release_gradient)
@@ -208,6 +195,24 @@ def _forward_backward(
             loss = module(batch).total
         loss.backward()
     return at_rest
+
+
+def zero_batch(config: RunConfig) -> Batch:
+    """Return one micro-batch of zeros, [B, S] and [B, K], on torch's default device."""
+    rows, length = config.train.micro_batch_size, config.data.sequence_length
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    masked = max_masked_positions(config.objective.mask_prob, length)
+    positions = torch.zeros(rows, masked, dtype=torch.long)
+    return Batch(
+        input_ids=ids,
+        segment_ids=ids,
+        document_ids=ids,
+        position_ids=ids,
+        masked_positions=positions,
+        masked_weights=positions.float(),
+        keep_original=positions.bool(),
+        uniforms=positions.float(),
+    )
 
 
 class MemoryTracker(TorchDispatchMode):
