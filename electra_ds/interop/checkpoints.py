@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
@@ -78,6 +78,15 @@ class FineTunedConfig(Record):
     scores: dict[str, dict[str, float | None]] = Field(default_factory=dict)
     tokenizer: str | None = None
     trained_length: int | None = None
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _by_split(cls, scores: Any) -> Any:
+        """Name the split of the scores of a best epoch, which earlier versions wrote without it."""
+        is_flat = isinstance(scores, dict) and any(
+            isinstance(value, (int, float)) for value in scores.values()
+        )
+        return {"valid": scores} if is_flat else scores
 
 
 class Checkpoint(NamedTuple):
