@@ -13,8 +13,9 @@ FLOW = ["common", "config", "data", "model", "training"]  # each may import the 
 RULES = {room: set(FLOW[:i]) for i, room in enumerate(FLOW)}
 RULES["cluster"] = {"common", "config"}
 RULES["training"] |= {"cluster"}
+LOADING = {f"interop.{module}" for module in ("load_model", "checkpoints", "vocabularies")}
 for room in ("interop", "evaluation", "finetuning", "reporting"):
-    RULES[room] = {*FLOW, "cluster", "interop.load_model"}
+    RULES[room] = {*FLOW, "cluster", *LOADING}
 RULES["data_tools"] = {"common", "config", "data"}
 RULES["cli"] = {*RULES, "interop"}
 

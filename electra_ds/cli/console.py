@@ -4,15 +4,29 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
+
+class Verbs(typer.core.TyperGroup):
+    """The group of all verbs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb. An EOFError keeps its traceback; click would print "Aborted!" only."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise RuntimeError("unexpected end of a file") from error
+
+
 app = typer.Typer(
     name="electra-ds",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +54,24 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) 
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     console.print(f"\n{title}", table, sep="\n")
+
+
+def progress_line(what: str) -> Callable[[int, int], None]:
+    """A function that shows (number done, number of all) on the terminal, in one line.
+
+    Without a terminal as standard error it shows nothing.
+    """
+    shown_at = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown_at
+        now, is_last = time.monotonic(), done >= total
+        if now - shown_at > 0.2 or is_last:
+            shown_at = now
+            text = f"{what}: {min(done, total):,} of {total:,}"
+            print(f"\r\x1b[K{'' if is_last else text}", end="", file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else lambda done, total: None
 
 
 def leave(code: int, error: str = "") -> NoReturn:

@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
-from electra_ds.cli.console import app
+from electra_ds.cli.console import app, progress_line
 from electra_ds.cli.options import Data, Model, TrustCode
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import redacted
 
 
 @app.command()
@@ -19,7 +21,8 @@ def evaluate(
     model: Model,
     data: Data,
     max_rows: Annotated[
-        int | None, typer.Option(help="Largest number of held-out rows per source (default: all).")
+        int | None,
+        typer.Option(min=1, help="Largest number of held-out rows per source (default: all)."),
     ] = None,
     trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -29,18 +32,26 @@ def evaluate(
     AUC, precision and recall of the detection of replaced tokens are included.
     """
     import json
+    import math
+
+    from rich.cells import cell_len
 
     from electra_ds.evaluation.evaluate import evaluate_checkpoint
     from electra_ds.training.checkpoint import find_checkpoint
 
-    values = evaluate_checkpoint(model, data, max_rows, trust_code=trust_code)
-    if as_json:
-        print(json.dumps(values, indent=2))
+    progress = progress_line("rows")
+    values = evaluate_checkpoint(model, data, max_rows, trust_code, progress)
+    if as_json:  # a value without a definition, such as an AUC without replaced tokens, is null
+        known = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        print(json.dumps(known, indent=2, allow_nan=False))
         return
-    print(f"{find_checkpoint(model)}, held-out rows of {data}")
+    print(printable(redacted(f"{find_checkpoint(model)}, held-out rows of {data}")))
+    names = {key: printable(key) for key in values}  # a mixture names its sources
+    width = max(24, *map(cell_len, names.values()))
     for key, value in values.items():
+        name = names[key] + " " * (width - cell_len(names[key]))
         is_count = key.endswith(("tokens", "chosen"))
-        print(f"  {key:24} {value:,.0f}" if is_count else f"  {key:24} {value:.4f}")
+        print(f"  {name} {value:,.0f}" if is_count else f"  {name} {value:.4f}")
 
 
 @app.command()
@@ -56,7 +67,7 @@ def detect(
         str | None, typer.Option(help="Original text; its scores are shown in more columns.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Mark tokens with at least this probability.")
+        float, typer.Option(min=0, max=1, help="Mark tokens with at least this probability.")
     ] = 0.5,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer (default: that of the run folder).")
@@ -67,23 +78,30 @@ def detect(
     """Show for each token how likely it was replaced."""
     import json
 
-    from electra_ds.evaluation.detect import Detector, table
+    from electra_ds.evaluation.detect import Detector
+    from electra_ds.evaluation.detect_table import align, table
 
+    if threshold != threshold:  # NaN lies between all limits
+        raise UserError("--threshold nan: expected a probability from 0 to 1")
     if text is not None and file is not None:
         raise UserError("TEXT and --file were both given; choose one of them")
     if text is None:
         try:
-            text = (file.read_bytes() if file is not None else sys.stdin.buffer.read()).decode(
-                "utf-8"
-            )
+            content = file.read_bytes() if file is not None else sys.stdin.buffer.read()
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{file or 'standard input'}: byte {error.start} is not UTF-8; convert it"
             ) from None
     detector = Detector.load(model, tokenizer, trust_code)
     scores = detector(text)
+    before = detector(original) if original is not None else None
     if as_json:
-        print(json.dumps([score._asdict() for score in scores], indent=1, ensure_ascii=False))
+        values = [score._asdict() for score in scores]
+        if before is not None:
+            for value, other in zip(values, align(scores, before), strict=True):
+                value["original"] = other._asdict() if other else None
+        print(json.dumps(values, indent=1, ensure_ascii=False))
         return
-    for line in table(scores, threshold, detector(original) if original is not None else None):
+    for line in table(scores, threshold, before):
         print(line)

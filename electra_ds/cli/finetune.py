@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from electra_ds.cli.console import app, leave
+from electra_ds.cli.console import app, leave, progress_line
 from electra_ds.cli.options import Engine, Sets
+from electra_ds.common.printable import printable
 
 
 @app.command()
@@ -37,7 +38,8 @@ def finetune(
         Path | None, typer.Option(help="Folder with CoLA, RTE, ..., or the folder of one task.")
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds per task, starting at train.seed.")
+        int,
+        typer.Option(min=1, max=10_000, help="Number of seeds per task, starting at train.seed."),
     ] = 1,
     engine: Engine = None,
     sets: Sets = None,
@@ -64,10 +66,11 @@ def finetune(
     code = finetune(
         recipe, model, names, seeds, data, out, ranks, spread=spread, random_init=random_init
     )
-    if ranks.rank == 0 and code == 0:
+    # Under torchrun a stopped suite has the code 0, too; it may not have a report yet.
+    report = out / "report.md"
+    if ranks.rank == 0 and code == 0 and report.is_file():
         print(
-            f"{out}/report.md" if spread else (out / "report.md").read_text(encoding="utf-8"),
-            flush=True,
+            report if spread else report.read_text(encoding="utf-8", errors="replace"), flush=True
         )
     leave(code)
 
@@ -96,8 +99,11 @@ def predict(
     """
     from electra_ds.finetuning.predict import predict
 
-    scores = predict(model, out, file, split, data)
-    print(f"{out}: written" + "".join(f", {name} {value:.4f}" for name, value in scores.items()))
+    scores, notes = predict(model, out, file, split, data, progress_line("examples"))
+    for note in notes:
+        print(printable(f"WARNING: {note}"))
+    shown = "".join(f", {name} {value:.4f}" for name, value in scores.items())
+    print(printable(f"{out}: written{shown}"))
 
 
 @app.command()
@@ -112,5 +118,5 @@ def submit(
 
     out = out or folder / "submission.zip"
     for note in write_submission(folder, out):
-        print(note)
-    print(f"{out}: written")
+        print(printable(note))
+    print(printable(f"{out}: written"))

@@ -3,6 +3,7 @@
 Each verb imports its modules in its own body, so that `--help` is fast.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from electra_ds.cli.console import app
 from electra_ds.cli.options import Model, Sets
+from electra_ds.common.printable import printable
 
 
 @app.command()
@@ -29,7 +31,7 @@ def export(
     from electra_ds.interop.export import export
 
     for line in export(model, out, tokenizer):
-        print(line)
+        print(printable(line))
 
 
 @app.command("import")
@@ -61,22 +63,18 @@ def import_(
 ) -> None:
     """Write a run folder at step 0 from imported weights.
 
-    Every tensor is listed: loaded, initialized, or unused.
+    OUT/import.json lists every tensor: loaded, initialized, or unused with the reason.
     """
     from electra_ds.interop.import_weights import import_weights
 
     report = import_weights(
         source, out, run, sets or [], generator=generator, config=config, tokenizer=tokenizer
     )
-    for foreign, ours in report.loaded:
-        print(f"loaded       {foreign} -> {ours}")
-    for ours in report.initialized:
-        print(f"initialized  {ours}")
-    for foreign, reason in report.unused.items():
-        print(f"unused       {foreign} ({reason})")
     for warning in report.warnings:
-        print(f"note: {warning}")
+        print(printable(f"WARNING: {warning}"))
+    for reason, count in Counter(report.unused.values()).items():
+        print(printable(f"unused: {count} ({reason})"))
     print(
         f"{out}: {len(report.loaded)} loaded, {len(report.initialized)} initialized, "
-        f"{len(report.unused)} unused"
+        f"{len(report.unused)} unused; {out}/import.json lists them"
     )

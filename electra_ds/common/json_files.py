@@ -83,11 +83,18 @@ def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
 
 
 def parse_json(
-    content: bytes, path: str | Path, what: str, kinds: type | tuple[type, ...] = dict
+    content: bytes,
+    path: str | Path,
+    what: str,
+    kinds: type | tuple[type, ...] = dict,
+    nan_as_null: bool = False,
 ) -> Any:
-    """Like `read_json`, for content that was read already. path: a file or URL, for messages."""
+    """Like `read_json`, for content that was read already.
+
+    path: a file or URL, for messages. nan_as_null: see `parse_strictly`.
+    """
     try:
-        value = parse_strictly(content)
+        value = parse_strictly(content, nan_as_null)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{printable(path)}: not valid JSON ({error}); expected {what}") from None
     if not isinstance(value, kinds):
@@ -98,9 +105,10 @@ def parse_json(
     return value
 
 
-def parse_strictly(content: bytes | str) -> Any:
+def parse_strictly(content: bytes | str, nan_as_null: bool = False) -> Any:
     """Parse JSON within the limits of this module.
 
+    nan_as_null: read NaN and infinities, which earlier versions wrote to some files, as null.
     ValueError, in one line, when the content is not UTF-8, not JSON, nested too deeply, or has a
     number that is too long or not finite, a duplicate key or a lone surrogate.
     """
@@ -111,7 +119,7 @@ def parse_strictly(content: bytes | str) -> Any:
         value = json.loads(
             text,
             object_pairs_hook=_object,
-            parse_constant=_refuse_constant,
+            parse_constant=_null_constant if nan_as_null else _refuse_constant,
             parse_int=_integer,
             parse_float=_number,
         )
@@ -126,13 +134,16 @@ def parse_strictly(content: bytes | str) -> Any:
     return value
 
 
-def read_record(path: str | Path, kind: type[AnyRecord], what: str) -> AnyRecord:
+def read_record(
+    path: str | Path, kind: type[AnyRecord], what: str, nan_as_null: bool = False
+) -> AnyRecord:
     """Read a JSON file as a record.
 
-    what: the expected content, for messages.
+    what: the expected content, for messages. nan_as_null: see `parse_strictly`.
     UserError names the path, and for each wrong field the key, the value and what is expected.
     """
-    return parse_record(read_json(path, what), path, kind, what)
+    value = parse_json(read_small(path, what), path, what, nan_as_null=nan_as_null)
+    return parse_record(value, path, kind, what)
 
 
 def parse_record(value: Any, path: str | Path, kind: type[AnyRecord], what: str = "") -> AnyRecord:
@@ -173,6 +184,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {shortened(twice)} occurs twice in one object")
     return value
+
+
+def _null_constant(name: str) -> None:
+    """The value of NaN and of infinities where they are allowed."""
 
 
 def _refuse_constant(name: str) -> NoReturn:

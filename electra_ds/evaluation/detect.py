@@ -3,7 +3,6 @@
 Letters: B rows, S tokens a row.
 """
 
-import difflib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +12,10 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.data.batch import Batch
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.load_model import checked_tokenizer, load_objective, rows_of_token_ids
+from electra_ds.interop.load_model import load_objective, rows_of_token_ids
+from electra_ds.interop.vocabularies import tokenizer_of_model
 from electra_ds.model.objective import Objective
-from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
+from electra_ds.training.checkpoint import find_checkpoint
 
 BATCH_ROWS = 64
 
@@ -66,16 +66,27 @@ class Detector:
                 f"{folder}: objective.kind = {config.objective.kind} predicts tokens and does not "
                 "detect replaced ones; detect needs electra or electra_15"
             )
-        vocabulary = Path(tokenizer) if tokenizer is not None else tokenizer_of(folder)
-        words = checked_tokenizer(vocabulary, config.model.vocab_size)
+        words = tokenizer_of_model(
+            folder,
+            None if tokenizer is None else Path(tokenizer),
+            config.model.vocab_size,
+            config.data.special_ids,
+        )
         return cls(module, words, config.data.sequence_length)
 
     def __call__(self, text: str) -> list[TokenScore]:
         """Scores of every token of `text`, in order.
 
         A text longer than a row is split into consecutive rows, which are scored independently.
-        Raises UserError for a text without tokens.
+        Raises UserError for a text without tokens, and for one that is not Unicode.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text has {text[error.start]!r} at character {error.start}, which is not "
+                "Unicode; expected text in UTF-8"
+            ) from None
         ids, spans = self.tokenizer.encode_with_offsets(text)
         if not ids:
             raise UserError("the text holds no tokens; expected at least one word")
@@ -118,46 +129,3 @@ def _unmasked_batch(input_ids: Tensor, pad_id: int) -> Batch:
         keep_original=unused.bool(),
         uniforms=unused,
     )
-
-
-def table(
-    scores: list[TokenScore], threshold: float, original: list[TokenScore] | None = None
-) -> list[str]:
-    """Lines of a table for the terminal: a heading, a rule, one line for each token.
-
-    scores: what a Detector returns. Tokens with a probability of at least `threshold` are marked as
-    replaced; below it, the highest one is marked as most suspicious. original: scores of the text
-    before a change; tokens are aligned by their spelling and shown in two more columns.
-    """
-    if original is None:
-        aligned: list[TokenScore | None] = [None] * len(scores)
-        columns = ["token"]
-    else:
-        aligned = _align(scores, original)
-        columns = ["token", "original"]
-    width = max(5, *(len(score.token) for score in scores)) + 2
-    heading = "  ".join(f"{column:{width}}replaced" for column in columns)
-    lines = [heading, "-" * len(heading)]
-    highest = max(score.probability for score in scores)
-    for score, other in zip(scores, aligned, strict=True):
-        line = f"{score.token:{width}}{score.probability:8.4f}"
-        if other is not None:
-            line += f"  {other.token:{width}}{other.probability:8.4f}"
-        if score.probability >= threshold:
-            line += "  <-- replaced"
-        elif score.probability == highest:
-            line += "  <-- most suspicious"
-        lines.append(line)
-    return lines
-
-
-def _align(scores: list[TokenScore], original: list[TokenScore]) -> list[TokenScore | None]:
-    """For each score the token of the original text that corresponds to it, or None."""
-    matcher = difflib.SequenceMatcher(
-        None, [s.token for s in original], [s.token for s in scores], autojunk=False
-    )
-    aligned: list[TokenScore | None] = [None] * len(scores)
-    for _, old, old_end, new, new_end in matcher.get_opcodes():
-        for offset in range(min(old_end - old, new_end - new)):
-            aligned[new + offset] = original[old + offset]
-    return aligned

@@ -8,7 +8,6 @@ DIR/report.json, report.md
 
 import hashlib
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,23 @@ from typing import Any
 import torch
 
 from electra_ds.cluster.launchers import Ranks, alone
-from electra_ds.cluster.provenance import provenance
 from electra_ds.cluster.stop_signals import DONE, stop_exit_code
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock
-from electra_ds.common.json_files import read_json, write_json
+from electra_ds.common.json_files import parse_record
+from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.printable import printable
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, parse_config
 from electra_ds.finetuning.batches import encode, swapped
 from electra_ds.finetuning.config import FinetuneConfig
 from electra_ds.finetuning.examples import read_examples
+from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.seed import Seed, Splits, Stopped, Suite, seed_folder
+from electra_ds.finetuning.suite_files import TaskFile, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
 from electra_ds.training.collectives import is_collective, leave, on_rank0
@@ -107,11 +109,14 @@ def finetune_on_ranks(
 
     share: slice of the list of all (task, seed) pairs that these ranks run.
     """
+    if config.train.seed + seeds > 2**31:
+        raise UserError(f"--seeds {seeds}: train.seed + seeds exceeds 2**31; choose smaller ones")
     config = config.model_copy(update={"engine": load_engine(config.engine)})
+    on_rank0(partial(check_output_folder, out, "--out"))
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
     tasks = [load_task(name, data) for name in names]
     _check(suite, tasks)
-    _open(suite)
+    suite = open_suite(suite, [task.name for task in tasks])
     jobs = [(task, config.train.seed + i) for task in tasks for i in range(seeds)][share]
     for task in tasks:
         own_seeds = [seed for job_task, seed in jobs if job_task is task]
@@ -166,32 +171,6 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
             )
 
 
-def _open(suite: Suite) -> None:
-    """Write DIR/config.json, or compare it: one folder holds one suite. Collective."""
-    digest = hashlib.sha256(suite.pretrained.model.model_dump_json().encode())
-    weights = {} if suite.random_init else suite.pretrained.state
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    facts = {
-        "weights": digest.hexdigest(),
-        "model": suite.pretrained.origin,
-        "random_init": suite.random_init,
-    }
-
-    def differs(found: dict[str, Any]) -> list[str]:
-        before = found.get("provenance") or {}
-        if "weights" not in before:
-            raise UserError(f"--out {suite.out}: not a folder of finetune; choose another folder")
-        config = parse_config(found, f"{suite.out}/config.json", FinetuneConfig)
-        science, _ = differences(config, suite.config)
-        if before["weights"] == facts["weights"]:
-            return science
-        return [f"weights: {before['model']} -> {facts['model']}", *science]
-
-    settings = suite.config.model_dump(mode="json") | {"provenance": provenance("") | facts}
-    _write_or_compare(suite, "config.json", settings, differs)
-
-
 def _read(suite: Suite, task: Task) -> Splits:
     """A task's examples, as read and encoded. Collective.
 
@@ -200,46 +179,29 @@ def _read(suite: Suite, task: Task) -> Splits:
     max_length = suite.config.of(task.name, task.epochs, 0).train.max_length
     examples = {split: read_examples(task, split) for split in task.splits}
     encoded = {}
+    notes = []
     for split, read in examples.items():
         both = read + swapped(read) if split == "train" and task.both_orders else read
         encoded[split] = encode(both, task, suite.pretrained.tokenizer, max_length)
+        special_ids = suite.pretrained.tokenizer.special_ids
+        notes += split_notes(task, split, read, encoded[split], special_ids)
+    longest = {split: max(len(x.ids) for x in rows) for split, rows in encoded.items()}
+    trained = None if suite.random_init else suite.pretrained.trained_length
+    notes += length_note(max_length, longest, trained)
     compared = [examples["train"], examples[task.valid_splits[0]]]
     digest = hashlib.sha256(json.dumps(compared).encode()).hexdigest()
 
     def differs(found: dict[str, Any]) -> list[str]:
-        science, _ = differences(parse_config(found["task"], f"{task.name}/task.json", Task), task)
-        if not science and found["examples"] != digest:
+        where = f"{task.name}/task.json"
+        before = parse_record(found, where, TaskFile)
+        science, _ = differences(parse_config(before.task, where, Task), task)
+        if not science and before.examples != digest:
             return ["the examples of train or dev have changed"]
         return science
 
-    settings = {"task": task.model_dump(mode="json"), "examples": digest}
-    _write_or_compare(suite, f"{task.name}/task.json", settings, differs)
+    settings = {"task": task.model_dump(mode="json"), "examples": digest, "notes": notes}
+    write_or_compare(suite, f"{task.name}/task.json", settings, differs)
+    if suite.ranks.rank == 0:
+        for note in notes:
+            print(printable(f"{task.name}: WARNING: {note}"), flush=True)
     return Splits(examples, encoded)
-
-
-def _write_or_compare(
-    suite: Suite,
-    name: str,
-    settings: dict[str, Any],
-    differs: Callable[[dict[str, Any]], list[str]],
-) -> None:
-    """Write settings into DIR/name. Collective.
-
-    differs: function of the settings in the file that returns a list of differences, for the
-    message. Raises UserError when they differ and a seed was already trained with them.
-    """
-    path = suite.out / name
-
-    def compare_and_write() -> None:
-        if path.exists():
-            listed = "; ".join(differs(read_json(path, "the settings of an earlier attempt")))
-            trained = [*path.parent.rglob("seed-*/ckpt"), *path.parent.rglob("seed-*/result.json")]
-            if listed and trained:
-                raise UserError(
-                    f"{path}: earlier seeds were trained with other settings: {listed}; use "
-                    "those, or another --out"
-                )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-
-    on_rank0(compare_and_write)

@@ -1,10 +1,12 @@
 """Scores of predictions. 1 is perfect; shares are not multiplied by 100."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import shortened
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.examples import Example
@@ -18,28 +20,41 @@ METRICS = {
 }
 
 
-def entities(tags: list[str]) -> set[tuple[int, int, str]]:
-    """(first word, word after the last, type) of every entity of a BIO-tagged sentence.
+# Tags of BIO, and of BIOES and BILOU, which also mark the last word (E, L) and single words (S, U).
+ENTITY_TAG = re.compile(r"O|[BIESLU]-.+", re.DOTALL)
 
-    An I- tag that continues no entity of its type begins one, as in the CoNLL evaluation.
+
+def not_entity_tags(labels: list[str]) -> list[str]:
+    """The labels that are no tags of BIO, BIOES or BILOU."""
+    return [label for label in labels if not ENTITY_TAG.fullmatch(label)]
+
+
+def entities(tags: list[str]) -> set[tuple[int, int, str]]:
+    """(first word, word after the last, type) of every entity of a sentence.
+
+    tags: BIO, BIOES or BILOU. A tag that continues no entity of its type begins one, as in the
+    CoNLL evaluation; E, L, S and U end the entity.
     """
     spans: set[tuple[int, int, str]] = set()
     start, kind = 0, ""  # of the open entity; kind is empty outside entities
     for index, tag in enumerate([*tags, "O"]):
         prefix, _, tag_kind = tag.partition("-")
-        if kind and (prefix != "I" or tag_kind != kind):
+        if kind and (prefix not in "IEL" or tag_kind != kind):
             spans.add((start, index, kind))
             kind = ""
-        if prefix in "BI" and not kind:
+        if prefix != "O" and not kind:
             start, kind = index, tag_kind
+        if prefix in "ESLU":
+            spans.add((start, index + 1, kind))
+            kind = ""
     return spans
 
 
 def _entity_f1(labels: list[str], truth: list[list[int]], predicted: list[list[int]]) -> float:
     """Micro average over the sentences; 0.0 when neither side has an entity."""
-    if odd := [label for label in labels if label != "O" and label[:2] not in ("B-", "I-")]:
+    if odd := not_entity_tags(labels):
         raise UserError(
-            f"entity_f1 needs BIO tags (O, B-x, I-x), found the label {odd[0]!r}; "
+            f"entity_f1 needs BIO tags (O, B-x, I-x), found the label {shortened(odd[0])}; "
             "use token_accuracy"
         )
     correct = total = 0

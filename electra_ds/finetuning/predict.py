@@ -15,19 +15,26 @@ from torch import nn
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
+from electra_ds.common.outputs import check_output_file
+from electra_ds.common.printable import printable
+from electra_ds.config.loading import parse_config
 from electra_ds.config.schema import ModelConfig
-from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.batches import Encoded, TaskBatch, collate, encode, prediction_batches
 from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
-from electra_ds.finetuning.tasks import GLUE, Task, TaskKind, load_task
-from electra_ds.interop.load_model import read_checkpoint
+from electra_ds.finetuning.notes import split_notes
+from electra_ds.finetuning.tasks import Task, TaskKind, load_task
+from electra_ds.interop.checkpoints import read_checkpoint
 from electra_ds.model.weights import load_true_state
-from electra_ds.training.checkpoint import tokenizer_of
 
 BATCH_SIZE = 64
+Progress = Callable[[int, int], None]  # of the number that is done, and of all
 SINGLE_RANK = Ranks(0, 1, 0, 1, "none")
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 class Predictions(NamedTuple):
@@ -40,6 +47,11 @@ class Predictions(NamedTuple):
     values: list[Any]
     logits: list[np.ndarray]
     scores: dict[str, float]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every logit is finite; a model that has diverged gives others."""
+        return all(np.isfinite(row).all() for row in self.logits)
 
 
 def classifier(model: ModelConfig, task: Task) -> Classifier:
@@ -57,14 +69,16 @@ def predict_split(
     pad_id: int,
     ranks: Ranks = SINGLE_RANK,
     all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
+    progress: Progress = no_progress,
 ) -> Predictions:
     """Predictions and scores of a Classifier on one split, on every rank. Collective.
 
     module: in eval mode. encoded: `encode` of examples. all_gather_object: returns the objects of
-    all ranks, in rank order. Fine-tuning and the verb `predict` both use this function.
+    all ranks, in rank order. progress: called with the number of examples that are done and of all.
+    Fine-tuning and the verb `predict` both use this function.
     """
     with torch.no_grad():
-        logits = logits_of(module, task.kind, encoded, pad_id, ranks, all_gather_object)
+        logits = logits_of(module, task.kind, encoded, pad_id, ranks, all_gather_object, progress)
     values = decode(task, examples, encoded, logits)
     has_labels = bool(examples) and all(example.label is not None for example in examples)
     scores = score(task, values, examples) if has_labels else {}
@@ -78,6 +92,7 @@ def logits_of(
     pad_id: int,
     ranks: Ranks = SINGLE_RANK,
     all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
+    progress: Progress = no_progress,
 ) -> list[np.ndarray]:
     """Logits of each example, [C] or in token classification [S, C], fp32. Collective.
 
@@ -94,6 +109,7 @@ def logits_of(
             logits = logits.reshape(*batch.document_ids.shape, -1)
         for i, row in zip(numbers, logits, strict=False):  # an empty batch has a row of padding
             own[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
+        progress(len(own) * ranks.world_size, len(examples))
     gathered = {i: row for share in all_gather_object(own) for i, row in share.items()}
     return [gathered[i] for i in range(len(examples))]
 
@@ -130,9 +146,10 @@ def write_predictions(
     """Write a TSV with one line for each example: index, prediction, probabilities.
 
     The prediction is a label, a value, or one label for each word. In classification one column for
-    each label has its probability.
+    each label has its probability. Control characters of labels and keys are escaped, so that a
+    line is an example.
     """
-    labels = task.labels or []
+    labels = [printable(label) for label in task.labels or []]
     columns = [f"p({label})" for label in labels] if task.kind == "classification" else []
     lines = ["\t".join(["index", "prediction", *columns])]
     for example, prediction, row in zip(examples, predictions, logits, strict=True):
@@ -142,9 +159,16 @@ def write_predictions(
             cells = [labels[prediction], *(f"{p:.5f}" for p in softmax(row))]
         else:
             cells = [" ".join(labels[label] for label in prediction)]
-        lines.append("\t".join([example.key, *cells]))
+        lines.append("\t".join([printable(example.key), *cells]))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+class Written(NamedTuple):
+    """What `predict` reports. scores: by metric, empty without labels. notes: warnings."""
+
+    scores: dict[str, float]
+    notes: list[str]
 
 
 def predict(
@@ -153,38 +177,44 @@ def predict(
     file: Path | None = None,
     split: str | None = None,
     data: Path | None = None,
-) -> dict[str, float]:
-    """The verb: write predictions of a fine-tuned model as a TSV; returns the scores.
+    progress: Progress = no_progress,
+) -> Written:
+    """The verb: write predictions of a fine-tuned model as a TSV; returns scores and notes.
 
     model: DIR/TASK (if it holds one model), DIR/TASK/seed-N, or that seed's model.
     file: a file with the columns of the task; or split: a split of the task's own data, with data:
     the GLUE root or the task's folder. The scores are empty when an example has no label.
+    progress: called with the number of examples that are done and of all.
     Raises UserError unless exactly one of file and split is given, for a model that is not a
-    fine-tuned one, and for a file that does not fit the task.
+    fine-tuned one, for a file that does not fit the task, and for an `out` that cannot be written.
     """
     if (file is None) == (split is None):
         raise UserError("expected exactly one of --input FILE and --split NAME (with --data)")
+    if file is not None and data is not None:
+        raise UserError("--data is the folder of --split; leave it out with --input")
+    check_output_file(out, "--out", (file,))
     source = read_checkpoint(model)
-    config = source.meta.config
-    if "task" not in config:
+    if source.fine_tuned is None:
         raise UserError(
             f"{source.folder}: a pretrained encoder, not a fine-tuned model; finetune writes "
             "DIR/TASK/seed-N/model"
         )
-    task = Task.model_validate(config["task"])
+    task = parse_config(source.meta.config["task"], f"{source.folder}/meta.json: task", Task)
     if data is not None:
-        folder = load_task(task.name, data).folder if task.name in GLUE else str(data)
+        folder = load_task(task.name, data).folder if task.is_glue else str(data)
         task = task.model_copy(update={"folder": folder})
     if file is not None:
         examples = read_file(task, file)
     else:
         assert split is not None
         examples = read_examples(task, split)
-    tokenizer = load_tokenizer(tokenizer_of(source.folder))
-    encoded = encode(examples, task, tokenizer, config["train"]["max_length"])
+    tokenizer = source.tokenizer()
+    encoded = encode(examples, task, tokenizer, source.max_length)
+    notes = split_notes(task, str(file or split), examples, encoded, tokenizer.special_ids)
     module = classifier(source.model, task)
     load_true_state(module, source.weights)
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    predictions = predict_split(module, task, examples, encoded, tokenizer.special_ids.pad)
+    pad_id = tokenizer.special_ids.pad
+    predictions = predict_split(module, task, examples, encoded, pad_id, progress=progress)
     write_predictions(out, task, examples, predictions.values, predictions.logits)
-    return predictions.scores
+    return Written(predictions.scores, notes)

@@ -3,16 +3,18 @@
 The report depends only on the files in the folder. Unfinished seeds are listed.
 """
 
-import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.json_files import read_json, write_json
-from electra_ds.finetuning.tasks import GLUE
+from electra_ds.common.json_files import Record, read_record, write_json
+from electra_ds.common.printable import printable
+from electra_ds.finetuning.tasks import GLUE, Task
 
 # Columns of the comparison: title -> (task, metric). The average is that of the paper: all columns
 # except STS-B Pearson.
@@ -34,7 +36,30 @@ PUBLISHED = {
     "ELECTRA-Small, released": (57.0, 91.2, 88.0, 87.5, 89.0, 81.3, 88.4, 66.7),
     "ELECTRA-Small, OpenWebText, 1M steps": (56.8, 88.3, 87.4, 86.8, 88.3, 78.9, 87.9, 68.5),
 }
-Result = dict[str, Any]  # the content of result.json
+
+
+class Result(Record):
+    """The content of result.json. Scores that are not known are left out."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    status: Literal["done", "diverged"]
+    selected: str = "last"
+    origin: str = "unknown"
+    scores: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _without_null(cls, scores: Any) -> Any:
+        """Remove null, which stands for a score that is not finite."""
+        if not isinstance(scores, dict) or not all(isinstance(x, dict) for x in scores.values()):
+            return scores
+        return {
+            split: {name: value for name, value in metrics.items() if value is not None}
+            for split, metrics in scores.items()
+        }
+
+
 Seeds = dict[int, Result | None]  # None: a seed without a result
 Results = dict[str, Seeds]
 
@@ -59,12 +84,13 @@ class BestSeed(NamedTuple):
 def read_results(folder: Path) -> Results:
     """Task -> seed -> the content of its result.json; GLUE tasks first, in the usual order.
 
-    Scores that are not finite are removed. UserError when `folder` holds no TASK/seed-N.
+    UserError when `folder` holds no TASK/seed-N.
     """
     results: Results = {}
     for path in folder.glob("*/seed-*"):
         number = path.name.removeprefix("seed-")
-        if number.isdecimal():  # not a copy of a seed, such as seed-0.bak
+        # not a copy of a seed, such as seed-0.bak
+        if number.isascii() and number.isdecimal() and str(int(number)) == number:
             results.setdefault(path.parent.name, {})[int(number)] = _read_result(path)
     if not results:
         raise UserError(
@@ -79,14 +105,7 @@ def _read_result(seed_folder: Path) -> Result | None:
     path = seed_folder / "result.json"
     if not path.exists():
         return None
-    result = read_json(path, "a seed's result")
-    for split, metrics in result["scores"].items():
-        result["scores"][split] = {
-            name: value
-            for name, value in metrics.items()
-            if value is not None and math.isfinite(value)
-        }
-    return result
+    return read_record(path, Result, "a seed's result", nan_as_null=True)
 
 
 def best_seed(seeds: Seeds) -> BestSeed | None:
@@ -99,21 +118,21 @@ def best_seed(seeds: Seeds) -> BestSeed | None:
 
 def _main_score(result: Result | None) -> MainScore | None:
     """The main score of a finished seed; None where there is none."""
-    if result is None or result["status"] != "done":
+    if result is None or result.status != "done":
         return None
-    dev = next((split for split in result["scores"] if split.startswith("valid")), None)
-    if dev is None or not result["scores"][dev]:
+    dev = next((split for split in result.scores if split.startswith("valid")), None)
+    if dev is None or not result.scores[dev]:
         return None
-    metric, value = next(iter(result["scores"][dev].items()))
+    metric, value = next(iter(result.scores[dev].items()))
     return MainScore(dev, metric, value)
 
 
 def _status(result: Result | None) -> str:
     if result is None:
         return "unfinished"
-    if result["status"] == "done" and not _main_score(result):
+    if result.status == "done" and not _main_score(result):
         return "without a score"
-    return result["status"]
+    return result.status
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -124,15 +143,40 @@ def write_report(folder: Path) -> dict[str, Any]:
     seeds; diverged seeds are listed but not counted. Raises UserError when there is no seed.
     """
     tasks = {name: _summarize(seeds) for name, seeds in read_results(folder).items()}
-    has_glue = any(name in GLUE for name in tasks)
+    described = {name: _described(folder / name) for name in tasks}
+    glue = {name: task for name, task in tasks.items() if described[name].is_glue(name)}
+    notes = [f"{name}: WARNING: {note}" for name, d in described.items() for note in d.notes]
     report = {
         "tasks": tasks,
-        "comparison": _comparison(tasks) if has_glue else {},
-        "notes": _notes(tasks),
+        "comparison": _comparison(glue) if glue else {},
+        "notes": [*notes, *_notes(tasks, set(glue))],
     }
     write_json(folder / "report.json", report)
     write_bytes(folder / "report.md", _markdown(report).encode())
     return report
+
+
+class Described(Record):
+    """What the report takes from task.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    task: dict[str, Any] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+    def is_glue(self, name: str) -> bool:
+        """Whether this is the GLUE task of its name, not another one; true without a description."""
+        try:
+            return name in GLUE and (not self.task or Task.model_validate(self.task).is_glue)
+        except ValidationError:
+            return False
+
+
+def _described(folder: Path) -> Described:
+    path = folder / "task.json"
+    return (
+        read_record(path, Described, "the description of a task") if path.exists() else Described()
+    )
 
 
 def _summarize(seeds: Seeds) -> dict[str, Any]:
@@ -141,18 +185,18 @@ def _summarize(seeds: Seeds) -> dict[str, Any]:
     best = best_seed(seeds)
     scores: dict[str, dict[str, Any]] = defaultdict(dict)
     first = next(iter(done.values()), None)
-    for split, metrics in first["scores"].items() if first else ():
+    for split, metrics in first.scores.items() if first else ():
         for metric in metrics:
             values = {
-                seed: 100 * result["scores"][split][metric]
+                seed: 100 * result.scores[split][metric]
                 for seed, result in done.items()
-                if metric in result["scores"].get(split, {})
+                if metric in result.scores.get(split, {})
             }
             scores[split][metric] = _statistics(values, best.seed if best else None)
     return {
         "seeds": {seed: _status(result) for seed, result in seeds.items()},
-        "selected": sorted({result["selected"] for result in done.values()}),
-        "origin": sorted({result["origin"] for result in seeds.values() if result}),
+        "selected": sorted({result.selected for result in done.values()}),
+        "origin": sorted({result.origin for result in seeds.values() if result}),
         "best_seed": best.seed if best else None,
         "scores": dict(scores),
     }
@@ -188,7 +232,7 @@ def _comparison(tasks: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return rows
 
 
-def _notes(tasks: dict[str, Any]) -> list[str]:
+def _notes(tasks: dict[str, Any], glue: set[str]) -> list[str]:
     """Sentences about seeds and tasks that are missing, and about selection on dev."""
     notes = []
     for name, task in tasks.items():
@@ -204,7 +248,7 @@ def _notes(tasks: dict[str, Any]) -> list[str]:
                 f"{name}: weights selected by their dev score ({', '.join(selected)}), "
                 "so the dev score is optimistic"
             )
-    absent = [name for name in GLUE if name not in tasks and name != "ax"]
+    absent = [name for name in GLUE if name not in glue and name != "ax"]
     if 0 < len(absent) < len(GLUE) - 1:
         notes.append(f"not run: {', '.join(absent)}")
     return notes
@@ -230,7 +274,7 @@ def _markdown(report: dict[str, Any]) -> str:
         lines += [_row(name, *row.values()) for name, row in comparison.items()]
     origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
     notes = [*(f"weights: {origin}" for origin in origins), *report["notes"]]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+    return "\n".join([*lines, "", *(f"- {printable(note)}" for note in notes), ""])
 
 
 def _heading(*titles: str) -> list[str]:
@@ -244,5 +288,6 @@ def _row(*cells: str | float | None) -> str:
         if cell is None:
             texts.append("")
         else:
-            texts.append(f"{cell:.1f}" if isinstance(cell, float) else str(cell))
+            text = f"{cell:.1f}" if isinstance(cell, float) else printable(cell)
+            texts.append(text.replace("|", "\\|"))
     return f"| {' | '.join(texts)} |"

@@ -247,13 +247,19 @@ class Seed(Trainer):
         kept = self.folder / "model"
 
         def kept_scores() -> Scores | None:
-            return checkpoint.read_meta(kept).config["scores"] if kept.exists() else None
+            if not kept.exists():
+                return None
+            found = checkpoint.read_meta(kept).config["scores"]
+            return found.get(split, found)  # earlier versions did not name the split
 
-        metric = self.task.main_metric
-        scores = self._predict(self.task.valid_splits[0]).scores
+        metric, split = self.task.main_metric, self.task.valid_splits[0]
+        predictions = self._predict(split)
+        scores = predictions.scores
+        if not predictions.is_finite or not math.isfinite(scores[metric]):
+            return
         before = on_rank0(kept_scores)
         if before is None or scores[metric] > before[metric]:
-            self._save_model(state, scores)
+            self._save_model(state, {split: scores})
 
     def _mean_loss(self) -> float:
         """Mean loss of the epoch over all ranks. Collective."""
@@ -272,14 +278,24 @@ class Seed(Trainer):
     # --------------------------------------------------------------------- scores and results
 
     def _finish(self, state: TrainingState) -> dict[str, Scores]:
-        """Scores of all labelled splits except train. Writes the model and the predictions."""
+        """Scores of all labelled splits except train. Writes the model and the predictions.
+
+        Without any applied step, or with logits that are not finite, nothing is written and there
+        are no scores.
+        """
+        if state.step == 0:
+            return {}
         if self.config.train.select == "best":
+            if not on_rank0((self.folder / "model").exists):  # no epoch had a finite score
+                return {}
             checkpoint.load(self.engine, self.folder / "model", self.padded, weights_only=True)
         scores = {}
         for split in self.task.splits:
             if split == "train":
                 continue
             predictions = self._predict(split)
+            if not predictions.is_finite:
+                return {}
             if predictions.scores:
                 scores[split] = predictions.scores
             if self.is_rank0:
@@ -332,6 +348,8 @@ class Seed(Trainer):
             "model": self.model.model_dump(mode="json"),
             "task": self.task.model_dump(mode="json"),
             "scores": scores,
+            "tokenizer": self.suite.pretrained.tokenizer.fingerprint,
+            "trained_length": self.suite.pretrained.trained_length,
         }
 
     def _result(
@@ -341,6 +359,7 @@ class Seed(Trainer):
         values = [value for split in scores.values() for value in split.values()]
         diverged = not scores or not all(map(math.isfinite, values))
         origin = self.suite.pretrained.origin
+        loss = None if diverged else self._mean_loss()
         return {
             "task": self.task.name,
             "seed": self.seed,
@@ -349,7 +368,7 @@ class Seed(Trainer):
             "epochs": self.config.train.epochs,
             "steps": state.step,
             "skipped": state.skipped,
-            "train_loss": None if diverged else self._mean_loss(),
+            "train_loss": loss if loss is not None and math.isfinite(loss) else None,
             "origin": "random initialisation" if self.suite.random_init else origin,
             "scores": {} if diverged else scores,
             "seconds": round(seconds, 1),
@@ -375,7 +394,7 @@ def prune_models(folder: Path, keep: str) -> None:
     keep: best (of the best seed on dev), all, or none. A diverged seed's model is always removed.
     """
     seeds = read_results(folder.parent)[folder.name]
-    done = {seed for seed, result in seeds.items() if result and result["status"] == "done"}
+    done = {seed for seed, result in seeds.items() if result and result.status == "done"}
     best = best_seed(seeds)
     kept = {"all": done, "best": {best[0]} if best else set(), "none": set()}[keep]
     for seed, result in seeds.items():

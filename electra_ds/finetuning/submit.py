@@ -1,11 +1,15 @@
 """The zip for submission to the GLUE site: eleven files of two columns."""
 
 import io
+import math
 import zipfile
 from pathlib import Path
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import read_small
+from electra_ds.common.outputs import check_output_file
+from electra_ds.common.printable import printable, shortened
 from electra_ds.finetuning.report import Results, best_seed, read_results
 from electra_ds.finetuning.tasks import GLUE
 
@@ -32,6 +36,7 @@ def write_submission(folder: Path, out: Path) -> list[str]:
     predictions; these hold a constant. UserError, and no zip, when there is no prediction at all,
     and for predictions of other data than the official test set.
     """
+    check_output_file(out, "--out")
     results = read_results(folder)
     notes = []
     filled = []
@@ -50,7 +55,7 @@ def write_submission(folder: Path, out: Path) -> list[str]:
     if not notes:
         raise UserError(
             f"{folder}: no GLUE task has a finished seed with predictions of its test split "
-            f"(predictions-test.tsv); found {', '.join(results)}; nothing is written"
+            f"(predictions-test.tsv); found {', '.join(map(printable, results))}; nothing is written"
         )
     if filled:
         notes.append(
@@ -69,17 +74,30 @@ def _answers(folder: Path, results: Results, name: str) -> tuple[list[str], str 
     path = folder / task / f"seed-{best.seed if best else ''}" / f"predictions-{split}.tsv"
     if best is None or not path.exists():
         return [labels[0] if labels else "0.000"] * rows, None
-    lines = path.read_text(encoding="utf-8").split("\n")[1:]
+    lines = read_small(path, "predictions").decode("utf-8", "replace").split("\n")[1:]
     cells = [line.split("\t")[:2] for line in lines if line]
     if [cell[0] for cell in cells] != [str(number) for number in range(rows)]:
         raise UserError(
             f"{path}: {len(cells)} rows, the first {cells[:1]}; expected {rows} with index 0 to "
             f"{rows - 1}, the official test set of {name}: predict its test file again"
         )
-    texts = [text for _, text in cells]
+    texts = [cell[1] if len(cell) > 1 else "" for cell in cells]
     if labels and (odd := [text for text in texts if text not in labels]):
         raise UserError(
-            f"{path}: the prediction {odd[0]!r} is no label of {task}; predict its test file again"
+            f"{path}: the prediction {shortened(odd[0])} is no label of {task}; predict its test file again"
         )
-    answers = texts if labels else [f"{min(5.0, max(0.0, float(text))):.3f}" for text in texts]
+    answers = texts if labels else [_value(text, path) for text in texts]
     return answers, f"seed {best.seed}, {best.metric} {100 * best.value:.1f} on {best.split}"
+
+
+def _value(text: str, path: Path) -> str:
+    """A prediction of STS-B as the site takes it: from 0 to 5, with three decimals."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(
+            f"{path}: the prediction {shortened(text)} is no number; predict its test file again"
+        )
+    return f"{min(5.0, max(0.0, value)):.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +11,16 @@ from pydantic import model_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import read_json
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section, machine, science
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.loading import parse_config
 from electra_ds.finetuning.examples import seen_labels
-from electra_ds.finetuning.metrics import METRICS
+from electra_ds.finetuning.metrics import METRICS, not_entity_tags
 
 Column = str | int
+# Files of finetune beside the folders of its tasks.
+OWN_FILES = ("config.json", "report.json", "report.md", "submission.zip", "lock")
 # classification: one class for a text or a pair. regression: one number. token_classification: one
 # class for each word.
 TaskKind = Literal["classification", "regression", "token_classification"]
@@ -28,7 +32,9 @@ class Task(Section):
     The user's tasks are JSON files with these keys.
     """
 
-    name: str = science(..., "name of the task and of its folder of results", pattern=r"^[\w.-]+$")
+    name: str = science(
+        ..., "name of the task and of its folder of results", pattern=r"^[\w.-]+$", max_length=200
+    )
     kind: TaskKind = science("classification", "what is predicted")
     splits: dict[str, str] = science(
         ..., "train, valid..., test... -> a file, or a split of the dataset"
@@ -77,9 +83,16 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Task:
-        for split in self.splits:
-            if split.split("_")[0] not in ("train", "valid", "test"):
-                raise ValueError(f"splits.{split}: expected train, valid, valid_x, test or test_x")
+        if self.name.startswith(".") or self.name.lower() in OWN_FILES:
+            raise ValueError(
+                f"name: {shortened(self.name)} is no name of a folder of results; expected letters "
+                "and digits, and none of the names of finetune's own files"
+            )
+        for split in self.splits:  # part of the name of a file of predictions
+            if not re.fullmatch(r"train|(valid|test)(_[\w-]{1,100})?", split):
+                raise ValueError(
+                    f"splits.{printable(split)}: expected train, valid, valid_x, test or test_x"
+                )
         if odd := [name for name in self.metrics if name not in METRICS[self.kind]]:
             raise ValueError(
                 f"metrics: {odd[0]!r} is no metric of {self.kind}; there are "
@@ -109,6 +122,13 @@ class Task(Section):
     def main_metric(self) -> str:
         """The metric by which seeds are compared."""
         return self.metrics[0]
+
+    @property
+    def is_glue(self) -> bool:
+        """Whether this is a GLUE task, not another one of the same name."""
+        read = ("kind", "text_a", "text_b", "label")
+        known = Task.model_validate(_glue_values(self.name)) if self.name in GLUE else None
+        return known is not None and all(getattr(self, k) == getattr(known, k) for k in read)
 
     def path(self, split: str) -> Path:
         """The file of a split."""
@@ -196,9 +216,13 @@ def load_task(name: str, data: Path | None) -> Task:
             f"no task named {name!r}{nearest(short, list(GLUE))}; there are {', '.join(GLUE)}; "
             "for a task of your own give the path of its description (task.json)"
         )
-    values = {"labels": ["0", "1"], "splits": _FILES, "name": short} | GLUE[short]
+    values = _glue_values(short)
     folder = _glue_folder(short, values["splits"], data)
     return _filled(Task(**values, folder=str(folder.resolve())))
+
+
+def _glue_values(short: str) -> dict[str, Any]:
+    return {"labels": ["0", "1"], "splits": _FILES, "name": short} | GLUE[short]
 
 
 def _glue_folder(short: str, files: dict[str, str], data: Path | None) -> Path:
@@ -226,13 +250,25 @@ def _user_task(path: Path, data: Path | None) -> Task:
     """A task by its description; its files are beside the description, or in `data`."""
     values = read_json(path, "a task's description")
     task = parse_config({"name": path.stem} | values, str(path), Task)
+    if task.name in GLUE:
+        # The suite's config, the report and predict take a task of this name for that of GLUE.
+        raise UserError(
+            f"{path}: name: {task.name!r} is the name of a GLUE task; give this task another one "
+            f'("name": "{task.name}-own") in its description'
+        )
     if "train" not in task.splits or not task.valid_splits:
         raise UserError(
             f"{path}: splits: found {', '.join(task.splits)}; expected at least train and valid"
         )
     folder = path.parent / task.folder
-    if data is not None and not (folder / task.splits["train"]).is_file():
-        folder = data
+    if data is not None and task.dataset is None:
+        beside, there = folder / task.splits["train"], data / task.splits["train"]
+        if beside.is_file() and there.is_file() and not beside.samefile(there):
+            raise UserError(
+                f"{path}: {beside} and {there} both exist; leave out --data, or remove one of them"
+            )
+        if not beside.is_file():
+            folder = data
     return task.model_copy(update={"folder": str(folder.resolve())})
 
 
@@ -256,11 +292,18 @@ def _filled(task: Task) -> Task:
         values["labels"] = seen_labels(task)
         if len(values["labels"]) < 2:
             raise UserError(
-                f"task {task.name}: the training split has the one label {values['labels'][0]!r}; "
+                f"task {task.name}: the training split has the one label "
+                f"{shortened(values['labels'][0])}; "
                 "expected at least two labels"
             )
+    labels = values["labels"] or []
     if not task.metrics:
-        values["metrics"] = _default_metrics(task.kind, values["labels"] or [])
+        values["metrics"] = _default_metrics(task.kind, labels)
+    if "entity_f1" in task.metrics and (odd := not_entity_tags(labels)):
+        raise UserError(
+            f"task {task.name}: metrics: entity_f1 needs tags of BIO or BIOES (O, B-x, I-x, E-x, "
+            f"S-x), found the label {shortened(odd[0])}; use token_accuracy"
+        )
     return parse_config(values, f"task {task.name}", Task)
 
 
@@ -269,7 +312,8 @@ def _default_metrics(kind: TaskKind, labels: list[str]) -> list[str]:
         return ["accuracy"]
     if kind == "regression":
         return ["pearson", "spearman"]
-    has_entities = any(label.startswith("B-") for label in labels)
+    begins = any(label[:2] in ("B-", "S-", "U-") for label in labels)
+    has_entities = begins and not not_entity_tags(labels)
     return ["entity_f1", "token_accuracy"] if has_entities else ["token_accuracy"]
 
 
@@ -277,13 +321,35 @@ def task_names(text: str) -> list[str]:
     """The tasks of --tasks, a list separated by commas, each once.
 
     GLUE names in any spelling become short names. `glue` becomes the nine GLUE tasks (without ax).
-    Paths of descriptions are not changed.
+    Paths of descriptions are not changed; the path of a file may have commas. UserError for a list
+    without a name.
     """
     names: list[str] = []
-    for name in (part.strip() for part in text.split(",")):
+    for name in _listed(text):
         short = glue_name(name)
         if name.lower() == "glue":
             names += [task for task in GLUE if task != "ax"]
         elif name:
             names.append(short if short in GLUE else name)
+    if not names:
+        raise UserError(
+            f"--tasks {shortened(text)}: names no task; expected GLUE tasks or descriptions "
+            "(task.json), separated by commas"
+        )
     return list(dict.fromkeys(names))
+
+
+def _listed(text: str) -> list[str]:
+    """The parts between commas; consecutive parts that together are a description are one."""
+    parts = text.split(",")
+    names = []
+    while parts:
+        joined = (n for n in range(len(parts), 1, -1) if _is_description(",".join(parts[:n])))
+        count = next(joined, 1)
+        names.append(",".join(parts[:count]).strip())
+        parts = parts[count:]
+    return names
+
+
+def _is_description(name: str) -> bool:
+    return name.strip().endswith(".json") and os.path.isfile(name.strip())

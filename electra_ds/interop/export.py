@@ -3,19 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
 from safetensors.torch import save
 from torch import Tensor
 
-from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.json_files import read_json, write_json
-from electra_ds.config.loading import parse_run
+from electra_ds.common.json_files import Record, read_record, write_json
+from electra_ds.common.outputs import new_folder
+from electra_ds.config.schema import RunConfig
 from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.interop.checkpoints import (
+    Checkpoint,
+    FineTunedConfig,
+    FineTunedTask,
+    read_checkpoint,
+)
 from electra_ds.interop.hf import classifier_to_hf, hf_config, part_names, to_hf
 from electra_ds.interop.hf_tokenizer import write_tokenizer
-from electra_ds.interop.load_model import Checkpoint, checked_tokenizer, read_checkpoint
 from electra_ds.interop.model_card import Card, render_card
-from electra_ds.training.checkpoint import tokenizer_of
 from electra_ds.training.metrics_file import read_metrics
 
 PURPOSES = {
@@ -35,18 +40,18 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     Raises UserError when `out` is not empty, when there is no model or no tokenizer, when their
     vocabulary sizes differ, and for a run of the user's own modules.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: not empty; choose a new folder")
-    source = read_checkpoint(path)
-    vocabulary = tokenizer or tokenizer_of(source.folder)
-    words = checked_tokenizer(vocabulary, source.model.vocab_size)
-    if "task" in source.meta.config:
-        return [_export_fine_tuned(source, out, words)]
-    return _export_run(source, out, words)
+    with new_folder(out, "--out") as folder:
+        source = read_checkpoint(path)
+        words = source.tokenizer(tokenizer)
+        if source.fine_tuned is not None:
+            lines = [_export_fine_tuned(source, source.fine_tuned, folder, out.name, words)]
+        else:
+            assert source.run is not None
+            lines = _export_run(source, source.run, folder, words)
+    return [line.replace(str(folder), str(out), 1) for line in lines]
 
 
-def _export_run(source: Checkpoint, out: Path, words: Tokenizer) -> list[str]:
-    config = parse_run(source.meta.config, f"{source.folder}/meta.json")
+def _export_run(source: Checkpoint, config: RunConfig, out: Path, words: Tokenizer) -> list[str]:
     weights, detects = source.weights, config.objective.detects
     has_generator = any(name.startswith("generator_head.") for name in weights)
     parts = ["discriminator", "generator"] if has_generator else ["discriminator"]
@@ -63,27 +68,47 @@ def _export_run(source: Checkpoint, out: Path, words: Tokenizer) -> list[str]:
         values["architectures"] = ["ElectraForMaskedLM" if is_mlm else "ElectraForPreTraining"]
         main_purpose = "detection" if detects else "prediction"
         card = Card(PURPOSES["generator" if part == "generator" else main_purpose], facts)
-        lines.append(_write_folder(out / part, values, tensors, words, card))
+        lines.append(
+            _write_folder(out / part, part, values, tensors, words, card, source.max_length)
+        )
     return lines
+
+
+class ImportSource(Record):
+    """What a card takes from import.json, the report of an import."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    source: str = "unknown"
+
+
+class Origin(Record):
+    """What a card takes from result.json of a fine-tuned seed."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    origin: str = "unknown"
 
 
 def _run_facts(source: Checkpoint) -> dict[str, str]:
     """Facts of a pretraining run for its cards: base model, data, length, held-out metrics."""
-    config, state = source.meta.config, source.meta.state
+    config, state = source.run, source.meta.state
+    assert config is not None
     run_folder = source.folder.resolve().parent.parent
     facts = {}
     if (run_folder / "import.json").is_file():
-        facts["base model"] = read_json(run_folder / "import.json", "an import's report")["source"]
+        report = read_record(run_folder / "import.json", ImportSource, "an import's report")
+        facts["base model"] = report.source
     facts |= {
-        "objective": config["objective"]["kind"],
+        "objective": config.objective.kind,
         "steps": f"{state.step:,}",
         "tokens read": f"{state.tokens:,}",
-        "data": state.data.get("dataset_id", "unknown"),
-        "rows": f"{config['data']['sequence_length']} tokens",
+        "data": str(state.data.get("dataset_id", "unknown")),
+        "rows": f"{config.data.sequence_length} tokens",
     }
     metrics = run_folder / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
-    held_out = [r for r in records if r["split"] == "valid" and r["step"] <= state.step]
+    held_out = [r for r in records if r.get("split") == "valid" and r.get("step", 0) <= state.step]
     if held_out:
         last = held_out[-1]
         for key, value in last.items():
@@ -93,11 +118,12 @@ def _run_facts(source: Checkpoint) -> dict[str, str]:
     return facts
 
 
-def _export_fine_tuned(source: Checkpoint, out: Path, words: Tokenizer) -> str:
-    config = source.meta.config
-    task = config["task"]
-    kind, labels = task["kind"], task["labels"] or [task["name"]]
-    architecture, tensors = classifier_to_hf(source.weights, kind, task.get("label_range"))
+def _export_fine_tuned(
+    source: Checkpoint, config: FineTunedConfig, out: Path, name: str, words: Tokenizer
+) -> str:
+    task = config.task
+    kind, labels = task.kind, task.labels or [task.name]
+    architecture, tensors = classifier_to_hf(source.weights, kind, task.label_range)
     values = hf_config(source.model, None, "discriminator", words.special_ids.pad)
     values |= {
         "architectures": [architecture],
@@ -113,44 +139,55 @@ def _export_fine_tuned(source: Checkpoint, out: Path, words: Tokenizer) -> str:
         facts["class of the text"] = (
             "the logits of the first token, because the stock sentence head is too small"
         )
-    for split, scores in config["scores"].items():
-        facts |= {f"{split}, {metric}": f"{value:.4f}" for metric, value in scores.items()}
-    purpose = TUNED.format(name=task["name"])
-    card = Card(purpose, facts, task.get("text_b") is not None, reads_cls)
-    return _write_folder(out, values, tensors, words, card)
+    for split, scores in config.scores.items():
+        facts |= {
+            f"{split}, {metric}": f"{value:.4f}"
+            for metric, value in scores.items()
+            if value is not None
+        }
+    card = Card(TUNED.format(name=task.name), facts, task.text_b is not None, reads_cls)
+    return _write_folder(out, name, values, tensors, words, card, source.max_length)
 
 
-def _task_facts(source: Checkpoint, task: dict[str, Any]) -> dict[str, str]:
+def _task_facts(source: Checkpoint, task: FineTunedTask) -> dict[str, str]:
     """Facts of a fine-tuned model for its card: base model, task, data, labels as words."""
     facts = {}
     result = source.folder.parent / "result.json"
     if result.is_file():
-        facts["base model"] = read_json(result, "the result of a seed")["origin"]
-    facts["task"] = f"{task['name']} ({task['kind']})"
-    splits = task.get("splits", {})
-    if data := task.get("dataset") or splits.get("train"):
+        facts["base model"] = read_record(result, Origin, "the result of a seed").origin
+    facts["task"] = f"{task.name} ({task.kind})"
+    if data := task.dataset or task.splits.get("train"):
         facts["data"] = data
-    if task["labels"]:
-        facts["labels"] = ", ".join(task["labels"])
-    elif task.get("label_range"):
-        low, high = task["label_range"]
+    if task.labels:
+        facts["labels"] = ", ".join(task.labels)
+    elif task.label_range:
+        low, high = task.label_range
         facts["labels"] = f"a number from {low:g} to {high:g}"
     return facts
 
 
 def _write_folder(
-    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], words: Tokenizer, card: Card
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    words: Tokenizer,
+    card: Card,
+    max_length: int,
 ) -> str:
-    """Write weights, tokenizer and card, then config.json, which marks a complete folder."""
+    """Write weights, tokenizer and card, then config.json, which marks a complete folder.
+
+    name: the folder's later name. max_length: most tokens of a text, for the tokenizer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(words, folder, config["max_position_embeddings"])
+    write_tokenizer(words, folder, max_length)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(value.numel() for value in tensors.values())
-    text = render_card(folder.name, config, parameters, card)
+    text = render_card(name, config, parameters, card)
     write_bytes(folder / "README.md", text.encode())
     write_json(folder / "config.json", config)
     return (
         f"{folder}: {config['architectures'][0]}, {parameters:,} parameters, "
-        f"{words.kind} of {words.vocab_size:,} entries"
+        f"{words.kind} of {words.vocab_size:,} entries, texts of up to {max_length} tokens"
     )

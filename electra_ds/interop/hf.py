@@ -8,9 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.json_files import Record, parse_record
+from electra_ds.common.printable import shortened
+from electra_ds.config.loading import parse_config
 from electra_ds.config.schema import EncoderConfig, GeneratorConfig, ModelConfig
 
 # Module names in electra_ds -> those in Hugging Face, for embeddings, one layer and the heads.
@@ -141,9 +145,27 @@ def from_hf(tensors: Mapping[str, Tensor], names: Iterable[str], part: str) -> d
                     f"Hugging Face {part}: no tensor {foreign} for {name}; "
                     f"expected the folder of a {part}"
                 )
-            chunks.append(chunk.detach().float())
-        state[name] = torch.cat(chunks)
+            chunks.append(chunk)
+        state[name] = joined(chunks, name, f"Hugging Face {part}")
     return state
+
+
+def joined(chunks: list[Tensor], name: str, where: str) -> Tensor:
+    """One of our tensors (fp32) from those of a foreign model: one, or query, key and value.
+
+    UserError when they are no floating-point weights, or differ in shape.
+    """
+    if not all(chunk.is_floating_point() for chunk in chunks):
+        raise UserError(
+            f"{where}: the tensor of {name} has the type {chunks[0].dtype}; expected "
+            "floating-point weights; quantized weights are not read"
+        )
+    if len(chunks) == 1:
+        return chunks[0].detach().float()
+    shapes = [tuple(chunk.shape) for chunk in chunks]
+    if len(set(shapes)) > 1 or not shapes[0]:
+        raise UserError(f"{where}: the tensors of {name} have the shapes {shapes}; expected one")
+    return torch.cat([chunk.detach().float() for chunk in chunks])
 
 
 # Fields of our configs -> keys of config.json: sizes of each encoder, and of the shared tables.
@@ -164,6 +186,8 @@ TABLES = {
 }
 # Keys with one supported value, which is also the library's default.
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+# Limits of the sizes of a foreign model.
+MAX_LAYERS, MAX_WIDTH, MAX_ROWS = 10_000, 2**24, 2**31 - 1
 
 
 def hf_config(
@@ -193,39 +217,59 @@ def hf_config(
     }
 
 
+class HfConfig(Record):
+    """The sizes in a config.json; a missing key has the default of transformers' ElectraConfig."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    vocab_size: int = Field(ge=1, le=MAX_ROWS)
+    embedding_size: int = Field(ge=1, le=MAX_WIDTH)
+    max_position_embeddings: int = Field(512, ge=1, le=MAX_ROWS)
+    type_vocab_size: int = Field(2, ge=1, le=MAX_ROWS)
+    layer_norm_eps: float = Field(1e-12, gt=0)
+    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
+    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
+    num_attention_heads: int = Field(ge=1, le=MAX_WIDTH)
+    intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
+    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1)
+
+
 def from_hf_config(
-    discriminator: Mapping[str, Any], generator: Mapping[str, Any] | None = None
+    discriminator: Mapping[str, Any],
+    generator: Mapping[str, Any] | None = None,
+    where: str = "config.json",
 ) -> tuple[ModelConfig, GeneratorConfig]:
     """The sizes in the config.json of the discriminator and of the generator, if there is one.
 
-    Raises UserError for a missing key, for values that the encoder of electra_ds does not support
-    (another activation, relative positions), and for tables of different sizes.
+    where: the file, for messages. Raises UserError for a missing key, for values that the encoder
+    of electra_ds does not support (another activation, relative positions), and for tables of
+    different sizes.
     """
-    main = _checked_sizes(discriminator)
-    other = _checked_sizes(generator or discriminator)
+    main = _checked_sizes(discriminator, where)
+    other = _checked_sizes(generator, "config.json of the generator") if generator else main
     is_untied = main["embedding_size"] != other["embedding_size"] == other["hidden_size"]
     for key in TABLES.values():
         if main[key] != other[key] and not (is_untied and key == "embedding_size"):
             raise UserError(
-                f"config.json: {key} of discriminator and generator differ "
+                f"{where}: {key} of discriminator and generator differ "
                 f"({main[key]} and {other[key]}); expected equal values"
             )
     sizes = {field: main[key] for field, key in (SIZES | TABLES).items()}
     generator_sizes = {field: other[key] for field, key in SIZES.items()}
-    model = ModelConfig(**sizes, sharing="untied" if is_untied else "shared")
-    return model, GeneratorConfig(**generator_sizes)
+    sizes["sharing"] = "untied" if is_untied else "shared"
+    model = parse_config(sizes, where, ModelConfig)
+    return model, parse_config(generator_sizes, where, GeneratorConfig)
 
 
-def _checked_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config with a default layer_norm_eps. UserError for missing or unsupported keys."""
-    config = {"layer_norm_eps": 1e-12} | dict(config)
+def _checked_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of `HfConfig` by their keys. UserError for missing or unsupported values."""
     for key, only in ONLY.items():
         if config.get(key, only) != only:
-            raise UserError(f"config.json: {key} = {config[key]!r}; only {only!r} is supported")
-    for key in (*TABLES.values(), *SIZES.values()):
-        if not isinstance(config.get(key), (int, float)):
-            raise UserError(f"config.json: {key} = {config.get(key)!r}; expected a number")
-    return config
+            raise UserError(
+                f"{where}: {key} = {shortened(config[key])}; only {only!r} is supported"
+            )
+    return parse_record(dict(config), where, HfConfig).model_dump()
 
 
 def electra_names(tensors: Iterable[str]) -> dict[str, str]:

@@ -1,16 +1,20 @@
 """Reading of Hugging Face model folders (config.json and weights) without running their code."""
 
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import read_json
+from electra_ds.common.files import is_lfs_pointer
+from electra_ds.common.json_files import Record, read_json, read_record
+from electra_ds.common.names import check_name
+from electra_ds.common.printable import printable, shortened
 
 FILES = (
     "model.safetensors",
@@ -18,6 +22,14 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+class Index(Record):
+    """The index of a model in several files. weight_map: name of a tensor -> name of its file."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    weight_map: dict[str, str] = Field(min_length=1)
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -31,8 +43,19 @@ def read_config(folder: Path, model_types: tuple[str, ...] = ("electra",)) -> di
     model_type = config.get("model_type")
     if model_type not in model_types:
         expected = " or ".join(map(repr, model_types))
-        raise UserError(f"{folder}/config.json: model_type = {model_type!r}; expected {expected}")
+        found = f"model_type = {shortened(model_type)}" if model_type else "no model_type"
+        raise UserError(f"{folder}/config.json: {found}; expected {expected}")
     return config
+
+
+def stated_length(folder: Path) -> int | None:
+    """model_max_length in the tokenizer_config.json of a folder; None if there is none."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    length = read_json(path, "the options of a Hugging Face tokenizer").get("model_max_length")
+    is_length = isinstance(length, int) and not isinstance(length, bool) and length >= 3
+    return length if is_length else None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -44,28 +67,89 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     first = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if first is None:
         raise UserError(f"{folder}: no weights here; expected one of {', '.join(FILES)}")
-    names = {first.name}
-    if first.suffix == ".json":
-        names = set(
-            read_json(first, "the index of a model in several files")["weight_map"].values()
-        )
+    if first.suffix != ".json":
+        return _read_file(first)
+    index = read_record(first, Index, "the index of a model in several files").weight_map
     tensors: dict[str, Tensor] = {}
-    for name in sorted(names):
-        tensors |= _read_file(folder / Path(name).name)
+    for name in sorted(set(index.values())):
+        tensors |= _read_file(folder / check_name(name, f"{first}: weight_map", "a file"))
+    if missing := sorted(index.keys() - tensors.keys()):
+        raise UserError(
+            f"{first}: weight_map names {printable(missing[0])}, which is in none of the files; "
+            "copy all files of the model"
+        )
     return tensors
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, "cpu", weights_only=True)
-    except (OSError, EOFError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = (str(error) or "empty").splitlines()[0]
-        raise UserError(f"{path}: cannot be read as weights ({reason})") from None
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as weights ({error.strerror})") from None
+    if is_lfs_pointer(start):
+        raise UserError(f"{path}: is a Git LFS pointer, not the weights; run: git lfs pull")
+    if not start:
+        raise UserError(f"{path}: cannot be read as weights (empty)")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_pickled(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be read as weights ({reason}); copy the file again"
+        ) from None
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, which may hold nothing else.
+
+    The messages of torch.load are replaced, because they advise to load the file unsafely.
+    """
+    _check_stored(path)
+    try:
+        tensors = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises almost any
+        raise UserError(
+            f"{path}: cannot be read as weights ({type(error).__name__}): it is damaged, has "
+            "another format, or holds objects other than tensors, which could run code; convert "
+            "it to safetensors where you trust it"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
         raise UserError(
             f"{path}: found values that are no tensors; expected a dict of tensors (a state_dict)"
         )
+    size = path.stat().st_size
+    for name, value in tensors.items():
+        is_plain = value.layout == torch.strided and not value.is_quantized
+        if not is_plain or value.is_meta or value.numel() * value.element_size() > size:
+            raise UserError(
+                f"{path}: {printable(name)} is sparse, quantized, or larger than the file; "
+                "expected plain tensors"
+            )
     return tensors
+
+
+def _check_stored(path: Path) -> None:
+    """Raise UserError for a zip with compressed entries, which could need any amount of memory."""
+    if not zipfile.is_zipfile(path):
+        return  # the old format of torch.save
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as weights ({error})") from None
+    total = sum(entry.file_size for entry in entries)
+    is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not is_stored or total > path.stat().st_size:
+        raise UserError(
+            f"{path}: cannot be read as weights (a compressed archive); torch.save does not "
+            "compress"
+        )

@@ -10,19 +10,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from electra_ds.cluster.run_folder import write_config
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import read_json, write_json
-from electra_ds.config.loading import load_run, parse_run
+from electra_ds.common.json_files import Record, read_record, write_json
+from electra_ds.common.outputs import new_folder
+from electra_ds.common.printable import shortened
+from electra_ds.config.loading import config_names, load_run, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
-from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names, joined
 from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_tensors
-from electra_ds.interop.load_model import checked_tokenizer
+from electra_ds.interop.hf_tokenizer import read_tokenizer
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
+from electra_ds.interop.vocabularies import checked_tokenizer
 from electra_ds.model.build import build_objective
-from electra_ds.model.weights import load_true_state, true_state
+from electra_ds.model.weights import (
+    check_layers,
+    check_state,
+    load_true_state,
+    shapes_of,
+    true_state,
+)
 from electra_ds.training import checkpointer
 
 REASONS = (  # pattern of foreign tensors that have no counterpart -> the reason in the report
@@ -34,7 +45,28 @@ REASONS = (  # pattern of foreign tensors that have no counterpart -> the reason
 )
 WORD_TABLE = "electra.embeddings.word_embeddings.weight"
 ENCODERS = ("embeddings.", "discriminator.", "generator_embeddings.", "generator.")
+# Values in a config.json that the weights do not depend on; --set may change them.
+DROPOUTS = ("hidden_dropout", "attention_dropout")
+MOST_LISTED = 6  # tensors that one warning names; import.json lists all
 HEAD_WIDTH = 64  # hidden size of an attention head in the authors' TensorFlow models
+
+
+class HeadSizes(Record):
+    """The sizes in the JSON file of a TensorFlow checkpoint that its tensors do not determine."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "HeadSizes":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        return self
 
 
 class Source(NamedTuple):
@@ -111,8 +143,28 @@ def import_weights(
     architecture or a vocabulary that is not supported, for options that do not fit `source`, and
     for a tensor of an encoder that is missing or has another shape.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: not empty; choose a new folder")
+    with new_folder(out, "--out") as folder:
+        return _import(
+            source,
+            folder,
+            run,
+            sets,
+            generator=generator,
+            config=config,
+            tokenizer=tokenizer,
+        )
+
+
+def _import(
+    source: Path,
+    out: Path,
+    run: str,
+    sets: Sequence[str],
+    *,
+    generator: Path | None,
+    config: Path | None,
+    tokenizer: Path | None,
+) -> ImportReport:
     base = load_run(run, list(sets))
     if isinstance(base.model, FactoryConfig):
         raise UserError(
@@ -125,22 +177,81 @@ def import_weights(
             "--config with a TensorFlow checkpoint"
         )
     foreign = _tensorflow(prefix, config) if prefix else _hugging_face(source, generator, base)
-    vocabulary = tokenizer or foreign.vocabulary
-    words = checked_tokenizer(vocabulary, foreign.sizes["model"]["vocab_size"])
+    words = checked_tokenizer(tokenizer or foreign.vocabulary, foreign.sizes["model"]["vocab_size"])
+    _check_sets(sets, base, foreign.sizes)
     values = base.model_dump(mode="json")
     for section, sizes in foreign.sizes.items():
-        values[section] |= sizes
+        values[section] |= {
+            name: value
+            for name, value in sizes.items()
+            if name not in DROPOUTS or f"{section}.{name}" not in _keys(sets)
+        }
+    if base.data.special_ids not in (None, words.special_ids):
+        raise UserError(
+            f"--run {run}: data.special_ids are not those of the vocabulary; leave them out"
+        )
     values["data"]["special_ids"] = words.special_ids.model_dump()
     imported = parse_run(values, f"{source} with {run}")
+    shapes = shapes_of(lambda: build_objective(imported), f"{source} with {run}")
+    state, report = _convert(foreign.sources, shapes)
+    check_state(state, {name: shapes[name] for name in state}, str(source))
+    report.warnings.extend(_run_notes(run, base, foreign.sizes))
+    if tokenizer is not None:
+        report.warnings.extend(_vocabulary_notes(words, tokenizer, foreign.vocabulary))
     module = build_objective(imported, imported.train.seed)
-    state, report = _convert(foreign.sources, true_state(module))
     load_true_state(module, state, partial=True)
-    out.mkdir(parents=True, exist_ok=True)
     words.save(out / "tokenizer")
     write_config(out, imported, "")
     checkpointer.write_initial(out / "ckpt", true_state(module), imported.model_dump(mode="json"))
     write_json(out / "import.json", {"source": str(source), **report.to_json()})
     return report
+
+
+def _keys(sets: Sequence[str]) -> list[str]:
+    return [setting.partition("=")[0].strip() for setting in sets]
+
+
+def _check_sets(sets: Sequence[str], base: RunConfig, sizes: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError for a --set that the weights decide otherwise.
+
+    base: the run config with the settings. sizes: what the weights decide, by section.
+    """
+    stated = base.model_dump(mode="json")
+    for setting, key in zip(sets, _keys(sets), strict=True):
+        section, _, field = key.partition(".")
+        fields = [field] if field else list(sizes.get(section, {}))
+        for name in fields:
+            decided = sizes.get(section, {}).get(name, stated.get(section, {}).get(name))
+            if stated[section].get(name) != decided and name not in DROPOUTS:
+                raise UserError(
+                    f"--set {setting}: the imported weights have {section}.{name} = {decided}, "
+                    "which cannot be changed; leave the setting out"
+                )
+
+
+def _run_notes(run: str, base: RunConfig, sizes: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence about values of the user's own RUN.json that the weights replace."""
+    if run in config_names("pretrain"):
+        return []
+    stated = base.model_dump(mode="json")
+    replaced = [
+        f"{section}.{name} {shortened(stated[section][name])} -> {shortened(value)}"
+        for section, values in sizes.items()
+        for name, value in values.items()
+        if stated[section][name] not in (None, value)
+    ]
+    return [f"{run}: the weights decide {', '.join(replaced)}"] if replaced else []
+
+
+def _vocabulary_notes(words: Tokenizer, given: Path, beside: Path) -> list[str]:
+    """A sentence when the vocabulary beside the weights is another one than the given one."""
+    try:
+        other = read_tokenizer(beside)
+    except UserError:  # there is none, or it is of another kind
+        return []
+    if other.names == words.names:
+        return []
+    return [f"--tokenizer {given}: its entries are not those of the vocabulary in {beside}"]
 
 
 def _tensorflow(prefix: Path, config: Path | None) -> Foreign:
@@ -149,12 +260,10 @@ def _tensorflow(prefix: Path, config: Path | None) -> Foreign:
     head_width = HEAD_WIDTH
     path = config or prefix.parent / "config.json"
     if path.is_file() or config:
-        stated = read_json(path, "the sizes of the model (hidden_size, num_attention_heads)")
-        if not {"hidden_size", "num_attention_heads"} <= stated.keys():
-            raise UserError(
-                f"{path}: expected hidden_size and num_attention_heads, found {', '.join(stated)}"
-            )
-        head_width = stated["hidden_size"] // stated["num_attention_heads"]
+        stated = read_record(
+            path, HeadSizes, "the sizes of the model (hidden_size, num_attention_heads)"
+        )
+        head_width = stated.hidden_size // stated.num_attention_heads
     model, generator = sizes_of(tensors, head_width)
     encoders = ENCODERS if generator else ENCODERS[:2]
     prefixes = (*encoders, "discriminator_head.", "generator_head.")
@@ -188,12 +297,15 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> Foreig
     if generator is None and has_mlm_head and base.objective.has_generator:
         return _generator_alone(main, tensors, config)
     prefixes = ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."]
-    sources = [_source(main, tensors, prefixes)]
-    model, generator_sizes = from_hf_config(config, read_config(generator) if generator else None)
+    model, generator_sizes = from_hf_config(
+        config, read_config(generator) if generator else None, f"{main}/config.json"
+    )
+    sources = [_source(main, tensors, prefixes, model.num_layers)]
     sizes = {"model": model.model_dump(include={*TABLES, *SIZES, "sharing"})}
     if generator:
         prefixes = ["generator_embeddings.", "generator.", "generator_head."]
-        sources.append(_source(generator, read_tensors(generator), prefixes))
+        layers = generator_sizes.num_layers
+        sources.append(_source(generator, read_tensors(generator), prefixes, layers))
         sizes["generator"] = generator_sizes.model_dump()
         can_be_untied = generator_sizes.hidden_size == model.embedding_size
         if sharing := _sharing(sources[0], sources[1], can_be_untied):
@@ -204,9 +316,9 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> Foreig
 def _generator_alone(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Foreign:
     """A generator's folder without a discriminator: it supplies the shared embeddings as well."""
     prefixes = ["generator_embeddings.", "generator.", "generator_head.", "embeddings."]
-    model, generator = from_hf_config(config, config)
+    model, generator = from_hf_config(config, config, f"{path}/config.json")
     sizes = {"model": model.model_dump(include={*TABLES}), "generator": generator.model_dump()}
-    return Foreign(path, [_source(path, tensors, prefixes)], sizes)
+    return Foreign(path, [_source(path, tensors, prefixes, generator.num_layers)], sizes)
 
 
 def _sharing(discriminator: Source, generator: Source, can_be_untied: bool) -> str | None:
@@ -220,7 +332,7 @@ def _sharing(discriminator: Source, generator: Source, can_be_untied: bool) -> s
     differing = {
         name
         for name, tensor in main.items()
-        if name.startswith("electra.") and not (name in other and torch.equal(tensor, other[name]))
+        if name.startswith("electra.") and not _equals(tensor, other.get(name))
     }
     if not differing:
         return "all"
@@ -229,7 +341,8 @@ def _sharing(discriminator: Source, generator: Source, can_be_untied: bool) -> s
 
 def _bert(path: Path, config: dict[str, Any], base: RunConfig) -> Foreign:
     """A BERT folder: it initializes the discriminator and a generator of the same sizes."""
-    model, bert_sizes = from_hf_config(config | {"embedding_size": config.get("hidden_size")})
+    config = config | {"embedding_size": config.get("hidden_size")}
+    model, bert_sizes = from_hf_config(config, where=f"{path}/config.json")
     generator = base.generator
     prefixes = ["embeddings.", "discriminator.", "mlm_head."]
     compared = ("hidden_size", "num_heads", "ffn_size")
@@ -238,19 +351,22 @@ def _bert(path: Path, config: dict[str, Any], base: RunConfig) -> Foreign:
         prefixes += [f"generator.layers.{i}." for i in range(layers)]
         prefixes.append("generator_head.")
     sizes = {"model": model.model_dump(include={*SIZES, *TABLES})}
-    return Foreign(path, [_source(path, read_tensors(path), prefixes)], sizes)
+    return Foreign(path, [_source(path, read_tensors(path), prefixes, model.num_layers)], sizes)
 
 
-def _source(folder: Path, tensors: dict[str, Tensor], prefixes: Iterable[str]) -> Source:
+def _source(
+    folder: Path, tensors: dict[str, Tensor], prefixes: Iterable[str], num_layers: int
+) -> Source:
+    check_layers(tensors, "encoder.layer.", num_layers, str(folder))
     original = {new: name for name, new in electra_names(tensors).items()}
     renamed = {new: tensors[name] for new, name in original.items()}
     return Source(folder, renamed, original, hf_names, tuple(prefixes))
 
 
 def _convert(
-    sources: list[Source], parameters: dict[str, Tensor]
+    sources: list[Source], parameters: Iterable[str]
 ) -> tuple[dict[str, Tensor], ImportReport]:
-    """(tensors taken from the sources, report). parameters: all parameters of the new model."""
+    """(tensors taken from the sources, report). parameters: names of all parameters of the new model."""
     state: dict[str, Tensor] = {}
     report = ImportReport([], [], {}, [])
     used: dict[Path, set[str]] = {source.folder: set() for source in sources}
@@ -269,19 +385,34 @@ def _convert(
             report.initialized.append(name)
             continue
         used[source.folder].update(foreign)
-        state[name] = torch.cat([source.tensors[key].float() for key in foreign])
+        state[name] = joined([source.tensors[key] for key in foreign], name, str(source.folder))
         originals = ", ".join(source.original_names[key] for key in foreign)
         report.loaded.append((f"{source.folder.name}: {originals}", name))
     for source in sources:
+        unexplained: dict[str, list[str]] = {}  # reason -> labels of tensors with their shapes
         for name in sorted(source.tensors.keys() - used[source.folder]):
-            _report_unused(report, source, name, sources[0])
+            _report_unused(report, source, name, sources[0], unexplained)
+        for reason, labels in sorted(unexplained.items()):
+            listed = ", ".join(labels[:MOST_LISTED]) + (
+                ", ..." if len(labels) > MOST_LISTED else ""
+            )
+            report.warnings.append(f"{listed}: {len(labels)} tensor(s) not used: {reason}")
     if report.initialized:
         report.warnings.append(_initialized_warning(report.initialized, sources))
     return state, report
 
 
-def _report_unused(report: ImportReport, source: Source, name: str, first: Source) -> None:
-    """Add a foreign tensor without a counterpart to the report; warn when no reason is known."""
+def _report_unused(
+    report: ImportReport,
+    source: Source,
+    name: str,
+    first: Source,
+    unexplained: dict[str, list[str]],
+) -> None:
+    """Add a foreign tensor without a counterpart to the report.
+
+    unexplained: collects reason -> tensors that a warning must name.
+    """
     label = source.label(name)
     reason = _reason(source, name, first)
     if reason is None:
@@ -289,7 +420,7 @@ def _report_unused(report: ImportReport, source: Source, name: str, first: Sourc
         if source is not first and name in first.tensors:
             reason = f"differs from that of {first.folder.name}, which is loaded"
         shape = tuple(source.tensors[name].shape)
-        report.warnings.append(f"{label} {shape} is not used: {reason}")
+        unexplained.setdefault(reason, []).append(f"{label} {shape}")
     report.unused[label] = reason
 
 
@@ -320,4 +451,4 @@ def _reason(source: Source, name: str, first: Source) -> str | None:
 
 
 def _equals(value: Tensor, other: Tensor | None) -> bool:
-    return other is not None and torch.equal(value, other)
+    return other is not None and value.dtype == other.dtype and torch.equal(value, other)

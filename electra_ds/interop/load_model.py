@@ -24,25 +24,29 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import parse_run
 from electra_ds.config.schema import FactoryConfig, ModelConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.hf import from_hf, from_hf_config
-from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_tensors
-from electra_ds.interop.hf_tokenizer import read_tokenizer
+from electra_ds.interop.checkpoints import (
+    check_run,
+    read_checkpoint,
+    resolve_checkpoint,
+)
+from electra_ds.interop.hf import from_hf_config
+from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_tensors, stated_length
 from electra_ds.interop.parts import (
     EncoderWithHead,
+    encoder_from_hf,
     main_encoder,
     part_from_hf,
     parts_of_objective,
 )
+from electra_ds.interop.vocabularies import (
+    checked_tokenizer,
+    tokenizer_of_model,
+)
 from electra_ds.model.build import build_objective
 from electra_ds.model.heads import GeneratorHead
 from electra_ds.model.objective import ElectraObjective, Objective
-from electra_ds.model.weights import load_true_state, true_state
+from electra_ds.model.weights import check_values, load_true_state
 from electra_ds.training import checkpoint
-
-CHECKPOINTS = (
-    "a run folder (OUT), OUT/ckpt, OUT/ckpt/STEP, a fine-tuned model (DIR/TASK, DIR/TASK/seed-N) "
-    "or, where a pretrained encoder is expected, a Hugging Face folder"
-)
 
 
 class ModelSource(NamedTuple):
@@ -69,62 +73,6 @@ def resolve_model(path: Path) -> ModelSource:
     return ModelSource(resolve_checkpoint(path), {})
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """The folder with meta.json of a run, a checkpoint or a fine-tuned model.
-
-    Raises UserError when there is none, and when `path` holds the models of several seeds.
-    """
-    models = sorted(
-        meta.parent
-        for pattern in ("model/meta.json", "seed-*/model/meta.json")
-        for meta in path.glob(pattern)
-    )
-    if len(models) > 1:
-        raise UserError(
-            f"{path}: holds the models of {len(models)} seeds; name one, such as {models[0].parent}"
-        )
-    return models[0] if models else checkpoint.find_checkpoint(path, CHECKPOINTS)
-
-
-def checked_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer in `path`. UserError when its size is not vocab_size, the size of the model."""
-    tokenizer = read_tokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {vocab_size}; "
-            "give its tokenizer with --tokenizer"
-        )
-    return tokenizer
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint of the built-in encoders, read whole.
-
-    model: sizes of the main encoder. weights: fp32 tensors by canonical name, without padded rows.
-    """
-
-    folder: Path
-    meta: checkpoint.Meta
-    model: ModelConfig
-    weights: dict[str, Tensor]
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Meta data and all weights of a run, a checkpoint or a fine-tuned model, checked by sha256.
-
-    Raises UserError for damaged files and for a run with modules from model.factory.
-    """
-    folder = resolve_checkpoint(path)
-    meta = checkpoint.read_meta(folder)
-    weights = checkpoint.weights(folder)
-    if "embeddings.word.weight" not in weights:
-        raise UserError(
-            f"{folder}: expected the built-in encoder (embeddings.*, discriminator.*), found "
-            f"{', '.join(sorted(weights)[:2])}, ...; for modules of your own use electra_ds.load"
-        )
-    return Checkpoint(folder, meta, ModelConfig.model_validate(meta.config["model"]), weights)
-
-
 def load_objective(
     folder: Path, device: torch.device | str = "cpu", trust_code: bool = False
 ) -> tuple[Objective, RunConfig]:
@@ -132,17 +80,24 @@ def load_objective(
 
     folder: a checkpoint, as `find_checkpoint` returns it. The module is in fp32 and eval mode.
     trust_code: run the code that model.factory names; without it such a checkpoint is refused
-    with a UserError.
+    with a UserError. UserError also for weights that do not fit the config or are not finite.
     """
     meta = checkpoint.read_meta(folder)
+    if "task" in meta.config:
+        raise UserError(f"{folder}: a fine-tuned model; expected the checkpoint of a pretraining")
     config = parse_run(meta.config, f"{folder}/meta.json")
     if isinstance(config.model, FactoryConfig) and not trust_code:
         raise UserError(
             f"{folder}: model.factory = {config.model.factory!r} builds this model; its code is "
             "not run by default; if you trust it, give --trust-code (Python: trust_code=True)"
         )
+    weights = checkpoint.weights(folder)
+    if isinstance(config.model, FactoryConfig):
+        check_values(weights, str(folder))
+    else:
+        check_run(config, weights, folder)
     module = build_objective(config, seed=0)
-    load_true_state(module, checkpoint.weights(folder))
+    load_true_state(module, weights)
     return module.to(device).eval(), config
 
 
@@ -151,12 +106,14 @@ class Pretrained(NamedTuple):
 
     state: fp32 tensors without padded rows, named embeddings.* and discriminator.*.
     origin: a description of the source for reports.
+    trained_length: tokens of a row in pretraining; None if it is not known.
     """
 
     model: ModelConfig
     state: dict[str, Tensor]
     tokenizer: Tokenizer
     origin: str
+    trained_length: int | None = None
 
 
 def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
@@ -170,20 +127,21 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
         # A generator's folder has the sizes of another encoder.
         if (folder := source.hf.get("discriminator")) is None:
             raise UserError(f"{path}: found only generator/; expected discriminator/ beside it")
-        model, _ = from_hf_config(read_config(folder))
-        with torch.device("meta"):
-            names = true_state(main_encoder(model))
-        state = from_hf(read_tensors(folder), names, "discriminator")
-        origin, vocabulary = f"Hugging Face folder {folder}", folder
-    else:
-        found = read_checkpoint(source.checkpoint)
-        model = found.model
-        prefixes = ("embeddings.", "discriminator.")
-        state = {name: t for name, t in found.weights.items() if name.startswith(prefixes)}
-        origin = f"{found.folder}, step {found.meta.state.step}"
-        vocabulary = checkpoint.tokenizer_of(found.folder)
-    words = checked_tokenizer(tokenizer or vocabulary, model.vocab_size)
-    return Pretrained(model, state, words, origin)
+        model, _ = from_hf_config(read_config(folder), where=f"{folder}/config.json")
+        state = encoder_from_hf(model, read_tensors(folder), str(folder))
+        words = checked_tokenizer(tokenizer or folder, model.vocab_size)
+        length = stated_length(folder)
+        trained = length if length is not None and length < model.max_positions else None
+        return Pretrained(model, state, words, f"Hugging Face folder {folder}", trained)
+    found = read_checkpoint(source.checkpoint)
+    prefixes = ("embeddings.", "discriminator.")
+    state = {name: t for name, t in found.weights.items() if name.startswith(prefixes)}
+    steps = found.meta.state.step
+    trained = found.fine_tuned.trained_length if found.fine_tuned else None
+    if found.run is not None and steps > 0:  # an imported model was pretrained elsewhere
+        trained = found.run.data.sequence_length
+    origin = f"{found.folder}, step {steps}"
+    return Pretrained(found.model, state, found.tokenizer(tokenizer), origin, trained)
 
 
 class LoadedModel(NamedTuple):
@@ -237,8 +195,7 @@ def load(
 
 def _load_run(folder: Path, tokenizer: Path | None, trust_code: bool) -> LoadedModel:
     module, config = load_objective(folder, trust_code=trust_code)
-    vocabulary = tokenizer or checkpoint.tokenizer_of(folder)
-    words = checked_tokenizer(vocabulary, config.model.vocab_size)
+    words = tokenizer_of_model(folder, tokenizer, config.model.vocab_size, config.data.special_ids)
     parts: tuple[nn.Module, nn.Module | None]
     if isinstance(module, ElectraObjective):
         parts = parts_of_objective(module, words.special_ids.pad)
@@ -249,31 +206,33 @@ def _load_run(folder: Path, tokenizer: Path | None, trust_code: bool) -> LoadedM
 
 
 def _load_fine_tuned(folder: Path, tokenizer: Path | None) -> LoadedModel:
-    found = load_pretrained(folder, tokenizer)
+    found = read_checkpoint(folder)
+    words = found.tokenizer(tokenizer)
     modules = main_encoder(found.model)
-    load_true_state(modules, found.state)
+    encoder_state = {name: t for name, t in found.weights.items() if not name.startswith("head.")}
+    load_true_state(modules, encoder_state)
     encoder = EncoderWithHead(
-        modules["embeddings"], modules["discriminator"], None, found.tokenizer.special_ids.pad
+        modules["embeddings"], modules["discriminator"], None, words.special_ids.pad
     )
-    config = checkpoint.read_meta(folder).config
-    return _loaded(encoder, None, found.tokenizer, config, found.model.max_positions)
+    return _loaded(encoder, None, words, found.meta.config, found.max_length)
 
 
 def _load_hf(folders: dict[str, Path], tokenizer: Path | None) -> LoadedModel:
     configs = {part: read_config(folder) for part, folder in folders.items()}
     config = next(iter(configs.values()))
     first = next(iter(folders.values()))
-    words = checked_tokenizer(tokenizer or first, config["vocab_size"])
+    model, _ = from_hf_config(config, where=f"{first}/config.json")
+    words = checked_tokenizer(tokenizer or first, model.vocab_size)
     parts: dict[str, nn.Module] = {}
     for part, folder in folders.items():
-        sizes, _ = from_hf_config(configs[part])
-        encoder = part_from_hf(sizes, read_tensors(folder), words.special_ids.pad)
+        sizes, _ = from_hf_config(configs[part], where=f"{folder}/config.json")
+        encoder = part_from_hf(sizes, read_tensors(folder), words.special_ids.pad, str(folder))
         # `export` writes a main encoder that predicts tokens as a folder named discriminator.
         is_alone = len(folders) == 1 and folder.name != "discriminator"
         if is_alone and isinstance(encoder.head, GeneratorHead):
             part = "generator"
         parts[part] = encoder
-    max_length = config["max_position_embeddings"]
+    max_length = min(stated_length(first) or model.max_positions, model.max_positions)
     return _loaded(parts.get("discriminator"), parts.get("generator"), words, config, max_length)
 
 

@@ -1,7 +1,11 @@
 """The README.md of an exported folder: front matter, loading code, facts and held-out metrics."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import redacted
 
 PIPELINE_TAGS = {
     "ElectraForPreTraining": "feature-extraction",
@@ -44,7 +48,7 @@ class Card(NamedTuple):
 
 def render_card(name: str, config: Mapping[str, Any], parameters: int, card: Card) -> str:
     """The Markdown text of README.md for a folder called `name` with this config.json."""
-    architecture = config["architectures"][0]
+    architecture, name = config["architectures"][0], printable(name)
     rows = {
         "class": architecture,
         "sizes": SIZES.format(**config),
@@ -62,7 +66,7 @@ def render_card(name: str, config: Mapping[str, Any], parameters: int, card: Car
         "",
         f"# {name}",
         "",
-        card.purpose,
+        _cell(card.purpose),
         "",
         f"Load it from the folder that contains `{name}`:",
         "",
@@ -72,7 +76,7 @@ def render_card(name: str, config: Mapping[str, Any], parameters: int, card: Car
         "",
         "| | |",
         "|---|---|",
-        *(f"| {title} | {_cell(value)} |" for title, value in rows.items()),
+        *(f"| {_cell(title)} | {_cell(value)} |" for title, value in rows.items()),
         "",
     ]
     return "\n".join(lines)
@@ -87,8 +91,8 @@ def _loading_code(name: str, config: Mapping[str, Any], card: Card) -> list[str]
         "import torch",
         f"from transformers import AutoTokenizer, {architecture}",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = {architecture}.from_pretrained("{name}").eval()',
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
+        f"model = {architecture}.from_pretrained({json.dumps(name)}).eval()",
         f'inputs = tokenizer({texts}, return_tensors="pt")',
         "with torch.no_grad():",
         "    logits = model(**inputs).logits",
@@ -108,5 +112,6 @@ def _reading_code(config: Mapping[str, Any], card: Card) -> str:
 
 
 def _cell(value: str) -> str:
-    """A value escaped for one cell of a Markdown table."""
-    return value.replace("|", "\\|").replace("\n", " ")
+    """A value escaped for one cell of a Markdown table; names and labels come from files."""
+    text = printable(redacted(value))
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "&#96;")

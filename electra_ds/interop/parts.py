@@ -14,7 +14,14 @@ from electra_ds.interop.hf import from_hf
 from electra_ds.model.encoder import Embeddings, Encoder
 from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
 from electra_ds.model.objective import ElectraObjective
-from electra_ds.model.weights import load_true_state, true_state
+from electra_ds.model.weights import (
+    check_layers,
+    check_state,
+    check_values,
+    load_true_state,
+    shapes_of,
+    true_state,
+)
 
 
 class EncoderWithHead(nn.Module):
@@ -105,11 +112,30 @@ def main_encoder(model: ModelConfig) -> nn.ModuleDict:
     )
 
 
-def part_from_hf(model: ModelConfig, tensors: Mapping[str, Tensor], pad_id: int) -> EncoderWithHead:
+def encoder_from_hf(
+    model: ModelConfig, tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """Our tensors of the encoder of one Hugging Face folder, fp32, compared with its config.
+
+    model: sizes of this folder. tensors: its state_dict. where: the folder, for messages.
+    UserError for missing tensors, another number of layers, other shapes and values that are not
+    finite.
+    """
+    check_layers(tensors, "encoder.layer.", model.num_layers, where)
+    shapes = shapes_of(lambda: main_encoder(model), where)
+    state = from_hf(tensors, shapes, "discriminator")
+    check_state(state, shapes, where)
+    return state
+
+
+def part_from_hf(
+    model: ModelConfig, tensors: Mapping[str, Tensor], pad_id: int, where: str
+) -> EncoderWithHead:
     """The encoder of one Hugging Face folder, with the ELECTRA head that its tensors contain.
 
-    model: sizes of this folder. tensors: its state_dict. Heads of tasks are left out.
+    Arguments and UserError as in `encoder_from_hf`. Heads of tasks are left out.
     """
+    encoder_from_hf(model, tensors, where)
     modules = main_encoder(model)
     head: DiscriminatorHead | GeneratorHead | None = None
     if "discriminator_predictions.dense.weight" in tensors:
@@ -118,5 +144,7 @@ def part_from_hf(model: ModelConfig, tensors: Mapping[str, Tensor], pad_id: int)
     elif "generator_predictions.dense.weight" in tensors:
         head = GeneratorHead(model, model.hidden_size, model.embedding_size)
         modules["mlm_head"] = head
-    load_true_state(modules, from_hf(tensors, true_state(modules), "discriminator"))
+    state = from_hf(tensors, true_state(modules), "discriminator")
+    check_values(state, where)
+    load_true_state(modules, state)
     return EncoderWithHead(modules["embeddings"], modules["discriminator"], head, pad_id)

@@ -54,7 +54,9 @@ def find_tf(path: Path) -> Path | None:
         return path
     prefixes = {file.with_suffix("") for file in path.glob("*.index")}
     if (path / "checkpoint").is_file() and prefixes:
-        line = re.search(r'model_checkpoint_path: "(.*)"', (path / "checkpoint").read_text())
+        line = re.search(
+            r'model_checkpoint_path: "(.*)"', (path / "checkpoint").read_text(errors="replace")
+        )
         named = {prefix for prefix in prefixes if line and prefix.name == Path(line[1]).name}
         prefixes = named or prefixes
     if len(prefixes) > 1:
@@ -73,9 +75,13 @@ def read_tf(prefix: Path) -> dict[str, Tensor]:
             f"{prefix}: reading a TensorFlow checkpoint needs tensorflow: "
             "pip install 'electra_ds[tf]'"
         ) from None
-    reader = load_checkpoint(str(prefix))
-    names = sorted(reader.get_variable_to_shape_map())
-    return as_tensors({name: reader.get_tensor(name) for name in names})
+    try:
+        reader = load_checkpoint(str(prefix))
+        names = sorted(reader.get_variable_to_shape_map())
+        return as_tensors({name: reader.get_tensor(name) for name in names})
+    except Exception as error:  # tensorflow raises classes of its own for damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{prefix}: cannot be read as a TensorFlow checkpoint ({reason})") from None
 
 
 def sizes_of(
@@ -100,7 +106,7 @@ def sizes_of(
         generator = dict(model)
     tables = {"vocab_size": "word", "max_positions": "position", "type_vocab_size": "token_type"}
     for field, table in tables.items():
-        rows, width = variables[f"electra/embeddings/{table}_embeddings"].shape
+        rows, width = _matrix(variables, f"electra/embeddings/{table}_embeddings")
         model[field] = rows
         model["embedding_size"] = width
     return model | {"sharing": sharing}, generator
@@ -114,10 +120,19 @@ def _encoder_sizes(
     layers = {match[1] for match in map(pattern.match, variables) if match}
     if not layers:
         return None
-    ffn, hidden = variables[f"{scope}/encoder/layer_0/intermediate/dense/kernel"].shape
+    ffn, hidden = _matrix(variables, f"{scope}/encoder/layer_0/intermediate/dense/kernel")
     return {
         "hidden_size": hidden,
         "num_layers": len(layers),
         "ffn_size": ffn,
         "num_heads": max(1, hidden // head_width),
     }
+
+
+def _matrix(variables: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """The shape of a variable. UserError when it is missing or no matrix."""
+    shape = tuple(variables[name].shape) if name in variables else ()
+    if len(shape) != 2:
+        found = f"has the shape {shape}" if shape else "is missing"
+        raise UserError(f"TensorFlow checkpoint: {name} {found}; expected a matrix")
+    return shape[0], shape[1]

@@ -1,9 +1,14 @@
 """Parameters by canonical name, without the rows that pad a table in memory."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 def padded_rows(module: nn.Module) -> dict[str, int]:
@@ -46,3 +51,73 @@ def load_true_state(module: nn.Module, state: dict[str, Tensor], partial: bool =
         if shape != expected:
             raise UserError(f"weights: {name} has shape {shape}, the model expects {expected}")
         parameters[name].copy_(value)
+
+
+def shapes_of(build: Callable[[], nn.Module], where: str) -> Shapes:
+    """Return the shapes of the parameters of a module, without padded rows; no memory is used.
+
+    build: returns the module; it is called with "meta" as the default device.
+    where: the file with the sizes, for the message. UserError for sizes that overflow.
+    """
+    try:
+        with torch.device("meta"):
+            return {name: tuple(value.shape) for name, value in true_state(build()).items()}
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where}: the sizes of the model are impossible ({reason})") from None
+
+
+def check_state(state: Mapping[str, Tensor], shapes: Shapes, where: str) -> None:
+    """Compare weights with the model that its config describes.
+
+    state:  canonical name -> tensor. shapes: of every parameter, by canonical name.
+    where:  folder or file of the weights, for messages.
+    UserError for missing and unknown names, other shapes, integers, and values that are not finite.
+    """
+    missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or unknown:
+        raise UserError(
+            f"{where}: the weights do not fit the config: {len(missing)} tensors are missing "
+            f"({_first(missing)}), {len(unknown)} are not in the model ({_first(unknown)}); use "
+            "the config that was saved with the weights"
+        )
+    for name, shape in shapes.items():
+        found = tuple(state[name].shape)
+        if found != shape:
+            raise UserError(f"{where}: {name} has shape {found}, but the config gives {shape}")
+    check_values(state, where)
+
+
+def check_values(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise UserError for tensors that are not floating-point, or with NaN or infinite values."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise UserError(
+                f"{where}: {printable(name)} has the type {value.dtype}; expected floating-point "
+                "weights; quantized weights are not read"
+            )
+        count = int((~torch.isfinite(value.float())).sum())
+        if count:
+            raise UserError(
+                f"{where}: {count:,} of the {value.numel():,} values of {printable(name)} are not "
+                "finite; the model has diverged or the file is damaged; use an older checkpoint"
+            )
+
+
+def check_layers(names: Mapping[str, Tensor], part: str, count: int, where: str) -> None:
+    """Raise UserError unless `names` has the layers 0 to count - 1 of a part.
+
+    part: what stands before the number of a layer, such as "discriminator.layers.". This check
+    comes before a module of `count` layers is built.
+    """
+    rests = (name.partition(part)[2] for name in names if part in name)
+    found = {rest.partition(".")[0] for rest in rests}
+    if len(found) != count or not all(number.isdecimal() for number in found):
+        raise UserError(
+            f"{where}: the weights have {len(found)} layers ({part}N), but the config has {count}; "
+            "use the config that was saved with the weights"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "") or "none"

@@ -1,11 +1,16 @@
 """Evaluation and detection: metrics equal those computed by other means and those of training."""
 
+import json
 import math
+import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
+from running import run_cli
 from shard_data import SPECIAL
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
@@ -19,7 +24,8 @@ from electra_ds.data.shard_format import read_unigrams
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.evaluation import evaluate
-from electra_ds.evaluation.detect import Detector, TokenScore, table
+from electra_ds.evaluation.detect import Detector, TokenScore
+from electra_ds.evaluation.detect_table import align, table
 from electra_ds.interop import load_model
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import padded_rows
@@ -178,6 +184,34 @@ def test_the_verb_returns_the_metrics_of_evaluation_during_training(run, monkeyp
     assert found == pytest.approx(metrics(run, batches(run)), nan_ok=True)
 
 
+def test_data_of_another_vocabulary_is_refused(run, tmp_path):
+    """The entries are as many and the special tokens are the same."""
+    words = [*WORDS[:5], *(f"w{i}" for i in range(595))]
+    for folder, names in ((run.out, words), (tmp_path / "data", [*words[:5], *words[:4:-1]])):
+        if folder != run.out:
+            shutil.copytree(run.data, folder)
+        (folder / "vocab.txt").write_text("\n".join(names) + "\n")
+        load_tokenizer(folder / "vocab.txt").save(folder / "tokenizer")
+        (folder / "vocab.txt").unlink()
+    try:
+        with pytest.raises(UserError, match="its vocabulary is not that of the model"):
+            evaluate.evaluate_checkpoint(run.out, tmp_path / "data", 8)
+        with pytest.raises(UserError, match="its vocabulary is not that of the model"):
+            Detector.load(run.out, tmp_path / "data" / "tokenizer")
+    finally:
+        shutil.rmtree(run.out / "tokenizer")
+
+
+def test_the_verb_prints_json_and_reports_its_progress(run):
+    counts = []
+    values = evaluate.evaluate_checkpoint(
+        run.out, run.data, 40, progress=lambda done, total: counts.append((done, total))
+    )
+    assert counts == [(40, 40)] or (counts[-1][0] >= 40 and counts[-1][1] == 40)
+    done = run_cli("evaluate", run.out, "--data", run.data, "--max-rows", 40, "--json")
+    assert json.loads(done.stdout, parse_constant=pytest.fail).keys() == values.keys()
+
+
 # ------------------------------------------------------------------------------------------ loading
 
 
@@ -257,6 +291,11 @@ def test_a_probability_depends_on_the_other_tokens_of_the_text(detector):
     assert one[0].probability != other[0].probability
 
 
+def test_a_text_that_is_not_unicode_is_refused(detector):
+    with pytest.raises(UserError, match="not Unicode"):
+        detector("caf\udce9 the")
+
+
 def test_a_text_without_tokens_is_refused(detector):
     for text in ("", "  \n"):
         with pytest.raises(UserError, match="holds no tokens"):
@@ -282,12 +321,37 @@ def test_the_table_marks_suspicious_tokens_and_aligns_the_original():
         TokenScore("cooked", 14, 20, 0.25),
     ]
     _, _, *lines = table(found, 0.5)
-    assert [line.endswith("<-- replaced") for line in lines] == [False, False, True]
+    assert [line.endswith("<- replaced") for line in lines] == [False, False, True]
     _, _, *lines = table(found, 0.9)
-    assert [line.endswith("<-- most suspicious") for line in lines] == [False, False, True]
-    _, _, *lines = table(found, 0.5, original)
-    assert [line.split()[2:4] for line in lines] == [
+    assert [line.endswith("<- most suspicious") for line in lines] == [False, False, True]
+    heading, _, *lines = table(found, 0.5, original)
+    assert heading.split() == ["token", "replaced", "original", "replaced"]
+    assert [line.split()[-2:] for line in lines] == [
         ["the", "0.1000"],
         ["cook", "0.2000"],
         ["cooked", "0.2500"],
     ]
+    assert lines[2].startswith("ate      0.7000  <- replaced  ")  # beside its probability
+
+
+def test_the_columns_of_the_table_do_not_depend_on_the_width_of_characters():
+    words = ["a", "\u6f22\u5b57", "e\u0301te\u0301", "\u0915\u094d\u0937", "\x1b[31m"]
+    found = [TokenScore(word, 0, 1, 0.1) for word in words]
+    lines = table(found, 0.5, found)
+    places = {cell_len(line[: line.index("0.1000")]) for line in lines[2:]}
+    assert len(places) == 1 and len({cell_len(line) for line in lines[2:]}) == 1
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_long_texts_are_aligned_in_bounded_time():
+    random = np.random.default_rng(0)
+    words = [f"w{i}" for i in random.zipf(1.3, 12_000) % 500]
+    old = [TokenScore(word, i, i, 0.1) for i, word in enumerate(words)]
+    new = [score._replace(token="x") if i % 7 == 3 else score for i, score in enumerate(old)]
+    del new[100:130]  # the alignment has to shift
+    new[5000:5000] = old[:40]
+    began = time.monotonic()
+    pairs = list(zip(align(new, old), new, strict=True))
+    assert time.monotonic() - began < 30
+    same = [other is not None and other.start == score.start for other, score in pairs]
+    assert np.mean(same) > 0.97

@@ -1,0 +1,164 @@
+"""Rows of a dataset of the Hugging Face hub, or of a folder that `datasets` reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable, shortened
+from electra_ds.common.urls import is_url
+
+if TYPE_CHECKING:
+    from electra_ds.finetuning.rows import Row
+    from electra_ds.finetuning.tasks import Task
+
+CARDS = ("README.md", ".huggingface.yaml")
+# As in huggingface_hub, so that both read the same part of a card.
+FRONT_MATTER = re.compile(r"^\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
+
+
+def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
+    """The rows of one split, with the columns that the task reads.
+
+    dataset: a folder, relative to that of the task, or a name on the hub. Class numbers become the
+    names of the dataset's ClassLabel; -1 becomes None. UserError when the dataset cannot be read,
+    and for a card of a local folder that names files elsewhere.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"task {task.name} reads a dataset: pip install 'electra_ds[hf]', or give files"
+        ) from None
+    local = Path(task.folder, dataset)
+    source = f"dataset {dataset}, split {task.splits[split]}"
+    is_local = local.exists()
+    if is_local:
+        _check_card(local)
+    try:
+        table = datasets.load_dataset(
+            str(local) if is_local else dataset, task.dataset_config, split=task.splits[split]
+        )
+    except Exception as error:  # of datasets, pyarrow, the hub and the file system
+        raise UserError(f"{source}: {_reason(error)}") from None
+    table = _needed_columns(task, table, source)
+    feature = table.features.get(task.label)
+    # Names of a ClassLabel, or of the ClassLabel inside a sequence.
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    for number, row in enumerate(table):
+        where = f"{source}, row {number}"
+        label = row.get(task.label)
+        if names and label is not None:
+            row = row | {task.label: _label_names(names, label, where)}
+        yield where, row
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's message, without its advice to run code of the dataset."""
+    text = str(error)
+    if "trust_remote_code" in text or "Dataset scripts" in text:
+        return "it needs code of its own, which is not run; convert it to Parquet or JSONL"
+    return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
+def _needed_columns(task: Task, table: Any, source: str) -> Any:
+    """The table without columns that the task does not read: an image could name a URL."""
+    by_number = any(
+        isinstance(name, int) for name in (task.text_a, task.text_b, task.label, task.index)
+    )
+    read = {task.text_a, task.text_b, task.label, task.index}
+    names = [name for name in table.column_names if by_number or name in read]
+    for name in names:
+        if _is_decoded(table.features[name]):
+            raise UserError(
+                f"{source}: column {name!r} has images, sounds or documents; expected text, "
+                "numbers, or lists of them"
+            )
+    # Without a needed column all are kept, so that the message of a row can name them.
+    return table.select_columns(names) if names else table.remove_columns([])
+
+
+def _is_decoded(feature: Any) -> bool:
+    """Whether `datasets` opens files or URLs to read a column of this type."""
+    if isinstance(feature, dict):
+        return any(map(_is_decoded, feature.values()))
+    if isinstance(feature, list):
+        return any(map(_is_decoded, feature))
+    inner = getattr(feature, "feature", None)
+    return hasattr(feature, "decode_example") or (inner is not None and _is_decoded(inner))
+
+
+def _label_names(names: list[str], label: Any, where: str) -> str | list[str] | None:
+    numbers = label if isinstance(label, list) else [label]
+    if all(number == -1 or number == -100 for number in numbers):
+        return None
+    for number in numbers:
+        if not isinstance(number, int) or not 0 <= number < len(names):
+            raise UserError(
+                f"{where}: label {shortened(number)}; expected a class number from 0 to "
+                f"{len(names) - 1}"
+            )
+    found = [names[number] for number in numbers]
+    return found if isinstance(label, list) else found[0]
+
+
+def _check_card(folder: Path) -> None:
+    """Raise UserError when the card of a local dataset names files outside of its folder.
+
+    `datasets` reads any path and fetches any URL that stands in the card's `data_files`.
+    """
+    for name in CARDS:
+        path = folder / name
+        if path.is_file():
+            for place in _places(_front_matter(path)):
+                outside = is_url(place) or place.startswith(("/", "~")) or "\\" in place
+                if outside or ".." in place.split("/"):
+                    raise UserError(
+                        f"{printable(path)}: data_files or data_dir = {shortened(place)} leads out "
+                        "of the folder; expected files inside it"
+                    )
+
+
+def _front_matter(path: Path) -> Any:
+    """The YAML of a dataset card, or of a YAML file; None when it has none."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".md":
+            found = FRONT_MATTER.search(text)
+            text = found[1] if found else ""
+        return yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{printable(path)}: its YAML cannot be read ({reason}); correct or remove it"
+        ) from None
+
+
+def _places(card: Any) -> list[str]:
+    """Every path below `configs` of a dataset card."""
+    configs = card.get("configs") if isinstance(card, dict) else None
+    stack = [
+        config[key]
+        for config in (configs if isinstance(configs, list) else [])
+        if isinstance(config, dict)
+        for key in ("data_files", "data_dir")
+        if key in config
+    ]
+    places = []
+    seen: set[int] = set()  # a YAML alias can repeat a value exponentially often
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            places.append(value)
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                stack += [part for key, part in value.items() if key != "split"]
+            elif isinstance(value, list):
+                stack += value
+    return places

@@ -1,0 +1,60 @@
+"""Notes on the texts and labels of a task: what trains without an error but means little."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from electra_ds.common.special_ids import SpecialIds
+from electra_ds.finetuning.batches import Encoded
+from electra_ds.finetuning.examples import Example, outside_range
+from electra_ds.finetuning.tasks import Task
+
+SHARE = 0.01  # of unknown tokens, and of examples without any, from which a note is given
+
+
+def split_notes(
+    task: Task,
+    split: str,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    special_ids: SpecialIds,
+) -> list[str]:
+    """Sentences about one split: unknown tokens, texts without tokens, labels out of range.
+
+    encoded: `encode` of the examples, or of more.
+    """
+    counts = Counter(token for example in encoded for token in example.ids)
+    tokens = counts.total() - counts[special_ids.cls] - counts[special_ids.sep]
+    unknown = counts[special_ids.unk] / max(1, tokens)
+    notes = []
+    if unknown > SHARE:
+        notes.append(
+            f"{split}: {100 * unknown:.1f} % of the tokens are [UNK]; the vocabulary of the model "
+            "does not fit these texts"
+        )
+    empty = sum(len(example.ids) <= 2 for example in encoded) / max(1, len(encoded))
+    if empty > SHARE:
+        notes.append(f"{split}: {100 * empty:.1f} % of the examples have no token in their text")
+    if odd := outside_range(task, list(examples)):
+        low, high = task.label_range or (0.0, 1.0)
+        share = 100 * len(odd) / len(examples)
+        notes.append(
+            f"{split}: {share:.1f} % of the labels lie outside of label_range [{low:g}, {high:g}], "
+            f"the first is {odd[0]:g}"
+        )
+    return notes
+
+
+def length_note(max_length: int, longest: Mapping[str, int], trained: int | None) -> list[str]:
+    """A sentence when examples are longer than the rows of pretraining.
+
+    longest: split -> tokens of its longest example, cut to max_length. trained: tokens of a row in
+    pretraining; None if it is not known.
+    """
+    if trained is None or max(longest.values(), default=0) <= trained:
+        return []
+    splits = ", ".join(split for split, tokens in longest.items() if tokens > trained)
+    return [
+        f"train.max_length = {max_length}, but the model was pretrained on rows of {trained} "
+        f"tokens: {splits} has longer examples, and their later positions start from untrained "
+        f"embeddings; --set train.max_length={trained} cuts them"
+    ]

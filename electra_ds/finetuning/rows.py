@@ -1,0 +1,204 @@
+"""Rows of example files: TSV, CSV, JSONL and CoNLL.
+
+A row that cannot be read raises a UserError that names file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.files import is_lfs_pointer
+from electra_ds.common.json_files import parse_strictly
+from electra_ds.common.printable import shortened
+
+if TYPE_CHECKING:
+    from electra_ds.finetuning.tasks import Task
+
+Row = tuple[str, dict[str | int, Any]]  # its location for messages, and its values by column
+Lines = Iterator[tuple[int, list[str]]]  # line number from 1, and cells
+# First bytes of files that are no text -> the advice.
+BINARY = {
+    b"\x1f\x8b": "it is compressed with gzip; unpack it",
+    b"BZh": "it is compressed with bzip2; unpack it",
+    b"\xfd7zXZ": "it is compressed with xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it",
+    b"PK\x03\x04": "it is a zip or a spreadsheet; save it as TSV, CSV or JSONL",
+    b"PAR1": "it is Parquet; name its folder as `dataset` of the task, or convert it to JSONL",
+    b"\xff\xfe": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
+    b"\xfe\xff": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
+}
+
+
+def file_rows(task: Task, split: str) -> Iterator[Row]:
+    """The rows of a split's file.
+
+    UserError for an unknown format, a file that cannot be read, a broken row, and no row at all.
+    """
+    path = task.path(split)
+    rows = _rows_of_text(path, _read(path), task, split)
+    count = 0
+    for row in rows:
+        count += 1
+        yield row
+    if not count:
+        raise UserError(
+            f"{path}: holds no example; expected at least one line after the header; "
+            "check that the file is complete"
+        )
+
+
+def _rows_of_text(path: Path, text: str, task: Task, split: str) -> Iterator[Row]:
+    file_format = task.format or path.suffix.lstrip(".")
+    if file_format == "tsv":
+        return _table(path, _tsv(text), task, split)
+    if file_format == "csv":
+        return _table(path, _csv(path, text), task, split)
+    if file_format in ("jsonl", "json"):
+        return _jsonl(path, text)
+    if file_format == "conll":
+        return _conll(path, text)
+    raise UserError(
+        f"{path}: unknown suffix {path.suffix!r}; give the task a format: tsv, csv, jsonl, conll"
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{path}: {reason}; expected a file of examples; check --data and `splits`"
+        ) from None
+    if is_lfs_pointer(data):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file; fetch it with: git lfs pull")
+    for start, advice in BINARY.items():
+        if data.startswith(start):
+            raise UserError(f"{path}: expected text in UTF-8, but {advice}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8; "
+            "try: iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
+    """Rows of a table; the first line has the names of the columns unless the task gives them."""
+    columns = task.columns.get(split)
+    short_rows = 0
+    for line, cells in lines:
+        if columns is None:
+            columns = _distinct(path, cells, task)
+            if task.header:
+                continue
+        if len(cells) == len(columns):
+            yield f"{path}:{line}", dict(zip(columns, cells, strict=True))
+        elif len(cells) < len(columns) and split in task.skip_short:
+            short_rows += 1
+        else:
+            raise UserError(
+                f"{path}:{line}: found {len(cells)} columns, expected {len(columns)} "
+                f"({', '.join(columns)}); look for a missing or an extra separator (a text cannot "
+                "hold a tab)"
+            )
+    if short_rows:
+        warnings.warn(f"{path}: {short_rows} rows with too few columns are skipped", stacklevel=2)
+
+
+def _distinct(path: Path, cells: list[str], task: Task) -> list[str]:
+    """Names of the columns of a table, each once. UserError if the task reads a repeated name."""
+    if not task.header:
+        return [str(number) for number in range(len(cells))]
+    repeated = {name for name, count in Counter(cells).items() if count > 1}
+    read = {task.text_a, task.text_b, task.label, task.index}
+    if both := sorted(repeated & {name for name in read if isinstance(name, str)}):
+        raise UserError(
+            f"{path}:1: several columns are named {both[0]!r}; expected one; rename the others, or "
+            "give the column by its number"
+        )
+    return [f"{name} ({number})" if name in repeated else name for number, name in enumerate(cells)]
+
+
+def _tsv(text: str) -> Lines:
+    """Lines of a TSV, without blank lines at its end. Quotes are literal.
+
+    Only a line feed ends a line, since texts contain other line separators of Unicode.
+    """
+    lines = text.split("\n")
+    while lines and not lines[-1].strip(" \r"):
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        yield number, line.rstrip("\r").split("\t")
+
+
+def _csv(path: Path, text: str) -> Lines:
+    """Rows of a CSV with the number of their first line."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 131,072 characters
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first_line = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield first_line, cells
+            first_line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{first_line}: odd quote in the row that begins here ({error}); expected each "
+            "quote inside a quoted text to be doubled; correct the row, or use TSV, where quotes "
+            "are literal"
+        ) from None
+
+
+def _jsonl(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_strictly(line)
+        except ValueError as error:
+            raise UserError(
+                f"{path}:{number}: found {shortened(line, 60)} ({error}); expected one JSON object "
+                "per line"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}:{number}: found {shortened(line, 60)}; expected one JSON object per line"
+            )
+        yield f"{path}:{number}", row
+
+
+def _conll(path: Path, text: str) -> Iterator[Row]:
+    """Sentences with the columns `words` and `tags`: the first and the last column of the file.
+
+    One word a line; a blank line or -DOCSTART- ends a sentence. Tabs separate the columns; in a
+    line without tabs, spaces do. Other white space, such as a no-break space, is part of a word.
+    """
+    sentence: list[list[str]] = []
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        parts = line.strip(" \t\r").split("\t" if "\t" in line.strip(" \t\r") else " ")
+        cells = [cell.strip(" ") for cell in parts if cell.strip(" ")]
+        if cells and cells[0] != "-DOCSTART-":
+            sentence.append(cells)
+        elif sentence:
+            where = f"{path}:{number - len(sentence)}"
+            if len({len(cells) for cells in sentence}) > 1:
+                raise UserError(
+                    f"{where}: the lines of a sentence have different numbers of columns; expected "
+                    "word tag"
+                )
+            row: dict[str | int, Any] = {"words": [cells[0] for cells in sentence]}
+            if len(sentence[0]) > 1:
+                row["tags"] = [cells[-1] for cells in sentence]
+            yield where, row
+            sentence = []

@@ -1,0 +1,166 @@
+"""Reading of whole checkpoints of the built-in encoders: weights compared with their config."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, field_validator
+from torch import Tensor
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.json_files import Record, parse_record
+from electra_ds.common.printable import printable
+from electra_ds.config.loading import parse_config, parse_run
+from electra_ds.config.schema import FactoryConfig, ModelConfig, RunConfig
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.interop.parts import main_encoder
+from electra_ds.interop.vocabularies import tokenizer_of_model
+from electra_ds.model.build import build_objective
+from electra_ds.model.weights import check_layers, check_state, shapes_of
+from electra_ds.training import checkpoint
+
+CHECKPOINTS = (
+    "a run folder (OUT), OUT/ckpt, OUT/ckpt/STEP, a fine-tuned model (DIR/TASK, DIR/TASK/seed-N) "
+    "or, where a pretrained encoder is expected, a Hugging Face folder"
+)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder with meta.json of a run, a checkpoint or a fine-tuned model.
+
+    Raises UserError when there is none, and when `path` holds the models of several seeds.
+    """
+    models = sorted(
+        meta.parent
+        for pattern in ("model/meta.json", "seed-*/model/meta.json")
+        for meta in path.glob(pattern)
+    )
+    if len(models) > 1:
+        raise UserError(
+            f"{path}: holds the models of {len(models)} seeds; name one, such as {models[0].parent}"
+        )
+    return models[0] if models else checkpoint.find_checkpoint(path, CHECKPOINTS)
+
+
+class FineTunedTrain(Record):
+    """The values of train in the config of a fine-tuned model that predictions depend on."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    max_length: int | None = Field(None, ge=8)
+
+
+class FineTunedTask(Record):
+    """The values of task in the config of a fine-tuned model that its head depends on."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = Field("task", min_length=1, max_length=255)
+    kind: Literal["classification", "regression", "token_classification"]
+    labels: list[str] | None = Field(None, min_length=1)
+    label_range: tuple[float, float] | None = None
+    text_b: str | int | None = None
+    dataset: str | None = None
+    splits: dict[str, str] = Field(default_factory=dict)
+
+
+class FineTunedConfig(Record):
+    """The config in meta.json of a fine-tuned model.
+
+    tokenizer: fingerprint of its tokenizer. trained_length: tokens of a row of pretraining. Models
+    of earlier versions have neither.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: dict[str, Any]
+    task: FineTunedTask
+    train: FineTunedTrain = Field(default_factory=lambda: FineTunedTrain(max_length=None))
+    scores: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    tokenizer: str | None = None
+    trained_length: int | None = None
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _by_split(cls, scores: Any) -> Any:
+        """Name the split of the scores of a best epoch, which earlier versions wrote without it."""
+        is_flat = isinstance(scores, dict) and any(
+            isinstance(value, (int, float)) for value in scores.values()
+        )
+        return {"valid": scores} if is_flat else scores
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint of the built-in encoders, read whole.
+
+    model: sizes of the main encoder. weights: fp32 tensors by canonical name, without padded rows,
+    compared with the config. run: the config of a pretraining run; fine_tuned: that of a fine-tuned
+    model; one of them is None.
+    """
+
+    folder: Path
+    meta: checkpoint.Meta
+    model: ModelConfig
+    weights: dict[str, Tensor]
+    run: RunConfig | None
+    fine_tuned: FineTunedConfig | None
+
+    def tokenizer(self, given: Path | None = None) -> Tokenizer:
+        """Its tokenizer; see `tokenizer_of_model`."""
+        special_ids = self.run.data.special_ids if self.run else None
+        fingerprint = self.fine_tuned.tokenizer if self.fine_tuned else None
+        return tokenizer_of_model(
+            self.folder, given, self.model.vocab_size, special_ids, fingerprint
+        )
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a row: those of pretraining, or those of fine-tuning."""
+        length = self.fine_tuned.train.max_length if self.fine_tuned else None
+        length = self.run.data.sequence_length if self.run else length
+        return min(length or self.model.max_positions, self.model.max_positions)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Meta data and all weights of a run, a checkpoint or a fine-tuned model, checked by sha256.
+
+    Raises UserError for damaged files, for weights that do not fit the config or are not finite,
+    and for a run with modules from model.factory.
+    """
+    folder = resolve_checkpoint(path)
+    meta = checkpoint.read_meta(folder)
+    weights = checkpoint.weights(folder)
+    if "embeddings.word.weight" not in weights:
+        raise UserError(
+            f"{folder}: expected the built-in encoder (embeddings.*, discriminator.*), found "
+            f"{', '.join(map(printable, sorted(weights)[:2]))}, ...; for modules of your own use "
+            "electra_ds.load"
+        )
+    where = f"{folder}/meta.json"
+    if "task" not in meta.config:
+        config = parse_run(meta.config, where)
+        check_run(config, weights, folder)
+        return Checkpoint(folder, meta, config.model, weights, config, None)
+    tuned = parse_record(meta.config, f"{where}: config", FineTunedConfig)
+    model = parse_config(tuned.model, where, ModelConfig)
+    check_layers(weights, "discriminator.layers.", model.num_layers, str(folder))
+    shapes = shapes_of(lambda: main_encoder(model), where)
+    outputs = len(tuned.task.labels or [""])
+    shapes |= {"head.weight": (outputs, model.hidden_size), "head.bias": (outputs,)}
+    check_state(weights, shapes, str(folder))
+    return Checkpoint(folder, meta, model, weights, None, tuned)
+
+
+def check_run(config: RunConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Compare the weights of a run of the built-in encoders with its config."""
+    where = f"{folder}/meta.json"
+    for key, value in (
+        ("model.vocab_size", config.model.vocab_size),
+        ("data.special_ids", config.data.special_ids),
+    ):
+        if value is None:
+            raise UserError(f"{where}: {key} is missing; expected the config of a checkpoint")
+    assert not isinstance(config.model, FactoryConfig)
+    check_layers(weights, "discriminator.layers.", config.model.num_layers, str(folder))
+    if config.objective.has_generator and config.model.sharing != "all":
+        check_layers(weights, "generator.layers.", config.generator.num_layers, str(folder))
+    check_state(weights, shapes_of(lambda: build_objective(config), where), str(folder))
