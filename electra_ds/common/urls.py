@@ -33,8 +33,8 @@ def protocol_of(place: str) -> str:
     name = place.partition("://")[0].lower()
     if "::" in place or name not in PROTOCOLS:
         raise UserError(
-            f"{printable(redacted(place))}: this protocol is not opened; expected a path, or a URL "
-            f"that begins with {', '.join(f'{known}://' for known in PROTOCOLS)}, without '::'"
+            f"{printable(redacted(place))}: this kind of URL is not opened; expected a path or one of "
+            f"the protocols {', '.join(f'{known}://' for known in PROTOCOLS)}, without '::'"
         )
     return name
 

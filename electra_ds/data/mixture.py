@@ -151,11 +151,11 @@ def join_manifests(path: Path, manifests: dict[str, Manifest], counts: Sequence[
         )
     first, *_ = manifests.values()
     ids = repr([(m.dataset_id, count) for m, count in zip(manifests.values(), counts, strict=True)])
-    numbers = [key for key, field in SplitInfo.model_fields.items() if field.annotation is int]
+    numbers = [key for key in SplitInfo.model_fields if key not in ("index_sha256", "shards")]
     sums = {
         key: sum(getattr(m.splits["train"], key) for m in manifests.values()) for key in numbers
     }
-    train = SplitInfo(**sums, index_sha256="", shards=())
+    train = SplitInfo.model_construct(**sums, index_sha256="", shards=())
     dataset_id = hashlib.sha256(ids.encode()).hexdigest()[:32]
     return first.model_copy(update={"dataset_id": dataset_id, "splits": {"train": train}})
 

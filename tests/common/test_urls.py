@@ -11,7 +11,7 @@ from electra_ds.common.urls import PROTOCOLS, file_system, redacted
 def test_other_protocols_are_refused(protocol):
     if protocol in ("http", "https"):
         return
-    with pytest.raises(UserError, match="this protocol is not opened"):
+    with pytest.raises(UserError, match="this kind of URL is not opened"):
         file_system(f"{protocol}://host/x")
 
 

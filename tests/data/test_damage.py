@@ -12,7 +12,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from shard_data import best_fit_rows, write_data, write_tokenizer
+from shard_data import best_fit_rows, write_data
 
 from data_tools.verify import verify
 from electra_ds.common.errors import UserError
@@ -187,8 +187,8 @@ VERIFY = {
 
 @pytest.mark.parametrize("name", [*OPEN, *TOUCH, *VERIFY])
 def test_damage_is_an_error_with_shard_and_block(name, tmp_path):
-    fingerprint = write_tokenizer(tmp_path / "data" / "tokenizer")
-    data = write_data(tmp_path / "data", ROWS, fingerprint=fingerprint)
+    (tmp_path / "data").mkdir()
+    data = write_data(tmp_path / "data", ROWS)
     assert verify(data) == []
     damage, message = (OPEN | TOUCH | VERIFY)[name]
     damage(data)
