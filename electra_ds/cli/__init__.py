@@ -1,6 +1,9 @@
 """The command line: one module per group of verbs."""
 
+import contextlib
+import errno
 import os
+import sys
 import traceback
 
 # isort: off
@@ -10,20 +13,59 @@ from electra_ds.cli import data, train, evaluate, finetune, transfer  # noqa: F4
 # isort: on
 from electra_ds.cli.console import app, leave
 from electra_ds.common.errors import RunFailure, UserError
-from electra_ds.common.printable import printable_lines
+from electra_ds.common.printable import printable, printable_lines
 from electra_ds.common.urls import redacted
+
+
+# Errors of the machine without a file name; other errors without one are of the program.
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
 def main() -> None:
     """Run a verb.
 
-    A UserError becomes one message and exit code 2, a RunFailure one message and exit code 1.
+    A UserError becomes one message and exit code 2. A RunFailure, and an OSError that names a file,
+    become one message and exit code 1. Any other error keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            # Texts of users have characters that the encoding of the terminal may lack.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        app()
-    except (UserError, RunFailure) as error:
-        rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        message = redacted(printable_lines(str(error)))
-        leave(2 if isinstance(error, UserError) else 1, f"electra-ds{rank}: error: {message}\n")
+        _run()
+    except UserError as error:
+        leave(2, _message(str(error)))
+    except RunFailure as error:
+        leave(1, _message(str(error)))
+    except OSError as error:
+        known = error.filename is not None or error.errno in OF_THE_MACHINE
+        leave(1, _message(_reason(error)) if known else traceback.format_exc())
     except Exception:
         leave(1, traceback.format_exc())
+
+
+def _run() -> None:
+    """Run a verb and write what it printed. OSError when standard output is full."""
+    try:
+        app()
+    except SystemExit:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of a pipe has ended
+            leave(1)
+        except OSError as error:
+            error.filename = "standard output"
+            raise error from None
+        raise
+
+
+def _reason(error: OSError) -> str:
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return ": ".join([*names, error.strerror or type(error).__name__])
+
+
+def _message(text: str) -> str:
+    """The line that ends a failed command; it names the rank if there are several."""
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+    rank = f" (rank {printable(os.environ.get('RANK', '?'))})" if several else ""
+    return f"electra-ds{rank}: error: {redacted(printable_lines(text))}\n"

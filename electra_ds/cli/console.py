@@ -5,14 +5,28 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
+
+class Verbs(typer.core.TyperGroup):
+    """The group of all verbs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb. An EOFError keeps its traceback; click would print "Aborted!" only."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise RuntimeError("unexpected end of a file") from error
+
+
 app = typer.Typer(
     name="electra-ds",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

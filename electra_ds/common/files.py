@@ -62,6 +62,11 @@ def _umask() -> int:
     return mask
 
 
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether the first bytes of a file are those of a Git LFS pointer, not of the file itself."""
+    return start.startswith(b"version https://git-lfs.github.com/")
+
+
 def sha256_file(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

@@ -1,0 +1,110 @@
+"""Output paths of the command line: checked before the work; folders written whole or not at all."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.files import fsync_folder
+from electra_ds.common.printable import printable
+
+
+def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] = ()) -> None:
+    """Check that a file can be written at `path`; its folder is created.
+
+    option: the option that holds the path. inputs: files that the command reads.
+    UserError when `path` is a folder or one of `inputs`, or when its folder cannot be written.
+    """
+    with _explained(path, option, "a file"):
+        if path.is_dir():
+            raise UserError(f"{option} {printable(path)}: is a folder; expected a file")
+        for read in inputs:
+            if read is not None and path.exists() and read.exists() and path.samefile(read):
+                raise UserError(
+                    f"{option} {printable(path)}: is also an input and would be overwritten; "
+                    "choose another file"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.is_file():  # not a device or a pipe
+            _try_writing(path.parent, path.name)
+
+
+def check_output_folder(path: Path, option: str) -> None:
+    """Create the folder `path` if it is missing, and check that files can be written to it.
+
+    UserError names the option, the path and the reason.
+    """
+    with _explained(path, option, "a folder"):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{option} {printable(path)}: is a file; expected a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        _try_writing(path, "write")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, option: str) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` when the block succeeds.
+
+    `path` must be missing or empty. It is unchanged when the block fails, so the same command can
+    be repeated. Raises UserError when `path` is a file, is not empty or cannot be created.
+    """
+    with _explained(path, option, "a new folder"):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{option} {printable(path)}: is a file; expected a new folder")
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"{option} {printable(path)}: not empty; choose a new folder")
+        check_output_folder(path.parent, option)
+        if path.exists():
+            _try_writing(path, "write")
+        unfinished = path.parent / f".{secrets.token_hex(6)}.tmp"
+        unfinished.mkdir()
+    try:
+        yield unfinished
+        _publish(unfinished, path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename = str(error.filename).replace(str(unfinished), str(path))
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    """Rename `unfinished` to `path`; a mount point cannot be replaced, so its content is moved."""
+    try:
+        os.replace(unfinished, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        for child in sorted(unfinished.iterdir()):
+            shutil.move(child, path / child.name)
+    fsync_folder(path.parent)
+
+
+def _try_writing(folder: Path, name: str) -> None:
+    """Create and remove a file in `folder`. name: of the later file; OSError if it is too long."""
+    trial = folder / f".{secrets.token_hex(6)}.tmp"
+    try:
+        with open(trial, "wb") as file:
+            file.write(b"x")
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(folder / name)  # OSError for a name that is too long
+
+
+@contextlib.contextmanager
+def _explained(path: Path, option: str, expected: str) -> Iterator[None]:
+    """Raise the OSError of a block as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        where = printable(error.filename) if error.filename else printable(path)
+        raise UserError(
+            f"{option} {printable(path)}: cannot be written ({where}: {error.strerror}); expected "
+            f"{expected} in a place with free space and write permission"
+        ) from None
