@@ -46,7 +46,7 @@ def test_failures_are_counted_until_a_checkpoint_is_gained(tmp_path: Path) -> No
         "RuntimeError: connection closed",
     ]
     assert attempt(0) == found  # stopped and saved: no change
-    assert attempt(0, silent="process 5 on node7: its process is gone")["in_a_row"] == 2
+    assert attempt(0, silent="process 5 on node7: its process has ended")["in_a_row"] == 2
     assert attempt(0, OSError("b"))["in_a_row"] == 3
     assert attempt(10, OSError("c"))["in_a_row"] == 1  # a checkpoint was gained
     for _ in range(2):

@@ -124,9 +124,9 @@ def move_outside(data):
 CUT, AFTER, PLACE = (
     "block 1 is the first incomplete one",
     "the change is after block 3",
-    "shard 0 of train is no regular file",
+    "shard 0 of train is missing or no regular file",
 )
-TAR, NPY, CRC = "block 1: its tar header", "block 1: the npy header", "block 1: its rows differ"
+TAR, NPY, CRC = "block 1: its tar header", "block 1: the npy header", "block 1: the crc32 of its rows differs"
 # Detected when the folder is opened.
 OPEN = {
     "truncated at a member": (edit(lambda content, offset: content[: offset - TAR_BLOCK]), CUT),
@@ -167,7 +167,7 @@ TOUCH = {
     "an object array": (overwrite(0, object_array()), NPY),
     "swapped with one of its size": (
         swap(1),
-        "block 1: its tar header is not that of train-000000-000001.ids.npy",
+        "block 1: its tar header differs from the expected one for train-000000-000001.ids.npy",
     ),
 }
 # Detected by `verify` only.

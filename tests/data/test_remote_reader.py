@@ -196,7 +196,7 @@ def test_a_server_that_restarts_is_waited_for(folder, web, monkeypatch):
         assert steps_of(data, 3) == expected
 
 
-HEADER = "block 4: its tar header is not that of train-000002-000004.ids.npy; copy"
+HEADER = "block 4: its tar header differs from the expected one for train-000002-000004.ids.npy; copy"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ HEADER = "block 4: its tar header is not that of train-000002-000004.ids.npy; co
         (
             lambda content: flip_bit(content, -700),
             UserError,
-            "block 5: its rows differ from their crc32; copy",
+            "block 5: the crc32 of its rows differs from that in the index; copy",
             True,
         ),
         (lambda content: flip_bit(content, 0), UserError, HEADER, True),
@@ -285,7 +285,7 @@ def test_a_damaged_small_file_is_an_error(web):
 def test_copies_that_cannot_be_written_are_an_error_with_their_path(web, tmp_path):
     (tmp_path / "tokenizer").touch()  # a file instead of a folder: an OSError, as of a full disk
     with pytest.raises(
-        RunFailure, match=f"^{tmp_path}/tokenizer/vocab.txt: .*; make room, or set TMPDIR"
+        RunFailure, match=f"^{tmp_path}/tokenizer/vocab.txt: .*; free disk space, or set TMPDIR"
     ):
         remote_reader.RemoteFolder(web.url).copy({"tokenizer/vocab.txt": None}, tmp_path)
 
@@ -304,7 +304,7 @@ def test_a_link_and_a_pickle_in_a_chunk_are_refused_by_their_headers(web):
     np.lib.format.write_array(pickled, np.array([Trap()], object), allow_pickle=True)
     reader, _ = open_data(web.url).training(7, 12)
     for offset, replacement, message in (
-        (0, link.tobuf(tarfile.USTAR_FORMAT), "block 0: its tar header is not that of"),
+        (0, link.tobuf(tarfile.USTAR_FORMAT), "block 0: its tar header differs from the expected one for"),
         (TAR_BLOCK, pickled.getvalue(), "block 0: the npy header of"),
     ):
         end = offset + len(replacement)

@@ -228,7 +228,7 @@ def test_latest_that_names_nothing_is_refused(saved):
             checkpoint.latest(folder)
     shutil.move(path / "meta.json", folder)
     (folder / "latest").write_text("1000\n")
-    with pytest.raises(UserError, match="write the name of a good one"):
+    with pytest.raises(UserError, match="write the name of a complete checkpoint"):
         checkpoint.latest(folder)
 
 
@@ -241,7 +241,7 @@ def test_a_changed_byte_is_reported_with_its_file(saved, name):
     data[-1] ^= 1
     (saved[1] / name).write_bytes(data)
     with pytest.raises(
-        UserError, match=rf"{name}: its content is not what was written.*older checkpoint"
+        UserError, match=rf"{name}: its content has changed.*older checkpoint"
     ):
         checkpoint.load(FakeWeights(), saved[1], PADDED)
     with pytest.raises(UserError, match=name):
