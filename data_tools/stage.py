@@ -21,9 +21,8 @@ from data_tools.workers import Progress, ignore_progress
 from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_lock import Lock
-from electra_ds.common.json_files import parse_json
 from electra_ds.common.urls import file_system
-from electra_ds.data.shard_format import MANIFEST, Manifest, check_manifest, index_file
+from electra_ds.data.shard_format import MANIFEST, Manifest, index_file, parse_manifest
 
 
 class File(NamedTuple):
@@ -105,7 +104,7 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = ignore
     content = origin.read("manifest.json")
     if content is None:
         raise UserError(f"{source}/manifest.json: not found; expected {MANIFEST}")
-    files = _files(check_manifest(parse_json(content, source, MANIFEST), source))
+    files = _files(parse_manifest(content, source))
     with ThreadPoolExecutor(workers) as threads:
         complete = partial(_is_complete, origin, target, content, files, threads)
         while not complete():

@@ -11,9 +11,9 @@ import numpy as np
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
+from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import Manifest, read_manifest, read_unigrams
 from electra_ds.data.shard_reader import ShardReader
-from electra_ds.data.tokenizer import load_tokenizer
 
 
 def verify(data_dir: str | Path, on_progress: Callable[[int], None] | None = None) -> list[str]:
@@ -33,12 +33,7 @@ def verify(data_dir: str | Path, on_progress: Callable[[int], None] | None = Non
             f"{manifest.content_id()}, the hash of its content"
         )
     try:
-        fingerprint = load_tokenizer(data_dir / "tokenizer").fingerprint
-        if fingerprint != manifest.tokenizer.sha256:
-            problems.append(
-                f"tokenizer: its fingerprint is {fingerprint}; expected "
-                f"{manifest.tokenizer.sha256}, with which the rows were made"
-            )
+        load_data_tokenizer(data_dir, manifest.tokenizer)
     except UserError as error:
         problems.append(str(error))
     in_manifest = {shard.file for split in manifest.splits.values() for shard in split.shards}
@@ -137,7 +132,7 @@ def _block_problem(rows: np.ndarray, fragments: np.ndarray, manifest: Manifest) 
 def _verify_unigrams(data_dir: Path, manifest: Manifest, counts: np.ndarray) -> list[str]:
     """Compare unigrams.npy with the counts of all ids of the training rows, [V]."""
     try:
-        stored = read_unigrams(data_dir, len(counts))
+        stored = read_unigrams(data_dir, len(counts), manifest.unigrams_sha256)
     except UserError as error:
         return [str(error)]
     counts[list(manifest.tokenizer.special_ids.model_dump().values())] = 0

@@ -16,7 +16,6 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.printable import printable, printable_lines
 from electra_ds.common.urls import redacted
 
-
 # Errors of the machine without a file name; other errors without one are of the program.
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 

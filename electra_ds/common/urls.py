@@ -1,6 +1,7 @@
 """Remote folders and files: allowed protocols, and URLs without their secrets."""
 
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -71,9 +72,7 @@ def read_bounded(system: Any, path: str, limit: int) -> bytes:
 
 def url_name(place: str) -> str:
     """The last component of a path or URL, without query and fragment, which may hold secrets."""
-    if is_url(place):
-        place = re.split("[?#]", place, maxsplit=1)[0]
-    return place.rstrip("/").rpartition("/")[2]
+    return Path(re.split("[?#]", place, maxsplit=1)[0] if is_url(place) else place).name
 
 
 def redacted(text: str) -> str:

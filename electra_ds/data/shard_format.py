@@ -387,6 +387,11 @@ def write_index(path: str | Path, blocks: np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def index_bytes(blocks: int) -> int:
+    """Return the size of a block index."""
+    return len(INDEX_MAGIC) + 8 + blocks * INDEX_DTYPE.itemsize
+
+
 def read_index(path: str | Path, sha256: str, blocks: int) -> np.ndarray:
     """Read a block index, [blocks] INDEX_DTYPE.
 
@@ -394,7 +399,7 @@ def read_index(path: str | Path, sha256: str, blocks: int) -> np.ndarray:
     Raises UserError when it is missing, or its size or sha256 is another one.
     """
     what = "the block index of a split"
-    size = len(INDEX_MAGIC) + 8 + blocks * INDEX_DTYPE.itemsize
+    size = index_bytes(blocks)
     content = read_small(path, what, size)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(

@@ -232,17 +232,15 @@ class ShardReader(SplitIndex):
         info = self.info.shards[shard]
         blocks = self.blocks[slice(*self.shard_starts[shard : shard + 2])]
         path = self.data_dir / info.file  # the manifest has only the names of this format
+        problem = ""
         try:
             status = path.lstat()
         except OSError as error:
+            problem = f" ({error.strerror})"
+        if problem or not stat.S_ISREG(status.st_mode):
             raise UserError(
-                f"{printable(path)}: shard {shard} of {self.split} is missing or cannot be read "
-                f"({error.strerror}); copy the data again"
-            ) from None
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(
-                f"{printable(path)}: shard {shard} of {self.split} is no regular file; expected a "
-                "tar; copy the data again"
+                f"{printable(path)}: shard {shard} of {self.split} is missing or no regular file"
+                f"{problem}; copy the data again"
             )
         ends = blocks["offset"] + blocks["bytes"]
         size = status.st_size

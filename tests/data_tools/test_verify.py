@@ -66,8 +66,8 @@ def test_every_damaged_block_is_named(data):
     problems = verify(data)
     assert len(problems) == 3
     locations = [
-        "000.tar: block 0: its rows",
-        "000.tar: block 2: its rows",
+        "000.tar: block 0: the crc32 of its rows",
+        "000.tar: block 2: the crc32 of its rows",
         "001.tar: block 1: its tar",
     ]
     for location, problem in zip(locations, problems, strict=True):
@@ -91,7 +91,7 @@ def test_another_tokenizer_is_reported(data):
     path = data / "tokenizer" / "vocab.txt"
     path.write_text(path.read_text().replace("w77", "v77"))
     (problem,) = verify(data)
-    assert problem.startswith("tokenizer: its fingerprint")
+    assert problem.count("tokenizer: its fingerprint")
 
 
 @pytest.mark.parametrize(

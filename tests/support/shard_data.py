@@ -120,8 +120,8 @@ def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows
     ]
     rows = np.concatenate(shards)
     return SplitInfo(
-        documents=int((rows == SPECIAL.cls).sum()),
-        pieces=int((rows == SPECIAL.cls).sum()),
+        documents=max(1, int((rows == SPECIAL.cls).sum())),
+        pieces=max(1, int((rows == SPECIAL.cls).sum())),
         tokens=int((rows > SPECIAL.mask).sum()),
         pad=int((rows == SPECIAL.pad).sum()),
         rows=len(rows),

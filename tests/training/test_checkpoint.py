@@ -240,9 +240,7 @@ def test_a_changed_byte_is_reported_with_its_file(saved, name):
     data = bytearray((saved[1] / name).read_bytes())
     data[-1] ^= 1
     (saved[1] / name).write_bytes(data)
-    with pytest.raises(
-        UserError, match=rf"{name}: its content has changed.*older checkpoint"
-    ):
+    with pytest.raises(UserError, match=rf"{name}: its content has changed.*older checkpoint"):
         checkpoint.load(FakeWeights(), saved[1], PADDED)
     with pytest.raises(UserError, match=name):
         checkpoint.weights(saved[1])
