@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from electra_ds.common.bounded_http import client_options
 from electra_ds.common.errors import UserError
@@ -12,7 +11,7 @@ from electra_ds.common.printable import printable
 # fsspec knows more than 40 protocols. Some execute templates, run shell commands over ssh or mount
 # archives, so only these are opened.
 PROTOCOLS = ("file", "gs", "hf", "http", "https", "memory", "s3")
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*://\S*")
 SECRET = re.compile(
     r"(?i)\b([\w.-]*(?:token|key|secret|signature|sig|password|passwd|pwd|credential|auth|session)"
     r"[\w.-]*=)[^&\s;#'\"]*"
@@ -21,7 +20,7 @@ SECRET = re.compile(
 
 def is_url(place: str) -> bool:
     """Whether `place` names a protocol, or is a chain of protocols, rather than a local path."""
-    return "::" in place or bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place))
+    return "://" in place or "::" in place or place.startswith("data:")
 
 
 def protocol_of(place: str) -> str:
@@ -84,11 +83,12 @@ def redacted(text: str) -> str:
 
 
 def _redacted_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # not a URL, such as an unfinished IPv6 address
-        return SECRET.sub(r"\1***", re.sub(r"//[^/@]*@", "//***@", url))
-    _, at, host = parts.netloc.rpartition("@")
-    netloc = f"***@{host}" if at else parts.netloc
-    query, fragment = (SECRET.sub(r"\1***", part) for part in (parts.query, parts.fragment))
-    return urlunsplit((parts.scheme, netloc, parts.path, query, fragment))
+    head, slashes, rest = url.partition("://")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    port = authority.rpartition(":")[2]
+    # A password with an unescaped slash ends the authority early, in the place of the port.
+    if "@" in rest and "@" not in authority and ":" in authority and not port.isdigit():
+        authority = rest.rpartition("@")[0] + "@"
+    _, at, host = authority.rpartition("@")
+    shown = f"***@{host}" if at else authority
+    return f"{head}{slashes}{shown}" + SECRET.sub(r"\1***", rest[len(authority) :])
