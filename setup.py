@@ -20,8 +20,7 @@ REQUIRES = [
     "numpy>=1.26",
     "safetensors>=0.8",  # 0.5 holds Python's lock while it writes: no training, no heartbeats
     "zstandard>=0.22",
-    "fsspec>=2024.2",
-    "braceexpand>=0.1.7",
+    "fsspec>=2026.6",  # earlier ones run code from templates of the protocol reference
     "scikit-learn>=1.3",
     "scipy>=1.11",
 ]
@@ -34,11 +33,11 @@ EXTRAS = {
         "matplotlib>=3.8",
         "transformers>=4.40",
         "datasets>=4",  # brings pyarrow
-        "aiohttp>=3.9",
+        "aiohttp>=3.14",
         "rensa>=0.5,<0.6",
         "google-crc32c>=1.5",
-        "protobuf>=4.21",
         "mpich>=4.3; sys_platform == 'linux'",  # an MPI library with mpirun, without root
+        "protobuf>=6.33.5",
     ],
     # bench/step.py also measures electra-pytorch, which requires old versions of its dependencies:
     # pip install --no-deps electra-pytorch
@@ -48,13 +47,13 @@ EXTRAS = {
     # import from TensorFlow checkpoints; tensorflow-cpu is enough
     "tf": ["tensorflow>=2.16"],
     # convert
-    "tfrecord": ["google-crc32c>=1.5", "protobuf>=4.21"],
+    "tfrecord": ["google-crc32c>=1.5", "protobuf>=6.33.5"],
     # .parquet and .arrow inputs
     "parquet": ["pyarrow>=15"],
     # prepare --near-duplicates; the signatures of rensa may change between minor versions
     "clean": ["rensa>=0.5,<0.6"],
     # inputs at http(s) and s3; hf:// comes with huggingface_hub
-    "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],
+    "remote": ["aiohttp>=3.14", "s3fs>=2026.6"],
     # Hugging Face datasets as inputs and tasks; versions below 4 execute a dataset's code
     "hf": ["datasets>=4"],
 }
@@ -68,7 +67,12 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
     packages=[
         *find_packages(include=["electra_ds", "electra_ds.*", "data_tools", "data_tools.*"]),
         "electra_ds.ds_configs",

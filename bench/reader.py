@@ -53,12 +53,13 @@ def write_description(
 ) -> None:
     """Write index and manifest of a data folder with finished shards."""
     index_sha256 = shard_format.write_index(folder / shard_format.index_file("train"), blocks)
+    rows = int(blocks["rows"].sum())
     split = shard_format.SplitInfo(
-        documents=0,
-        pieces=0,
-        tokens=0,
+        documents=rows,
+        pieces=rows,
+        tokens=rows * (sequence_length - 2),
         pad=0,
-        rows=int(blocks["rows"].sum()),
+        rows=rows,
         shards=tuple(shards),
         index_sha256=index_sha256,
     )

@@ -56,6 +56,7 @@ from electra_ds.data.batch import Batch
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader
 from electra_ds.data.masking import masking_recipe
+from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training import pretrain
 from electra_ds.training.collectives import ControlGroup, Votes, leave
 from electra_ds.training.engine import Engine, StepResult, start
@@ -290,7 +291,9 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
         SPECIAL_IDS.mask: "[MASK]",
     }
     vocabulary = "\n".join(special_tokens.get(i, f"w{i}") for i in range(VOCAB_SIZE))
-    (folder / "tokenizer" / "vocab.txt").write_text(vocabulary, encoding="utf-8")
+    (folder / "tokenizer" / "vocab.txt").write_text(f"{vocabulary}\n", encoding="utf-8")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer.save(folder / "tokenizer")
     ids = np.random.default_rng(0).integers(1000, VOCAB_SIZE, (count, LENGTH))
     rows = ids.astype(np.uint16)
     rows[:, 0] = SPECIAL_IDS.cls
@@ -301,9 +304,9 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
     info, blocks = shard_format.write_shard(shard, "train", 0, rows, no_fragments, block_rows)
     index_sha256 = shard_format.write_index(folder / shard_format.index_file("train"), blocks)
     split = shard_format.SplitInfo(
-        documents=0,
-        pieces=0,
-        tokens=0,
+        documents=count,
+        pieces=count,
+        tokens=count * (LENGTH - 2),
         pad=0,
         rows=count,
         shards=(info,),
@@ -316,7 +319,10 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
         packing="best_fit",
         seed=0,
         tokenizer=shard_format.TokenizerInfo(
-            kind="wordpiece", sha256="0" * 64, vocab_size=VOCAB_SIZE, special_ids=SPECIAL_IDS
+            kind="wordpiece",
+            sha256=tokenizer.fingerprint,
+            vocab_size=VOCAB_SIZE,
+            special_ids=SPECIAL_IDS,
         ),
         source=shard_format.SourcePlan(sha256="0" * 64, files=(), units=()),
         splits={"train": split},

@@ -3,21 +3,34 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
-from data_tools.formats.documents import documents
+from data_tools.formats.documents import READERS, documents
 from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import Segment, make_plan
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import read_json
-from electra_ds.data.shard_format import SourcePlan
+from electra_ds.common.json_files import Record, read_record
+from electra_ds.common.printable import printable, shortened
+from electra_ds.data.data_tokenizer import load_data_tokenizer
+from electra_ds.data.shard_format import Count, SourcePlan, read_manifest
 from electra_ds.data.shard_reader import ShardReader
-from electra_ds.data.tokenizer import load_tokenizer
 
 TITLE_CHARS = 100
+FORMAT_NAME = f"^({'|'.join(READERS)}|docs|tfrecord|tar:[a-z_]+|dataset:[0-9]{{1,9}})$"
 SHOWN_FILES = 3  # most files of a unit that a line names
+
+
+class PrepareRecord(Record):
+    """What is read from DATA/prepare.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    files: tuple[tuple[str, Count, Annotated[str, Field(pattern=FORMAT_NAME)], str], ...]
+    units: tuple[tuple[tuple[Count, Count, Count], ...], ...]
+    text_field: str
 
 
 class SourceDocument(NamedTuple):
@@ -44,13 +57,14 @@ def describe_rows(
     Raises UserError when there is no such split or row, and for a damaged block.
     """
     reader = ShardReader(data_dir, split)
-    tokenizer = load_tokenizer(Path(data_dir) / "tokenizer")
+    tokenizer = load_data_tokenizer(data_dir, reader.manifest.tokenizer)
     plan = reader.manifest.source
     read_unit = source_reader(data_dir, inputs) if inputs else None
     for number in rows:
         if not 0 <= number < reader.rows:
             raise UserError(
-                f"{data_dir}: no row {number}, split {split} has rows 0 to {reader.rows - 1}"
+                f"{printable(data_dir)}: no row {shortened(number)}, split {split} has rows 0 to "
+                f"{reader.rows - 1}"
             )
         block = int(np.searchsorted(reader.block_starts, number, side="right")) - 1
         row_in_block = number - int(reader.block_starts[block])
@@ -62,8 +76,15 @@ def describe_rows(
         for _, start, length, unit, document, token in fragments[by_start].tolist():
             text = tokenizer.decode(ids[start : start + length].tolist())
             yield f"  [{start}:{start + length}] {text}"
+            if unit >= len(plan.units):
+                raise reader.damage(block, f"a fragment of unit {unit}, of {len(plan.units)} units")
             if read_unit is not None:
-                origin = next(islice(read_unit(unit), document, None))
+                origin = next(islice(read_unit(unit), document, None), None)
+                if origin is None:
+                    raise UserError(
+                        f"unit {unit} of the input has no document {document}; expected the inputs "
+                        "that `prepare` was given, unchanged"
+                    )
                 location = f"{_segment(plan, origin.segment)}: document {origin.number}"
                 yield f"    from {location}, token {token} (unit {unit})"
                 yield f"    title: {' '.join(origin.text.split())[:TITLE_CHARS]}"
@@ -93,10 +114,20 @@ def source_reader(
     Raises UserError when a file that `prepare` read is not among them; the function raises it when
     a file is damaged.
     """
-    settings = read_json(Path(data_dir) / "prepare.json", "the settings of `prepare`")
+    path = Path(data_dir) / "prepare.json"
+    plan = read_manifest(data_dir).source
+    settings = read_record(path, PrepareRecord, "the settings of `prepare`")
+    if settings.units != plan.units or tuple(name for name, *_ in settings.files) != plan.files:
+        raise UserError(
+            f"{printable(path)}: other input files than in manifest.json; expected the file that "
+            "`prepare` wrote into this folder"
+        )
     # The format given here has no effect: the formats are read from prepare.json.
     paths = {source.name: source.path for source in make_plan(inputs, format="text").sources}
-    sources = [Source(name, paths.get(name, ""), *rest) for name, *rest in settings["files"]]
+    sources = [
+        Source(name, paths.get(name, ""), size, format, digest)
+        for name, size, format, digest in settings.files
+    ]
     if missing := [source.name for source in sources if not source.path]:
         raise UserError(
             f"{missing[0]}: not among the files of --input; expected the inputs that `prepare` was "
@@ -104,12 +135,12 @@ def source_reader(
         )
 
     def read_unit(unit: int) -> Iterator[SourceDocument]:
-        for file, start, end in settings["units"][unit]:
+        for file, start, end in settings.units[unit]:
             texts = documents(
                 sources[file],
                 start,
                 end,
-                text_field=settings["text_field"],
+                text_field=settings.text_field,
                 tally=Tally(),
                 on_progress=lambda amount: None,
             )

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
-from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.data.tokenizer import Tokenizer
 
 COVERAGE = (1_000, 5_000, 10_000)  # numbers of most frequent entries; their coverage is reported
 PERCENTILES = {"percentile_5": 5, "median": 50, "percentile_95": 95}
@@ -55,7 +56,7 @@ def stats(
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
-    tokenizer = load_tokenizer(data_dir / "tokenizer")
+    tokenizer = load_data_tokenizer(data_dir, manifest.tokenizer)
     splits = {}
     vocabulary: dict[str, Any] = {}
     for split, info in manifest.splits.items():

@@ -11,9 +11,9 @@ import numpy as np
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
+from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import Manifest, read_manifest, read_unigrams
 from electra_ds.data.shard_reader import ShardReader
-from electra_ds.data.tokenizer import load_tokenizer
 
 
 def verify(data_dir: str | Path, on_progress: Callable[[int], None] | None = None) -> list[str]:
@@ -33,12 +33,7 @@ def verify(data_dir: str | Path, on_progress: Callable[[int], None] | None = Non
             f"{manifest.content_id()}, the hash of its content"
         )
     try:
-        fingerprint = load_tokenizer(data_dir / "tokenizer").fingerprint
-        if fingerprint != manifest.tokenizer.sha256:
-            problems.append(
-                f"tokenizer: its fingerprint is {fingerprint}; expected "
-                f"{manifest.tokenizer.sha256}, with which the rows were made"
-            )
+        load_data_tokenizer(data_dir, manifest.tokenizer)
     except UserError as error:
         problems.append(str(error))
     in_manifest = {shard.file for split in manifest.splits.values() for shard in split.shards}
@@ -122,12 +117,7 @@ def _block_problem(rows: np.ndarray, fragments: np.ndarray, manifest: Manifest) 
     is_real = rows != special.pad
     if (is_real[:, 1:] > is_real[:, :-1]).any():
         return "padding before the end of a row; expected padding only at the end"
-    row, start, length, *source = fragments.astype(np.int64).T
-    inside = (row >= 0) & (row < len(rows))
-    inside &= (start > 0) & (length > 0) & (start + length <= rows.shape[1])
-    inside &= (np.array(source) >= 0).all(axis=0)
-    if not inside.all():
-        return f"document fragment {int(np.argmin(inside))} lies outside its row or has no source"
+    row, start, length, *_ = fragments.astype(np.int64).T
     # Number of fragments that cover each position, from their starts and ends.
     change = np.zeros(rows.size + 1, np.int64)
     np.add.at(change, row * rows.shape[1] + start, 1)
@@ -142,7 +132,7 @@ def _block_problem(rows: np.ndarray, fragments: np.ndarray, manifest: Manifest) 
 def _verify_unigrams(data_dir: Path, manifest: Manifest, counts: np.ndarray) -> list[str]:
     """Compare unigrams.npy with the counts of all ids of the training rows, [V]."""
     try:
-        stored = read_unigrams(data_dir, len(counts))
+        stored = read_unigrams(data_dir, len(counts), manifest.unigrams_sha256)
     except UserError as error:
         return [str(error)]
     counts[list(manifest.tokenizer.special_ids.model_dump().values())] = 0

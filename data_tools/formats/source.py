@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.inputs.streams import COMPRESSED
+from electra_ds.common.printable import printable
 
 # The <unk> of WikiText: a noncharacter that no text contains, so every vocabulary maps it to [UNK].
 UNKNOWN = "\ufdd0"
@@ -30,6 +32,7 @@ class Source(NamedTuple):
     size: int  # bytes on disk
     format: str
     digest: str  # of the first HEAD bytes
+    depth: int = 0  # number of tars around a member
 
     @property
     def is_stream(self) -> bool:
@@ -38,6 +41,13 @@ class Source(NamedTuple):
             self.format.startswith(("docs", "dataset", "arrow", "tar", "tfrecord"))
             or Path(self.name).suffix in COMPRESSED
         )
+
+
+def as_text(name: str) -> str:
+    """Return a file name as text: bytes that are not UTF-8, and control characters, as escapes."""
+    with contextlib.suppress(UnicodeEncodeError):  # surrogates that stand for no byte
+        name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return printable(name)
 
 
 @dataclass

@@ -9,27 +9,51 @@ import io
 import tarfile
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from data_tools.formats.detect import detect_format
 from data_tools.formats.jsonl import LONGEST_LINE
-from data_tools.formats.source import TO_THE_END, Reader, Source, Tally
+from data_tools.formats.source import TO_THE_END, Reader, Source, Tally, as_text
 from data_tools.inputs.streams import HEAD, content_of
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+
+MOST_EXTRA = 1 << 20  # bytes of a long name or of extended attributes, which are held in memory
+DEEPEST = 8  # tars inside tars
+EXTRA_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 class TarHeader(tarfile.TarInfo):
-    """A tar header that raises ReadError if it is damaged; tarfile would end the archive there."""
+    """A tar header that raises ReadError if it is damaged, or if tarfile would hold a large part of
+    the archive in memory; tarfile would end the archive at a damaged header."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> TarHeader:
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             is_end_mark = len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0")
             if is_end_mark:
                 raise
             raise tarfile.ReadError(str(error)) from None
+        if header.size < 0 or (header.type in EXTRA_TYPES and header.size > MOST_EXTRA):
+            raise tarfile.ReadError(
+                f"a name or attributes of {header.size:,} bytes; at most {MOST_EXTRA:,} are read"
+            )
+        return header
+
+    def _refuse_sparse(self, *_: object) -> NoReturn:
+        """Refuse a member with holes: its header may ask for any number of zeros."""
+        raise tarfile.ReadError("a sparse member; pack the files again without --sparse")
+
+    # Methods of tarfile that read the list of holes, of any size, into memory.
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
 class Member(NamedTuple):
@@ -61,6 +85,10 @@ def _read_tar(
     """
     wanted = source.format.partition(":")[2] or "auto"
     name = source.name
+    if source.depth > DEEPEST:
+        raise UserError(
+            f"{name}: tars inside tars, more than {DEEPEST} deep; expected fewer; unpack them"
+        )
     has_text = wanted != "webdataset"
     try:
         with tarfile.open(fileobj=content, mode="r|", tarinfo=TarHeader) as tar:
@@ -69,21 +97,23 @@ def _read_tar(
                 is_hidden = "/." in f"/{header.name.removeprefix('./')}"
                 if not header.isfile() or not header.size or is_hidden:
                     continue
-                name = f"{source.name}/{header.name}"
+                name = f"{source.name}/{as_text(header.name)}"
                 extracted = tar.extractfile(header)
                 assert isinstance(extracted, io.BufferedReader)
                 member = _text_member(name, content_of(extracted, name), wanted, text_field)
                 if member is None:
                     continue
                 has_text = True
-                inner = Source(name, "", header.size, member.format, "")
+                inner = Source(name, "", header.size, member.format, "", source.depth + 1)
                 yield from read_member(
                     inner, member.content, 0, TO_THE_END, member.text_field, tally
                 )
             _read_to_end(content)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, UnicodeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"{source.name}: broken, last read {name} ({error}); expected a whole tar; copy it "
+            f"{source.name}: broken, last read {name} ({printable(str(error))}); expected a whole tar; copy it "
             "again or leave it out"
         ) from None
     if not has_text:

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from braceexpand import braceexpand
-
 from data_tools.formats.detect import detect_format
 from data_tools.formats.source import Source
 from data_tools.inputs import docstring_corpus
+from data_tools.inputs.braces import expand_braces
 from data_tools.inputs.docstring_corpus import BUILTIN
 from data_tools.inputs.hub import DATASET, find_shards
 from data_tools.inputs.streams import COMPRESSED, HEAD, content_of, fingerprint, open_input
@@ -113,7 +112,7 @@ def _expand(given: str) -> list[str]:
     given = given.removeprefix("file://")
     with readable(given):
         if not os.path.exists(given):
-            names = list(braceexpand(given, escape=False))
+            names = expand_braces(given)
             if len(names) > 1:
                 return [file for name in names for file in _expand(name)]
         if "://" in given:

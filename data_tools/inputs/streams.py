@@ -7,25 +7,42 @@ import hashlib
 import io
 import lzma
 import os
+import stat
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable, shortened
+from electra_ds.common.urls import file_system, is_url
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".tgz", ".tbz2", ".txz")
 HEAD = 1 << 16  # bytes from which the format of a file is detected
 URL_BUFFER = 1 << 20  # bytes
+AT_ONCE = 1 << 20  # most decompressed bytes in memory
+# zstandard has no limit of the output of one call. A block of 4 bytes gives at most 128 KiB.
+ZSTD_INPUT = 1 << 10
+DICTIONARY = 1 << 28  # bytes, most memory of an .xz decompressor; `xz -9` needs 65 MiB
+# A file may grow by this factor; smaller contents than FREE are never refused.
+EXPANSION = 1000
+FREE = 1 << 28  # bytes
+EXPANSION_VARIABLE = "ELECTRA_DS_MAX_EXPANSION"
 
 
 def open_input(path: str) -> io.BufferedReader:
-    """Open a local file, or a URL that fsspec supports, for reading. The result is seekable."""
-    if "://" not in path:
-        return open(path, "rb")
-    import fsspec
+    """Open a local file, or a URL of a known protocol, for reading. The result is seekable.
 
-    return io.BufferedReader(fsspec.open(path, "rb").open(), URL_BUFFER)
+    Raises UserError for a pipe or a device, whose content cannot be read twice.
+    """
+    if is_url(path):
+        system, place = file_system(path)
+        return io.BufferedReader(system.open(place, "rb"), URL_BUFFER)
+    # Opening a FIFO would wait for a writer.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115 (returned)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{printable(path)}: not a regular file; expected a file or a folder")
+    return file
 
 
 def fingerprint(raw: BinaryIO) -> tuple[int, str]:
@@ -43,18 +60,61 @@ def content_of(raw: io.BufferedReader, name: str) -> io.BufferedReader:
     return raw
 
 
+def check_expansion(name: str, compressed: int, content: int) -> None:
+    """Raise UserError when `compressed` bytes of a file became too many bytes of content."""
+    most = max(FREE, max_expansion() * compressed)
+    if content > most:
+        raise UserError(
+            f"{printable(name)}: {compressed:,} compressed bytes have a content of more than "
+            f"{most:,} bytes; expected at most {max_expansion():,} times as many, as text has; if "
+            f"the file is what you expect, set {EXPANSION_VARIABLE} to a larger factor"
+        )
+
+
+def max_expansion() -> int:
+    """Return the factor by which compressed files may grow, from the environment if set there."""
+    text = os.environ.get(EXPANSION_VARIABLE, str(EXPANSION))
+    if not text.isascii() or not text.isdecimal() or not 1 <= len(text) <= 12 or int(text) < 1:
+        raise UserError(
+            f"{EXPANSION_VARIABLE} = {shortened(text)}; expected an integer of 1 to 12 digits"
+        )
+    return int(text)
+
+
+class _Decompressor(Protocol):
+    """A decompressor of one stream. No call returns much more than AT_ONCE bytes."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the stream has ended."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """Input after the end of the stream."""
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether no output is left without more input."""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Decompress more input, b"" for the output that is left of earlier input."""
+
+
 class _Decompressed(io.RawIOBase):
     """The content of a compressed file of one or more streams.
 
-    Reading raises UserError with the file's name when the file is damaged or truncated.
+    Reading raises UserError with the file's name when the file is damaged, truncated, or has a
+    content that is too large for its size. Memory holds about AT_ONCE bytes of the content.
     """
 
     def __init__(self, raw: io.BufferedReader, name: str) -> None:
         self.raw = raw
         self.name = name
         self.suffix = Path(name).suffix
-        self.stream: Any = None  # the decompressor of the current stream
-        self.pending = b""  # decompressed bytes that are not yet returned
+        self.stream: _Decompressor | None = None  # the decompressor of the current stream
+        self.unread = b""  # input between streams
+        self.pending = memoryview(b"")  # decompressed bytes that are not yet returned
+        self.consumed = 0  # bytes read from the file
         self.returned = 0  # bytes of content returned so far
 
     def readable(self) -> bool:
@@ -62,16 +122,15 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            while not self.pending and (data := self.raw.read(HEAD)):
-                self.pending = b"".join(self._decompress(data))
-            if not self.pending and self.stream is not None and not self.stream.eof:
-                raise EOFError("the file ends inside its compressed stream")
+            while not self.pending and self._advance():
+                pass
         except UserError:
             raise
         except Exception as error:  # each decompressor raises its own types
             raise UserError(
-                f"{self.name}: broken after byte {self.returned} of its content ({error}); "
-                f"expected a whole {self.suffix} file; copy it again or leave it out"
+                f"{printable(self.name)}: broken after byte {self.returned} of its content "
+                f"({printable(str(error))}); expected a whole {self.suffix} file; copy it again or "
+                "leave it out"
             ) from None
         count = min(len(buffer), len(self.pending))
         buffer[:count] = self.pending[:count]
@@ -79,32 +138,103 @@ class _Decompressed(io.RawIOBase):
         self.returned += count
         return count
 
-    def _decompress(self, data: bytes) -> Iterator[bytes]:
-        """Decompress bytes of the file, which may end one stream and start the next."""
-        while True:
-            between_streams = self.stream is None or self.stream.eof
-            if between_streams:
-                data = data.lstrip(b"\0")  # padding between streams
+    def _advance(self) -> bool:
+        """Decompress a part of the file into `pending`, which is empty; False at its end."""
+        data = b""
+        is_at_end = False
+        if self.stream is None or self.stream.eof:
+            data = self._next_stream()
             if not data:
-                return
-            if between_streams:
-                self.stream = _decompressor(self.suffix)
-            yield self.stream.decompress(data)
-            data = self.stream.unused_data if self.stream.eof else b""
+                return False
+            self.stream = _decompressor(self.suffix)
+        elif self.stream.needs_input:
+            data = self._read()
+            is_at_end = not data
+        self.pending = memoryview(self.stream.decompress(data, AT_ONCE))
+        if self.stream.eof:
+            self.unread = self.stream.unused_data
+        elif is_at_end and not self.pending:
+            raise EOFError("the file ends inside its compressed stream")
+        check_expansion(self.name, self.consumed, self.returned + len(self.pending))
+        return True
+
+    def _next_stream(self) -> bytes:
+        """Return the first input of the next stream, without the padding before it."""
+        data = self.unread.lstrip(b"\0")
+        self.unread = b""
+        while not data and (read := self._read()):
+            data = read.lstrip(b"\0")
+        return data
+
+    def _read(self) -> bytes:
+        data = self.raw.read(HEAD)
+        self.consumed += len(data)
+        return data
 
 
-def _decompressor(suffix: str) -> Any:
-    """Return a new decompressor of one stream; UserError when its package is not installed."""
-    if suffix == ".zst":
+class _Gzip:
+    """A stream of gzip."""
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(31)  # 31: with the header of gzip
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._stream.unconsumed_tail
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._stream.decompress(self._stream.unconsumed_tail + data, max_length)
+
+
+class _Zstandard:
+    """A frame of zstandard. Input is passed on in small parts, which bounds the output."""
+
+    def __init__(self) -> None:
         try:
             import zstandard
         except ImportError:
             raise UserError(
                 "reading .zst needs the zstandard package: pip install zstandard"
             ) from None
-        return zstandard.ZstdDecompressor().decompressobj()
+        self._stream = zstandard.ZstdDecompressor().decompressobj()
+        self._input = memoryview(b"")
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data + self._input.tobytes()
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._input
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        if data:
+            self._input = memoryview(data)
+        parts: list[bytes] = []
+        while self._input and not self._stream.eof and sum(map(len, parts)) < max_length:
+            parts.append(self._stream.decompress(self._input[:ZSTD_INPUT]))
+            self._input = self._input[ZSTD_INPUT:]
+        return b"".join(parts)
+
+
+def _decompressor(suffix: str) -> _Decompressor:
+    """Return a new decompressor of one stream; UserError when its package is not installed."""
+    if suffix == ".zst":
+        return _Zstandard()
     if suffix in (".gz", ".tgz"):
-        return zlib.decompressobj(31)  # 31: with the header of gzip
+        return _Gzip()
     if suffix in (".bz2", ".tbz2"):
         return bz2.BZ2Decompressor()
-    return lzma.LZMADecompressor()
+    return lzma.LZMADecompressor(memlimit=DICTIONARY)

@@ -42,6 +42,26 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def apply_umask(path: str | Path) -> None:
+    """Give a file the mode of a new file: readable and writable, without the bits of the umask.
+
+    Some libraries write files that only the owner can read.
+    """
+    os.chmod(path, 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """The umask of this process."""
+    # Reading it by os.umask would change it for other threads for a moment.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def is_lfs_pointer(start: bytes) -> bool:
     """Whether the first bytes of a file are those of a Git LFS pointer, not of the file itself."""
     return start.startswith(b"version https://git-lfs.github.com/")

@@ -72,7 +72,8 @@ def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
                     f"{printable(path)}: {status.st_size:,} bytes; expected {what} of at most "
                     f"{limit:,} bytes"
                 )
-            return file.read(limit + 1)
+            # The size is given, since read() asks for that much memory first.
+            return file.read(min(limit, status.st_size) + 1)[:limit]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{printable(path)}: not found; expected {what}") from None
     except IsADirectoryError:

@@ -1,9 +1,12 @@
 """Remote folders and files: allowed protocols, and URLs without their secrets."""
 
 import re
+from pathlib import Path
 from typing import Any
 
+from electra_ds.common.bounded_http import client_options
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
 
 # fsspec knows more than 40 protocols. Some execute templates, run shell commands over ssh or mount
 # archives, so only these are opened.
@@ -30,8 +33,8 @@ def protocol_of(place: str) -> str:
     name = place.partition("://")[0].lower()
     if "::" in place or name not in PROTOCOLS:
         raise UserError(
-            f"{redacted(place)}: this kind of URL is not opened; expected a path or one of "
-            f"{', '.join(f'{known}://' for known in PROTOCOLS)}, without '::'"
+            f"{printable(redacted(place))}: this kind of URL is not opened; expected a path or one of "
+            f"the protocols {', '.join(f'{known}://' for known in PROTOCOLS)}, without '::'"
         )
     return name
 
@@ -43,14 +46,32 @@ def file_system(place: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    protocol_of(place)
+    is_http = protocol_of(place) in ("http", "https")
     try:
-        return fsspec.core.url_to_fs(place)
+        options = {"client_kwargs": client_options()} if is_http else {}
+        return fsspec.core.url_to_fs(place, **options)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"{redacted(place)}: {redacted(str(error))}; expected a folder, or a URL of one "
             "(http, s3: pip install 'electra_ds[remote]')"
         ) from None
+
+
+def read_bounded(system: Any, path: str, limit: int) -> bytes:
+    """Content of a file of an fsspec file system, at most `limit` bytes.
+
+    Raises ValueError when the file is larger; no more than limit + 1 bytes are read. Errors of the
+    file system are raised as they are.
+    """
+    content = system.cat_file(path, start=0, end=limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"more than {limit:,} bytes")
+    return content
+
+
+def url_name(place: str) -> str:
+    """The last component of a path or URL, without query and fragment, which may hold secrets."""
+    return Path(re.split("[?#]", place, maxsplit=1)[0] if is_url(place) else place).name
 
 
 def redacted(text: str) -> str:

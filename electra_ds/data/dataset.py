@@ -8,16 +8,27 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import is_url
+from electra_ds.data.data_tokenizer import check_data_tokenizer
 from electra_ds.data.mixture import (
     MixtureOrder,
     MixtureReader,
+    Nesting,
     SourceShare,
     join_manifests,
     read_mixture,
     rows_per_window,
 )
 from electra_ds.data.rows import RowOrder, RowReader
-from electra_ds.data.shard_format import Manifest, index_file, read_manifest, read_unigrams
+from electra_ds.data.shard_format import (
+    Manifest,
+    index_bytes,
+    index_file,
+    read_manifest,
+    read_unigrams,
+    unigrams_bytes,
+)
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.shuffle import ShuffledOrder, StreamOrder
 
@@ -68,12 +79,21 @@ class _SingleSource(ABC):
         """Return the held-out rows under the name "", or nothing when there are none."""
         if "valid" not in self.manifest.splits:
             return {}
-        unigrams = read_unigrams(self.folder, self.manifest.tokenizer.vocab_size)
+        unigrams = read_unigrams(
+            self.folder, self.manifest.tokenizer.vocab_size, self.manifest.unigrams_sha256
+        )
         return {"": HeldOut(self.reader("valid"), unigrams, 1.0)}
 
 
 class DataFolder(_SingleSource):
-    """A folder that `prepare` wrote, on a local disk or on a file system shared by all nodes."""
+    """A folder that `prepare` wrote, on a local disk or on a file system shared by all nodes.
+
+    Raises UserError when its tokenizer is not the one of the manifest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        check_data_tokenizer(folder, self.manifest.tokenizer)
 
     def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
         reader = self.reader("train")
@@ -91,22 +111,26 @@ class StreamedFolder(_SingleSource):
     """
 
     def __init__(self, url: str) -> None:
-        from electra_ds.data.remote_reader import RemoteFolder
+        from electra_ds.data.remote_reader import RemoteFolder, SmallFile
 
         self._remote = RemoteFolder(url)
         self._copies = TemporaryDirectory(prefix="electra_ds-")  # removed with this object
         copies = Path(self._copies.name)
-        self._remote.copy({"manifest.json": None}, copies)
+        self._remote.copy({"manifest.json": SmallFile()}, copies)
         try:
             super().__init__(copies)
+            manifest = self.manifest
+            files = dict.fromkeys(manifest.tokenizer.files, SmallFile())
+            files["unigrams.npy"] = SmallFile(
+                manifest.unigrams_sha256, unigrams_bytes(manifest.tokenizer.vocab_size)
+            )
+            for name, split in manifest.splits.items():
+                size = index_bytes(sum(manifest.blocks(name)))
+                files[index_file(name)] = SmallFile(split.index_sha256, size)
+            self._remote.copy(files, copies)
+            check_data_tokenizer(copies, manifest.tokenizer)
         except UserError as error:
-            raise UserError(str(error).replace(str(copies), self._remote.url)) from None
-        hashes: dict[str, str | None] = dict.fromkeys(
-            ("unigrams.npy", *self.manifest.tokenizer.files)
-        )
-        for name, split in self.manifest.splits.items():
-            hashes[index_file(name)] = split.index_sha256
-        self._remote.copy(hashes, copies)
+            raise UserError(str(error).replace(str(copies), self._remote.name)) from None
 
     def training(self, seed: int, global_batch_size: int) -> tuple[RowReader, RowOrder]:
         reader = self.reader("train")
@@ -121,19 +145,16 @@ class StreamedFolder(_SingleSource):
 class Mixture:
     """Several sources in fixed shares, listed in a MIX.json; a source may be a mixture itself."""
 
-    def __init__(self, path: Path, outer: tuple[Path, ...]) -> None:
-        """outer: the mixtures that have this one as a source, to detect cycles."""
-        if path.resolve() in outer:
-            raise UserError(
-                f"{path}: it is a source of itself; expected a folder, a URL, or another mixture"
-            )
+    def __init__(self, path: Path, nesting: Nesting) -> None:
+        """nesting: the mixtures that have this one as a source."""
         config = read_mixture(path)
-        outer = (*outer, path.resolve())
+        nesting.enter(path)
         self.sources: dict[str, Data] = {}
         for name, source in zip(config.names, config.sources, strict=True):
-            is_url = "://" in source.data
-            data = source.data if is_url else path.parent / source.data
-            self.sources[name] = open_data(data, outer)
+            nesting.add_source()
+            data = source.data if is_url(source.data) else path.parent / source.data
+            self.sources[name] = open_data(data, nesting)
+        nesting.leave()
         manifests = {name: source.manifest for name, source in self.sources.items()}
         splits = [manifest.splits["train"] for manifest in manifests.values()]
         weights = config.weights([split.tokens for split in splits])
@@ -171,10 +192,10 @@ class Mixture:
         return held_out
 
 
-def open_data(data: str | Path, outer: tuple[Path, ...] = ()) -> Data:
+def open_data(data: str | Path, nesting: Nesting | None = None) -> Data:
     """Open the value of --data: a data folder, its URL, or a MIX.json.
 
-    outer: the mixtures that contain this data as a source, to detect cycles
+    nesting: the mixtures that contain this data as a source, None if there are none
     Raises UserError for an incomplete data folder or an invalid mixture, and RunFailure when the
     server of a URL does not answer.
     """
@@ -182,11 +203,16 @@ def open_data(data: str | Path, outer: tuple[Path, ...] = ()) -> Data:
     path = Path(data)
     if name.startswith("pipe:"):
         raise UserError(
-            f"--data {name}: commands are not run; expected a folder, or a URL such as "
+            f"--data {printable(name)}: commands are not run; expected a folder, or a URL such as "
             "https://host/D"
         )
-    if "://" in name:
+    if is_url(name):
         return StreamedFolder(name)
+    if path.name == "manifest.json":
+        raise UserError(
+            f"--data {printable(name)}: the manifest of a data folder; expected the folder itself: "
+            f"{printable(path.parent)}"
+        )
     if path.suffix == ".json":
-        return Mixture(path, outer)
+        return Mixture(path, nesting or Nesting())
     return DataFolder(path)

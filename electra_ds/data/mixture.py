@@ -14,7 +14,9 @@ from pydantic import Field, model_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import read_json
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section
+from electra_ds.common.urls import url_name
 from electra_ds.config.loading import parse_config
 from electra_ds.data import philox
 from electra_ds.data.rows import RowOrder, RowReader
@@ -22,6 +24,8 @@ from electra_ds.data.shard_format import Manifest, SplitInfo
 
 VERSION = 1  # of the order
 WINDOW = 10_000  # positions over which the shares are exact
+DEEPEST = 8  # mixtures inside mixtures
+MOST_SOURCES = WINDOW  # of a mixture, those of its inner mixtures included
 
 
 class SourceConfig(Section):
@@ -34,7 +38,7 @@ class SourceConfig(Section):
 
     data: str
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)
-    name: str | None = Field(None, pattern="^[^/]+$")
+    name: str | None = Field(None, pattern="^[^/]+$", max_length=100)
 
 
 class MixtureConfig(Section):
@@ -53,11 +57,16 @@ class MixtureConfig(Section):
     def names(self) -> list[str]:
         """Names of the sources in metrics."""
         return [
-            source.name or Path(source.data).name.removesuffix(".json") for source in self.sources
+            source.name or url_name(source.data).removesuffix(".json") for source in self.sources
         ]
 
     @model_validator(mode="after")
     def _check(self) -> "MixtureConfig":
+        if unprintable := [name for name in self.names if printable(name) != name]:
+            raise ValueError(
+                f"{shortened(unprintable[0])} is the name of a source; expected a name without "
+                'control characters; give it a "name"'
+            )
         unusable = {name for name in self.names if not name or self.names.count(name) > 1}
         if unusable:
             raise ValueError(
@@ -89,6 +98,44 @@ class MixtureConfig(Section):
         else:
             weights = np.array([source.weight for source in self.sources])
         return weights / weights.sum()
+
+
+class Nesting:
+    """The mixtures around a source, to detect cycles and mixtures that grow without bound."""
+
+    def __init__(self, outer: tuple[Path, ...] = ()) -> None:
+        self.outer = outer
+        self.opened = 0  # sources of the outermost mixture, those of inner mixtures included
+
+    def enter(self, path: Path) -> None:
+        """Begin the sources of the mixture `path`.
+
+        Raises UserError when it is a source of itself, or nested too deeply.
+        """
+        if path.resolve() in self.outer:
+            raise UserError(
+                f"{printable(path)}: it is a source of itself; expected a folder, a URL, or "
+                "another mixture"
+            )
+        if len(self.outer) == DEEPEST:
+            raise UserError(
+                f"{printable(path)}: mixtures are nested more than {DEEPEST} deep; expected "
+                "folders and URLs"
+            )
+        self.outer = (*self.outer, path.resolve())
+
+    def leave(self) -> None:
+        """End the sources of the innermost mixture."""
+        self.outer = self.outer[:-1]
+
+    def add_source(self) -> None:
+        """Count a source; UserError when there are too many."""
+        self.opened += 1
+        if self.opened > MOST_SOURCES:
+            raise UserError(
+                f"{printable(self.outer[0])}: more than {MOST_SOURCES:,} sources, those of inner "
+                "mixtures included; expected fewer"
+            )
 
 
 def read_mixture(path: Path) -> MixtureConfig:
@@ -151,11 +198,11 @@ def join_manifests(path: Path, manifests: dict[str, Manifest], counts: Sequence[
         )
     first, *_ = manifests.values()
     ids = repr([(m.dataset_id, count) for m, count in zip(manifests.values(), counts, strict=True)])
-    numbers = [key for key, field in SplitInfo.model_fields.items() if field.annotation is int]
+    numbers = [key for key in SplitInfo.model_fields if key not in ("index_sha256", "shards")]
     sums = {
         key: sum(getattr(m.splits["train"], key) for m in manifests.values()) for key in numbers
     }
-    train = SplitInfo(**sums, index_sha256="", shards=())
+    train = SplitInfo.model_construct(**sums, index_sha256="", shards=())
     dataset_id = hashlib.sha256(ids.encode()).hexdigest()[:32]
     return first.model_copy(update={"dataset_id": dataset_id, "splits": {"train": train}})
 

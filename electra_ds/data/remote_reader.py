@@ -20,7 +20,9 @@ import numpy as np
 
 from electra_ds.common.arrays import runs
 from electra_ds.common.errors import RunFailure, UserError
-from electra_ds.common.urls import file_system
+from electra_ds.common.json_files import MAX_BYTES
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import file_system, redacted
 from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, padded, shard_file
 from electra_ds.data.shard_reader import SplitIndex
 
@@ -33,11 +35,22 @@ TRANSIENT_STATUSES = (408, 429)
 
 
 class ByteRange(NamedTuple):
-    """Bytes [start, end) of a file; the whole file when start and end are None."""
+    """Bytes [start, end) of a file; the whole file when start and end are None.
+
+    limit: most bytes of a whole file; of a larger one, no more than limit + 1 bytes are read
+    """
 
     name: str
     start: int | None = None
     end: int | None = None
+    limit: int = MAX_BYTES
+
+    @property
+    def requested(self) -> tuple[int, int]:
+        """First byte and end of the request."""
+        if self.start is None or self.end is None:
+            return 0, self.limit + 1
+        return self.start, self.end
 
     @property
     def size(self) -> int | None:
@@ -50,12 +63,23 @@ class ByteRange(NamedTuple):
         return "all" if self.size is None else f"bytes {self.start:,} to {self.end:,}"
 
 
+class SmallFile(NamedTuple):
+    """What is known of a file before it is copied."""
+
+    sha256: str | None = None
+    limit: int = MAX_BYTES  # most bytes
+
+
 class RemoteFolder:
-    """A folder behind a URL of any kind that fsspec supports."""
+    """A folder behind a URL of a known protocol.
+
+    name: the URL without its secrets, for messages
+    """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self._system, self._root = file_system(self.url)
+        url = url.rstrip("/")
+        self.name = printable(redacted(url))
+        self._system, self._root = file_system(url)
 
     def read(
         self,
@@ -78,24 +102,24 @@ class RemoteFolder:
             if pause == RETRY_PAUSES[0]:  # a minute without output would look like a hang
                 name = next(iter(errors)).name
                 print(
-                    f"{self.url}/{name}: no complete answer yet, retrying for "
+                    f"{self.name}/{name}: no complete answer yet, retrying for "
                     f"{sum(RETRY_PAUSES):.0f} s",
                     file=sys.stderr,
                 )
             ranges = list(errors)
             time.sleep(pause)
 
-    def copy(self, names: dict[str, str | None], folder: Path) -> None:
-        """Copy small files into `folder`.
+    def copy(self, files: dict[str, SmallFile], folder: Path) -> None:
+        """Copy small files into `folder`. files: by name, relative to the folder.
 
-        names: file name -> expected sha256, or None where it is not known
+        Raises UserError when a file is larger than its limit or has another sha256.
         """
 
         def accept(part: ByteRange, content: bytes) -> UserError | None:
-            expected = names[part.name]
+            expected = files[part.name].sha256
             if expected is not None and hashlib.sha256(content).hexdigest() != expected:
                 return UserError(
-                    f"{self.url}/{part.name}: its sha256 differs from that in manifest.json; "
+                    f"{self.name}/{part.name}: its sha256 differs from that in manifest.json; "
                     "copy the data there again"
                 )
             path = folder / part.name
@@ -108,7 +132,7 @@ class RemoteFolder:
                 ) from error
             return None
 
-        self.read([ByteRange(name) for name in names], accept)
+        self.read([ByteRange(name, limit=file.limit) for name, file in files.items()], accept)
 
     def _read_once(
         self,
@@ -121,8 +145,8 @@ class RemoteFolder:
             group = ranges[first : first + CONCURRENT_REQUESTS]
             answers = self._system.cat_ranges(
                 [f"{self._root}/{part.name}" for part in group],
-                [part.start for part in group],
-                [part.end for part in group],
+                [part.requested[0] for part in group],
+                [part.requested[1] for part in group],
                 on_error="return",
             )
             for part, answer in zip(group, answers, strict=True):
@@ -136,10 +160,10 @@ class RemoteFolder:
 
         Raises UserError for an error that a retry cannot resolve.
         """
-        path = f"{self.url}/{part.name}"
+        path = f"{self.name}/{part.name}"
         status = getattr(answer, "status", 0)
         received = (
-            f"{type(answer).__name__}: {answer}"
+            f"{type(answer).__name__}: {redacted(str(answer))}"
             if isinstance(answer, Exception)
             else f"{len(answer):,} bytes"
         )
@@ -148,6 +172,11 @@ class RemoteFolder:
             raise UserError(f"{path}: {received}; expected a file of a data folder")
         requested = f"requested {part}, received {received}"
         if isinstance(answer, bytes):
+            if part.size is None and len(answer) > part.limit:
+                raise UserError(
+                    f"{path}: more than {part.limit:,} bytes; expected a file of a data folder, as "
+                    "its manifest describes it"
+                )
             if part.size is None or len(answer) == part.size:
                 return None
             if len(answer) > part.size:
@@ -170,7 +199,7 @@ class RemoteReader(SplitIndex):
 
     def __init__(self, folder: RemoteFolder, split: str, small_files: Path) -> None:
         """small_files: folder with copies of the manifest and the index."""
-        super().__init__(small_files, split, location=folder.url)
+        super().__init__(small_files, split, location=folder.name)
         self.folder = folder
         block_bytes = self.manifest.block_rows * self.sequence_length * self.dtype.itemsize
         blocks_per_chunk = max(1, CHUNK_BYTES // block_bytes)

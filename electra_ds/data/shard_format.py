@@ -12,22 +12,30 @@ Letters: n rows, S sequence, F fragments, V vocabulary.
 
 import hashlib
 import io
+import re
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, model_validator
 
+from electra_ds.common.arrays import NPY_MOST, parse_npy
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.json_files import read_json, write_json
+from electra_ds.common.json_files import Record, parse_json, parse_record, read_small, write_json
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.special_ids import SpecialIds
 
 FORMAT: Literal["electra_ds shards"] = "electra_ds shards"
 VERSION: Literal[1] = 1
 MANIFEST = "a data folder's manifest (`prepare` writes it last; run `prepare` again to resume)"
+UNIGRAMS = "token counts of the training rows"
+SPLITS = ("train", "valid")
+MAX_VOCABULARY = 1 << 24  # entries; the largest published vocabularies have 2^20
+# A single surrogate of a byte that is not UTF-8, as JSON escapes it.
+NOT_UTF8 = re.compile(rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][cC]([89a-fA-F][0-9a-fA-F])")
 # Columns of the fragments: `row` counts from the first row of the block, `start` is the first
 # column in the row, `document` counts within its unit and `token` within its document.
 FRAGMENT_FIELDS = ("row", "start", "length", "unit", "document", "token")
@@ -47,19 +55,28 @@ TAR_BLOCK = 512
 NPY_HEADER = 128  # bytes
 
 
-class _ManifestPart(BaseModel):
-    """Base class of the manifest and its parts."""
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 53)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class TokenizerInfo(_ManifestPart):
+class TokenizerInfo(Record):
     """The tokenizer that made the token ids. Its files are in DATA/tokenizer."""
 
     kind: Literal["wordpiece", "sentencepiece"]
-    sha256: str  # the tokenizer's fingerprint
-    vocab_size: int
+    sha256: Sha256  # the tokenizer's fingerprint
+    vocab_size: Annotated[int, Field(ge=len(SpecialIds.model_fields), le=MAX_VOCABULARY)]
     special_ids: SpecialIds
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizerInfo":
+        ids = list(self.special_ids.model_dump().values())
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size or len({*ids}) < len(ids):
+            raise ValueError(
+                f"special_ids are {ids}; expected different ids of a vocabulary of "
+                f"{self.vocab_size} entries"
+            )
+        return self
 
     @property
     def files(self) -> tuple[str, str]:
@@ -68,65 +85,124 @@ class TokenizerInfo(_ManifestPart):
         return ("tokenizer/options.json", f"tokenizer/{vocabulary}")
 
 
-class SourcePlan(_ManifestPart):
+class SourcePlan(Record):
     """Division of the input into units.
 
     A unit is a list of (file, start, end): the documents that start in bytes [start, end) of
     files[file].
     """
 
-    sha256: str
+    sha256: Sha256
     files: tuple[str, ...]  # relative to the input root
-    units: tuple[tuple[tuple[int, int, int], ...], ...]  # each ((file, start, end), ...)
+    units: tuple[tuple[tuple[Count, Count, Count], ...], ...]  # each ((file, start, end), ...)
+
+    @model_validator(mode="after")
+    def _check(self) -> "SourcePlan":
+        for number, unit in enumerate(self.units):
+            for file, start, end in unit:
+                if file >= len(self.files) or start > end:
+                    raise ValueError(
+                        f"units.{number} has ({file}, {start}, {end}); expected a file below "
+                        f"{len(self.files)} and its bytes from start to end"
+                    )
+        return self
 
 
-class UnknownWords(_ManifestPart):
+class UnknownWords(Record):
     """Words of the input that became [UNK], duplicate documents included."""
 
-    found: int  # number of [UNK] tokens
-    looked_at: int  # number of [UNK] tokens for which the word was recorded
-    words: dict[str, int]  # the most frequent words -> counts, in descending order
+    found: Count  # number of [UNK] tokens
+    looked_at: Count  # number of [UNK] tokens for which the word was recorded
+    words: dict[str, Count]  # the most frequent words -> counts, in descending order
 
 
-class ShardInfo(_ManifestPart):
+class ShardInfo(Record):
     """One tar file of a split."""
 
     file: str  # relative to DATA
-    rows: int
-    bytes: int
-    sha256: str
+    rows: Positive
+    bytes: Positive
+    sha256: Sha256
 
 
-class SplitInfo(_ManifestPart):
+class SplitInfo(Record):
     """One split, with counts over all shards."""
 
-    documents: int
-    pieces: int  # document fragments
-    tokens: int  # text tokens: without [CLS], [SEP] and padding
-    pad: int
-    rows: int
-    index_sha256: str
-    shards: tuple[ShardInfo, ...]
+    documents: Positive
+    pieces: Positive  # document fragments
+    tokens: Positive  # text tokens: without [CLS], [SEP] and padding
+    pad: Count
+    rows: Positive
+    index_sha256: Sha256
+    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1)]
 
 
-class Manifest(_ManifestPart):
+class Manifest(Record):
     """DATA/manifest.json: description of a data folder. A folder with a manifest is complete."""
 
     format: Literal["electra_ds shards"] = FORMAT
     version: Literal[1] = VERSION
-    dataset_id: str = ""  # set by write_manifest
-    sequence_length: int
+    dataset_id: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""  # set by write_manifest
+    sequence_length: Annotated[int, Field(ge=3, lt=1 << 16)]
     dtype: Literal["uint16", "uint32"]
-    block_rows: int
+    block_rows: Annotated[int, Field(ge=1, le=1 << 20)]
     packing: Literal["best_fit", "concat", "google"]
-    seed: int  # of the document shuffle and of the packing
+    # of the document shuffle and of the packing
+    seed: Annotated[int, Field(gt=-(1 << 64), lt=1 << 64)]
     tokenizer: TokenizerInfo
     source: SourcePlan
     splits: dict[str, SplitInfo]
     # reason -> removed documents, or lines or characters where the reason names these
-    removed: dict[str, int] = {}
-    bad_lines: dict[str, int] = {}  # class -> unreadable input lines
+    removed: dict[str, Count] = Field({})
+    bad_lines: dict[str, Count] = Field({})  # class -> unreadable input lines
     unknowns: UnknownWords | None = None  # None in data prepared by versions without this record
+    # of unigrams.npy; None in data prepared by versions without this record
+    unigrams_sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        if "train" not in self.splits or not self.splits.keys() <= {*SPLITS}:
+            raise ValueError(
+                f"splits are {shortened(', '.join(self.splits))}; expected train, or train and "
+                "valid"
+            )
+        if self.tokenizer.vocab_size > 1 << 8 * np.dtype(self.dtype).itemsize:
+            raise ValueError(
+                f"dtype is {self.dtype} for {self.tokenizer.vocab_size} entries; expected a type "
+                "that holds all ids"
+            )
+        for name, split in self.splits.items():
+            if problem := self._split_problem(name, split):
+                raise ValueError(f"splits.{name}: {problem}; prepare or copy the data again")
+        return self
+
+    def _split_problem(self, name: str, split: SplitInfo) -> str:
+        """Describe a contradiction among the numbers of a split; empty if there is none."""
+        row_bytes = self.sequence_length * np.dtype(self.dtype).itemsize
+        for number, shard in enumerate(split.shards):
+            if shard.file != shard_file(name, number):
+                return (
+                    f"shards.{number}.file = {shortened(shard.file)}; expected "
+                    f"{shard_file(name, number)}"
+                )
+            if shard.bytes < shard.rows * row_bytes:
+                return (
+                    f"shards.{number}.bytes = {shard.bytes}; expected at least {row_bytes} for "
+                    f"each of its {shard.rows} rows"
+                )
+        rows = sum(shard.rows for shard in split.shards)
+        if rows != split.rows:
+            return f"rows = {split.rows}; expected {rows}, the sum of its shards"
+        if split.tokens + split.pad > split.rows * self.sequence_length:
+            return (
+                f"tokens = {split.tokens} and pad = {split.pad}; expected at most "
+                f"{split.rows} rows of {self.sequence_length}"
+            )
+        return ""
+
+    def blocks(self, split: str) -> list[int]:
+        """Return the number of blocks of each shard of a split, [shards]."""
+        return [-(-shard.rows // self.block_rows) for shard in self.splits[split].shards]
 
     def content_id(self) -> str:
         """Return a hash of format, rows and tokenizer, [32 hexadecimal digits].
@@ -160,45 +236,57 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     Raises UserError when it is missing, malformed, or of another format or version.
     """
     path = Path(data_dir) / "manifest.json"
-    return check_manifest(read_json(path, MANIFEST), path)
+    return parse_manifest(read_small(path, MANIFEST), path)
 
 
-def check_manifest(raw: dict, path: str | Path) -> Manifest:
-    """Return the manifest in `raw`, the parsed JSON of `path`.
+def parse_manifest(content: bytes, path: str | Path) -> Manifest:
+    """Return the manifest in `content`. path: its file or URL, for messages.
 
     Raises UserError when it is malformed, or of another format or version.
     """
+    # Earlier versions wrote file names that are not UTF-8 as single surrogates (PEP 383).
+    content = NOT_UTF8.sub(rb"\\\\x\1", content)
+    raw = parse_json(content, path, MANIFEST)
     format_and_version = raw.get("format"), raw.get("version")
     if format_and_version != (FORMAT, VERSION):
+        found = " and ".join(map(shortened, format_and_version))
         raise UserError(
-            f"{path}: found format and version {format_and_version}, expected {(FORMAT, VERSION)}; "
-            "prepare the data again"
+            f"{printable(path)}: found format and version {found}, expected {FORMAT!r} and "
+            f"{VERSION}; prepare the data again"
         )
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; prepare the data again"
-        ) from None
+    return parse_record(raw, path, Manifest, MANIFEST)
 
 
-def read_unigrams(data_dir: str | Path, vocab_size: int) -> np.ndarray:
+def read_unigrams(data_dir: str | Path, vocab_size: int, sha256: str | None = None) -> np.ndarray:
     """Read DATA/unigrams.npy: token counts of the training rows, [V] int64, 0 for special tokens.
 
-    Raises UserError when it is missing, unreadable, or of another type or size.
+    sha256: that of the manifest, None if it has none.
+    Raises UserError when it is missing, unreadable, of another type or size, or has another sha256.
     """
     path = Path(data_dir) / "unigrams.npy"
-    try:
-        counts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    content = read_small(path, UNIGRAMS, unigrams_bytes(vocab_size))
+    return parse_unigrams(content, path, vocab_size, sha256)
+
+
+def unigrams_bytes(vocab_size: int) -> int:
+    """Return the most bytes of a file of token counts."""
+    return NPY_MOST + vocab_size * np.dtype(np.int64).itemsize
+
+
+def parse_unigrams(
+    content: bytes, path: str | Path, vocab_size: int, sha256: str | None
+) -> np.ndarray:
+    """Like `read_unigrams`, for content that was read already. path: for messages."""
+    counts = parse_npy(content, path, UNIGRAMS, np.dtype(np.int64), (vocab_size,))
+    if sha256 not in (None, hashlib.sha256(content).hexdigest()):
         raise UserError(
-            f"{path}: not readable ({error}); expected token counts; prepare the data again"
-        ) from None
-    if counts.shape != (vocab_size,) or counts.dtype != np.int64:
+            f"{printable(path)}: its sha256 differs from that in manifest.json; copy the data "
+            "again or prepare it again"
+        )
+    if (counts < 0).any() or not counts.any():
         raise UserError(
-            f"{path}: found {counts.dtype}{list(counts.shape)}, expected int64[{vocab_size}]; "
-            "prepare the data again"
+            f"{printable(path)}: negative counts, or none; expected {UNIGRAMS}; copy the data again "
+            "or prepare it again"
         )
     return counts
 
@@ -299,20 +387,29 @@ def write_index(path: str | Path, blocks: np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_index(path: str | Path, sha256: str) -> np.ndarray:
+def index_bytes(blocks: int) -> int:
+    """Return the size of a block index."""
+    return len(INDEX_MAGIC) + 8 + blocks * INDEX_DTYPE.itemsize
+
+
+def read_index(path: str | Path, sha256: str, blocks: int) -> np.ndarray:
     """Read a block index, [blocks] INDEX_DTYPE.
 
-    Raises UserError when it is missing or its sha256 differs from `sha256`, that of the manifest.
+    sha256, blocks: of the manifest.
+    Raises UserError when it is missing, or its size or sha256 is another one.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: not readable ({error.strerror}); expected the block index of a split"
-        ) from None
+    what = "the block index of a split"
+    size = index_bytes(blocks)
+    content = read_small(path, what, size)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(
-            f"{path}: its sha256 differs from that in manifest.json; copy the data again or "
-            "prepare it again"
+            f"{printable(path)}: its sha256 differs from that in manifest.json; copy the data again "
+            "or prepare it again"
         )
-    return np.frombuffer(content, INDEX_DTYPE, offset=len(INDEX_MAGIC) + 8)
+    head = INDEX_MAGIC + np.array([VERSION, blocks], "<u4").tobytes()
+    if len(content) != size or not content.startswith(head):
+        raise UserError(
+            f"{printable(path)}: {len(content)} bytes, which are not {what} of {blocks} blocks; "
+            "prepare the data again"
+        )
+    return np.frombuffer(content, INDEX_DTYPE, offset=len(head))

@@ -4,6 +4,7 @@ Letters: n rows, S sequence, F fragments.
 """
 
 import mmap
+import stat
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from electra_ds.common.arrays import runs
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable, shortened
 from electra_ds.data.shard_format import (
     FRAGMENT_FIELDS,
     NPY_HEADER,
@@ -46,25 +48,51 @@ class SplitIndex:
         if split not in self.manifest.splits:
             splits = ", ".join(self.manifest.splits)
             raise UserError(
-                f"{location}: found no split {split!r}, only {splits}; "
+                f"{printable(location)}: found no split {shortened(split)}, only {splits}; "
                 "`prepare --valid-fraction` writes a split named valid"
             )
         self.info = self.manifest.splits[split]
         self.rows = self.info.rows
         self.sequence_length = self.manifest.sequence_length
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self.blocks = read_index(Path(data_dir) / index_file(split), self.info.index_sha256)
+        blocks_of_shards = self.manifest.blocks(split)
+        self.blocks = read_index(
+            Path(data_dir) / index_file(split), self.info.index_sha256, sum(blocks_of_shards)
+        )
+        self._check_index(blocks_of_shards)
         # first row of each block, [blocks + 1]
         self.block_starts = np.concatenate([[0], np.cumsum(self.blocks["rows"], dtype=np.int64)])
         # first block of each shard, [shards + 1]
         self.shard_starts = np.searchsorted(
             self.blocks["shard"], np.arange(len(self.info.shards) + 1)
         )
-        indexed_rows = self.block_starts[-1]
-        if indexed_rows != self.rows or not self.rows:
+
+    def _check_index(self, blocks_of_shards: list[int]) -> None:
+        """Compare the index with the manifest; UserError with the first shard that differs.
+
+        blocks_of_shards: [shards] number of blocks that follows from the manifest
+        """
+        shards = self.info.shards
+        first = np.cumsum([0, *blocks_of_shards[:-1]])  # first block of each shard
+        rows_before_last = np.arange(len(self.blocks)) - np.repeat(first, blocks_of_shards)
+        rows_left = np.repeat([shard.rows for shard in shards], blocks_of_shards)
+        rows_left = rows_left - rows_before_last * self.manifest.block_rows
+        rows = np.minimum(rows_left, self.manifest.block_rows)
+        size = NPY_HEADER + rows * self.sequence_length * self.dtype.itemsize
+        starts = self.blocks["offset"].astype(np.float64)  # exact below 2^53, no overflow above
+        ends = starts + size
+        previous_end = np.concatenate([[0], ends[:-1]])
+        previous_end[first] = 0
+        wrong = self.blocks["shard"] != np.repeat(np.arange(len(shards)), blocks_of_shards)
+        wrong |= (self.blocks["rows"] != rows) | (self.blocks["bytes"] != size)
+        wrong |= (starts < previous_end + TAR_BLOCK) | (starts % TAR_BLOCK != 0)
+        wrong |= ends > np.repeat([shard.bytes for shard in shards], blocks_of_shards)
+        if wrong.any():
+            block = int(np.argmax(wrong))
+            shard = int(np.searchsorted(first, block, side="right")) - 1
             raise UserError(
-                f"{location}: split {split} has {self.rows} rows in manifest.json and "
-                f"{indexed_rows} in its index; expected equal numbers above 0; "
+                f"{printable(self.location)}/{shard_file(self.split, shard)}: "
+                f"{index_file(self.split)} and manifest.json give different rows for it; copy or "
                 "prepare the data again"
             )
 
@@ -76,7 +104,7 @@ class SplitIndex:
     def damage(self, block: int, what: str) -> UserError:
         """Return the error for a damaged block; it names the file and the block within it."""
         shard, number = self.place(block)
-        path = f"{self.location}/{shard_file(self.split, shard)}"
+        path = f"{printable(self.location)}/{shard_file(self.split, shard)}"
         return UserError(
             f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)"
         )
@@ -123,6 +151,7 @@ class ShardReader(SplitIndex):
     def __init__(self, data_dir: str | Path, split: str, *, check_files: bool = True) -> None:
         super().__init__(data_dir, split, location=data_dir)
         self.data_dir = Path(data_dir)
+        self._files: dict[int, mmap.mmap] = {}  # shard -> its mapped file
         self._maps: dict[int, np.ndarray] = {}  # shard -> [bytes] uint8
         self._views: dict[int, np.ndarray] = {}  # block -> [n, S]
         self._checked = np.zeros(len(self.blocks), bool)
@@ -152,9 +181,9 @@ class ShardReader(SplitIndex):
 
     def block(self, block: int) -> np.ndarray:
         """Return a view of one block's rows, [n, S]; the first call checks headers and crc32."""
+        shard_bytes = self._map(block)
         if block not in self._views:
             _, rows, offset, size, _, _ = self.blocks[block].item()
-            shard_bytes = self._map(block)
             if not self._checked[block]:
                 headers = shard_bytes[offset - TAR_BLOCK : offset + NPY_HEADER].tobytes()
                 self.check_ids(block, headers, shard_bytes[offset : offset + size].data)
@@ -166,9 +195,10 @@ class ShardReader(SplitIndex):
     def fragments(self, block: int) -> np.ndarray:
         """Return the document fragments of one block, [F, 6] int32, columns FRAGMENT_FIELDS.
 
-        `row` counts from the first row of the block.
+        `row` counts from the first row of the block. Raises UserError when a fragment is not inside
+        its row.
         """
-        _, _, offset, size, _, _ = self.blocks[block].item()
+        _, rows, offset, size, _, _ = self.blocks[block].item()
         shard_bytes = self._map(block)
         start = offset + padded(size)
         header = shard_bytes[start : start + TAR_BLOCK].tobytes()
@@ -179,8 +209,20 @@ class ShardReader(SplitIndex):
         count = max(0, payload_size - NPY_HEADER) // (4 * len(FRAGMENT_FIELDS))
         first = start + TAR_BLOCK + NPY_HEADER
         self._check_headers(block, "pieces", shard_bytes[start:first].tobytes(), count)
-        fragments = shard_bytes[first : start + TAR_BLOCK + payload_size].view("<i4")
-        return fragments.reshape(count, len(FRAGMENT_FIELDS))
+        values = shard_bytes[first : start + TAR_BLOCK + payload_size]
+        if len(values) != count * 4 * len(FRAGMENT_FIELDS):
+            raise self.damage(block, "the file ends inside its fragments")
+        fragments = values.view("<i4").reshape(count, len(FRAGMENT_FIELDS))
+        row, column, length, *source = fragments.astype(np.int64).T
+        inside = (row >= 0) & (row < rows)
+        inside &= (column > 0) & (length > 0) & (column + length <= self.sequence_length)
+        inside &= (np.array(source) >= 0).all(axis=0)
+        if not inside.all():
+            raise self.damage(
+                block,
+                f"document fragment {int(np.argmin(inside))} lies outside its row or has no source",
+            )
+        return fragments
 
     def check_shard(self, shard: int) -> None:
         """Compare path, size and index entries of one shard with the manifest.
@@ -189,14 +231,19 @@ class ShardReader(SplitIndex):
         """
         info = self.info.shards[shard]
         blocks = self.blocks[slice(*self.shard_starts[shard : shard + 2])]
-        path = self.data_dir / info.file
-        if info.file != shard_file(self.split, shard) or path.is_symlink() or not path.is_file():
+        path = self.data_dir / info.file  # the manifest has only the names of this format
+        problem = ""
+        try:
+            status = path.lstat()
+        except OSError as error:
+            problem = f" ({error.strerror})"
+        if problem or not stat.S_ISREG(status.st_mode):
             raise UserError(
-                f"{path}: shard {shard} of {self.split} is missing or no regular file; expected "
-                f"{shard_file(self.split, shard)}; copy the data again"
+                f"{printable(path)}: shard {shard} of {self.split} is missing or no regular file"
+                f"{problem}; copy the data again"
             )
         ends = blocks["offset"] + blocks["bytes"]
-        size = path.stat().st_size
+        size = status.st_size
         if size != info.bytes:
             whole_blocks = int(np.searchsorted(ends, size, side="right"))
             where = (
@@ -205,32 +252,41 @@ class ShardReader(SplitIndex):
                 else f"the change is after block {len(blocks) - 1}"
             )
             raise UserError(
-                f"{path}: found {size} bytes, expected {info.bytes} as in the manifest; {where}; "
+                f"{printable(path)}: found {size} bytes, expected {info.bytes} as in the manifest; {where}; "
                 "copy this shard again"
-            )
-        row_bytes = self.sequence_length * self.dtype.itemsize
-        block_bytes = NPY_HEADER + blocks["rows"] * row_bytes
-        if (
-            blocks["rows"].sum() != info.rows
-            or (blocks["bytes"] != block_bytes).any()
-            or (ends > size).any()
-        ):
-            raise UserError(
-                f"{path}: index-{self.split}.bin and manifest.json give different rows for it; "
-                "prepare the data again"
             )
 
     def _map(self, block: int) -> np.ndarray:
         """Return the bytes of the shard that holds `block`, [bytes] uint8.
 
-        When OPEN_SHARDS shards are mapped, all maps and views are dropped first.
+        When OPEN_SHARDS shards are mapped, all maps and views are dropped first. Raises UserError
+        when the file cannot be read or was truncated.
         """
         shard = int(self.blocks["shard"][block])
         if shard not in self._maps:
             if len(self._maps) >= OPEN_SHARDS:
                 self._maps.clear()
+                self._files.clear()
                 self._views.clear()
-            with open(self.data_dir / shard_file(self.split, shard), "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._maps[shard] = np.frombuffer(mapped, np.uint8)
+            path = self.data_dir / shard_file(self.split, shard)
+            try:
+                with open(path, "rb") as file:
+                    self._files[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # ValueError: an empty file
+                raise UserError(
+                    f"{printable(path)}: cannot be read ({error}); copy this shard again"
+                ) from None
+            self._maps[shard] = np.frombuffer(self._files[shard], np.uint8)
+        self._check_size(shard)
         return self._maps[shard]
+
+    def _check_size(self, shard: int) -> None:
+        """Raise UserError when a mapped shard was truncated; reading it would end the process."""
+        expected = self.info.shards[shard].bytes
+        size = self._files[shard].size()
+        if size < expected:
+            raise UserError(
+                f"{printable(self.data_dir / shard_file(self.split, shard))}: {size} bytes now, "
+                f"expected {expected} as in the manifest; it was truncated after it was opened; "
+                "copy this shard again"
+            )

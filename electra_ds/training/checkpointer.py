@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from electra_ds.cluster.launchers import Ranks
-from electra_ds.common.files import fsync_folder, sha256_file, write_bytes
+from electra_ds.common.files import apply_umask, fsync_folder, sha256_file, write_bytes
 from electra_ds.common.json_files import write_json
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, VERSION, Weights, latest
@@ -294,6 +294,7 @@ def _write(
             SafetensorError
         ) as error:  # the library hides the system's error, such as a full disk
             raise OSError(f"{path}: {error}") from None
+        apply_umask(path)  # safetensors writes files that only their owner can read
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

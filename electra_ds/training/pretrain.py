@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import RunConfig
+from electra_ds.data.data_tokenizer import copy_tokenizer
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
 from electra_ds.data.masking import MaskingRecipe, masking_recipe
@@ -281,8 +281,7 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
         launcher=attempt.ranks.launcher,
         world_size=attempt.ranks.world_size,
     )
-    if source.tokenizer.is_dir():
-        shutil.copytree(source.tokenizer, out / "tokenizer", dirs_exist_ok=True)
+    copy_tokenizer(source.manifest.tokenizer, source.tokenizer, out / "tokenizer")
 
 
 # ------------------------------------------------------------------------------------ training

@@ -13,6 +13,7 @@ from shard_data import SPECIAL, best_fit_rows
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.data.batch import make_batch
 from electra_ds.data.masking import SPAN_LENGTHS, MaskingRecipe, select_masked_positions
+from electra_ds.data.shard_format import read_manifest, write_manifest
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training.metrics_file import read_metrics
 
@@ -175,7 +176,6 @@ def test_words_by_spelling_are_the_words_of_the_text(tmp_path, kind):
 
 def test_a_run_uses_its_kind_of_masking_and_cannot_resume_with_another(tmp_path, data):
     folder = shutil.copytree(data, tmp_path / "data")
-    (folder / "tokenizer").mkdir()
     names = [
         "[PAD]",
         "[UNK]",
@@ -185,6 +185,10 @@ def test_a_run_uses_its_kind_of_masking_and_cannot_resume_with_another(tmp_path,
         *(f"{'##' * (i % 3 > 0)}w{i}" for i in range(5, 600)),
     ]
     (folder / "tokenizer" / "vocab.txt").write_text("\n".join(names))
+    manifest = read_manifest(folder)
+    fingerprint = load_tokenizer(folder / "tokenizer").fingerprint
+    info = manifest.tokenizer.model_copy(update={"sha256": fingerprint})
+    write_manifest(folder, manifest.model_copy(update={"tokenizer": info}))
     sets = (
         "train.total_steps=50",
         "optimizer.warmup_steps=10",

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 from running import ROOT
-from shard_data import SPECIAL, best_fit_rows, write_data, write_tokenizer
+from shard_data import SPECIAL, best_fit_rows, write_data
 from web import Web, served
 
 from electra_ds.common.errors import RunFailure, UserError
@@ -38,7 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.split(best_fit_rows(ROWS, 32), [400, 800, 1200, 1584]),
         valid=best_fit_rows(50, 32, seed=9),
     )
-    write_tokenizer(folder / "tokenizer")
     return folder
 
 
@@ -290,7 +289,9 @@ def test_copies_that_cannot_be_written_are_an_error_with_their_path(web, tmp_pat
     with pytest.raises(
         RunFailure, match=f"^{tmp_path}/tokenizer/vocab.txt: .*; free disk space, or set TMPDIR"
     ):
-        remote_reader.RemoteFolder(web.url).copy({"tokenizer/vocab.txt": None}, tmp_path)
+        remote_reader.RemoteFolder(web.url).copy(
+            {"tokenizer/vocab.txt": remote_reader.SmallFile()}, tmp_path
+        )
 
 
 class Trap:

@@ -1,11 +1,16 @@
 """stage: copies of data folders are complete or absent, and one process at a time writes one."""
 
 import itertools
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -172,7 +177,7 @@ def test_errors_are_one_line_with_the_location(made: Path, web: Web, tmp_path: P
         ),
         (str(made / "manifest.json"), run_to, f"{made}/manifest.json/manifest.json: not found"),
         (web.url + "/none", run_to, f"{web.url}/none/manifest.json: not found"),
-        ("s4://x/y", run_to, "s4://x/y: .*expected a path or one of"),
+        ("s4://x/y", run_to, "s4://x/y: this kind of URL is not opened"),
         (str(made), web.url + "/new", f"{web.url}/new/"),
     ):
         with pytest.raises((UserError, RunFailure), match=f"^{message}"):
@@ -229,3 +234,151 @@ def test_prepare_writes_to_a_url_through_a_work_folder(corpus: Path, tmp_path: P
     assert contents(tmp_path / "bucket/data") | contents(tmp_path / "work") == contents(
         tmp_path / "work"
     )
+
+
+def small_copy(made: Path, folder: Path) -> Path:
+    """A copy of the data folder that a test may damage."""
+    return Path(shutil.copytree(made, folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer/vocab.txt", b"garbage"),
+        ("tokenizer/options.json", b'{"lowercase": false}'),
+        ("unigrams.npy", b""),
+        ("index-train.bin", b"EDSIDX1\0"),
+    ],
+)
+def test_small_files_are_compared_with_the_source_at_every_start(
+    made: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    to = tmp_path / "to"
+    (to / name).parent.mkdir(parents=True, exist_ok=True)
+    (to / name).write_bytes(content)  # before the first copy
+    stage(str(made), str(to))
+    assert contents(to) == contents(made)
+    whole = (to / name).read_bytes()
+    (to / name).write_bytes(whole[:-1] + b"!")  # in a complete copy
+    assert stage(str(made), str(to)) == len(whole)
+    assert contents(to) == contents(made)
+    source = small_copy(made, tmp_path / "source")
+    (source / name).write_bytes(content)
+    with pytest.raises(UserError, match="source/"):
+        stage(str(source), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "ckpt/final/meta.json", "metrics.jsonl", "shards/x.tar", "tokenizer/spm.model"],
+)
+def test_other_files_in_the_target_are_never_mixed_with_a_copy(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "to" / name).parent.mkdir(parents=True)
+    (tmp_path / "to" / name).write_text("mine")
+    with pytest.raises(UserError, match=r"to: holds '.*', which is no file of this data folder"):
+        stage(str(made), str(tmp_path / "to"))
+    assert contents(tmp_path / "to") == {name: b"mine"}
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/VICTIM", "shards/../../victim", "~/victim"])
+def test_names_that_leave_the_folder_are_refused(made: Path, tmp_path: Path, name: str) -> None:
+    source = small_copy(made, tmp_path / "a/source")
+    manifest = read_json(source / "manifest.json")
+    shards = manifest["splits"]["valid"]["shards"]
+    name = name.replace("/VICTIM", f"{tmp_path}/victim")
+    shards.append(shards[0] | {"file": name})
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: .*\.file"):
+        stage(str(source), str(tmp_path / "a/to"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_links_in_the_target_are_not_followed(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "to").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "to/shards").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="leads out of"):
+        stage(str(made), str(tmp_path / "to"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    stage(str(made), str(tmp_path / "whole"))
+    shard = tmp_path / "whole/shards/train-000000.tar"
+    shard.unlink()
+    shard.symlink_to(made / "shards/train-000000.tar")
+    stage(str(made), str(tmp_path / "whole"))
+    assert not shard.is_symlink() and contents(tmp_path / "whole") == contents(made)
+
+
+def test_a_target_that_is_a_file_or_has_no_room_is_one_message(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for to in ("file", "file/to", "x" * 300):
+        with pytest.raises((UserError, RunFailure), match=f"{tmp_path}/{to}"):
+            stage(str(made), str(tmp_path / to))
+
+
+@contextmanager
+def answering(head: bytes, body: Iterator[bytes]) -> Iterator[str]:
+    """A server that answers every request with one head, and a body that may never end."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                connection.recv(1 << 16)
+                connection.sendall(head)
+                for part in body:
+                    connection.sendall(part)
+
+    Thread(target=answer, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}/D"
+    server.close()
+
+
+PEAK = """
+import resource, sys
+from data_tools.stage import stage
+from electra_ds.data import dataset, remote_reader
+remote_reader.RETRY_PAUSES = (0.01,)
+resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+for use in (lambda: stage(sys.argv[1], sys.argv[2]), lambda: dataset.open_data(sys.argv[1])):
+    try:
+        use()
+    except (UserError, RunFailure) as error:
+        print(error)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+""".replace("import resource", "from electra_ds.common.errors import *\nimport resource")
+
+
+@pytest.mark.parametrize("kind", ["endless", "gzip"])
+def test_an_endless_or_compressed_manifest_is_not_held_in_memory(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("aiohttp", reason="needs the extra [remote]")
+    head, body = b"HTTP/1.1 200 OK\r\n", itertools.repeat(b" " * (1 << 20))
+    if kind == "gzip":
+        head += b"Content-Encoding: gzip\r\n"
+        packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+        chunk = bytes(1 << 24)
+        body = iter([b"".join(packer.compress(chunk) for _ in range(256)) + packer.flush()])
+    with answering(head + b"\r\n", body) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, url, tmp_path / "to"],
+            env=os.environ | CPU,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    first, *_, peak = done.stdout.splitlines()
+    assert "/manifest.json: " in first and int(peak.split()[1]) < 1500, done.stdout
+
+
+def test_the_secrets_of_a_url_are_in_no_message(tmp_path: Path) -> None:
+    for url in ("http://me:secret@127.0.0.1:9/D", "http://127.0.0.1:9/D?token=secret"):
+        with pytest.raises((UserError, RunFailure)) as caught:
+            stage(url, str(tmp_path / "to"))
+        assert "secret" not in str(caught.value) and "127.0.0.1" in str(caught.value)

@@ -14,7 +14,6 @@ from scenario_tools import (
     train,
     write_engine,
 )
-from shard_data import write_tokenizer
 from small_run import CUT, STAGES
 from web import served
 
@@ -79,7 +78,6 @@ def streamed() -> None:
     """Rows over http, from a server in each rank: whole, stopped and resumed; kept for one rank."""
     web_data = here.outs / f"served-{here.rank}-of-{here.world_size}"
     shutil.copytree(here.data, web_data)
-    write_tokenizer(web_data / "tokenizer")
     with served(web_data) as web:
         finish("streamed", *STREAMED, data=web.url)
         stop("streamed-cut", *STREAMED, data=web.url)

@@ -53,14 +53,14 @@ def write_data(
     shards: list[np.ndarray],
     block_rows: int = 16,
     vocab_size: int = 600,
-    fingerprint: str = "0" * 64,
     valid: np.ndarray | None = None,
 ) -> Path:
     """Write a data folder with shards of best_fit rows as split train, and rows as split valid.
 
-    Returns the folder.
+    Its tokenizer has the words w5, w6, ... Returns the folder.
     """
     (data_dir / "shards").mkdir()
+    fingerprint = write_tokenizer(data_dir / "tokenizer", vocab_size)
     splits = {"train": shards} if valid is None else {"train": shards, "valid": [valid]}
     rows = np.concatenate(shards)
     np.save(data_dir / "unigrams.npy", token_counts(rows, vocab_size))
@@ -87,13 +87,11 @@ def write_data(
     return data_dir
 
 
-def write_tokenizer(folder: Path) -> str:
-    """Write a tokenizer of 600 words. Returns its fingerprint."""
+def write_tokenizer(folder: Path, vocab_size: int = 600) -> str:
+    """Write a tokenizer of words. Returns its fingerprint."""
+    words = [f"w{i}" for i in range(5, vocab_size)]
     vocab = folder.with_name("vocab.txt")
-    folder.mkdir(parents=True)
-    vocab.write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, 600))])
-    )
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
     tokenizer = load_tokenizer(vocab)
     tokenizer.save(folder)
     vocab.unlink()
@@ -122,8 +120,8 @@ def write_split(data_dir: Path, split: str, shards: list[np.ndarray], block_rows
     ]
     rows = np.concatenate(shards)
     return SplitInfo(
-        documents=int((rows == SPECIAL.cls).sum()),
-        pieces=int((rows == SPECIAL.cls).sum()),
+        documents=max(1, int((rows == SPECIAL.cls).sum())),
+        pieces=max(1, int((rows == SPECIAL.cls).sum())),
         tokens=int((rows > SPECIAL.mask).sum()),
         pad=int((rows == SPECIAL.pad).sum()),
         rows=len(rows),

@@ -1,0 +1,251 @@
+"""Small files with huge contents: memory is bounded, and the limit is an error with a way out."""
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+from running import CPU
+
+from data_tools.formats import tar as tar_format
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Tally
+from data_tools.inputs import streams
+from data_tools.inputs.plan import make_plan
+from electra_ds.common.errors import UserError
+
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def read(path: Path) -> list[str]:
+    """The documents of a file."""
+    return [
+        text
+        for source in make_plan([str(path)]).sources
+        for text in documents(
+            source,
+            0,
+            source.size,
+            text_field="text",
+            tally=Tally(),
+            on_progress=lambda amount: None,
+        )
+    ]
+
+
+def zstd_zeros(size: int) -> bytes:
+    """A frame of blocks of one repeated byte: 128 KiB in 4 bytes."""
+    block = ((1 << 17) << 3 | 1 << 1).to_bytes(3, "little") + b"a"
+    last = (1 << 17 << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"a"
+    head = b"\x28\xb5\x2f\xfd\x00" + bytes([(17 - 10) << 3])
+    return head + block * (size >> 17) + last
+
+
+def bombs() -> dict[str, bytes]:
+    """Files of 4 GB of content, or of 1 GB where packing takes long."""
+    packer = lzma.LZMACompressor(preset=0)
+    chunk = b"a" * (1 << 24)
+    xz = b"".join([packer.compress(chunk) for _ in range(64)] + [packer.flush()])
+    return {
+        "a.txt.bz2": bz2.compress(b"a" * (1 << 30)),
+        "a.txt.zst": zstd_zeros(1 << 32),
+        "a.txt.xz": xz,
+        "a.txt.gz": gzip.compress(b"a" * (1 << 29), 9),
+    }
+
+
+PEAK = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_large_contents import read, UserError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read(Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.txt.bz2", "a.txt.zst", "a.txt.xz", "a.txt.gz"])
+def test_a_small_file_with_a_huge_content_takes_little_memory_and_time(tmp_path, name):
+    (tmp_path / name).write_bytes(bombs()[name])
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / name, Path(__file__).parent],
+        env=os.environ
+        | CPU
+        | {"PYTHONPATH": f"{CPU['PYTHONPATH']}:{CPU['PYTHONPATH']}/tests/support"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    *message, peak = done.stdout.splitlines()
+    assert int(peak) < 250 and time.monotonic() - start < 60, done.stdout
+    if name != "a.txt.gz":  # gzip packs at most 1,032 bytes into one
+        assert "expected at most 1,000 times as many" in message[0]
+        assert streams.EXPANSION_VARIABLE in message[0]
+
+
+def test_the_factor_may_be_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "FREE", 1000)
+    (tmp_path / "a.txt.bz2").write_bytes(bz2.compress(b"a" * 500_000))
+    with pytest.raises(UserError, match="compressed bytes have a content of more than"):
+        read(tmp_path / "a.txt.bz2")
+    monkeypatch.setenv(streams.EXPANSION_VARIABLE, "100000")
+    assert len(read(tmp_path / "a.txt.bz2")[0]) == 500_000
+    for value in ("0", "x", "-1", "1e9", "", "9" * 30):
+        monkeypatch.setenv(streams.EXPANSION_VARIABLE, value)
+        with pytest.raises(
+            UserError, match=f"{streams.EXPANSION_VARIABLE} = .*expected an integer"
+        ):
+            read(tmp_path / "a.txt.bz2")
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
+def test_the_content_does_not_depend_on_the_parts(tmp_path, monkeypatch, suffix, at_once):
+    monkeypatch.setattr(streams, "AT_ONCE", at_once)
+    monkeypatch.setattr(streams, "HEAD", 50)
+    monkeypatch.setattr(streams, "ZSTD_INPUT", 13)
+    words = random.Random(0).choices(["old", "river", "stone", "zzzz" * 50], k=800)
+    content = " ".join(words).encode()
+    pack = PACKERS[suffix]
+    packed = pack(content[:1500]) + pack(b"") + bytes(8) + pack(content[1500:])
+    raw = io.BufferedReader(io.BytesIO(packed))
+    assert streams.content_of(raw, f"a{suffix}").read() == content
+    for cut in (5, len(packed) // 3, len(packed) - 2):
+        raw = io.BufferedReader(io.BytesIO(packed[:cut]))
+        with pytest.raises(UserError, match=rf"^a{suffix}: broken after byte \d+"):
+            streams.content_of(raw, f"a{suffix}").read()
+
+
+# -------------------------------------------------------------------------------------------- tars
+
+
+def header(name: str = "a.txt", **fields) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info
+
+
+def sparse_pax(version: str) -> bytes:
+    keys = {
+        "0.0": {"GNU.sparse.size": str(1 << 40), "GNU.sparse.numblocks": "0"},
+        "0.1": {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)},
+        "1.0": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"},
+    }[version]
+    return header(pax_headers=keys, size=512).tobuf(tarfile.PAX_FORMAT) + b"9" * 512
+
+
+def sparse_gnu() -> bytes:
+    block = bytearray(header(type=tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    block[483:495] = b"\x80" + (1 << 40).to_bytes(11, "big")  # the size with its holes
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+TARS = {
+    "GNU sparse": (sparse_gnu(), "a sparse member"),
+    "sparse 0.0": (sparse_pax("0.0"), "a sparse member"),
+    "sparse 0.1": (sparse_pax("0.1"), "a sparse member"),
+    "sparse 1.0": (sparse_pax("1.0"), "a sparse member"),
+    "a long name": (
+        header("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=1 << 32).tobuf(),
+        "at most 1,048,576 are read",
+    ),
+    "long attributes": (header(type=tarfile.XHDTYPE, size=1 << 32).tobuf(), "are read"),
+    "a negative size": (
+        header(size=-512).tobuf(tarfile.GNU_FORMAT),
+        "broken",
+    ),
+    "a size that the file does not have": (header(size=1 << 33).tobuf(), "broken"),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_headers_of_tars_do_not_ask_for_memory_or_time(tmp_path, kind):
+    content, message = TARS[kind]
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(content + b"text\n".ljust(10240, b"\0")))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=rf"^x\.tar\.gz.*{message}") as caught:
+        read(tmp_path / "x.tar.gz")
+    assert time.monotonic() - start < 5 and "\n" not in str(caught.value)
+
+
+def test_a_tar_of_bz2_with_a_huge_member_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "FREE", 1 << 22)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:bz2") as tar:
+        tar.addfile(header(size=1 << 27), io.BytesIO(b"a" * (1 << 27)))
+    (tmp_path / "x.tar.bz2").write_bytes(content.getvalue())
+    with pytest.raises(UserError, match=r"^x\.tar\.bz2: .* content of more than"):
+        read(tmp_path / "x.tar.bz2")
+
+
+def test_tars_inside_tars_have_a_limit(tmp_path):
+    content = b"text\n"
+    for level in range(tar_format.DEEPEST + 3):
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            name = f"{level}.tar" if level else "a.txt"
+            tar.addfile(header(name, size=len(content)), io.BytesIO(content))
+        content = packed.getvalue()
+        (tmp_path / "x.tar").write_bytes(content)
+        if level <= tar_format.DEEPEST - 1:
+            assert read(tmp_path / "x.tar") == ["text\n"]
+    with pytest.raises(UserError, match="tars inside tars, more than"):
+        read(tmp_path / "x.tar")
+
+
+def test_control_characters_of_member_names_are_escaped(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(header("a\x1b[2J\udcff.bin", size=3), io.BytesIO(b"\0\1\2"))
+    with pytest.raises(UserError, match="not text") as caught:
+        read(tmp_path / "x.tar")
+    assert "x.tar/a\\x1b[2J\\xff.bin" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def test_a_column_that_grows_too_much_is_refused(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(streams, "FREE", 1 << 20)
+    table = pyarrow.table({"text": ["a" * (1 << 24)]})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match=r"^a\.parquet: .* content of more than"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_record_that_claims_a_huge_size_is_refused(tmp_path):
+    crc32c = pytest.importorskip("google_crc32c", reason="needs the extra [tfrecord]")
+    from data_tools.convert import convert
+
+    size = struct.pack("<Q", 1 << 60)
+    crc = crc32c.value(size)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    (tmp_path / "a.tfrecord").write_bytes(size + struct.pack("<I", masked) + b"x" * 100)
+    with pytest.raises(UserError, match=r"a\.tfrecord: record 0: .*bytes"):
+        convert([str(tmp_path / "a.tfrecord")], tmp_path / "no-tokenizer", tmp_path / "out")
