@@ -20,7 +20,7 @@ from electra_ds.data import dataset
 from electra_ds.data.batch import fixed_corruption
 from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import masking_recipe
-from electra_ds.data.shard_format import read_unigrams
+from electra_ds.data.shard_format import read_manifest, read_unigrams, write_manifest
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.evaluation import evaluate
@@ -193,6 +193,10 @@ def test_data_of_another_vocabulary_is_refused(run, tmp_path):
         (folder / "vocab.txt").write_text("\n".join(names) + "\n")
         load_tokenizer(folder / "vocab.txt").save(folder / "tokenizer")
         (folder / "vocab.txt").unlink()
+    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
+    manifest = read_manifest(tmp_path / "data")
+    info = manifest.tokenizer.model_copy(update={"sha256": tokenizer.fingerprint})
+    write_manifest(tmp_path / "data", manifest.model_copy(update={"tokenizer": info}))
     try:
         with pytest.raises(UserError, match="its vocabulary is not that of the model"):
             evaluate.evaluate_checkpoint(run.out, tmp_path / "data", 8)
