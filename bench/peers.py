@@ -23,9 +23,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import transformers
+from shards import SPECIAL_IDS, VOCAB_SIZE
 from torch import Tensor, nn
 
-from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
@@ -40,9 +40,6 @@ try:
     from electra_pytorch import electra_pytorch as wrapper_module
 except ImportError:
     wrapper_module = None
-
-SPECIAL_IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)  # of BERT's vocabulary
-VOCAB_SIZE = 30522
 
 
 # Has the attributes `module` and `optimizer`, and the method

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import webdataset
 from report import make_parser, run_main
+from shards import BLOCK_ROWS, VOCAB_SIZE, write_description
 
-from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data import shard_format
 from electra_ds.data.loader import READ_TOKENS, Loader
@@ -35,8 +35,6 @@ from electra_ds.data.masking import masking_recipe
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.shuffle import ShuffledOrder
 
-VOCAB_SIZE = 30522
-BLOCK_ROWS = 256
 SHARD_TOKENS = 1 << 23
 SECONDS = 1.0  # of CPU time, for each reader in each round
 BILLION = 10**9
@@ -46,40 +44,6 @@ def random_rows(count: int, sequence_length: int) -> np.ndarray:
     """[count, S] uint16 of text tokens."""
     ids = np.random.default_rng(0).integers(104, VOCAB_SIZE, (count, sequence_length))
     return ids.astype(np.uint16)
-
-
-def write_description(
-    folder: Path, sequence_length: int, shards: list[shard_format.ShardInfo], blocks: np.ndarray
-) -> None:
-    """Write index and manifest of a data folder with finished shards."""
-    index_sha256 = shard_format.write_index(folder / shard_format.index_file("train"), blocks)
-    rows = int(blocks["rows"].sum())
-    split = shard_format.SplitInfo(
-        documents=rows,
-        pieces=rows,
-        tokens=rows * (sequence_length - 2),
-        pad=0,
-        rows=rows,
-        shards=tuple(shards),
-        index_sha256=index_sha256,
-    )
-    tokenizer = shard_format.TokenizerInfo(
-        kind="wordpiece",
-        sha256="0" * 64,
-        vocab_size=VOCAB_SIZE,
-        special_ids=SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103),
-    )
-    manifest = shard_format.Manifest(
-        sequence_length=sequence_length,
-        dtype="uint16",
-        block_rows=BLOCK_ROWS,
-        packing="concat",
-        seed=0,
-        tokenizer=tokenizer,
-        source=shard_format.SourcePlan(sha256="0" * 64, files=(), units=()),
-        splits={"train": split},
-    )
-    shard_format.write_manifest(folder, manifest)
 
 
 # --------------------------------------------------------------------- the same rows in all formats

@@ -32,8 +32,6 @@ from unittest import mock
 import numpy as np
 import torch
 from peers import (
-    SPECIAL_IDS,
-    VOCAB_SIZE,
     Contender,
     HuggingFace,
     Ours,
@@ -43,6 +41,7 @@ from peers import (
     update_weights,
 )
 from report import make_parser, median_and_range, print_heading, print_row, run_main
+from shards import BLOCK_ROWS, SPECIAL_IDS, VOCAB_SIZE, write_description
 from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, DataCollatorForLanguageModeling
 
@@ -298,36 +297,10 @@ def write_rows(folder: Path, count: int = 8192) -> Path:
     rows = ids.astype(np.uint16)
     rows[:, 0] = SPECIAL_IDS.cls
     rows[:, -1] = SPECIAL_IDS.sep
-    block_rows = 256
     shard = folder / shard_format.shard_file("train", 0)
     no_fragments = np.zeros((0, 6), np.int32)
-    info, blocks = shard_format.write_shard(shard, "train", 0, rows, no_fragments, block_rows)
-    index_sha256 = shard_format.write_index(folder / shard_format.index_file("train"), blocks)
-    split = shard_format.SplitInfo(
-        documents=count,
-        pieces=count,
-        tokens=count * (LENGTH - 2),
-        pad=0,
-        rows=count,
-        shards=(info,),
-        index_sha256=index_sha256,
-    )
-    manifest = shard_format.Manifest(
-        sequence_length=LENGTH,
-        dtype="uint16",
-        block_rows=block_rows,
-        packing="best_fit",
-        seed=0,
-        tokenizer=shard_format.TokenizerInfo(
-            kind="wordpiece",
-            sha256=tokenizer.fingerprint,
-            vocab_size=VOCAB_SIZE,
-            special_ids=SPECIAL_IDS,
-        ),
-        source=shard_format.SourcePlan(sha256="0" * 64, files=(), units=()),
-        splits={"train": split},
-    )
-    shard_format.write_manifest(folder, manifest)
+    info, blocks = shard_format.write_shard(shard, "train", 0, rows, no_fragments, BLOCK_ROWS)
+    write_description(folder, LENGTH, [info], blocks, tokenizer.fingerprint)
     return folder
 
 
