@@ -19,6 +19,7 @@ from data_tools.pipeline.clean import clean_lines
 from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
+from electra_ds.data.tokenizer.normalization import Form
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
@@ -59,7 +60,10 @@ def train_tokenizer(
         raise UserError(f"vocab_size = {vocab_size}; expected at least 64")
     if strip_accents is None:
         strip_accents = lowercase and kind == "wordpiece"
-    lines = _lines(inputs, format, text_field, progress)
+    form: Form = "nfc"
+    if kind != "wordpiece":
+        form = "nfkc_lower" if lowercase else "nfkc"
+    lines = _lines(inputs, format, text_field, form, progress)
     tokenizer: Tokenizer
     if kind == "wordpiece":
         content = _train_wordpiece(lines, vocab_size, lowercase, strip_accents)
@@ -70,17 +74,17 @@ def train_tokenizer(
             "strip_accents = True; expected None or False, since SentencePiece models keep accents"
         )
     else:
-        content = _train_sentencepiece(lines, kind, vocab_size, lowercase)
-        tokenizer = SentencePiece(content, {}, "the new model")
+        content = _train_sentencepiece(lines, kind, vocab_size)
+        tokenizer = SentencePiece(content, {}, "the new model", form)
     progress("train", 1, 1)
     tokenizer.save(out)
     return tokenizer
 
 
 def _lines(
-    inputs: Sequence[str], format: str, text_field: str, progress: Progress
+    inputs: Sequence[str], format: str, text_field: str, form: Form, progress: Progress
 ) -> Iterator[str]:
-    """Yield the cleaned lines of all inputs; UserError when there is none."""
+    """Yield the normalized lines of all inputs; UserError when there is none."""
     plan = make_plan(inputs, format=format)
     total = sum(source.size for source in plan.sources)
     has_text = False
@@ -89,7 +93,7 @@ def _lines(
         for text in documents(
             source, 0, source.size, text_field=text_field, tally=Tally(), on_progress=on_progress
         ):
-            lines, _ = clean_lines(text.replace(UNKNOWN, ""))
+            lines, _ = clean_lines(text.replace(UNKNOWN, ""), form)
             has_text = has_text or bool(lines)
             yield from lines
     if not has_text:
@@ -159,10 +163,8 @@ def _alphabet(words: Counter[str], fast: Any, limit: int) -> tuple[list[str], li
     return sorted(kept), sorted(inside.intersection(kept))
 
 
-def _train_sentencepiece(
-    lines: Iterator[str], kind: str, vocab_size: int, lowercase: bool
-) -> bytes:
-    """Return the content of an spm.model."""
+def _train_sentencepiece(lines: Iterator[str], kind: str, vocab_size: int) -> bytes:
+    """Return the content of an spm.model without rules of its own: the lines are normalized."""
     import sentencepiece
 
     model = BytesIO()
@@ -172,7 +174,7 @@ def _train_sentencepiece(
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
-            normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+            normalization_rule_name="identity",
             pad_id=0,
             unk_id=1,
             bos_id=-1,

@@ -23,10 +23,9 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import parse_run
 from electra_ds.config.schema import FactoryConfig, ModelConfig, RunConfig
-from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.hf import from_hf, from_hf_config
 from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_tensors
-from electra_ds.interop.hf_tokenizer import read_tokenizer
 from electra_ds.interop.parts import (
     EncoderWithHead,
     main_encoder,
@@ -88,7 +87,7 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def checked_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     """The tokenizer in `path`. UserError when its size is not vocab_size, the size of the model."""
-    tokenizer = read_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {vocab_size}; "
