@@ -60,8 +60,8 @@ class Unknowns:
         return {"found": self.total, "words": dict(sorted(self.words.items()))}
 
 
-def sum_unknowns(files: Iterable[Path]) -> UnknownWords:
-    """Return the sum of the records of all units, for the manifest."""
+def sum_unknowns(files: Iterable[Path], tokens: int) -> UnknownWords:
+    """Return the sum of the records of all units, for the manifest. tokens: of all units."""
     total = 0
     examined = 0
     words: Counter[str] = Counter()
@@ -73,4 +73,4 @@ def sum_unknowns(files: Iterable[Path]) -> UnknownWords:
         if len(words) > MAX_WORDS:  # drop the rarest half
             words = Counter(dict(words.most_common(MAX_WORDS // 2)))
     most_frequent = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:MOST_FREQUENT]
-    return UnknownWords(found=total, looked_at=examined, words=dict(most_frequent))
+    return UnknownWords(found=total, looked_at=examined, words=dict(most_frequent), tokens=tokens)

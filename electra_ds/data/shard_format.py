@@ -86,6 +86,7 @@ class UnknownWords(_ManifestPart):
     found: int  # number of [UNK] tokens
     looked_at: int  # number of [UNK] tokens for which the word was recorded
     words: dict[str, int]  # the most frequent words -> counts, in descending order
+    tokens: int | None = None  # of the input; None in data prepared by versions without this record
 
 
 class ShardInfo(_ManifestPart):

@@ -124,6 +124,24 @@ class Tokenizer(ABC):
             parts += self.tokens(run) if is_special else [self._decode_plain(run)]
         return " ".join(parts)
 
+    def describe(self) -> str:
+        """Describe kind, size and options in one line; say which options were guessed."""
+        parts = [self.kind, f"{self.vocab_size:,} entries"]
+        if "lowercase" in self.options:
+            parts.append("lower case" if self.options["lowercase"] else "case kept")
+            stripped = self.options["strip_accents"]
+            parts.append("accents stripped" if stripped else "accents kept")
+        parts.append(f"normalization {self.normalization}")
+        line = ", ".join(parts)
+        if self.guessed:
+            line += (
+                "; guessed: no entry has a capital"
+                if self.options["lowercase"]
+                else ("; guessed: an entry has a capital")
+            )
+            line += ", and no file says otherwise (--lowercase and --strip-accents do)"
+        return line
+
     def save(self, folder: str | Path) -> None:
         """Write the vocabulary file and options.json; `load_tokenizer(folder)` reads them."""
         folder = Path(folder)
