@@ -1,4 +1,4 @@
-"""Training of vocabularies: characters, accents by script, what is said, and what is refused."""
+"""Training of vocabularies: characters, accents by script, messages and refusals."""
 
 import json
 import random
@@ -184,9 +184,16 @@ def test_the_commands_print_choices_and_shares(tmp_path):
     assert unknowns.found == unknowns.tokens
 
     told = run_cli(
-        *prepare, "--tokenizer", tmp_path / "vocab.txt", "--out", tmp_path / "b",
-        "--no-strip-accents", "--no-lowercase", "--normalization", "nfc",
-    ).stdout  # fmt: skip
+        *prepare,
+        "--tokenizer",
+        tmp_path / "vocab.txt",
+        "--out",
+        tmp_path / "b",
+        "--no-strip-accents",
+        "--no-lowercase",
+        "--normalization",
+        "nfc",
+    ).stdout
     assert "case kept, accents kept, normalization nfc\n" in told
     assert "\n[UNK]: 0.00% of the tokens\n" in told
     options = json.loads((tmp_path / "b" / "tokenizer" / "options.json").read_text())
@@ -213,8 +220,13 @@ def test_the_commands_print_choices_and_shares(tmp_path):
     assert not (tmp_path / "d").exists()
 
     trained = run_cli(
-        "train-tokenizer", "--input", tmp_path / "text.txt", "--out", tmp_path / "t",
-        "--vocab-size", 64,
-    ).stdout  # fmt: skip
+        "train-tokenizer",
+        "--input",
+        tmp_path / "text.txt",
+        "--out",
+        tmp_path / "t",
+        "--vocab-size",
+        64,
+    ).stdout
     assert "accents are kept: 100.0% of the letters" in trained
     assert "every character of the text is in the vocabulary" in trained
