@@ -33,8 +33,10 @@ def clean_lines(text: str, normalization: Form = "nfc") -> tuple[list[str], int]
     removed = 0
     parts = LINE_FEEDS.split(text) if normalization == "none" else text.splitlines()
     for part in parts:  # one by one, since most lines are ASCII and need little work
-        line, count = without_control(part)
-        removed += count
+        line = part
+        if not part.isprintable() or "\ufffd" in part:
+            line, count = without_control(part)
+            removed += count
         # After the removal: a control character may have stood before an accent.
         if stripped := normalize(line, normalization).strip():
             lines.append(stripped)

@@ -23,12 +23,13 @@ MARKS_OF_SMALL_LETTERS = "\u0300\u0301\u0308\u030a\u030c\u0313\u0331\u0342"
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the vocabulary file.
 
-    AutoTokenizer then returns the same ids as [CLS] A [SEP] B [SEP] with token types. There are
-    three differences. The library maps a special token that is written in a text to its id. If
-    unigram has two segmentations of equal score (a long run of one character), the library may
-    choose another one, because it adds scores in fp64 and SentencePiece in fp32. A SentencePiece
-    model with rules of its own (version 0.1, or of another program) composes a compatibility
-    character, such as a ligature, with fewer of the marks after it than the library does.
+    AutoTokenizer then returns the same ids as [CLS] A [SEP] B [SEP] with token types, except that
+    the library maps a special token that is written in a text to its id.
+
+    SentencePiece models with rules or scores of their own (version 0.1, other programs) differ in
+    two more points. If unigram has two segmentations of equal score, the library may choose
+    another one, because it adds scores in fp64 and SentencePiece in fp32. The library composes a
+    compatibility character, such as a ligature, with more of the marks after it.
     Raises UserError for a SentencePiece model that is neither unigram nor bpe.
     """
     tokenizer.save(folder)

@@ -43,11 +43,16 @@ def normalize(text: str, form: Form) -> str:
     """Return a text in a form, without surrogates. Equal to `native_steps` for texts without."""
     if not text.isprintable():  # as all of these characters but U+FFFD and U+1680
         text = without_surrogates(text)
+    elif text.isascii():
+        return text.lower() if form == "nfkc_lower" else text
     if form == "none":
         return text
     if not text.isprintable() or "\u1680" in text:
         text = (LINE_ENDS if form == "nfc" else SPACES).sub(" ", text)
-    text = _composed(without_control(text)[0], form)
+        text, _ = without_control(text)
+    elif "\ufffd" in text:
+        text = text.replace("\ufffd", "")
+    text = _composed(text, form)
     return _composed(_lower(text), form) if form == "nfkc_lower" else text
 
 
