@@ -58,10 +58,10 @@ def _fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, dict[str, Any]]:
 
     fast = FastTokenizer.from_str(tokenizer.fast.to_str())
     fast.decoder = decoders.WordPiece(prefix="##")
-    # BertTokenizer makes a normalizer of its own, without the steps before BERT's.
-    is_bert = tokenizer.normalization == "none"
+    # BertTokenizer makes a normalizer of its own, and its Python code in versions before 5 gives
+    # other ids than tokenizer.json for text that is not in NFC.
     return fast, {
-        "tokenizer_class": "BertTokenizer" if is_bert else "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "do_lower_case": tokenizer.options["lowercase"],
         "strip_accents": tokenizer.options["strip_accents"],
         "tokenize_chinese_chars": True,
