@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer import WordPiece, load_tokenizer
 from electra_ds.interop.hf_tokenizer import write_tokenizer
@@ -61,6 +62,39 @@ def test_a_blank_last_entry_that_is_on_record_stays(tmp_path):
 def test_a_malformed_vocabulary_is_described(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(write(tmp_path, content))
+
+
+def test_paths_and_models_that_cannot_be_read_are_refused(tmp_path):
+    for path in ("x" * 5000, tmp_path / ("y" * 300), "nul\0", tmp_path / "vocab.txt" / "below"):
+        with pytest.raises(UserError, match=r"not found|cannot be read"):
+            load_tokenizer(path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n"
+    for name in ("vocab.txt", "spm.model"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(UserError, match="git lfs pull"):
+            load_tokenizer(tmp_path / name)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_damaged_model_is_read_or_refused(tmp_path_factory, model, data):
+    content = bytearray(model)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.sampled_from([len(content), len(content) // 2, 0]))]
+    path = tmp_path_factory.mktemp("damaged") / "spm.model"
+    path.write_bytes(bytes(content))
+    try:
+        load_tokenizer(path).encode_with_offsets("e\u0301 river")
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> bytes:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "t.txt").write_text("the old river and the \u00e9cole \u6c34\n" * 40)
+    return train_tokenizer([str(folder / "t.txt")], folder, kind="bpe", vocab_size=64).content
 
 
 # ------------------------------------------------------------------------------------------- options

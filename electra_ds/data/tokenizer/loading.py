@@ -30,6 +30,7 @@ VOCABULARY_FILES = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
+LFS_POINTER = b"version https://git-lfs"
 
 
 class StoredOptions(Record):
@@ -64,12 +65,22 @@ def load_tokenizer(
     Raises UserError when the vocabulary is missing, malformed, or lacks a special token, and when
     an argument contradicts a file.
     """
-    file = _vocabulary_file(Path(path))
+    try:
+        file = _vocabulary_file(Path(path))
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise UserError(
+            f"{printable(path)}: cannot be read ({error.strerror}); expected a vocabulary"
+        ) from None
     chosen = Options(lowercase, strip_accents, normalization)
     if file.name == TOKENIZER_JSON:
         content, stated = read_tokenizer_json(file)
         return _wordpiece(content, stated, chosen, file, file)
     content = read_small(file, "a vocabulary")
+    if content.startswith(LFS_POINTER):
+        raise UserError(
+            f"{printable(file)}: found a pointer of Git LFS instead of the file; get it with "
+            "`git lfs pull`"
+        )
     folder = file.parent
     ours = _read_options(folder)
     if file.suffix == ".model":
@@ -138,7 +149,7 @@ def _sentencepiece(
             f"{printable(file)}: normalization = {chosen.normalization}; expected {form}, which "
             "the model was trained with"
         )
-    return SentencePiece(content, {}, str(file), form)
+    return SentencePiece(content, {}, printable(file), form)
 
 
 def _wordpiece(

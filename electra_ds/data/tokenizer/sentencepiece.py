@@ -36,11 +36,11 @@ class SentencePiece(Tokenizer):
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+            names = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{source}: not a SentencePiece model ({error}); expected an spm .model file"
             ) from None
-        names = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
         super().__init__(content, names, options, source, normalization)
         if normalization == "none":
             raise UserError(f"{source}: normalization = 'none'; expected nfc, nfkc or nfkc_lower")
