@@ -190,7 +190,7 @@ def cpu_seconds() -> float:
 def measure(name: str, scratch: Path) -> Turn:
     """Run a contender in this process.
 
-    Returns its CPU seconds (cpu), the part of them spent in encode_flat in this process
+    Returns its CPU seconds (cpu), the part of them spent in encode_normalized in this process
     (tokenizing), and the largest peak memory of a process in MB (peak).
     """
     if name in BARE:
@@ -214,22 +214,22 @@ def measure_bare(name: str, scratch: Path) -> float:
 
 
 def measure_pipeline(name: str, scratch: Path) -> tuple[float, float]:
-    """(CPU seconds of `prepare`, the part of them spent in encode_flat in this process)."""
+    """(CPU seconds of `prepare`, the part of them spent in encode_normalized in this process)."""
     kind, workers = PIPELINES[name]
     tokenizer = load_tokenizer(scratch / kind)
     source = scratch / "input.jsonl"
     out = pipeline_folder(name, scratch)
     tokenizing = 0.0
-    encode_flat = type(tokenizer).encode_flat
+    encode_normalized = type(tokenizer).encode_normalized
 
-    def timed_encode_flat(self: Tokenizer, texts: list[str]) -> tuple:
+    def timed_encode_normalized(self: Tokenizer, texts: list[str]) -> tuple:
         nonlocal tokenizing
         before = cpu_seconds()
-        encoded = encode_flat(self, texts)
+        encoded = encode_normalized(self, texts)
         tokenizing += cpu_seconds() - before
         return encoded
 
-    type(tokenizer).encode_flat = timed_encode_flat
+    type(tokenizer).encode_normalized = timed_encode_normalized
     unit_bytes = min(UNIT_BYTES, source.stat().st_size // 8 + 1)  # several units per process
     shutil.rmtree(out, ignore_errors=True)
     began = cpu_seconds()
@@ -369,7 +369,9 @@ def report(turns: dict[str, list[Turn]], megabytes: float) -> None:
         verdict = "reached" if median >= goal else "MISSED"
         print_row(name, peer, f"{median:.2f}", spread, f"{goal:.2f} {verdict}")
     print()
-    print_heading("contender", "MB per CPU second", "outside encode_flat", "peak MB of a process")
+    print_heading(
+        "contender", "MB per CPU second", "outside encode_normalized", "peak MB of a process"
+    )
     for name, own_turns in turns.items():
         rate = statistics.median(megabytes / turn["cpu"] for turn in own_turns)
         outside = ""

@@ -200,7 +200,8 @@ def _run_stages(
     markers = run(assemble_shard, tasks, lambda done: progress("pack", done, total))
     splits = _write_indexes(job, tasks, markers)
     _write_unigrams(job, tasks)
-    _write_manifest(job, splits, removed, bad_lines)
+    tokens = sum(marker["tokens"] for marker in unit_markers)
+    _write_manifest(job, splits, removed, bad_lines, tokens)
 
 
 def _tokenize_units(job: Job, run: Run, read_unit: Task, progress: Progress) -> list[dict]:
@@ -360,9 +361,13 @@ def _write_unigrams(job: Job, tasks: list[ShardTask]) -> None:
 
 
 def _write_manifest(
-    job: Job, splits: dict[str, SplitInfo], removed: dict[str, int], bad_lines: dict[str, int]
+    job: Job,
+    splits: dict[str, SplitInfo],
+    removed: dict[str, int],
+    bad_lines: dict[str, int],
+    tokens: int,
 ) -> None:
-    """Write the manifest, the last file of a data folder."""
+    """Write the manifest, the last file of a data folder. tokens: of all units"""
     tokenizer = job.tokenizer
     settings = job.settings
     units = range(len(job.plan.units))
@@ -376,7 +381,9 @@ def _write_manifest(
             "splits": splits,
             "removed": removed,
             "bad_lines": bad_lines,
-            "unknowns": sum_unknowns(unit_files(job.units, unit).unknowns for unit in units),
+            "unknowns": sum_unknowns(
+                (unit_files(job.units, unit).unknowns for unit in units), tokens
+            ),
             "tokenizer": TokenizerInfo.model_validate(
                 {
                     "kind": tokenizer.kind,

@@ -5,30 +5,39 @@ WordPiece is trained by Hugging Face tokenizers, unigram and bpe by SentencePiec
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from data_tools.formats.documents import documents
 from data_tools.formats.source import UNKNOWN, Tally
 from data_tools.inputs.plan import make_plan
+from data_tools.pipeline.characters import Uncovered, ignored_marks, in_order, strips_safely
 from data_tools.pipeline.clean import clean_lines
 from data_tools.workers import Progress, ignore_progress, running_total
-from electra_ds.common.errors import UserError
+from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
+from electra_ds.data.tokenizer.normalization import Form
 
 KINDS = ("wordpiece", "unigram", "bpe")
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
-# WordPiece: share of the text that the characters of the vocabulary cover. At most a quarter of the
-# entries are characters.
+# WordPiece: share of the text that the characters of the vocabulary cover before words are joined.
 COVERAGE = 0.9999
+CHARACTERS = 0.75  # largest share of the entries that these characters take
 MIN_COUNT = 2  # least occurrences of a pair that WordPiece joins
 REPEATS = 1000  # most repetitions of a word in one text that is passed to the trainer
 MAX_SENTENCES = 5_000_000  # lines that SentencePiece samples
 SENTENCE_BYTES = 16384  # SentencePiece ignores longer lines, so they are cut at white space
+# Unigram: scores are multiples of 1 / SCORE_STEPS, so that their sums are exact in fp32, and the
+# library tokenizers, which adds in fp64, cuts words at the same places.
+SCORE_STEPS = 64
+
+
+def ignore_facts(line: str) -> None:
+    """Do nothing: the default of `say`."""
 
 
 def train_tokenizer(
@@ -42,45 +51,74 @@ def train_tokenizer(
     format: str = "auto",
     text_field: str = "text",
     progress: Progress = ignore_progress,
+    say: Callable[[str], None] = ignore_facts,
 ) -> Tokenizer:
     """Train a vocabulary on the inputs, write it to the folder `out` and return the tokenizer.
 
     inputs:        as for `prepare`
     kind:          wordpiece, or unigram or bpe (SentencePiece)
-    strip_accents: None: the value of lowercase. SentencePiece models normalize by NFKC and keep
-                   accents
+    strip_accents: None: for lower-cased text in Latin, Greek or Cyrillic letters; the marks of
+                   other scripts tell words apart. SentencePiece models keep accents
+    say:           receives lines: the accents, and the share of the text that is not covered
     With little text the vocabulary is smaller than vocab_size; tokenizer.vocab_size is its size.
-    Raises UserError for unknown settings, for inputs without text, and for a size that
-    SentencePiece cannot make.
+    Raises UserError for unknown settings, for inputs without text, for a folder that cannot be
+    written, and for a size that SentencePiece cannot make; RunFailure when writing fails.
     """
     if kind not in KINDS:
         raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
-    if vocab_size < 64:
-        raise UserError(f"vocab_size = {vocab_size}; expected at least 64")
-    if strip_accents is None:
-        strip_accents = lowercase and kind == "wordpiece"
-    lines = _lines(inputs, format, text_field, progress)
-    tokenizer: Tokenizer
-    if kind == "wordpiece":
-        content = _train_wordpiece(lines, vocab_size, lowercase, strip_accents)
-        options = {"lowercase": lowercase, "strip_accents": strip_accents}
-        tokenizer = WordPiece(content, options, "the new vocabulary")
-    elif strip_accents:
+    if not 64 <= vocab_size < 1 << 31:
+        raise UserError(f"vocab_size = {vocab_size}; expected at least 64 and less than 2**31")
+    if strip_accents and kind != "wordpiece":
         raise UserError(
             "strip_accents = True; expected None or False, since SentencePiece models keep accents"
         )
+    _check_writable(Path(out))
+    form: Form = "nfc"
+    if kind != "wordpiece":
+        form = "nfkc_lower" if lowercase else "nfkc"
+    lines = _lines(inputs, format, text_field, form, progress)
+    tokenizer: Tokenizer
+    characters: Counter[str] = Counter()
+    if kind == "wordpiece":
+        words = _count_words(lines)
+        for word, count in words.items():
+            for character in word:
+                characters[character] += count
+        if strip_accents is None:
+            strip_accents = lowercase and strips_safely(characters)
+            if lowercase:
+                say(ignored_marks(characters, strip_accents))
+        content = _train_wordpiece(words, vocab_size, lowercase, strip_accents)
+        options = {"lowercase": lowercase, "strip_accents": strip_accents}
+        tokenizer = WordPiece(content, options, "the new vocabulary")
     else:
-        content = _train_sentencepiece(lines, kind, vocab_size, lowercase)
-        tokenizer = SentencePiece(content, {}, "the new model")
+        content = _train_sentencepiece(_counted(lines, characters), kind, vocab_size, characters)
+        tokenizer = SentencePiece(content, {}, "the new model", form)
     progress("train", 1, 1)
-    tokenizer.save(out)
+    say(Uncovered.of(tokenizer, characters).describe())
+    try:
+        tokenizer.save(out)
+    except OSError as error:
+        raise RunFailure(f"{out}: the vocabulary cannot be written: {error.strerror}") from None
     return tokenizer
 
 
+def _check_writable(out: Path) -> None:
+    """Make the folder. UserError, before hours of training, when it cannot be written."""
+    probe = out / f".{secrets.token_hex(6)}.tmp"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{out}: cannot be written ({reason}); expected a folder") from None
+
+
 def _lines(
-    inputs: Sequence[str], format: str, text_field: str, progress: Progress
+    inputs: Sequence[str], format: str, text_field: str, form: Form, progress: Progress
 ) -> Iterator[str]:
-    """Yield the cleaned lines of all inputs; UserError when there is none."""
+    """Yield the normalized lines of all inputs; UserError when there is none."""
     plan = make_plan(inputs, format=format)
     total = sum(source.size for source in plan.sources)
     has_text = False
@@ -89,7 +127,7 @@ def _lines(
         for text in documents(
             source, 0, source.size, text_field=text_field, tally=Tally(), on_progress=on_progress
         ):
-            lines, _ = clean_lines(text.replace(UNKNOWN, ""))
+            lines, _ = clean_lines(text.replace(UNKNOWN, ""), form)
             has_text = has_text or bool(lines)
             yield from lines
     if not has_text:
@@ -100,50 +138,63 @@ def _lines(
     progress("train", 0, 1)
 
 
+def _count_words(lines: Iterator[str]) -> Counter[str]:
+    words: Counter[str] = Counter()
+    for line in lines:
+        words.update(line.split())
+    return words
+
+
+def _counted(lines: Iterator[str], characters: Counter[str]) -> Iterator[str]:
+    """Yield the lines; count their characters."""
+    for line in lines:
+        characters.update(line)
+        yield line
+
+
 def _train_wordpiece(
-    lines: Iterator[str], vocab_size: int, lowercase: bool, strip_accents: bool
+    words: Counter[str], vocab_size: int, lowercase: bool, strip_accents: bool
 ) -> bytes:
     """Return the content of a vocab.txt, which is the same for the same words and counts.
 
     The trainer numbers words and characters in the order of a hash table, which differs from run to
     run, and decides ties by these numbers. Therefore the words are passed in a fixed order, and the
     characters, plain and as continuations (##c), are passed as special tokens, which get the first
-    numbers in their order.
+    numbers in their order. Rare characters take the entries that stay free.
     """
     from tokenizers import Tokenizer as Fast
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-    words: Counter[str] = Counter()
-    for line in lines:
-        words.update(line.split())
     fast = Fast(models.WordPiece(unk_token="[UNK]"))
     fast.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    alphabet, continuations = _alphabet(words, fast, vocab_size // 4)
+    counts, inside = _count_characters(words, fast)
+    limit = int(CHARACTERS * (vocab_size - len(SPECIALS)))
+    alphabet = _fill(counts, inside, limit, needed=COVERAGE * counts.total())
     texts = (
         " ".join([word] * min(REPEATS, count - start))
         for word, count in sorted(words.items())
         for start in range(0, count, REPEATS)
     )
+    characters = [entry for entry in alphabet if len(entry) == 1]  # no continuations
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_COUNT,
         show_progress=False,
-        limit_alphabet=len(alphabet),
-        initial_alphabet=alphabet,
-        special_tokens=[*SPECIALS, *alphabet, *(f"##{c}" for c in continuations)],
+        limit_alphabet=len(characters),
+        initial_alphabet=characters,
+        special_tokens=[*SPECIALS, *alphabet],
     )
     fast.train_from_iterator(texts, trainer)
     vocabulary = fast.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    rare = Counter({c: count for c, count in counts.items() if c not in vocabulary})
+    tokens += _fill(rare, inside, vocab_size - len(tokens), needed=rare.total())
     return "".join(f"{token}\n" for token in tokens).encode()
 
 
-def _alphabet(words: Counter[str], fast: Any, limit: int) -> tuple[list[str], list[str]]:
-    """Return (characters of the vocabulary, those of them that occur inside words), both sorted.
-
-    Rare characters are left out: at most `limit` are kept, and no more than COVERAGE needs.
-    """
+def _count_characters(words: Counter[str], fast: Any) -> tuple[Counter[str], set[str]]:
+    """Return (counts of the characters, those of them that occur inside words)."""
     counts: Counter[str] = Counter()
     inside: set[str] = set()
     for word, count in words.items():
@@ -151,18 +202,33 @@ def _alphabet(words: Counter[str], fast: Any, limit: int) -> tuple[list[str], li
             inside.update(part[1:])
             for character in part:
                 counts[character] += count
-    common = sorted(counts, key=lambda c: (-counts[c], c))[:limit]
-    # occurrences that the characters before each one cover
-    covered_before = accumulate((counts[c] for c in common), initial=0)
-    needed = COVERAGE * counts.total()
-    kept = [c for c, covered in zip(common, covered_before, strict=False) if covered < needed]
-    return sorted(kept), sorted(inside.intersection(kept))
+    return counts, inside
+
+
+def _fill(counts: Counter[str], inside: set[str], limit: int, needed: float) -> list[str]:
+    """Return at most `limit` entries: the most frequent characters, then their continuations.
+
+    inside: characters that also need a continuation (##c)
+    needed: occurrences that the characters cover together; rarer ones are left out
+    """
+    kept: list[str] = []
+    covered = 0
+    for character in in_order(counts):
+        limit -= 2 if character in inside else 1
+        if limit < 0 or covered >= needed:
+            break
+        covered += counts[character]
+        kept.append(character)
+    return [*sorted(kept), *(f"##{c}" for c in sorted(inside.intersection(kept)))]
 
 
 def _train_sentencepiece(
-    lines: Iterator[str], kind: str, vocab_size: int, lowercase: bool
+    lines: Iterator[str], kind: str, vocab_size: int, characters: Counter[str]
 ) -> bytes:
-    """Return the content of an spm.model."""
+    """Return the content of an spm.model without rules of its own: the lines are normalized.
+
+    characters: the counts of all characters when `lines` has ended
+    """
     import sentencepiece
 
     model = BytesIO()
@@ -172,7 +238,7 @@ def _train_sentencepiece(
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
-            normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+            normalization_rule_name="identity",
             pad_id=0,
             unk_id=1,
             bos_id=-1,
@@ -190,16 +256,41 @@ def _train_sentencepiece(
         )
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"SentencePiece could not make {vocab_size} entries ({error}); try a smaller vocab_size"
+            f"SentencePiece could not make {vocab_size} entries ({error}); try another vocab_size"
         ) from None
-    return model.getvalue()
+    return _completed(model.getvalue(), kind, vocab_size, characters)
+
+
+def _completed(content: bytes, kind: str, vocab_size: int, characters: Counter[str]) -> bytes:
+    """Return a model with rare characters in the entries that stay free, and rounded scores."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
+    lowest = min(piece.score for piece in model.pieces)
+    covered = {piece.piece for piece in model.pieces}
+    rare = [c for c in in_order(characters) if c not in covered and not c.isspace()]
+    for character in rare[: max(0, vocab_size - len(model.pieces))]:
+        lowest -= 1 if kind == "bpe" else 0  # bpe orders its merges by the scores
+        model.pieces.add(piece=character, score=lowest)
+    if kind == "unigram":
+        for piece in model.pieces:
+            piece.score = round(piece.score * SCORE_STEPS) / SCORE_STEPS
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return model.SerializeToString()
 
 
 def _cut(line: str) -> Iterator[str]:
     """Yield a line in parts of at most SENTENCE_BYTES bytes."""
-    while len(line) * 4 > SENTENCE_BYTES and len(line.encode()) > SENTENCE_BYTES:
-        cut = line.rfind(" ", 1, SENTENCE_BYTES // 4)
-        cut = cut if cut > 0 else SENTENCE_BYTES // 4
-        yield line[:cut]
-        line = line[cut:].strip()
-    yield line
+    if len(line) * 4 <= SENTENCE_BYTES or len(line.encode()) <= SENTENCE_BYTES:
+        yield line
+        return
+    most = SENTENCE_BYTES // 4  # characters
+    start = 0
+    while start < len(line):
+        end = start + most
+        if end < len(line):
+            space = line.rfind(" ", start + 1, end)
+            end = space if space > 0 else end
+        if part := line[start:end].strip():
+            yield part
+        start = end

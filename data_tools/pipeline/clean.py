@@ -6,7 +6,6 @@ Letters: D documents.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -14,31 +13,32 @@ from typing import Any
 import numpy as np
 
 from electra_ds.common.errors import UserError
+from electra_ds.data.tokenizer.normalization import Form, nfc, normalize, without_control
 
-# Characters that are removed: controls except \x09 to \x0d, zero-width space, BOM, U+FFFD.
-CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd]")
+LINE_FEEDS = re.compile("[\n\r]+")
 SHINGLE = 5  # tokens
 SLOTS = 128  # slots of a signature; a similarity of 0.8 is estimated with a standard error of 0.035
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd factor that spreads the bits of a number over 64
 
 
-def clean_lines(text: str) -> tuple[list[str], int]:
+def clean_lines(text: str, normalization: Form = "nfc") -> tuple[list[str], int]:
     """Return (cleaned lines, number of removed control characters).
 
-    Lines are in Unicode NFC, without control characters and outer white space. Empty lines are left
-    out.
+    normalization: that of the tokenizer, for which the lines are normalized texts
+    The lines have no outer white space, and empty lines are left out. A tokenizer without a
+    normalization deletes control characters itself, and only line feeds and carriage returns are
+    white space for it, so the text is divided at these.
     """
     lines = []
     removed = 0
-    for line in text.splitlines():  # one by one, since most lines are ASCII and need little work
-        # All control characters but U+FFFD are not printable.
-        if not line.isprintable() or "\ufffd" in line:
-            line, count = CONTROL.subn("", line)
+    parts = LINE_FEEDS.split(text) if normalization == "none" else text.splitlines()
+    for part in parts:  # one by one, since most lines are ASCII and need little work
+        line = part
+        if not part.isprintable() or "\ufffd" in part:
+            line, count = without_control(part)
             removed += count
-        if not line.isascii():
-            # After the removal: a control character may have stood before an accent.
-            line = unicodedata.normalize("NFC", line)
-        if stripped := line.strip():
+        # After the removal: a control character may have stood before an accent.
+        if stripped := normalize(line, normalization).strip():
             lines.append(stripped)
     return lines, removed
 
@@ -46,7 +46,7 @@ def clean_lines(text: str) -> tuple[list[str], int]:
 def text_hash(lines: list[str]) -> tuple[int, int]:
     """Return a hash of 128 bits, as two unsigned halves, of cleaned lines.
 
-    Texts that differ only in case and white space have equal hashes.
+    Texts that differ only in case, white space and composition have equal hashes.
     """
     digest = blake2b(" ".join(map(_normalized, lines)).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
@@ -54,7 +54,7 @@ def text_hash(lines: list[str]) -> tuple[int, int]:
 
 def _normalized(line: str) -> str:
     """Return a cleaned line in lower case, with single spaces as its only white space."""
-    lower = line.lower()
+    lower = nfc(line).lower()  # a tokenizer may keep decomposed text
     if lower.isprintable() and "  " not in lower:  # the space is the only printable white space
         return lower
     return " ".join(lower.split())

@@ -41,6 +41,7 @@ from electra_ds.common.json_files import write_json
 from electra_ds.common.plugins import load_function
 from electra_ds.data.shard_format import ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.data.tokenizer.normalization import Form
 
 # Keys of the counts of cleaning, in the order of its steps.
 REMOVED = ("control_characters", "repeated_lines", "too_short", "filtered")
@@ -137,7 +138,8 @@ def tokenize_unit(task: UnitTask, on_progress: OnProgress) -> dict:
     unknowns = Unknowns()
     removed = dict.fromkeys(REMOVED, 0)
     with UnitWriter(task) as writer:
-        for batch in _batches(_cleaned(task, tally, removed, on_progress)):
+        cleaned = _cleaned(task, tokenizer.normalization, tally, removed, on_progress)
+        for batch in _batches(cleaned):
             for document in _encode(task, tokenizer, batch, unknowns):
                 if document.tokens:
                     writer.add(document)
@@ -150,13 +152,17 @@ CleanDocument = tuple[int, list[str]]  # (number in the unit, lines)
 
 
 def _cleaned(
-    task: UnitTask, tally: Tally, removed: dict[str, int], on_progress: OnProgress
+    task: UnitTask,
+    normalization: Form,
+    tally: Tally,
+    removed: dict[str, int],
+    on_progress: OnProgress,
 ) -> Iterator[CleanDocument]:
     """Yield the documents that cleaning keeps; count in `removed` what it removes."""
     settings = task.settings
     keep = load_function("keep", settings.keep) if settings.keep else None
     for number, (source, text) in enumerate(_unit_texts(task, tally, on_progress)):
-        lines, characters = clean_lines(text)
+        lines, characters = clean_lines(text, normalization)
         removed["control_characters"] += characters
         if settings.drop_repeated_lines:
             unique = list(dict.fromkeys(lines))
@@ -226,7 +232,7 @@ def _token_ids(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return (ids as stored, with a [SEP] after each line; ids without) of each document."""
     lines = [line for text in texts for line in text]
-    ids, lengths = tokenizer.encode_flat(lines)
+    ids, lengths = tokenizer.encode_normalized(lines)
     unknowns.add(tokenizer, lines, ids, lengths)
     line_ends = np.cumsum(lengths)
     lines_before = np.cumsum([len(text) for text in texts])[:-1]  # at the ends of documents

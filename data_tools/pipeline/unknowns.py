@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
 from data_tools.formats.source import UNKNOWN
-from electra_ds.common.json_files import read_json
+from electra_ds.common.json_files import Record, read_record
 from electra_ds.data.shard_format import UnknownWords
 from electra_ds.data.tokenizer import Tokenizer
 
@@ -22,6 +23,13 @@ SHARE = 256
 WORD_CHARS = 100  # longer words are cut
 MAX_WORDS = 1 << 18  # most distinct words in memory, for one unit and for the sum of all units
 MOST_FREQUENT = 100  # words in the manifest
+
+
+class UnitUnknowns(Record):
+    """The file of a unit's unknown words. found: [UNK] tokens. words: those examined -> counts."""
+
+    found: int = Field(ge=0)
+    words: dict[str, int]
 
 
 class Unknowns:
@@ -60,17 +68,17 @@ class Unknowns:
         return {"found": self.total, "words": dict(sorted(self.words.items()))}
 
 
-def sum_unknowns(files: Iterable[Path]) -> UnknownWords:
-    """Return the sum of the records of all units, for the manifest."""
+def sum_unknowns(files: Iterable[Path], tokens: int) -> UnknownWords:
+    """Return the sum of the records of all units, for the manifest. tokens: of all units."""
     total = 0
     examined = 0
     words: Counter[str] = Counter()
     for file in files:
-        unit = read_json(file, "the unknown words of a unit")
-        total += unit["found"]
-        examined += sum(unit["words"].values())
-        words.update(unit["words"])
+        unit = read_record(file, UnitUnknowns, "the unknown words of a unit")
+        total += unit.found
+        examined += sum(unit.words.values())
+        words.update(unit.words)
         if len(words) > MAX_WORDS:  # drop the rarest half
             words = Counter(dict(words.most_common(MAX_WORDS // 2)))
     most_frequent = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:MOST_FREQUENT]
-    return UnknownWords(found=total, looked_at=examined, words=dict(most_frequent))
+    return UnknownWords(found=total, looked_at=examined, words=dict(most_frequent), tokens=tokens)

@@ -5,7 +5,7 @@ Each verb imports its modules in its own body, so that `--help` is fast.
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -35,7 +35,12 @@ def train_tokenizer(
     ] = 30522,
     lowercase: Annotated[bool, typer.Option(help="Lower-case the text.")] = True,
     strip_accents: Annotated[
-        bool | None, typer.Option(help="Strip accents (default: if --lowercase).")
+        bool | None,
+        typer.Option(
+            help="WordPiece: strip accents (default: with --lowercase, if 90 % of the letters are "
+            "Latin, Greek or Cyrillic). In other scripts this strips meaning: the dakuten of kana, "
+            "vowel signs of Hindi; syllables of Korean are divided into letters."
+        ),
     ] = None,
     format: Format = "auto",
     text_field: TextField = "text",
@@ -44,6 +49,7 @@ def train_tokenizer(
     from data_tools.train_tokenizer import train_tokenizer
     from data_tools.workers import console_progress
 
+    facts: list[str] = []
     with console_progress() as progress:
         tokenizer = train_tokenizer(
             inputs,
@@ -55,15 +61,19 @@ def train_tokenizer(
             format=format,
             text_field=text_field,
             progress=progress,
+            say=facts.append,
         )
-    print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} entries")
+    print(f"{out}: {tokenizer.describe()}", *facts, sep="\n")
 
 
 @app.command()
 def prepare(
     inputs: Inputs,
     tokenizer: Annotated[
-        Path, typer.Option(help="vocab.txt, spm.model, or a folder with one of them.")
+        Path,
+        typer.Option(
+            help="vocab.txt, spm.model, or a folder with one of them or with a tokenizer.json."
+        ),
     ],
     out: Annotated[
         str,
@@ -99,6 +109,27 @@ def prepare(
     work: Annotated[
         Path | None, typer.Option(help="Local folder in which to prepare when --out is a URL.")
     ] = None,
+    lowercase: Annotated[
+        bool | None,
+        typer.Option(
+            help="For a vocab.txt without options: lower-case the text (default: if no entry has "
+            "a capital)."
+        ),
+    ] = None,
+    strip_accents: Annotated[
+        bool | None,
+        typer.Option(
+            help="For a vocab.txt without options: strip accents (default: if lower-cased, as "
+            "BERT). In Japanese, Hindi or Korean text this strips meaning."
+        ),
+    ] = None,
+    normalization: Annotated[
+        Literal["nfc", "none"] | None,
+        typer.Option(
+            help="For a vocab.txt without options: put text into Unicode NFC before (default: "
+            "none, as BERT)."
+        ),
+    ] = None,
     format: Format = "auto",
     text_field: TextField = "text",
 ) -> None:
@@ -110,6 +141,7 @@ def prepare(
     from data_tools.stage import stage
     from data_tools.workers import console_progress, mpi_ranks
     from electra_ds.cluster.launchers import find_ranks, mpi_world
+    from electra_ds.data.tokenizer import load_tokenizer
 
     if ("://" in out) != (work is not None):
         raise UserError(
@@ -121,10 +153,16 @@ def prepare(
     with mpi_ranks(world) as others:
         if others is None:
             return
+        words = load_tokenizer(
+            tokenizer,
+            lowercase=lowercase,
+            strip_accents=strip_accents,
+            normalization=normalization,
+        )
         with console_progress() as progress:
             manifest = prepare(
                 inputs,
-                tokenizer,
+                words,
                 work or out,
                 sequence_length=sequence_length,
                 packing=packing,
@@ -145,7 +183,9 @@ def prepare(
             )
             if work:
                 stage(str(work), out, progress=progress)
+    print(f"{tokenizer}: {words.describe()}")
     _print_splits(out, manifest)
+    _print_unknowns(manifest)
     removed = {**manifest.removed, **manifest.bad_lines}
     counts = ", ".join(f"{count:,} {reason}" for reason, count in removed.items())
     print(f"removed: {counts or 'nothing'}")
@@ -158,6 +198,26 @@ def _print_splits(out: str | Path, manifest: "Manifest") -> None:
             f"{out} {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
             f"{split.rows:,} rows, padding {share:.2%}"
         )
+
+
+def _print_unknowns(manifest: "Manifest") -> None:
+    """Print the share of [UNK] in the input, if it is on record; warn of a large one."""
+    from data_tools.pipeline.characters import SHOWN, WARN
+    from electra_ds.common.printable import printable
+
+    unknowns = manifest.unknowns
+    if unknowns is None or unknowns.tokens is None:
+        return
+    share = unknowns.found / max(1, unknowns.tokens)
+    line = f"[UNK]: {share:.2%} of the tokens"
+    if unknowns.words:
+        line += f", most frequent: {' '.join(map(printable, list(unknowns.words)[:SHOWN]))}"
+    if share > WARN:
+        line = (
+            f"WARNING: {line}; compare the vocabulary, --lowercase, --strip-accents and "
+            "--normalization with the text"
+        )
+    print(line)
 
 
 @app.command()

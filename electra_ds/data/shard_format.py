@@ -114,6 +114,7 @@ class UnknownWords(Record):
     found: Count  # number of [UNK] tokens
     looked_at: Count  # number of [UNK] tokens for which the word was recorded
     words: dict[str, Count]  # the most frequent words -> counts, in descending order
+    tokens: Count | None = None  # of the input; None in data prepared by versions without it
 
 
 class ShardInfo(Record):

@@ -1,23 +1,35 @@
-"""Conversion of our tokenizers to and from the files that AutoTokenizer reads, with equal ids."""
+"""Conversion of our tokenizers to the files that AutoTokenizer reads, with equal ids."""
 
 from pathlib import Path
 from typing import Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.json_files import read_json, write_json
-from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer, WordPiece, load_tokenizer
+from electra_ds.common.json_files import write_json
+from electra_ds.data.tokenizer import Tokenizer, WordPiece
+from electra_ds.data.tokenizer.hugging_face import NORMALIZATION_KEY
+from electra_ds.data.tokenizer.normalization import native_steps
 
 SPACE = "\u2581"  # SentencePiece's character for a space
+# Characters that SentencePiece's rules nmt_* and *_cf keep, other than NFKC and lower case.
+FULL_WIDTH_TILDE = "\uff5e"
+DOTTED_CAPITAL_I = "\u0130"
+IOTA_BELOW = "\u0345"
+IOTA = "\u03b9"
+# Marks for which a composed small letter exists, but not the composed capital.
+MARKS_OF_SMALL_LETTERS = "\u0300\u0301\u0308\u030a\u030c\u0313\u0331\u0342"
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the vocabulary file.
 
-    AutoTokenizer then returns the same ids as [CLS] A [SEP] B [SEP] with token types. There are two
-    differences. The library maps a special token that is written in a text to its id. If unigram
-    has two segmentations of equal score (a long run of one character), the library may choose
-    another one, because it adds scores in fp64 and SentencePiece in fp32.
+    AutoTokenizer then returns the same ids as [CLS] A [SEP] B [SEP] with token types, except that
+    the library maps a special token that is written in a text to its id.
+
+    SentencePiece models with rules or scores of their own (version 0.1, other programs) differ in
+    two more points. If unigram has two segmentations of equal score, the library may choose
+    another one, because it adds scores in fp64 and SentencePiece in fp32. The library composes a
+    compatibility character, such as a ligature, with more of the marks after it.
     Raises UserError for a SentencePiece model that is neither unigram nor bpe.
     """
     tokenizer.save(folder)
@@ -28,6 +40,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     _add_special_tokens(fast, tokenizer, special)
     write_bytes(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
     config |= {
+        NORMALIZATION_KEY: tokenizer.normalization,
         "model_max_length": max_length,
         **special_tokens,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
@@ -45,8 +58,10 @@ def _fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, dict[str, Any]]:
 
     fast = FastTokenizer.from_str(tokenizer.fast.to_str())
     fast.decoder = decoders.WordPiece(prefix="##")
+    # BertTokenizer makes a normalizer of its own, and its Python code in versions before 5 gives
+    # other ids than tokenizer.json for text that is not in NFC.
     return fast, {
-        "tokenizer_class": "BertTokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "do_lower_case": tokenizer.options["lowercase"],
         "strip_accents": tokenizer.options["strip_accents"],
         "tokenize_chinese_chars": True,
@@ -68,53 +83,8 @@ def _add_special_tokens(fast: Any, tokenizer: Tokenizer, special: dict[str, str]
     )
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """`load_tokenizer`; also reads the WordPiece of a folder that has only a tokenizer.json.
-
-    Raises UserError for any other tokenizer.json.
-    """
-    if not (path / "tokenizer.json").is_file() or any(
-        (path / name).is_file() for name in VOCABULARY_FILES
-    ):
-        return load_tokenizer(path)
-    content = read_json(path / "tokenizer.json", "a tokenizer of Hugging Face")
-    model, normalizer = content["model"], content["normalizer"] or {}
-    if model["type"] != "WordPiece" or normalizer.get("type") != "BertNormalizer":
-        raise UserError(
-            f"{path}/tokenizer.json: found a {model['type']} model; expected BERT's WordPiece; "
-            "otherwise put vocab.txt or a SentencePiece .model into the folder, or give it with "
-            "--tokenizer"
-        )
-    if unsupported := _unsupported_settings(model, normalizer):
-        raise UserError(
-            f"{path}/tokenizer.json: found {', '.join(unsupported)}; expected those of BERT; "
-            "give a vocab.txt with --tokenizer"
-        )
-    names = sorted(model["vocab"], key=model["vocab"].get)
-    lowercase, strip_accents = normalizer["lowercase"], normalizer["strip_accents"]
-    options = {
-        "lowercase": lowercase,
-        "strip_accents": lowercase if strip_accents is None else strip_accents,
-    }
-    vocabulary = "".join(f"{name}\n" for name in names).encode()
-    return WordPiece(vocabulary, options, f"{path}/tokenizer.json")
-
-
-def _unsupported_settings(model: dict[str, Any], normalizer: dict[str, Any]) -> list[str]:
-    """Settings of a WordPiece tokenizer.json that differ from BERT's."""
-    found = []
-    for key in ("clean_text", "handle_chinese_chars"):
-        if normalizer.get(key, True) is not True:
-            found.append(f"{key} = {normalizer[key]}")
-    if model.get("continuing_subword_prefix", "##") != "##":
-        found.append("a prefix other than ##")
-    if sorted(model["vocab"].values()) != list(range(len(model["vocab"]))):
-        found.append("ids with gaps")
-    return found
-
-
 def _sentencepiece(tokenizer: Tokenizer) -> Any:
-    """A SentencePiece model as tokenizers.Tokenizer: character map, spaces, then unigram or bpe."""
+    """A SentencePiece model as tokenizers.Tokenizer: normalization, spaces, then unigram or bpe."""
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
@@ -122,14 +92,10 @@ def _sentencepiece(tokenizer: Tokenizer) -> Any:
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
     rules = proto.normalizer_spec
     fast: Any = FastTokenizer(_sentencepiece_model(tokenizer, proto))
-    steps: list[Any] = []
-    if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if "nfkc" in rules.name:
-        # The library's Precompiled drops combining marks that are separate from their letter.
-        steps = [normalizers.NFC(), *steps, normalizers.NFC()]
+    steps: list[Any] = native_steps(tokenizer.normalization)
+    steps += _rules(rules)
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
+        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex("^ | $"), "")]
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
@@ -138,6 +104,44 @@ def _sentencepiece(tokenizer: Tokenizer) -> Any:
         fast.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     fast.decoder = decoders.Metaspace(SPACE, "always" if rules.add_dummy_prefix else "never")
     return fast
+
+
+def _rules(rules: Any) -> list[Any]:
+    """The normalization rules of a SentencePiece model as steps.
+
+    The library's Precompiled maps a short grapheme cluster as a whole, by its first entry in the
+    table. It loses the marks after a capital or a half-width letter, and composes a small letter
+    with a mark, which SentencePiece does not do if the letter was a capital. Therefore NFKC and
+    lower case come before, which make what the rules make but for one character each, and the
+    marks are left out of Precompiled.
+    """
+    from tokenizers import normalizers
+
+    if not rules.precompiled_charsmap:
+        return []
+    last: list[Any] = [normalizers.Precompiled(rules.precompiled_charsmap)]
+    steps: list[Any] = []
+    if "nfkc" in rules.name:
+        kept = FULL_WIDTH_TILDE if rules.name.startswith("nmt") else ""
+        steps += _without(kept, [normalizers.NFKC()])
+    if rules.name.endswith("_cf"):
+        steps += _without(DOTTED_CAPITAL_I, [normalizers.Lowercase()])
+        steps.append(normalizers.Replace(IOTA_BELOW, IOTA))
+        last = _without(MARKS_OF_SMALL_LETTERS, last)
+    return [*steps, *last]
+
+
+def _without(characters: str, steps: list[Any]) -> list[Any]:
+    """Steps that leave some characters as they are.
+
+    Control characters stand for these meanwhile. Normalization has removed all others.
+    """
+    from tokenizers import normalizers
+
+    pairs = [(character, chr(0x80 + i)) for i, character in enumerate(characters)]
+    before = [normalizers.Replace(character, control) for character, control in pairs]
+    after = [normalizers.Replace(control, character) for character, control in pairs]
+    return [*before, *steps, *after]
 
 
 def _sentencepiece_model(tokenizer: Tokenizer, proto: Any) -> Any:

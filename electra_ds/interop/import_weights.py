@@ -20,10 +20,9 @@ from electra_ds.common.outputs import new_folder
 from electra_ds.common.printable import shortened
 from electra_ds.config.loading import config_names, load_run, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
-from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names, joined
 from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_tensors
-from electra_ds.interop.hf_tokenizer import read_tokenizer
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.interop.vocabularies import checked_tokenizer
 from electra_ds.model.build import build_objective
@@ -246,7 +245,7 @@ def _run_notes(run: str, base: RunConfig, sizes: dict[str, dict[str, Any]]) -> l
 def _vocabulary_notes(words: Tokenizer, given: Path, beside: Path) -> list[str]:
     """A sentence when the vocabulary beside the weights is another one than the given one."""
     try:
-        other = read_tokenizer(beside)
+        other = load_tokenizer(beside)
     except UserError:  # there is none, or it is of another kind
         return []
     if other.names == words.names:

@@ -4,14 +4,13 @@ from pathlib import Path
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.hf_tokenizer import read_tokenizer
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.training import checkpoint
 
 
 def checked_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     """The tokenizer in `path`. UserError when its size is not vocab_size, the size of the model."""
-    tokenizer = read_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {vocab_size}; "
@@ -36,7 +35,7 @@ def tokenizer_of_model(
     own = checkpoint.tokenizer_of(folder)
     words = checked_tokenizer(given or own, vocab_size)
     if given is not None and own.is_dir():
-        check_same_vocabulary(words, given, read_tokenizer(own), own)
+        check_same_vocabulary(words, given, load_tokenizer(own), own)
     is_other = special_ids is not None and words.special_ids != special_ids
     if is_other or (fingerprint is not None and words.fingerprint != fingerprint):
         raise UserError(

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.pipeline import dedup
-from data_tools.pipeline.clean import CONTROL, SHINGLE, clean_lines, signatures, text_hash
+from data_tools.pipeline.clean import SHINGLE, clean_lines, signatures, text_hash
 from data_tools.prepare import prepare
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
+from electra_ds.data.tokenizer.normalization import CONTROL
 
 pytest.importorskip("rensa", reason="near-duplicates need rensa: pip install 'electra_ds[clean]'")
 WORDS = [f"w{i}" for i in range(1000)]

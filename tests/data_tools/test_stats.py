@@ -120,7 +120,8 @@ def test_percentiles_and_coverage_are_exact(folder, texts):
 def test_unknown_words_are_recorded_as_written_for_any_workers(folder, texts):
     expected = strange_words(texts + texts[:20])  # of the whole input: duplicates are found later
     recorded = read_manifest(folder / "data").unknowns
-    assert recorded.model_dump() == {
+    assert recorded.tokens > 2 * recorded.found
+    assert recorded.model_dump(exclude={"tokens"}) == {
         "found": expected.total(),
         "looked_at": expected.total(),
         "words": expected,

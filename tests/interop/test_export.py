@@ -24,7 +24,7 @@ from electra_ds.data.batch import Batch
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.export import export
 from electra_ds.interop.hf import hf_config
-from electra_ds.interop.hf_tokenizer import read_tokenizer, write_tokenizer
+from electra_ds.interop.hf_tokenizer import write_tokenizer
 from electra_ds.interop.load_model import (
     load,
     load_objective,
@@ -108,10 +108,10 @@ def test_auto_tokenizer_returns_our_ids(kind, lowercase, tmp_path):
     assert stock("[MASK]", add_special_tokens=False)["input_ids"] == [
         ids.mask
     ]  # our tokenizer never makes a special token from text
-    assert read_tokenizer(tmp_path / "hf").content == tokenizer.content
+    assert load_tokenizer(tmp_path / "hf").content == tokenizer.content
     if kind == "wordpiece":
         (tmp_path / "hf" / "vocab.txt").unlink()  # as newer versions of the library save it
-        assert read_tokenizer(tmp_path / "hf").fingerprint == tokenizer.fingerprint
+        assert load_tokenizer(tmp_path / "hf").fingerprint == tokenizer.fingerprint
 
 
 def shared_lines(name: str) -> list[str]:

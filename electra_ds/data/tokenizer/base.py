@@ -21,6 +21,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import write_json
 from electra_ds.common.special_ids import SpecialIds
+from electra_ds.data.tokenizer.normalization import Form, normalize
 
 # Role -> accepted spellings in a vocabulary; the first one is used by `train-tokenizer`.
 SPECIAL_NAMES = {
@@ -38,15 +39,23 @@ class Tokenizer(ABC):
     kind:        "wordpiece" or "sentencepiece"
     names:       spelling of each id
     special_ids: ids of the special tokens
-    options:     settings that, with the vocabulary file, determine the ids
-    fingerprint: sha256 of kind, options and vocabulary file
+    options:     settings that, with normalization and vocabulary file, determine the ids
+    normalization: what is done to the characters of a text first
+    fingerprint: sha256 of kind, options, normalization and vocabulary file
+    guessed:     whether no file or argument gave the options
     """
 
     kind: str
     file_name: str
+    guessed = False
 
     def __init__(
-        self, content: bytes, names: Sequence[str], options: dict[str, bool], source: str
+        self,
+        content: bytes,
+        names: Sequence[str],
+        options: dict[str, bool],
+        source: str,
+        normalization: Form = "nfc",
     ) -> None:
         """content: bytes of the vocabulary file. source: its name in messages.
 
@@ -55,16 +64,18 @@ class Tokenizer(ABC):
         self.content = content
         self.names = list(names)
         self.options = options
+        self.normalization = normalization
         self.ids = {name: i for i, name in enumerate(self.names)}
         self.vocab_size = len(self.names)
         self.special_ids = self._find_special_ids(source)
-        digest = hashlib.sha256(json.dumps([self.kind, options], sort_keys=True).encode())
+        recorded = [self.kind, {**options, **self._other_normalization()}]
+        digest = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode())
         digest.update(content)
         self.fingerprint = digest.hexdigest()
 
     @abstractmethod
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the concatenated ids of texts, [N] uint32, and their lengths, [texts] int64."""
+    def encode_normalized(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_flat` for texts that `normalize` returned, or lines of them."""
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -76,14 +87,22 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def unknown_parts(self, text: str) -> list[str]:
-        """Return the parts of a text that become [UNK].
+        """Return the parts of a normalized text that become [UNK].
 
-        WordPiece returns them as written, SentencePiece after its normalization.
+        WordPiece returns them as written, SentencePiece after the model's own normalization.
         """
 
     @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
         """Return readable text of ids without special tokens."""
+
+    def normalize(self, text: str) -> str:
+        """Return a text as it is tokenized, without surrogates."""
+        return normalize(text, self.normalization)
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the concatenated ids of texts, [N] uint32, and their lengths, [texts] int64."""
+        return self.encode_normalized([self.normalize(text) for text in texts])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens."""
@@ -105,6 +124,24 @@ class Tokenizer(ABC):
             parts += self.tokens(run) if is_special else [self._decode_plain(run)]
         return " ".join(parts)
 
+    def describe(self) -> str:
+        """Describe kind, size and options in one line; say which options were guessed."""
+        parts = [self.kind, f"{self.vocab_size:,} entries"]
+        if "lowercase" in self.options:
+            parts.append("lower case" if self.options["lowercase"] else "case kept")
+            stripped = self.options["strip_accents"]
+            parts.append("accents stripped" if stripped else "accents kept")
+        parts.append(f"normalization {self.normalization}")
+        line = ", ".join(parts)
+        if self.guessed:
+            line += (
+                "; guessed: no entry has a capital"
+                if self.options["lowercase"]
+                else ("; guessed: an entry has a capital")
+            )
+            line += ", and no file says otherwise (--lowercase and --strip-accents do)"
+        return line
+
     def save(self, folder: str | Path) -> None:
         """Write the vocabulary file and options.json; `load_tokenizer(folder)` reads them."""
         folder = Path(folder)
@@ -114,10 +151,19 @@ class Tokenizer(ABC):
             "kind": self.kind,
             "vocab_size": self.vocab_size,
             **self.options,
+            "normalization": self.normalization,
             "special_ids": self.special_ids.model_dump(),
             "fingerprint": self.fingerprint,
         }
         write_json(folder / "options.json", options)
+
+    def _other_normalization(self) -> dict[str, str]:
+        """Return the normalization, for the fingerprint, if it changes ids.
+
+        `prepare` of version 0.1 put all text into NFC, and its options.json does not say so.
+        Therefore a fingerprint without normalization means NFC.
+        """
+        return {} if self.normalization == "nfc" else {"normalization": self.normalization}
 
     def _find_special_ids(self, source: str) -> SpecialIds:
         found: dict[str, int] = {}

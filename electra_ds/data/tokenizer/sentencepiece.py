@@ -1,4 +1,8 @@
-"""SentencePiece tokenizer (unigram or BPE); the normalization rules are part of the model file."""
+"""SentencePiece tokenizer (unigram or BPE).
+
+The model file may have normalization rules of its own (those of version 0.1 and of other programs
+have). They are applied after `normalize`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import numpy as np
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer.base import Tokenizer
+from electra_ds.data.tokenizer.normalization import Form, aligner, without_surrogates
 
 
 class SentencePiece(Tokenizer):
@@ -16,18 +21,29 @@ class SentencePiece(Tokenizer):
     kind = "sentencepiece"
     file_name = "spm.model"
 
-    def __init__(self, content: bytes, options: dict[str, bool], source: str) -> None:
-        """content: the .model file; options: none; source: its name in messages"""
+    def __init__(
+        self,
+        content: bytes,
+        options: dict[str, bool],
+        source: str,
+        normalization: Form = "nfc",
+    ) -> None:
+        """content: the .model file; options: none; source: its name in messages
+
+        normalization: nfc, nfkc or nfkc_lower
+        """
         import sentencepiece
 
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+            names = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{source}: not a SentencePiece model ({error}); expected an spm .model file"
             ) from None
-        names = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
-        super().__init__(content, names, options, source)
+        super().__init__(content, names, options, source, normalization)
+        if normalization == "none":
+            raise UserError(f"{source}: normalization = 'none'; expected nfc, nfkc or nfkc_lower")
         for role, i in self.special_ids.model_dump().items():
             if role != "unk" and not self._model.is_control(i):
                 raise UserError(
@@ -36,14 +52,21 @@ class SentencePiece(Tokenizer):
                     "`electra-ds train-tokenizer`"
                 )
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_normalized(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts = self._model.encode(list(texts), num_threads=1, return_type="numpy")
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return np.frombuffer(b"".join(parts), np.uint32), lengths
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._model.encode(text, return_type="offset_mapping")
-        return list(encoding["ids"]), [tuple(span) for span in encoding["offsets"]]
+        text = without_surrogates(text)
+        normalized = self.normalize(text)
+        encoding = self._model.encode(normalized, return_type="offset_mapping")
+        spans = [tuple(span) for span in encoding["offsets"]]
+        if normalized != text:
+            # (start, end) in `text` of each character of `normalized`
+            characters = aligner(self.normalization).encode(text).offsets
+            spans = [_original_span(span, characters) for span in spans]
+        return list(encoding["ids"]), spans
 
     def begins_word(self) -> np.ndarray:
         return np.array([name.startswith("\u2581") for name in self.names])
@@ -53,3 +76,12 @@ class SentencePiece(Tokenizer):
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._model.decode(ids)
+
+
+def _original_span(span: tuple[int, int], characters: list[tuple[int, int]]) -> tuple[int, int]:
+    """Return the span in the original text of a span in the normalized text."""
+    start, end = span
+    if start < end:
+        return characters[start][0], characters[end - 1][1]
+    before = characters[start - 1][1] if start else 0
+    return before, before

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
+from electra_ds.data.tokenizer.normalization import Form, native_steps, without_surrogates
 
 MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
 # A larger mean length of the "words" indicates a script without spaces; such a text is tokenized
@@ -30,30 +32,40 @@ _SPLIT_DIFFERENTLY = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 class WordPiece(Tokenizer):
     """BERT's WordPiece.
 
-    Text is cleaned, optionally lower-cased and stripped of accents, and split into words; each word
+    A normalized text is cleaned, optionally lower-cased and stripped of accents, and split into words; each word
     is split by greedy longest match.
     """
 
     kind = "wordpiece"
     file_name = "vocab.txt"
 
-    def __init__(self, content: bytes, options: dict[str, bool], source: str) -> None:
-        """content: vocab.txt; options: lowercase, strip_accents; source: file name in messages"""
-        try:
-            lines = content.decode("utf-8").removesuffix("\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{source}: not UTF-8 ({error}); expected one vocabulary entry per line"
-            ) from None
-        names = [line.rstrip("\r") for line in lines]
-        super().__init__(content, names, options, source)
-        if len(self.ids) != len(names):
-            repeated = next(name for i, name in enumerate(names) if self.ids[name] != i)
-            raise UserError(f"{source}: {repeated!r} occurs twice; expected every entry once")
-        self.fast = _fast_tokenizer(self.ids, names[self.special_ids.unk], options)
-        self._cache = _WordCache(self.fast, options["lowercase"])
+    def __init__(
+        self,
+        content: bytes,
+        options: dict[str, bool],
+        source: str,
+        normalization: Form = "nfc",
+        entries: int | None = None,
+    ) -> None:
+        """content: vocab.txt; options: lowercase, strip_accents; source: file name in messages
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        normalization: nfc or none
+        entries: the number of entries if it is on record. Blank last lines beyond it are no
+        entries; without it, none of them is.
+        """
+        if normalization not in ("nfc", "none"):
+            raise UserError(f"{source}: normalization = {normalization!r}; expected nfc or none")
+        content, names = _entries(content, source, entries)
+        super().__init__(content, names, options, source, normalization)
+        if len(self.ids) != len(names):
+            raise UserError(f"{source}: {_repeated(names)}; expected every entry once")
+        unknown = names[self.special_ids.unk]
+        # The whole tokenizer, and its part for a text that is normalized.
+        self.fast = _fast_tokenizer(self.ids, unknown, options, normalization)
+        self._fast = _fast_tokenizer(self.ids, unknown, options, "none")
+        self._cache = _WordCache(self._fast, options["lowercase"])
+
+    def encode_normalized(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if len(self._cache) > MAX_CACHED_WORDS:
             self._cache.clear()
         parts = [self._encode(text) for text in texts]
@@ -61,7 +73,7 @@ class WordPiece(Tokenizer):
         return np.frombuffer(b"".join(parts), np.uint32), lengths
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self.fast.encode(text, add_special_tokens=False)
+        encoding = self.fast.encode(without_surrogates(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def begins_word(self) -> np.ndarray:
@@ -90,6 +102,40 @@ class WordPiece(Tokenizer):
     def _decode_plain(self, ids: list[int]) -> str:
         return " ".join(self.names[i] for i in ids).replace(" ##", "")
 
+    def _other_normalization(self) -> dict[str, str]:
+        # BERT decomposes a text of which it strips the accents, so its ids are those with NFC.
+        is_decomposed = self.normalization == "none" and self.options["strip_accents"]
+        return {} if is_decomposed else super()._other_normalization()
+
+
+def _entries(content: bytes, source: str, count: int | None) -> tuple[bytes, list[str]]:
+    """Return (the content without a byte order mark and blank last lines, its entries)."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source}: not UTF-8 ({error}); expected one vocabulary entry per line"
+        ) from None
+    lines = text.removeprefix("\ufeff").removesuffix("\n").split("\n")
+    names = [line.rstrip("\r") for line in lines]
+    last = len(names)
+    while last > (count or 0) and not names[last - 1]:
+        last -= 1
+    if last < len(names) or text.startswith("\ufeff"):
+        content = "".join(f"{line}\n" for line in lines[:last]).encode()
+    return content, names[:last]
+
+
+def _repeated(names: list[str]) -> str:
+    """Describe the first entry that occurs twice, with its line numbers."""
+    lines: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        if name in lines:
+            what = f"{printable(name)!r} occurs twice" if name else "two lines are blank"
+            return f"{what} (lines {lines[name]} and {line})"
+        lines[name] = line
+    raise AssertionError("no entry is repeated")
+
 
 class _WordCache(dict[str, bytes]):
     """Word -> its ids as uint32 bytes; a missing word is tokenized and stored."""
@@ -116,7 +162,9 @@ class _WordCache(dict[str, bytes]):
         return array("I", ids).tobytes()
 
 
-def _fast_tokenizer(vocabulary: dict[str, int], unknown: str, options: dict[str, bool]) -> Any:
+def _fast_tokenizer(
+    vocabulary: dict[str, int], unknown: str, options: dict[str, bool], normalization: Form
+) -> Any:
     """Return the Hugging Face tokenizer of a vocabulary, without special tokens."""
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
@@ -124,11 +172,13 @@ def _fast_tokenizer(vocabulary: dict[str, int], unknown: str, options: dict[str,
     fast = tokenizers.Tokenizer(
         models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100)
     )
-    fast.normalizer = normalizers.BertNormalizer(
+    bert = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=True,
         lowercase=options["lowercase"],
         strip_accents=options["strip_accents"],
     )
+    steps = native_steps(normalization)
+    fast.normalizer = normalizers.Sequence([*steps, bert]) if steps else bert
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # also splits "[MASK]"
     return fast

@@ -1,0 +1,98 @@
+"""Characters of a text: their scripts, and those that a vocabulary does not cover."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from typing import NamedTuple
+
+from electra_ds.common.printable import printable
+from electra_ds.data.tokenizer import Tokenizer
+
+# Scripts in which stripped accents leave most words readable, as BERT's own vocabularies do it.
+ACCENTED = ("LATIN", "GREEK", "CYRILLIC")
+# Largest share of letters of other scripts with which accents are stripped.
+OTHERS = 0.1
+WARN = 0.01  # share of unknown text from which a command warns
+SHOWN = 10  # characters in a message
+
+
+def in_order(counts: Counter[str]) -> list[str]:
+    """Return the characters, most frequent first; equal counts by code point."""
+    return sorted(counts, key=lambda c: (-counts[c], c))
+
+
+def scripts(counts: Counter[str]) -> Counter[str]:
+    """Return the number of letters of each script, by the first word of their Unicode names."""
+    found: Counter[str] = Counter()
+    for character, count in counts.items():
+        if unicodedata.category(character)[0] == "L":
+            found[unicodedata.name(character, "OTHER").partition(" ")[0]] += count
+    return found
+
+
+def strips_safely(counts: Counter[str]) -> bool:
+    """Whether nearly all letters are of scripts in which accents may be stripped.
+
+    Stripping decomposes characters: it takes the dakuten from kana, vowel signs from Devanagari,
+    and divides the syllables of Hangul into letters.
+    """
+    found = scripts(counts)
+    return _others(found) <= OTHERS * found.total()
+
+
+def ignored_marks(counts: Counter[str], stripped: bool) -> str:
+    """Describe the choice of `strips_safely`."""
+    found = scripts(counts)
+    share = _others(found) / max(1, found.total())
+    if stripped:
+        return (
+            f"accents are stripped: {1 - share:.1%} of the letters are Latin, Greek or Cyrillic; "
+            "--no-strip-accents keeps them"
+        )
+    most = max((name for name in found if name not in ACCENTED), key=lambda name: found[name])
+    return (
+        f"accents are kept: {share:.1%} of the letters are of other scripts than Latin, Greek and "
+        f"Cyrillic (most of them {most}), where marks tell words apart; --strip-accents strips them"
+    )
+
+
+def _others(found: Counter[str]) -> int:
+    return sum(count for name, count in found.items() if name not in ACCENTED)
+
+
+class Uncovered(NamedTuple):
+    """Characters of a text that become [UNK].
+
+    total: characters of the text without white space; unknown: counts of those that become [UNK]
+    """
+
+    total: int
+    unknown: Counter[str]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, counts: Counter[str]) -> Uncovered:
+        """counts: of all characters of the text."""
+        characters = [c for c in counts if not c.isspace()]
+        encoded = tokenizer.encode_batch(characters)
+        unk = tokenizer.special_ids.unk
+        unknown = {c: counts[c] for c, ids in zip(characters, encoded, strict=True) if unk in ids}
+        return cls(sum(counts[c] for c in characters), Counter(unknown))
+
+    @property
+    def share(self) -> float:
+        """Share of the text, from 0 to 1."""
+        return self.unknown.total() / max(1, self.total)
+
+    def describe(self) -> str:
+        """Describe the share and the most frequent characters; a warning above WARN."""
+        if not self.unknown:
+            return "every character of the text is in the vocabulary"
+        most = " ".join(map(printable, in_order(self.unknown)[:SHOWN]))
+        line = (
+            f"{self.share:.2%} of the text's characters are not in the vocabulary, and words with "
+            f"them become [UNK]: {len(self.unknown):,} different ones, most frequent {most}"
+        )
+        if self.share > WARN:
+            return f"WARNING: {line}; a larger --vocab-size covers more"
+        return line

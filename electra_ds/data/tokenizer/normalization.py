@@ -1,0 +1,132 @@
+"""Normalization of text before it is split into tokens.
+
+It belongs to the tokenizer, so that every verb and the exported tokenizer give a text the same ids.
+
+    nfc         line ends become spaces, control characters are removed, then Unicode NFC
+    nfkc        the same, also for tabs, with Unicode NFKC
+    nfkc_lower  the same with lower case
+    none        the text stays as it is: the tokenizer of another program
+
+NFC, NFKC and lower case are those of the library tokenizers, with which exported tokenizers run;
+its Unicode tables are older than Python's. Running time is linear in the text, also for long runs of combining
+marks, which Python's own functions sort in quadratic time.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import cache
+from typing import Any, Literal, get_args
+
+Form = Literal["nfc", "nfkc", "nfkc_lower", "none"]
+FORMS: tuple[Form, ...] = get_args(Form)
+# Characters at which str.splitlines() divides a text.
+_LINE_ENDS = "\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029"
+_OTHER_SPACES = "\t\u1680"  # spaces that NFKC does not map to U+0020
+# Controls except \x09 to \x0d, zero-width space, byte order mark, U+FFFD.
+_CONTROL = "\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd"
+LINE_ENDS = re.compile(f"[{_LINE_ENDS}]")
+SPACES = re.compile(f"[{_LINE_ENDS}{_OTHER_SPACES}]")
+CONTROL = re.compile(f"[{_CONTROL}]")
+# Halves of UTF-16 pairs: bytes that are not UTF-8 in an argument of the command line, say.
+SURROGATES = re.compile("[\ud800-\udfff]")
+# Texts of which Python and the library have the same lower case. Python's depends on the context
+# of the Greek Sigma, and on its version for scripts that got capitals lately.
+SAME_LOWER = re.compile(
+    "[\x00-\u012f\u0131-\u03a2\u03a4-\u052f\u0590-\u109f\u1100-\u11ff\u1e00-\u1fff\u2000-\u20ff"
+    "\u3000-\ua63f\uac00-\ud7a3\uff00-\uffef]*"
+)
+
+
+def normalize(text: str, form: Form) -> str:
+    """Return a text in a form, without surrogates. Equal to `native_steps` for texts without."""
+    if not text.isprintable():  # as all of these characters but U+FFFD and U+1680
+        text = without_surrogates(text)
+    elif text.isascii():
+        return text.lower() if form == "nfkc_lower" else text
+    if form == "none":
+        return text
+    if not text.isprintable() or "\u1680" in text:
+        text = (LINE_ENDS if form == "nfc" else SPACES).sub(" ", text)
+        text, _ = without_control(text)
+    elif "\ufffd" in text:
+        text = text.replace("\ufffd", "")
+    text = _composed(text, form)
+    return _composed(_lower(text), form) if form == "nfkc_lower" else text
+
+
+def without_surrogates(text: str) -> str:
+    """Return a text of the same length in which each surrogate is U+FFFD."""
+    return SURROGATES.sub("\ufffd", text)
+
+
+def without_control(text: str) -> tuple[str, int]:
+    """Return a text without control characters, and their number."""
+    if text.isprintable() and "\ufffd" not in text:  # the only one that is printable
+        return text, 0
+    return CONTROL.subn("", text)
+
+
+def nfc(text: str) -> str:
+    """Return a text in Unicode NFC."""
+    return _composed(text, "nfc")
+
+
+def _composed(text: str, form: Form) -> str:
+    """Return a text in Unicode NFC or NFKC, by the tables of the library tokenizers.
+
+    A text that is normalized by Python's newer tables is also normalized by older ones, because
+    Unicode does not change the normalization of assigned characters.
+    """
+    if text.isascii() or unicodedata.is_normalized("NFC" if form == "nfc" else "NFKC", text):
+        return text
+    return _native("NFC" if form == "nfc" else "NFKC").normalize_str(text)
+
+
+def _lower(text: str) -> str:
+    """Return a text in lower case, as the library tokenizers: each character by itself."""
+    return text.lower() if SAME_LOWER.fullmatch(text) else _native("Lowercase").normalize_str(text)
+
+
+def native_steps(form: Form) -> list[Any]:
+    """Return the form as a list of normalizers of the library tokenizers."""
+    from tokenizers import Regex, normalizers
+
+    if form == "none":
+        return []
+    spaces = _LINE_ENDS if form == "nfc" else _LINE_ENDS + _OTHER_SPACES
+    steps = [
+        normalizers.Replace(Regex(f"[{_escaped(spaces)}]"), " "),
+        normalizers.Replace(Regex(f"[{_escaped(_CONTROL)}]"), ""),
+        _native("NFC" if form == "nfc" else "NFKC"),
+    ]
+    if form == "nfkc_lower":  # lower case may make characters that can be composed
+        steps += [_native("Lowercase"), _native("NFKC")]
+    return steps
+
+
+def _escaped(characters: str) -> str:
+    """Return a character class for the library's regular expressions, in ASCII."""
+    return "".join(c if c == "-" else f"\\x{{{ord(c):x}}}" for c in characters)
+
+
+@cache
+def _native(name: str) -> Any:
+    from tokenizers import normalizers
+
+    return getattr(normalizers, name)()
+
+
+@cache
+def aligner(form: Form) -> Any:
+    """Return a tokenizer that makes a token of each character of the normalized text.
+
+    The offsets of a token are those of the character in the original text.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    characters = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    characters.normalizer = normalizers.Sequence(native_steps(form))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
+    return characters
