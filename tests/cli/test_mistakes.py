@@ -1,16 +1,22 @@
 """Mistakes of users in every path, number and file of every verb: one message, no traceback."""
 
+import faulthandler
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import run_folders
 import shard_data
 import small_corpus
+import torch.distributed as dist
 
 from electra_ds.interop.export import export
+from electra_ds.training import collectives
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # Verb -> its words; names in capitals are replaced by paths of `places`, NEW by a new path.
 COMMANDS = {
@@ -100,6 +106,18 @@ def places(tmp_path_factory):
     found = {name: root / path for name, path in names.items()}
     found["TFRECORDS"] = shipped / "tests" / "files" / "tfrecord"
     return found
+
+
+@pytest.fixture(autouse=True)
+def one_process_after_another(monkeypatch):
+    """Undo what a started rank leaves in this process: its process group and signal handlers."""
+    monkeypatch.setattr(faulthandler, "register", lambda *_, **__: None)  # output has no file here
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if dist.is_initialized():
+        collectives.leave()
 
 
 def wrong_input(kind: str, right: Path, folder: Path) -> str:
