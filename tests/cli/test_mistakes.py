@@ -13,6 +13,7 @@ import shard_data
 import small_corpus
 import torch.distributed as dist
 
+from electra_ds.finetuning.seed import Seed
 from electra_ds.interop.export import export
 from electra_ds.training import collectives
 
@@ -112,6 +113,7 @@ def places(tmp_path_factory):
 def one_process_after_another(monkeypatch):
     """Undo what a started rank leaves in this process: its process group and signal handlers."""
     monkeypatch.setattr(faulthandler, "register", lambda *_, **__: None)  # output has no file here
+    monkeypatch.setattr(Seed, "fit", lambda self: None)  # nothing is trained
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
@@ -163,6 +165,8 @@ def cases():
     for verb, words in COMMANDS.items():
         for word in words.split():
             for kind in OUTPUTS if word == "NEW" else INPUTS if word.isupper() else ():
+                if (verb, word, kind) == ("pretrain", "NEW", OUTPUTS[2]):
+                    continue  # a run can begin in a folder with other files
                 yield pytest.param(verb, word, kind, id=f"{verb}-{word}-{kind.replace(' ', '_')}")
 
 
