@@ -13,9 +13,10 @@ import shard_data
 import small_corpus
 import torch.distributed as dist
 
+from electra_ds.finetuning import finetune
 from electra_ds.finetuning.seed import Seed
 from electra_ds.interop.export import export
-from electra_ds.training import collectives
+from electra_ds.training import collectives, pretrain
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -109,17 +110,28 @@ def places(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_afterwards():
+    """Remove the process group that the commands share."""
+    yield
+    if dist.is_initialized():
+        import deepspeed
+
+        collectives.leave()
+        deepspeed.comm.comm.cdb = None
+
+
 @pytest.fixture(autouse=True)
 def one_process_after_another(monkeypatch):
-    """Undo what a started rank leaves in this process: its process group and signal handlers."""
+    """One process group for all commands, and the signal handlers of before each."""
     monkeypatch.setattr(faulthandler, "register", lambda *_, **__: None)  # output has no file here
     monkeypatch.setattr(Seed, "fit", lambda self: None)  # nothing is trained
+    for module in (finetune, pretrain):
+        monkeypatch.setattr(module, "leave", lambda: None)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if dist.is_initialized():
-        collectives.leave()
 
 
 def wrong_input(kind: str, right: Path, folder: Path) -> str:
