@@ -245,14 +245,15 @@ class Seed(Trainer):
         if self.config.train.select != "best":
             return
         kept = self.folder / "model"
+        metric, split = self.task.main_metric, self.task.valid_splits[0]
 
         def kept_scores() -> Scores | None:
             if not kept.exists():
                 return None
-            found = checkpoint.read_meta(kept).config["scores"]
-            return found.get(split, found)  # earlier versions did not name the split
+            found = checkpoint.read_meta(kept).config.get("scores", {})
+            scores = found.get(split, found)  # earlier versions did not name the split
+            return scores if metric in scores else None
 
-        metric, split = self.task.main_metric, self.task.valid_splits[0]
         predictions = self._predict(split)
         scores = predictions.scores
         if not predictions.is_finite or not math.isfinite(scores[metric]):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.common.errors import UserError
+from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.files import write_bytes
 from electra_ds.common.outputs import check_output_file, check_output_folder, new_folder
 
 
@@ -25,10 +26,15 @@ def test_a_failed_block_leaves_nothing_and_names_the_path(tmp_path):
         path = tmp_path / f"new{existing}"
         if existing:
             path.mkdir()
-        with pytest.raises(OSError) as caught, new_folder(path, "--out") as unfinished:
-            (unfinished / "x").write_text("1")
-            raise OSError(28, "No space left on device", str(unfinished / "y"))
-        assert caught.value.filename == str(path / "y")
+        for error in (
+            lambda folder: OSError(28, "No space left on device", f"{folder}/y"),
+            lambda folder: OSError(f"{folder}/y: No space left on device"),
+        ):
+            with pytest.raises(RunFailure, match=r"--out .*No space left") as caught:
+                with new_folder(path, "--out") as unfinished:
+                    (unfinished / "x").write_text("1")
+                    raise error(unfinished)
+            assert ".tmp" not in str(caught.value)
         assert path.exists() == existing and not list(tmp_path.glob(".*"))
 
 
@@ -66,5 +72,19 @@ def test_impossible_places_are_refused(tmp_path, place, part):
     assert (tmp_path / "file").read_text() == "content"
 
 
-def test_devices_are_written_as_they_are():
+def test_an_unreadable_input_is_not_said_to_be_unwritable(tmp_path):
+    read = str(tmp_path / "input")
+    with pytest.raises(PermissionError, match="input"), new_folder(tmp_path / "new", "--out"):
+        raise PermissionError(13, "Permission denied", read)
+
+
+def test_devices_and_pipes_are_written_as_they_are(tmp_path):
     check_output_file(Path(os.devnull), "--out")
+    write_bytes(os.devnull, b"x")
+    assert not Path(os.devnull).is_file()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    check_output_file(tmp_path / "pipe", "--out")
+    write_bytes(tmp_path / "pipe", b"content")
+    assert os.read(reader, 99) == b"content" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)

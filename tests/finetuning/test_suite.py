@@ -119,6 +119,8 @@ def test_notes_count_shares():
     notes = split_notes(task, "valid", examples, encoded, special)
     assert [note.split(" %")[0] for note in notes] == ["valid: 25.0", "valid: 50.0"]
     assert "the first is 9" in notes[1]
+    constant = [example._replace(label=1.0) for example in examples]
+    assert "the same label" in split_notes(task, "valid", constant, encoded, special)[-1]
     assert length_note(128, {"train": 32}, 32) == length_note(128, {"train": 90}, None) == []
     assert "train has longer examples" in length_note(128, {"train": 33, "valid": 9}, 32)[0]
 
