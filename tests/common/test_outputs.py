@@ -30,10 +30,12 @@ def test_a_failed_block_leaves_nothing_and_names_the_path(tmp_path):
             lambda folder: OSError(28, "No space left on device", f"{folder}/y"),
             lambda folder: OSError(f"{folder}/y: No space left on device"),
         ):
-            with pytest.raises(RunFailure, match=r"--out .*No space left") as caught:
-                with new_folder(path, "--out") as unfinished:
-                    (unfinished / "x").write_text("1")
-                    raise error(unfinished)
+            with (
+                pytest.raises(RunFailure, match=r"--out .*No space left") as caught,
+                new_folder(path, "--out") as unfinished,
+            ):
+                (unfinished / "x").write_text("1")
+                raise error(unfinished)
             assert ".tmp" not in str(caught.value)
         assert path.exists() == existing and not list(tmp_path.glob(".*"))
 

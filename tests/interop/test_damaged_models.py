@@ -315,14 +315,14 @@ def test_a_failed_export_or_import_leaves_nothing_and_can_be_repeated(
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patched:
         patched.setattr(export_module, "write_json", full)
-        with pytest.raises(RunFailure, match="--out .*No space left"):
+        with pytest.raises(RunFailure, match=r"--out .*No space left"):
             export(tmp_path / "run", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir()) and not list(tmp_path.glob(".*"))
     export(tmp_path / "run", tmp_path / "out")
     sets = ["data.sequence_length=32"]
     with monkeypatch.context() as patched:
         patched.setattr("electra_ds.interop.import_weights.write_json", full)
-        with pytest.raises(RunFailure, match="--out .*No space left"):
+        with pytest.raises(RunFailure, match=r"--out .*No space left"):
             import_weights(foreign, tmp_path / "i", "tiny", sets)
     assert not (tmp_path / "i").exists()
     import_weights(foreign, tmp_path / "i", "tiny", sets)
