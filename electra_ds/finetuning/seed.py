@@ -148,10 +148,11 @@ class Seed(Trainer):
 
     def _resume(self) -> TrainingState:
         self.saved_at = time.monotonic()
-        found = on_rank0(lambda: checkpoint.latest(self.folder / "ckpt"))
+        folder = self.folder / "ckpt"
+        found = on_rank0(lambda: path.name if (path := checkpoint.latest(folder)) else None)
         state = TrainingState()
         if found is not None:
-            state = checkpoint.load(self.engine, found, self.padded).state
+            state = checkpoint.load(self.engine, folder / found, self.padded).state
         elif self.is_rank0:  # the seed starts again: remove the model that an earlier attempt kept
             shutil.rmtree(self.folder / "model", ignore_errors=True)
         device = self.suite.device
