@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def check(
     run: Run,
     engine: Engine = None,
-    world_size: Annotated[int, typer.Option(help="Number of ranks of the run.")] = 1,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks of the run.")] = 1,
     data: Annotated[
         str | None, typer.Option(help="Prepared data, for epochs and the vocabulary.")
     ] = None,

@@ -19,12 +19,21 @@ def fsync_folder(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def is_device(path: Path) -> bool:
+    """Whether a path is a device, a pipe or a standard stream, which is not replaced by a file."""
+    return str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file())
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file atomically. A reader finds the old or the new content, also after a power cut.
 
-    Raises OSError; its `filename` is `path`.
+    A device or a pipe, such as /dev/stdout, is written as it is. Raises OSError; its `filename` is
+    `path`.
     """
     path = Path(path)
+    if is_device(path) and not path.is_dir():
+        path.write_bytes(data)
+        return
     # A random name, since process numbers repeat across hosts.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from electra_ds.common.errors import UserError
-from electra_ds.common.files import fsync_folder
+from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.files import fsync_folder, is_device
 from electra_ds.common.printable import printable
 
 
@@ -28,7 +28,7 @@ def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] =
                     "choose another file"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.is_file():  # not a device or a pipe
+        if not is_device(path):
             _try_writing(path.parent, path.name)
 
 
@@ -49,7 +49,8 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block succeeds.
 
     `path` must be missing or empty. It is unchanged when the block fails, so the same command can
-    be repeated. Raises UserError when `path` is a file, is not empty or cannot be created.
+    be repeated. Raises UserError when `path` is a file, is not empty or cannot be created, and
+    RunFailure when the block cannot write to it, such as on a full disk.
     """
     with _explained(path, option, "a new folder"):
         if path.exists() and not path.is_dir():
@@ -64,10 +65,14 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
     try:
         yield unfinished
         _publish(unfinished, path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            error.filename = str(error.filename).replace(str(unfinished), str(path))
-        raise
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(unfinished)):
+            raise  # of a file that was read
+        reason = str(error.strerror or error).replace(str(unfinished), str(path))
+        raise RunFailure(
+            f"{option} {printable(path)}: cannot be written ({reason}); nothing is left there: "
+            "free some space or choose another folder, and repeat the command"
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

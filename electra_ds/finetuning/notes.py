@@ -18,7 +18,8 @@ def split_notes(
     encoded: Sequence[Encoded],
     special_ids: SpecialIds,
 ) -> list[str]:
-    """Sentences about one split: unknown tokens, texts without tokens, labels out of range.
+    """Sentences about one split: unknown tokens, texts without tokens, equal labels, labels out of
+    range.
 
     encoded: `encode` of the examples, or of more.
     """
@@ -34,6 +35,8 @@ def split_notes(
     empty = sum(len(example.ids) <= 2 for example in encoded) / max(1, len(encoded))
     if empty > SHARE:
         notes.append(f"{split}: {100 * empty:.1f} % of the examples have no token in their text")
+    if is_constant(examples):
+        notes.append(f"{split}: every example has the same label")
     if odd := outside_range(task, list(examples)):
         low, high = task.label_range or (0.0, 1.0)
         share = 100 * len(odd) / len(examples)
@@ -42,6 +45,12 @@ def split_notes(
             f"the first is {odd[0]:g}"
         )
     return notes
+
+
+def is_constant(examples: Sequence[Example]) -> bool:
+    """Whether two or more examples have labels, all of them equal."""
+    labels = [example.label for example in examples if example.label is not None]
+    return len(labels) > 1 and all(label == labels[0] for label in labels)
 
 
 def length_note(max_length: int, longest: Mapping[str, int], trained: int | None) -> list[str]:

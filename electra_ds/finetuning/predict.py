@@ -3,6 +3,7 @@
 Letters: S tokens of an example, C outputs.
 """
 
+import base64
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,9 +74,9 @@ def predict_split(
 ) -> Predictions:
     """Predictions and scores of a Classifier on one split, on every rank. Collective.
 
-    module: in eval mode. encoded: `encode` of examples. all_gather_object: returns the objects of
-    all ranks, in rank order. progress: called with the number of examples that are done and of all.
-    Fine-tuning and the verb `predict` both use this function.
+    module: in eval mode. encoded: `encode` of examples. all_gather_object: returns the values of
+    all ranks, in rank order; they are values of JSON. progress: called with the number of examples
+    that are done and of all. Fine-tuning and the verb `predict` both use this function.
     """
     with torch.no_grad():
         logits = logits_of(module, task.kind, encoded, pad_id, ranks, all_gather_object, progress)
@@ -110,8 +111,21 @@ def logits_of(
         for i, row in zip(numbers, logits, strict=False):  # an empty batch has a row of padding
             own[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
         progress(len(own) * ranks.world_size, len(examples))
-    gathered = {i: row for share in all_gather_object(own) for i, row in share.items()}
+    gathered: dict[int, np.ndarray] = {}
+    for share in all_gather_object([_to_text(i, row) for i, row in own.items()]):
+        gathered.update(_from_text(*item) for item in share)
     return [gathered[i] for i in range(len(examples))]
+
+
+def _to_text(number: int, row: np.ndarray) -> list[Any]:
+    """Logits of one example as values of JSON: number, shape, fp32 bytes in base 64."""
+    content = np.ascontiguousarray(row, dtype="<f4").tobytes()
+    return [number, list(row.shape), base64.b64encode(content).decode("ascii")]
+
+
+def _from_text(number: int, shape: list[int], text: str) -> tuple[int, np.ndarray]:
+    values = np.frombuffer(base64.b64decode(text), dtype="<f4")
+    return number, values.reshape(shape)
 
 
 def decode(

@@ -148,10 +148,11 @@ class Seed(Trainer):
 
     def _resume(self) -> TrainingState:
         self.saved_at = time.monotonic()
-        found = on_rank0(lambda: checkpoint.latest(self.folder / "ckpt"))
+        folder = self.folder / "ckpt"
+        found = on_rank0(lambda: path.name if (path := checkpoint.latest(folder)) else None)
         state = TrainingState()
         if found is not None:
-            state = checkpoint.load(self.engine, found, self.padded).state
+            state = checkpoint.load(self.engine, folder / found, self.padded).state
         elif self.is_rank0:  # the seed starts again: remove the model that an earlier attempt kept
             shutil.rmtree(self.folder / "model", ignore_errors=True)
         device = self.suite.device
@@ -245,14 +246,15 @@ class Seed(Trainer):
         if self.config.train.select != "best":
             return
         kept = self.folder / "model"
+        metric, split = self.task.main_metric, self.task.valid_splits[0]
 
         def kept_scores() -> Scores | None:
             if not kept.exists():
                 return None
-            found = checkpoint.read_meta(kept).config["scores"]
-            return found.get(split, found)  # earlier versions did not name the split
+            found = checkpoint.read_meta(kept).config.get("scores", {})
+            scores = found.get(split, found)  # earlier versions did not name the split
+            return scores if metric in scores else None
 
-        metric, split = self.task.main_metric, self.task.valid_splits[0]
         predictions = self._predict(split)
         scores = predictions.scores
         if not predictions.is_finite or not math.isfinite(scores[metric]):

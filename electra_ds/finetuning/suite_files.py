@@ -34,7 +34,7 @@ def open_suite(suite: Suite, names: list[str]) -> Suite:
         "tokenizer": suite.pretrained.tokenizer.fingerprint,
     }
     earlier = on_rank0(partial(_earlier_tasks, suite.out))
-    kept = {name: values for name, values in earlier.items() if name not in names}
+    kept = {name: TaskOverrides(**found) for name, found in earlier.items() if name not in names}
     suite = suite._replace(
         config=suite.config.model_copy(update={"tasks": suite.config.tasks | kept})
     )
@@ -79,14 +79,15 @@ def _before(found: dict[str, Any], out: Path) -> Before:
     return parse_record(before, f"{out}/config.json: provenance", Before)
 
 
-def _earlier_tasks(out: Path) -> dict[str, TaskOverrides]:
-    """The overrides of tasks in DIR/config.json."""
+def _earlier_tasks(out: Path) -> dict[str, dict[str, Any]]:
+    """The overrides of tasks in DIR/config.json, as values of JSON."""
     path = out / "config.json"
     if not path.exists():
         return {}
     found = read_json(path, "the settings of an earlier attempt")
     _before(found, out)
-    return parse_config(found, str(path), FinetuneConfig).tasks
+    tasks = parse_config(found, str(path), FinetuneConfig).tasks
+    return {name: overrides.model_dump(mode="json") for name, overrides in tasks.items()}
 
 
 def _is_trained(folder: Path) -> bool:

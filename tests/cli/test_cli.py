@@ -1,5 +1,6 @@
 """The command line: help without torch, exit codes, one message for a mistake, output of check."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,43 +11,11 @@ import typer
 from factory_run import factory_run
 
 from electra_ds import cli
+from electra_ds.cluster.stop_signals import stop_exit_code
 from electra_ds.common.errors import RunFailure, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = sorted(typer.main.get_command(cli.app).commands)
-
-
-class Exited(BaseException):
-    """Raised in the place of os._exit."""
-
-
-@pytest.fixture
-def electra_ds(monkeypatch, capsys):
-    """Run the command line here: arguments -> (exit code, standard output, standard error)."""
-
-    def exit_process(code):
-        raise Exited(code)
-
-    monkeypatch.setattr(os, "_exit", exit_process)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["electra-ds", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except Exited as exited:
-            code = exited.args[0]
-        except SystemExit as exited:
-            code = exited.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    before = dict(os.environ)
-    yield run
-    # A verb exports variables for its ranks, which later tests would inherit.
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
 
 
 def test_help_lists_the_verbs_in_the_order_of_their_use(electra_ds):
@@ -239,3 +208,54 @@ def test_check_predicts_no_memory_of_a_users_model(electra_ds, tmp_path):
     factory_run(tmp_path)
     code, out, _ = electra_ds("check", tmp_path / "run.json")
     assert code == 0 and "parameters in all" in out and "GiB" not in out
+
+
+def test_an_error_of_the_machine_is_one_line_with_the_path(electra_ds, monkeypatch):
+    def failing(error):
+        def fail():
+            raise error
+
+        monkeypatch.setattr(cli, "app", fail)
+        return electra_ds()
+
+    named = PermissionError(errno.EACCES, "Permission denied", "folder/x\x1b[2J")
+    code, _, err = failing(named)
+    assert (code, err) == (1, "electra-ds: error: folder/x\\x1b[2J: Permission denied\n")
+    code, _, err = failing(OSError(errno.ENOSPC, "No space left on device"))
+    assert (code, err) == (1, "electra-ds: error: No space left on device\n")
+    code, _, err = failing(OSError("a fault of the program"))
+    assert code == 1 and err.startswith("Traceback")
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert failing(UserError("why"))[2].endswith("error: why\n")
+
+
+def test_the_end_of_a_file_is_not_aborted_without_a_word(electra_ds, monkeypatch):
+    def fail(*_):
+        raise EOFError
+
+    monkeypatch.setattr("electra_ds.reporting.status.status", fail)
+    code, _, err = electra_ds("status", "x")
+    assert code == 1 and err.startswith("Traceback") and "Aborted" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_standard_output_is_an_error():
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "electra_ds", "check", "tiny"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environ)
+    assert done.returncode == 1 and "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_suite_stopped_under_torchrun_needs_no_report(electra_ds, monkeypatch, tmp_path, written):
+    """torchrun restarts after any other exit code than 0."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    stopped = "electra_ds.finetuning.finetune.finetune"
+    monkeypatch.setattr(stopped, lambda *_, **__: stop_exit_code())
+    if written:
+        (tmp_path / "report.md").write_text("# Fine-tuning\n")
+    words = ["finetune", "run", "tiny", "--tasks", "rte", "--out", tmp_path]
+    code, out, err = electra_ds(*words)
+    assert (code, err) == (0, "") and ("Fine-tuning" in out) == written

@@ -32,7 +32,6 @@ from electra_ds.interop.load_model import (
     resolve_checkpoint,
 )
 from electra_ds.model.build import build_objective
-from electra_ds.model.encoder import Embeddings, Encoder
 from electra_ds.model.weights import true_state
 
 transformers = pytest.importorskip("transformers")
@@ -268,48 +267,11 @@ def test_the_main_encoder_of_every_objective_is_exported(kind, tmp_path):
 
 # --------------------------------------------------------------------------------------- fine-tuned
 
-TASKS = {
-    "classification": dict(labels=["no", "maybe", "yes"], label_range=None, outputs=3),
-    "regression": dict(labels=None, label_range=[1.0, 5.0], outputs=1),
-    "token_classification": dict(labels=["O", "NAME"], label_range=None, outputs=2),
-    "many classes": dict(
-        labels=[f"c{i}" for i in range(25)], label_range=None, outputs=25
-    ),  # 2 x 25 > 48
-}
-
-
-def fine_tuned(folder: Path, name: str) -> nn.ModuleDict:
-    model, task = run_folders.config().model, TASKS[name]
-    parts = nn.ModuleDict(
-        {
-            "embeddings": Embeddings(model, 32, 0.0),
-            "discriminator": Encoder(model, 32, 1e-12),
-            "head": nn.Linear(48, task["outputs"]),
-        }
-    )
-    run_folders.drawn(parts)
-    kind = "classification" if name == "many classes" else name
-    described = {
-        "name": "own",
-        "kind": kind,
-        "labels": task["labels"],
-        "label_range": task["label_range"],
-    }
-    values = {
-        "model": model.model_dump(mode="json"),
-        "task": described,
-        "scores": {"valid": {"accuracy": 0.5}},
-    }
-    run_folders.vocabulary(folder / "tokenizer")
-    run_folders.save(folder, "model", true_state(parts), values)
-    (folder / "result.json").write_text('{"origin": "run O, step 7"}')
-    return parts
-
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", run_folders.TASKS)
 def test_an_exported_fine_tuned_model_has_equal_logits(name, tmp_path):
-    parts = fine_tuned(tmp_path / "seed-0", name)
+    parts = run_folders.fine_tuned(tmp_path / "seed-0", name)
     export(tmp_path / "seed-0", tmp_path / "out")
     ids, mask, types = run_folders.rows_with_padding()
     hidden = parts["discriminator"](
@@ -324,7 +286,7 @@ def test_an_exported_fine_tuned_model_has_equal_logits(name, tmp_path):
         ours = 1.0 + 4.0 * ours  # in the unit of the labels
     wanted = ours[mask > 0] if per_token else ours[:, 0]
     assert float((wanted - (logits[mask > 0] if per_token else logits)).abs().max()) <= BOUND
-    labels = TASKS[name]["labels"] or ["own"]
+    labels = run_folders.TASKS[name]["labels"] or ["own"]
     assert model.config.id2label == dict(enumerate(labels)) and model.config.num_labels == len(
         labels
     )
@@ -335,7 +297,7 @@ def test_an_exported_fine_tuned_model_has_equal_logits(name, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("first token" in card) == (name == "many classes")
     assert "| base model | run O, step 7 |" in card and "| valid, accuracy | 0.5000 |" in card
-    shown = ", ".join(labels) if TASKS[name]["labels"] else "a number from 1 to 5"
+    shown = ", ".join(labels) if run_folders.TASKS[name]["labels"] else "a number from 1 to 5"
     assert f"| labels | {shown} |" in card
     printed = run_card(tmp_path / "out").strip()
     if name == "regression":
@@ -380,7 +342,7 @@ def test_load_pretrained_reads_the_same_encoder_from_every_kind_of_folder(tmp_pa
     for name in ("bare", "pickled"):
         folder = bare_folder(hf / "discriminator", tmp_path / name, pickled=name == "pickled")
         assert_same_encoder(folder, module, run / "tokenizer")
-    parts = fine_tuned(tmp_path / "seed-0", "classification")
+    parts = run_folders.fine_tuned(tmp_path / "seed-0", "classification")
     export(tmp_path / "seed-0", tmp_path / "tuned")
     for path in (tmp_path / "seed-0", tmp_path / "seed-0" / "model", tmp_path / "tuned"):
         assert_same_encoder(path, parts)
@@ -395,7 +357,7 @@ def test_load_pretrained_refuses_other_folders_and_tokenizers(tmp_path):
     run_folders.pretrained(run)
     (tmp_path / "rte").mkdir()
     for seed in ("seed-3", "seed-5"):
-        fine_tuned(tmp_path / "rte" / seed, "classification")
+        run_folders.fine_tuned(tmp_path / "rte" / seed, "classification")
     kinds = "expected a run folder .*OUT/ckpt/STEP.*DIR/TASK/seed-N.*Hugging Face folder"
     several = "models of 2 seeds; name one, such as .*rte/seed-3"
     for path, part in (("rte", several), ("nothing", kinds)):
@@ -472,7 +434,7 @@ def test_load_returns_one_part_where_the_model_has_one(tmp_path):
     for path in (tmp_path / "hf", tmp_path / "hf" / "discriminator"):
         assert load(path).generator is None
         assert equal_logits(load(path).discriminator, run.discriminator)
-    parts = fine_tuned(tmp_path / "seed-0", "classification")
+    parts = run_folders.fine_tuned(tmp_path / "seed-0", "classification")
     tuned = load(tmp_path / "seed-0")
     assert tuned.generator is None and tuned.config["task"]["name"] == "own"
     ids, types, mask = rows()

@@ -8,6 +8,7 @@ import torch
 
 from electra_ds.config.loading import load_run, parse_run
 from electra_ds.config.schema import RunConfig
+from electra_ds.model.encoder import Embeddings, Encoder
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpointer
@@ -108,3 +109,42 @@ def rows_with_padding(vocab_size: int = 600) -> tuple[torch.Tensor, torch.Tensor
     ids, mask = torch.randint(5, vocab_size, (3, 20)), torch.ones(3, 20, dtype=torch.long)
     ids[1, 12:], mask[1, 12:] = IDS["pad"], 0
     return ids, mask, (torch.arange(20) > 8).long().expand(3, -1)
+
+
+TASKS = {
+    "classification": dict(labels=["no", "maybe", "yes"], label_range=None, outputs=3),
+    "regression": dict(labels=None, label_range=[1.0, 5.0], outputs=1),
+    "token_classification": dict(labels=["O", "NAME"], label_range=None, outputs=2),
+    "many classes": dict(
+        labels=[f"c{i}" for i in range(25)], label_range=None, outputs=25
+    ),  # 2 x 25 > 48
+}
+
+
+def fine_tuned(folder: Path, name: str) -> torch.nn.ModuleDict:
+    """Write a fine-tuned model of a task in TASKS as folder/model; its encoder and head."""
+    model, task = config().model, TASKS[name]
+    parts = torch.nn.ModuleDict(
+        {
+            "embeddings": Embeddings(model, 32, 0.0),
+            "discriminator": Encoder(model, 32, 1e-12),
+            "head": torch.nn.Linear(48, task["outputs"]),
+        }
+    )
+    drawn(parts)
+    kind = "classification" if name == "many classes" else name
+    described = {
+        "name": "own",
+        "kind": kind,
+        "labels": task["labels"],
+        "label_range": task["label_range"],
+    }
+    values = {
+        "model": model.model_dump(mode="json"),
+        "task": described,
+        "scores": {"valid": {"accuracy": 0.5}},
+    }
+    vocabulary(folder / "tokenizer")
+    save(folder, "model", true_state(parts), values)
+    (folder / "result.json").write_text('{"origin": "run O, step 7"}')
+    return parts

@@ -1,0 +1,92 @@
+"""Output paths: refused before the work, written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.files import write_bytes
+from electra_ds.common.outputs import check_output_file, check_output_folder, new_folder
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    for name in ("missing", "below/missing", "empty"):
+        path = tmp_path / name
+        if name == "empty":
+            path.mkdir()
+        with new_folder(path, "--out") as unfinished:
+            (unfinished / "x").write_text("1")
+            assert not path.exists() or not any(path.iterdir())
+        assert (path / "x").read_text() == "1" and not unfinished.exists()
+
+
+def test_a_failed_block_leaves_nothing_and_names_the_path(tmp_path):
+    for existing in (False, True):
+        path = tmp_path / f"new{existing}"
+        if existing:
+            path.mkdir()
+        for error in (
+            lambda folder: OSError(28, "No space left on device", f"{folder}/y"),
+            lambda folder: OSError(f"{folder}/y: No space left on device"),
+        ):
+            with (
+                pytest.raises(RunFailure, match=r"--out .*No space left") as caught,
+                new_folder(path, "--out") as unfinished,
+            ):
+                (unfinished / "x").write_text("1")
+                raise error(unfinished)
+            assert ".tmp" not in str(caught.value)
+        assert path.exists() == existing and not list(tmp_path.glob(".*"))
+
+
+def test_a_new_folder_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "new", "--out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize(
+    ("place", "part"),
+    [
+        ("file", "is a file|is also an input"),
+        ("file/below", "cannot be written|is a file"),
+        ("x" * 300, "too long"),
+        ("full", "not empty|is a folder"),
+    ],
+)
+def test_impossible_places_are_refused(tmp_path, place, part):
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    path = tmp_path / place
+    with pytest.raises(UserError, match=part), new_folder(path, "--out"):
+        pass
+    with pytest.raises(UserError, match=part):
+        check_output_file(path, "--out", (tmp_path / "file",))
+    if place != "full":
+        with pytest.raises(UserError, match=part):
+            check_output_folder(path, "--out")
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_an_unreadable_input_is_not_said_to_be_unwritable(tmp_path):
+    read = str(tmp_path / "input")
+    with pytest.raises(PermissionError, match="input"), new_folder(tmp_path / "new", "--out"):
+        raise PermissionError(13, "Permission denied", read)
+
+
+def test_devices_and_pipes_are_written_as_they_are(tmp_path):
+    check_output_file(Path(os.devnull), "--out")
+    write_bytes(os.devnull, b"x")
+    assert not Path(os.devnull).is_file()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    check_output_file(tmp_path / "pipe", "--out")
+    write_bytes(tmp_path / "pipe", b"content")
+    assert os.read(reader, 99) == b"content" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)

@@ -1,0 +1,221 @@
+"""The files of a suite: growth, comparison, notes, damaged files; seeds that trained nothing."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import run_folders
+
+from electra_ds.cluster.launchers import Ranks
+from electra_ds.common.errors import UserError
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.finetuning import suite_files
+from electra_ds.finetuning.batches import Encoded
+from electra_ds.finetuning.config import TaskOverrides, load_finetune
+from electra_ds.finetuning.examples import Example
+from electra_ds.finetuning.finetune import _read
+from electra_ds.finetuning.notes import length_note, split_notes
+from electra_ds.finetuning.predict import Predictions, predict
+from electra_ds.finetuning.report import read_results, write_report
+from electra_ds.finetuning.seed import Seed, Suite
+from electra_ds.finetuning.submit import write_submission
+from electra_ds.finetuning.tasks import Task, load_task
+from electra_ds.interop.load_model import load_pretrained
+from electra_ds.training.state import TrainingState
+
+RANKS = Ranks(0, 1, 0, 1, "none")
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A function that opens a suite with settings; one process without a process group."""
+    for module in (suite_files, "electra_ds.finetuning.finetune"):
+        target = module if isinstance(module, str) else module.__name__
+        monkeypatch.setattr(f"{target}.on_rank0", lambda function: function())
+    run_folders.pretrained(tmp_path / "run")
+    pretrained = load_pretrained(tmp_path / "run")
+
+    def open_with(names, *sets, model=pretrained):
+        config = load_finetune("tiny", list(sets))
+        opened = Suite(config, model, False, tmp_path / "F", RANKS, "cpu")
+        return suite_files.open_suite(opened, names)
+
+    return open_with
+
+
+def train(suite, task):
+    """Leave what a finished seed leaves."""
+    folder = suite.out / task / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"status": "done"}')
+
+
+def test_a_suite_takes_later_tasks_with_settings_of_their_own(suite):
+    train(suite(["x"], "tasks.x.epochs=2"), "x")
+    grown = suite(["y"], "tasks.y.epochs=5")
+    assert grown.config.tasks["x"] == TaskOverrides(epochs=2.0)  # of the earlier call
+    assert grown.config.tasks["y"] == TaskOverrides(epochs=5.0)
+    suite(["y"], "tasks.y.epochs=6")  # y has no trained seed yet
+    train(grown, "y")
+    for names, sets in ((["y"], ["tasks.y.epochs=7"]), (["x", "y"], ["tasks.y.epochs=6"])):
+        with pytest.raises(UserError, match="earlier seeds were trained with other settings"):
+            suite(names, *sets)
+    with pytest.raises(UserError, match=r"optimizer\.peak_lr"):
+        suite(["z"], "optimizer.peak_lr=0.5")
+
+
+def test_a_suite_of_other_weights_or_another_vocabulary_is_refused(suite, tmp_path):
+    train(suite(["x"]), "x")
+    run_folders.vocabulary(tmp_path / "words")
+    words = [*run_folders.VOCABULARY[:5], *run_folders.VOCABULARY[:4:-1]]
+    (tmp_path / "words" / "vocab.txt").write_text("\n".join(words) + "\n")
+    found = load_pretrained(tmp_path / "run")
+    other = found._replace(tokenizer=load_tokenizer(tmp_path / "words"))
+    with pytest.raises(UserError, match="tokenizer: another vocabulary"):
+        suite(["x"], model=other)
+    state = {name: value + 1 for name, value in found.state.items()}
+    with pytest.raises(UserError, match="weights: "):
+        suite(["x"], model=found._replace(state=state))
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"provenance": 3}', '{"provenance": {"weights": 7}}', "", "{"]
+)
+def test_a_folder_of_something_else_is_refused(suite, tmp_path, content):
+    (tmp_path / "F").mkdir()
+    (tmp_path / "F" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json|not a folder of finetune"):
+        suite(["x"])
+
+
+def own_task(folder, text="aa ab", **values):
+    rows = [{"sentence": text, "label": i % 2} for i in range(8)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = {"splits": {"train": "a.jsonl", "valid": "a.jsonl"}} | values
+    (folder / "own.json").write_text(json.dumps(described))
+    return load_task(str(folder / "own.json"), None)
+
+
+def test_unknown_tokens_and_untrained_positions_are_noted_once(suite, tmp_path, capsys):
+    opened = suite(["own"], "train.max_length=40")
+    _read(opened, own_task(tmp_path))
+    assert capsys.readouterr().out == ""
+    _read(opened, own_task(tmp_path, "\u6f22 " * 20 + "aa " * 80))
+    out = capsys.readouterr().out
+    assert "train: 52.6 % of the tokens are [UNK]" in out  # 20 of the 38 that are not cut
+    assert "train.max_length = 40, but the model was pretrained on rows of 32 tokens" in out
+    train(opened, "own")
+    report = write_report(opened.out)
+    assert sum("[UNK]" in note for note in report["notes"]) == 2  # of train and valid
+    assert "rows of 32" in (opened.out / "report.md").read_text()
+
+
+def test_notes_count_shares():
+    special = SimpleNamespace(cls=2, sep=3, unk=1)
+    task = Task(name="t", kind="regression", splits={"train": "x"}, label_range=(0.0, 5.0))
+    examples = [Example("0", "", None, label) for label in (1.0, 2.0, 9.0, -3.0)]
+    encoded = [Encoded([2, 5, 6, 3], 4, 0), Encoded([2, 3], 2, 0), *[Encoded([2, 7, 3], 3, 0)] * 2]
+    notes = split_notes(task, "valid", examples, encoded, special)
+    assert [note.split(" %")[0] for note in notes] == ["valid: 25.0", "valid: 50.0"]
+    assert "the first is 9" in notes[1]
+    constant = [example._replace(label=1.0) for example in examples]
+    assert "the same label" in split_notes(task, "valid", constant, encoded, special)[-1]
+    assert length_note(128, {"train": 32}, 32) == length_note(128, {"train": 90}, None) == []
+    assert "train has longer examples" in length_note(128, {"train": 33, "valid": 9}, 32)[0]
+
+
+def test_a_seed_without_an_applied_step_or_with_nan_has_diverged(tmp_path):
+    seed = Seed.__new__(Seed)
+    assert seed._finish(TrainingState(step=0, skipped=9)) == {}
+    row = np.array([0.1, np.nan])
+    assert not Predictions([0], [np.zeros(2), row], {"accuracy": 1.0}).is_finite
+    seed.config = SimpleNamespace(train=SimpleNamespace(select="last"))
+    seed.task = SimpleNamespace(splits=["train", "valid"])
+    seed._predict = lambda split: Predictions([0], [row], {"accuracy": 1.0})
+    assert seed._finish(TrainingState(step=9)) == {}
+
+
+# ------------------------------------------------------------------------------------ damaged files
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"status": "won"}',
+        '{"status": "done", "scores": []}',
+        '{"status": "done", "scores": {"valid": 3}}',
+        '{"status": "done", "scores": {"valid": {"accuracy": "1"}}}',
+        '{"status": "done", "origin": {}}',
+        '{"status": "done", "status": "done"}',
+        '{"status": ' + "[" * 1000,
+    ],
+)
+def test_a_damaged_result_is_named(tmp_path, content):
+    folder = tmp_path / "own" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(content)
+    for reader in (read_results, write_report, lambda path: write_submission(path, path / "z.zip")):
+        with pytest.raises(UserError, match=r"seed-0/result\.json"):
+            reader(tmp_path)
+
+
+def test_an_own_task_named_like_a_glue_task_is_not_compared(tmp_path):
+    """Earlier versions took such names."""
+    folder = tmp_path / "sst2" / "seed-0"
+    folder.mkdir(parents=True)
+    result = {"status": "done", "scores": {"valid": {"accuracy": 0.5}}}
+    (folder / "result.json").write_text(json.dumps(result))
+    own = Task(name="sst2", splits={"train": "x"}, text_a="review", metrics=["accuracy"])
+    for task, is_compared in ((own, False), (None, True)):
+        if task is not None:
+            described = {"task": task.model_dump(mode="json"), "examples": "0"}
+            (tmp_path / "sst2" / "task.json").write_text(json.dumps(described))
+        else:
+            (tmp_path / "sst2" / "task.json").unlink()
+        assert bool(write_report(tmp_path)["comparison"]) == is_compared
+
+
+def test_names_of_folders_stay_in_their_cells_of_the_report(tmp_path):
+    folder = tmp_path / "a|b\n# x\x1b[2J" / "seed-0"
+    folder.mkdir(parents=True)
+    result = {"status": "done", "scores": {"valid": {"f1": 1.0}}, "origin": "\x1b[31m\n# run"}
+    (folder / "result.json").write_text(json.dumps(result))
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "\x1b" not in text and "\n# run" not in text and "\n# x" not in text
+    assert "a\\|b" in text
+
+
+@pytest.mark.parametrize("cells", ["0", "0\tx\n1", "0\tnan", "0\t\x1b[31m"])
+def test_damaged_predictions_are_named_by_submit(tmp_path, monkeypatch, cells):
+    folder = tmp_path / "stsb" / "seed-0"
+    folder.mkdir(parents=True)
+    result = {"status": "done", "scores": {"valid": {"spearman": 0.5}}}
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "predictions-test.tsv").write_text(f"index\tprediction\n{cells}\n")
+    files = {"STS-B": ("stsb", "test", cells.count("\n") + 1)}
+    monkeypatch.setattr("electra_ds.finetuning.submit.FILES", files)
+    with pytest.raises(UserError, match=r"predictions-test\.tsv: .* is no number"):
+        write_submission(tmp_path, tmp_path / "z.zip")
+
+
+def test_predict_checks_its_paths_before_the_model(tmp_path):
+    run_folders.fine_tuned(tmp_path / "seed-0", "classification")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"sentence": "aa"}\n')
+    (tmp_path / "folder").mkdir()
+    for out, part in (
+        (rows, "is also an input and would be overwritten"),
+        (tmp_path / "folder", "is a folder; expected a file"),
+        (rows / "x", "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=part):
+            predict(tmp_path / "nowhere", out, rows)
+    with pytest.raises(UserError, match="leave it out with --input"):
+        predict(tmp_path / "seed-0", tmp_path / "p", rows, data=tmp_path)
+    assert rows.read_text() == '{"sentence": "aa"}\n'

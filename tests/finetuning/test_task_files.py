@@ -1,0 +1,257 @@
+"""Files of tasks as people have them: hidden labels, blank lines, odd names, foreign datasets."""
+
+import json
+import re
+
+import pytest
+
+from electra_ds.common.errors import UserError
+from electra_ds.finetuning.examples import Example, outside_range, read_examples, read_file
+from electra_ds.finetuning.metrics import entities
+from electra_ds.finetuning.predict import write_predictions
+from electra_ds.finetuning.tasks import Task, load_task, task_names
+
+GOOD = "sentence\tlabel\nx\ta\ny\tb\n"
+TAGS = {"kind": "token_classification", "text_a": "words", "label": "tags"}
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """A function that writes files (name -> content) and a description; returns its task."""
+
+    def write(files, **values):
+        for name, text in files.items():
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        splits = {"train": [*files, ""][0], "valid": ["", *files][-1]}
+        (tmp_path / "own.json").write_text(json.dumps({"splits": splits} | values))
+        return load_task(str(tmp_path / "own.json"), None)
+
+    return write
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def with_test(train, test):
+    """Files of a task with a test split, and its splits."""
+    return {"a.jsonl": train, "t.jsonl": test}, {
+        "splits": {"train": "a.jsonl", "valid": "a.jsonl", "test": "t.jsonl"}
+    }
+
+
+# ------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("hidden", [-1, -1.0, "-1", "", -100])
+def test_a_hidden_label_of_a_test_split_is_missing(own_task, hidden):
+    rows = jsonl(*({"sentence": "x", "label": label} for label in (0, 1)))
+    files, splits = with_test(rows, jsonl({"sentence": "x", "label": hidden}))
+    assert read_examples(own_task(files, **splits), "test")[0].label is None
+    task = own_task(files, kind="regression", label_range=[0, 5], **splits)
+    assert read_examples(task, "test")[0].label is None
+    tags = jsonl({"words": ["x", "y"], "tags": ["A", "B"]})
+    files, splits = with_test(tags, jsonl({"words": ["x", "y"], "tags": [hidden, hidden]}))
+    assert read_examples(own_task(files, **TAGS, **splits), "test")[0].label is None
+
+
+def test_minus_one_is_a_label_where_the_task_has_it(own_task):
+    rows = jsonl(*({"sentence": "x", "label": label} for label in (-1, 0, 1)))
+    files, splits = with_test(rows, rows)
+    task = own_task(files, **splits)
+    assert task.labels == ["-1", "0", "1"]
+    assert [example.label for example in read_examples(task, "test")] == [0, 1, 2]
+    task = own_task(files, kind="regression", **splits)
+    assert [example.label for example in read_examples(task, "test")] == [-1, 0, 1]
+
+
+def test_labels_outside_of_the_range_are_refused_in_train_and_noted_elsewhere(own_task):
+    good = jsonl(*({"sentence": "x", "label": label} for label in (0, 2, 5)))
+    odd = good + jsonl({"sentence": "x", "label": 7})
+    task = own_task({"a.jsonl": odd, "b.jsonl": good}, kind="regression", label_range=[0, 5])
+    with pytest.raises(UserError, match=r"1 of 4 labels lie outside of label_range \[0, 5\]"):
+        read_examples(task, "train")
+    task = own_task({"a.jsonl": good, "b.jsonl": odd}, kind="regression", label_range=[0, 5])
+    assert outside_range(task, read_examples(task, "valid")) == [7.0]
+    alone = jsonl({"sentence": "x", "label": 500})
+    task = own_task({"a.jsonl": good, "b.jsonl": alone}, kind="regression", label_range=[0, 5])
+    with pytest.raises(UserError, match="1 of 1 labels lie outside"):
+        read_examples(task, "valid")
+
+
+def test_tags_of_bioes_are_scored_and_other_tags_are_refused_before_the_training(own_task):
+    spans = {(0, 1, "x"), (1, 3, "y"), (3, 4, "y")}
+    assert entities(["S-x", "B-y", "E-y", "S-y"]) == spans
+    assert entities(["U-x", "B-y", "L-y", "U-y"]) == spans
+    assert entities(["B-x", "E-x", "I-x"]) == {(0, 2, "x"), (2, 3, "x")}
+    for tags, metric in (
+        (["S-x", "O"], "entity_f1"),
+        (["B-x", "PER"], "token_accuracy"),
+        (["x-B", "O"], "token_accuracy"),
+    ):
+        rows = {"a.jsonl": jsonl({"words": ["a", "b"], "tags": tags})}
+        assert own_task(rows, **TAGS).main_metric == metric
+    with pytest.raises(UserError, match=r"entity_f1 needs tags of BIO or BIOES .* 'PER'"):
+        own_task(
+            {"a.jsonl": jsonl({"words": ["a", "b"], "tags": ["B-x", "PER"]})},
+            metrics=["entity_f1"],
+            **TAGS,
+        )
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", ".x", "config.json", "Report.md", "a/b", "a\\b", "a\n", "", "x" * 300]
+)
+def test_a_name_that_is_no_folder_of_results_is_refused(own_task, name):
+    with pytest.raises(UserError, match=r"own\.json: name"):
+        own_task({"a.tsv": GOOD}, name=name)
+
+
+@pytest.mark.parametrize("split", ["test_../../x", "valid_a/b", "test_", "train_x", "test_\n"])
+def test_a_split_that_is_no_name_of_a_file_is_refused(own_task, split):
+    with pytest.raises(UserError, match="expected train, valid, valid_x, test or test_x"):
+        own_task({"a.tsv": GOOD}, splits={"train": "a.tsv", "valid": "a.tsv", split: "a.tsv"})
+
+
+def test_an_own_task_with_the_name_of_a_glue_task_is_refused(own_task):
+    with pytest.raises(UserError, match="'sst2' is the name of a GLUE task"):
+        own_task({"a.tsv": GOOD}, name="sst2")
+    assert not Task(name="sst2", splits={"train": "x"}, text_a="review").is_glue
+    assert not Task(name="own", splits={"train": "x"}).is_glue
+
+
+def test_a_path_with_commas_is_one_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "a,b" / "x,y.json").write_text("{}")
+    assert task_names("rte,a,b/x,y.json, cola") == ["rte", "a,b/x,y.json", "cola"]
+    assert task_names("a,b/z.json") == ["a", "b/z.json"]  # no such file
+    with pytest.raises(UserError, match="names no task"):
+        task_names(" ,")
+
+
+def test_files_beside_the_description_and_in_data_are_ambiguous(own_task, tmp_path):
+    own_task({"a.tsv": GOOD})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.tsv").write_text(GOOD)
+    with pytest.raises(UserError, match="both exist; leave out --data"):
+        load_task(str(tmp_path / "own.json"), tmp_path / "data")
+
+
+def test_keys_and_labels_with_tabs_stay_in_their_cells(own_task, tmp_path):
+    rows = jsonl(
+        {"sentence": "x", "label": "a\tb", "id": "1\n2"},
+        {"sentence": "y", "label": "\x1b[31m", "id": "3\u2028"},
+    )
+    task = own_task({"a.jsonl": rows}, index="id")
+    examples = read_examples(task, "train")
+    write_predictions(tmp_path / "p.tsv", task, examples, [0, 1], [[0.0, 1.0], [1.0, 0.0]])
+    lines = (tmp_path / "p.tsv").read_text().split("\n")
+    assert len(lines) == 4 and all(len(line.split("\t")) == 4 for line in lines[:3])
+    assert "\x1b" not in "".join(lines) and len("".join(lines).splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n \n\n"])
+def test_blank_last_lines_are_no_rows(own_task, tmp_path, end):
+    task = own_task({"a.tsv": GOOD})
+    for head, row in (("sentence", "x"), ("sentence\tlabel", "x\ta")):
+        (tmp_path / "b.tsv").write_text(f"{head}\n{row}\n{row}{end}", newline="")
+        assert len(read_file(task, tmp_path / "b.tsv")) == 2
+
+
+def test_words_keep_their_no_break_spaces_and_line_separators(own_task):
+    column = "New\u00a0York\tB-loc\n\u3000x\tO\na\u2028b\tO\n\nplain B-loc\n"
+    task = own_task({"a.conll": column}, **TAGS)
+    assert [example.text_a for example in read_examples(task, "train")] == [
+        ["New\u00a0York", "x", "a\u2028b"],
+        ["plain"],
+    ]
+    tsv = "sentence\tlabel\na\u2028b\u0085c\u00a0d\x0be\ta\nf\tb\n"
+    assert (
+        read_examples(own_task({"a.tsv": tsv}), "train")[0].text_a == "a\u2028b\u0085c\u00a0d\x0be"
+    )
+
+
+def test_a_very_long_field_is_read(own_task):
+    text = "word " * 100_000
+    rows = {"a.csv": f"sentence,label\n{text},a\nx,b\n"}
+    assert len(read_examples(own_task(rows), "train")[0].text_a) == len(text.strip())
+
+
+TWICE = "sentence\tlabel\tlabel\nx\ta\tb\ny\tb\ta\n"
+MISTAKES = {  # name: files, values of the description, what the message holds
+    "null": ({"a.jsonl": '{"sentence": null, "label": 1}\n'}, {"labels": ["1", "2"]}, "is null"),
+    "a null label": ({"a.jsonl": jsonl({"sentence": "x", "label": None})}, {}, "'label' is null"),
+    "surrogate": ({"a.jsonl": '{"sentence": "\\ud800", "label": 1}\n'}, {}, "a.jsonl:1: found"),
+    "duplicate key": ({"a.jsonl": '{"sentence": "x", "sentence": "y"}\n'}, {}, "occurs twice"),
+    "digits": ({"a.jsonl": '{"sentence": ' + "1" * 5000 + "}\n"}, {}, "5,000 digits"),
+    "nested": ({"a.jsonl": '{"sentence": ' + "[" * 100_000 + "\n"}, {}, "a.jsonl:1: found"),
+    "Infinity": ({"a.jsonl": '{"sentence": "x", "label": Infinity}\n'}, {}, "not a JSON number"),
+    "two columns": ({"a.tsv": TWICE}, {}, "several columns are named 'label'"),
+    "gzip": ({"a.tsv": b"\x1f\x8b\x08\x00" + bytes(9)}, {}, "compressed with gzip"),
+    "parquet": ({"a.jsonl": b"PAR1" + bytes(9)}, {}, "it is Parquet"),
+    "UTF-16": ({"a.tsv": GOOD.encode("utf-16")}, {}, "it is UTF-16"),
+    "pointer": (
+        {"a.tsv": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"},
+        {},
+        "is a Git LFS pointer",
+    ),
+    "NUL": ({"a.tsv": GOOD}, {"splits": {"train": "a\0.tsv", "valid": "a.tsv"}}, "null byte"),
+    "boolean number": (
+        {"a.jsonl": jsonl({"sentence": "x", "label": True})},
+        {"kind": "regression"},
+        "expected a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_file_is_named(own_task, name):
+    files, values, part = MISTAKES[name]
+    with pytest.raises(UserError, match=re.escape(part)) as caught:
+        read_examples(own_task(files, **values), "train")
+    assert len(str(caught.value)) < 500
+
+
+# ----------------------------------------------------------------------------------------- datasets
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        'data_files: "../secret.jsonl"',
+        'data_files: "https://example.org/x.jsonl"',
+        "data_files: [{split: train, path: [/etc/passwd]}]",
+        "data_files: [{split: train, path: 'zip://x::http://example.org'}]",
+        "data_dir: ..",
+    ],
+)
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_dataset_card_cannot_name_files_elsewhere(own_task, tmp_path, files, card):
+    pytest.importorskip("datasets", reason="needs the extra [hf]")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret.jsonl").write_text(jsonl({"sentence": "x", "label": "a"}))
+    (tmp_path / "set" / "train.jsonl").write_text(jsonl({"sentence": "x", "label": "a"}))
+    text = f"configs:\n- config_name: default\n  {files}\n"
+    (tmp_path / "set" / card).write_text(f"---\n{text}---\n" if card == "README.md" else text)
+    with pytest.raises(UserError, match="leads out of the folder"):
+        own_task({}, dataset="set", splits={"train": "train", "valid": "train"})
+
+
+def test_a_dataset_is_read_without_its_other_columns(own_task, tmp_path):
+    """A column of images could name a URL, which `datasets` would open."""
+    pytest.importorskip("datasets", reason="needs the extra [hf]")
+    (tmp_path / "set").mkdir()
+    rows = [{"sentence": "x", "label": label, "extra": "y"} for label in "ab"]
+    (tmp_path / "set" / "train.jsonl").write_text(jsonl(*rows))
+    task = own_task({}, dataset="set", splits={"train": "train", "valid": "train"})
+    assert read_examples(task, "train") == [Example("0", "x", None, 0), Example("1", "x", None, 1)]
+    (tmp_path / "set" / "train.jsonl").write_text(jsonl(*rows)[:-9])
+    with pytest.raises(UserError, match="dataset set, split train"):
+        load_task(str(tmp_path / "own.json"), None)
