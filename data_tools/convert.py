@@ -30,6 +30,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import Manifest, ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
+MOST_TOKENS = 65_535  # of a row
+MOST_BYTES = 1 << 24  # of a record: three numbers of at most 10 bytes for each token, and names
 FEATURES = ("input_ids", "input_mask", "segment_ids")
 # tf.train.Example as it is encoded in a file, where its map is a list of entries.
 EXAMPLE = """
@@ -183,10 +185,15 @@ def _read_records(source: Source) -> Iterator[tuple[int, Record]]:
 
     def read_checked(content: BufferedReader, size: int) -> bytes:
         """Read bytes that are followed by their masked CRC-32C."""
+        if size > MOST_BYTES:
+            raise UserError(
+                f"{source.name}: record {number}: {size:,} bytes; expected at most "
+                f"{MOST_BYTES:,}, as {MOST_TOKENS:,} tokens need; copy the file again"
+            )
         data = content.read(size + 4)
         crc = google_crc32c.value(data[:size])
         masked_crc = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-        if data[size:] != struct.pack("<I", masked_crc):
+        if len(data) < size + 4 or data[size:] != struct.pack("<I", masked_crc):
             raise UserError(
                 f"{source.name}: record {number}: damaged or cut short; copy the file again"
             )

@@ -148,12 +148,17 @@ def _plan_job(
 ) -> Job:
     """Check the settings, load the tokenizer and plan the input. Writes nothing."""
     settings.check()
+    outputs = [out, *([units] if units is not None else [])]
+    if not isinstance(tokenizer, Tokenizer):
+        outputs.append(tokenizer)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
     tokenizers.clear()  # those of earlier calls
     tokenizers[tokenizer.fingerprint] = tokenizer  # for `tokenize_unit` in this process
     progress("plan", 0, 1)
-    plan = make_plan(inputs, format=settings.format, unit_bytes=settings.unit_bytes)
+    plan = make_plan(
+        inputs, format=settings.format, unit_bytes=settings.unit_bytes, outputs=outputs
+    )
     progress("plan", 1, 1)
     unit_record = settings.unit_record(tokenizer.fingerprint, plan.identity())
     return Job(

@@ -14,15 +14,20 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
 
 from data_tools.formats.detect import detect_format
-from data_tools.formats.source import Source
+from data_tools.formats.source import Source, as_text
 from data_tools.inputs import docstring_corpus
 from data_tools.inputs.braces import expand_braces
 from data_tools.inputs.docstring_corpus import BUILTIN
 from data_tools.inputs.hub import DATASET, find_shards
 from data_tools.inputs.streams import COMPRESSED, HEAD, content_of, fingerprint, open_input
 from electra_ds.common.errors import UserError
+from electra_ds.common.files import is_lfs_pointer
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import file_system, is_url, redacted
 
 Segment = tuple[int, int, int]  # (file, start, end) in bytes
 Unit = tuple[Segment, ...]  # several segments where files are small
@@ -63,18 +68,28 @@ def plan_hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = UNIT_BYTES) -> Plan:
+def make_plan(
+    inputs: Sequence[str],
+    *,
+    format: str = "auto",
+    unit_bytes: int = UNIT_BYTES,
+    outputs: Sequence[str | Path] = (),
+) -> Plan:
     """Find the files of the inputs and divide them into units.
 
-    inputs: files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
-    Raises UserError when a file is missing or cannot be read.
+    inputs:  files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
+    outputs: files and folders of this command, and its vocabulary. They are left out where they lie
+             in an input folder; so is every data folder.
+    Raises UserError when a file is missing or cannot be read, and for an input inside of `outputs`.
     """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
     datasets = {given for given in inputs if given.startswith(DATASET)}
-    names = {file for given in {*inputs} - datasets - {BUILTIN} for file in _expand(given)}
+    real_outputs = [os.path.realpath(path) for path in outputs]
+    files_of = ({*inputs} - datasets) - {BUILTIN}
+    names = {file for given in files_of for file in _expand(given, real_outputs)}
     files = sorted(names, key=lambda file: file.split("/"))
-    folders = [os.path.dirname(file) for file in files if "://" not in file]
+    folders = [os.path.dirname(file) for file in files if not is_url(file)]
     root = os.path.commonpath(folders) if folders else ""
     sources = [_file_source(file, root, format) for file in files]
     for shards in sorted({_dataset_sources(given) for given in datasets}, key=_first_shard):
@@ -84,7 +99,9 @@ def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = 
     if not sources:
         raise UserError("no input; give files, folders, globs, URLs, dataset:NAME or builtin:docs")
     if not any(source.size for source in sources):
-        raise UserError(f"{', '.join(inputs)}: all {len(sources)} input files are empty")
+        raise UserError(
+            f"{printable(redacted(', '.join(inputs)))}: all {len(sources)} input files are empty"
+        )
     return Plan(tuple(sources), tuple(_divide(sources, unit_bytes)))
 
 
@@ -102,60 +119,93 @@ def readable(name: str, extra: str = "remote") -> Iterator[None]:
         install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
         # fsspec's http file system raises FileNotFoundError for every error, with the true cause.
         cause = error.__cause__ or error
+        reason = printable(redacted(f"{type(cause).__name__}: {cause}"))
         raise UserError(
-            f"{name}: cannot be read ({type(cause).__name__}: {cause}){install}"
+            f"{printable(redacted(name))}: cannot be read ({reason}){install}"
         ) from error
 
 
-def _expand(given: str) -> list[str]:
+def _expand(given: str, outputs: Sequence[str]) -> list[str]:
     """Return the real paths, or the URLs, of the files that one argument names."""
     given = given.removeprefix("file://")
     with readable(given):
         if not os.path.exists(given):
             names = expand_braces(given)
             if len(names) > 1:
-                return [file for name in names for file in _expand(name)]
-        if "://" in given:
+                return [file for name in names for file in _expand(name, outputs)]
+        if is_url(given):
             files = _remote_files(given)
         else:
             path = os.path.expanduser(given)
-            matches = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
-            files = [file for match in matches for file in _local_files(match)]
+            if os.path.lexists(path):
+                _check_outside(path, outputs)
+                matches = [path]
+            else:
+                matches = [
+                    match
+                    for match in glob.iglob(path, recursive=True)
+                    if not _is_inside(os.path.realpath(match), outputs)
+                ]
+            files = _local_files(matches, outputs)
     if not files:
         raise UserError(
-            f"{given}: no such file, and no file matches it; expected text, WikiText, "
-            "WikiExtractor, JSONL, parquet, arrow or tars of text (also "
+            f"{printable(redacted(given))}: no such file, and no file matches it; expected text, "
+            "WikiText, WikiExtractor, JSONL, parquet, arrow or tars of text (also "
             f"{' '.join(COMPRESSED)}), folders, globs, {{00..09}} or URLs of them, "
             f"{DATASET}NAME or {BUILTIN}"
         )
     return files
 
 
-def _local_files(path: str, parents: tuple[str, ...] = ()) -> list[str]:
-    """Return the real paths of a file, or of the input files of a folder.
-
-    Links are followed; a link to one of the `parents` is not followed again.
-    """
-    real = os.path.realpath(path)
-    if os.path.isfile(real):
-        return [real]
-    if not os.path.isdir(real):
+def _check_outside(path: str, outputs: Sequence[str]) -> None:
+    """Raise UserError when an input lies in a folder that the command writes."""
+    if _is_inside(os.path.realpath(path), outputs):
         raise UserError(
-            f"{path}: neither a file nor a folder, or a link to nothing; expected a file; remove it"
+            f"{printable(path)}: this input lies in the folder of the output or of the tokenizer; "
+            "give another input, or another --out"
         )
-    if real in parents:
-        return []
-    names = [name for name in os.listdir(real) if _is_input(name)]
-    return [
-        file for name in names for file in _local_files(os.path.join(real, name), (*parents, real))
-    ]
+
+
+def _is_inside(real: str, folders: Sequence[str]) -> bool:
+    """Whether a real path is one of the folders or lies in one of them."""
+    return any(real == folder or real.startswith(f"{folder}/") for folder in folders)
+
+
+def _local_files(paths: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    """Return the real paths of the input files among files and in folders.
+
+    Links are followed; each folder is searched once.
+    """
+    files = []
+    searched = set()
+    left = list(paths)
+    while left:
+        path = left.pop()
+        real = os.path.realpath(path)
+        if os.path.isfile(real):
+            files.append(real)
+        elif not os.path.isdir(real):
+            raise UserError(
+                f"{printable(path)}: neither a file nor a folder, or a link to nothing; expected a "
+                "file; remove it"
+            )
+        elif real not in searched:
+            searched.add(real)
+            inside = [os.path.join(real, name) for name in os.listdir(real) if _is_input(name)]
+            left += [path for path in inside if not _is_output(path, outputs)]
+    return files
+
+
+def _is_output(path: str, outputs: Sequence[str]) -> bool:
+    """Whether a path below an input folder is an output of this command, or a data folder."""
+    marks = ("prepare.json", "manifest.json", "unigrams.npy")
+    marked = [os.path.isfile(os.path.join(path, mark)) for mark in marks]
+    return marked[0] or all(marked[1:]) or _is_inside(os.path.realpath(path), outputs)
 
 
 def _remote_files(given: str) -> list[str]:
     """Return the URLs of the files of a URL: a folder if it ends with a slash, a glob with `*`."""
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(given)
+    system, path = file_system(given)
     if given.endswith("/"):
         entries = {path.rstrip("/"): {"type": "directory"}}
     elif "*" in given:
@@ -165,8 +215,13 @@ def _remote_files(given: str) -> list[str]:
     files = []
     for entry, info in entries.items():
         if info["type"] == "directory":
-            inside = system.find(entry)
-            files += [file for file in inside if _is_input(file.removeprefix(f"{entry}/"))]
+            # A server may list files of other folders and of other servers.
+            inside = [
+                file.removeprefix(f"{entry}/")
+                for file in system.find(entry)
+                if file.startswith(f"{entry}/") and ".." not in re.split("[/\\\\]", unquote(file))
+            ]
+            files += [f"{entry}/{name}" for name in inside if _is_input(name)]
         else:
             files.append(entry)
     return [system.unstrip_protocol(file) for file in files]
@@ -179,10 +234,16 @@ def _is_input(name: str) -> bool:
 
 def _file_source(file: str, root: str, format: str) -> Source:
     """Return the source of one file."""
-    url = re.sub("//[^/]*@", "//", file.partition("?")[0])  # without passwords and signatures
-    name = url if "://" in file else os.path.relpath(file, root)
+    if is_url(file):  # without passwords and signatures
+        name = printable(redacted(file.partition("?")[0]).replace("***@", ""))
+    else:
+        name = as_text(os.path.relpath(file, root))
     with readable(name), open_input(file) as raw:
         size, digest = fingerprint(raw)
+        if is_lfs_pointer(raw.peek(HEAD)):
+            raise UserError(
+                f"{name}: a Git LFS pointer, not the file itself; run `git lfs pull` where it lies"
+            )
         head = content_of(raw, name).read(HEAD)
         detected = detect_format(name, head, format) if size else "text"
     return Source(name, file, size, detected, digest)

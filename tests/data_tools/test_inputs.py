@@ -197,7 +197,7 @@ def test_errors_of_parquet_files_name_the_file(tmp_path, monkeypatch):
     assert tally.bad == {"no text in field 'text'": 1} and tally.lines == 3
     whole = path.read_bytes()
     with pytest.raises(
-        UserError, match=r"a.parquet: no column 'body' of text; expected .* one of id, text"
+        UserError, match=r"a.parquet: no column 'body' of text; expected .* one of text$"
     ):
         list(
             documents(
@@ -242,7 +242,7 @@ def test_arrow_files_are_read_whole_and_errors_name_the_file(tmp_path, kind):
     assert tally.bad == {"no text in field 'text'": 1, "not UTF-8": 1} and tally.lines == 305
     for field in ("body", "id"):
         with pytest.raises(
-            UserError, match=rf"^a.arrow: no column '{field}' of text; expected .* one of text, id"
+            UserError, match=rf"^a.arrow: .* column '{field}' .* text; expected .* one of text$"
         ):
             list(
                 documents(
