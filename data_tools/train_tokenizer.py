@@ -16,6 +16,7 @@ from data_tools.formats.documents import documents
 from data_tools.formats.source import UNKNOWN, Tally
 from data_tools.inputs.plan import make_plan
 from data_tools.pipeline.clean import clean_lines
+from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
@@ -53,6 +54,7 @@ def train_tokenizer(
     Raises UserError for unknown settings, for inputs without text, and for a size that
     SentencePiece cannot make.
     """
+    check_vocabulary_folder(Path(out), WordPiece if kind == "wordpiece" else SentencePiece)
     if kind not in KINDS:
         raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
     if vocab_size < 64:

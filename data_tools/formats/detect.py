@@ -13,7 +13,7 @@ from electra_ds.common.errors import UserError
 ARROW = (b"ARROW1\0\0", b"\xff\xff\xff\xff")
 # The title of a WikiText article; ` = = Title = = ` is the title of a section.
 WIKITEXT_TITLE = re.compile(rb"= (?!= ).*(?<! =) =")
-_OBJECT = re.compile(rb"\{\s*[\"}]")  # other text with braces: wiki templates, LaTeX
+_OBJECT = re.compile(rb"\{\s*(\"|\}\s*$)")  # other text with braces: wiki templates, LaTeX
 _NOT_LINES = (".json", ".parquet", ".arrow", ".tar", ".zip")  # extensions of files without lines
 _TAR_MAGIC = slice(257, 262)  # bytes of the first tar header
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -41,6 +41,14 @@ METADATA_FILES = {
     "dataset_dict.json",
     "state.json",
 }
+# Files of folders that `prepare` and `train-tokenizer` wrote; these are no inputs.
+OUTPUT_MARKS = (
+    ("prepare.json",),
+    ("manifest.json", "unigrams.npy"),
+    ("plan.json", "unit-000000.json"),
+    ("options.json", "vocab.txt"),
+    ("options.json", "spm.model"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def make_plan(
 
     inputs:  files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
     outputs: files and folders of this command, and its vocabulary. They are left out where they lie
-             in an input folder; so is every data folder.
+             in an input folder; so are data folders and tokenizers of earlier commands.
     Raises UserError when a file is missing or cannot be read, and for an input inside of `outputs`.
     """
     if format not in FORMATS:
@@ -141,11 +149,7 @@ def _expand(given: str, outputs: Sequence[str]) -> list[str]:
                 _check_outside(path, outputs)
                 matches = [path]
             else:
-                matches = [
-                    match
-                    for match in glob.iglob(path, recursive=True)
-                    if not _is_inside(os.path.realpath(match), outputs)
-                ]
+                matches = _glob(path, outputs)
             files = _local_files(matches, outputs)
     if not files:
         raise UserError(
@@ -155,6 +159,19 @@ def _expand(given: str, outputs: Sequence[str]) -> list[str]:
             f"{DATASET}NAME or {BUILTIN}"
         )
     return files
+
+
+def _glob(pattern: str, outputs: Sequence[str]) -> list[str]:
+    """Return the files and folders that a pattern matches, without those in output folders."""
+    fixed = re.split("[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    known: dict[str, bool] = {fixed: False, "": False, "/": False}
+
+    def is_left_out(path: str) -> bool:
+        if path not in known:
+            known[path] = is_left_out(os.path.dirname(path)) or _is_output(path, outputs)
+        return known[path]
+
+    return [match for match in glob.iglob(pattern, recursive=True) if not is_left_out(match)]
 
 
 def _check_outside(path: str, outputs: Sequence[str]) -> None:
@@ -197,10 +214,11 @@ def _local_files(paths: Sequence[str], outputs: Sequence[str]) -> list[str]:
 
 
 def _is_output(path: str, outputs: Sequence[str]) -> bool:
-    """Whether a path below an input folder is an output of this command, or a data folder."""
-    marks = ("prepare.json", "manifest.json", "unigrams.npy")
-    marked = [os.path.isfile(os.path.join(path, mark)) for mark in marks]
-    return marked[0] or all(marked[1:]) or _is_inside(os.path.realpath(path), outputs)
+    """Whether a path below an input folder is an output of this command, or of an earlier one."""
+    is_marked = any(
+        all(os.path.isfile(os.path.join(path, mark)) for mark in marks) for marks in OUTPUT_MARKS
+    )
+    return is_marked or _is_inside(os.path.realpath(path), outputs)
 
 
 def _remote_files(given: str) -> list[str]:

@@ -194,7 +194,7 @@ def test_errors_of_parquet_files_name_the_file(tmp_path, monkeypatch):
     write_parquet(path, ["one", None, "two"])
     tally = Tally()
     assert read(make_plan([str(path)]), tally) == ["one", "two"]
-    assert tally.bad == {"no text in field 'text'": 1} and tally.lines == 3
+    assert tally.bad == {"no text in field 'text' (null)": 1} and tally.lines == 3
     whole = path.read_bytes()
     with pytest.raises(
         UserError, match=r"a.parquet: no column 'body' of text; expected .* one of text$"
@@ -239,7 +239,7 @@ def test_arrow_files_are_read_whole_and_errors_name_the_file(tmp_path, kind):
     plan = make_plan([str(path)], unit_bytes=100)
     assert (plan.sources[0].format, len(plan.units)) == ("arrow", 1)
     assert read(plan, tally) == ["one", "two", "x", *["three"] * 300]
-    assert tally.bad == {"no text in field 'text'": 1, "not UTF-8": 1} and tally.lines == 305
+    assert tally.bad == {"no text in field 'text' (null)": 1, "not UTF-8": 1} and tally.lines == 305
     for field in ("body", "id"):
         with pytest.raises(
             UserError, match=rf"^a.arrow: .* column '{field}' .* text; expected .* one of text$"
@@ -499,7 +499,7 @@ def test_the_error_for_an_unreadable_url_names_it(served):
     web, url = served
     for given, message in (
         (f"{url}/none.txt", r"cannot be read \(ClientResponseError: 404"),
-        ("s4://x/y", "cannot be read"),
+        ("s4://x/y", "this kind of URL is not opened"),
         (f"{url}/*.txt", "no such file"),
         ("http://127.0.0.1:9/x", r"cannot be read \(ClientConnectorError: Cannot connect"),
     ):
