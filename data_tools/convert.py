@@ -21,8 +21,7 @@ import numpy as np
 from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import make_plan, readable, unit_size
 from data_tools.inputs.streams import content_of, open_input
-from data_tools.pipeline.markers import finished
-from data_tools.pipeline.units import REMOVED, EncodedDocument, UnitTask, UnitWriter, unit_files
+from data_tools.pipeline.units import REMOVED, EncodedDocument, UnitTask, UnitWriter, finished_unit
 from data_tools.pipeline.unknowns import Unknowns
 from data_tools.prepare import prepare
 from data_tools.workers import OnProgress
@@ -104,7 +103,7 @@ def convert(
 
 def _convert_unit(width: int, task: UnitTask, on_progress: OnProgress) -> dict:
     """Write a unit's files, as `tokenize_unit` does, from a file of rows of `width` ids."""
-    if marker := finished(unit_files(task.folder, task.number).marker, task.plan_sha256):
+    if marker := finished_unit(task):
         on_progress(unit_size(task.unit))
         return marker
     tokenizer = load_tokenizer(task.tokenizer)

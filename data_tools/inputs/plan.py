@@ -28,6 +28,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import file_system, is_url, redacted
+from electra_ds.data.tokenizer import VOCABULARY_FILES
 
 Segment = tuple[int, int, int]  # (file, start, end) in bytes
 Unit = tuple[Segment, ...]  # several segments where files are small
@@ -48,6 +49,13 @@ OUTPUT_MARKS = (
     ("plan.json", "unit-000000.json"),
     ("options.json", "vocab.txt"),
     ("options.json", "spm.model"),
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "options.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
 )
 
 
@@ -82,20 +90,22 @@ def make_plan(
     format: str = "auto",
     unit_bytes: int = UNIT_BYTES,
     outputs: Sequence[str | Path] = (),
+    vocabulary: Path | None = None,
 ) -> Plan:
     """Find the files of the inputs and divide them into units.
 
     inputs:  files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
-    outputs: files and folders of this command, and its vocabulary. They are left out where they lie
-             in an input folder; so are data folders and tokenizers of earlier commands.
+    outputs: folders of this command. They are left out where they lie in an input folder; so are
+             data folders and tokenizers of earlier commands.
+    vocabulary: file or folder of the tokenizer, which is left out in the same way
     Raises UserError when a file is missing or cannot be read, and for an input inside of `outputs`.
     """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
     datasets = {given for given in inputs if given.startswith(DATASET)}
-    real_outputs = [os.path.realpath(path) for path in outputs]
+    left_out = LeftOut(outputs, vocabulary)
     files_of = ({*inputs} - datasets) - {BUILTIN}
-    names = {file for given in files_of for file in _expand(given, real_outputs)}
+    names = {file for given in files_of for file in _expand(given, left_out)}
     files = sorted(names, key=lambda file: file.split("/"))
     folders = [os.path.dirname(file) for file in files if not is_url(file)]
     root = os.path.commonpath(folders) if folders else ""
@@ -111,6 +121,38 @@ def make_plan(
             f"{printable(redacted(', '.join(inputs)))}: all {len(sources)} input files are empty"
         )
     return Plan(tuple(sources), tuple(_divide(sources, unit_bytes)))
+
+
+class LeftOut:
+    """Files and folders that are no inputs though they lie in an input folder."""
+
+    def __init__(self, outputs: Sequence[str | Path], vocabulary: Path | None) -> None:
+        self.outputs = [os.path.realpath(path) for path in outputs]
+        self.files: set[str] = set()
+        if vocabulary is not None:
+            is_folder = vocabulary.is_dir()
+            paths = [vocabulary / name for name in TOKENIZER_FILES] if is_folder else [vocabulary]
+            self.files = {os.path.realpath(path) for path in paths}
+
+    def has(self, path: str) -> bool:
+        """Whether a path below an input folder is left out."""
+        real = os.path.realpath(path)
+        is_marked = os.path.isdir(real) and any(
+            all(os.path.isfile(os.path.join(path, mark)) for mark in marks)
+            for marks in OUTPUT_MARKS
+        )
+        return is_marked or real in self.files or self._is_in_output(real)
+
+    def check(self, path: str) -> None:
+        """Raise UserError when an input that the user names lies in a folder of the output."""
+        if self._is_in_output(os.path.realpath(path)):
+            raise UserError(
+                f"{printable(path)}: this input lies in the folder of the output; give another "
+                "input, or another --out"
+            )
+
+    def _is_in_output(self, real: str) -> bool:
+        return any(real == folder or real.startswith(f"{folder}/") for folder in self.outputs)
 
 
 @contextmanager
@@ -133,24 +175,24 @@ def readable(name: str, extra: str = "remote") -> Iterator[None]:
         ) from error
 
 
-def _expand(given: str, outputs: Sequence[str]) -> list[str]:
+def _expand(given: str, left_out: LeftOut) -> list[str]:
     """Return the real paths, or the URLs, of the files that one argument names."""
     given = given.removeprefix("file://")
     with readable(given):
         if not os.path.exists(given):
             names = expand_braces(given)
             if len(names) > 1:
-                return [file for name in names for file in _expand(name, outputs)]
+                return [file for name in names for file in _expand(name, left_out)]
         if is_url(given):
             files = _remote_files(given)
         else:
             path = os.path.expanduser(given)
             if os.path.lexists(path):
-                _check_outside(path, outputs)
+                left_out.check(path)
                 matches = [path]
             else:
-                matches = _glob(path, outputs)
-            files = _local_files(matches, outputs)
+                matches = _glob(path, left_out)
+            files = _local_files(matches, left_out)
     if not files:
         raise UserError(
             f"{printable(redacted(given))}: no such file, and no file matches it; expected text, "
@@ -161,34 +203,20 @@ def _expand(given: str, outputs: Sequence[str]) -> list[str]:
     return files
 
 
-def _glob(pattern: str, outputs: Sequence[str]) -> list[str]:
+def _glob(pattern: str, left_out: LeftOut) -> list[str]:
     """Return the files and folders that a pattern matches, without those in output folders."""
     fixed = re.split("[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
     known: dict[str, bool] = {fixed: False, "": False, "/": False}
 
     def is_left_out(path: str) -> bool:
         if path not in known:
-            known[path] = is_left_out(os.path.dirname(path)) or _is_output(path, outputs)
+            known[path] = is_left_out(os.path.dirname(path)) or left_out.has(path)
         return known[path]
 
     return [match for match in glob.iglob(pattern, recursive=True) if not is_left_out(match)]
 
 
-def _check_outside(path: str, outputs: Sequence[str]) -> None:
-    """Raise UserError when an input lies in a folder that the command writes."""
-    if _is_inside(os.path.realpath(path), outputs):
-        raise UserError(
-            f"{printable(path)}: this input lies in the folder of the output or of the tokenizer; "
-            "give another input, or another --out"
-        )
-
-
-def _is_inside(real: str, folders: Sequence[str]) -> bool:
-    """Whether a real path is one of the folders or lies in one of them."""
-    return any(real == folder or real.startswith(f"{folder}/") for folder in folders)
-
-
-def _local_files(paths: Sequence[str], outputs: Sequence[str]) -> list[str]:
+def _local_files(paths: Sequence[str], left_out: LeftOut) -> list[str]:
     """Return the real paths of the input files among files and in folders.
 
     Links are followed; each folder is searched once.
@@ -209,16 +237,8 @@ def _local_files(paths: Sequence[str], outputs: Sequence[str]) -> list[str]:
         elif real not in searched:
             searched.add(real)
             inside = [os.path.join(real, name) for name in os.listdir(real) if _is_input(name)]
-            left += [path for path in inside if not _is_output(path, outputs)]
+            left += [path for path in inside if not left_out.has(path)]
     return files
-
-
-def _is_output(path: str, outputs: Sequence[str]) -> bool:
-    """Whether a path below an input folder is an output of this command, or of an earlier one."""
-    is_marked = any(
-        all(os.path.isfile(os.path.join(path, mark)) for mark in marks) for marks in OUTPUT_MARKS
-    )
-    return is_marked or _is_inside(os.path.realpath(path), outputs)
 
 
 def _remote_files(given: str) -> list[str]:

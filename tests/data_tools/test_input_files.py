@@ -59,14 +59,25 @@ def test_outputs_inside_of_the_input_are_no_inputs(folder: Path) -> None:
 
 
 def test_an_input_inside_of_the_output_is_refused(folder: Path) -> None:
-    for given in (folder / "D/x.txt", folder / "T/vocab.txt"):
-        given.parent.mkdir(exist_ok=True)
+    for given in (folder / "D/x.txt", folder / "D/y/z.txt"):
+        given.parent.mkdir(exist_ok=True, parents=True)
         if not given.exists():
             given.write_text("x")
         with pytest.raises(UserError, match="this input lies in the folder of the output"):
             prepare([str(given)], folder / "T", folder / "D", sequence_length=16)
     with pytest.raises(UserError, match="this input lies in the folder of the output"):
         prepare([str(folder)], folder / "T", folder, sequence_length=16)
+
+
+def test_the_vocabulary_is_no_input(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    for tokenizer in (tmp_path, tmp_path / "vocab.txt"):
+        out = tmp_path / f"D-{tokenizer.name}"
+        options = dict(sequence_length=16, valid_fraction=0)
+        assert prepare([str(tmp_path)], tokenizer, out, **options).source.files == ("a.txt",)
+    assert names(tmp_path / "vocab.txt", vocabulary=tmp_path) == ["vocab.txt"]  # named by the user
 
 
 def test_links_that_double_in_every_folder_are_searched_once(tmp_path: Path) -> None:

@@ -321,6 +321,24 @@ def test_a_dataset_is_read_by_shard_and_its_plan_does_not_depend_on_its_folder(
     assert make_plan([f"dataset:{folder}?config=all"]).identity() != plans[0].identity()
 
 
+@pytest.mark.parametrize(
+    "pattern", ["../outside.parquet", "/etc/passwd", "http://127.0.0.1:9/a.parquet", "a/../../b"]
+)
+def test_a_card_that_names_files_outside_of_the_dataset_is_refused(tmp_path, dataset, pattern):
+    folder = dataset(tmp_path / "set", TEXTS[:30])
+    write_parquet(tmp_path / "outside.parquet", ["secret"])
+    for files in (
+        f"data_files: {pattern}",
+        f"data_files:\n  - split: train\n    path: [{pattern}]",
+    ):
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  {files}\n---\n")
+        with pytest.raises(UserError, match=r"README\.md names .* not in the dataset"):
+            make_plan([f"dataset:{folder}?config=all"])
+    (folder / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(UserError, match="metadata cannot be read"):
+        make_plan([f"dataset:{folder}?config=all"])
+
+
 def test_the_error_for_an_unreadable_dataset_names_it_and_its_code_does_not_run(
     tmp_path, dataset, monkeypatch
 ):
