@@ -114,8 +114,6 @@ class UnknownWords(Record):
     found: Count  # number of [UNK] tokens
     looked_at: Count  # number of [UNK] tokens for which the word was recorded
     words: dict[str, Count]  # the most frequent words -> counts, in descending order
-    # of the input; None in data prepared by versions without this record
-    tokens: Count | None = None
 
 
 class ShardInfo(Record):
