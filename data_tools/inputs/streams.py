@@ -32,7 +32,7 @@ EXPANSION_VARIABLE = "ELECTRA_DS_MAX_EXPANSION"
 def open_input(path: str) -> io.BufferedReader:
     """Open a local file, or a URL of a known protocol, for reading. The result is seekable.
 
-    Raises UserError for a pipe or a device, whose content cannot be read twice.
+    Raises UserError for a pipe or a device, since they cannot be read twice.
     """
     if is_url(path):
         system, place = file_system(path)

@@ -1,4 +1,4 @@
-"""Which files of an input are read, and what is said of those that are not text."""
+"""The files of an input that are read, and the messages for those that are not text."""
 
 import json
 import os
