@@ -21,8 +21,7 @@ import numpy as np
 from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import make_plan, readable, unit_size
 from data_tools.inputs.streams import content_of, open_input
-from data_tools.pipeline.markers import finished
-from data_tools.pipeline.units import REMOVED, EncodedDocument, UnitTask, UnitWriter, unit_files
+from data_tools.pipeline.units import REMOVED, EncodedDocument, UnitTask, UnitWriter, finished_unit
 from data_tools.pipeline.unknowns import Unknowns
 from data_tools.prepare import prepare
 from data_tools.workers import OnProgress
@@ -30,6 +29,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import Manifest, ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 
+MOST_TOKENS = 65_535  # of a row
+MOST_BYTES = 1 << 24  # of a record: three numbers of at most 10 bytes for each token, and names
 FEATURES = ("input_ids", "input_mask", "segment_ids")
 # tf.train.Example as it is encoded in a file, where its map is a list of entries.
 EXAMPLE = """
@@ -102,7 +103,7 @@ def convert(
 
 def _convert_unit(width: int, task: UnitTask, on_progress: OnProgress) -> dict:
     """Write a unit's files, as `tokenize_unit` does, from a file of rows of `width` ids."""
-    if marker := finished(unit_files(task.folder, task.number).marker, task.plan_sha256):
+    if marker := finished_unit(task):
         on_progress(unit_size(task.unit))
         return marker
     tokenizer = load_tokenizer(task.tokenizer)
@@ -183,10 +184,15 @@ def _read_records(source: Source) -> Iterator[tuple[int, Record]]:
 
     def read_checked(content: BufferedReader, size: int) -> bytes:
         """Read bytes that are followed by their masked CRC-32C."""
+        if size > MOST_BYTES:
+            raise UserError(
+                f"{source.name}: record {number}: {size:,} bytes; expected at most "
+                f"{MOST_BYTES:,}, as {MOST_TOKENS:,} tokens need; copy the file again"
+            )
         data = content.read(size + 4)
         crc = google_crc32c.value(data[:size])
         masked_crc = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-        if data[size:] != struct.pack("<I", masked_crc):
+        if len(data) < size + 4 or data[size:] != struct.pack("<I", masked_crc):
             raise UserError(
                 f"{source.name}: record {number}: damaged or cut short; copy the file again"
             )

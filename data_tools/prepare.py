@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import write_json
+from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import redacted
 from electra_ds.data import shard_format
 from electra_ds.data.shard_format import (
     INDEX_DTYPE,
@@ -57,6 +61,8 @@ from electra_ds.data.shard_format import (
     ids_dtype,
 )
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,18 @@ def prepare(
     too many unreadable lines, and while another `prepare` runs in `out` or `units`; RunFailure
     when a file cannot be read or written.
     """
-    if workers < 1 or (workers > 1 and ranks):
+    if not 1 <= workers <= MOST_WORKERS or (workers > 1 and ranks):
         raise UserError(
-            f"workers = {workers}; expected at least 1, and exactly 1 if MPI ranks are the workers"
+            f"workers = {workers}; expected at least 1 and at most {MOST_WORKERS:,}, and exactly 1 "
+            "if MPI ranks are the workers"
         )
+    if not 0 <= max_bad_fraction <= 1:
+        raise UserError(f"max_bad_fraction = {max_bad_fraction}; expected a share from 0 to 1")
     job = _plan_job(inputs, tokenizer, Path(out), units, Settings(**settings), progress)
+    if not (job.out / "manifest.json").exists():
+        check_output_folder(job.out, "--out")
+        if units is not None:
+            check_output_folder(job.units, "--units")
     try:
         claim_folder(job.out / "prepare.json", wanted=job.record, fixed=job.unit_record)
         if not (job.out / "manifest.json").exists():
@@ -133,7 +146,8 @@ def prepare(
         shutil.rmtree(job.work, ignore_errors=True)
     except OSError as error:
         raise RunFailure(
-            f"{out}: {error}; the same command resumes from what is finished"
+            f"{printable(out)}: {printable(redacted(str(error)))}; the same command resumes from "
+            "what is finished"
         ) from error
     return shard_format.read_manifest(job.out)
 
@@ -148,12 +162,21 @@ def _plan_job(
 ) -> Job:
     """Check the settings, load the tokenizer and plan the input. Writes nothing."""
     settings.check()
+    outputs = [out, *([units] if units is not None else [])]
+    vocabulary = None
     if not isinstance(tokenizer, Tokenizer):
+        vocabulary = Path(tokenizer)
         tokenizer = load_tokenizer(tokenizer)
     tokenizers.clear()  # those of earlier calls
     tokenizers[tokenizer.fingerprint] = tokenizer  # for `tokenize_unit` in this process
     progress("plan", 0, 1)
-    plan = make_plan(inputs, format=settings.format, unit_bytes=settings.unit_bytes)
+    plan = make_plan(
+        inputs,
+        format=settings.format,
+        unit_bytes=settings.unit_bytes,
+        outputs=outputs,
+        vocabulary=vocabulary,
+    )
     progress("plan", 1, 1)
     unit_record = settings.unit_record(tokenizer.fingerprint, plan.identity())
     return Job(
@@ -182,7 +205,9 @@ def _run_stages(
     """Run the stages from units to manifest."""
     unit_markers = _tokenize_units(job, run, read_unit, progress)
     bad_lines = _check_bad_lines(unit_markers, max_bad_fraction)
-    removed = {key: sum(marker["removed"][key] for marker in unit_markers) for key in REMOVED}
+    removed = {
+        key: sum(marker["removed"].get(key, 0) for marker in unit_markers) for key in REMOVED
+    }
     documents = sum(marker["documents"] for marker in unit_markers)
     _check_documents(job, documents, removed)
 
@@ -199,9 +224,9 @@ def _run_stages(
     total = sum(split_tokens.values())
     markers = run(assemble_shard, tasks, lambda done: progress("pack", done, total))
     splits = _write_indexes(job, tasks, markers)
-    _write_unigrams(job, tasks)
+    unigrams_sha256 = _write_unigrams(job, tasks)
     tokens = sum(marker["tokens"] for marker in unit_markers)
-    _write_manifest(job, splits, removed, bad_lines, tokens)
+    _write_manifest(job, splits, removed, bad_lines, tokens, unigrams_sha256)
 
 
 def _tokenize_units(job: Job, run: Run, read_unit: Task, progress: Progress) -> list[dict]:
@@ -352,12 +377,14 @@ def _write_indexes(job: Job, tasks: list[ShardTask], markers: list[dict]) -> dic
     return splits
 
 
-def _write_unigrams(job: Job, tasks: list[ShardTask]) -> None:
-    """Write the token counts of the training rows."""
+def _write_unigrams(job: Job, tasks: list[ShardTask]) -> str:
+    """Write the token counts of the training rows; return the sha256 of the file."""
     counts = [
         np.load(marker_path(task).with_suffix(".npy")) for task in tasks if task.split == "train"
     ]
-    write_bytes(job.out / "unigrams.npy", npy_bytes(np.sum(counts, axis=0)))
+    content = npy_bytes(np.sum(counts, axis=0))
+    write_bytes(job.out / "unigrams.npy", content)
+    return sha256(content).hexdigest()
 
 
 def _write_manifest(
@@ -366,6 +393,7 @@ def _write_manifest(
     removed: dict[str, int],
     bad_lines: dict[str, int],
     tokens: int,
+    unigrams_sha256: str,
 ) -> None:
     """Write the manifest, the last file of a data folder. tokens: of all units"""
     tokenizer = job.tokenizer
@@ -381,6 +409,7 @@ def _write_manifest(
             "splits": splits,
             "removed": removed,
             "bad_lines": bad_lines,
+            "unigrams_sha256": unigrams_sha256,
             "unknowns": sum_unknowns(
                 (unit_files(job.units, unit).unknowns for unit in units), tokens
             ),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.stats import tables
+from electra_ds.common.printable import printable
 
 # Pixels: a plot's frame, and the margins left of it and above it.
 WIDTH = 560
@@ -30,7 +31,7 @@ Ticks = Sequence[tuple[float, str]]  # (position from 0 to 1, text)
 
 def html_page(facts: dict[str, Any], name: str) -> str:
     """Return the result of `stats` as an HTML page. name: its heading"""
-    parts = [HEAD, f"<h1>{html.escape(name)}</h1>"]
+    parts = [HEAD, f"<h1>{html.escape(printable(name))}</h1>"]
     for title, head, rows in tables(facts):
         lines = [
             "".join(f"<th>{html.escape(cell)}</th>" for cell in head),
@@ -48,7 +49,7 @@ def _cell(text: str) -> str:
     """Return a table cell; a text with only # becomes a bar of that length."""
     if not text.strip("#"):
         return f'<td><i style="width:{len(text) / 2}em"></i></td>'
-    return f"<td>{html.escape(text)}</td>"
+    return f"<td>{html.escape(printable(text))}</td>"
 
 
 def _vocabulary_plots(curve: list[list[float]]) -> list[str]:

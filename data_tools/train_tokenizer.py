@@ -17,6 +17,7 @@ from data_tools.formats.source import UNKNOWN, Tally
 from data_tools.inputs.plan import make_plan
 from data_tools.pipeline.characters import Uncovered, ignored_marks, in_order, strips_safely
 from data_tools.pipeline.clean import clean_lines
+from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
@@ -64,6 +65,7 @@ def train_tokenizer(
     Raises UserError for unknown settings, for inputs without text, for a folder that cannot be
     written, and for a size that SentencePiece cannot make; RunFailure when writing fails.
     """
+    check_vocabulary_folder(Path(out), WordPiece if kind == "wordpiece" else SentencePiece)
     if kind not in KINDS:
         raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
     if not 64 <= vocab_size < 1 << 31:

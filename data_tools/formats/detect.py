@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from electra_ds.common.errors import UserError
 ARROW = (b"ARROW1\0\0", b"\xff\xff\xff\xff")
 # The title of a WikiText article; ` = = Title = = ` is the title of a section.
 WIKITEXT_TITLE = re.compile(rb"= (?!= ).*(?<! =) =")
+_OBJECT = re.compile(rb"\{\s*(\"|\}\s*$)")  # other text with braces: wiki templates, LaTeX
 _NOT_LINES = (".json", ".parquet", ".arrow", ".tar", ".zip")  # extensions of files without lines
 _TAR_MAGIC = slice(257, 262)  # bytes of the first tar header
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -40,6 +42,14 @@ def detect_format(name: str, head: bytes, wanted: str = "auto") -> str:
     return _detect_lines(name, head)
 
 
+def _is_object(line: bytes) -> bool:
+    """Whether a line is a JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _detect_lines(name: str, head: bytes) -> str:
     """Return the format of a file of lines: text, wikitext, wiki or jsonl."""
     plain = Path(name)
@@ -51,13 +61,21 @@ def _detect_lines(name: str, head: bytes) -> str:
     first = next((line for line in lines if line.strip()), b"")
     if first.startswith((b"<doc ", b"<doc>")):
         return "wiki"
-    is_cut = first is lines[-1]  # the line may continue after the head
-    if first.startswith(b"{") and (first.rstrip().endswith(b"}") or is_cut):
-        return "jsonl"
+    if _OBJECT.match(first):
+        is_cut = first is lines[-1]  # the line may continue after the head
+        if is_cut or _is_object(first):
+            return "jsonl"
+        if first.rstrip().endswith(b"}"):
+            raise UserError(
+                f"{name}: its first line looks like a JSON object but is none; set --format jsonl "
+                "if the file has one object per line, or --format text if it is plain text"
+            )
     if plain.suffix in _NOT_LINES or b"\0" in first:
+        nul = first.find(b"\0")
+        reason = f" (byte {nul} of its first line is NUL)" if nul >= 0 else ""
         raise UserError(
-            f"{name}: not text; expected plain text, WikiText, WikiExtractor output, JSONL (one "
-            f"object per line), parquet, arrow or a tar of text, also {' '.join(COMPRESSED)}; "
-            "convert it, or leave it out"
+            f"{name}: not text{reason}; expected plain text, WikiText, WikiExtractor output, JSONL "
+            "(one object per line), parquet, arrow or a tar of text, also "
+            f"{' '.join(COMPRESSED)}; convert it, leave it out, or set --format if it is text"
         )
     return "wikitext" if WIKITEXT_TITLE.fullmatch(first.strip()) else "text"

@@ -19,6 +19,8 @@ from data_tools.formats.text import read_text, read_wiki, read_wikitext
 from data_tools.inputs import docstring_corpus, hub
 from data_tools.inputs.streams import content_of, fingerprint, open_input
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import is_url, redacted
 
 PROGRESS_BYTES = 1 << 18  # least bytes between two calls of on_progress
 
@@ -52,9 +54,10 @@ def documents(
     except (UserError, OSError):
         raise
     except Exception as error:  # file systems and the library of datasets raise their own types
-        if "://" not in source.path and not source.format.startswith("dataset"):
+        if not is_url(source.path) and not source.format.startswith("dataset"):
             raise
-        raise OSError(f"{source.name}: {error or type(error).__name__}") from error
+        reason = printable(redacted(str(error))) or type(error).__name__
+        raise OSError(f"{source.name}: {reason}") from error
 
 
 def _positioned_texts(

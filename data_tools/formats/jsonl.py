@@ -8,6 +8,7 @@ from io import BufferedReader
 
 from data_tools.formats.source import Source, Tally, texts_of_value
 from data_tools.formats.text import read_lines
+from electra_ds.common.printable import shortened
 
 LONGEST_LINE = 16 << 20  # bytes
 
@@ -27,8 +28,12 @@ def read_jsonl(
         except (ValueError, RecursionError) as error:  # ValueError: also a number that is too long
             tally.add_bad(_error_class(line, error), source, offset)
             continue
-        value = record.get(text_field) if isinstance(record, dict) else None
-        yield from texts_of_value(value, source, offset, text_field, tally)
+        if not isinstance(record, dict):
+            tally.add_bad("not a JSON object", source, offset)
+        elif text_field not in record:
+            tally.add_bad(f"no field {shortened(text_field)}", source, offset)
+        else:
+            yield from texts_of_value(record[text_field], source, offset, text_field, tally)
 
 
 def _error_class(line: bytes, error: Exception) -> str:

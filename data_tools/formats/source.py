@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.inputs.streams import COMPRESSED
-from electra_ds.common.printable import printable
+from electra_ds.common.printable import printable, shortened
 
 # The <unk> of WikiText: a noncharacter that no text contains, so every vocabulary maps it to [UNK].
 UNKNOWN = "\ufdd0"
@@ -87,7 +87,8 @@ def texts_of_value(
     except UnicodeEncodeError:
         tally.add_bad("half a surrogate pair", source, offset)
     except TypeError:
-        tally.add_bad(f"no text in field {text_field!r}", source, offset)
+        kind = "null" if value is None else type(value).__name__
+        tally.add_bad(f"no text in field {shortened(text_field)} ({kind})", source, offset)
     else:
         for start in range(0, len(text) or 1, LONGEST):
             yield text[start : start + LONGEST]

@@ -10,10 +10,21 @@ from typing import Any
 
 from data_tools.formats.detect import ARROW
 from data_tools.formats.source import Source, Tally, texts_of_value
-from data_tools.inputs.streams import COMPRESSED
+from data_tools.inputs.streams import COMPRESSED, check_expansion
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable, shortened
+from electra_ds.common.urls import is_url
 
 BATCH_ROWS = 256
+TEXT_TYPES = {
+    "string",
+    "large_string",
+    "string_view",
+    "binary",
+    "large_binary",
+    "binary_view",
+    "null",
+}
 PAGE_BUFFER = 1 << 20  # bytes: pages instead of whole row groups in memory
 
 Batches = Iterator[tuple[int, Any]]  # (offset in the file, pyarrow.RecordBatch)
@@ -40,54 +51,83 @@ def read_table(
         raise UserError(
             f"{source.name}: reading {kind} needs pyarrow: pip install 'electra_ds[parquet]'"
         ) from None
-    columns: list[str] = []
     try:
         if kind == "parquet":
-            columns, batches = _parquet_batches(content, start, end, text_field)
+            schema, batches = _parquet_batches(source.name, content, start, end, text_field)
         else:
-            columns, batches = _arrow_batches(content)
-        if text_field not in columns:
-            raise KeyError
+            schema, batches = _arrow_batches(content)
+        _check_column(source.name, schema, text_field)
         for offset, batch in batches:
             column = batch.column(text_field).cast(pyarrow.large_binary())
             column.validate(full=True)  # offsets of a damaged file may point outside
             for value in column:
                 tally.lines += 1
                 yield from texts_of_value(value.as_py(), source, offset, text_field, tally)
-    except (KeyError, pyarrow.ArrowNotImplementedError):
-        raise UserError(
-            f"{source.name}: no column {text_field!r} of text; expected --text-field to be one of "
-            f"{', '.join(columns)}"
-        ) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        if "://" in source.path:  # may be an error of the network
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
+        if is_url(source.path):  # may be an error of the network
             raise
         raise UserError(
-            f"{source.name}: broken ({' '.join(str(error).split())}); expected a whole {kind} "
-            "file; copy it again or leave it out"
+            f"{source.name}: broken ({printable(' '.join(str(error).split()))}); expected a whole "
+            f"{kind} file; copy it again or leave it out"
         ) from None
+
+
+def _check_column(name: str, schema: Any, text_field: str) -> None:
+    """Raise UserError when a table has no column of this name, or one without text."""
+    texts = sorted({field.name for field in schema if _is_text(field.type)})
+    expected = f"expected --text-field to be one of {', '.join(map(printable, texts)) or '(none)'}"
+    found = schema.names.count(text_field)
+    if found != 1:
+        problem = f"{found} columns" if found else "no column"
+        raise UserError(f"{name}: {problem} {shortened(text_field)} of text; {expected}")
+    kind = schema.field(text_field).type
+    if not _is_text(kind):
+        raise UserError(
+            f"{name}: the column {shortened(text_field)} holds values of type "
+            f"{printable(str(kind))[:80]}, no text; {expected}"
+        )
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a type of pyarrow is that of text, of bytes, or of missing values only."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return str(kind) in TEXT_TYPES
 
 
 def _parquet_batches(
-    content: BufferedReader, start: int, end: int, column: str
-) -> tuple[list[str], Batches]:
-    """Return (column names, batches of the row groups that begin in bytes [start, end))."""
+    name: str, content: BufferedReader, start: int, end: int, column: str
+) -> tuple[Any, Batches]:
+    """Return (schema, batches of the row groups that begin in bytes [start, end))."""
     from pyarrow.parquet import ParquetFile
 
     table = ParquetFile(content, buffer_size=PAGE_BUFFER)
-    chunks = [table.metadata.row_group(group).column(0) for group in range(table.num_row_groups)]
-    offsets = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
-    groups = [(group, offset) for group, offset in enumerate(offsets) if start <= offset < end]
+    groups = []
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        first = chunks[0].dictionary_page_offset or chunks[0].data_page_offset
+        if start <= first < end:
+            groups.append((number, first))
+            for chunk in chunks:
+                if chunk.path_in_schema == column:
+                    check_expansion(
+                        name, chunk.total_compressed_size, chunk.total_uncompressed_size
+                    )
     batches = (
         (offset, batch)
         for group, offset in groups
         for batch in table.iter_batches(BATCH_ROWS, [group], [column], use_threads=False)
     )
-    return table.schema_arrow.names, batches
+    return table.schema_arrow, batches
 
 
-def _arrow_batches(content: BufferedReader) -> tuple[list[str], Batches]:
-    """Return (column names, batches) of an arrow file or stream."""
+def _arrow_batches(content: BufferedReader) -> tuple[Any, Batches]:
+    """Return (schema, batches) of an arrow file or stream."""
     from pyarrow import ArrowInvalid, ipc
 
     if content.peek(len(ARROW[0])).startswith(ARROW[0]):
@@ -99,4 +139,4 @@ def _arrow_batches(content: BufferedReader) -> tuple[list[str], Batches]:
             raise ArrowInvalid("the stream has no end mark")
         content.seek(0)
         table = batches = ipc.open_stream(content)
-    return table.schema.names, ((content.tell(), batch) for batch in batches)
+    return table.schema, ((content.tell(), batch) for batch in batches)

@@ -16,6 +16,8 @@ from urllib.parse import parse_qsl, urlencode
 
 from data_tools.inputs.streams import fingerprint, open_input
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import is_url, redacted
 
 DATASET = "dataset:"
 _OPTIONS = {"config", "split", "revision"}
@@ -97,6 +99,54 @@ def _open_split(
     os.environ.setdefault("USE_TORCH", "0")  # else the library imports torch
     import datasets
 
+    is_folder = os.path.isdir(name)
+    if is_folder:
+        _check_card(name)
     builder = datasets.load_dataset_builder(name, config, revision=revision)
+    files = builder.config.data_files or {}
+    root = f"{os.path.normpath(name)}/" if is_folder else f"hf://datasets/{name}@"
+    for file in files.get(split, ()):
+        if not file.startswith(root) or ".." in file.split("/"):
+            raise _leaves_folder(name, file)
     rows = builder.as_streaming_dataset(split)
-    return builder.config.data_files[split], rows
+    return files[split], rows
+
+
+def _check_card(folder: str) -> None:
+    """Raise UserError when README.md names files outside of the dataset's folder, or URLs.
+
+    The library would read these files, and request these URLs, already to list the files.
+    """
+    from huggingface_hub import metadata_load
+
+    card = os.path.join(folder, "README.md")
+    if not os.path.isfile(card):
+        return
+    try:
+        metadata = metadata_load(card)
+    except Exception as error:  # errors of YAML, of encodings
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise UserError(f"{printable(card)}: its metadata cannot be read ({reason})") from None
+    left = [metadata.get("configs") if isinstance(metadata, dict) else None]
+    seen = set()  # YAML may repeat one value many times
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, dict):
+            left += [part.get("data_files"), part.get("data_dir"), part.get("path")]
+            left += [value for value in part.values() if isinstance(value, dict | list)]
+        elif isinstance(part, list):
+            left += part
+        elif isinstance(part, str) and (
+            is_url(part) or os.path.isabs(part) or ".." in part.split("/")
+        ):
+            raise _leaves_folder(folder, part)
+
+
+def _leaves_folder(name: str, file: str) -> UserError:
+    return UserError(
+        f"{DATASET}{printable(name)}: its README.md names {printable(redacted(file))[:200]}, which "
+        "is not in the dataset; expected paths inside of its folder"
+    )

@@ -14,15 +14,21 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
 
 from data_tools.formats.detect import detect_format
-from data_tools.formats.source import Source
+from data_tools.formats.source import Source, as_text
 from data_tools.inputs import docstring_corpus
 from data_tools.inputs.braces import expand_braces
 from data_tools.inputs.docstring_corpus import BUILTIN
 from data_tools.inputs.hub import DATASET, find_shards
 from data_tools.inputs.streams import COMPRESSED, HEAD, content_of, fingerprint, open_input
 from electra_ds.common.errors import UserError
+from electra_ds.common.files import is_lfs_pointer
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import file_system, is_url, redacted
+from electra_ds.data.tokenizer import VOCABULARY_FILES
 
 Segment = tuple[int, int, int]  # (file, start, end) in bytes
 Unit = tuple[Segment, ...]  # several segments where files are small
@@ -36,6 +42,21 @@ METADATA_FILES = {
     "dataset_dict.json",
     "state.json",
 }
+# Files of folders that `prepare` and `train-tokenizer` wrote; these are no inputs.
+OUTPUT_MARKS = (
+    ("prepare.json",),
+    ("manifest.json", "unigrams.npy"),
+    ("plan.json", "unit-000000.json"),
+    ("options.json", "vocab.txt"),
+    ("options.json", "spm.model"),
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "options.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True)
@@ -63,18 +84,30 @@ def plan_hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = UNIT_BYTES) -> Plan:
+def make_plan(
+    inputs: Sequence[str],
+    *,
+    format: str = "auto",
+    unit_bytes: int = UNIT_BYTES,
+    outputs: Sequence[str | Path] = (),
+    vocabulary: Path | None = None,
+) -> Plan:
     """Find the files of the inputs and divide them into units.
 
-    inputs: files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
-    Raises UserError when a file is missing or cannot be read.
+    inputs:  files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
+    outputs: folders of this command. They are left out where they lie in an input folder; so are
+             data folders and tokenizers of earlier commands.
+    vocabulary: file or folder of the tokenizer, which is left out in the same way
+    Raises UserError when a file is missing or cannot be read, and for an input inside of `outputs`.
     """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; expected one of {', '.join(FORMATS)}")
     datasets = {given for given in inputs if given.startswith(DATASET)}
-    names = {file for given in {*inputs} - datasets - {BUILTIN} for file in _expand(given)}
+    left_out = LeftOut(outputs, vocabulary)
+    files_of = ({*inputs} - datasets) - {BUILTIN}
+    names = {file for given in files_of for file in _expand(given, left_out)}
     files = sorted(names, key=lambda file: file.split("/"))
-    folders = [os.path.dirname(file) for file in files if "://" not in file]
+    folders = [os.path.dirname(file) for file in files if not is_url(file)]
     root = os.path.commonpath(folders) if folders else ""
     sources = [_file_source(file, root, format) for file in files]
     for shards in sorted({_dataset_sources(given) for given in datasets}, key=_first_shard):
@@ -84,8 +117,42 @@ def make_plan(inputs: Sequence[str], *, format: str = "auto", unit_bytes: int = 
     if not sources:
         raise UserError("no input; give files, folders, globs, URLs, dataset:NAME or builtin:docs")
     if not any(source.size for source in sources):
-        raise UserError(f"{', '.join(inputs)}: all {len(sources)} input files are empty")
+        raise UserError(
+            f"{printable(redacted(', '.join(inputs)))}: all {len(sources)} input files are empty"
+        )
     return Plan(tuple(sources), tuple(_divide(sources, unit_bytes)))
+
+
+class LeftOut:
+    """Files and folders that are no inputs though they lie in an input folder."""
+
+    def __init__(self, outputs: Sequence[str | Path], vocabulary: Path | None) -> None:
+        self.outputs = [os.path.realpath(path) for path in outputs]
+        self.files: set[str] = set()
+        if vocabulary is not None:
+            is_folder = vocabulary.is_dir()
+            paths = [vocabulary / name for name in TOKENIZER_FILES] if is_folder else [vocabulary]
+            self.files = {os.path.realpath(path) for path in paths}
+
+    def has(self, path: str) -> bool:
+        """Whether a path below an input folder is left out."""
+        real = os.path.realpath(path)
+        is_marked = os.path.isdir(real) and any(
+            all(os.path.isfile(os.path.join(path, mark)) for mark in marks)
+            for marks in OUTPUT_MARKS
+        )
+        return is_marked or real in self.files or self._is_in_output(real)
+
+    def check(self, path: str) -> None:
+        """Raise UserError when an input that the user names lies in a folder of the output."""
+        if self._is_in_output(os.path.realpath(path)):
+            raise UserError(
+                f"{printable(path)}: this input lies in the folder of the output; give another "
+                "input, or another --out"
+            )
+
+    def _is_in_output(self, real: str) -> bool:
+        return any(real == folder or real.startswith(f"{folder}/") for folder in self.outputs)
 
 
 @contextmanager
@@ -102,60 +169,81 @@ def readable(name: str, extra: str = "remote") -> Iterator[None]:
         install = f"; pip install 'electra_ds[{extra}]'" if isinstance(error, ImportError) else ""
         # fsspec's http file system raises FileNotFoundError for every error, with the true cause.
         cause = error.__cause__ or error
+        reason = printable(redacted(f"{type(cause).__name__}: {cause}"))
         raise UserError(
-            f"{name}: cannot be read ({type(cause).__name__}: {cause}){install}"
+            f"{printable(redacted(name))}: cannot be read ({reason}){install}"
         ) from error
 
 
-def _expand(given: str) -> list[str]:
+def _expand(given: str, left_out: LeftOut) -> list[str]:
     """Return the real paths, or the URLs, of the files that one argument names."""
     given = given.removeprefix("file://")
     with readable(given):
         if not os.path.exists(given):
             names = expand_braces(given)
             if len(names) > 1:
-                return [file for name in names for file in _expand(name)]
-        if "://" in given:
+                return [file for name in names for file in _expand(name, left_out)]
+        if is_url(given):
             files = _remote_files(given)
         else:
             path = os.path.expanduser(given)
-            matches = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
-            files = [file for match in matches for file in _local_files(match)]
+            if os.path.lexists(path):
+                left_out.check(path)
+                matches = [path]
+            else:
+                matches = _glob(path, left_out)
+            files = _local_files(matches, left_out)
     if not files:
         raise UserError(
-            f"{given}: no such file, and no file matches it; expected text, WikiText, "
-            "WikiExtractor, JSONL, parquet, arrow or tars of text (also "
+            f"{printable(redacted(given))}: no such file, and no file matches it; expected text, "
+            "WikiText, WikiExtractor, JSONL, parquet, arrow or tars of text (also "
             f"{' '.join(COMPRESSED)}), folders, globs, {{00..09}} or URLs of them, "
             f"{DATASET}NAME or {BUILTIN}"
         )
     return files
 
 
-def _local_files(path: str, parents: tuple[str, ...] = ()) -> list[str]:
-    """Return the real paths of a file, or of the input files of a folder.
+def _glob(pattern: str, left_out: LeftOut) -> list[str]:
+    """Return the files and folders that a pattern matches, without those in output folders."""
+    fixed = re.split("[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    known: dict[str, bool] = {fixed: False, "": False, "/": False}
 
-    Links are followed; a link to one of the `parents` is not followed again.
+    def is_left_out(path: str) -> bool:
+        if path not in known:
+            known[path] = is_left_out(os.path.dirname(path)) or left_out.has(path)
+        return known[path]
+
+    return [match for match in glob.iglob(pattern, recursive=True) if not is_left_out(match)]
+
+
+def _local_files(paths: Sequence[str], left_out: LeftOut) -> list[str]:
+    """Return the real paths of the input files among files and in folders.
+
+    Links are followed; each folder is searched once.
     """
-    real = os.path.realpath(path)
-    if os.path.isfile(real):
-        return [real]
-    if not os.path.isdir(real):
-        raise UserError(
-            f"{path}: neither a file nor a folder, or a link to nothing; expected a file; remove it"
-        )
-    if real in parents:
-        return []
-    names = [name for name in os.listdir(real) if _is_input(name)]
-    return [
-        file for name in names for file in _local_files(os.path.join(real, name), (*parents, real))
-    ]
+    files = []
+    searched = set()
+    left = list(paths)
+    while left:
+        path = left.pop()
+        real = os.path.realpath(path)
+        if os.path.isfile(real):
+            files.append(real)
+        elif not os.path.isdir(real):
+            raise UserError(
+                f"{printable(path)}: neither a file nor a folder, or a link to nothing; expected a "
+                "file; remove it"
+            )
+        elif real not in searched:
+            searched.add(real)
+            inside = [os.path.join(real, name) for name in os.listdir(real) if _is_input(name)]
+            left += [path for path in inside if not left_out.has(path)]
+    return files
 
 
 def _remote_files(given: str) -> list[str]:
     """Return the URLs of the files of a URL: a folder if it ends with a slash, a glob with `*`."""
-    import fsspec
-
-    system, path = fsspec.core.url_to_fs(given)
+    system, path = file_system(given)
     if given.endswith("/"):
         entries = {path.rstrip("/"): {"type": "directory"}}
     elif "*" in given:
@@ -165,8 +253,13 @@ def _remote_files(given: str) -> list[str]:
     files = []
     for entry, info in entries.items():
         if info["type"] == "directory":
-            inside = system.find(entry)
-            files += [file for file in inside if _is_input(file.removeprefix(f"{entry}/"))]
+            # A server may list files of other folders and of other servers.
+            inside = [
+                file.removeprefix(f"{entry}/")
+                for file in system.find(entry)
+                if file.startswith(f"{entry}/") and ".." not in re.split("[/\\\\]", unquote(file))
+            ]
+            files += [f"{entry}/{name}" for name in inside if _is_input(name)]
         else:
             files.append(entry)
     return [system.unstrip_protocol(file) for file in files]
@@ -179,10 +272,16 @@ def _is_input(name: str) -> bool:
 
 def _file_source(file: str, root: str, format: str) -> Source:
     """Return the source of one file."""
-    url = re.sub("//[^/]*@", "//", file.partition("?")[0])  # without passwords and signatures
-    name = url if "://" in file else os.path.relpath(file, root)
+    if is_url(file):  # without passwords and signatures
+        name = printable(redacted(file.partition("?")[0]).replace("***@", ""))
+    else:
+        name = as_text(os.path.relpath(file, root))
     with readable(name), open_input(file) as raw:
         size, digest = fingerprint(raw)
+        if is_lfs_pointer(raw.peek(HEAD)):
+            raise UserError(
+                f"{name}: a Git LFS pointer, not the file itself; run `git lfs pull` where it lies"
+            )
         head = content_of(raw, name).read(HEAD)
         detected = detect_format(name, head, format) if size else "text"
     return Source(name, file, size, detected, digest)

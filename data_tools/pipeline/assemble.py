@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.pipeline.dedup import is_duplicate
-from data_tools.pipeline.markers import finished
+from data_tools.pipeline.markers import ShardMarker, finished
 from data_tools.pipeline.pack import Layout, fill, lay_out, uniforms_needed
 from data_tools.pipeline.settings import Settings
 from data_tools.pipeline.units import DOCUMENT, KEYS, key_range, npy_bytes, read_table, unit_files
@@ -86,11 +86,12 @@ def assemble_shard(task: ShardTask, on_progress: OnProgress) -> dict:
     on_progress: receives the number of tokens of the shard
     """
     marker_file = marker_path(task)
-    if marker := finished(marker_file, task.plan_sha256):
+    path = Path(task.out) / shard_file(task.split, task.shard)
+    written = [path, *map(marker_file.with_suffix, (".npy", ".index"))]
+    if marker := finished(marker_file, task.plan_sha256, written, ShardMarker):
         on_progress(marker["tokens"])
         return marker
     packed = _pack(task)
-    path = Path(task.out) / shard_file(task.split, task.shard)
     info, blocks = write_shard(
         path, task.split, task.shard, packed.rows, packed.fragments, task.settings.block_rows
     )

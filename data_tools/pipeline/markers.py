@@ -7,33 +7,71 @@ settings of its content.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
-from electra_ds.common.json_files import read_json, write_json
+from electra_ds.common.json_files import Record, read_json, read_record, write_json
+from electra_ds.data.shard_format import Count, Sha256, ShardInfo
 
 _SHOWN = 90  # characters of a value in a message
 
 
-def finished(marker: Path, plan_sha256: str) -> dict | None:
+class Marker(Record):
+    """The content of a marker. A subclass adds the results of the work."""
+
+    plan_sha256: Sha256  # of everything that decides the files
+    files: dict[str, Sha256]  # name relative to the marker -> digest
+
+
+class UnitMarker(Marker):
+    """The results of a tokenized unit."""
+
+    removed: dict[str, Count]
+    lines: Count
+    documents: Count
+    tokens: Count
+    bad_lines: dict[str, Count]
+    places: tuple[str, ...]
+
+
+class ShardMarker(Marker):
+    """The results of a packed shard."""
+
+    documents: Count
+    tokens: Count
+    pieces: Count
+    pad: Count
+    shard: ShardInfo
+
+
+def finished(
+    marker: Path, plan_sha256: str, files: Iterable[Path], kind: type[Marker]
+) -> dict | None:
     """Return a marker's content if the work is finished, else None.
 
-    The work is finished when the marker has this `plan_sha256`, and all `files` {name relative to
-    the marker: sha256} exist with these digests.
+    files: those that the work writes
+    The work is finished when the marker is a whole one of this kind with this `plan_sha256`, and
+    names exactly `files`, which exist with its digests. Otherwise the work is done again: a marker
+    may be damaged, or of an older version.
     """
     if not marker.exists():
         return None
-    content = read_json(marker, "a marker of finished work")
-    if content["plan_sha256"] != plan_sha256:
+    try:
+        found = read_record(marker, kind, "a marker of finished work")
+    except UserError:
         return None
-    if "files" not in content:  # a marker of an older version
+    paths = {os.path.relpath(path, marker.parent): path for path in files}
+    if found.plan_sha256 != plan_sha256 or found.files.keys() != paths.keys():
         return None
-    files = {marker.parent / name: digest for name, digest in content["files"].items()}
-    whole = all(file.is_file() and sha256_file(file) == digest for file, digest in files.items())
-    return content if whole else None
+    whole = all(
+        path.is_file() and sha256_file(path) == found.files[name] for name, path in paths.items()
+    )
+    return found.model_dump(mode="json") if whole else None
 
 
 def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) -> None:

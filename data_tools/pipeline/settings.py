@@ -48,6 +48,13 @@ class Settings:
             raise UserError(
                 f"valid_fraction = {self.valid_fraction}; expected at least 0 and less than 1"
             )
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise UserError(f"seed = {self.seed}; expected an integer of 64 bits")
+        if not 1 <= self.block_rows <= 1 << 20 or min(self.shard_bytes, self.unit_bytes) < 1:
+            raise UserError(
+                f"block_rows = {self.block_rows}, shard_bytes = {self.shard_bytes}, unit_bytes = "
+                f"{self.unit_bytes}; expected 1 to 1,048,576 rows, and at least 1 byte"
+            )
         if self.near_duplicates is not None and not 0.5 <= self.near_duplicates <= 1:
             raise UserError(
                 f"near_duplicates = {self.near_duplicates}; expected a similarity of 0.5 to 1"

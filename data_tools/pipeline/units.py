@@ -31,7 +31,7 @@ from data_tools.formats.documents import documents
 from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import Unit, unit_size
 from data_tools.pipeline.clean import clean_lines, signatures, text_hash
-from data_tools.pipeline.markers import finished
+from data_tools.pipeline.markers import UnitMarker, finished
 from data_tools.pipeline.settings import Settings
 from data_tools.pipeline.unknowns import Unknowns
 from data_tools.workers import OnProgress
@@ -123,12 +123,24 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def finished_unit(task: UnitTask) -> dict | None:
+    """Return the marker of a unit if its files are finished, else None."""
+    files = unit_files(task.folder, task.number)
+    return finished(files.marker, task.plan_sha256, _written(task, files), UnitMarker)
+
+
+def _written(task: UnitTask, files: UnitFiles) -> list[Path]:
+    """Return the files that are written for a unit, besides its marker."""
+    signatures = [files.signatures] if task.settings.near_duplicates else []
+    return [files.ids, *signatures, files.table, files.unknowns]
+
+
 def tokenize_unit(task: UnitTask, on_progress: OnProgress) -> dict:
     """Write a unit's files unless they are finished; return its marker.
 
     on_progress: receives bytes of input read
     """
-    if marker := finished(unit_files(task.folder, task.number).marker, task.plan_sha256):
+    if marker := finished_unit(task):
         on_progress(unit_size(task.unit))
         return marker
     if task.fingerprint not in tokenizers:
@@ -314,7 +326,7 @@ class UnitWriter:
             os.fsync(stream.fileno())
             os.replace(temporary, path)
         fsync_folder(self.files.marker.parent)
-        paths = [*self.paths, self.files.table, self.files.unknowns]
+        paths = _written(self.task, self.files)
         marker = {
             "plan_sha256": self.task.plan_sha256,
             "removed": removed,

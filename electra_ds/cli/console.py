@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import typer
 import typer.core
 
+from electra_ds.common.printable import printable, printable_lines
+
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -49,11 +51,11 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) 
 
     table = Table(*(Column(name, overflow="fold") for name in head), show_header=bool(head))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable_lines, row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
-    console.print(f"\n{title}", table, sep="\n")
+    console.print(f"\n{printable(title)}", table, sep="\n")
 
 
 def progress_line(what: str) -> Callable[[int, int], None]:

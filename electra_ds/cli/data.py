@@ -20,6 +20,8 @@ from electra_ds.cli.options import (
     TextField,
 )
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+from electra_ds.common.urls import file_system, is_url, redacted
 
 if TYPE_CHECKING:
     from electra_ds.data.shard_format import Manifest
@@ -63,7 +65,7 @@ def train_tokenizer(
             progress=progress,
             say=facts.append,
         )
-    print(f"{out}: {tokenizer.describe()}", *facts, sep="\n")
+    print(f"{printable(out)}: {tokenizer.describe()}", *facts, sep="\n")
 
 
 @app.command()
@@ -143,10 +145,12 @@ def prepare(
     from electra_ds.cluster.launchers import find_ranks, mpi_world
     from electra_ds.data.tokenizer import load_tokenizer
 
-    if ("://" in out) != (work is not None):
+    if is_url(out) != (work is not None):
         raise UserError(
             f"--out {out}, --work {work}: expected --work DIR exactly if --out is a URL"
         )
+    if is_url(out):
+        file_system(out)  # UserError for a protocol that is not opened, before the work
     ranks = find_ranks()
     otherwise = "prepare on one machine with --workers"
     world = mpi_world(ranks, otherwise) if ranks.world_size > 1 else None
@@ -187,7 +191,7 @@ def prepare(
     _print_splits(out, manifest)
     _print_unknowns(manifest)
     removed = {**manifest.removed, **manifest.bad_lines}
-    counts = ", ".join(f"{count:,} {reason}" for reason, count in removed.items())
+    counts = ", ".join(f"{count:,} {printable(reason)}" for reason, count in removed.items())
     print(f"removed: {counts or 'nothing'}")
 
 
@@ -195,7 +199,7 @@ def _print_splits(out: str | Path, manifest: "Manifest") -> None:
     for name, split in manifest.splits.items():
         share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
         print(
-            f"{out} {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{printable(redacted(str(out)))} {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
             f"{split.rows:,} rows, padding {share:.2%}"
         )
 
@@ -268,7 +272,8 @@ def stage(
 
     with console_progress() as progress:
         copied = stage(source, to, workers=workers, progress=progress)
-    print(f"{to}: {f'{copied:,} bytes copied' if copied else 'was complete'}")
+    result = f"{copied:,} bytes copied" if copied else "was complete"
+    print(f"{printable(redacted(to))}: {result}")
 
 
 @app.command()
@@ -289,10 +294,9 @@ def verify(
     with console_progress() as progress:
         problems = verify(data, running_total(lambda done: progress("verify", done, total)))
     for problem in problems:
-        print(problem)
-    print(
-        f"{data}: {len(problems)} problem(s)" if problems else f"{data}: {total:,} bytes as written"
-    )
+        print(printable(problem))
+    result = f"{len(problems)} problem(s)" if problems else f"{total:,} bytes as written"
+    print(f"{printable(data)}: {result}")
     if problems:
         raise typer.Exit(1)
 
@@ -315,11 +319,14 @@ def stats(
     from data_tools.stats_html import html_page
     from data_tools.workers import console_progress, running_total
     from electra_ds.common.files import write_bytes
+    from electra_ds.common.outputs import check_output_file
     from electra_ds.data.shard_format import read_manifest
 
     total = sum(
         shard.bytes for split in read_manifest(data).splits.values() for shard in split.shards
     )
+    if html:
+        check_output_file(html, "--html")
     with contextlib.nullcontext(lambda *_: None) if as_json else console_progress() as progress:
         facts = stats(data, running_total(lambda done: progress("read", done, total)))
     if html:
@@ -350,4 +357,4 @@ def inspect(
     from data_tools.inspect_rows import describe_rows
 
     for line in describe_rows(data, split, rows or range(3), source=source, inputs=input or ()):
-        print(line)
+        print(printable(line))

@@ -31,11 +31,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     `path`.
     """
     path = Path(path)
-    if is_device(path) and not path.is_dir():
-        path.write_bytes(data)
+    if is_device(path):
+        _write_through(path, data)
         return
     # A random name, since process numbers repeat across hosts.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -49,6 +49,16 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """Write into a device or a pipe. OSError with its path for a folder and a full device."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def apply_umask(path: str | Path) -> None:

@@ -21,7 +21,7 @@ def load_function(setting: str, name: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(
             f"{setting} = {name!r}: {error}; expected package.module:function with the module in "
             "the current folder or on PYTHONPATH"

@@ -206,6 +206,8 @@ def evaluation_batches(
     max_rows: None for all rows
     Yields (batch with B = batch_rows, row numbers [batch_rows] int64).
     """
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"max_rows = {max_rows}; expected at least 1, or none for all rows")
     recipe = recipe._replace(seed=philox.EVALUATION_SEED, masking="token")
     total = reader.rows if max_rows is None else min(max_rows, reader.rows)
     first = rank * batch_rows

@@ -215,7 +215,8 @@ def test_bad_lines_are_counted_by_class_with_their_locations(tmp_path):
     assert read(source_of(tmp_path / "a.jsonl", b"\n".join(lines)), tally=tally) == ["good"]
     assert tally.bad == {
         "not JSON": 2,
-        "no text in field 'text'": 2,
+        "no field 'text'": 1,
+        "not a JSON object": 1,
         "not UTF-8": 1,
         "half a surrogate pair": 1,
     }

@@ -1,0 +1,224 @@
+"""The files of an input that are read, and the messages for those that are not text."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from running import run_cli
+
+from data_tools.formats.detect import detect_format
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Tally
+from data_tools.inputs.plan import make_plan
+from data_tools.inspect_rows import describe_rows
+from data_tools.prepare import prepare
+from data_tools.train_tokenizer import train_tokenizer
+from data_tools.verify import verify
+from electra_ds.common.errors import UserError
+from electra_ds.data.shard_format import read_manifest
+
+TEXT = "the river is old .\n\nthe house of stone .\n\nlight on the water .\n" * 20
+
+
+def names(*inputs: object, **options) -> list[str]:
+    return [source.name for source in make_plan([*map(str, inputs)], **options).sources]
+
+
+def read(path: Path, field: str = "text", format: str = "auto") -> list[str]:
+    return [
+        text.strip()
+        for source in make_plan([str(path)], format=format).sources
+        for text in documents(
+            source, 0, source.size, text_field=field, tally=Tally(), on_progress=lambda amount: None
+        )
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a text and its vocabulary."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text(TEXT)
+    train_tokenizer([str(tmp_path / "in")], tmp_path / "in/T", vocab_size=64)
+    return tmp_path / "in"
+
+
+def test_outputs_inside_of_the_input_are_no_inputs(folder: Path) -> None:
+    options = dict(sequence_length=16, valid_fraction=0, units=folder / "U")
+    for _ in range(2):  # the second time it is complete
+        manifest = prepare([str(folder)], folder / "T", folder / "D", **options)
+    assert manifest.source.files == ("a.txt",)
+    shutil.rmtree(folder / "D")
+    for given in (folder, f"{folder}/*", f"{folder}/**", f"{folder}/../in"):
+        assert names(given, outputs=[folder / "U"]) == ["a.txt"]
+    made = prepare([str(folder)], folder / "T", folder / "D", **options)  # as after a kill
+    assert made.dataset_id == manifest.dataset_id
+    train_tokenizer([str(folder)], folder / "T", vocab_size=64)  # again
+
+
+def test_an_input_inside_of_the_output_is_refused(folder: Path) -> None:
+    for given in (folder / "D/x.txt", folder / "D/y/z.txt"):
+        given.parent.mkdir(exist_ok=True, parents=True)
+        if not given.exists():
+            given.write_text("x")
+        with pytest.raises(UserError, match="this input lies in the folder of the output"):
+            prepare([str(given)], folder / "T", folder / "D", sequence_length=16)
+    with pytest.raises(UserError, match="this input lies in the folder of the output"):
+        prepare([str(folder)], folder / "T", folder, sequence_length=16)
+
+
+def test_the_vocabulary_is_no_input(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    for tokenizer in (tmp_path, tmp_path / "vocab.txt"):
+        out = tmp_path / f"D-{tokenizer.name}"
+        options = dict(sequence_length=16, valid_fraction=0)
+        assert prepare([str(tmp_path)], tokenizer, out, **options).source.files == ("a.txt",)
+    assert names(tmp_path / "vocab.txt", vocabulary=tmp_path) == ["vocab.txt"]  # named by the user
+
+
+def test_links_that_double_in_every_folder_are_searched_once(tmp_path: Path) -> None:
+    for level in range(40):
+        (tmp_path / f"d{level}").mkdir()
+        for name in "ab":
+            (tmp_path / f"d{level}/{name}").symlink_to(f"../d{level + 1}")
+    (tmp_path / "d40").mkdir()
+    (tmp_path / "d40/x.txt").write_text("x")
+    assert names(tmp_path / "d0") == ["x.txt"]
+
+
+def test_another_vocabulary_in_the_folder_is_refused_before_the_training(folder: Path) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
+        raise AssertionError("training has begun")
+
+    for name, kind in (
+        ("vocab.txt", "unigram"),
+        ("spm.model", "wordpiece"),
+        ("tokenizer.json", "bpe"),
+    ):
+        out = folder / f"with-{name}"
+        out.mkdir()
+        (out / name).write_text("x")
+        with pytest.raises(UserError, match=f"holds {name}, which would be read beside the new"):
+            train_tokenizer([str(folder)], out, kind=kind, vocab_size=64, progress=progress)
+        assert os.listdir(out) == [name]
+    for out in (folder / "a.txt", folder / "a.txt/T", Path("/proc/T"), folder / ("x" * 300)):
+        with pytest.raises(UserError, match=r"--out .*: "):
+            train_tokenizer([str(folder)], out, vocab_size=64, progress=progress)
+
+
+# ---------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "{{Short description|A river}}",
+        "{{Infobox",
+        r"{\bf The river} is {old}",
+        "{the river, the house}",
+        "{",
+        "{}}",
+    ],
+)
+def test_a_text_that_begins_with_a_brace_is_text(tmp_path: Path, first: str) -> None:
+    (tmp_path / "a.txt").write_text(f"{first}\nThe river is old .\n\nThe house .\n")
+    assert read(tmp_path / "a.txt") == [f"{first}\nThe river is old .", "The house ."]
+
+
+def test_a_broken_object_in_the_first_line_is_not_guessed(tmp_path: Path) -> None:
+    for content in ('{"text": "one"}\n', '{"text": "one", }\n', '{"text": NaN"}\n'):
+        (tmp_path / "a").write_text(content * 3)
+        if content == '{"text": "one"}\n':
+            assert read(tmp_path / "a") == ["one"] * 3
+        else:
+            with pytest.raises(UserError, match=r"--format jsonl if .* or --format text"):
+                read(tmp_path / "a")
+            assert len(read(tmp_path / "a", format="text")[0]) > 20
+    assert detect_format("a", b'{"text": "' + b"x" * 70_000) == "jsonl"  # cut by the head
+
+
+def test_a_nul_in_the_first_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\0two\nthree\n")
+    with pytest.raises(UserError, match=r"byte 3 of its first line is NUL.* set --format"):
+        read(tmp_path / "a.txt")
+    assert read(tmp_path / "a.txt", format="text") == ["one\0two\nthree"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl.gz", "a.tar", "a.arrow"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    for format in ("auto", "text", "jsonl"):
+        with pytest.raises(UserError, match=f"^{name}: a Git LFS pointer.*git lfs pull"):
+            make_plan([str(tmp_path)], format=format)
+
+
+def test_the_type_of_a_column_that_is_no_text_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    from pyarrow import parquet
+
+    columns = {
+        "number": [1, 2],
+        "list": [["a"], ["b"]],
+        "nested": [{"text": "a"}, {"text": "b"}],
+        "date": pyarrow.array([1, 2], pyarrow.date32()),
+        "text": ["one", None],
+        "bytes": [b"one", b"two"],
+        "dictionary": pyarrow.array(["one", "one"]).dictionary_encode(),
+        "large": pyarrow.array(["one", "two"], pyarrow.large_string()),
+        "view": pyarrow.array(["one", "two"], pyarrow.string_view()),
+    }
+    table = pyarrow.table(columns)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        for column in ("number", "list", "nested", "date"):
+            with pytest.raises(
+                UserError,
+                match=rf"the column '{column}' holds values of type .*, no text; expected",
+            ):
+                read(tmp_path / name, column)
+        for column in ("text", "bytes", "dictionary", "large", "view"):
+            assert read(tmp_path / name, column)[0] == "one"
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", twice.schema) as writer:
+        writer.write_table(twice)
+    with pytest.raises(UserError, match="2 columns 'text' of text"):
+        read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("value", ["null", "1", "[]", "{}", "true"])
+def test_a_field_without_text_is_named_as_it_is(tmp_path: Path, value: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"sentence": {value}, "id": 3}}\n')
+    tally = Tally()
+    (source,) = make_plan([str(tmp_path)]).sources
+    for field in ("sentence", "text"):
+        list(documents(source, 0, 1000, text_field=field, tally=tally, on_progress=print))
+    (found, missing) = tally.bad
+    kind = {"null": "null", "1": "int", "[]": "list", "{}": "dict", "true": "bool"}[value]
+    assert found == f"no text in field 'sentence' ({kind})"
+    assert missing == "no field 'text'"
+
+
+# ------------------------------------------------------------------------------------- file names
+
+
+def test_names_that_are_not_utf8_or_move_the_cursor_are_printable(folder: Path) -> None:
+    shutil.move(folder / "a.txt", os.fsencode(folder) + b"/caf\xe9\x1b[2J.txt")
+    out = folder.parent / "D"
+    done = run_cli(
+        *("prepare", "--input", folder, "--tokenizer", folder / "T", "--out", out),
+        *("--sequence-length", 16, "--valid-fraction", 0),
+    )
+    assert read_manifest(out).source.files == ("caf\\xe9\\x1b[2J.txt",)
+    assert verify(out) == []
+    list(describe_rows(out, "train", [0], inputs=[str(folder)]))
+    shown = run_cli("inspect", out, 0, "--source", PYTHONIOENCODING="utf-8")
+    assert "caf\\xe9\\x1b[2J.txt" in shown.stdout and "\x1b" not in shown.stdout + done.stdout
+    record = json.loads((out / "prepare.json").read_text())
+    assert record["files"][0][0] == "caf\\xe9\\x1b[2J.txt"
