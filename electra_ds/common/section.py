@@ -22,6 +22,8 @@ def machine(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base class of config sections: frozen, without unknown keys, with strict types."""
+    """Base class of config sections: frozen, without unknown keys, with strict, finite values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False
+    )

@@ -128,6 +128,11 @@ class Manifest(_ManifestPart):
     bad_lines: dict[str, int] = {}  # class -> unreadable input lines
     unknowns: UnknownWords | None = None  # None in data prepared by versions without this record
 
+    @property
+    def segments(self) -> int:
+        """Number of token types in a row: packing google marks a second segment."""
+        return 2 if self.packing == "google" else 1
+
     def content_id(self) -> str:
         """Return a hash of format, rows and tokenizer, [32 hexadecimal digits].
 

@@ -85,7 +85,7 @@ def logits_of(
     kind: the kind of the task.
     """
     device = next(module.parameters()).device
-    own: dict[int, np.ndarray] = {}  # example number -> logits, of this rank's share
+    own: list[tuple[int, list]] = []  # (example number, logits) of this rank's share
     for numbers in prediction_batches(examples, BATCH_SIZE, ranks.rank, ranks.world_size):
         batch = collate([examples[i] for i in numbers], pad_id, kind)
         batch = TaskBatch._make(x if x is None else x.to(device) for x in batch)
@@ -93,9 +93,10 @@ def logits_of(
         if kind == "token_classification":
             logits = logits.reshape(*batch.document_ids.shape, -1)
         for i, row in zip(numbers, logits, strict=False):  # an empty batch has a row of padding
-            own[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
-    gathered = {i: row for share in all_gather_object(own) for i, row in share.items()}
-    return [gathered[i] for i in range(len(examples))]
+            row = row[: len(examples[i].ids)] if row.ndim == 2 else row
+            own.append((i, row.tolist()))  # fp32 -> JSON -> fp32 gives the same bits
+    gathered = {i: row for share in all_gather_object(own) for i, row in share}
+    return [np.array(gathered[i], np.float32) for i in range(len(examples))]
 
 
 def decode(

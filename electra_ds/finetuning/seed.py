@@ -148,7 +148,7 @@ class Seed(Trainer):
 
     def _resume(self) -> TrainingState:
         self.saved_at = time.monotonic()
-        found = on_rank0(lambda: checkpoint.latest(self.folder / "ckpt"))
+        found = checkpoint.latest_on_rank0(self.folder / "ckpt")
         state = TrainingState()
         if found is not None:
             state = checkpoint.load(self.engine, found, self.padded).state

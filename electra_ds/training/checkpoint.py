@@ -22,7 +22,7 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
 from electra_ds.common.json_files import read_json
-from electra_ds.training.collectives import fail_on_all_ranks
+from electra_ds.training.collectives import fail_on_all_ranks, on_rank0
 from electra_ds.training.state import TrainingState
 
 FORMAT = "electra_ds checkpoint"
@@ -85,6 +85,17 @@ def latest(folder: Path) -> Path | None:
             "write the name of a complete checkpoint into the file"
         )
     return folder / name
+
+
+def latest_on_rank0(folder: Path) -> Path | None:
+    """Return `latest(folder)` as rank 0 reads it, on every rank. Collective."""
+
+    def name() -> str | None:
+        found = latest(folder)
+        return found.name if found else None
+
+    found = on_rank0(name)
+    return folder / found if found else None
 
 
 def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:

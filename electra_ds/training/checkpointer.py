@@ -67,9 +67,9 @@ class PendingCheckpoint:
             if engine.ranks.rank == 0:
                 # A random name: two attempts that save at once, one of them after a long sleep,
                 # do not write into one folder.
-                report["temporary"] = folder / f".{name}.{secrets.token_hex(4)}.tmp"
-                report["temporary"].mkdir(parents=True)
-        self._temporary: Path = report["all_ranks"][0]["temporary"]
+                report["temporary"] = f".{name}.{secrets.token_hex(4)}.tmp"
+                (folder / report["temporary"]).mkdir(parents=True)
+        self._temporary = folder / report["all_ranks"][0]["temporary"]
         writer = ThreadPoolExecutor(1, "saving")
         self._files = writer.submit(_write, tensors, self._temporary, engine.ranks)
         writer.shutdown(wait=False)

@@ -15,13 +15,10 @@ from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock, owner_of
-from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
-from electra_ds.data.masking import MaskingRecipe, masking_recipe
-from electra_ds.data.rows import RowOrder, RowReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention import with_cu_seqlens
@@ -35,6 +32,7 @@ from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
+from electra_ds.training.run_plan import TrainingData, plan
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 
@@ -55,16 +53,6 @@ class Limits:
     extend: bool = False
     init_from: Path | None = None
     asked: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Training rows of a run: source, reader, order and masking recipe."""
-
-    source: Data
-    reader: RowReader
-    row_order: RowOrder
-    recipe: MaskingRecipe
 
 
 @dataclass(frozen=True)
@@ -139,20 +127,14 @@ def pretrain_on_ranks(
     Returns the exit code; see `pretrain`. Raises UserError or RunFailure on every rank.
     """
     began = time.monotonic()
-    source = open_data(data)
-    tokenizer = source.manifest.tokenizer
-    config = config.with_data(
-        tokenizer.vocab_size, tokenizer.special_ids, source.manifest.sequence_length
-    )
-    engine_config = load_engine(config.engine)
-    config = config.model_copy(update={"engine": engine_config})
-    training_data = _training_data(config, source)
-    total_steps = config.total_steps(training_data.reader.rows)
+    planned = plan(config, open_data(data), ranks.world_size)
     held = lock or Lock(out, on_rank0)
-    attempt = Attempt(config, training_data, out, ranks, limits, held, began, total_steps)
+    attempt = Attempt(
+        planned.config, planned.data, out, ranks, limits, held, began, planned.total_steps
+    )
     try:
         held.acquire()
-        return _run(attempt, engine_config, device)
+        return _run(attempt, planned.engine, device)
     finally:
         if lock is None:
             held.release()
@@ -180,16 +162,6 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     return stop_signals.DONE if is_complete else stop_signals.stop_exit_code()
 
 
-def _training_data(config: RunConfig, source: Data) -> TrainingData:
-    train, objective = config.train, config.objective
-    reader, row_order = source.training(train.seed, train.global_batch_size)
-    begins_word = None
-    if objective.masking != "token":
-        begins_word = load_tokenizer(source.tokenizer).begins_word()
-    recipe = masking_recipe(source.manifest, objective, train.seed, begins_word)
-    return TrainingData(source, reader, row_order, recipe)
-
-
 def _objective(config: RunConfig) -> Objective:
     # Every rank builds the full module from the same seed. DeepSpeed's zero.Init would skip the
     # initialization without an error.
@@ -211,7 +183,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     """
     limits, config = attempt.limits, attempt.config
     padded = padded_rows(engine.module)
-    found = on_rank0(lambda: checkpoint.latest(attempt.out / "ckpt"))
+    found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
         if limits.init_from is not None:
             source = find_checkpoint(limits.init_from)

@@ -155,7 +155,7 @@ def test_a_crash_inside_a_save_leaves_latest_and_the_old_folder(saved, monkeypat
 
 def test_a_failure_on_another_rank_is_raised_here_too(tmp_path):
     weights = FakeWeights()
-    weights.all_gather_object = lambda value: [value, (OSError("disk full"), {})]
+    weights.all_gather_object = lambda value: [value, ["failure", "disk full", {}]]
     with pytest.raises(RunFailure, match="rank 1: disk full"):
         save(tmp_path / "ckpt", weights=weights)
     assert checkpoint.latest(tmp_path / "ckpt") is None
@@ -228,7 +228,7 @@ def test_latest_that_names_nothing_is_refused(saved):
             checkpoint.latest(folder)
     shutil.move(path / "meta.json", folder)
     (folder / "latest").write_text("1000\n")
-    with pytest.raises(UserError, match="write the name of a good one"):
+    with pytest.raises(UserError, match="write the name of a complete checkpoint"):
         checkpoint.latest(folder)
 
 
@@ -241,7 +241,7 @@ def test_a_changed_byte_is_reported_with_its_file(saved, name):
     data[-1] ^= 1
     (saved[1] / name).write_bytes(data)
     with pytest.raises(
-        UserError, match=rf"{name}: its content is not what was written.*older checkpoint"
+        UserError, match=rf"{name}: its content has changed.*older checkpoint"
     ):
         checkpoint.load(FakeWeights(), saved[1], PADDED)
     with pytest.raises(UserError, match=name):
