@@ -92,13 +92,13 @@ def parse_run(values: Values, where: str) -> RunConfig:
     return parse_config(values, where, RunConfig)
 
 
-def parse_config(values: Values, where: str, root: type[Config]) -> Config:
+def parse_config(values: Any, where: str, root: type[Config]) -> Config:
     """Check the values of a config and return it as `root`.
 
     A run config with model.factory is returned as a FactoryRun.
     where: the file, for the error message. Raises UserError with all invalid keys.
     """
-    model = values.get("model")
+    model = values.get("model") if isinstance(values, dict) else None
     has_factory = isinstance(model, dict) and "factory" in model
     schema: Any = FactoryRun if root is RunConfig and has_factory else root
     try:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.config.loading import parse_run
+from electra_ds.config.loading import parse_config, parse_run
 from electra_ds.config.schema import FactoryConfig, ModelConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.hf import from_hf, from_hf_config
@@ -122,7 +122,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{folder}: expected the built-in encoder (embeddings.*, discriminator.*), found "
             f"{', '.join(sorted(weights)[:2])}, ...; for modules of your own use electra_ds.load"
         )
-    return Checkpoint(folder, meta, ModelConfig.model_validate(meta.config["model"]), weights)
+    model = parse_config(meta.config.get("model"), f"{folder}/meta.json: model", ModelConfig)
+    return Checkpoint(folder, meta, model, weights)
 
 
 def load_objective(

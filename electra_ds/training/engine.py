@@ -462,7 +462,7 @@ class Engine:
         """Set the state of the fp16 loss scaler. Does nothing without one."""
         scaler = self._loss_scaler()
         for key, value in state.items():
-            if scaler is not None and hasattr(scaler, key):
+            if scaler is not None and key in _SCALER_FIELDS and hasattr(scaler, key):
                 setattr(scaler, key, value)
 
     def _loss_scaler(self) -> Any:

@@ -202,6 +202,12 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             "choose another --out, or start from its weights with --init-from"
         )
     consumed_rows_from_state(meta.state.data, attempt.data.reader, attempt.data.row_order)
+    consumed = meta.state.attempts * config.train.global_batch_size
+    if meta.state.consumed_rows != consumed:
+        raise UserError(
+            f"{found}/meta.json: data.position = {meta.state.consumed_rows:,}; expected "
+            f"{consumed:,}, the rows of {meta.state.attempts:,} steps; use an older checkpoint"
+        )
     checkpoint.load(engine, found, padded)
     if limits.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)

@@ -240,9 +240,7 @@ def test_a_changed_byte_is_reported_with_its_file(saved, name):
     data = bytearray((saved[1] / name).read_bytes())
     data[-1] ^= 1
     (saved[1] / name).write_bytes(data)
-    with pytest.raises(
-        UserError, match=rf"{name}: its content has changed.*older checkpoint"
-    ):
+    with pytest.raises(UserError, match=rf"{name}: its content has changed.*older checkpoint"):
         checkpoint.load(FakeWeights(), saved[1], PADDED)
     with pytest.raises(UserError, match=name):
         checkpoint.weights(saved[1])
@@ -290,7 +288,9 @@ def test_a_later_version_is_refused(saved):
     "name", ["../model-00001-of-00001.safetensors", "/etc/passwd", "model.pt", "weights.pkl"]
 )
 def test_a_listed_name_that_no_checkpoint_has_is_refused(saved, name):
-    edit_meta(saved[1], lambda values: values["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    edit_meta(
+        saved[1], lambda values: values["files"].update({name: {"bytes": 1, "sha256": "0" * 64}})
+    )
     with pytest.raises(UserError, match="which no checkpoint has"):
         checkpoint.read_meta(saved[1])
 
