@@ -71,8 +71,9 @@ class ZeroKeys(Record):
     allgather_partitions: bool = True
     allgather_bucket_size: EvenBucket = 5 * 10**8
     overlap_comm: bool | None = None
-    compute_grad_norm: bool = True
-    round_robin_gradients: bool = False
+    compute_grad_norm: Literal[True] = True
+    # On several ranks DeepSpeed then returns the tensors of other parameters for a checkpoint.
+    round_robin_gradients: Literal[False] = False
     parameter_alignment: bool = False
     ignore_unused_parameters: bool = True
     log_trace_cache_warnings: bool = False
@@ -108,7 +109,7 @@ class Bf16Keys(Record):
 
     enabled: bool | Literal["auto"] = False
     immediate_grad_update: bool = False
-    check_grad_overflow: bool = True
+    check_grad_overflow: Literal[True] = True
 
 
 class Fp16Keys(Record):

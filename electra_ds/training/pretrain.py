@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 
 from electra_ds.cluster import failures, rank_log, run_folder, stop_signals
-from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.launchers import NO_LAUNCHER, Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock, owner_of
+from electra_ds.common.printable import printable, shortened
 from electra_ds.config.loading import differences, parse_run
-from electra_ds.config.schema import RunConfig
+from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
 from electra_ds.data.tokenizer import load_tokenizer
@@ -46,6 +48,7 @@ class Limits:
     extend: continue a finished run with a larger train.total_steps.
     init_from: a run or checkpoint; a new run starts from its weights.
     asked: reasons to stop at the next vote; signal handlers append to it.
+    Raises UserError when stop_at_step or max_minutes is out of range.
     """
 
     stop_at_step: int | None = None
@@ -53,6 +56,26 @@ class Limits:
     extend: bool = False
     init_from: Path | None = None
     asked: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.stop_at_step is not None and not 1 <= self.stop_at_step <= MAX_STEPS:
+            raise UserError(
+                f"--stop-at-step {shortened(self.stop_at_step)}: expected a step from 1 to "
+                f"{MAX_STEPS:,}"
+            )
+        minutes = self.max_minutes
+        if minutes is not None and not (minutes >= 0 and math.isfinite(minutes)):
+            raise UserError(f"--max-minutes {minutes}: expected a number of minutes, 0 or more")
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError when the run folder is no folder, or a folder of prepared data."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {printable(out)}: is a file; expected a folder for the run")
+    if (out / "manifest.json").exists():
+        raise UserError(
+            f"--out {printable(out)}: holds prepared data; give the run a folder of its own"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
     torchrun 0).
     Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
+    check_out(out)  # before an error file is written into it
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:
@@ -149,6 +173,11 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     if lock.took_over:
         attempt.print(f"{out}/lock: taken over from {lock.took_over}")
     on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+    if _offloads(engine_config):
+        attempt.print(
+            "offload_optimizer: loading DeepSpeed's CPU Adam; the first run on a machine compiles "
+            "it, which takes minutes"
+        )
     engine = Engine(_objective(config), config, engine_config, attempt.ranks, device)
     nodes = run_folder.open_folder(out, attempt.ranks.rank, engine.all_gather_object)
     rank_log.open_log(out, attempt.ranks)
@@ -160,6 +189,11 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     lock.release()  # before the engine closes: rank 0 may fail when another rank ends first
     engine.close()
     return stop_signals.DONE if is_complete else stop_signals.stop_exit_code()
+
+
+def _offloads(engine_config: dict[str, Any]) -> bool:
+    section = engine_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
 
 
 def _objective(config: RunConfig) -> Objective:
@@ -358,14 +392,16 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     config, ranks = attempt.config, attempt.ranks
     train = config.train
     precision = precision_name(engine.deepspeed_config)
+    is_alone = ranks.launcher == NO_LAUNCHER
+    place = "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
     lines = [
-        f"{engine.parameter_count():,} parameters, {ranks.world_size} rank(s) under "
-        f"{ranks.launcher}, ZeRO {engine.stage}, {precision}; a step is "
+        f"{engine.parameter_count():,} parameters, {place}, ZeRO {engine.stage}, {precision}; "
+        "a step is "
         f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
         f"({engine.accumulation} x {train.micro_batch_size} per rank); "
         f"{attempt.total_steps} steps, from step {step}"
     ]
-    offloads = "offload_optimizer" in engine.deepspeed_config.get("zero_optimization", {})
+    offloads = _offloads(engine.deepspeed_config)
     is_half = precision in ("bf16", "fp16")
     if ranks.world_size == 1 and engine.stage and not is_half and not offloads:
         name = "zero0-fp32" if precision == "fp32" else "zero0"
@@ -379,5 +415,11 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
         for name, part in attempt.data.source.shares.items()
     ]
     if parts:
-        lines.append(f"mixture: {'; '.join(parts)}")
+        lines.append(printable(f"mixture: {'; '.join(parts)}"))
+    lines += warnings(config, attempt.total_steps)
+    if attempt.limits.init_from is not None and step:
+        lines.append(
+            f"WARNING: --init-from {printable(attempt.limits.init_from)} has no effect, because "
+            f"{printable(attempt.out)} has a checkpoint to resume from"
+        )
     return lines
