@@ -126,13 +126,14 @@ def status(
     """
     import json
 
+    from electra_ds.common.printable import printable
     from electra_ds.reporting.status import lines, status
 
     for facts in map(status, runs):
         if as_json:
             print(json.dumps(facts))
         else:
-            print_table(facts["out"], (), lines(facts).items())
+            print_table(printable(facts["out"]), (), lines(facts).items())
 
 
 @app.command()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,32 @@ def parse_record(value: Any, path: str | Path, kind: type[AnyRecord], what: str 
     except ValidationError as error:
         expected = f"; expected {what}" if what else ""
         raise UserError(f"{printable(path)}: {describe(error)}{expected}") from None
+
+
+def set_aside(path: Path) -> str:
+    """Rename a file or folder to NAME.damaged, and return a line that says so.
+
+    For files that only tell of the past: damaged, they must not keep a run from resuming.
+    Raises OSError when the rename fails.
+    """
+    damaged = path.with_name(f"{path.name}.damaged")
+    if damaged.is_dir() and not damaged.is_symlink():
+        shutil.rmtree(damaged)
+    os.replace(path, damaged)
+    return f"set aside as {printable(damaged)}"
+
+
+def read_or_set_aside(path: Path, kind: type[AnyRecord], what: str) -> tuple[AnyRecord | None, str]:
+    """Read a record that only tells of the past; a damaged file is set aside.
+
+    Returns (record, ""), (None, "") without a file, or (None, line that says what was damaged).
+    """
+    if not os.path.lexists(path):
+        return None, ""
+    try:
+        return read_record(path, kind, what), ""
+    except UserError as error:
+        return None, f"{error}; {set_aside(path)}"
 
 
 def describe(error: ValidationError, most: int = 5) -> str:

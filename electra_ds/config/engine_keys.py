@@ -51,7 +51,7 @@ class OffloadKeys(Record):
 class OffloadOptimizerKeys(OffloadKeys):
     """zero_optimization.offload_optimizer."""
 
-    ratio: float = Field(1.0, ge=0, le=1)
+    ratio: float = Field(default=1.0, ge=0, le=1)
 
 
 class OffloadParamKeys(OffloadKeys):
@@ -63,7 +63,7 @@ class OffloadParamKeys(OffloadKeys):
 class ZeroKeys(Record):
     """zero_optimization."""
 
-    stage: Integer = Field(0, ge=0, le=3)
+    stage: Integer = Field(default=0, ge=0, le=3)
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
     reduce_bucket_size: Bucket = 5 * 10**8
@@ -116,12 +116,12 @@ class Fp16Keys(Record):
     """fp16."""
 
     enabled: bool | Literal["auto"] = False
-    loss_scale: float = Field(0, ge=0, le=2**32)
-    initial_scale_power: int = Field(16, ge=0, le=32)
-    loss_scale_window: int = Field(1000, ge=1, le=2**31)
-    hysteresis: int = Field(2, ge=1, le=2**31)
+    loss_scale: float = Field(default=0, ge=0, le=2**32)
+    initial_scale_power: int = Field(default=16, ge=0, le=32)
+    loss_scale_window: int = Field(default=1000, ge=1, le=2**31)
+    hysteresis: int = Field(default=2, ge=1, le=2**31)
     consecutive_hysteresis: bool = False
-    min_loss_scale: Integer = Field(1, ge=1, le=2**32)
+    min_loss_scale: Integer = Field(default=1, ge=1, le=2**32)
 
 
 class AutocastKeys(Record):
@@ -145,10 +145,10 @@ class FlopsProfilerKeys(Record):
     """flops_profiler: operations of one step, printed."""
 
     enabled: bool = False
-    recompute_fwd_factor: float = Field(0.0, ge=0, le=10)
-    profile_step: int = Field(1, ge=1, le=2**31)
-    module_depth: int = Field(-1, ge=-1, le=1000)
-    top_modules: int = Field(1, ge=1, le=1000)
+    recompute_fwd_factor: float = Field(default=0.0, ge=0, le=10)
+    profile_step: int = Field(default=1, ge=1, le=2**31)
+    module_depth: int = Field(default=-1, ge=-1, le=1000)
+    top_modules: int = Field(default=1, ge=1, le=1000)
     detailed: bool = True
 
 
@@ -168,7 +168,7 @@ class EngineKeys(Record):
     communication_data_type: DataType | None = None
     data_types: DataTypeKeys = DataTypeKeys()
     disable_allgather: bool = False
-    gradient_predivide_factor: float = Field(1.0, gt=0, le=1e6)
+    gradient_predivide_factor: float = Field(default=1.0, gt=0, le=1e6)
     prescale_gradients: bool = False
     zero_allow_untested_optimizer: bool = True
     zero_force_ds_cpu_optimizer: bool = True
@@ -176,7 +176,7 @@ class EngineKeys(Record):
     flops_profiler: FlopsProfilerKeys = FlopsProfilerKeys()
     dump_state: bool = False
     memory_breakdown: bool = False
-    steps_per_print: int | None = Field(None, ge=1, le=2**31)
+    steps_per_print: int | None = Field(default=None, ge=1, le=2**31)
     wall_clock_breakdown: bool = False
 
     @model_validator(mode="after")

@@ -124,6 +124,7 @@ class ShardReader(SplitIndex):
         super().__init__(data_dir, split, location=data_dir)
         self.data_dir = Path(data_dir)
         self._maps: dict[int, np.ndarray] = {}  # shard -> [bytes] uint8
+        self._files: dict[int, mmap.mmap] = {}  # shard -> its open file
         self._views: dict[int, np.ndarray] = {}  # block -> [n, S]
         self._checked = np.zeros(len(self.blocks), bool)
         if check_files:
@@ -152,7 +153,9 @@ class ShardReader(SplitIndex):
 
     def block(self, block: int) -> np.ndarray:
         """Return a view of one block's rows, [n, S]; the first call checks headers and crc32."""
-        if block not in self._views:
+        if block in self._views:
+            self._check_size(block)
+        else:
             _, rows, offset, size, _, _ = self.blocks[block].item()
             shard_bytes = self._map(block)
             if not self._checked[block]:
@@ -229,8 +232,20 @@ class ShardReader(SplitIndex):
         if shard not in self._maps:
             if len(self._maps) >= OPEN_SHARDS:
                 self._maps.clear()
+                self._files.clear()
                 self._views.clear()
             with open(self.data_dir / shard_file(self.split, shard), "rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._maps[shard] = np.frombuffer(mapped, np.uint8)
+            self._files[shard] = mapped
+        self._check_size(block)
         return self._maps[shard]
+
+    def _check_size(self, block: int) -> None:
+        """Raise UserError when the shard became shorter: reading it would end the process."""
+        shard = int(self.blocks["shard"][block])
+        size, expected = self._files[shard].size(), self.info.shards[shard].bytes
+        if size < expected:
+            raise self.damage(
+                block, f"the file became shorter while it was read: {size} of {expected} bytes"
+            )

@@ -16,7 +16,7 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
-from electra_ds.training.run_plan import plan, warnings
+from electra_ds.training.run_plan import plan, plan_warnings
 
 
 class Line(NamedTuple):
@@ -63,9 +63,9 @@ def check(
     if data is not None:
         planned = plan(config, data, world_size)
         config = planned.config.model_copy(update={"engine": config.engine})
-        notes = warnings(config, planned.total_steps)
+        notes = plan_warnings(config, planned.total_steps)
     elif config.train.total_steps is not None:
-        notes = warnings(config, config.train.total_steps)
+        notes = plan_warnings(config, config.train.total_steps)
     derived = [
         *_step_lines(config, world_size),
         *_length_lines(config, data),

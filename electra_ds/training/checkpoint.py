@@ -65,10 +65,10 @@ class FileFacts(Record):
 class ScalerFacts(Record):
     """State of DeepSpeed's fp16 loss scaler; empty without one. These attributes are set."""
 
-    cur_scale: float | None = Field(None, gt=0, le=2**64)
-    cur_iter: int | None = Field(None, ge=0, le=2**62)
-    last_overflow_iter: int | None = Field(None, ge=-1, le=2**62)
-    cur_hysteresis: int | None = Field(None, ge=0, le=2**31)
+    cur_scale: float | None = Field(default=None, gt=0, le=2**64)
+    cur_iter: int | None = Field(default=None, ge=0, le=2**62)
+    last_overflow_iter: int | None = Field(default=None, ge=-1, le=2**62)
+    cur_hysteresis: int | None = Field(default=None, ge=0, le=2**31)
 
 
 class MetaFile(Record):
@@ -82,7 +82,9 @@ class MetaFile(Record):
     tokens: int = Field(ge=0, le=2**62)
     data: dict[str, Any]
     interval: list[list[float]] = Field(max_length=2**20)
-    recent_losses: list[float] = Field([], max_length=WINDOW)  # the first checkpoints have none
+    recent_losses: list[float] = Field(
+        default=[], max_length=WINDOW
+    )  # the first checkpoints have none
     scaler: ScalerFacts
     world_size: int = Field(ge=1, le=2**20)
     config: dict[str, Any]

@@ -16,7 +16,8 @@ from electra_ds.cluster.launchers import NO_LAUNCHER, Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock, owner_of
-from electra_ds.common.printable import printable, shortened
+from electra_ds.common.printable import printable, printable_lines, shortened
+from electra_ds.common.urls import redacted
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.dataset import Data, open_data
@@ -34,7 +35,7 @@ from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
-from electra_ds.training.run_plan import TrainingData, plan
+from electra_ds.training.run_plan import TrainingData, plan, plan_warnings
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 
@@ -95,7 +96,7 @@ class Attempt:
         """Print a line on rank 0."""
         if self.ranks.rank == 0:
             with contextlib.suppress(OSError):  # the console may be a file on a full disk
-                print(text, flush=True)
+                print(redacted(printable_lines(text)), flush=True)
 
 
 def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limits: Limits) -> int:
@@ -172,7 +173,9 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
         return stop_signals.DONE
     if lock.took_over:
         attempt.print(f"{out}/lock: taken over from {lock.took_over}")
-    on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+    notes = on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+    for note in notes:
+        attempt.print(note)
     if _offloads(engine_config):
         attempt.print(
             "offload_optimizer: loading DeepSpeed's CPU Adam; the first run on a machine compiles "
@@ -262,10 +265,10 @@ def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:
         )
 
 
-def _count_failures(out: Path, limit: int, silent: str) -> None:
+def _count_failures(out: Path, limit: int, silent: str) -> list[str]:
     newest = checkpoint.latest(out / "ckpt")
     step = checkpoint.read_meta(newest).state.step if newest else 0
-    failures.count_failures(out, step, limit, silent)
+    return failures.count_failures(out, step, limit, silent)
 
 
 def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:
@@ -393,7 +396,9 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     train = config.train
     precision = precision_name(engine.deepspeed_config)
     is_alone = ranks.launcher == NO_LAUNCHER
-    place = "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
+    place = (
+        "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
+    )
     lines = [
         f"{engine.parameter_count():,} parameters, {place}, ZeRO {engine.stage}, {precision}; "
         "a step is "
@@ -416,7 +421,7 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     ]
     if parts:
         lines.append(printable(f"mixture: {'; '.join(parts)}"))
-    lines += warnings(config, attempt.total_steps)
+    lines += plan_warnings(config, attempt.total_steps)
     if attempt.limits.init_from is not None and step:
         lines.append(
             f"WARNING: --init-from {printable(attempt.limits.init_from)} has no effect, because "

@@ -54,7 +54,7 @@ def plan(config: RunConfig, source: Data, world_size: int) -> Plan:
     return Plan(config, engine, data, config.total_steps(data.reader.rows))
 
 
-def warnings(config: RunConfig, total_steps: int) -> list[str]:
+def plan_warnings(config: RunConfig, total_steps: int) -> list[str]:
     """Return one line for each setting that has no effect, or hardly the intended one."""
     lines = []
     warmup = config.optimizer.warmup_steps

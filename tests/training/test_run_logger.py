@@ -144,7 +144,7 @@ def test_a_full_disk_stops_only_tensorboard_without_a_traceback(tmp_path, capfd)
             metrics.flush()
     assert steps_of(tmp_path) == [1, 2, 3]
     printed = capfd.readouterr()
-    message = "TensorBoard's file is not written any more until the next start"
+    message = "TensorBoard's file is not written until the next start"
     assert printed.out.count(message) == 1 and printed.err == ""
 
 
