@@ -18,6 +18,7 @@ from electra_ds.common.urls import redacted
 # Errors of the system that a user can correct by another path or other rights.
 PATH_ERRORS = (
     errno.EACCES,
+    errno.EEXIST,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,

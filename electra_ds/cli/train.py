@@ -42,7 +42,7 @@ def check(
     report = check(
         config,
         world_size,
-        open_data(data) if data else None,
+        open_data(data) if data is not None else None,
         load_run(run) if is_preset else None,
     )
     derived = [(line.key, line.value, line.meaning) for line in report.derived]

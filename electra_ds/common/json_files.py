@@ -74,6 +74,8 @@ def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
                     f"{limit:,} bytes"
                 )
             return file.read(limit + 1)
+    except UserError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{printable(path)}: not found; expected {what}") from None
     except IsADirectoryError:

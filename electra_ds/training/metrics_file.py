@@ -45,13 +45,13 @@ def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
     shown = printable(path)
     try:
         *lines, _ = read_small(path, "the metrics of a run").split(b"\n")
-        first = parse_strictly(lines[0]) if lines else "an empty file"
+        first = parse_strictly(lines[0]) if lines else None
     except UserError as error:
         return [], str(error)
     except ValueError as error:
         return [], f"{shown}: line 1 is not JSON ({error}); remove it"
     if first != SCHEMA:
-        return [], f"{shown}: expected the schema line {SCHEMA}, found {shortened(first)}"
+        return [], f"{shown}: expected the schema line {SCHEMA}, found {'no line' if first is None else shortened(first)}"
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines[1:], 2):
         try:
