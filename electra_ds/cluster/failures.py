@@ -35,10 +35,10 @@ class AttemptError(Record):
 
     model_config = Record.model_config | {"extra": "ignore"}
 
-    rank: int = Field(default=0, ge=0, le=2**20)
+    rank: int = Field(ge=0, le=2**20)
     host: str = Field(default="", max_length=1000)
     time: str = Field(default="", max_length=100)
-    error: str = Field(default="", max_length=MAX_ERROR_CHARACTERS)
+    error: str = Field(max_length=MAX_ERROR_CHARACTERS)
     failure: bool = True
 
     def facts(self) -> dict[str, Any]:

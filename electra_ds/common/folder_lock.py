@@ -102,7 +102,8 @@ class Lock:
             "nonce": secrets.token_hex(8),
         }
         self._text = json.dumps(self._own, indent=2) + "\n"
-        self._seen = ("", "")  # lock and heartbeat as first read from this owner
+        # Lock and heartbeat as first read from this owner. The lock is empty while it is written.
+        self._seen: tuple[str, str] | None = None
         self._seen_at = 0.0
         self._beats = 0
         self._thread = threading.Thread(target=self._beat_until_released, daemon=True)
@@ -218,7 +219,7 @@ class Lock:
 
     def _may_be_alive(self, seen: tuple[str, str], owner: dict[str, Any]) -> bool:
         """Whether the owner may still be alive. Raises LockedOut when its heartbeat has changed."""
-        if seen[0] != self._seen[0]:  # the first read of this owner
+        if self._seen is None or seen[0] != self._seen[0]:  # the first read of this owner
             self._seen = seen
             self._seen_at = time.monotonic()
             self._say(

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,15 +148,16 @@ def parse_record(value: Any, path: str | Path, kind: type[AnyRecord], what: str 
 
 
 def set_aside(path: Path) -> str:
-    """Rename a file or folder to NAME.damaged, and return a line that says so.
+    """Rename a file or folder to NAME.damaged (NAME.damaged.2, ...), and return the new name.
 
     For files that only tell of the past: damaged, they must not keep a run from resuming.
     Raises OSError when the rename fails.
     """
-    damaged = path.with_name(f"{path.name}.damaged")
-    if damaged.is_dir() and not damaged.is_symlink():
-        shutil.rmtree(damaged)
-    os.replace(path, damaged)
+    damaged, number = path.with_name(f"{path.name}.damaged"), 1
+    while os.path.lexists(damaged):
+        number += 1
+        damaged = path.with_name(f"{path.name}.damaged.{number}")
+    os.rename(path, damaged)
     return f"set aside as {printable(damaged)}"
 
 

@@ -153,7 +153,7 @@ def _errors(out: Path, missing: list[str], gone_owner: str, host: str) -> list[A
     files = sorted(out.glob(ERROR_FILES))
     errors = [error for file in files if (error := _read(file, AttemptError, missing))]
     if gone_owner and not errors:
-        return [AttemptError(host=host, error=f"ended without a message: {gone_owner}")]
+        return [AttemptError(rank=0, host=host, error=f"ended without a message: {gone_owner}")]
     return sorted(errors, key=lambda error: error.time)
 
 

@@ -51,7 +51,8 @@ def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], str]:
     except ValueError as error:
         return [], f"{shown}: line 1 is not JSON ({error}); remove it"
     if first != SCHEMA:
-        return [], f"{shown}: expected the schema line {SCHEMA}, found {'no line' if first is None else shortened(first)}"
+        found = "no line" if first is None else shortened(first)
+        return [], f"{shown}: expected the schema line {SCHEMA}, found {found}"
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines[1:], 2):
         try:

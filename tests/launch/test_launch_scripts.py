@@ -59,7 +59,7 @@ def test_a_number_of_ranks_other_than_world_size_is_refused(data: Path, tmp_path
     ranks = ["--standalone", "--nproc_per_node=2"]
     refused = launch("torchrun", *ranks, *run, "--world-size", 3)
     assert refused.returncode != 0
-    message = "--world-size 3 was promised, but torchrun or deepspeed started 2 rank(s)"
+    message = "--world-size is 3, but torchrun or deepspeed started 2 rank(s)"
     assert message in refused.stderr
     assert not (tmp_path / "run").exists()
 
