@@ -27,19 +27,46 @@ SETS = [
     "logging.tensorboard=false",
 ]
 VALUES = [True, False, None, 0, 1, 2, 3, -1, 64, 5e8, 1e30, "auto", "cpu", "bf16", [], {}]
-ZERO_KEYS = (
-    "allgather_bucket_size allgather_partitions contiguous_gradients ignore_unused_parameters "
-    "overlap_comm parameter_alignment reduce_bucket_size reduce_scatter round_robin_gradients "
-    "stage3_allgather_sequential stage3_max_live_parameters stage3_max_reuse_distance "
-    "stage3_param_persistence_threshold stage3_prefetch_bucket_size sub_group_size "
-    "stage3_use_all_reduce_for_fetch_params elastic_checkpoint offload_optimizer overlap_com "
-    "zero_hpz_partition_size legacy_stage1 leaf_module"
-).split()
-TOP_KEYS = (
-    "communication_data_type data_types disable_allgather gradient_predivide_factor memory_breakdown "
-    "prescale_gradients steps_per_print wall_clock_breakdown zero_allow_untested_optimizer amp "
-    "tensorboard sparse_attention comms_logger train_batch_size"
-).split()
+ZERO_KEYS = [
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "ignore_unused_parameters",
+    "overlap_comm",
+    "parameter_alignment",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage3_allgather_sequential",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+    "stage3_use_all_reduce_for_fetch_params",
+    "elastic_checkpoint",
+    "offload_optimizer",
+    "overlap_com",
+    "zero_hpz_partition_size",
+    "legacy_stage1",
+    "leaf_module",
+]
+TOP_KEYS = [
+    "communication_data_type",
+    "data_types",
+    "disable_allgather",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "amp",
+    "tensorboard",
+    "sparse_attention",
+    "comms_logger",
+    "train_batch_size",
+]
 
 
 def engine(dice: random.Random) -> dict[str, Any]:
@@ -55,7 +82,7 @@ def engine(dice: random.Random) -> dict[str, Any]:
 
 
 def verdict(act: Any) -> str:
-    """"" if the function returns, else its UserError. Other errors end the process."""
+    """ "" if the function returns, else its UserError. Other errors end the process."""
     try:
         act()
     except UserError as error:
