@@ -8,7 +8,7 @@ set -uo pipefail
 [ "${MPI_LOCALRANKID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}" = 0 ] || exit 0
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-if [ $# -ne 1 ] || [ -z "$1" ]; then sed -n '2s/^# //p' "$0" >&2; exit 2; fi
+if [ $# -ne 1 ]; then sed -n '2s/^# //p' "$0" >&2; exit 2; fi
 data=$1 node=${SLURMD_NODENAME:-$(hostname)} bad=0
 complain() { echo "bad node $node: $*" | redacted >&2; bad=1; }
 if [ -n "${STAGE:-}" ]; then
