@@ -16,6 +16,7 @@ import gc
 import math
 import os
 import signal
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -252,13 +253,20 @@ class Engine:
             return AdamW(groups, options)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(
-            groups,
-            lr=0.0,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            bias_correction=options.bias_correction,
-        )
+        try:
+            return DeepSpeedCPUAdam(
+                groups,
+                lr=0.0,
+                betas=(options.beta1, options.beta2),
+                eps=options.eps,
+                bias_correction=options.bias_correction,
+            )
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(
+                f"offload_optimizer: DeepSpeed's CPU Adam cannot be compiled or loaded ({first}); "
+                "it needs a C++ compiler and ninja: install both, or use an engine without offload"
+            ) from error
 
     @collective
     def forward_backward(

@@ -145,8 +145,8 @@ def test_a_stopped_killed_or_failed_rank_is_named_and_the_run_resumes(
             "torchrun",
             "hang",
             1,
-            r"1: no rank moved for \d+ s: it stands at .*, "
-            r"of the others 1 at (engine|collectives).py:\d+",
+            r"1: no rank moved for \d+ s: it is at .*, "
+            r"the other ranks: 1 at (engine|collectives).py:\d+",
         ),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_hanging_rank_is_the_one_outside_collectives(hung: int) -> None:
     failures = [watchdog._hang() for _ in range(watchdog._patience + 1)]
     assert failures[:-1] == [None] * watchdog._patience
     assert failures[-1].rank == hung and failures[-1].host == f"node{hung}"
-    assert "it stands at trainer.py:1 train, of the others" in failures[-1].error
+    assert "it is at trainer.py:1 train, the other ranks" in failures[-1].error
 
 
 def test_a_hung_rank_ends_although_standard_error_is_closed() -> None:

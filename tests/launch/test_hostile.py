@@ -440,7 +440,7 @@ def test_a_count_of_restarts_becomes_no_path_and_no_option(sandbox: Sandbox, nam
 def test_a_hostfile_is_read_to_its_end(sandbox: Sandbox, text: str, hosts: str) -> None:
     (sandbox.folder / "hosts file").write_text(text)
     options = ["tiny", "--data", str(sandbox.folder / "data"), "--out", "out"]
-    code, calls = sandbox.run("deepspeed.sh", *options, HOSTFILE="hosts file")
+    code, _ = sandbox.run("deepspeed.sh", *options, HOSTFILE="hosts file")
     if "node1" in hosts:
         printed = sandbox.output.replace("\\", "")
         assert f"pdsh -S -w {hosts} " in printed, sandbox.output + sandbox.errors
