@@ -94,7 +94,7 @@ def logits_of(
             logits = logits.reshape(*batch.document_ids.shape, -1)
         for i, row in zip(numbers, logits, strict=False):  # an empty batch has a row of padding
             row = row[: len(examples[i].ids)] if row.ndim == 2 else row
-            own.append((i, row.tolist()))  # fp32 -> JSON -> fp32 gives the same bits
+            own.append((int(i), row.tolist()))  # fp32 -> JSON -> fp32 gives the same bits
     gathered = {i: row for share in all_gather_object(own) for i, row in share}
     return [np.array(gathered[i], np.float32) for i in range(len(examples))]
 
