@@ -239,7 +239,7 @@ class TrainConfig(Section):
 class AdamConfig(Section):
     """Adam with decoupled weight decay and linear decay after warmup (ELECTRA, appendix A)."""
 
-    peak_lr: float = science(..., "learning rate at the end of warmup, before decay", gt=0, le=100)
+    peak_lr: float = science(..., "learning rate at the end of warmup, before decay", gt=0, le=1e38)
     beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
     # The limit: above it 1 - beta2**(2**20) is below 1 in fp32 (NO_BIAS_CORRECTION_STEP).
     beta2: float = science(0.999, "decay of the second moment", ge=0, le=0.9999)
