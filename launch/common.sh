@@ -12,8 +12,12 @@
 
 finish="done" # last file that is written in --out; prepare writes manifest.json and has no --data
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
-show() { printf '+'; printf ' %q' "$@"; echo; }
+say() { printf '%s: %s\n' "$(basename "$0")" "$*" | redacted >&2; }
+show() { { printf '+'; printf ' %q' "$@"; echo; } | redacted; }
+redacted() { # hide users, passwords and secret query values of URLs
+    sed -E -e 's#://[^/@[:space:]]*@#://***@#g' -e \
+        's/([?&][A-Za-z0-9_.-]*(token|key|secret|sig|passw|pwd|credential|auth|session)[A-Za-z0-9_.-]*=)[^&[:space:]\\]*/\1***/Ig'
+}
 run() { show "$@"; "$@"; }
 
 environment() {
@@ -21,6 +25,9 @@ environment() {
     PYTHON=$(command -v "${PYTHON:-python}") || { say "no python: activate an environment or set PYTHON"; exit 2; }
     PATH=$(dirname "$PYTHON"):$PATH
     export PATH PYTHON PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 # stacks after a crash, no buffered lines
+    # `python -m` imports from the current folder first: a file json.py there would run. These scripts run
+    # the package of their own checkout, installed or not.
+    export PYTHONSAFEPATH=1 PYTHONPATH="${here%/*}${PYTHONPATH:+:$PYTHONPATH}"
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun ignores sbatch's value
 }
 
@@ -36,13 +43,16 @@ begin() {
     environment
     # State before this attempt, for judge: files of an earlier attempt do not count.
     was_done=$([ ! -e "$out/$finish" ] || echo yes)
-    stopped=$out/stopped.${SLURM_RESTART_COUNT:-0}
+    stopped=$out/stopped.$(count SLURM_RESTART_COUNT "${SLURM_RESTART_COUNT:-0}" 0) || exit
     rm -f -- "$stopped"
 }
 
 ranks_here() { count RANKS "${RANKS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
-count() { # NAME VALUE: print a positive integer; bash arithmetic would execute PATH[$(...)]
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || { say "$1='$2': expected a positive integer"; exit 2; }
+count() { # NAME VALUE [LEAST]: print an integer of at least LEAST (1); arithmetic would execute PATH[$(...)]
+    if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || [ "$2" -lt "${3:-1}" ]; then
+        say "$1=$(printf %q "$2"): expected an integer from ${3:-1} to 999999999"
+        exit 2
+    fi
     echo "$2"
 }
 free_port() { "$PYTHON" -c 'from electra_ds.common.processes import free_port; print(free_port())'; }
@@ -56,6 +66,6 @@ judge() {
     if [ -e "$out/$finish" ] && { [ -z "$was_done" ] || [ "$1" -eq 0 ]; }; then say "$out is finished"; exit 0; fi
     if [ -e "$stopped" ]; then say "$out is saved and stopped; the same command resumes it"; exit 85; fi
     say "failed (exit code $1 of the launcher)"
-    tail -n +1 "$out"/error-rank-*.json >&2 2>/dev/null || true
+    tail -n +1 "$out"/error-rank-*.json 2> /dev/null | tr -d '\000-\010\013-\037\177' | redacted >&2 || true
     exit $(($1 > 0 ? $1 : 1))
 }

@@ -6,8 +6,11 @@
 set -uo pipefail
 # mpirun starts this script once per rank; the first rank of a node checks it.
 [ "${MPI_LOCALRANKID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}" = 0 ] || exit 0
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+if [ $# -ne 1 ]; then sed -n '2s/^# //p' "$0" >&2; exit 2; fi
 data=$1 node=${SLURMD_NODENAME:-$(hostname)} bad=0
-complain() { echo "bad node $node: $*" >&2; bad=1; }
+complain() { echo "bad node $node: $*" | redacted >&2; bad=1; }
 if [ -n "${STAGE:-}" ]; then
     "${PYTHON:-python}" -m electra_ds stage "$data" --to "$STAGE" ||
         complain "cannot copy $data to STAGE $STAGE (see the message above)"
@@ -15,11 +18,13 @@ if [ -n "${STAGE:-}" ]; then
 fi
 case $data in *.json) file=$data ;; *) file=$data/manifest.json ;; esac
 case $data in
-    *://*) timeout 60 "${PYTHON:-python}" -c 'import fsspec, sys; fsspec.open(sys.argv[1]).open().read(1)' "$file" ;;
+    *://*) timeout 60 "${PYTHON:-python}" -c 'import sys; from electra_ds.common.urls import file_system
+files, path = file_system(sys.argv[1]); files.open(path).read(1)' "$file" ;;
     *) [ -r "$file" ] ;;
 esac || complain "cannot read $file; expected as --data a folder that prepare wrote, its URL," \
     "or a MIX.json of several folders, visible on all nodes"
-[ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 65536 ] || complain "less than 64 MiB left in /dev/shm"
+free=$(df -Pk /dev/shm 2> /dev/null | awk 'NR == 2 { print $4 }')
+[ "${free:-0}" -ge 65536 ] || complain "less than 64 MiB left in /dev/shm"
 if command -v nvidia-smi > /dev/null; then
     timeout 60 nvidia-smi > /dev/null || complain "nvidia-smi fails; drain the node or reset its GPUs"
 fi

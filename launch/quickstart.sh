@@ -11,17 +11,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 input=builtin:docs out=runs/quickstart steps=7000
 while [ $# -gt 0 ]; do
     case "$1" in
-        --input) input=$2; shift 2 ;;
-        --out) out=$2; shift 2 ;;
-        --steps) steps=$2; shift 2 ;;
+        --input) input=${2:?--input needs a value}; shift 2 ;;
+        --out) out=${2:?--out needs a value}; shift 2 ;;
+        --steps) steps=${2:?--steps needs a value}; shift 2 ;;
         *) echo "quickstart.sh: unknown option $1; expected --input, --out or --steps" >&2; exit 2 ;;
     esac
 done
-[[ $steps =~ ^[1-9][0-9]*$ ]] || { echo "quickstart.sh: --steps '$steps' is not a positive integer" >&2; exit 2; }
+[[ $steps =~ ^[1-9][0-9]{0,8}$ ]] || { echo "quickstart.sh: --steps '$steps' is not a positive integer" >&2; exit 2; }
 case "$input" in builtin:*|/*) ;; *) input="$PWD/$input" ;; esac
 case "$out" in /*) ;; *) out="$PWD/$out" ;; esac
 make_environment ""
-export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 
 say() { printf '\n== %s\n' "$*"; }
 run() { echo "+ $*"; "$@"; }

@@ -10,8 +10,9 @@ begin "$@"
 bash "$here/health.sh" "$data"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise torch 2.13 cannot rendezvous again
 nodes=$(count NODES "${NODES:-1}")
+restarts=$(count RESTARTS "${RESTARTS:-3}" 0)
 ranks=$(ranks_here) code=0
-run torchrun --nnodes "$nodes" --nproc_per_node "$ranks" --max_restarts "${RESTARTS:-3}" --rdzv_backend c10d \
+run torchrun --nnodes "$nodes" --nproc_per_node "$ranks" --max_restarts "$restarts" --rdzv_backend c10d \
     --rdzv_endpoint "${RENDEZVOUS:-localhost:0}" --rdzv_id "${JOB:-electra}" -m electra_ds \
     pretrain "$@" ${STAGE:+--data "$STAGE"} --world-size $((nodes * ranks)) || code=$?
 judge "$code"

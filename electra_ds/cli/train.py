@@ -29,26 +29,32 @@ def check(
     ] = False,
 ) -> None:
     """Show what a run needs, and report errors in its config."""
+    from electra_ds.common.printable import printable
     from electra_ds.config.loading import config_names, load_run
     from electra_ds.config.schema import FactoryRun
     from electra_ds.data.dataset import open_data
     from electra_ds.reporting.check import Line, check
 
     is_preset = run in config_names("pretrain")
+    config = load_run(run, sets or [], engine)
+    if isinstance(config, FactoryRun):
+        print(f"running the code of model.factory = {printable(config.model.factory)}", flush=True)
     report = check(
-        load_run(run, sets or [], engine),
+        config,
         world_size,
-        open_data(data) if data else None,
+        open_data(data) if data is not None else None,
         load_run(run) if is_preset else None,
     )
     derived = [(line.key, line.value, line.meaning) for line in report.derived]
-    print_table(f"{run} on {world_size} rank(s)", ("key", "value", "meaning"), derived)
+    print_table(f"{printable(run)} on {world_size} rank(s)", ("key", "value", "meaning"), derived)
+    for line in report.warnings:
+        print(line)
     if not isinstance(report.config, FactoryRun):  # the memory of a user's modules is not known
         _print_memory(report.config, world_size)
     if show_all:
         print_table("every value", Line._fields, report.fields)
         return
-    other = f"differ from the preset {run}" if is_preset else "differ from the defaults"
+    other = f"differ from the preset {printable(run)}" if is_preset else "differ from the defaults"
     if report.changed:
         print_table(f"values that {other} (--all shows every value)", Line._fields, report.changed)
     else:
@@ -77,7 +83,7 @@ def pretrain(
     engine: Engine = None,
     sets: Sets = None,
     world_size: Annotated[
-        int | None, typer.Option(help="Number of ranks; another number is refused.")
+        int | None, typer.Option(min=1, help="Number of ranks; another number is refused.")
     ] = None,
     stop_at_step: Annotated[
         int | None, typer.Option(help="Save after this step and exit with code 85.")
@@ -120,13 +126,14 @@ def status(
     """
     import json
 
+    from electra_ds.common.printable import printable
     from electra_ds.reporting.status import lines, status
 
     for facts in map(status, runs):
         if as_json:
             print(json.dumps(facts))
         else:
-            print_table(facts["out"], (), lines(facts).items())
+            print_table(printable(facts["out"]), (), lines(facts).items())
 
 
 @app.command()

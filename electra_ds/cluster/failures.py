@@ -5,20 +5,48 @@ A rank that ends by an error writes OUT/error-rank-N.json. OUT/restarts.json cou
 
 import contextlib
 import json
+import re
 import socket
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from electra_ds.common.errors import LockedOut, UserError
-from electra_ds.common.json_files import read_json, write_json
+from electra_ds.common.json_files import (
+    Record,
+    read_or_set_aside,
+    read_record,
+    set_aside,
+    write_json,
+)
+from electra_ds.common.printable import printable, printable_lines
+from electra_ds.common.urls import redacted
 
 ERRORS_KEPT = 10  # in restarts.json
+MAX_ERROR_CHARACTERS = 100_000
+ERROR_FILES = "error-rank-*.json"
 
 
-@dataclass
-class Failures:
+class AttemptError(Record):
+    """One entry of OUT/restarts.json, and with `failure` the content of OUT/error-rank-N.json."""
+
+    model_config = Record.model_config | {"extra": "ignore"}
+
+    rank: int = Field(ge=0, le=2**20)
+    host: str = Field(default="", max_length=1000)
+    time: str = Field(default="", max_length=100)
+    error: str = Field(max_length=MAX_ERROR_CHARACTERS)
+    failure: bool = True
+
+    def facts(self) -> dict[str, Any]:
+        """The entry as JSON values, without `failure`."""
+        return self.model_dump(exclude={"failure"})
+
+
+class Failures(Record):
     """Content of OUT/restarts.json. A requested stop and a UserError are not counted as failures.
 
     failures: number of failures of the run.
@@ -27,12 +55,14 @@ class Failures:
     errors: the last ERRORS_KEPT errors, each with rank, host, time and error.
     """
 
-    failures: int = 0
-    in_a_row: int = 0
-    step: int = -1
-    errors: list[dict[str, Any]] = field(default_factory=list)
+    model_config = Record.model_config | {"extra": "ignore"}
 
-    def with_attempt(self, step: int, errors: list[dict[str, Any]]) -> "Failures":
+    failures: int = Field(default=0, ge=0, le=2**53)
+    in_a_row: int = Field(default=0, ge=0, le=2**53)
+    step: int = Field(default=-1, ge=-1, le=2**53)
+    errors: tuple[AttemptError, ...] = Field(default=(), max_length=1000)
+
+    def with_attempt(self, step: int, errors: Sequence[AttemptError]) -> "Failures":
         """Return the counts after an attempt.
 
         step: step of the latest checkpoint. errors: errors of the attempt, empty without a failure.
@@ -41,10 +71,10 @@ class Failures:
         in_a_row = 0 if is_later else self.in_a_row
         failed = 1 if errors else 0
         return Failures(
-            self.failures + failed,
-            in_a_row + failed,
-            max(step, self.step),
-            (self.errors + errors)[-ERRORS_KEPT:],
+            failures=self.failures + failed,
+            in_a_row=in_a_row + failed,
+            step=max(step, self.step),
+            errors=(*self.errors, *errors)[-ERRORS_KEPT:],
         )
 
 
@@ -58,56 +88,67 @@ def record_error(out: Path, rank: int, error: BaseException | str, host: str = "
         return
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     is_failure = not isinstance(error, UserError | KeyboardInterrupt)
-    facts = _described(rank, text, host) | {"failure": is_failure}
+    facts = described(rank, text, host).facts() | {"failure": is_failure}
     with contextlib.suppress(OSError):
         (out / f"error-rank-{rank}.json").write_text(json.dumps(facts) + "\n")
 
 
-def read_errors(out: Path) -> list[dict[str, Any]]:
-    """Return the contents of OUT/error-rank-*.json, sorted by time."""
-    errors = [_read_error(file) for file in sorted(out.glob("error-rank-*.json"))]
-    return sorted(errors, key=lambda error: error.get("time", ""))
+def read_errors(out: Path) -> list[AttemptError]:
+    """Return the contents of OUT/error-rank-*.json, sorted by time; damaged files are named."""
+    errors = [_read_error(file)[0] for file in sorted(out.glob(ERROR_FILES))]
+    return sorted(errors, key=lambda error: error.time)
 
 
-def count_failures(out: Path, step: int, limit: int, silent: str) -> None:
+def count_failures(out: Path, step: int, limit: int, silent: str) -> list[str]:
     """Move the error files of the last attempt into OUT/restarts.json. Called on rank 0.
 
     step: step of the latest checkpoint. A later step than in restarts.json resets the count.
     limit: largest number of failures in a row without a new checkpoint; 0: no limit.
     silent: the former owner of the lock, if it was taken over. If there are no error files, it is
         counted as a failure without a message.
+    Returns a line for each damaged file, which is set aside.
     Raises UserError when the limit is exceeded.
     """
     path = out / "restarts.json"
-    before = Failures()
-    if path.exists():
-        before = Failures(**read_json(path, "the failures of this run"))
+    before, note = read_or_set_aside(path, Failures, "the failures of this run")
+    notes = [note] if note else []
     recorded = read_errors(out)
-    failures = [error for error in recorded if error.pop("failure", True)]
+    failures = [error for error in recorded if error.failure]
     if silent and not recorded:
-        failures = [_described(0, f"ended without a message: {silent}")]
-    after = before.with_attempt(step, failures)
+        failures = [described(0, f"ended without a message: {silent}")]
+    after = (before or Failures()).with_attempt(step, failures)
     if failures:
-        write_json(path, vars(after))
-    for file in out.glob("error-rank-*.json"):
-        file.unlink()
+        entries = [error.facts() for error in after.errors]
+        write_json(path, after.model_dump(exclude={"errors"}) | {"errors": entries})
+    for file in sorted(out.glob(ERROR_FILES)):
+        _, problem = _read_error(file)
+        if problem:
+            notes.append(f"{problem}; {set_aside(file)}")
+        else:
+            file.unlink()
     if limit and after.in_a_row > limit:
-        last = after.errors[-1]
+        last = after.errors[-1] if after.errors else described(0, "unknown")
         raise UserError(
-            f"{out} failed {after.in_a_row} times in a row at step {after.step} without a new "
-            f"checkpoint (train.max_restarts = {limit}); the last time on rank {last['rank']}, "
-            f"{last['host']}: {last['error']}. Correct the cause and remove {path}, or raise "
-            "train.max_restarts"
+            f"{printable(out)} failed {after.in_a_row} times in a row at step {after.step} without "
+            f"a new checkpoint (train.max_restarts = {limit}); the last time on rank {last.rank}, "
+            f"{printable(last.host)}: {printable_lines(last.error)}. Correct the cause and remove "
+            f"{printable(path)}, or raise train.max_restarts"
         )
+    return notes
 
 
-def _described(rank: int, error: str, host: str = "") -> dict[str, Any]:
+def described(rank: int, error: str, host: str = "") -> AttemptError:
+    """The error of a rank now, without control characters and without secrets of URLs."""
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    return {"rank": rank, "host": host or socket.gethostname(), "time": now, "error": error}
+    text = redacted(printable_lines(error[:MAX_ERROR_CHARACTERS]))[:MAX_ERROR_CHARACTERS]
+    return AttemptError(rank=rank, host=host or socket.gethostname(), time=now, error=text)
 
 
-def _read_error(file: Path) -> dict[str, Any]:
+def _read_error(file: Path) -> tuple[AttemptError, str]:
+    """(the error of an error file, what is wrong with the file or "")."""
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError:  # cut short by a kill or a full disk
-        return _described(int(file.stem.rpartition("-")[2]), f"{file.name} is cut short")
+        return read_record(file, AttemptError, "the error of a rank"), ""
+    except UserError as problem:  # cut short by a kill or a full disk
+        number = file.stem.rpartition("-")[2]
+        rank = int(number) if re.fullmatch("[0-9]{1,6}", number) else 0
+        return described(rank, f"{file.name} is cut short or damaged"), str(problem)

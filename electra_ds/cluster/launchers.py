@@ -5,15 +5,21 @@ are all set. If a launcher sets none of them, DeepSpeed trains N separate copies
 module derives, checks and exports all of them.
 """
 
+import json
 import os
 import socket
 import subprocess
-from collections.abc import MutableMapping
+import time
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import shortened
 from electra_ds.common.processes import free_port
+
+NO_LAUNCHER = "none"
+PLACE_BYTES = 512  # of a message with host and port; a host name has at most 255
 
 # launcher -> names of (rank, world size, local rank, ranks on this host). The innermost launcher
 # comes first: processes of Open MPI also have the variables of srun, which starts its daemons, and
@@ -46,7 +52,7 @@ class Ranks:
     """Rank of this process and sizes of its world.
 
     local_rank, local_size: rank on this host, and number of ranks on this host.
-    launcher: name of the launcher, "none" without one, for messages.
+    launcher: name of the launcher, NO_LAUNCHER without one, for messages.
     """
 
     rank: int
@@ -67,7 +73,7 @@ def find_ranks(
     the number of ranks is not `promised`.
     """
     sizes = {
-        name: int(environ[keys[1]])
+        name: _integer(environ, keys[1])
         for name, keys in LAUNCHERS.items()
         if keys[0] in environ and keys[1] in environ
     }
@@ -80,7 +86,7 @@ def find_ranks(
                     f"{present} is set but {absent} is not: the environment of the launcher is "
                     f"incomplete; unset {present} to train on one rank, or start with a launcher"
                 )
-        sizes, ranks = {}, Ranks(0, 1, 0, 1, "none")
+        sizes, ranks = {}, Ranks(0, 1, 0, 1, NO_LAUNCHER)
     else:
         launcher = next(iter(sizes))
         ranks = _read(environ, launcher)
@@ -92,11 +98,38 @@ def find_ranks(
             )
     if promised is not None and promised != ranks.world_size:
         raise UserError(
-            f"--world-size is {promised}, but {ranks.launcher} started {ranks.world_size} rank(s): "
-            "correct --world-size or the launcher's number of ranks"
+            f"--world-size is {promised}, but {started_by(ranks)}: correct --world-size, or start "
+            "that number of ranks with a launcher"
         )
     _export(environ, ranks)
     return ranks
+
+
+def started_by(ranks: Ranks) -> str:
+    """Return "2 rank(s), started by srun", or "1 rank, no launcher", for messages."""
+    if ranks.launcher == NO_LAUNCHER:
+        return "there is 1 rank, no launcher"
+    return f"{ranks.launcher} started {ranks.world_size} rank(s)"
+
+
+def check_address(host: str, port: str) -> None:
+    """Raise UserError when a host has no address, or a port is no number from 1 to 65535.
+
+    torch.distributed would try again for minutes without a message.
+    """
+    if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise UserError(f"MASTER_PORT={shortened(port)}: expected a port from 1 to 65535")
+    for pause in (1, 2, 0):  # a name server may be busy
+        try:
+            socket.getaddrinfo(host, int(port))
+            return
+        except (OSError, UnicodeError) as error:
+            problem = error
+        time.sleep(pause)
+    raise UserError(
+        f"MASTER_ADDR={shortened(host)}: no address found ({problem}); expected the name or the "
+        "address of the host of rank 0"
+    )
 
 
 def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks:
@@ -115,20 +148,39 @@ def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks
 
 def _read(environ: MutableMapping[str, str], launcher: str) -> Ranks:
     rank, size, local, local_sizes = LAUNCHERS[launcher]
-    world_size = int(environ[size])
+    world_size = _integer(environ, size, least=1)
     local_size = next((environ[name] for name in local_sizes if name in environ), "1")
     if local not in environ:
         raise UserError(
             f"{launcher} set {rank} and {size} but not {local}: "
             "the launcher's environment is incomplete"
         )
-    on_this_host = int(local_size.partition("(")[0].partition(",")[0])  # SLURM writes 4(x2)
-    place = Ranks(int(environ[rank]), world_size, int(environ[local]), on_this_host, launcher)
+    counts = {
+        "ranks on this host": local_size.partition("(")[0].partition(",")[0]
+    }  # 4(x2) of SLURM
+    place = Ranks(
+        _integer(environ, rank),
+        world_size,
+        _integer(environ, local),
+        _integer(counts, "ranks on this host", least=1),
+        launcher,
+    )
     if not 0 <= place.rank < world_size:
         raise UserError(
             f"{launcher} set {rank}={place.rank}, outside a world of {world_size} ranks"
         )
     return place
+
+
+def _integer(environ: Mapping[str, str], name: str, least: int = 0) -> int:
+    text = environ[name].strip()
+    is_number = text.isascii() and text.removeprefix("-").isdigit() and len(text) < 10
+    if not is_number or int(text) < least:
+        raise UserError(
+            f"{name}={shortened(environ[name])}: expected an integer of at least {least}, as a "
+            "launcher sets it"
+        )
+    return int(text)
 
 
 def _export(environ: MutableMapping[str, str], ranks: Ranks) -> None:
@@ -154,25 +206,34 @@ def _meeting_point(environ: MutableMapping[str, str], ranks: Ranks) -> tuple[str
     if ranks.world_size == 1:
         return "127.0.0.1", free_port()
     if ranks.launcher == "srun":
-        nodes = [
-            "scontrol",
-            "show",
-            "hostnames",
-            environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"],
-        ]
-        first = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
-        return first, 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+        job = _integer({"SLURM_JOB_ID": "0", **environ}, "SLURM_JOB_ID")
+        return _first_node(environ), 20000 + job % 20000
     if ranks.launcher.startswith("mpirun"):
         here = (
             socket.gethostname() if ranks.local_size < ranks.world_size else "127.0.0.1",
             free_port(),
         )
-        return mpi_world(ranks, "export MASTER_ADDR and MASTER_PORT").bcast(
-            here if ranks.rank == 0 else None
-        )
+        world = mpi_world(ranks, "export MASTER_ADDR and MASTER_PORT")
+        message = bytearray(json.dumps(here).encode().ljust(PLACE_BYTES))
+        world.Bcast(message)  # bytes; the lower-case bcast would pickle
+        address, port = json.loads(message)
+        return str(address), int(port)
     raise UserError(
         f"{ranks.launcher} set RANK and WORLD_SIZE but not MASTER_ADDR and MASTER_PORT: export both"
     )
+
+
+def _first_node(environ: Mapping[str, str]) -> str:
+    """Return the first node of this step of SLURM."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, ValueError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"srun: scontrol names no host for the nodes {shortened(nodes)} ({error}); export "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from None
 
 
 def mpi_world(ranks: Ranks, otherwise: str) -> Any:

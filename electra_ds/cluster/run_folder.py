@@ -1,6 +1,6 @@
 """The run folder OUT: creation, check that all ranks share it, config.json, done and stopped.N."""
 
-import json
+import contextlib
 import secrets
 import socket
 import time
@@ -11,7 +11,7 @@ from typing import Any
 from electra_ds.cluster.provenance import provenance
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.json_files import write_json
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.common.processes import restart_count
 from electra_ds.config.schema import RunConfig
 
@@ -46,7 +46,8 @@ def _prepare(out: Path, nonce: str) -> str | None:
         out.mkdir(parents=True, exist_ok=True)
         for pattern in STALE_FILES:
             for stale in out.glob(pattern):
-                stale.unlink(missing_ok=True)
+                if not stale.is_dir() or stale.is_symlink():
+                    stale.unlink(missing_ok=True)
         write_bytes(out / ".nonce", nonce.encode())
     except OSError as error:
         return (
@@ -59,8 +60,9 @@ def _prepare(out: Path, nonce: str) -> str | None:
 def _appears(path: Path, expected: str) -> bool:
     """Whether a file with this content appears. Network file systems may show it late."""
     for _ in range(20):
-        if path.exists() and path.read_text() == expected:
-            return True
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == expected.encode():
+                return True
         time.sleep(0.1)
     return False
 
@@ -91,6 +93,7 @@ def write_config(out: Path, config: RunConfig, dataset_id: str, **facts: Any) ->
 def _restarts(config: Path) -> int:
     """Return the number of earlier starts; 0 if config.json is missing or has no provenance."""
     try:
-        return json.loads(config.read_text())["provenance"]["restarts"] + 1
-    except (OSError, ValueError, LookupError, TypeError):
+        restarts = read_json(config, "the config of a run")["provenance"]["restarts"]
+    except (UserError, LookupError, TypeError):
         return 0
+    return restarts + 1 if type(restarts) is int and 0 <= restarts < 2**53 else 0

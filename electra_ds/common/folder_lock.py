@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +16,43 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from electra_ds.common.errors import LockedOut, UserError
-from electra_ds.common.json_files import write_json
+from electra_ds.common.json_files import (
+    Record,
+    parse_record,
+    parse_strictly,
+    read_small,
+    set_aside,
+    write_json,
+)
+from electra_ds.common.printable import printable
 from electra_ds.common.processes import is_gone, machine, restart_count, started
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # between two reads of the owner's heartbeat
+MAX_BYTES = 1 << 16  # of a lock or heartbeat
 STALE_SECONDS = 60.0  # an owner without a new heartbeat for this time counts as dead
+
+
+class Owner(Record):
+    """Content of a lock: the process that holds it."""
+
+    model_config = Record.model_config | {"extra": "ignore"}
+
+    job: str = Field(default="", max_length=200)
+    restart: int = Field(default=0, ge=0, le=2**53)
+    host: str = Field(default="", max_length=1000)
+    pid: int = Field(default=0, ge=0, le=2**53)
+    started: str = Field(default="", max_length=200)
+    machine: str = Field(default="", max_length=1000)
+    nonce: str = Field(default="", max_length=200)
+
+
+def _print_to_stderr(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class Lock:
@@ -38,6 +69,7 @@ class Lock:
     out: the folder.
     on_rank0: calls a function on rank 0 and returns its result on every rank. The default calls it
         in this process.
+    say: prints a line on rank 0, before a wait of many seconds.
     took_over: on rank 0 the former owner and the cause of the takeover; empty if the lock was free.
     step: set by the caller; written into the heartbeat.
     lost: the error that ended the heartbeats, usually LockedOut; None while they continue. A
@@ -49,6 +81,7 @@ class Lock:
         out: Path,
         on_rank0: Callable[[Callable[[], Any]], Any] = lambda function: function(),
         stale_seconds: float = STALE_SECONDS,
+        say: Callable[[str], None] = _print_to_stderr,
     ):
         self.took_over = ""
         self.step = 0
@@ -58,6 +91,7 @@ class Lock:
         self._heartbeat = out / "heartbeat.json"
         self._on_rank0 = on_rank0
         self._stale_seconds = stale_seconds
+        self._say = say
         self._own = {
             "job": os.environ.get("SLURM_JOB_ID", ""),
             "restart": restart_count(),
@@ -68,7 +102,8 @@ class Lock:
             "nonce": secrets.token_hex(8),
         }
         self._text = json.dumps(self._own, indent=2) + "\n"
-        self._seen = ("", "")  # lock and heartbeat as first read from this owner
+        # Lock and heartbeat as first read from this owner. The lock is empty while it is written.
+        self._seen: tuple[str, str] | None = None
         self._seen_at = 0.0
         self._beats = 0
         self._thread = threading.Thread(target=self._beat_until_released, daemon=True)
@@ -97,7 +132,7 @@ class Lock:
         self._leaving.set()
         self._thread.join(BEAT_SECONDS)
         with contextlib.suppress(OSError):
-            if self._path.read_text() == self._text:  # never the lock of another job
+            if _text(self._path) == self._text:  # never the lock of another job
                 self._path.unlink()
 
     def beat(self) -> None:
@@ -106,10 +141,10 @@ class Lock:
         Raises LockedOut when another job has taken the lock. An OSError is ignored.
         """
         with contextlib.suppress(OSError):  # a full disk is reported by the next checkpoint
-            text = self._path.read_text()
+            text = self._path.read_bytes().decode(errors="replace")
             if text != self._text:
                 raise LockedOut(
-                    f"{self._path} now names {_name(_facts(text))}: this attempt wrote no "
+                    f"{printable(self._path)} now names {_name(_facts(text))}: this attempt wrote no "
                     "heartbeat for too long, and the other job took the lock; this attempt ends "
                     "and writes nothing more"
                 )
@@ -129,10 +164,13 @@ class Lock:
         """Try once to take the lock, on rank 0. Returns False after a short wait if it is taken."""
         try:
             self._out.mkdir(parents=True, exist_ok=True)
+            for path in (self._path, self._heartbeat):
+                if path.is_dir():
+                    self._say(f"{printable(path)} is a folder: {set_aside(path)}")
             taken = self._create() or self._take_over()
         except OSError as error:
             raise UserError(
-                f"{self._out}: not writable ({error}); choose a folder with free space and write "
+                f"{printable(self._out)}: not writable ({error}); choose a folder with free space and write "
                 "permission"
             ) from None
         if taken:
@@ -181,12 +219,16 @@ class Lock:
 
     def _may_be_alive(self, seen: tuple[str, str], owner: dict[str, Any]) -> bool:
         """Whether the owner may still be alive. Raises LockedOut when its heartbeat has changed."""
-        if seen[0] != self._seen[0]:  # the first read of this owner
+        if self._seen is None or seen[0] != self._seen[0]:  # the first read of this owner
             self._seen = seen
             self._seen_at = time.monotonic()
+            self._say(
+                f"{printable(self._path)}: held by {_name(owner)}; waiting up to "
+                f"{self._stale_seconds:.0f} s for its heartbeat"
+            )
         elif seen[1] != self._seen[1]:
             raise LockedOut(
-                f"{self._path} names {_name(owner)}, which is running there: wait for it, stop it, "
+                f"{printable(self._path)} names {_name(owner)}, which is running there: wait for it, stop it, "
                 "or choose another folder"
             )
         return time.monotonic() - self._seen_at < self._stale_seconds
@@ -211,21 +253,24 @@ def owner_of(out: Path) -> tuple[str, bool]:
 
 
 def _text(path: Path) -> str:
+    """Content of a small file, "" if it is missing, damaged or no file."""
     try:
-        return path.read_text()
-    except FileNotFoundError:
+        return read_small(path, "a lock or a heartbeat", MAX_BYTES).decode(errors="replace")
+    except UserError:
         return ""
 
 
 def _facts(text: str) -> dict[str, Any]:
+    """The owner in the text of a lock; {} if the lock is being written, cut short or damaged."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:  # it is being written, or was cut short
+        found = parse_record(parse_strictly(text), "lock", Owner)
+    except ValueError:  # UserError is one
         return {}
+    return found.model_dump() if found.model_fields_set else {}
 
 
 def _name(owner: dict[str, Any]) -> str:
     if not owner:
         return "an unknown owner"
     job = f"job {owner['job']} (restart {owner['restart']}), " if owner.get("job") else ""
-    return f"{job}process {owner['pid']} on {owner['host']}"
+    return printable(f"{job}process {owner['pid']} on {owner['host']}")

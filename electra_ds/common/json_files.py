@@ -74,6 +74,8 @@ def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
                 )
             # The size is given, since read() asks for that much memory first.
             return file.read(min(limit, status.st_size) + 1)[:limit]
+    except UserError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{printable(path)}: not found; expected {what}") from None
     except IsADirectoryError:
@@ -155,6 +157,33 @@ def parse_record(value: Any, path: str | Path, kind: type[AnyRecord], what: str 
     except ValidationError as error:
         expected = f"; expected {what}" if what else ""
         raise UserError(f"{printable(path)}: {describe(error)}{expected}") from None
+
+
+def set_aside(path: Path) -> str:
+    """Rename a file or folder to NAME.damaged (NAME.damaged.2, ...), and return the new name.
+
+    For files that only tell of the past: damaged, they must not keep a run from resuming.
+    Raises OSError when the rename fails.
+    """
+    damaged, number = path.with_name(f"{path.name}.damaged"), 1
+    while os.path.lexists(damaged):
+        number += 1
+        damaged = path.with_name(f"{path.name}.damaged.{number}")
+    os.rename(path, damaged)
+    return f"set aside as {printable(damaged)}"
+
+
+def read_or_set_aside(path: Path, kind: type[AnyRecord], what: str) -> tuple[AnyRecord | None, str]:
+    """Read a record that only tells of the past; a damaged file is set aside.
+
+    Returns (record, ""), (None, "") without a file, or (None, line that says what was damaged).
+    """
+    if not os.path.lexists(path):
+        return None, ""
+    try:
+        return read_record(path, kind, what), ""
+    except UserError as error:
+        return None, f"{error}; {set_aside(path)}"
 
 
 def describe(error: ValidationError, most: int = 5) -> str:

@@ -6,12 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from electra_ds.common.errors import UserError
+from electra_ds.common.printable import shortened
+
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def restart_count(environ: Mapping[str, str] = os.environ) -> int:
-    """Return the number of restarts of this SLURM job (SLURM_RESTART_COUNT); 0 without SLURM."""
-    return int(environ.get("SLURM_RESTART_COUNT", "0"))
+    """Return the number of restarts of this SLURM job (SLURM_RESTART_COUNT); 0 without SLURM.
+
+    Raises UserError when the variable is no number.
+    """
+    text = environ.get("SLURM_RESTART_COUNT") or "0"
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(
+            f"SLURM_RESTART_COUNT={shortened(text)}: expected the number of restarts, as SLURM "
+            "sets it"
+        )
+    return int(text)
 
 
 def free_port() -> int:

@@ -4,40 +4,17 @@ An engine is given by name, by path or as a JSON object. A name is that of a fil
 ds_configs/engine (zero1), with an optional precision as suffix (zero1-bf16).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import read_json
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.suggestions import nearest
-from electra_ds.config.loading import config_names, find_config
+from electra_ds.config.engine_keys import REFUSED, EngineKeys
+from electra_ds.config.loading import config_names, find_config, parse_config
 
-# Top-level keys of a DeepSpeed file. DeepSpeed ignores unknown keys, so a misspelled key is
-# refused here.
-ENGINE_KEYS = {
-    "aio",
-    "bf16",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "csv_monitor",
-    "data_types",
-    "disable_allgather",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "tensorboard",
-    "timers",
-    "torch_autocast",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-}
+ENGINE_KEYS = set(EngineKeys.model_fields)
 PRECISIONS = ("fp16", "bf16", "torch_autocast")
 # Suffix of an engine's name -> precision section. It replaces the precision sections of the file.
 SUFFIXES: dict[str, dict[str, Any]] = {
@@ -82,6 +59,7 @@ def load_engine(engine: str | dict[str, Any]) -> dict[str, Any]:
     _check_keys(values, where)
     _check_sections(values, where)
     _check_precision(values, where)
+    parse_config(values, where, EngineKeys)
     return values
 
 
@@ -103,34 +81,53 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
     is_path = name.endswith(".json") or "/" in name
     if not is_path and name not in config_names("engine"):
         raise UserError(
-            f"no engine config named {name!r}{nearest(name, engine_names())}; there are "
+            f"no engine config named {shortened(name)}{nearest(name, engine_names())}; there are "
             f"{', '.join(config_names('engine'))}, each also with -{', -'.join(SUFFIXES)}; "
             "or give a path (x.json)"
         )
     path = find_config(name, "engine")
-    return str(path), read_json(path, "a DeepSpeed config")
+    return printable(path), read_json(path, "a DeepSpeed config")
 
 
 def _check_keys(values: dict[str, Any], where: str) -> None:
+    """Raise UserError for keys that another place owns, keys that are refused, and unknown keys."""
     for key in values:
         if key in ENGINE_OWNERS:
             owner = ENGINE_OWNERS[key]
             raise UserError(f"{where}: {key} belongs to the run config ({owner}): remove it here")
-        if key not in ENGINE_KEYS:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, sorted(ENGINE_KEYS))}")
+        if key not in ENGINE_KEYS and key not in REFUSED:
+            raise UserError(
+                f"{where}: unknown key {shortened(key)}{nearest(key, sorted(ENGINE_KEYS))}"
+            )
+    for path in _paths(values):
+        if path[-1] in REFUSED:
+            raise UserError(
+                f"{where}: {printable('.'.join(path))} is not accepted, because "
+                f"{REFUSED[path[-1]]}: remove the key"
+            )
+
+
+def _paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from _paths(value, (*above, key))
 
 
 def _check_sections(values: dict[str, Any], where: str) -> None:
+    """Raise UserError for values of a wrong type or out of range, and for unsupported values."""
     for key in ("zero_optimization", *PRECISIONS):
         if not isinstance(values.get(key, {}), dict):
-            raise UserError(f"{where}: {key} = {values[key]!r}; expected a JSON object")
+            raise UserError(f"{where}: {key} = {shortened(values[key])}; expected a JSON object")
     stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{where}: zero_optimization.stage = {stage!r}; expected 0, 1, 2 or 3")
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(
+            f"{where}: zero_optimization.stage = {shortened(stage)}; expected 0, 1, 2 or 3"
+        )
     autocast = values.get("torch_autocast", {}).get("dtype", "bfloat16")
     if autocast not in ("bfloat16", "torch.bfloat16"):
         raise UserError(
-            f"{where}: torch_autocast.dtype = {autocast!r}; "
+            f"{where}: torch_autocast.dtype = {shortened(autocast)}; "
             'expected "bfloat16"; for fp16 use the section fp16'
         )
     for block, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
@@ -147,7 +144,7 @@ def _check_precision(values: dict[str, Any], where: str) -> None:
         allows_auto = kind != "torch_autocast"
         if not (isinstance(enabled, bool) or (enabled == "auto" and allows_auto)):
             raise UserError(
-                f"{where}: {kind}.enabled = {enabled!r}; "
+                f"{where}: {kind}.enabled = {shortened(enabled)}; "
                 'expected true or false, for bf16 and fp16 also "auto"'
             )
     enabled_kinds = [kind for kind, enabled in switches.items() if enabled]

@@ -8,13 +8,15 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import read_json
+from electra_ds.common.json_files import parse_strictly, read_json
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.schema import FactoryRun, RunConfig
 
 Config = TypeVar("Config", bound=BaseModel)
 Values = dict[str, Any]
+MAX_SHOWN = 100  # characters of a wrong value in a message
 
 
 def config_folder(kind: str) -> Path:
@@ -43,7 +45,7 @@ def find_config(name: str, kind: str) -> Path:
     if name in names:
         return config_folder(kind) / f"{name}.json"
     raise UserError(
-        f"no {kind} config named {name!r}{nearest(name, names)}; there are {', '.join(names)}; "
+        f"no {kind} config named {shortened(name)}{nearest(name, names)}; there are {', '.join(names)}; "
         "or give a path (x.json)"
     )
 
@@ -90,13 +92,13 @@ def parse_run(values: Values, where: str) -> RunConfig:
     return parse_config(values, where, RunConfig)
 
 
-def parse_config(values: Values, where: str, root: type[Config]) -> Config:
+def parse_config(values: Any, where: str, root: type[Config]) -> Config:
     """Check the values of a config and return it as `root`.
 
     A run config with model.factory is returned as a FactoryRun.
     where: the file, for the error message. Raises UserError with all invalid keys.
     """
-    model = values.get("model")
+    model = values.get("model") if isinstance(values, dict) else None
     has_factory = isinstance(model, dict) and "factory" in model
     schema: Any = FactoryRun if root is RunConfig and has_factory else root
     try:
@@ -110,27 +112,31 @@ def _apply(values: Values, setting: str) -> None:
     key, equals, text = setting.partition("=")
     *sections, field = key.strip().split(".")
     if not equals or not all([*sections, field]):
-        raise UserError(f"--set {setting!r}: expected section.field=value, such as train.seed=1")
+        raise UserError(
+            f"--set {shortened(setting)}: expected section.field=value, such as train.seed=1"
+        )
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_strictly(text)
+    except ValueError:
         value = text
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"--set {setting!r}: {section} is a value, not a section")
+            raise UserError(
+                f"--set {shortened(setting)}: {printable(section)} is a value, not a section"
+            )
     values[field] = value
 
 
 def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     lines = [_line(dict(problem), root) for problem in error.errors()]
-    return f"{where}: " + "\n  ".join(lines)
+    return f"{printable(where)}: " + "\n  ".join(lines)
 
 
 def _line(problem: Values, root: type[BaseModel]) -> str:
     """One line for one of pydantic's problems."""
     location = [str(part) for part in problem["loc"]]
-    key, value = ".".join(location), problem.get("input")
+    key, value = printable(".".join(location)), problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _fields_at(root, location[:-1])
         suggestion = nearest(location[-1], known)
@@ -140,8 +146,16 @@ def _line(problem: Values, root: type[BaseModel]) -> str:
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{key}: {text}" if key else text
-    hint = _fraction_hint(location, value)
-    return f"{key} = {json.dumps(value, default=str)}: {problem['msg'].lower()}{hint}"
+    expected = problem["msg"].lower()
+    if problem["type"] == "model_type":
+        expected = "expected a JSON object"
+    return f"{key} = {_as_json(value)}: {expected}{_fraction_hint(location, value)}"
+
+
+def _as_json(value: Any) -> str:
+    is_plain = isinstance(value, (str, int, float, bool, type(None)))
+    text = json.dumps(value, ensure_ascii=False) if is_plain else shortened(value)
+    return printable(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")
 
 
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
@@ -189,8 +203,30 @@ def _compare(old: BaseModel, new: BaseModel, prefix: str, lines: dict[str, list[
         elif before != after and name != "provenance":
             extra = info.json_schema_extra
             scope = str(extra.get("scope", "science")) if isinstance(extra, dict) else "science"
-            lines[scope].append(f"{key}: {_plain(before)} -> {_plain(after)}")
+            if tables:  # of an engine or of a factory's options: only the values that differ
+                lines[scope] += _table_differences(before, after, key)
+            else:
+                change = f"{key}: {_plain(before)} -> {_plain(after)}"
+                lines[scope].append(printable(change))
 
 
 def _plain(value: Any) -> Any:
     return value.model_dump() if isinstance(value, Section) else value
+
+
+def _table_differences(before: Values, after: Values, key: str) -> list[str]:
+    old, new = _leaves(before, key), _leaves(after, key)
+    return [
+        printable(f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}")
+        for name in dict.fromkeys([*old, *new])
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+
+
+def _leaves(table: Values, prefix: str) -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{prefix}.{key}"
+        leaves |= _leaves(value, name) if isinstance(value, dict) and value else {name: value}
+    return leaves

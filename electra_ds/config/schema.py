@@ -12,14 +12,23 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.section import Section, machine, science
 from electra_ds.common.special_ids import SpecialIds
 
+# Upper limits. They are far above every useful value, and small enough that no product of them
+# leaves the range of int64 or float64, and that a config read from a file of another person is
+# refused before memory is asked for.
+MAX_WIDTH = 2**16  # of a layer or a table
+MAX_LAYERS = 1024
+MAX_ROWS = 2**24  # of a table, and of a batch
+MAX_STEPS = 10**9
+MAX_SECONDS = 10**7  # 116 days
+
 
 class EncoderConfig(Section):
     """Sizes of one encoder."""
 
-    hidden_size: int = science(..., "width of the encoder", ge=1)
-    num_layers: int = science(..., "transformer layers", ge=1)
-    num_heads: int = science(..., "attention heads; must divide hidden_size", ge=1)
-    ffn_size: int = science(..., "width of the feed-forward layer", ge=1)
+    hidden_size: int = science(..., "width of the encoder", ge=1, le=MAX_WIDTH)
+    num_layers: int = science(..., "transformer layers", ge=1, le=MAX_LAYERS)
+    num_heads: int = science(..., "attention heads; must divide hidden_size", ge=1, le=MAX_WIDTH)
+    ffn_size: int = science(..., "width of the feed-forward layer", ge=1, le=MAX_WIDTH)
     hidden_dropout: float = science(0.1, "dropout after embeddings and sublayers", ge=0, lt=1)
     attention_dropout: float = science(0.1, "dropout on attention probabilities", ge=0, lt=1)
 
@@ -39,21 +48,27 @@ class GeneratorConfig(EncoderConfig):
 class ModelConfig(EncoderConfig):
     """Sizes of the discriminator's encoder, and the settings of both encoders."""
 
-    embedding_size: int = science(..., "width of the word, position and token-type tables", ge=1)
-    max_positions: int = science(512, "rows of the position table", ge=1)
-    type_vocab_size: int = science(2, "rows of the token-type table", ge=1)
-    layer_norm_eps: float = science(1e-12, "epsilon of every LayerNorm", gt=0)
+    embedding_size: int = science(
+        ..., "width of the word, position and token-type tables", ge=1, le=MAX_WIDTH
+    )
+    max_positions: int = science(512, "rows of the position table", ge=1, le=MAX_WIDTH)
+    type_vocab_size: int = science(2, "rows of the token-type table", ge=1, le=MAX_WIDTH)
+    layer_norm_eps: float = science(1e-12, "epsilon of every LayerNorm", gt=0, le=1)
     init: Literal["normal", "fan_in"] = science(
         "normal",
         "initial matrices: truncated normal with std init_std, or normal with std 1/sqrt(inputs)",
     )
-    init_std: float = science(0.02, "standard deviation of `normal`", gt=0)
-    embedding_init_std: float = science(0.02, "standard deviation of the embedding tables", gt=0)
+    init_std: float = science(0.02, "standard deviation of `normal`", gt=0, le=100)
+    embedding_init_std: float = science(
+        0.02, "standard deviation of the embedding tables", gt=0, le=100
+    )
     sharing: Literal["shared", "untied", "all"] = science(
         "shared",
         "generator and discriminator share the embeddings, share nothing, or share the encoder",
     )
-    vocab_size: int | None = science(None, "word table rows; filled from the data", ge=6)
+    vocab_size: int | None = science(
+        None, "word table rows; filled from the data", ge=6, le=MAX_ROWS
+    )
 
 
 class FactoryConfig(Section):
@@ -70,7 +85,7 @@ class FactoryConfig(Section):
     discr_layer: str | int = science(
         -1, "name of the layer for discr_dim, or its index among the discriminator's children"
     )
-    vocab_size: int | None = science(None, "filled from the data", ge=6)
+    vocab_size: int | None = science(None, "filled from the data", ge=6, le=MAX_ROWS)
 
 
 class ObjectiveConfig(Section):
@@ -96,10 +111,13 @@ class ObjectiveConfig(Section):
         ge=0,
         le=1,
     )
-    gen_weight: float = science(1.0, "weight of mlm_loss in the total", ge=0)
-    disc_weight: float = science(50.0, "weight of the binary disc_loss in the total", ge=0)
+    gen_weight: float = science(1.0, "weight of mlm_loss in the total", ge=0, le=1e6)
+    disc_weight: float = science(50.0, "weight of the binary disc_loss in the total", ge=0, le=1e6)
     temperature: float = science(
-        1.0, "temperature of the softmax from which the generator's tokens are sampled", gt=0
+        1.0,
+        "temperature of the softmax from which the generator's tokens are sampled",
+        ge=1e-3,
+        le=1e3,
     )
 
     @model_validator(mode="after")
@@ -138,7 +156,7 @@ class DataConfig(Section):
     """Format of the rows. Other properties of the data are read from the data folder."""
 
     sequence_length: int = science(
-        ..., "tokens per row; the data must be prepared with the same length", ge=8
+        ..., "tokens per row; the data must be prepared with the same length", ge=8, le=MAX_WIDTH
     )
     special_ids: SpecialIds | None = science(None, "filled from the data")
 
@@ -147,19 +165,25 @@ class TrainConfig(Section):
     """Length, batch sizes, seed, evaluation, faults, memory."""
 
     total_steps: int | None = science(
-        None, "optimizer steps of the whole schedule; or give epochs", ge=1
+        None, "optimizer steps of the whole schedule; or give epochs", ge=1, le=MAX_STEPS
     )
     epochs: float | None = science(
-        None, "passes over the training rows, instead of total_steps", gt=0
+        None, "passes over the training rows, instead of total_steps", gt=0, le=1e6
     )
-    global_batch_size: int = science(..., "rows per optimizer step, over all ranks", ge=1)
-    micro_batch_size: int = machine(..., "rows per forward and backward on one rank", ge=1)
+    global_batch_size: int = science(
+        ..., "rows per optimizer step, over all ranks", ge=1, le=MAX_ROWS
+    )
+    micro_batch_size: int = machine(
+        ..., "rows per forward and backward on one rank", ge=1, le=MAX_ROWS
+    )
     seed: int = science(
         0, "seed of initialization, data order, masking, sampling and dropout", ge=0, lt=2**32
     )
-    eval_every: int = machine(0, "steps between held-out evaluations; 0: at the end only", ge=0)
+    eval_every: int = machine(
+        0, "steps between held-out evaluations; 0: at the end only", ge=0, le=MAX_STEPS
+    )
     eval_rows: int = machine(
-        2048, "held-out rows of each source per evaluation during training", ge=1
+        2048, "held-out rows of each source per evaluation during training", ge=1, le=10**12
     )
     # Machine scope, although it changes which rows are used: otherwise a run that stopped at a bad
     # loss could not resume with "skip".
@@ -170,6 +194,7 @@ class TrainConfig(Section):
         0.0,
         "treat a loss above this multiple of the mean of the last 32 as a spike; 0 disables",
         ge=0,
+        le=1e9,
     )
     max_skipped_steps: int = machine(
         20, "skipped steps in a row (fp16 overflow, bad losses) that do not end the run", ge=1
@@ -182,9 +207,14 @@ class TrainConfig(Section):
     activation_checkpointing: bool = machine(
         False, "recompute each layer in backward: less memory, the same numbers"
     )
-    timeout_minutes: float = machine(10.0, "longest wait for another rank in any collective", gt=0)
+    timeout_minutes: float = machine(
+        10.0, "longest wait for another rank in any collective", gt=0, le=MAX_SECONDS / 60
+    )
     silence_seconds: float = machine(
-        15.0, "seconds without a heartbeat from a rank before the run is stopped", ge=1
+        15.0,
+        "seconds without a heartbeat from a rank before the run is stopped",
+        ge=1,
+        le=MAX_SECONDS,
     )
     compile: bool = machine(False, "torch.compile each layer (worth it on GPUs)")
     deterministic: bool = machine(
@@ -209,34 +239,38 @@ class TrainConfig(Section):
 class AdamConfig(Section):
     """Adam with decoupled weight decay and linear decay after warmup (ELECTRA, appendix A)."""
 
-    peak_lr: float = science(..., "learning rate at the end of warmup, before decay", gt=0)
+    peak_lr: float = science(..., "learning rate at the end of warmup, before decay", gt=0, le=1e38)
     beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
     # The limit: above it 1 - beta2**(2**20) is below 1 in fp32 (NO_BIAS_CORRECTION_STEP).
     beta2: float = science(0.999, "decay of the second moment", ge=0, le=0.9999)
-    eps: float = science(1e-6, "added to the root of the second moment", gt=0)
+    eps: float = science(1e-6, "added to the root of the second moment", gt=0, le=1)
     weight_decay: float = science(
-        0.01, "decoupled weight decay of everything but biases and LayerNorm", ge=0
+        0.01, "decoupled weight decay of everything but biases and LayerNorm", ge=0, le=100
     )
     bias_correction: bool = science(
         False, "correct the bias of Adam's moments; the authors' code does not"
     )
-    gradient_clipping: float = science(1.0, "largest global gradient norm; 0 disables", ge=0)
+    gradient_clipping: float = science(
+        1.0, "largest global gradient norm; 0 disables", ge=0, le=1e9
+    )
 
 
 class OptimizerConfig(AdamConfig):
     """Adam with the schedule of pretraining: linear decay times linear warmup."""
 
-    warmup_steps: int = science(..., "steps of the linear warmup", ge=0)
+    warmup_steps: int = science(..., "steps of the linear warmup", ge=0, le=MAX_STEPS)
 
 
 class CheckpointConfig(Section):
     """When checkpoints are saved and which are kept."""
 
-    every: int = machine(1000, "steps between checkpoints", ge=1)
+    every: int = machine(1000, "steps between checkpoints", ge=1, le=MAX_STEPS)
     asynchronous: bool = machine(
         True, "continue training while a checkpoint is written; needs host memory of its size"
     )
-    keep_last: int = machine(2, "newest checkpoints kept (never fewer than two)", ge=2)
+    keep_last: int = machine(
+        2, "newest checkpoints kept (never fewer than two)", ge=2, le=MAX_STEPS
+    )
     keep_every: int = machine(
         0, "never remove checkpoints at multiples of this step; 0: none", ge=0
     )
@@ -246,7 +280,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Log lines and TensorBoard."""
 
-    every: int = machine(100, "steps between log lines", ge=1)
+    every: int = machine(100, "steps between log lines", ge=1, le=MAX_STEPS)
     tensorboard: bool = machine(True, "write OUT/tensorboard")
 
 
@@ -307,15 +341,29 @@ class RunConfig(Section):
                 "give --data"
             )
         assert self.train.epochs is not None  # one of both is given
-        return max(1, round(self.train.epochs * rows / self.train.global_batch_size))
+        steps = max(1, round(self.train.epochs * rows / self.train.global_batch_size))
+        if steps > MAX_STEPS:
+            raise UserError(
+                f"train.epochs = {self.train.epochs} over {rows:,} rows is {steps:,} steps; "
+                f"expected at most {MAX_STEPS:,}"
+            )
+        return steps
 
     def with_data(
-        self, vocab_size: int, special_ids: SpecialIds, sequence_length: int
+        self, vocab_size: int, special_ids: SpecialIds, sequence_length: int, segments: int = 1
     ) -> "RunConfig":
         """Return the config with vocab_size and special_ids of the data.
 
-        Raises UserError when the config has other values, or another sequence_length.
+        segments: number of token types in a row: 2 for data packed as google, else 1.
+        Raises UserError when the config has other values, another sequence_length, or a token-type
+        table with fewer rows than `segments`.
         """
+        if getattr(self.model, "type_vocab_size", segments) < segments:
+            raise UserError(
+                f"model.type_vocab_size = {self.model.type_vocab_size}, but the rows of the data "
+                f"have {segments} segments (--packing google): --set "
+                f"model.type_vocab_size={segments}, or prepare with another --packing"
+            )
         if sequence_length != self.data.sequence_length:
             raise UserError(
                 f"data.sequence_length = {self.data.sequence_length}, but the data has rows of "

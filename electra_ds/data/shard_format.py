@@ -205,6 +205,11 @@ class Manifest(Record):
         """Return the number of blocks of each shard of a split, [shards]."""
         return [-(-shard.rows // self.block_rows) for shard in self.splits[split].shards]
 
+    @property
+    def segments(self) -> int:
+        """Number of token types in a row: packing google marks a second segment."""
+        return 2 if self.packing == "google" else 1
+
     def content_id(self) -> str:
         """Return a hash of format, rows and tokenizer, [32 hexadecimal digits].
 

@@ -101,7 +101,7 @@ def logits_of(
     kind: the kind of the task.
     """
     device = next(module.parameters()).device
-    own: dict[int, np.ndarray] = {}  # example number -> logits, of this rank's share
+    own: dict[int, np.ndarray] = {}  # example number -> logits of this rank's share
     for numbers in prediction_batches(examples, BATCH_SIZE, ranks.rank, ranks.world_size):
         batch = collate([examples[i] for i in numbers], pad_id, kind)
         batch = TaskBatch._make(x if x is None else x.to(device) for x in batch)

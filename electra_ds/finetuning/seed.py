@@ -148,11 +148,10 @@ class Seed(Trainer):
 
     def _resume(self) -> TrainingState:
         self.saved_at = time.monotonic()
-        folder = self.folder / "ckpt"
-        found = on_rank0(lambda: path.name if (path := checkpoint.latest(folder)) else None)
+        found = checkpoint.latest_on_rank0(self.folder / "ckpt")
         state = TrainingState()
         if found is not None:
-            state = checkpoint.load(self.engine, folder / found, self.padded).state
+            state = checkpoint.load(self.engine, found, self.padded).state
         elif self.is_rank0:  # the seed starts again: remove the model that an earlier attempt kept
             shutil.rmtree(self.folder / "model", ignore_errors=True)
         device = self.suite.device

@@ -9,12 +9,14 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from electra_ds.common.printable import printable
 from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
+from electra_ds.training.run_plan import plan, plan_warnings
 
 
 class Line(NamedTuple):
@@ -33,12 +35,14 @@ class Report(NamedTuple):
     changed: the values that differ from the baseline.
     fields: every value of the config.
     config: the config, with the values that the data determines filled in.
+    warnings: lines that `pretrain` prints as well.
     """
 
     derived: list[Line]
     changed: list[Line]
     fields: list[Line]
     config: RunConfig
+    warnings: list[str]
 
 
 def check(
@@ -55,10 +59,13 @@ def check(
     for a global batch that cannot be split over the ranks.
     """
     load_engine(config.engine)
+    notes: list[str] = []
     if data is not None:
-        tokenizer = data.manifest.tokenizer
-        length = data.manifest.sequence_length
-        config = config.with_data(tokenizer.vocab_size, tokenizer.special_ids, length)
+        planned = plan(config, data, world_size)
+        config = planned.config.model_copy(update={"engine": config.engine})
+        notes = plan_warnings(config, planned.total_steps)
+    elif config.train.total_steps is not None:
+        notes = plan_warnings(config, config.train.total_steps)
     derived = [
         *_step_lines(config, world_size),
         *_length_lines(config, data),
@@ -67,7 +74,7 @@ def check(
     fields = list(_fields(config))
     known = {line.key: line.value for line in _fields(baseline)} if baseline else _defaults(config)
     changed = [line for line in fields if known.get(line.key) != line.value]
-    return Report(derived, changed, fields, config)
+    return Report(derived, changed, fields, config, notes)
 
 
 def _fields(section: BaseModel, prefix: str = "") -> Iterator[Line]:
@@ -77,7 +84,7 @@ def _fields(section: BaseModel, prefix: str = "") -> Iterator[Line]:
             yield from _fields(value, f"{prefix}{name}.")
         elif info.description and isinstance(info.json_schema_extra, dict):
             scope = str(info.json_schema_extra["scope"])
-            yield Line(f"{prefix}{name}", str(value), scope, _meaning(info))
+            yield Line(f"{prefix}{name}", printable(str(value)), scope, _meaning(info))
 
 
 def _meaning(info: FieldInfo) -> str:
@@ -128,7 +135,7 @@ def _length_lines(config: RunConfig, data: Data | None) -> Iterator[Line]:
         yield _derived("epochs", f"{seen_rows / rows:.3f}", f"over {rows:,} rows")
     for name, source in (data.shares if data is not None else {}).items():
         yield _derived(
-            f"source {name}",
+            printable(f"source {name}"),
             f"{source.epochs(seen_rows):.2f} epochs",
             f"{source.share:.2%} (weight {source.weight:.6f}); has {source.rows:,} rows, "
             f"{source.tokens:,} tokens",

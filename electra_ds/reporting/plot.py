@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
 from electra_ds.training.metrics_file import read_metrics
 
+FORMATS = (".png", ".svg", ".pdf")
 # title of a panel -> its curves as SPLIT/KEY, separated by spaces
 PANELS = {
     "MLM loss (nats per chosen token)": "train/mlm_loss valid/mlm_loss valid/unigram_loss",
@@ -29,11 +31,16 @@ def plot(runs: list[Path], out: Path) -> None:
     """Draw the curves of runs over tokens into `out` (png, svg, pdf).
 
     runs: run folders. out: path of the picture. Raises UserError when a run has no metrics.jsonl,
-    and when matplotlib (extra [plot]) is not installed.
+    when `out` cannot be written, and when matplotlib (extra [plot]) is not installed.
     """
     for run in runs:
         if not (run / "metrics.jsonl").exists():
-            raise UserError(f"{run}: no metrics.jsonl here; expected a run folder")
+            raise UserError(f"{printable(run)}: no metrics.jsonl here; expected a run folder")
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(
+            f"--out {printable(out)}: expected a file name that ends with one of "
+            f"{', '.join(FORMATS)}"
+        )
     try:
         import matplotlib
     except ImportError:
@@ -49,15 +56,32 @@ def plot(runs: list[Path], out: Path) -> None:
             axis.grid(alpha=0.3)
             for curve in curves.split():
                 split, key = curve.split("/")
-                _draw(axis, records, split, key, f"{run.name} " if len(runs) > 1 else "")
+                _draw(axis, records, split, key, _label(run) if len(runs) > 1 else "")
     for axis in axes.flat:
-        axis.legend(fontsize=8)
-    figure.savefig(out, dpi=110)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise UserError(
+            f"--out {printable(out)}: cannot be written ({error.strerror}); expected a file in a "
+            "folder with write permission and free space"
+        ) from None
+    finally:
+        pyplot.close(figure)
+
+
+def _label(run: Path) -> str:
+    """The name of a run in the legend. `$` would start a formula, `_` hides an entry."""
+    return printable(run.resolve().name).replace("$", r"\$").lstrip("_") + " "
 
 
 def _draw(axis: Any, records: list[dict[str, Any]], split: str, key: str, prefix: str) -> None:
     train = [record for record in records if record["split"] == "train"]
     drawn = [r for r in records if train and r["split"] == split and r.get(key) is not None]
+    train = [record for record in train if record.get("tokens") is not None]
+    if not train:
+        return
     steps = [record["step"] for record in train]
     millions = [record["tokens"] / 1e6 for record in train]
     # Million tokens at each record, interpolated between the training log lines.

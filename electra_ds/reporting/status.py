@@ -1,17 +1,23 @@
 """Status of a run, read from the files of its run folder while another process writes them."""
 
-import json
 import math
+import os
 import time
-from dataclasses import fields
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from electra_ds.cluster.failures import Failures
+from pydantic import AwareDatetime, Field
+
+from electra_ds.cluster.failures import ERROR_FILES, AttemptError, Failures
+from electra_ds.cluster.launchers import NO_LAUNCHER
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import STALE_SECONDS, owner_of
-from electra_ds.training.metrics_file import TRAIN, VALID, read_metrics, summary
+from electra_ds.common.json_files import AnyRecord, Record, read_record, read_small
+from electra_ds.common.names import check_name
+from electra_ds.common.printable import printable, printable_lines
+from electra_ds.common.urls import redacted
+from electra_ds.training.metrics_file import TRAIN, VALID, readable_metrics, summary
 
 NEXT = {
     "training": "touch {out}/STOP saves and stops it, touch {out}/SAVE saves",
@@ -26,6 +32,45 @@ NEXT = {
 }
 
 
+class _Part(Record):
+    """Keys that status reads from a file of the run folder; other keys are ignored."""
+
+    model_config = Record.model_config | {"extra": "ignore"}
+
+
+class _Train(_Part):
+    total_steps: int | None = Field(default=None, ge=1, le=2**53)
+    max_restarts: int | None = Field(default=None, ge=0, le=2**53)
+
+
+class _Provenance(_Part):
+    total_steps: int | None = Field(default=None, ge=1, le=2**53)
+    nodes: list[str] | None = None
+    launcher: str | None = None
+    restarts: int | None = Field(default=None, ge=0, le=2**53)
+    host: str | None = None
+
+
+class _Config(_Part):
+    """OUT/config.json."""
+
+    train: _Train = _Train()
+    provenance: _Provenance | None = None
+
+
+class _Heartbeat(_Part):
+    """OUT/heartbeat.json."""
+
+    step: int = Field(default=0, ge=0, le=2**53)
+    time: AwareDatetime
+
+
+class _Meta(_Part):
+    """meta.json of a checkpoint."""
+
+    step: int = Field(ge=0, le=2**53)
+
+
 def status(out: Path) -> dict[str, Any]:
     """The facts of a run folder as JSON values; times in seconds.
 
@@ -38,26 +83,26 @@ def status(out: Path) -> dict[str, Any]:
     Raises UserError when `out` is no folder.
     """
     if not out.is_dir():
-        raise UserError(f"{out}: no run folder here")
+        raise UserError(f"{printable(out)}: no run folder here")
     missing: list[str] = []
-    config = _read(out / "config.json", missing)
-    heartbeat = _read(out / "heartbeat.json", missing, expected=False)
+    config = _read(out / "config.json", _Config, missing) or _Config()
+    heartbeat = _read(out / "heartbeat.json", _Heartbeat, missing, expected=False)
     checkpoint = _checkpoint(out / "ckpt", missing)
-    train, provenance = config.get("train", {}), config.get("provenance") or {}
+    train, provenance = config.train, config.provenance or _Provenance()
     last = {record["split"]: record for record in _records(out / "metrics.jsonl", missing)}
     owner, is_gone = owner_of(out)
-    silence = None
-    if heartbeat:
-        silence = _age(datetime.fromisoformat(heartbeat["time"]).timestamp())
-    errors = _errors(out, missing, owner if is_gone else "", provenance.get("host"))
-    failed = [error for error in errors if error.get("failure", True)]
-    at, limit = checkpoint.get("step", 0), train.get("max_restarts")
+    silence = _age(heartbeat.time.timestamp()) if heartbeat else None
+    errors = _errors(out, missing, owner if is_gone else "", provenance.host or "")
+    failed = [error for error in errors if error.failure]
+    at, limit = checkpoint.get("step", 0), train.max_restarts
     failures = _failures(out, missing).with_attempt(at, failed)
-    total_steps = provenance.get("total_steps") or train.get("total_steps")
+    total_steps = provenance.total_steps or train.total_steps
     rate = _rate(last.get("train"))
-    step = max(heartbeat.get("step", 0), at, *(record["step"] for record in last.values()))
+    step = max(
+        heartbeat.step if heartbeat else 0, at, *(record["step"] for record in last.values())
+    )
     state = _state(out, owner and not is_gone, silence, bool(failed), bool(checkpoint))
-    is_refused = bool(failed) and bool(limit) and failures.in_a_row > limit
+    is_refused = bool(failed) and bool(limit) and failures.in_a_row > (limit or 0)
     has_eta = rate and total_steps and state == "training"
     return {
         "out": str(out),
@@ -71,12 +116,12 @@ def status(out: Path) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "owner": owner,
         "heartbeat_age": silence,
-        "nodes": provenance.get("nodes"),
-        "launcher": provenance.get("launcher"),
-        "restarts": provenance.get("restarts"),
+        "nodes": provenance.nodes,
+        "launcher": provenance.launcher,
+        "restarts": provenance.restarts,
         "failures": failures.failures,
         "failures_in_a_row": failures.in_a_row,
-        "last_error": next(iter([*errors, *failures.errors[::-1]]), None),
+        "last_error": next((e.facts() for e in [*errors, *failures.errors[::-1]]), None),
         "missing": missing,
         "next": NEXT["refused" if is_refused else state].format(out=out, at=at, limit=limit),
     }
@@ -96,25 +141,20 @@ def _state(
 
 def _failures(out: Path, missing: list[str]) -> Failures:
     """What restarts.json counts so far."""
-    values = _read(out / "restarts.json", missing, expected=False)
-    known = {key.name for key in fields(Failures)}
-    return Failures(**{key: value for key, value in values.items() if key in known})
+    return _read(out / "restarts.json", Failures, missing, expected=False) or Failures()
 
 
-def _errors(
-    out: Path, missing: list[str], gone_owner: str, host: str | None
-) -> list[dict[str, Any]]:
+def _errors(out: Path, missing: list[str], gone_owner: str, host: str) -> list[AttemptError]:
     """The errors of the last attempt, by time.
 
     gone_owner: name of the owner of the lock if its process has ended, else "". If the process left
     no error file, its end is returned as the error.
     """
-    files = sorted(out.glob("error-rank-*.json"))
-    errors = [error for file in files if (error := _read(file, missing, expected=False))]
+    files = sorted(out.glob(ERROR_FILES))
+    errors = [error for file in files if (error := _read(file, AttemptError, missing))]
     if gone_owner and not errors:
-        text = f"ended without a message: {gone_owner}"
-        return [{"rank": 0, "host": host, "error": text, "failure": True}]
-    return sorted(errors, key=lambda error: error.get("time", ""))
+        return [AttemptError(rank=0, host=host, error=f"ended without a message: {gone_owner}")]
+    return sorted(errors, key=lambda error: error.time)
 
 
 def lines(facts: dict[str, Any]) -> dict[str, str]:
@@ -136,55 +176,70 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
         else "",
         "owner": facts["owner"]
         and f"{facts['owner']}, heartbeat {_span(facts['heartbeat_age'])} ago",
-        "ranks": f"{len(nodes)} under {facts['launcher']}, on {', '.join(dict.fromkeys(nodes))}"
-        if nodes
-        else "",
+        "ranks": _ranks(nodes, facts["launcher"]) if nodes else "",
         "restarts": f"{facts['restarts'] or 0}; failures {facts['failures']}, "
         f"{facts['failures_in_a_row']} in a row",
         "last error": f"rank {error['rank']}, {error['host']}: {error['error']}" if error else "",
         "missing": "; ".join(facts["missing"]),
         "next": facts["next"],
     }
-    return {title: text for title, text in texts.items() if text}
+    return {title: redacted(printable_lines(text)) for title, text in texts.items() if text}
 
 
-def _read(path: Path, missing: list[str], expected: bool = True) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+def _ranks(nodes: list[str], launcher: str | None) -> str:
+    how = ", no launcher" if launcher in (None, NO_LAUNCHER) else f" under {launcher}"
+    return f"{len(nodes)}{how}, on {', '.join(dict.fromkeys(nodes))}"
+
+
+def _read(
+    path: Path, kind: type[AnyRecord], missing: list[str], expected: bool = True
+) -> AnyRecord | None:
+    """A file of the run folder; None, with a line in `missing`, if it cannot be read."""
+    if not os.path.lexists(path):
         missing += [f"{path.name}: not there"] if expected else []
-    except (OSError, ValueError) as error:  # truncated by a kill or a full disk
-        missing.append(f"{path.name}: {error}")
-    return {}
+        return None
+    try:
+        return read_record(path, kind, "a file of a run")
+    except UserError as error:  # truncated by a kill or a full disk, or of another program
+        missing.append(str(error))
+    return None
 
 
 def _records(path: Path, missing: list[str]) -> list[dict]:
     try:
-        return read_metrics(path)
+        records, problem = readable_metrics(path)
     except FileNotFoundError:
-        missing.append(f"{path.name}: not there")
-    except (OSError, UserError) as error:
-        missing.append(str(error))
-    return []
+        records, problem = [], f"{path.name}: not there"
+    missing += [problem] if problem else []
+    return records
 
 
 def _checkpoint(folder: Path, missing: list[str]) -> dict[str, Any]:
     """Name, step and age of the checkpoint that `latest` names."""
-    if not (folder / "latest").exists():
+    pointer = folder / "latest"
+    if not os.path.lexists(pointer):
         missing.append("ckpt/latest: not there")
         return {}
-    name = (folder / "latest").read_text().strip()
-    meta = _read(folder / name / "meta.json", missing)
-    age = meta and _age((folder / name / "meta.json").stat().st_mtime)
-    return meta and {"name": name, "step": meta["step"], "age": age}
+    try:
+        name = read_small(pointer, "the name of a checkpoint", 256).decode(errors="replace").strip()
+        name = check_name(name, str(pointer), "the name of a checkpoint")
+    except UserError as error:
+        missing.append(str(error))
+        return {}
+    file = folder / name / "meta.json"
+    meta = _read(file, _Meta, missing)
+    return {"name": name, "step": meta.step, "age": _age(file.stat().st_mtime)} if meta else {}
 
 
 def _rate(record: dict[str, Any] | None) -> float | None:
     """Steps per second, skipped ones included, of the last logging interval."""
     if not record:
         return None
-    steps = record["step"] + record["skipped_steps"]
-    return record["tokens_per_second"] * steps / record["tokens"]
+    keys = ("tokens_per_second", "skipped_steps", "tokens")
+    speed, skipped, tokens = (record.get(key) for key in keys)
+    if speed is None or skipped is None or not tokens:
+        return None
+    return speed * (record["step"] + skipped) / tokens
 
 
 def _age(moment: float) -> float:
@@ -192,7 +247,8 @@ def _age(moment: float) -> float:
 
 
 def _span(seconds: float | None) -> str:
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+    # At most 10^9 days fit into a timedelta.
+    return "" if seconds is None else str(timedelta(seconds=round(min(seconds, 1e13))))
 
 
 def _metrics(record: dict, line: str) -> str:

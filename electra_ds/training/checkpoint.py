@@ -9,6 +9,7 @@ A checkpoint folder is complete, because it is renamed to its name after its fil
 files are safetensors and JSON, so reading them executes no code.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -16,19 +17,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
-from electra_ds.common.json_files import read_json
-from electra_ds.training.collectives import fail_on_all_ranks
+from electra_ds.common.json_files import Record, parse_record, read_json, read_small
+from electra_ds.common.printable import printable, shortened
+from electra_ds.config.schema import MAX_STEPS
+from electra_ds.training.collectives import fail_on_all_ranks, on_rank0
+from electra_ds.training.spike_guard import WINDOW
 from electra_ds.training.state import TrainingState
 
 FORMAT = "electra_ds checkpoint"
 VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FINAL = "final"
+STEP = re.compile(r"[0-9]{1,15}")  # name of a checkpoint
+FILE_NAME = re.compile(r"(model|optim)-[0-9]{5}-of-[0-9]{5}\.safetensors")
+MAX_POINTER_BYTES = 256  # of the file `latest`
 DEFAULT_EXPECTATION = "a run folder (OUT), OUT/ckpt or OUT/ckpt/STEP"
 
 
@@ -45,6 +53,53 @@ class Weights(Protocol):
     def reset_moments(self, applied_steps: int) -> None: ...
     def scaler_state(self) -> dict[str, float]: ...
     def set_scaler_state(self, state: dict[str, float]) -> None: ...
+
+
+class FileFacts(Record):
+    """Size and hash of a file of a checkpoint."""
+
+    bytes: int = Field(ge=0, le=2**53)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ScalerFacts(Record):
+    """State of DeepSpeed's fp16 loss scaler; empty without one. These attributes are set."""
+
+    cur_scale: float | None = Field(default=None, gt=0, le=2**64)
+    cur_iter: int | None = Field(default=None, ge=0, le=2**62)
+    last_overflow_iter: int | None = Field(default=None, ge=-1, le=2**62)
+    cur_hysteresis: int | None = Field(default=None, ge=0, le=2**31)
+
+
+class MetaFile(Record):
+    """meta.json. Unknown keys are ignored: later versions may add some."""
+
+    model_config = Record.model_config | {"extra": "ignore"}
+
+    step: int = Field(ge=0, le=MAX_STEPS)
+    skipped: int = Field(ge=0, le=MAX_STEPS)
+    skipped_in_a_row: int = Field(ge=0, le=MAX_STEPS)
+    tokens: int = Field(ge=0, le=2**62)
+    data: dict[str, Any]
+    interval: list[list[float]] = Field(max_length=2**20)
+    recent_losses: list[float] = Field(
+        default=[], max_length=WINDOW
+    )  # the first checkpoints have none
+    scaler: ScalerFacts
+    world_size: int = Field(ge=1, le=2**20)
+    config: dict[str, Any]
+    files: dict[str, FileFacts] = Field(min_length=1, max_length=2**21)
+
+    @model_validator(mode="after")
+    def _sums_and_position_fit(self) -> "MetaFile":
+        position = self.data.get("position", 0)
+        if type(position) is not int or not 0 <= position < 2**62:
+            raise ValueError(
+                f"data.position = {shortened(position)}; expected the number of consumed rows"
+            )
+        if len({len(row) for row in self.interval}) > 1:
+            raise ValueError("interval has rows of different lengths")
+        return self
 
 
 @dataclass(frozen=True)
@@ -72,19 +127,32 @@ def latest(folder: Path) -> Path | None:
     Raises UserError when the file does not name a checkpoint.
     """
     pointer = folder / "latest"
-    if not pointer.exists():
+    if not os.path.lexists(pointer):
         return None
-    name = pointer.read_text().strip()
+    what = "the name of a checkpoint"
+    name = read_small(pointer, what, MAX_POINTER_BYTES).decode(errors="replace").strip()
     if name == FINAL and not (folder / FINAL).exists():
         # The run was killed while --extend renamed `final` to its step.
-        steps = (path.name for path in folder.iterdir() if path.name.isdigit())
+        steps = (path.name for path in folder.iterdir() if STEP.fullmatch(path.name))
         name = max(steps, key=int, default=name)
-    if not re.fullmatch(r"\d+|final", name) or not (folder / name / "meta.json").exists():
+    is_name = name == FINAL or STEP.fullmatch(name)
+    if not is_name or not (folder / name / "meta.json").exists():
         raise UserError(
-            f"{pointer} names {name!r}, which is no complete checkpoint in {folder}; "
-            "write the name of a complete checkpoint into the file"
+            f"{printable(pointer)} names {shortened(name)}, which is no complete checkpoint in "
+            f"{printable(folder)}; write the name of a complete checkpoint into the file"
         )
     return folder / name
+
+
+def latest_on_rank0(folder: Path) -> Path | None:
+    """Return `latest(folder)` as rank 0 reads it, on every rank. Collective."""
+
+    def name() -> str | None:
+        found = latest(folder)
+        return found.name if found else None
+
+    found = on_rank0(name)
+    return folder / found if found else None
 
 
 def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
@@ -99,7 +167,7 @@ def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
         newest = latest(folder)
         if newest is not None:
             return newest
-    raise UserError(f"{path}: no checkpoint here; expected {expected}")
+    raise UserError(f"{printable(path)}: no checkpoint here; expected {expected}")
 
 
 def tokenizer_of(checkpoint: Path) -> Path:
@@ -117,35 +185,38 @@ def read_meta(path: Path) -> Meta:
 
     Raises UserError with the file, what was found and what was expected.
     """
-    values = read_json(path / "meta.json", "a checkpoint of electra_ds")
+    file = path / "meta.json"
+    what = "the description of a checkpoint"
+    values = read_json(file, "a checkpoint of electra_ds")
     found = (values.get("format"), values.get("version"))
     if found != (FORMAT, VERSION):
-        raise UserError(f"{path}/meta.json: expected {FORMAT!r} version {VERSION}, found {found}")
-    values.setdefault("recent_losses", [])  # the first checkpoints have none
-    try:
-        state = TrainingState(**{key.name: values[key.name] for key in fields(TrainingState)})
-        meta = Meta(
-            state, values["config"], values["scaler"], values["world_size"], values["files"]
-        )
-    except KeyError as error:
-        raise UserError(
-            f"{path}/meta.json: has no {error}; it is incomplete, use an older checkpoint"
-        ) from None
+        shown = f"{shortened(found[0])} version {shortened(found[1])}"
+        raise UserError(f"{printable(file)}: expected {FORMAT!r} version {VERSION}, found {shown}")
+    record = parse_record(values, file, MetaFile, what)
+    known = {key.name: getattr(record, key.name) for key in fields(TrainingState)}
+    meta = Meta(
+        TrainingState(**known),
+        record.config,
+        record.scaler.model_dump(exclude_none=True),
+        record.world_size,
+        {name: facts.model_dump() for name, facts in record.files.items()},
+    )
     for name, facts in meta.files.items():
         _check_size(path, name, facts["bytes"])
     return meta
 
 
 def _check_size(path: Path, name: str, expected: int) -> None:
-    if not re.fullmatch(r"(model|optim)-\d{5}-of-\d{5}\.safetensors", name):
+    if not FILE_NAME.fullmatch(name):
         raise UserError(
-            f"{path}/meta.json: found a file named {name!r}, which no checkpoint has; expected "
-            "model-NNNNN-of-NNNNN.safetensors or optim-NNNNN-of-NNNNN.safetensors"
+            f"{printable(path)}/meta.json: found a file named {shortened(name)}, which no "
+            "checkpoint has; expected model-NNNNN-of-NNNNN.safetensors or "
+            "optim-NNNNN-of-NNNNN.safetensors"
         )
-    size = (path / name).stat().st_size if (path / name).exists() else None
+    size = (path / name).stat().st_size if (path / name).is_file() else None
     if size != expected:
         found = "no file" if size is None else size
-        raise UserError(f"{path / name}: expected {expected} bytes, found {found}")
+        raise UserError(f"{printable(path / name)}: expected {expected} bytes, found {found}")
 
 
 def check_content(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> None:
@@ -156,7 +227,7 @@ def check_content(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> None
     for name in sorted(meta.files)[part::parts]:
         if sha256_file(path / name) != meta.files[name]["sha256"]:
             raise UserError(
-                f"{path / name}: its content has changed (the sha256 differs from that in "
+                f"{printable(path / name)}: its content has changed (the sha256 differs from that in "
                 "meta.json); use an older checkpoint"
             )
 
@@ -164,7 +235,7 @@ def check_content(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> None
 def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str, Tensor]]:
     """Yield (name, fp32 tensor on the CPU) of the `model` or `optim` files.
 
-    Raises UserError when a file is not a safetensors file.
+    Raises UserError when a file is not a safetensors file, or holds a tensor of another type.
     """
     for name in sorted(meta.files):
         if not name.startswith(prefix):
@@ -172,7 +243,13 @@ def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str
         try:
             with safe_open(path / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
-                    yield key, file.get_tensor(key)
+                    value = file.get_tensor(key)
+                    if value.dtype != torch.float32:
+                        raise UserError(
+                            f"{printable(path / name)}: {printable(key)} has type {value.dtype}; "
+                            "expected float32, as checkpoints hold it"
+                        )
+                    yield key, value
         except SafetensorError as error:
             raise UserError(
                 f"{path / name}: not a safetensors file ({error}); use an older checkpoint"
@@ -209,11 +286,12 @@ def load(
     missing = {(name, kind) for name in expected for kind in kinds}
     for prefix in ("model",) if weights_only else ("model", "optim"):
         for key, value in tensors(path, meta, prefix):
-            kind, name = ("master", key) if prefix == "model" else key.split("/", 1)
-            if expected.get(name) != tuple(value.shape):
+            kind, _, name = ("master", "", key) if prefix == "model" else key.partition("/")
+            if kind not in kinds or expected.get(name) != tuple(value.shape):
                 here = expected.get(name, "no such parameter")
                 raise UserError(
-                    f"{path}: {key} has shape {tuple(value.shape)}, this run's model has {here}"
+                    f"{printable(path)}: {printable(key)} has shape {tuple(value.shape)}, this "
+                    f"run's model has {here}"
                 )
             engine.set_full_tensor(name, kind, _pad(value, engine.shape(name)))
             missing.discard((name, kind))

@@ -20,7 +20,7 @@ from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.files import apply_umask, fsync_folder, sha256_file, write_bytes
 from electra_ds.common.json_files import write_json
 from electra_ds.config.schema import CheckpointConfig
-from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, VERSION, Weights, latest
+from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, STEP, VERSION, Weights, latest
 from electra_ds.training.collectives import Votes, fail_on_all_ranks
 from electra_ds.training.state import TrainingState
 
@@ -67,9 +67,9 @@ class PendingCheckpoint:
             if engine.ranks.rank == 0:
                 # A random name: two attempts that save at once, one of them after a long sleep,
                 # do not write into one folder.
-                report["temporary"] = folder / f".{name}.{secrets.token_hex(4)}.tmp"
-                report["temporary"].mkdir(parents=True)
-        self._temporary: Path = report["all_ranks"][0]["temporary"]
+                report["temporary"] = f".{name}.{secrets.token_hex(4)}.tmp"
+                (folder / report["temporary"]).mkdir(parents=True)
+        self._temporary = folder / report["all_ranks"][0]["temporary"]
         writer = ThreadPoolExecutor(1, "saving")
         self._files = writer.submit(_write, tensors, self._temporary, engine.ranks)
         writer.shutdown(wait=False)
@@ -340,7 +340,7 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
 
     newest: the step just saved.
     """
-    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    steps = sorted(int(path.name) for path in folder.iterdir() if STEP.fullmatch(path.name))
     up_to_newest = [step for step in steps if step <= newest]
     later = steps[len(up_to_newest) :]
     kept = {*up_to_newest[-rules.keep_last :], *later, *rules.keep_steps}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from electra_ds.cluster.launchers import Ranks
-from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.errors import LockedOut, RunFailure, UserError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,30 +30,83 @@ def is_collective(frame: FrameType) -> bool:
     return frame.f_code in _COLLECTIVE_CODE
 
 
+def encode(value: Any) -> bytes:
+    """Return JSON values as bytes for other ranks. NaN and infinities are kept.
+
+    Objects travel as JSON and not as pickles, because reading a pickle runs the code in it, and
+    torch's ports accept connections without a password.
+    Raises TypeError for a value that JSON would not give back: a path, an exception, a set, an
+    array, or a dict with keys other than strings. Tuples become lists.
+    """
+    _check_keys(value)
+    return json.dumps(value).encode()
+
+
+def decode(message: bytes) -> Any:
+    """Return the value of `encode`."""
+    return json.loads(message)
+
+
+def _check_keys(value: Any) -> None:
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"a dict for other ranks has keys that are not strings: {value}")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            if isinstance(part, (dict, list, tuple)):
+                _check_keys(part)
+
+
 @collective
 def on_rank0(function: Callable[[], Any]) -> Any:
     """Call a function on rank 0 and return its result on every rank. Collective.
 
     Only rank 0 reads and writes the run folder, so that all ranks make the same decisions.
-    A UserError of the function is raised on every rank. An OSError is raised as RunFailure on every
-    rank. Any other exception is raised on rank 0 only.
+
+    function: its result is a JSON value; see `encode`. Tuples become lists.
+    A UserError or RunFailure of the function is raised on every rank, an OSError as RunFailure. Any
+    other exception is raised on rank 0 only.
     """
-    result: Any = None
-    error: Exception | None = None
+    message = b""
     if dist.get_rank() == 0:
         try:
-            result = function()
-        except UserError as user_error:
-            error = user_error
-        except OSError as os_error:
-            error = RunFailure(f"rank 0: {os_error}")
+            message = encode({"result": function()})
+        except LockedOut as error:
+            message = encode({"locked_out": str(error)})
+        except UserError as error:
+            message = encode({"user_error": str(error)})
+        except (OSError, RunFailure) as error:
+            text = str(error) if isinstance(error, RunFailure) else f"rank 0: {error}"
+            message = encode({"failure": text})
     if dist.get_world_size() > 1:
-        message = [result, error]
-        dist.broadcast_object_list(message, src=0)
-        result, error = message
-    if error is not None:
-        raise error
-    return result
+        message = _broadcast_bytes(message)
+    answer = decode(message)
+    for kind, error_type in ERROR_TYPES.items():
+        if kind in answer:
+            raise error_type(answer[kind])
+    return answer["result"]
+
+
+# Key of a message of `on_rank0` or `fail_on_all_ranks` -> type of the error on every rank.
+ERROR_TYPES: dict[str, type[Exception]] = {
+    "locked_out": LockedOut,
+    "user_error": UserError,
+    "failure": RunFailure,
+}
+
+
+@collective
+def _broadcast_bytes(message: bytes) -> bytes:
+    """Return the bytes of rank 0 on every rank. Collective over the gloo group."""
+    group = gloo_group()
+    size = torch.tensor([len(message)], dtype=torch.int64)
+    dist.broadcast(size, src=0, group=group)
+    content = torch.zeros(int(size), dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    dist.broadcast(content, src=0, group=group)
+    return content.numpy().tobytes()
 
 
 class Votes(NamedTuple):
@@ -72,7 +126,7 @@ class ControlGroup:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self._group = _gloo_group() if ranks.world_size > 1 else None
+        self._group = gloo_group() if ranks.world_size > 1 else None
         self._message = torch.zeros(0, dtype=torch.int64)
         self._totals_type: type = tuple
         self._pending: dist.Work | None = None
@@ -117,12 +171,22 @@ class ControlGroup:
 
     @collective
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the values of all ranks in order. The values are pickled and should be small."""
+        """Return the values of all ranks in order.
+
+        value: a JSON value; see `encode`. Tuples become lists, in a world of one rank as well.
+        """
+        message = encode(value)
         if self._group is None:
-            return [value]
-        gathered: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(gathered, value, group=self._group)
-        return gathered
+            return [decode(message)]
+        sizes = self.all_gather(torch.tensor([len(message)], dtype=torch.int64))
+        longest = max(map(int, sizes))
+        own = torch.zeros(longest, dtype=torch.uint8)
+        own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        gathered = self.all_gather(own)
+        return [
+            decode(content[: int(size)].numpy().tobytes())
+            for content, size in zip(gathered, sizes, strict=True)
+        ]
 
     @collective
     def barrier(self) -> None:
@@ -133,15 +197,18 @@ class ControlGroup:
 
 @functools.cache
 @collective
-def _gloo_group() -> dist.ProcessGroup:
-    """One group for all engines of a process."""
+def gloo_group() -> dist.ProcessGroup:
+    """Return the group of all ranks for messages between CPUs; one for all engines of a process.
+
+    Collective at the first call.
+    """
     return dist.new_group(backend="gloo")
 
 
 @collective
 def leave() -> None:
     """Destroy the process groups. Call it after every engine is closed. Collective."""
-    _gloo_group.cache_clear()
+    gloo_group.cache_clear()
     dist.destroy_process_group()
 
 
@@ -152,23 +219,25 @@ def fail_on_all_ranks(
     """Run a block on every rank. If it fails on one rank, raise the error on all ranks. Collective.
 
     action: what the block does, for the message.
-    Yields a dict for values of this rank. After the block its key `all_ranks` is the list of the
-    dicts of all ranks.
+    Yields a dict for JSON values of this rank. After the block its key `all_ranks` is the list of
+    the dicts of all ranks.
     Raises UserError when a rank raised one, and RunFailure when a rank raised OSError. Other
     exceptions are raised only on the rank where they occur.
     """
     report: dict[str, Any] = {}
-    problem: Exception | None = None
+    kind, text = "", ""
     try:
         yield report
-    except (OSError, UserError) as error:
-        problem = error
-    gathered = all_gather_object((problem, dict(report)))
-    for rank, (failure, _) in enumerate(gathered):
-        if isinstance(failure, UserError):
-            raise UserError(f"{action} failed: rank {rank}: {failure}")
+    except UserError as error:
+        kind, text = "user_error", str(error)
+    except OSError as error:
+        kind, text = "failure", str(error)
+    gathered = all_gather_object([kind, text, dict(report)])
+    for rank, (failure, message, _) in enumerate(gathered):
+        if failure == "user_error":
+            raise UserError(f"{action} failed: rank {rank}: {message}")
         if failure:
             raise RunFailure(
-                f"{action} failed: rank {rank}: {failure}; earlier checkpoints are untouched"
+                f"{action} failed: rank {rank}: {message}; earlier checkpoints are untouched"
             )
-    report["all_ranks"] = [rank_report for _, rank_report in gathered]
+    report["all_ranks"] = [rank_report for _, _, rank_report in gathered]

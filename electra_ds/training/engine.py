@@ -16,6 +16,7 @@ import gc
 import math
 import os
 import signal
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -24,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.launchers import Ranks, check_address
 from electra_ds.common.errors import UserError
-from electra_ds.training.collectives import ControlGroup, collective
+from electra_ds.training.collectives import ControlGroup, collective, gloo_group
 from electra_ds.training.optimizer import AdamW, make_state, parameter_groups
 from electra_ds.training.precision import EngineConfig, resolve_precision
 
@@ -88,14 +89,43 @@ def start(ranks: Ranks, timeout_minutes: float, deterministic: bool = False) -> 
         torch.cuda.set_device(device)
     if deterministic:
         _choose_deterministic_kernels()
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    _meet(ranks, backend, timeout_minutes)
     if dist.get_world_size() != ranks.world_size:
         raise UserError(
             f"{ranks.launcher} set a world size of {ranks.world_size}, but torch.distributed has "
             f"{dist.get_world_size()} ranks; start each rank with the same launcher"
         )
+    if ranks.world_size > 1:
+        gloo_group()
+        _limit_waiting(timeout_minutes)
     return device
+
+
+def _meet(ranks: Ranks, backend: str, timeout_minutes: float) -> None:
+    """Initialize torch.distributed. A single rank needs no port and no name of a host. Collective.
+
+    Raises UserError when the address of rank 0 is not known, or its port is in use.
+    """
+    if dist.is_initialized():
+        return
+    import deepspeed
+
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if ranks.world_size == 1:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)  # uses that group
+        return
+    check_address(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
+            raise
+        raise UserError(
+            f"rank {ranks.rank}: port MASTER_PORT={os.environ['MASTER_PORT']} of "
+            f"{os.environ['MASTER_ADDR']} is in use by another process; choose another port"
+        ) from None
 
 
 def _cuda_device(ranks: Ranks) -> torch.device:
@@ -223,13 +253,20 @@ class Engine:
             return AdamW(groups, options)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(
-            groups,
-            lr=0.0,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            bias_correction=options.bias_correction,
-        )
+        try:
+            return DeepSpeedCPUAdam(
+                groups,
+                lr=0.0,
+                betas=(options.beta1, options.beta2),
+                eps=options.eps,
+                bias_correction=options.bias_correction,
+            )
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(
+                f"offload_optimizer: DeepSpeed's CPU Adam cannot be compiled or loaded ({first}); "
+                "it needs a C++ compiler and ninja: install both, or use an engine without offload"
+            ) from error
 
     @collective
     def forward_backward(
@@ -433,7 +470,7 @@ class Engine:
         """Set the state of the fp16 loss scaler. Does nothing without one."""
         scaler = self._loss_scaler()
         for key, value in state.items():
-            if scaler is not None and hasattr(scaler, key):
+            if scaler is not None and key in _SCALER_FIELDS and hasattr(scaler, key):
                 setattr(scaler, key, value)
 
     def _loss_scaler(self) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from electra_ds.cluster.launchers import Ranks
+from electra_ds.common.errors import UserError
 from electra_ds.training.collectives import ControlGroup
 
 
@@ -23,6 +24,11 @@ class LossSums:
 
         At another world size rank 0 starts with the total of all ranks, the other ranks with 0.
         """
+        if any(len(row) != size + 1 for row in saved or []):
+            raise UserError(
+                f"interval of meta.json: expected rows of {size + 1} numbers, found other rows; "
+                "use an older checkpoint"
+            )
         self._is_rank0 = ranks.rank == 0
         own = [0.0] * (size + 1)
         if saved and len(saved) == ranks.world_size:

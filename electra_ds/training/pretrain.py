@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +11,17 @@ from typing import Any
 import torch
 
 from electra_ds.cluster import failures, rank_log, run_folder, stop_signals
-from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.launchers import NO_LAUNCHER, Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock, owner_of
-from electra_ds.config.engine_files import load_engine
+from electra_ds.common.printable import printable, printable_lines, shortened
+from electra_ds.common.urls import redacted
 from electra_ds.config.loading import differences, parse_run
-from electra_ds.config.schema import RunConfig
+from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
-from electra_ds.data.masking import MaskingRecipe, masking_recipe
-from electra_ds.data.rows import RowOrder, RowReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention import with_cu_seqlens
@@ -35,6 +35,7 @@ from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
+from electra_ds.training.run_plan import TrainingData, plan, plan_warnings
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 
@@ -48,6 +49,7 @@ class Limits:
     extend: continue a finished run with a larger train.total_steps.
     init_from: a run or checkpoint; a new run starts from its weights.
     asked: reasons to stop at the next vote; signal handlers append to it.
+    Raises UserError when stop_at_step or max_minutes is out of range.
     """
 
     stop_at_step: int | None = None
@@ -56,15 +58,25 @@ class Limits:
     init_from: Path | None = None
     asked: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.stop_at_step is not None and not 1 <= self.stop_at_step <= MAX_STEPS:
+            raise UserError(
+                f"--stop-at-step {shortened(self.stop_at_step)}: expected a step from 1 to "
+                f"{MAX_STEPS:,}"
+            )
+        minutes = self.max_minutes
+        if minutes is not None and not (minutes >= 0 and math.isfinite(minutes)):
+            raise UserError(f"--max-minutes {minutes}: expected a number of minutes, 0 or more")
 
-@dataclass(frozen=True)
-class TrainingData:
-    """Training rows of a run: source, reader, order and masking recipe."""
 
-    source: Data
-    reader: RowReader
-    row_order: RowOrder
-    recipe: MaskingRecipe
+def check_out(out: Path) -> None:
+    """Raise UserError when the run folder is no folder, or a folder of prepared data."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {printable(out)}: is a file; expected a folder for the run")
+    if (out / "manifest.json").exists():
+        raise UserError(
+            f"--out {printable(out)}: holds prepared data; give the run a folder of its own"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class Attempt:
         """Print a line on rank 0."""
         if self.ranks.rank == 0:
             with contextlib.suppress(OSError):  # the console may be a file on a full disk
-                print(text, flush=True)
+                print(redacted(printable_lines(text)), flush=True)
 
 
 def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limits: Limits) -> int:
@@ -94,6 +106,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
     torchrun 0).
     Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
+    check_out(out)  # before an error file is written into it
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:
@@ -139,20 +152,14 @@ def pretrain_on_ranks(
     Returns the exit code; see `pretrain`. Raises UserError or RunFailure on every rank.
     """
     began = time.monotonic()
-    source = open_data(data)
-    tokenizer = source.manifest.tokenizer
-    config = config.with_data(
-        tokenizer.vocab_size, tokenizer.special_ids, source.manifest.sequence_length
-    )
-    engine_config = load_engine(config.engine)
-    config = config.model_copy(update={"engine": engine_config})
-    training_data = _training_data(config, source)
-    total_steps = config.total_steps(training_data.reader.rows)
+    planned = plan(config, open_data(data), ranks.world_size)
     held = lock or Lock(out, on_rank0)
-    attempt = Attempt(config, training_data, out, ranks, limits, held, began, total_steps)
+    attempt = Attempt(
+        planned.config, planned.data, out, ranks, limits, held, began, planned.total_steps
+    )
     try:
         held.acquire()
-        return _run(attempt, engine_config, device)
+        return _run(attempt, planned.engine, device)
     finally:
         if lock is None:
             held.release()
@@ -166,7 +173,14 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
         return stop_signals.DONE
     if lock.took_over:
         attempt.print(f"{out}/lock: taken over from {lock.took_over}")
-    on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+    notes = on_rank0(lambda: _count_failures(out, config.train.max_restarts, lock.took_over))
+    for note in notes:
+        attempt.print(note)
+    if _offloads(engine_config):
+        attempt.print(
+            "offload_optimizer: loading DeepSpeed's CPU Adam; the first run on a machine compiles "
+            "it, which takes minutes"
+        )
     engine = Engine(_objective(config), config, engine_config, attempt.ranks, device)
     nodes = run_folder.open_folder(out, attempt.ranks.rank, engine.all_gather_object)
     rank_log.open_log(out, attempt.ranks)
@@ -180,14 +194,9 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     return stop_signals.DONE if is_complete else stop_signals.stop_exit_code()
 
 
-def _training_data(config: RunConfig, source: Data) -> TrainingData:
-    train, objective = config.train, config.objective
-    reader, row_order = source.training(train.seed, train.global_batch_size)
-    begins_word = None
-    if objective.masking != "token":
-        begins_word = load_tokenizer(source.tokenizer).begins_word()
-    recipe = masking_recipe(source.manifest, objective, train.seed, begins_word)
-    return TrainingData(source, reader, row_order, recipe)
+def _offloads(engine_config: dict[str, Any]) -> bool:
+    section = engine_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
 
 
 def _objective(config: RunConfig) -> Objective:
@@ -211,7 +220,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     """
     limits, config = attempt.limits, attempt.config
     padded = padded_rows(engine.module)
-    found = on_rank0(lambda: checkpoint.latest(attempt.out / "ckpt"))
+    found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
         if limits.init_from is not None:
             source = find_checkpoint(limits.init_from)
@@ -230,6 +239,12 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             "choose another --out, or start from its weights with --init-from"
         )
     consumed_rows_from_state(meta.state.data, attempt.data.reader, attempt.data.row_order)
+    consumed = meta.state.attempts * config.train.global_batch_size
+    if meta.state.consumed_rows != consumed:
+        raise UserError(
+            f"{found}/meta.json: data.position = {meta.state.consumed_rows:,}; expected "
+            f"{consumed:,}, the rows of {meta.state.attempts:,} steps; use an older checkpoint"
+        )
     checkpoint.load(engine, found, padded)
     if limits.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)
@@ -250,10 +265,10 @@ def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:
         )
 
 
-def _count_failures(out: Path, limit: int, silent: str) -> None:
+def _count_failures(out: Path, limit: int, silent: str) -> list[str]:
     newest = checkpoint.latest(out / "ckpt")
     step = checkpoint.read_meta(newest).state.step if newest else 0
-    failures.count_failures(out, step, limit, silent)
+    return failures.count_failures(out, step, limit, silent)
 
 
 def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:
@@ -379,14 +394,18 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     config, ranks = attempt.config, attempt.ranks
     train = config.train
     precision = precision_name(engine.deepspeed_config)
+    is_alone = ranks.launcher == NO_LAUNCHER
+    place = (
+        "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
+    )
     lines = [
-        f"{engine.parameter_count():,} parameters, {ranks.world_size} rank(s) under "
-        f"{ranks.launcher}, ZeRO {engine.stage}, {precision}; a step is "
+        f"{engine.parameter_count():,} parameters, {place}, ZeRO {engine.stage}, {precision}; "
+        "a step is "
         f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
         f"({engine.accumulation} x {train.micro_batch_size} per rank); "
         f"{attempt.total_steps} steps, from step {step}"
     ]
-    offloads = "offload_optimizer" in engine.deepspeed_config.get("zero_optimization", {})
+    offloads = _offloads(engine.deepspeed_config)
     is_half = precision in ("bf16", "fp16")
     if ranks.world_size == 1 and engine.stage and not is_half and not offloads:
         name = "zero0-fp32" if precision == "fp32" else "zero0"
@@ -400,5 +419,11 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
         for name, part in attempt.data.source.shares.items()
     ]
     if parts:
-        lines.append(f"mixture: {'; '.join(parts)}")
+        lines.append(printable(f"mixture: {'; '.join(parts)}"))
+    lines += plan_warnings(config, attempt.total_steps)
+    if attempt.limits.init_from is not None and step:
+        lines.append(
+            f"WARNING: --init-from {printable(attempt.limits.init_from)} has no effect, because "
+            f"{printable(attempt.out)} has a checkpoint to resume from"
+        )
     return lines

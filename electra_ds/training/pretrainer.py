@@ -28,6 +28,7 @@ from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 from electra_ds.training.trainer import Trainer
 
+FIRST_LINE_SECONDS = 60.0  # after the first step, without a log line
 WAIT_SHARE = 0.05  # share of the time waiting for data above which a warning is printed
 
 
@@ -96,6 +97,7 @@ class Pretrainer(Trainer):
         self.sums = LossSums(2, engine.ranks, engine.device, state.interval)  # mlm, disc
         self.timing = Timing(time.perf_counter())
         self._is_first_attempt = True
+        self._says_running = True  # until the first log line of this attempt
         checkpointer.on_commit = self._record_pause
 
     def totals(self, batch: StepBatch) -> Totals:
@@ -164,6 +166,9 @@ class Pretrainer(Trainer):
         self.logger.advance(state.step)
         if self._is_logged(state.step):
             self._log(state, losses, lr, result)
+            self._says_running = False
+        elif self._says_running:
+            self._say_running(state)
         if self._is_evaluated(state.step):
             self.evaluate(state.step)
         is_last = state.step >= self.schedule.total_steps
@@ -263,6 +268,17 @@ class Pretrainer(Trainer):
         return described
 
     # ------------------------------------------------------------------------------------- logging
+
+    def _say_running(self, state: TrainingState) -> None:
+        """Print the rate once, if the first log line takes longer than FIRST_LINE_SECONDS.
+
+        It needs no other rank and does not wait for the device.
+        """
+        seconds = time.perf_counter() - self.timing.began
+        if seconds > FIRST_LINE_SECONDS:
+            every = self.config.logging.every
+            self.logger.running(state.step, seconds / self.timing.attempts, every)
+            self._says_running = False
 
     def _record_pause(self, step: int, pause_seconds: float) -> None:
         self.timing.pause_seconds += pause_seconds

@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from electra_ds.common.files import write_bytes
-from electra_ds.training.metrics_file import SCHEMA, TRAIN, read_metrics, summary
+from electra_ds.common.json_files import set_aside
+from electra_ds.common.printable import printable_lines
+from electra_ds.common.urls import redacted
+from electra_ds.training.metrics_file import SCHEMA, TRAIN, readable_metrics, summary
 
 TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard tags that are not SPLIT/KEY
 
@@ -42,6 +45,9 @@ class Logger:
     def say(self, text: str) -> None:
         """Print one line."""
 
+    def running(self, step: int, seconds_per_step: float, every: int) -> None:
+        """Say that the run trains, before its first log line."""
+
     def flush(self) -> None:
         """Write all records to disk and sync them. Raises OSError when this fails."""
 
@@ -56,9 +62,10 @@ class RunLogger(Logger):
 
         step: last step that is kept in the log; later records of an earlier attempt are removed.
         """
-        _remove_later_records(out / "metrics.jsonl", step)
+        note = _remove_later_records(out / "metrics.jsonl", step)
         self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (see __exit__)
         self._unwritten = b""
+        self._total_steps = total_steps
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +73,8 @@ class RunLogger(Logger):
             threading.excepthook = _except_tensorboard
             self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self._console = Console(soft_wrap=True)
+        if note:
+            self.say(note)
         self._epochs = f"/{total_epochs:.4g}" if total_epochs else ""
         self._bar = Progress(
             "{task.description}",
@@ -118,6 +127,14 @@ class RunLogger(Logger):
         tag = "checkpoint/pause_seconds"
         self._tensorboard(lambda writer: writer.add_scalar(tag, pause_seconds, step))
 
+    def running(self, step: int, seconds_per_step: float, every: int) -> None:
+        """Say that the run trains, before its first log line. every: logging.every."""
+        seconds_left = seconds_per_step * (self._total_steps - step)
+        self.say(
+            f"step {step}  {seconds_per_step:.2f} s per step  ETA {_duration(seconds_left)}; "
+            f"losses are logged every {every} steps (logging.every)"
+        )
+
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         self._bar.update(self._task, completed=step)
@@ -126,7 +143,8 @@ class RunLogger(Logger):
         """Print one line above the progress bar."""
         # The console may be a file on a full disk, or a closed pipe, for which rich exits.
         with contextlib.suppress(OSError, SystemExit):
-            self._console.print(text, highlight=False, markup=False)
+            shown = redacted(printable_lines(text))
+            self._console.print(shown, highlight=False, markup=False)
 
     def flush(self) -> None:
         """Write all records to disk and sync them. Raises OSError when this fails.
@@ -172,10 +190,18 @@ class RunLogger(Logger):
             self.say(f"TensorBoard's file is not written until the next start: {error}")
 
 
-def _remove_later_records(path: Path, step: int) -> None:
-    records = read_metrics(path) if path.exists() and path.stat().st_size else []
+def _remove_later_records(path: Path, step: int) -> str:
+    """Rewrite metrics.jsonl up to a step. A damaged file is set aside, and its readable lines are
+    kept. Returns a line that says so, or ""."""
+    records: list[dict[str, Any]] = []
+    note = ""
+    if path.is_dir() or (path.exists() and path.stat().st_size):
+        records, note = readable_metrics(path)
+    if note:
+        note = f"{note}; {set_aside(path)}; the {len(records)} records before the damage are kept"
     kept = [SCHEMA, *(record for record in records if record["step"] <= step)]
     write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return note
 
 
 def _except_tensorboard(failure: threading.ExceptHookArgs) -> None:

@@ -80,7 +80,7 @@ MISTAKES = {
     "no metrics to plot": (["plot", "nowhere"], "no metrics.jsonl here"),
     "another number of ranks": (
         ["pretrain", "tiny", "--data", "d", "--out", "o", "--world-size", "2"],
-        "--world-size is 2, but",
+        "--world-size is 2, but there is 1 rank, no launcher",
     ),
     "an unknown run": (
         ["pretrain", "nowhere.json", "--data", "d", "--out", "o"],

@@ -33,7 +33,7 @@ def test_failures_are_counted_until_a_checkpoint_is_gained(tmp_path: Path) -> No
         for rank, error in enumerate(errors):
             record_error(tmp_path, rank, error)
         count_failures(tmp_path, step, limit, silent)
-        assert not list(tmp_path.glob("error-rank-*"))
+        assert not list(tmp_path.glob("error-rank-*.json"))
         path = tmp_path / "restarts.json"
         return read_json(path) if path.exists() else {}
 
@@ -61,6 +61,40 @@ def test_failures_are_counted_until_a_checkpoint_is_gained(tmp_path: Path) -> No
     attempt(10, limit=4)
     attempt(10, OSError("e"), limit=0)
     attempt(11)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "3", "null", '{"failures": -1}', '{"failures": 1e400}', '{"errors": 3}'),
+        *('{"errors": [{"rank": "x"}]}', '{"step": "9"}', "[" * 100_000, "\x00\xff"),
+    ],
+)
+def test_damaged_records_of_failures_are_set_aside_and_said(tmp_path: Path, content: str) -> None:
+    (tmp_path / "restarts.json").write_text(content)
+    (tmp_path / "error-rank-3.json").write_text(content)
+    notes = count_failures(tmp_path, 5, 3, "")
+    assert len(notes) == 2 and all(".json.damaged" in note for note in notes)
+    assert (tmp_path / "restarts.json.damaged").read_text() == content
+    found = read_json(tmp_path / "restarts.json")  # the damaged error file is counted
+    assert (
+        found["failures"] == 1 and "error-rank-3.json is cut short" in found["errors"][0]["error"]
+    )
+    assert count_failures(tmp_path, 5, 3, "") == []
+
+
+def test_a_folder_in_place_of_a_record_is_set_aside(tmp_path: Path) -> None:
+    for name in ("restarts.json", "error-rank-0.json"):
+        (tmp_path / name).mkdir()
+    assert len(count_failures(tmp_path, 5, 3, "")) == 2
+
+
+def test_an_error_file_holds_no_secret_and_no_control_character(tmp_path: Path) -> None:
+    text = "https://user:hunter2@host/D?token=hunter2 \x1b[31m" + "x" * 10**6
+    record_error(tmp_path, 0, RunFailure(text))
+    content = (tmp_path / "error-rank-0.json").read_text()
+    assert "hunter2" not in content and "***@host" in content and len(content) < 200_000
+    assert "u001b" not in content and count_failures(tmp_path, 0, 3, "") == []
 
 
 def test_a_second_job_is_refused_until_the_first_is_dead(data: Path, tmp_path: Path) -> None:
@@ -144,10 +178,10 @@ def test_the_error_is_recorded_before_the_lock_is_released(data: Path, tmp_path:
 def test_a_failed_start_leaves_no_error_in_the_folder_of_a_running_job(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        place |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        place |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         command = ["pretrain", "tiny", "--data", tmp_path, "--out", tmp_path]
         with Lock(tmp_path):
-            assert "EADDRINUSE" in run_cli(*command, check=False, **place).stderr
-            assert not list(tmp_path.glob("error-rank-*"))
+            assert "is in use by another process" in run_cli(*command, check=False, **place).stderr
+            assert not list(tmp_path.glob("error-rank-*.json"))
         run_cli(*command, check=False, **place)
-        assert "EADDRINUSE" in read_json(tmp_path / "error-rank-0.json")["error"]
+        assert "is in use" in read_json(tmp_path / "error-rank-0.json")["error"]

@@ -3,8 +3,9 @@
 import pytest
 
 from electra_ds.cluster import launchers
-from electra_ds.cluster.launchers import Ranks, find_ranks
+from electra_ds.cluster.launchers import Ranks, check_address, find_ranks
 from electra_ds.common.errors import UserError
+from electra_ds.common.processes import restart_count
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = MASTER | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -76,7 +77,7 @@ def test_without_a_launcher_there_is_one_rank_with_an_address():
 
 def test_a_batch_script_without_srun_is_a_single_rank():
     assert find_ranks(dict(SBATCH)).world_size == 1
-    with pytest.raises(UserError, match="--world-size is 8, but none started 1"):
+    with pytest.raises(UserError, match="--world-size is 8, but there is 1 rank, no launcher"):
         find_ranks(dict(SBATCH), promised=8)
 
 
@@ -155,3 +156,80 @@ def test_all_tasks_of_a_step_derive_the_same_address_without_communication(monke
         found.add((environ["MASTER_ADDR"], environ["MASTER_PORT"]))
     assert found == {("node3", str(20000 + 123456 % 20000))}
     assert commands[0] == ["scontrol", "show", "hostnames", "node[3-4]"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "changed"),
+    [
+        ("torchrun", {"WORLD_SIZE": "abc"}),
+        ("torchrun", {"WORLD_SIZE": "0"}),
+        ("torchrun", {"WORLD_SIZE": "\u0668"}),
+        ("torchrun", {"RANK": "-1"}),
+        ("torchrun", {"RANK": "1.5"}),
+        ("torchrun", {"LOCAL_RANK": ""}),
+        ("torchrun", {"LOCAL_WORLD_SIZE": "x"}),
+        ("srun", {"SLURM_PROCID": "9" * 5000}),
+        ("srun", {"SLURM_STEP_TASKS_PER_NODE": "(x2)"}),
+        ("mpich", {"MPI_LOCALNRANKS": "0"}),
+    ],
+)
+def test_a_variable_that_is_no_number_is_refused_with_its_name(launcher, changed):
+    with pytest.raises(UserError, match=r"expected an integer of at least \d") as caught:
+        find_ranks(LAUNCHERS[launcher] | changed)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_job_id_that_is_no_number_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="SLURM_JOB_ID='a'"):
+        find_ranks(SRUN | {"SLURM_JOB_ID": "a", "SLURM_STEP_NODELIST": "node1"})
+
+    def run(*_, **__):
+        raise FileNotFoundError(2, "No such file", "scontrol")
+
+    monkeypatch.setattr(launchers.subprocess, "run", run)
+    with pytest.raises(UserError, match="scontrol names no host"):
+        find_ranks(SRUN | {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node1"})
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", "-1", "9" * 5000, ""])
+def test_a_port_out_of_range_is_refused(port):
+    with pytest.raises(UserError, match="expected a port from 1 to 65535"):
+        check_address("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 300, "a..b", "\x1b[31m"])
+def test_a_host_without_an_address_is_refused_within_seconds(host, monkeypatch):
+    monkeypatch.setattr(launchers.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match="no address found") as caught:
+        check_address(host, "29500")
+    assert str(caught.value).isprintable()
+
+
+def test_an_address_that_resolves_is_accepted():
+    check_address("127.0.0.1", "29500")
+
+
+def test_a_restart_count_that_is_no_number_is_refused():
+    assert restart_count({}) == restart_count({"SLURM_RESTART_COUNT": ""}) == 0
+    assert restart_count({"SLURM_RESTART_COUNT": "3"}) == 3
+    for text in ("x", "-1", "1.5", "9" * 5000, "../x"):
+        with pytest.raises(UserError, match="SLURM_RESTART_COUNT"):
+            restart_count({"SLURM_RESTART_COUNT": text})
+
+
+def test_ranks_of_mpirun_agree_on_an_address_without_pickles(monkeypatch):
+    sent = []
+
+    class World:
+        def Bcast(self, message):
+            if sent:
+                message[:] = sent[0]
+            sent.append(bytes(message))
+
+    monkeypatch.setattr(launchers, "mpi_world", lambda *_: World())
+    found = set()
+    for rank in ("0", "5"):
+        environ = MPICH | {"PMI_RANK": rank}
+        find_ranks(environ)
+        found.add((environ["MASTER_ADDR"], environ["MASTER_PORT"]))
+    assert len(found) == 1 and len(sent[0]) == launchers.PLACE_BYTES

@@ -146,7 +146,7 @@ def test_a_stopped_killed_or_failed_rank_is_named_and_the_run_resumes(
             "hang",
             1,
             r"1: no rank moved for \d+ s: it is at .*, "
-            r"of the others 1 at (engine|collectives).py:\d+",
+            r"the other ranks: 1 at (engine|collectives).py:\d+",
         ),
     ],
 )

@@ -194,3 +194,33 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_removed(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", '{"pid": "x"}', '{"pid": -1}', '{"job": 3}', '{"host": []}', "\udcff\x00"],
+)
+def test_a_damaged_lock_is_taken_over_after_the_wait_which_is_said(tmp_path, content):
+    (tmp_path / "lock").write_text(content, errors="surrogateescape")
+    said = []
+    with Lock(tmp_path, stale_seconds=0.2, say=said.append) as taken:
+        assert taken.took_over.startswith("an unknown owner")
+    assert said == [
+        f"{tmp_path}/lock: held by an unknown owner; waiting up to 0 s for its heartbeat"
+    ]
+
+
+def test_a_folder_in_place_of_lock_or_heartbeat_is_set_aside(tmp_path):
+    for name in ("lock", "heartbeat.json"):
+        (tmp_path / name).mkdir()
+    said = []
+    with Lock(tmp_path, say=said.append):
+        assert (tmp_path / "heartbeat.json").is_file()
+    assert [line.rpartition("/")[2] for line in said] == ["lock.damaged", "heartbeat.json.damaged"]
+
+
+def test_the_name_of_an_owner_has_no_control_characters(tmp_path):
+    other = DEAD | {"host": "\x1b[31mnode7", "machine": "another"}
+    (tmp_path / "lock").write_text(json.dumps(other))
+    with Lock(tmp_path, stale_seconds=0.1, say=lambda _: None) as taken:
+        assert "\x1b" not in taken.took_over and "node7" in taken.took_over

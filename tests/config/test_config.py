@@ -282,7 +282,7 @@ def test_differences_name_the_field_in_a_table_of_sections():
         [
             "tasks.gone.epochs: 3.0 -> None",
             "tasks.rte.epochs: None -> 1.0",
-            "options: {'a': 1} -> {'a': 2}",
+            "options.a: 1 -> 2",
         ],
         ["tasks.rte.rows: 8 -> 4", "tasks.new.rows: 8 -> 9"],
     )

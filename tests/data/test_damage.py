@@ -205,3 +205,16 @@ def test_damage_is_an_error_with_shard_and_block(name, tmp_path):
                 reader.fragments(1)
     problems = verify(data)
     assert any(re.search(expected, problem) for problem in problems), problems
+
+
+def test_a_shard_that_becomes_shorter_while_it_is_read_is_named(tmp_path):
+    """Reading the map beyond the end of the file would end the process with SIGBUS."""
+    reader = ShardReader(write_data(tmp_path, [best_fit_rows(200, 32)]), "train")
+    reader.read(np.arange(32))  # blocks 0 and 1 are open and checked
+    os.truncate(tmp_path / shard_file("train", 0), 4096)
+    for rows in (np.arange(16), np.arange(100, 116)):
+        with pytest.raises(
+            UserError,
+            match=r"train-000000\.tar: 4096 bytes now, expected \d+ .*truncated after it was opened",
+        ):
+            reader.read(rows)

@@ -163,6 +163,7 @@ class Sandbox:
         self.check(script, arguments, environ)
         assert done.returncode != 2 or done.stderr, "refused without a message"
         self.errors = done.stderr.decode(errors="replace")
+        self.output = done.stdout.decode(errors="replace")
         return done.returncode, self.calls()
 
     def check(self, *values: object) -> None:
@@ -218,7 +219,8 @@ def test_options_arrive_unchanged(sandbox: Sandbox, script: str) -> None:
         )
         code, calls = sandbox.run(script, *options, **{other: sandbox.value()})
         if LAUNCHERS[script] not in calls:
-            assert (code == 2 and "" in options) or "bad node" in sandbox.errors, sandbox.errors
+            refused = "" in options or "expected an integer" in sandbox.errors
+            assert (code == 2 and refused) or "bad node" in sandbox.errors, sandbox.errors
         else:
             assert contains(
                 calls[LAUNCHERS[script]][-1], ["pretrain", *options, "--world-size", "2"]
@@ -398,3 +400,69 @@ def test_a_hostile_setting_raises_user_error(
         with pytest.raises(UserError):
             load_run(value or "-")
     sandbox.check()
+
+
+@pytest.mark.parametrize("name", ["SLURM_ARRAY_TASK_ID", "SLURM_NTASKS"])
+def test_a_number_of_an_array_job_is_refused_or_used_as_it_is(sandbox: Sandbox, name: str) -> None:
+    for _ in range(15):
+        code, calls = sandbox.run("glue.sbatch", "m", "c", "d", "o", **{name: sandbox.value()})
+        assert code == 2 and not calls.get("srun"), sandbox.errors
+    assert sandbox.run("glue.sbatch", "m", "c", "d", "o", SLURM_ARRAY_TASK_ID="9")[0] == 2
+    (call,) = sandbox.run("glue.sbatch", "m", "c", "d", "o", SLURM_ARRAY_TASK_ID="8")[1]["srun"]
+    assert contains(call, ["--tasks", "wnli", "--seeds", "2"])
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "MAX_RESTARTS", "RESTARTS"])
+def test_a_count_of_restarts_becomes_no_path_and_no_option(sandbox: Sandbox, name: str) -> None:
+    """SLURM_RESTART_COUNT is a part of the name of a file that is removed."""
+    kept = sandbox.folder / "kept"
+    kept.write_text("")
+    script = "torchrun.sh" if name == "RESTARTS" else "pretrain.sbatch"
+    options = ["tiny", "--data", str(sandbox.folder / "data"), "--out", "out"]
+    for value in ("/../../kept", "-1", "1.5", "1e9", "9" * 30, sandbox.value() or "-"):
+        code, _ = sandbox.run(script, *options, **{name: value})
+        assert code == 2 and name in sandbox.errors, sandbox.errors
+    assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("node1 slots=8\nnode2 slots=4", "node1,node2"),  # no newline at the end
+        ("node1 slots=8 \r\nnode2  slots=4\t\r\n\n", "node1,node2"),
+        ("# nodes\nnode1 slots=8 # the first\n", "node1"),
+        ("node1 slots=8\nnode1 slots=8\n", "occurs twice"),
+        ("node1 slots=99999999999999999999\n", "expected a line"),
+        ("node1 slots=0\n", "expected a line"),
+        ("", "contains no nodes"),
+    ],
+)
+def test_a_hostfile_is_read_to_its_end(sandbox: Sandbox, text: str, hosts: str) -> None:
+    (sandbox.folder / "hosts file").write_text(text)
+    options = ["tiny", "--data", str(sandbox.folder / "data"), "--out", "out"]
+    code, _ = sandbox.run("deepspeed.sh", *options, HOSTFILE="hosts file")
+    if "node1" in hosts:
+        printed = sandbox.output.replace("\\", "")
+        assert f"pdsh -S -w {hosts} " in printed, sandbox.output + sandbox.errors
+    else:
+        assert code == 2 and hosts in sandbox.errors
+
+
+def test_a_hostfile_that_is_no_file_is_refused(sandbox: Sandbox) -> None:
+    for place in ("nowhere", "data"):
+        code, _ = sandbox.run("deepspeed.sh", "tiny", "--data", "d", "--out", "o", HOSTFILE=place)
+        assert code == 2 and "no readable file" in sandbox.errors
+
+
+def test_printed_commands_show_no_secret(sandbox: Sandbox) -> None:
+    url = "https://user:hunter2@host/D?token=hunter3&x=1"
+    sandbox.run("local.sh", "tiny", "--data", url, "--out", "out")
+    assert "hunter" not in sandbox.output + sandbox.errors and "***@host/D" in sandbox.output
+
+
+def test_no_module_is_imported_from_the_current_folder(sandbox: Sandbox) -> None:
+    (sandbox.bin / "deepspeed").write_text(
+        "#!/bin/sh\necho safe path $PYTHONSAFEPATH $PYTHONPATH\n"
+    )
+    sandbox.run("local.sh", "tiny", "--data", "d", "--out", "out")
+    assert f"safe path 1 {sandbox.launch.parent}" in sandbox.output

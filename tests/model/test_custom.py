@@ -66,7 +66,7 @@ def test_a_factory_that_cannot_be_used_is_refused(tmp_path, factory, message):
 def test_other_options_of_a_factory_are_a_difference_of_science(tmp_path):
     old = factory_run(tmp_path)
     new = factory_run(tmp_path, options={"width": 9})
-    assert differences(old, new)[0] == ["model.options: {'width': 8} -> {'width': 9}"]
+    assert differences(old, new)[0] == ["model.options.width: 8 -> 9"]
     assert any(line.startswith("model: ") for line in differences(load_run("tiny"), new)[0])
 
 

@@ -158,3 +158,60 @@ def test_the_verb_prints_tables_or_json_and_imports_no_torch(out, tmp_path):
     )
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", script], env=environ, check=True)
+
+
+WRONG = ["", "{", "[]", "3", "null", '{"step": "x"}', '{"step": -1}', '{"step": 1e400}', "\x00\xff"]
+WRONG += ['{"step": 1, "time": 3}', '{"time": "noon"}', '{"train": 3, "provenance": []}']
+WRONG += [
+    '{"provenance": {"nodes": 3}}',
+    '{"errors": 3}',
+    '{"rank": []}',
+    '{"pid": "x"}',
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("name", ["config.json", "heartbeat.json", "restarts.json", "lock"])
+@pytest.mark.parametrize("content", WRONG)
+def test_a_file_of_any_content_is_reported_and_stops_nothing(out, name, content):
+    (out / name).write_text(content)
+    facts = status(out)
+    assert lines(facts)["state"] in ("stopped", "failed", "silent") and json.dumps(facts)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "ckpt/latest", "ckpt/80/meta.json", "error-rank-0.json"],
+)
+@pytest.mark.parametrize("content", WRONG)
+def test_a_damaged_record_is_listed_as_missing(out, name, content):
+    (out / name).write_text(content)
+    facts = status(out)
+    assert facts["missing"] or "rank" not in content
+    assert json.dumps(facts) and lines(facts)["next"]
+
+
+def test_folders_and_pipes_in_place_of_files_are_listed(out):
+    names = ["config.json", "metrics.jsonl", "heartbeat.json", "restarts.json", "lock"]
+    for name in [*names, "ckpt/latest"]:
+        (out / name).unlink(missing_ok=True)
+        os.mkfifo(out / name) if name.startswith("c") else (out / name).mkdir()
+    assert len(status(out)["missing"]) == 5
+
+
+def test_text_of_files_is_shown_without_control_characters_and_secrets(out):
+    error = {"rank": 0, "host": "\x1b[31mh", "time": "", "error": "https://u:hunter2@host/D"}
+    (out / "error-rank-0.json").write_text(json.dumps(error))
+    shown_text = "".join(lines(status(out)).values())
+    assert "\x1b" not in shown_text and "hunter2" not in shown_text and "***@host" in shown_text
+
+
+def test_latest_names_no_folder_elsewhere(out):
+    for name in ("../..", "/", "a/b", "\x1b", "x" * 5000):
+        (out / "ckpt" / "latest").write_text(name)
+        assert not status(out)["checkpoint"] and status(out)["missing"]
+
+
+def test_a_run_without_a_launcher_says_so(out):
+    facts = status(out) | {"launcher": "none", "nodes": ["here"]}
+    assert lines(facts)["ranks"] == "1, no launcher, on here"

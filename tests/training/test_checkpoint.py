@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from fake_weights import CONFIG, PADDED, PROGRESS, FakeWeights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from electra_ds.common import files
 from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.files import sha256_file
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.checkpoint import MOMENTS
@@ -155,7 +156,7 @@ def test_a_crash_inside_a_save_leaves_latest_and_the_old_folder(saved, monkeypat
 
 def test_a_failure_on_another_rank_is_raised_here_too(tmp_path):
     weights = FakeWeights()
-    weights.all_gather_object = lambda value: [value, (OSError("disk full"), {})]
+    weights.all_gather_object = lambda value: [value, ["failure", "disk full", {}]]
     with pytest.raises(RunFailure, match="rank 1: disk full"):
         save(tmp_path / "ckpt", weights=weights)
     assert checkpoint.latest(tmp_path / "ckpt") is None
@@ -288,7 +289,9 @@ def test_a_later_version_is_refused(saved):
     "name", ["../model-00001-of-00001.safetensors", "/etc/passwd", "model.pt", "weights.pkl"]
 )
 def test_a_listed_name_that_no_checkpoint_has_is_refused(saved, name):
-    edit_meta(saved[1], lambda values: values["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    edit_meta(
+        saved[1], lambda values: values["files"].update({name: {"bytes": 1, "sha256": "0" * 64}})
+    )
     with pytest.raises(UserError, match="which no checkpoint has"):
         checkpoint.read_meta(saved[1])
 
@@ -352,3 +355,75 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
         (tmp_path / name).mkdir()
     checkpointer.remove_stale(tmp_path)
     assert names(tmp_path) == ["10"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": []},
+        {"config": None},
+        {"files": None},
+        {"files": {}},
+        {"files": []},
+        {"files": {"model-00001-of-00001.safetensors": {"bytes": 1}}},
+        {"files": {"model-00001-of-00001.safetensors": {"bytes": -1, "sha256": "0" * 64}}},
+        {"files": {"model-00001-of-00001.safetensors": {"bytes": 10**30, "sha256": "0" * 64}}},
+        {"files": {"model-00001-of-00001.safetensors": 3}},
+        {"step": "x"},
+        {"step": -1},
+        {"step": 10**30},
+        {"step": 1.5},
+        {"step": True},
+        {"skipped": None},
+        {"tokens": -5},
+        {"data": []},
+        {"data": {"position": -32}},
+        {"data": {"position": "32"}},
+        {"data": {"position": 10**30}},
+        {"interval": 3},
+        {"interval": [[1.0], [1.0, 2.0]]},
+        {"interval": [["x"]]},
+        {"recent_losses": [0.0] * 33},
+        {"scaler": {"__class__": 3}},
+        {"scaler": {"cur_scale": "x"}},
+        {"scaler": {"cur_scale": -1.0}},
+        {"world_size": 0},
+        {"format": ["x"]},
+        {"version": "\x1b[31m"},
+    ],
+    ids=str,
+)
+def test_a_value_of_meta_json_of_another_type_or_size_is_refused(saved, change):
+    edit_meta(saved[1], lambda values: values.update(change))
+    with pytest.raises(UserError, match=r"meta\.json: ") as caught:
+        checkpoint.read_meta(saved[1])
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\x00", "\u0661", "1000\n1000", "9" * 5000, "../ckpt/1000", "\x1b[31m"]
+)
+def test_latest_with_another_content_is_refused(saved, content):
+    (saved[0] / "latest").write_text(content)
+    with pytest.raises(UserError) as caught:
+        checkpoint.latest(saved[0])
+    assert str(caught.value).isprintable()
+
+
+def test_latest_that_is_no_text_file_is_refused(saved):
+    (saved[0] / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError):
+        checkpoint.latest(saved[0])
+    (saved[0] / "latest").unlink()
+    (saved[0] / "latest").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        checkpoint.latest(saved[0])
+
+
+def test_tensors_of_another_type_are_refused(saved):
+    file = saved[1] / "model-00001-of-00001.safetensors"
+    save_file({"scale": torch.zeros((), dtype=torch.int64)}, file)
+    facts = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    edit_meta(saved[1], lambda values: values["files"].update({file.name: facts}))
+    with pytest.raises(UserError, match=r"scale has type torch\.int64; expected float32"):
+        checkpoint.weights(saved[1])

@@ -76,6 +76,56 @@ def test_a_broken_line_inside_is_named(tmp_path):
         read_metrics(path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "3", "[]", '{"step": -1, "split": "train"}', '{"step": 2}'),
+        *('{"step": "2", "split": "train"}', '{"step": 2, "split": "x"}'),
+        '{"step": 2, "split": "train", "loss": "x"}',
+        '{"step": 2, "split": "train", "loss": NaN}',
+        '{"step": 2, "split": "train", "loss": 1e400}',
+        '{"step": 1, "step": 2, "split": "train"}',
+    ],
+)
+def test_a_damaged_file_is_set_aside_at_a_resume_and_its_beginning_kept(tmp_path, capsys, line):
+    log_run(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], line + "\n", *lines[3:]]))
+    with pytest.raises(UserError, match="line 4"):
+        read_metrics(path)
+    log_run(tmp_path, [4], start=3)
+    assert steps_of(tmp_path) == [1, 2, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").exists()
+    assert "the 2 records before the damage are kept" in capsys.readouterr().out
+
+
+def test_a_file_of_another_kind_is_set_aside_at_a_resume(tmp_path):
+    for content in ("text", "text\n", b"\xff\n", None):
+        path = tmp_path / "metrics.jsonl"
+        path.unlink(missing_ok=True)
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        log_run(tmp_path, [4], start=3)
+        assert steps_of(tmp_path) == [4]
+
+
+def test_a_line_says_that_a_run_trains_before_its_first_log_line(tmp_path, capsys):
+    with RunLogger(tmp_path, 0, 1000, 1.0, tensorboard=False) as metrics:
+        metrics.running(10, 6.0, 500)
+    assert capsys.readouterr().out == (
+        "step 10  6.00 s per step  ETA 1:39:00; losses are logged every 500 steps (logging.every)\n"
+    )
+
+
+def test_printed_lines_have_no_control_characters_and_no_secrets(tmp_path, capsys):
+    with RunLogger(tmp_path, 0, 1000, 1.0, tensorboard=False) as metrics:
+        metrics.say("mixture: a\x1b[31m, https://user:hunter2@host/D")
+    assert capsys.readouterr().out == "mixture: a\\x1b[31m, https://***@host/D\n"
+
+
 def test_the_console_prints_the_values_of_the_record(tmp_path, capsys):
     log_run(tmp_path, [5])
     train, valid = capsys.readouterr().out.strip().splitlines()

@@ -1,0 +1,77 @@
+"""What a run will do: config with the values of its data, engine, training rows, number of steps.
+
+`pretrain` and `check` both call `plan`, so that `check` refuses what `pretrain` refuses.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from electra_ds.config.engine_files import load_engine
+from electra_ds.config.schema import RunConfig
+from electra_ds.data.dataset import Data
+from electra_ds.data.masking import MaskingRecipe, masking_recipe
+from electra_ds.data.rows import RowOrder, RowReader
+from electra_ds.data.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Training rows of a run: source, reader, order and masking recipe."""
+
+    source: Data
+    reader: RowReader
+    row_order: RowOrder
+    recipe: MaskingRecipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before its first step.
+
+    config: with the engine as an object, and with vocab_size and special_ids of the data.
+    """
+
+    config: RunConfig
+    engine: dict[str, Any]
+    data: TrainingData
+    total_steps: int
+
+
+def plan(config: RunConfig, source: Data, world_size: int) -> Plan:
+    """Return the plan of a run on this data.
+
+    Raises UserError when the config, the data and the number of ranks do not fit each other.
+    """
+    manifest = source.manifest
+    tokenizer = manifest.tokenizer
+    config = config.with_data(
+        tokenizer.vocab_size, tokenizer.special_ids, manifest.sequence_length, manifest.segments
+    )
+    engine = load_engine(config.engine)
+    config = config.model_copy(update={"engine": engine})
+    config.accumulation(world_size)
+    data = _training_data(config, source)
+    return Plan(config, engine, data, config.total_steps(data.reader.rows))
+
+
+def plan_warnings(config: RunConfig, total_steps: int) -> list[str]:
+    """Return one line for each setting that has no effect, or hardly the intended one."""
+    lines = []
+    warmup = config.optimizer.warmup_steps
+    if warmup >= total_steps:
+        lines.append(
+            f"WARNING: optimizer.warmup_steps = {warmup:,} of {total_steps:,} steps: the learning "
+            f"rate does not reach optimizer.peak_lr = {config.optimizer.peak_lr:g}; lower "
+            "warmup_steps or raise train.total_steps"
+        )
+    return lines
+
+
+def _training_data(config: RunConfig, source: Data) -> TrainingData:
+    train, objective = config.train, config.objective
+    reader, row_order = source.training(train.seed, train.global_batch_size)
+    begins_word = None
+    if objective.masking != "token":
+        begins_word = load_tokenizer(source.tokenizer).begins_word()
+    recipe = masking_recipe(source.manifest, objective, train.seed, begins_word)
+    return TrainingData(source, reader, row_order, recipe)
