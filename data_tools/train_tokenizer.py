@@ -5,7 +5,6 @@ WordPiece is trained by Hugging Face tokenizers, unigram and bpe by SentencePiec
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
@@ -74,7 +73,6 @@ def train_tokenizer(
         raise UserError(
             "strip_accents = True; expected None or False, since SentencePiece models keep accents"
         )
-    _check_writable(Path(out))
     form: Form = "nfc"
     if kind != "wordpiece":
         form = "nfkc_lower" if lowercase else "nfkc"
@@ -103,18 +101,6 @@ def train_tokenizer(
     except OSError as error:
         raise RunFailure(f"{out}: the vocabulary cannot be written: {error.strerror}") from None
     return tokenizer
-
-
-def _check_writable(out: Path) -> None:
-    """Make the folder. UserError, before hours of training, when it cannot be written."""
-    probe = out / f".{secrets.token_hex(6)}.tmp"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{out}: cannot be written ({reason}); expected a folder") from None
 
 
 def _lines(

@@ -107,9 +107,12 @@ def _explained(path: Path, option: str, expected: str) -> Iterator[None]:
     """Raise the OSError of a block as a UserError."""
     try:
         yield
-    except OSError as error:
-        where = printable(error.filename) if error.filename else printable(path)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        where = printable(getattr(error, "filename", None) or path)
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{option} {printable(path)}: cannot be written ({where}: {error.strerror}); expected "
+            f"{option} {printable(path)}: cannot be written ({where}: {reason}); expected "
             f"{expected} in a place with free space and write permission"
         ) from None

@@ -1,19 +1,17 @@
 """Whole-word and span masking: exactly k positions, equal to a plain implementation by row."""
 
 import hashlib
-import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import ROOT, run_cli
-from shard_data import SPECIAL, best_fit_rows
+from shard_data import SPECIAL, best_fit_rows, with_vocabulary
 
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.data.batch import make_batch
 from electra_ds.data.masking import SPAN_LENGTHS, MaskingRecipe, select_masked_positions
-from electra_ds.data.shard_format import read_manifest, write_manifest
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training.metrics_file import read_metrics
 
@@ -175,7 +173,6 @@ def test_words_by_spelling_are_the_words_of_the_text(tmp_path, kind):
 
 
 def test_a_run_uses_its_kind_of_masking_and_cannot_resume_with_another(tmp_path, data):
-    folder = shutil.copytree(data, tmp_path / "data")
     names = [
         "[PAD]",
         "[UNK]",
@@ -184,11 +181,8 @@ def test_a_run_uses_its_kind_of_masking_and_cannot_resume_with_another(tmp_path,
         "[MASK]",
         *(f"{'##' * (i % 3 > 0)}w{i}" for i in range(5, 600)),
     ]
-    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(names))
-    manifest = read_manifest(folder)
-    fingerprint = load_tokenizer(folder / "tokenizer").fingerprint
-    info = manifest.tokenizer.model_copy(update={"sha256": fingerprint})
-    write_manifest(folder, manifest.model_copy(update={"tokenizer": info}))
+    (tmp_path / "vocab.txt").write_text("\n".join(names))
+    folder = with_vocabulary(data, tmp_path / "vocab.txt", tmp_path / "data")
     sets = (
         "train.total_steps=50",
         "optimizer.warmup_steps=10",

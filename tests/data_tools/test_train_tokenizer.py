@@ -127,7 +127,7 @@ def test_settings_that_cannot_be_used_are_refused(tmp_path, options, message):
 def test_a_folder_that_cannot_be_written_is_refused_before_reading(tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "nul\0"):
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match=r"--out .*(expected a folder|null)"):
             train_tokenizer(["no-such-input"], out)
 
 

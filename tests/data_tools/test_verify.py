@@ -91,7 +91,7 @@ def test_another_tokenizer_is_reported(data):
     path = data / "tokenizer" / "vocab.txt"
     path.write_text(path.read_text().replace("w77", "v77"))
     (problem,) = verify(data)
-    assert problem.count("tokenizer: its fingerprint")
+    assert "tokenizer" in problem and "fingerprint" in problem
 
 
 @pytest.mark.parametrize(

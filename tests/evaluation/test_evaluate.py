@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 from running import run_cli
-from shard_data import SPECIAL
+from shard_data import SPECIAL, with_vocabulary
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from electra_ds.common.errors import UserError
@@ -20,7 +20,7 @@ from electra_ds.data import dataset
 from electra_ds.data.batch import fixed_corruption
 from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import masking_recipe
-from electra_ds.data.shard_format import read_manifest, read_unigrams, write_manifest
+from electra_ds.data.shard_format import read_unigrams
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.evaluation import evaluate
@@ -187,16 +187,11 @@ def test_the_verb_returns_the_metrics_of_evaluation_during_training(run, monkeyp
 def test_data_of_another_vocabulary_is_refused(run, tmp_path):
     """The entries are as many and the special tokens are the same."""
     words = [*WORDS[:5], *(f"w{i}" for i in range(595))]
-    for folder, names in ((run.out, words), (tmp_path / "data", [*words[:5], *words[:4:-1]])):
-        if folder != run.out:
-            shutil.copytree(run.data, folder)
-        (folder / "vocab.txt").write_text("\n".join(names) + "\n")
-        load_tokenizer(folder / "vocab.txt").save(folder / "tokenizer")
-        (folder / "vocab.txt").unlink()
-    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
-    manifest = read_manifest(tmp_path / "data")
-    info = manifest.tokenizer.model_copy(update={"sha256": tokenizer.fingerprint})
-    write_manifest(tmp_path / "data", manifest.model_copy(update={"tokenizer": info}))
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(words) + "\n")
+    load_tokenizer(vocabulary).save(run.out / "tokenizer")
+    vocabulary.write_text("\n".join([*words[:5], *words[:4:-1]]) + "\n")
+    with_vocabulary(run.data, vocabulary, tmp_path / "data")
     try:
         with pytest.raises(UserError, match="its vocabulary is not that of the model"):
             evaluate.evaluate_checkpoint(run.out, tmp_path / "data", 8)

@@ -15,6 +15,7 @@ import pytest
 import run_folders
 import torch
 from running import CPU, run_cli
+from shard_data import with_vocabulary
 from torch import nn
 
 from data_tools.train_tokenizer import train_tokenizer
@@ -212,6 +213,7 @@ def test_the_code_of_the_cards_of_a_run_runs_as_printed(tmp_path):
 def test_a_zero3_run_of_two_ranks_is_exported_by_the_command_line(data, tmp_path):
     out, words = tmp_path / "run", run_folders.vocabulary(tmp_path / "words")
     sets = [f"--set=model.{key}={value}" for key, value in run_folders.SIZES["model"].items()]
+    data = with_vocabulary(data, words, tmp_path / "data")
     run = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero3-fp32", *sets]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [

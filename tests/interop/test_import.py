@@ -9,6 +9,7 @@ import run_folders
 import torch
 from running import read_json, run_cli
 from safetensors.torch import load_file, save_file
+from shard_data import with_vocabulary
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.batch import Batch
@@ -233,6 +234,7 @@ def test_pretraining_starts_from_an_import(data, tmp_path):
     assert " 0 initialized, " in output and len(output.splitlines()) < 8
     listed = read_json(tmp_path / "i" / "import.json")["read"]
     assert ["generator: generator_lm_head.bias", "generator_head.bias"] in listed
+    data = with_vocabulary(data, tmp_path / "i" / "tokenizer", tmp_path / "data")
     run = ["pretrain", tmp_path / "i" / "config.json", "--data", data, "--out", tmp_path / "o"]
     sets = [
         "--set=train.total_steps=1",

@@ -1,6 +1,7 @@
 """Small data folders of packed rows of random tokens, in the format that `prepare` writes."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from electra_ds.data.shard_format import (
     SplitInfo,
     TokenizerInfo,
     index_file,
+    read_manifest,
     shard_file,
     write_index,
     write_manifest,
@@ -96,6 +98,18 @@ def write_tokenizer(folder: Path, vocab_size: int = 600) -> str:
     tokenizer.save(folder)
     vocab.unlink()
     return tokenizer.fingerprint
+
+
+def with_vocabulary(data: Path, vocabulary: Path, out: Path) -> Path:
+    """Copy a data folder to `out` and give it the tokenizer of `vocabulary`; returns `out`."""
+    shutil.copytree(data, out)
+    shutil.rmtree(out / "tokenizer")
+    tokenizer = load_tokenizer(vocabulary)
+    tokenizer.save(out / "tokenizer")
+    manifest = read_manifest(out)
+    info = manifest.tokenizer.model_copy(update={"sha256": tokenizer.fingerprint})
+    write_manifest(out, manifest.model_copy(update={"tokenizer": info}))
+    return out
 
 
 def token_counts(rows: np.ndarray, vocab_size: int) -> np.ndarray:
