@@ -46,7 +46,7 @@ from electra_ds.finetuning.predict import classifier
 from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.hf import classifier_to_hf, hf_config
 from electra_ds.model.weights import true_state
-from electra_ds.training.collectives import leave
+from electra_ds.training.collectives import destroy_process_groups
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import cpu_multiplies_bf16
 
@@ -350,7 +350,7 @@ def main() -> None:
         records += measure_precision(precision, tasks, encoded, options)
     if options.json:
         write_json(options.json, records)
-    leave()
+    destroy_process_groups()
 
 
 if __name__ == "__main__":

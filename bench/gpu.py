@@ -44,7 +44,7 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention import with_cu_seqlens
-from electra_ds.training.collectives import leave
+from electra_ds.training.collectives import destroy_process_groups
 from electra_ds.training.engine import Engine, start
 
 # Part of a device name -> dense bf16 or fp16 TFLOP/s of the datasheet. The first match is used.
@@ -351,7 +351,7 @@ def main() -> None:
     ranks = find_ranks()
     device = start(ranks, timeout_minutes=2)
     records, left_out = measure_cases(cases, options, ranks, device)
-    leave()
+    destroy_process_groups()
     sources = sorted({device_peak(case.precision, device)[1] for case in cases})
     print(f"\nPeak: {'; '.join(sources)}. torch {torch.__version__}.")
     if left_out:

@@ -57,7 +57,7 @@ from electra_ds.data.loader import Loader
 from electra_ds.data.masking import masking_recipe
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training import pretrain
-from electra_ds.training.collectives import ControlGroup, Votes, leave
+from electra_ds.training.collectives import ControlGroup, Votes, destroy_process_groups
 from electra_ds.training.engine import Engine, StepResult, start
 from electra_ds.training.precision import precision_name, resolve_precision
 
@@ -200,13 +200,13 @@ def run_loop(
 ) -> None:
     """Train so many steps with the loop of `pretrain`; its console lines go to OUT/console."""
     make_engine = functools.partial(PacedEngine, after_step)
-    limits = pretrain.Limits(stop_at_step=steps)
+    options = pretrain.AttemptOptions(stop_at_step=steps)
     with (
         mock.patch.object(pretrain, "Engine", make_engine),
         open(out / "console", "w") as console,
         contextlib.redirect_stdout(console),
     ):
-        pretrain.pretrain_on_ranks(config, data, out, ranks, device, limits)
+        pretrain.pretrain_on_ranks(config, data, out, ranks, device, options)
 
 
 def loader_seconds(config: RunConfig, data: Data, steps: int = 512) -> float:
@@ -493,7 +493,7 @@ def main() -> None:
     report(results)
     if options.json:
         write_json(options.json, results)
-    leave()
+    destroy_process_groups()
 
 
 if __name__ == "__main__":

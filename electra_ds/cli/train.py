@@ -108,11 +108,11 @@ def pretrain(
     from electra_ds.config.loading import load_run
 
     config = load_run(run, sets or [], engine)
-    ranks = find_ranks(promised=world_size)
-    from electra_ds.training.pretrain import Limits, pretrain
+    ranks = find_ranks(expected_size=world_size)
+    from electra_ds.training.pretrain import AttemptOptions, pretrain
 
-    limits = Limits(stop_at_step, max_minutes, extend, init_from)
-    leave(pretrain(config, data, out, ranks, limits))
+    options = AttemptOptions(stop_at_step, max_minutes, extend, init_from)
+    leave(pretrain(config, data, out, ranks, options))
 
 
 @app.command()

@@ -63,14 +63,14 @@ class Ranks:
 
 
 def find_ranks(
-    environ: MutableMapping[str, str] = os.environ, promised: int | None = None
+    environ: MutableMapping[str, str] = os.environ, expected_size: int | None = None
 ) -> Ranks:
     """Return the ranks of this process, and export the variables that torch and DeepSpeed read.
 
     environ: read and changed.
-    promised: expected number of ranks (--world-size); None for any.
+    expected_size: expected number of ranks (--world-size); None for any.
     Raises UserError when the launcher's variables are incomplete or contradict each other, or when
-    the number of ranks is not `promised`.
+    the number of ranks is not `expected_size`.
     """
     sizes = {
         name: _integer(environ, keys[1])
@@ -96,9 +96,9 @@ def find_ranks(
                 f"{ranks.launcher} started a world of {ranks.world_size} ranks inside {name}, "
                 f"which started {size} ranks; use one launcher for all ranks"
             )
-    if promised is not None and promised != ranks.world_size:
+    if expected_size is not None and expected_size != ranks.world_size:
         raise UserError(
-            f"--world-size is {promised}, but {started_by(ranks)}: correct --world-size, or start "
+            f"--world-size is {expected_size}, but {started_by(ranks)}: correct --world-size, or start "
             "that number of ranks with a launcher"
         )
     _export(environ, ranks)
@@ -132,7 +132,7 @@ def check_address(host: str, port: str) -> None:
     )
 
 
-def alone(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks:
+def single_rank_world(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> Ranks:
     """Return a world of one rank on the device of `ranks`, for work without communication.
 
     environ: changed; MASTER_ADDR and MASTER_PORT are replaced and TORCHELASTIC_* is removed.

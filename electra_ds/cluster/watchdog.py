@@ -30,7 +30,7 @@ import torch.distributed as dist
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.rank_log import LOG
 from electra_ds.common.errors import RunFailure
-from electra_ds.common.processes import is_gone, machine, started
+from electra_ds.common.processes import is_gone, machine_id, start_time
 
 PACKAGE = str(Path(__file__).parents[1])
 MISSES = 8  # missed heartbeats of a rank, or missed answers of the store, that are a failure
@@ -108,7 +108,7 @@ class Watchdog:
         # not on the one that hangs.
         self._patience = max(MISSES, int(60 * timeout_minutes / self._round_seconds) - 4)
         pid = os.getpid()
-        self._own = Heartbeat(socket.gethostname(), machine(), pid, started(pid))
+        self._own = Heartbeat(socket.gethostname(), machine_id(), pid, start_time(pid))
         self._heartbeats: dict[int, Heartbeat] = {}  # as last read
         self._exchanges = 0  # with the store
         self._store_error = ""  # after which there is no further exchange

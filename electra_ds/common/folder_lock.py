@@ -28,7 +28,7 @@ from electra_ds.common.json_files import (
     write_json,
 )
 from electra_ds.common.printable import printable
-from electra_ds.common.processes import is_gone, machine, restart_count, started
+from electra_ds.common.processes import is_gone, machine_id, restart_count, start_time
 
 BEAT_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # between two reads of the owner's heartbeat
@@ -97,8 +97,8 @@ class Lock:
             "restart": restart_count(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": started(os.getpid()),
-            "machine": machine(),
+            "started": start_time(os.getpid()),
+            "machine": machine_id(),
             "nonce": secrets.token_hex(8),
         }
         self._text = json.dumps(self._own, indent=2) + "\n"

@@ -33,7 +33,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def machine() -> str:
+def machine_id() -> str:
     """Return an id of this boot and process namespace; process numbers are unique in it.
 
     Host names do not serve as ids: they repeat (localhost), and containers of one machine have
@@ -45,7 +45,7 @@ def machine() -> str:
         return ""
 
 
-def started(pid: int) -> str:
+def start_time(pid: int) -> str:
     """Return the start time of a process in clock ticks since boot, as text; empty if it has ended.
 
     The system reuses process numbers. Number and start time together identify a process.
@@ -63,5 +63,5 @@ def is_gone(process: Mapping[str, Any]) -> bool:
 
     process: `machine`, `pid` and `started` of the process when it ran.
     """
-    is_here = bool(process.get("machine")) and process["machine"] == machine()
-    return is_here and started(process["pid"]) != process["started"]
+    is_here = bool(process.get("machine")) and process["machine"] == machine_id()
+    return is_here and start_time(process["pid"]) != process["started"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from electra_ds.cluster.launchers import Ranks, alone
+from electra_ds.cluster.launchers import Ranks, single_rank_world
 from electra_ds.cluster.stop_signals import DONE, stop_exit_code
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
@@ -30,11 +30,11 @@ from electra_ds.finetuning.config import FinetuneConfig
 from electra_ds.finetuning.examples import read_examples
 from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.report import write_report
-from electra_ds.finetuning.seed import Seed, Splits, Stopped, Suite, seed_folder
+from electra_ds.finetuning.seed import SeedRun, Splits, Stopped, Suite, seed_folder
 from electra_ds.finetuning.suite_files import TaskFile, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
-from electra_ds.training.collectives import is_collective, leave, on_rank0
+from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
 from electra_ds.training.engine import start
 
 
@@ -62,7 +62,7 @@ def finetune(
     another process runs.
     """
     share = slice(ranks.rank, None, ranks.world_size) if spread else slice(None)
-    ranks = alone(ranks) if spread else ranks
+    ranks = single_rank_world(ranks) if spread else ranks
     train = config.train
     device = start(ranks, train.timeout_minutes)
     watchdog = Watchdog(
@@ -88,7 +88,7 @@ def finetune(
             )
         except Stopped:
             return stop_exit_code()
-    leave()
+    destroy_process_groups()
     return DONE
 
 
@@ -127,7 +127,7 @@ def finetune_on_ranks(
         for seed in unfinished:
             # Other ranks and jobs may run other seeds of this suite.
             with Lock(seed_folder(out, task, seed), on_rank0):
-                Seed(suite, task, splits, seed).fit()
+                SeedRun(suite, task, splits, seed).fit()
     if ranks.rank == 0 and any(out.glob("*/seed-*/result.json")):
         write_report(out)
 

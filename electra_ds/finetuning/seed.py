@@ -88,7 +88,7 @@ def seed_folder(out: Path, task: Task, seed: int) -> Path:
     return out / task.name / f"seed-{seed}"
 
 
-class Seed(Trainer):
+class SeedRun(Trainer):
     """One task with one seed on this rank."""
 
     def __init__(self, suite: Suite, task: Task, splits: Splits, seed: int):

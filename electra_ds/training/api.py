@@ -10,7 +10,7 @@ from electra_ds.cluster.launchers import find_ranks
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
-from electra_ds.training.pretrain import Limits
+from electra_ds.training.pretrain import AttemptOptions
 from electra_ds.training.pretrain import pretrain as pretrain_ranks
 
 _has_run = False
@@ -67,9 +67,9 @@ def pretrain(
             "groups of the first run: start a new process (in a notebook, restart the kernel)"
         )
     weights = None if init_from is None else Path(init_from)
-    limits = Limits(stop_at_step, max_minutes, extend, weights)
+    options = AttemptOptions(stop_at_step, max_minutes, extend, weights)
     with _restored_process():
-        code = pretrain_ranks(config, data, Path(out), find_ranks(), limits)
+        code = pretrain_ranks(config, data, Path(out), find_ranks(), options)
     _has_run = True
     return code
 

@@ -206,7 +206,7 @@ def gloo_group() -> dist.ProcessGroup:
 
 
 @collective
-def leave() -> None:
+def destroy_process_groups() -> None:
     """Destroy the process groups. Call it after every engine is closed. Collective."""
     gloo_group.cache_clear()
     dist.destroy_process_group()

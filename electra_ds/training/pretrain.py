@@ -30,7 +30,7 @@ from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
-from electra_ds.training.collectives import is_collective, leave, on_rank0
+from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
@@ -41,7 +41,7 @@ from electra_ds.training.stop_requests import StopRequests
 
 
 @dataclass(frozen=True)
-class Limits:
+class AttemptOptions:
     """Options of one attempt.
 
     stop_at_step: save and stop after this step.
@@ -87,7 +87,7 @@ class Attempt:
     data: TrainingData
     out: Path
     ranks: Ranks
-    limits: Limits
+    options: AttemptOptions
     lock: Lock
     began: float  # time.monotonic()
     total_steps: int
@@ -99,7 +99,9 @@ class Attempt:
                 print(redacted(printable_lines(text)), flush=True)
 
 
-def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limits: Limits) -> int:
+def pretrain(
+    config: RunConfig, data: str | Path, out: Path, ranks: Ranks, options: AttemptOptions
+) -> int:
     """Initialize the process group, train, and destroy the process group. Called on every rank.
 
     Returns the exit code: 0 if the schedule is complete, 85 if the run is saved and stopped (under
@@ -117,7 +119,7 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
         raise
     # Set after the initialization: before it a signal must end the rank at once, because the rank
     # may wait for ranks that do not start.
-    stop_signals.on_stop_signal(limits.asked.append)
+    stop_signals.on_stop_signal(options.asked.append)
     watchdog = Watchdog(
         ranks,
         train.silence_seconds,
@@ -129,10 +131,10 @@ def pretrain(config: RunConfig, data: str | Path, out: Path, ranks: Ranks, limit
     lock = Lock(out, on_rank0)
     try:
         with watchdog:
-            code = pretrain_on_ranks(config, data, out, ranks, device, limits, lock)
+            code = pretrain_on_ranks(config, data, out, ranks, device, options, lock)
     finally:
         lock.release()  # after the watchdog has recorded the first failure
-    leave()
+    destroy_process_groups()
     return code
 
 
@@ -142,7 +144,7 @@ def pretrain_on_ranks(
     out: Path,
     ranks: Ranks,
     device: torch.device,
-    limits: Limits,
+    options: AttemptOptions,
     lock: Lock | None = None,
 ) -> int:
     """Train, or resume the run in OUT, after the process group is initialized. Collective.
@@ -155,7 +157,7 @@ def pretrain_on_ranks(
     planned = plan(config, open_data(data), ranks.world_size)
     held = lock or Lock(out, on_rank0)
     attempt = Attempt(
-        planned.config, planned.data, out, ranks, limits, held, began, planned.total_steps
+        planned.config, planned.data, out, ranks, options, held, began, planned.total_steps
     )
     try:
         held.acquire()
@@ -168,7 +170,7 @@ def pretrain_on_ranks(
 def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) -> int:
     """Build the engine, resume, train, and close. Returns the exit code."""
     config, out, lock = attempt.config, attempt.out, attempt.lock
-    if on_rank0(lambda: run_folder.is_done(out)) and not attempt.limits.extend:
+    if on_rank0(lambda: run_folder.is_done(out)) and not attempt.options.extend:
         attempt.print(f"{out} is finished; to continue, raise train.total_steps and pass --extend")
         return stop_signals.DONE
     if lock.took_over:
@@ -218,19 +220,19 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     With --init-from a new run loads the weights of another run. Raises UserError when the config or
     the data of the checkpoint differ from those of this run.
     """
-    limits, config = attempt.limits, attempt.config
+    options, config = attempt.options, attempt.config
     padded = padded_rows(engine.module)
     found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
-        if limits.init_from is not None:
-            source = find_checkpoint(limits.init_from)
+        if options.init_from is not None:
+            source = find_checkpoint(options.init_from)
             _check_same_vocabulary(source, attempt.data.source.tokenizer)
             checkpoint.load(engine, source, padded, weights_only=True)
             attempt.print(f"weights of {source}; new schedule, position 0")
         return None
     meta = checkpoint.read_meta(found)
     science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), config)
-    if limits.extend:
+    if options.extend:
         lengths = ("train.total_steps:", "train.epochs:")
         science = [line for line in science if not line.startswith(lengths)]
     if science:
@@ -246,7 +248,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             f"{consumed:,}, the rows of {meta.state.attempts:,} steps; use an older checkpoint"
         )
     checkpoint.load(engine, found, padded)
-    if limits.extend and found.name == checkpoint.FINAL:
+    if options.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)
     changed = f"; now {', '.join(machine)}" if machine else ""
     attempt.print(f"resuming {found} at step {meta.state.step}{changed}")
@@ -370,8 +372,8 @@ def _pretrainer(
     logger: Logger,
     state: TrainingState,
 ) -> Pretrainer:
-    limits, total_steps = attempt.limits, attempt.total_steps
-    last_step = min(total_steps, limits.stop_at_step or total_steps)
+    options, total_steps = attempt.options, attempt.total_steps
+    last_step = min(total_steps, options.stop_at_step or total_steps)
     is_rank0 = attempt.ranks.rank == 0
     return Pretrainer(
         attempt.config,
@@ -382,7 +384,7 @@ def _pretrainer(
         Schedule(total_steps, last_step, attempt.data.reader.rows),
         checkpointer,
         logger,
-        StopRequests(attempt.out, is_rank0, limits.asked, attempt.began, limits.max_minutes),
+        StopRequests(attempt.out, is_rank0, options.asked, attempt.began, options.max_minutes),
         attempt.lock,
         state,
         attempt.began,
@@ -421,9 +423,9 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     if parts:
         lines.append(printable(f"mixture: {'; '.join(parts)}"))
     lines += plan_warnings(config, attempt.total_steps)
-    if attempt.limits.init_from is not None and step:
+    if attempt.options.init_from is not None and step:
         lines.append(
-            f"WARNING: --init-from {printable(attempt.limits.init_from)} has no effect, because "
+            f"WARNING: --init-from {printable(attempt.options.init_from)} has no effect, because "
             f"{printable(attempt.out)} has a checkpoint to resume from"
         )
     return lines

@@ -14,7 +14,7 @@ import small_corpus
 import torch.distributed as dist
 
 from electra_ds.finetuning import finetune
-from electra_ds.finetuning.seed import Seed
+from electra_ds.finetuning.seed import SeedRun
 from electra_ds.interop.export import export
 from electra_ds.training import collectives, pretrain
 
@@ -117,7 +117,7 @@ def no_process_group_afterwards():
     if dist.is_initialized():
         import deepspeed
 
-        collectives.leave()
+        collectives.destroy_process_groups()
         deepspeed.comm.comm.cdb = None
 
 
@@ -125,7 +125,7 @@ def no_process_group_afterwards():
 def one_process_after_another(monkeypatch):
     """One process group for all commands, and the signal handlers of before each."""
     monkeypatch.setattr(faulthandler, "register", lambda *_, **__: None)  # output has no file here
-    monkeypatch.setattr(Seed, "fit", lambda self: None)  # nothing is trained
+    monkeypatch.setattr(SeedRun, "fit", lambda self: None)  # nothing is trained
     for module in (finetune, pretrain):
         monkeypatch.setattr(module, "leave", lambda: None)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

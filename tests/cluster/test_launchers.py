@@ -78,14 +78,14 @@ def test_without_a_launcher_there_is_one_rank_with_an_address():
 def test_a_batch_script_without_srun_is_a_single_rank():
     assert find_ranks(dict(SBATCH)).world_size == 1
     with pytest.raises(UserError, match="--world-size is 8, but there is 1 rank, no launcher"):
-        find_ranks(dict(SBATCH), promised=8)
+        find_ranks(dict(SBATCH), expected_size=8)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_number_of_ranks_other_than_world_size_is_refused(launcher):
-    assert find_ranks(dict(LAUNCHERS[launcher]), promised=8).world_size == 8
+    assert find_ranks(dict(LAUNCHERS[launcher]), expected_size=8).world_size == 8
     with pytest.raises(UserError, match=r"--world-size is 4, but .* started 8 rank"):
-        find_ranks(dict(LAUNCHERS[launcher]), promised=4)
+        find_ranks(dict(LAUNCHERS[launcher]), expected_size=4)
 
 
 @pytest.mark.parametrize("outer", ["srun", "open mpi", "mpich"])

@@ -16,7 +16,7 @@ from running import CPU, read_json
 from electra_ds.common import folder_lock
 from electra_ds.common.errors import LockedOut, RunFailure, UserError
 from electra_ds.common.folder_lock import Lock
-from electra_ds.common.processes import machine, started
+from electra_ds.common.processes import machine_id, start_time
 
 RACE = """
 import sys
@@ -33,7 +33,7 @@ for line in sys.stdin:
         sys.stdin.readline()
 """
 
-DEAD = {"job": "", "restart": 0, "host": "here", "pid": 1, "started": "1", "machine": machine()}
+DEAD = {"job": "", "restart": 0, "host": "here", "pid": 1, "started": "1", "machine": machine_id()}
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_a_second_job_is_refused_with_the_name_of_the_owner(tmp_path: Path) -> N
 def test_the_lock_of_a_killed_process_of_this_machine_is_taken_at_once(tmp_path: Path) -> None:
     owner = hold(tmp_path)
     owner.send_signal(signal.SIGKILL)  # not waited for yet: a zombie is dead as well
-    wait_for(lambda: not started(owner.pid))
+    wait_for(lambda: not start_time(owner.pid))
     with Lock(tmp_path) as taken:
         assert f"process {owner.pid} on" in taken.took_over
         assert "its process has ended" in taken.took_over

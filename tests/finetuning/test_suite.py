@@ -18,7 +18,7 @@ from electra_ds.finetuning.finetune import _read
 from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.predict import Predictions, predict
 from electra_ds.finetuning.report import read_results, write_report
-from electra_ds.finetuning.seed import Seed, Suite
+from electra_ds.finetuning.seed import SeedRun, Suite
 from electra_ds.finetuning.submit import write_submission
 from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.load_model import load_pretrained
@@ -126,7 +126,7 @@ def test_notes_count_shares():
 
 
 def test_a_seed_without_an_applied_step_or_with_nan_has_diverged(tmp_path):
-    seed = Seed.__new__(Seed)
+    seed = SeedRun.__new__(SeedRun)
     assert seed._finish(TrainingState(step=0, skipped=9)) == {}
     row = np.array([0.1, np.nan])
     assert not Predictions([0], [np.zeros(2), row], {"accuracy": 1.0}).is_finite

@@ -15,7 +15,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.data.dataset import open_data
 from electra_ds.reporting.check import check
 from electra_ds.training.engine import start
-from electra_ds.training.pretrain import Limits, pretrain_on_ranks
+from electra_ds.training.pretrain import AttemptOptions, pretrain_on_ranks
 
 SETS = [
     *SMALL_MODEL,
@@ -100,7 +100,7 @@ def main(data: Path, out: Path, seed: int, count: int) -> None:
         config = load_run("tiny", [*SETS, f"engine={json.dumps(values)}"])
         checked = verdict(lambda config=config: check(config, ranks.world_size, open_data(data)))
         folder = out / f"{seed}-{number}"
-        arguments = (config, data, folder, ranks, device, Limits())
+        arguments = (config, data, folder, ranks, device, AttemptOptions())
         trained = verdict(lambda arguments=arguments: pretrain_on_ranks(*arguments))
         print(json.dumps({"values": values, "check": checked, "pretrain": trained}), flush=True)
 

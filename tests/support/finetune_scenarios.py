@@ -56,7 +56,7 @@ def run(
 
 def interrupted(name: str, task: str, **train) -> None:
     """Run a suite in two attempts; the first one receives SIGTERM in its second epoch."""
-    untouched = seed.Seed.after_attempt
+    untouched = seed.SeedRun.after_attempt
 
     def signalled(self, *arguments):
         state = untouched(self, *arguments)
@@ -64,13 +64,13 @@ def interrupted(name: str, task: str, **train) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return state
 
-    seed.Seed.after_attempt = signalled
+    seed.SeedRun.after_attempt = signalled
     try:
         run(name, task, **train)
         raise AssertionError("the signal did not stop the run")
     except seed.Stopped:
         assert not (suite_folder(name) / task / "seed-0" / "result.json").exists()
-    seed.Seed.after_attempt = untouched
+    seed.SeedRun.after_attempt = untouched
     run(name, task, **train)
 
 
@@ -96,7 +96,7 @@ def check_schedule() -> None:
     Each epoch has its order, and every label of the global batch is counted.
     """
     groups = []
-    steps, attempts = recorded(Engine, "step"), recorded(seed.Seed, "after_attempt")
+    steps, attempts = recorded(Engine, "step"), recorded(seed.SeedRun, "after_attempt")
     untouched = Engine.step
 
     def record_rates(self, lr):
@@ -108,7 +108,7 @@ def check_schedule() -> None:
 
     Engine.step = record_rates
     run("schedule", "words", epochs=2.0, peak_lr=1e-3)
-    Engine.step, seed.Seed.after_attempt = steps[0], attempts[0]
+    Engine.step, seed.SeedRun.after_attempt = steps[0], attempts[0]
     rates = [arguments[0] for arguments, _ in steps[1:]]
     assert (
         rates[0] == 0
@@ -129,9 +129,9 @@ def check_schedule() -> None:
 
 def check_best() -> None:
     """The kept weights are those of the epoch with the highest dev score."""
-    calls = recorded(seed.Seed, "_predict")
+    calls = recorded(seed.SeedRun, "_predict")
     run("best", "classes", select="best", keep="all", peak_lr=0.02, epochs=5.0)
-    seed.Seed._predict = calls[0]
+    seed.SeedRun._predict = calls[0]
     valid = [predictions for arguments, predictions in calls[1:] if arguments == ("valid",)]
     scores = [predictions.scores["accuracy"] for predictions in valid]
     assert len(set(scores[:-1])) > 1 and scores[-1] == max(scores[:-1]), scores

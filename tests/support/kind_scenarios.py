@@ -6,7 +6,7 @@ from scenario_tools import SMALL, finish, here, stop
 from small_run import CUT
 
 from electra_ds.config.loading import find_config, load_run
-from electra_ds.training.pretrain import Limits, pretrain_on_ranks
+from electra_ds.training.pretrain import AttemptOptions, pretrain_on_ranks
 
 
 def kinds() -> None:
@@ -32,11 +32,11 @@ def own_encoders() -> None:
     file = here.outs / f"own-{here.rank}.json"
     file.write_text(json.dumps(values))
     sets = [line for line in SMALL if not line.startswith(("model.", "generator."))]
-    for name, limits in (
-        ("own-whole", Limits()),
-        ("own-cut", Limits(stop_at_step=CUT)),
-        ("own-cut", Limits()),
+    for name, options in (
+        ("own-whole", AttemptOptions()),
+        ("own-cut", AttemptOptions(stop_at_step=CUT)),
+        ("own-cut", AttemptOptions()),
     ):
         config, out = load_run(str(file), sets), here.outs / name
-        ended = pretrain_on_ranks(config, here.data, out, here.ranks, here.device, limits)
+        ended = pretrain_on_ranks(config, here.data, out, here.ranks, here.device, options)
         assert ended in (0, 85)

@@ -20,7 +20,7 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.config.loading import load_run
 from electra_ds.training import spike_guard
 from electra_ds.training.engine import Engine, start
-from electra_ds.training.pretrain import Limits, pretrain_on_ranks
+from electra_ds.training.pretrain import AttemptOptions, pretrain_on_ranks
 
 SMALL = [
     *SMALL_MODEL,
@@ -72,13 +72,13 @@ def begin(data: Path, outs: Path) -> None:
     spike_guard.WINDOW = 4  # the runs are short
 
 
-def train(name: str, engine: str, *sets: str, data: Path | str = "", **limits) -> int | str:
+def train(name: str, engine: str, *sets: str, data: Path | str = "", **options) -> int | str:
     """A run in OUTS/name; the exit code, or the message of the error that ended it."""
-    config, limits = load_run("tiny", [*SMALL, *sets], engine), Limits(**limits)
-    stop_signals.on_stop_signal(limits.asked.append)
+    config, options = load_run("tiny", [*SMALL, *sets], engine), AttemptOptions(**options)
+    stop_signals.on_stop_signal(options.asked.append)
     out = here.outs / name
     try:
-        return pretrain_on_ranks(config, data or here.data, out, here.ranks, here.device, limits)
+        return pretrain_on_ranks(config, data or here.data, out, here.ranks, here.device, options)
     except (UserError, RunFailure) as error:
         return f"{type(error).__name__}: {error}"
 

@@ -17,7 +17,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.data.dataset import open_data
 from electra_ds.data.shard_format import read_manifest, write_manifest
 from electra_ds.reporting.check import check
-from electra_ds.training.pretrain import Limits, check_out
+from electra_ds.training.pretrain import AttemptOptions, check_out
 from electra_ds.training.run_plan import plan
 
 NUMBERS = st.sampled_from(
@@ -103,7 +103,7 @@ def test_a_warmup_longer_than_the_run_is_said(data: Path) -> None:
 )
 def test_limits_out_of_range_are_refused(options):
     with pytest.raises(UserError, match=r"--(stop-at-step|max-minutes) .*expected"):
-        Limits(**options)
+        AttemptOptions(**options)
 
 
 def test_a_run_is_not_written_into_prepared_data_or_a_file(data: Path, tmp_path: Path) -> None:
