@@ -1,5 +1,7 @@
 """Fixtures that many tests share."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,16 @@ import shard_data
 import small_corpus
 
 pytest_plugins = ["nodes", "scenario_runs"]
+
+
+@pytest.fixture(autouse=True)
+def same_environment_afterwards() -> Iterator[None]:
+    """Restore os.environ: verbs that run in this process export variables of their ranks."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def logits_of(
         if kind == "token_classification":
             logits = logits.reshape(*batch.document_ids.shape, -1)
         for i, row in zip(numbers, logits, strict=False):  # an empty batch has a row of padding
-            own[i] = row[: len(examples[i].ids)] if row.ndim == 2 else row
+            own[int(i)] = row[: len(examples[i].ids)] if row.ndim == 2 else row
         progress(len(own) * ranks.world_size, len(examples))
     gathered: dict[int, np.ndarray] = {}
     for share in all_gather_object([_to_text(i, row) for i, row in own.items()]):

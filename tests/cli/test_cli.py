@@ -220,7 +220,7 @@ def test_an_error_of_the_machine_is_one_line_with_the_path(electra_ds, monkeypat
 
     named = PermissionError(errno.EACCES, "Permission denied", "folder/x\x1b[2J")
     code, _, err = failing(named)
-    assert (code, err) == (1, "electra-ds: error: folder/x\\x1b[2J: Permission denied\n")
+    assert (code, err) == (2, "electra-ds: error: folder/x\\x1b[2J: Permission denied\n")
     code, _, err = failing(OSError(errno.ENOSPC, "No space left on device"))
     assert (code, err) == (1, "electra-ds: error: No space left on device\n")
     code, _, err = failing(OSError("a fault of the program"))

@@ -127,7 +127,7 @@ def one_process_after_another(monkeypatch):
     monkeypatch.setattr(faulthandler, "register", lambda *_, **__: None)  # output has no file here
     monkeypatch.setattr(SeedRun, "fit", lambda self: None)  # nothing is trained
     for module in (finetune, pretrain):
-        monkeypatch.setattr(module, "leave", lambda: None)
+        monkeypatch.setattr(module, "destroy_process_groups", lambda: None)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in handlers.items():

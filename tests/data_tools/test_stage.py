@@ -351,7 +351,9 @@ for use in (lambda: stage(sys.argv[1], sys.argv[2]), lambda: dataset.open_data(s
         use()
     except (UserError, RunFailure) as error:
         print(error)
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+# ru_maxrss is at least that of the parent.
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print("peak", int(status["VmHWM"].split()[0]) >> 10)
 """.replace("import resource", "from electra_ds.common.errors import *\nimport resource")
 
 

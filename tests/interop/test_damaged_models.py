@@ -80,13 +80,17 @@ CHANGES = {
         "1 are not in the model .other.",
     ),
     "another shape": (lambda t: t.update({QKV: t[QKV][:48].clone()}), None, "qkv.weight has shape"),
-    "integers": (lambda t: t.update({QKV: t[QKV].int()}), None, "has the type torch.int32"),
+    "integers": (lambda t: t.update({QKV: t[QKV].int()}), None, "has (the )?type torch.int32"),
     "NaN": (lambda t: t[QKV][3].fill_(float("nan")), None, "48 of the 6,912 values .* not finite"),
     "infinite": (lambda t: t[QKV][3, 3].fill_(float("inf")), None, "1 of the 6,912 values"),
-    "more layers in the config": (nothing, more_layers, "the config has 10000000"),
+    "more layers in the config": (
+        nothing,
+        more_layers,
+        "num_layers = 10000000|the config has 10000000",
+    ),
     "fewer layers in the config": (nothing, one_layer, "the weights have 2 layers"),
     "a vocabulary of petabytes": (nothing, huge_vocabulary, "1000000000000000"),
-    "a layer of exabytes": (nothing, huge_layer, "impossible|has shape"),
+    "a layer of exabytes": (nothing, huge_layer, "impossible|has shape|ffn_size = 10{18}"),
     "heads that do not divide": (nothing, odd_heads, "not a multiple of num_heads 5"),
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from electra_ds.cluster.launchers import find_ranks
 from electra_ds.common.errors import LockedOut, RunFailure, UserError
-from electra_ds.training.collectives import ControlGroup, on_rank0
+from electra_ds.training.collectives import ControlGroup, destroy_process_groups, on_rank0
 from electra_ds.training.engine import start
 
 
@@ -34,6 +34,7 @@ def main(folder: Path) -> None:
         except Exception as caught:
             lines.append(f"{type(caught).__name__}: {caught}")
     (folder / str(ranks.rank)).write_text("\n".join(lines), encoding="utf-8")
+    destroy_process_groups()
 
 
 main(Path(sys.argv[1]))
