@@ -55,7 +55,7 @@ from step_scenarios import (
 )
 
 from electra_ds.common.processes import free_port
-from electra_ds.training.collectives import leave
+from electra_ds.training.collectives import destroy_process_groups
 
 PHASES = {  # ranks, scenarios
     "two": (
@@ -123,7 +123,7 @@ def run_phase(phase: str, data: Path, outs: Path) -> None:
             wall, cpu = time.monotonic() - began, time.process_time() - cpu_began
             name = getattr(scenario, "__name__", phase)
             print(f"TIME {phase} {name}: {wall:.1f} s, {cpu:.1f} s CPU", flush=True)
-    leave()
+    destroy_process_groups()
 
 
 def log_file(phase: str, outs: Path) -> Path:
