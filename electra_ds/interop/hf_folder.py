@@ -32,6 +32,18 @@ class Index(Record):
     weight_map: dict[str, str] = Field(min_length=1)
 
 
+# Tensors with one row per entry of the vocabulary, in ELECTRA and BERT.
+ROWS_OF_WORDS = (
+    "word_embeddings.weight",
+    "generator_lm_head.weight",
+    "generator_lm_head.bias",
+    "predictions.decoder.weight",
+    "predictions.decoder.bias",
+    "predictions.bias",
+)
+MOST_UNUSED_ROWS = 64
+
+
 def is_hf_folder(path: Path) -> bool:
     """Whether path has a config.json with weights beside it (a run folder has no such weights)."""
     return (path / "config.json").is_file() and any((path / name).is_file() for name in FILES)
@@ -46,6 +58,29 @@ def read_config(folder: Path, model_types: tuple[str, ...] = ("electra",)) -> di
         found = f"model_type = {shortened(model_type)}" if model_type else "no model_type"
         raise UserError(f"{folder}/config.json: {found}; expected {expected}")
     return config
+
+
+def read_folder(
+    folder: Path, entries: int, model_types: tuple[str, ...] = ("electra",)
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and all tensors of a folder, without the rows that its vocabulary does not use.
+
+    entries: size of the vocabulary. Word tables are often padded to a multiple of 8 or 64, and some
+    keep rows for later entries. Such rows are cut off in the tensors, and in `vocab_size` of the
+    config, if there are at most MOST_UNUSED_ROWS or 5 % of them. Raises UserError as `read_config`
+    and `read_tensors` do.
+    """
+    config, tensors = read_config(folder, model_types), read_tensors(folder)
+    rows = config.get("vocab_size")
+    if not isinstance(rows, int) or not 0 < rows - entries <= max(MOST_UNUSED_ROWS, rows // 20):
+        return config, tensors
+    cut = {
+        name: tensor[:entries]
+        if name.endswith(ROWS_OF_WORDS) and tensor.ndim and len(tensor) == rows
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    return config | {"vocab_size": entries}, cut
 
 
 def stated_length(folder: Path) -> int | None:

@@ -22,7 +22,7 @@ from electra_ds.config.loading import config_names, load_run, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names, joined
-from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_tensors
+from electra_ds.interop.hf_folder import is_hf_folder, read_folder
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.interop.vocabularies import checked_tokenizer
 from electra_ds.model.build import build_objective
@@ -175,7 +175,10 @@ def _import(
             f"{source}: expected --generator with a Hugging Face folder, or "
             "--config with a TensorFlow checkpoint"
         )
-    foreign = _tensorflow(prefix, config) if prefix else _hugging_face(source, generator, base)
+    if prefix:
+        foreign = _tensorflow(prefix, config)
+    else:
+        foreign = _hugging_face(source, generator, base, tokenizer)
     words = checked_tokenizer(tokenizer or foreign.vocabulary, foreign.sizes["model"]["vocab_size"])
     _check_sets(sets, base, foreign.sizes)
     values = base.model_dump(mode="json")
@@ -273,7 +276,9 @@ def _tensorflow(prefix: Path, config: Path | None) -> Foreign:
     return Foreign(prefix.parent, [source], sizes)
 
 
-def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> Foreign:
+def _hugging_face(
+    path: Path, generator: Path | None, base: RunConfig, tokenizer: Path | None
+) -> Foreign:
     """A Hugging Face folder: discriminator, generator, both, or BERT."""
     main = next((p for p in (path / "discriminator", path) if is_hf_folder(p)), None)
     if generator is None and is_hf_folder(path / "generator"):
@@ -284,27 +289,26 @@ def _hugging_face(path: Path, generator: Path | None, base: RunConfig) -> Foreig
             "model.safetensors or pytorch_model.bin), discriminator/ and generator/, or a "
             "TensorFlow checkpoint"
         )
-    config = read_config(main, ("electra", "bert"))
+    entries = load_tokenizer(tokenizer or main).vocab_size
+    config, tensors = read_folder(main, entries, ("electra", "bert"))
     if config["model_type"] == "bert":
         if generator:
             raise UserError(
                 f"{generator}: BERT ({main}) initializes both encoders; leave the generator out"
             )
-        return _bert(main, config, base)
-    tensors = read_tensors(main)
+        return _bert(main, tensors, config, base)
     has_mlm_head = "generator_predictions.dense.weight" in tensors
     if generator is None and has_mlm_head and base.objective.has_generator:
         return _generator_alone(main, tensors, config)
     prefixes = ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."]
-    model, generator_sizes = from_hf_config(
-        config, read_config(generator) if generator else None, f"{main}/config.json"
-    )
+    other, other_tensors = read_folder(generator, entries) if generator else (None, {})
+    model, generator_sizes = from_hf_config(config, other, f"{main}/config.json")
     sources = [_source(main, tensors, prefixes, model.num_layers)]
     sizes = {"model": model.model_dump(include={*TABLES, *SIZES, "sharing"})}
     if generator:
         prefixes = ["generator_embeddings.", "generator.", "generator_head."]
         layers = generator_sizes.num_layers
-        sources.append(_source(generator, read_tensors(generator), prefixes, layers))
+        sources.append(_source(generator, other_tensors, prefixes, layers))
         sizes["generator"] = generator_sizes.model_dump()
         can_be_untied = generator_sizes.hidden_size == model.embedding_size
         if sharing := _sharing(sources[0], sources[1], can_be_untied):
@@ -338,7 +342,9 @@ def _sharing(discriminator: Source, generator: Source, can_be_untied: bool) -> s
     return "untied" if WORD_TABLE in differing and can_be_untied else None
 
 
-def _bert(path: Path, config: dict[str, Any], base: RunConfig) -> Foreign:
+def _bert(
+    path: Path, tensors: dict[str, Tensor], config: dict[str, Any], base: RunConfig
+) -> Foreign:
     """A BERT folder: it initializes the discriminator and a generator of the same sizes."""
     config = config | {"embedding_size": config.get("hidden_size")}
     model, bert_sizes = from_hf_config(config, where=f"{path}/config.json")
@@ -350,7 +356,7 @@ def _bert(path: Path, config: dict[str, Any], base: RunConfig) -> Foreign:
         prefixes += [f"generator.layers.{i}." for i in range(layers)]
         prefixes.append("generator_head.")
     sizes = {"model": model.model_dump(include={*SIZES, *TABLES})}
-    return Foreign(path, [_source(path, read_tensors(path), prefixes, model.num_layers)], sizes)
+    return Foreign(path, [_source(path, tensors, prefixes, model.num_layers)], sizes)
 
 
 def _source(

@@ -23,14 +23,14 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.loading import parse_run
 from electra_ds.config.schema import FactoryConfig, ModelConfig, RunConfig
-from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.checkpoints import (
     check_run,
     read_checkpoint,
     resolve_checkpoint,
 )
 from electra_ds.interop.hf import from_hf_config
-from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_tensors, stated_length
+from electra_ds.interop.hf_folder import is_hf_folder, read_folder, stated_length
 from electra_ds.interop.parts import (
     EncoderWithHead,
     encoder_from_hf,
@@ -127,8 +127,10 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
         # A generator's folder has the sizes of another encoder.
         if (folder := source.hf.get("discriminator")) is None:
             raise UserError(f"{path}: found only generator/; expected discriminator/ beside it")
-        model, _ = from_hf_config(read_config(folder), where=f"{folder}/config.json")
-        state = encoder_from_hf(model, read_tensors(folder), str(folder))
+        entries = load_tokenizer(tokenizer or folder).vocab_size
+        config, tensors = read_folder(folder, entries)
+        model, _ = from_hf_config(config, where=f"{folder}/config.json")
+        state = encoder_from_hf(model, tensors, str(folder))
         words = checked_tokenizer(tokenizer or folder, model.vocab_size)
         length = stated_length(folder)
         trained = length if length is not None and length < model.max_positions else None
@@ -218,15 +220,16 @@ def _load_fine_tuned(folder: Path, tokenizer: Path | None) -> LoadedModel:
 
 
 def _load_hf(folders: dict[str, Path], tokenizer: Path | None) -> LoadedModel:
-    configs = {part: read_config(folder) for part, folder in folders.items()}
-    config = next(iter(configs.values()))
     first = next(iter(folders.values()))
+    entries = load_tokenizer(tokenizer or first).vocab_size
+    contents = {part: read_folder(folder, entries) for part, folder in folders.items()}
+    config = next(config for config, _ in contents.values())
     model, _ = from_hf_config(config, where=f"{first}/config.json")
     words = checked_tokenizer(tokenizer or first, model.vocab_size)
     parts: dict[str, nn.Module] = {}
     for part, folder in folders.items():
-        sizes, _ = from_hf_config(configs[part], where=f"{folder}/config.json")
-        encoder = part_from_hf(sizes, read_tensors(folder), words.special_ids.pad, str(folder))
+        sizes, _ = from_hf_config(contents[part][0], where=f"{folder}/config.json")
+        encoder = part_from_hf(sizes, contents[part][1], words.special_ids.pad, str(folder))
         # `export` writes a main encoder that predicts tokens as a folder named discriminator.
         is_alone = len(folders) == 1 and folder.name != "discriminator"
         if is_alone and isinstance(encoder.head, GeneratorHead):

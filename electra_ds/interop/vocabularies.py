@@ -14,7 +14,8 @@ def checked_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} entries, but the model was trained with {vocab_size}; "
-            "give its tokenizer with --tokenizer"
+            "expected the vocabulary of the model, beside its weights or where the command takes "
+            "it (--tokenizer)"
         )
     return tokenizer
 
@@ -56,8 +57,9 @@ def check_same_vocabulary(
             f"{place}: its vocabulary is not that of the model ({own_place}): {differ:,} of "
             f"{own.vocab_size:,} entries differ; prepare the data with the model's tokenizer"
         )
-    if found.options != own.options:
+    options = [{**words.options, "normalization": words.normalization} for words in (found, own)]
+    if options[0] != options[1]:
         raise UserError(
-            f"{place}: its tokenizer has the options {found.options}, that of the model "
-            f"({own_place}) has {own.options}; prepare the data with the model's tokenizer"
+            f"{place}: its tokenizer has the options {options[0]}, that of the model "
+            f"({own_place}) has {options[1]}; prepare the data with the model's tokenizer"
         )

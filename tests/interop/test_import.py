@@ -15,7 +15,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.data.batch import Batch
 from electra_ds.interop.export import export
 from electra_ds.interop.import_weights import import_weights
-from electra_ds.interop.load_model import load_objective
+from electra_ds.interop.load_model import load_objective, load_pretrained
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint
@@ -50,6 +50,27 @@ def exported(folder: Path, sharing: str = "shared", kind: str = "electra") -> tu
     state = true_state(run_folders.pretrained(folder / "run", sharing, kind))
     export(folder / "run", folder / "hf")
     return state, folder / "hf"
+
+
+@pytest.mark.parametrize(("unused", "is_read"), [(8, True), (64, True), (65, False)])
+def test_rows_without_an_entry_are_left_out(unused, is_read, tmp_path):
+    """Word tables are padded to a multiple of 8 or 64; more unused rows are another vocabulary."""
+    state, folder = exported(tmp_path)
+    for part in ("discriminator", "generator"):
+        file, config = folder / part / "model.safetensors", folder / part / "config.json"
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.shape[0] == 600:
+                tensors[name] = torch.cat([tensor, torch.ones(unused, *tensor.shape[1:])])
+        save_file(tensors, file, {"format": "pt"})
+        config.write_text(json.dumps(read_json(config) | {"vocab_size": 600 + unused}))
+    if not is_read:
+        with pytest.raises(UserError, match="600 entries, but the model was trained with 665"):
+            load_pretrained(folder)
+        return
+    assert equal(state, imported(folder, tmp_path / "i")[1])
+    words = load_pretrained(folder).state["embeddings.word.weight"]
+    assert torch.equal(words, state["embeddings.word.weight"])
 
 
 @pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
