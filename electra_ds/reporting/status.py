@@ -110,7 +110,7 @@ def status(out: Path) -> dict[str, Any]:
         "step": step,
         "total_steps": total_steps,
         "steps_per_second": rate,
-        "eta_seconds": (total_steps - step) / rate if has_eta else None,
+        "eta_seconds": _eta(total_steps - step, rate) if has_eta else None,
         "train": last.get("train", {}),
         "valid": last.get("valid", {}),
         "checkpoint": checkpoint,
@@ -239,7 +239,15 @@ def _rate(record: dict[str, Any] | None) -> float | None:
     speed, skipped, tokens = (record.get(key) for key in keys)
     if speed is None or skipped is None or not tokens:
         return None
-    return speed * (record["step"] + skipped) / tokens
+    # Values of a damaged file can be up to 10^300: the product of integers may not fit a float.
+    rate = float(speed) * float(record["step"] + skipped) / float(tokens)
+    return rate if math.isfinite(rate) else None
+
+
+def _eta(steps: int, rate: float) -> float | None:
+    """Seconds until `steps` more steps are done; None for a rate that is not positive."""
+    seconds = steps / rate if rate > 0 else math.inf
+    return seconds if math.isfinite(seconds) else None
 
 
 def _age(moment: float) -> float:
