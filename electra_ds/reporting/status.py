@@ -103,14 +103,13 @@ def status(out: Path) -> dict[str, Any]:
     )
     state = _state(out, owner and not is_gone, silence, bool(failed), bool(checkpoint))
     is_refused = bool(failed) and bool(limit) and failures.in_a_row > (limit or 0)
-    has_eta = rate and total_steps and state == "training"
     return {
         "out": str(out),
         "state": state,
         "step": step,
         "total_steps": total_steps,
         "steps_per_second": rate,
-        "eta_seconds": _eta(total_steps - step, rate) if has_eta else None,
+        "eta_seconds": _eta(total_steps, step, rate) if state == "training" else None,
         "train": last.get("train", {}),
         "valid": last.get("valid", {}),
         "checkpoint": checkpoint,
@@ -244,9 +243,9 @@ def _rate(record: dict[str, Any] | None) -> float | None:
     return rate if math.isfinite(rate) else None
 
 
-def _eta(steps: int, rate: float) -> float | None:
-    """Seconds until `steps` more steps are done; None for a rate that is not positive."""
-    seconds = steps / rate if rate > 0 else math.inf
+def _eta(total_steps: int | None, step: int, rate: float | None) -> float | None:
+    """Seconds until the last step; None if one value is not known or the rate not positive."""
+    seconds = (total_steps - step) / rate if total_steps and rate and rate > 0 else math.inf
     return seconds if math.isfinite(seconds) else None
 
 
