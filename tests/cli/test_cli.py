@@ -266,3 +266,8 @@ def test_a_table_shows_colons_as_they_are(capsys):
     print_table("title", ["text :smile:"], [[":100: [red]x[/red]"]])
     shown = capsys.readouterr().out
     assert "text :smile:" in shown and ":100: [red]x[/red]" in shown
+
+
+def test_detect_refuses_an_endless_file(electra_ds, tmp_path):
+    code, _, error = electra_ds("detect", tmp_path, "--file", "/dev/zero")
+    assert code == 2 and "/dev/zero: more than 16,777,216 bytes" in error
