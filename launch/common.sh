@@ -15,8 +15,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" | redacted >&2; }
 show() { { printf '+'; printf ' %q' "$@"; echo; } | redacted; }
 redacted() { # hide users, passwords and secret query values of URLs
-    sed -E -e 's#://[^/@[:space:]]*@#://***@#g' -e \
-        's/([?&][A-Za-z0-9_.-]*(token|key|secret|sig|passw|pwd|credential|auth|session)[A-Za-z0-9_.-]*=)[^&[:space:]\\]*/\1***/Ig'
+    # as electra_ds.common.urls.redacted; a password may hold a slash
+    sed -E -e 's#://[^/@[:space:]]*@#://***@#g' -e 's#://[^/@:[:space:]]*:[^@[:space:]]*@#://***@#g' -e \
+        's/([?&;#][A-Za-z0-9_.-]*(token|key|secret|sig|passw|pwd|credential|auth|session)[A-Za-z0-9_.-]*=)[^&;[:space:]\\]*/\1***/Ig'
 }
 run() { show "$@"; "$@"; }
 

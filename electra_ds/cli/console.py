@@ -70,7 +70,8 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) 
     table = Table(*(Column(name, overflow="fold") for name in head), show_header=bool(head))
     for row in rows:
         table.add_row(*map(printable_lines, row))
-    console = Console(markup=False, highlight=False)
+    # emoji: otherwise ":smile:" in a text would be shown as a picture
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     console.print(f"\n{printable(title)}", table, sep="\n")

@@ -15,6 +15,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted
 
+MAX_TEXT_BYTES = 1 << 24  # of detect
+
 
 @app.command()
 def evaluate(
@@ -87,7 +89,13 @@ def detect(
         raise UserError("TEXT and --file were both given; choose one of them")
     if text is None:
         try:
-            content = file.read_bytes() if file is not None else sys.stdin.buffer.read()
+            with open(file, "rb") if file is not None else sys.stdin.buffer as stream:
+                content = stream.read(MAX_TEXT_BYTES + 1)
+            if len(content) > MAX_TEXT_BYTES:
+                raise UserError(
+                    f"{file or 'standard input'}: more than {MAX_TEXT_BYTES:,} bytes; expected "
+                    "a shorter text"
+                )
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(

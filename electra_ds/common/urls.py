@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from electra_ds.common.bounded_http import client_options
 from electra_ds.common.errors import UserError
@@ -36,7 +37,22 @@ def protocol_of(place: str) -> str:
             f"{printable(redacted(place))}: this kind of URL is not opened; expected a path or one of "
             f"the protocols {', '.join(f'{known}://' for known in PROTOCOLS)}, without '::'"
         )
+    if name in ("http", "https") and not _has_host(place):
+        raise UserError(
+            f"{printable(redacted(place))}: found no valid host and port; expected a URL such as "
+            "https://host/folder"
+        )
     return name
+
+
+def _has_host(url: str) -> bool:
+    """Whether a URL has a host, without blanks, and a port from 0 to 65535 or none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # ValueError for a port that is no number, or out of range
+    except ValueError:
+        return False
+    return bool(parts.hostname) and not re.search(r"\s", parts.netloc)
 
 
 def file_system(place: str) -> tuple[Any, str]:

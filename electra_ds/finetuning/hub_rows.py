@@ -132,7 +132,9 @@ def _front_matter(path: Path) -> Any:
             found = FRONT_MATTER.search(text)
             text = found[1] if found else ""
         return yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML raises any kind for a wrong tag, such as `!!int ""`
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{printable(path)}: its YAML cannot be read ({reason}); correct or remove it"

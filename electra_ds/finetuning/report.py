@@ -6,7 +6,7 @@ The report depends only on the files in the folder. Unfinished seeds are listed.
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
@@ -38,6 +38,10 @@ PUBLISHED = {
 }
 
 
+# The sums of larger values could be infinite.
+Score = Annotated[float, Field(ge=-1e100, le=1e100)]
+
+
 class Result(Record):
     """The content of result.json. Scores that are not known are left out."""
 
@@ -46,7 +50,7 @@ class Result(Record):
     status: Literal["done", "diverged"]
     selected: str = "last"
     origin: str = "unknown"
-    scores: dict[str, dict[str, float]] = Field(default_factory=dict)
+    scores: dict[str, dict[str, Score]] = Field(default_factory=dict)
 
     @field_validator("scores", mode="before")
     @classmethod

@@ -103,14 +103,13 @@ def status(out: Path) -> dict[str, Any]:
     )
     state = _state(out, owner and not is_gone, silence, bool(failed), bool(checkpoint))
     is_refused = bool(failed) and bool(limit) and failures.in_a_row > (limit or 0)
-    has_eta = rate and total_steps and state == "training"
     return {
         "out": str(out),
         "state": state,
         "step": step,
         "total_steps": total_steps,
         "steps_per_second": rate,
-        "eta_seconds": (total_steps - step) / rate if has_eta else None,
+        "eta_seconds": _eta(total_steps, step, rate) if state == "training" else None,
         "train": last.get("train", {}),
         "valid": last.get("valid", {}),
         "checkpoint": checkpoint,
@@ -239,7 +238,15 @@ def _rate(record: dict[str, Any] | None) -> float | None:
     speed, skipped, tokens = (record.get(key) for key in keys)
     if speed is None or skipped is None or not tokens:
         return None
-    return speed * (record["step"] + skipped) / tokens
+    # Values of a damaged file can be up to 10^300: the product of integers may not fit a float.
+    rate = float(speed) * float(record["step"] + skipped) / float(tokens)
+    return rate if math.isfinite(rate) else None
+
+
+def _eta(total_steps: int | None, step: int, rate: float | None) -> float | None:
+    """Seconds until the last step; None if one value is not known or the rate not positive."""
+    seconds = (total_steps - step) / rate if total_steps and rate and rate > 0 else math.inf
+    return seconds if math.isfinite(seconds) else None
 
 
 def _age(moment: float) -> float:

@@ -11,6 +11,7 @@ import typer
 from factory_run import factory_run
 
 from electra_ds import cli
+from electra_ds.cli.console import print_table
 from electra_ds.cluster.stop_signals import stop_exit_code
 from electra_ds.common.errors import RunFailure, UserError
 
@@ -259,3 +260,14 @@ def test_a_suite_stopped_under_torchrun_needs_no_report(electra_ds, monkeypatch,
     words = ["finetune", "run", "tiny", "--tasks", "rte", "--out", tmp_path]
     code, out, err = electra_ds(*words)
     assert (code, err) == (0, "") and ("Fine-tuning" in out) == written
+
+
+def test_a_table_shows_colons_as_they_are(capsys):
+    print_table("title", ["text :smile:"], [[":100: [red]x[/red]"]])
+    shown = capsys.readouterr().out
+    assert "text :smile:" in shown and ":100: [red]x[/red]" in shown
+
+
+def test_detect_refuses_an_endless_file(electra_ds, tmp_path):
+    code, _, error = electra_ds("detect", tmp_path, "--file", "/dev/zero")
+    assert code == 2 and "/dev/zero: more than 16,777,216 bytes" in error

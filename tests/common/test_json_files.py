@@ -2,11 +2,19 @@
 
 import json
 import os
+import time
 
 import pytest
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import MAX_DEPTH, Record, read_json, read_record, write_json
+from electra_ds.common.json_files import (
+    MAX_DEPTH,
+    Record,
+    parse_strictly,
+    read_json,
+    read_record,
+    write_json,
+)
 
 
 class Sizes(Record):
@@ -42,6 +50,14 @@ def test_undefined_or_oversized_json_is_refused_in_one_line(tmp_path, content, e
         read_json(path, "a record of sizes")
     message = str(error.value)
     assert expected in message and str(path) in message and "\n" not in message
+
+
+def test_a_late_duplicate_key_is_found_in_linear_time():
+    keys = "".join(f'"{number}": 0, ' for number in range(200_000))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="the key 'last' occurs twice"):
+        parse_strictly("{" + keys + '"last": 0, "last": 1}')
+    assert time.monotonic() - start < 30  # counting each key in the list took many minutes
 
 
 def test_a_pair_of_surrogates_is_a_character(tmp_path):

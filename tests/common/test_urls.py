@@ -24,6 +24,15 @@ def test_chains_are_refused(place):
         file_system(place)
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["http://", "https:///x", "http://two words/x", "http://host:99999/x", "http://host:-1/x"],
+)
+def test_an_http_url_without_a_host_is_refused_before_any_retry(place):
+    with pytest.raises(UserError, match="no valid host and port"):
+        file_system(place)
+
+
 def test_local_folders_and_memory_are_opened(tmp_path):
     for place in (str(tmp_path), f"file://{tmp_path}", "memory://x"):
         assert file_system(place)[1]

@@ -214,3 +214,10 @@ def test_reports_and_submissions_do_not_import_torch():
         subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
         == "set()\n"
     )
+
+
+def test_a_score_whose_sums_are_infinite_is_refused(tmp_path):
+    for seed, score in enumerate((1e307, -1e307)):
+        write_seed(tmp_path, "own", seed, {"valid": {"accuracy": score}})
+    with pytest.raises(UserError, match=r"result\.json: scores\.valid\.accuracy = 1e\+307"):
+        write_report(tmp_path)

@@ -244,6 +244,19 @@ def test_a_dataset_card_cannot_name_files_elsewhere(own_task, tmp_path, files, c
         own_task({}, dataset="set", splits={"train": "train", "valid": "train"})
 
 
+@pytest.mark.parametrize(
+    "value", ["2001-13-45", '!!int ""', "!!timestamp x", "!!bool x", "!!python/name:os.system"]
+)
+def test_a_dataset_card_that_is_not_yaml_is_named(own_task, tmp_path, value):
+    """PyYAML raises ValueError, IndexError, AttributeError or KeyError for such values."""
+    pytest.importorskip("datasets", reason="needs the extra [hf]")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(jsonl({"sentence": "x", "label": "a"}))
+    (tmp_path / "set" / "README.md").write_text(f"---\ndate: {value}\n---\n")
+    with pytest.raises(UserError, match=r"README\.md: its YAML cannot be read"):
+        own_task({}, dataset="set", splits={"train": "train", "valid": "train"})
+
+
 def test_a_dataset_is_read_without_its_other_columns(own_task, tmp_path):
     """A column of images could name a URL, which `datasets` would open."""
     pytest.importorskip("datasets", reason="needs the extra [hf]")

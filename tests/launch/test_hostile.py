@@ -454,8 +454,16 @@ def test_a_hostfile_that_is_no_file_is_refused(sandbox: Sandbox) -> None:
         assert code == 2 and "no readable file" in sandbox.errors
 
 
-def test_printed_commands_show_no_secret(sandbox: Sandbox) -> None:
-    url = "https://user:hunter2@host/D?token=hunter3&x=1"
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:hunter2@host/D?token=hunter3&x=1",
+        "https://user:hunter2/hunter3@host/D",
+        "https://user:hunter2@host/D#sig=hunter3",
+        "https://user:hunter2@host/D;token=hunter3",
+    ],
+)
+def test_printed_commands_show_no_secret(sandbox: Sandbox, url: str) -> None:
     sandbox.run("local.sh", "tiny", "--data", url, "--out", "out")
     assert "hunter" not in sandbox.output + sandbox.errors and "***@host/D" in sandbox.output
 

@@ -191,6 +191,20 @@ def test_a_damaged_record_is_listed_as_missing(out, name, content):
     assert json.dumps(facts) and lines(facts)["next"]
 
 
+@pytest.mark.parametrize(
+    ("speed", "tokens"), [(10**299, 1), (1e299, 1e-299), (-5, 1), (1e-299, 1e299)]
+)
+def test_a_rate_that_is_no_number_is_left_out(out, speed, tokens):
+    """Integers of 300 digits are JSON; their product does not fit a float."""
+    record = {"step": 90, "split": "train", "tokens": tokens, "skipped_steps": 10**299}
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record | {"tokens_per_second": speed}) + "\n")
+    with Lock(out, lambda read: read()):
+        facts = status(out)
+    json.dumps(facts, allow_nan=False)
+    assert lines(facts)["step"] == "90 of 3,000"
+
+
 def test_folders_and_pipes_in_place_of_files_are_listed(out):
     names = ["config.json", "metrics.jsonl", "heartbeat.json", "restarts.json", "lock"]
     for name in [*names, "ckpt/latest"]:
