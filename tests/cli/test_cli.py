@@ -259,3 +259,14 @@ def test_a_suite_stopped_under_torchrun_needs_no_report(electra_ds, monkeypatch,
     words = ["finetune", "run", "tiny", "--tasks", "rte", "--out", tmp_path]
     code, out, err = electra_ds(*words)
     assert (code, err) == (0, "") and ("Fine-tuning" in out) == written
+
+
+@pytest.mark.parametrize("head", [(), ("key", "value")])
+@pytest.mark.parametrize("width", range(40, 48))
+def test_a_table_loses_no_text_of_a_long_cell(capsys, monkeypatch, head, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = [f"\u732b\u306e{i}," for i in range(60)] + ["folder/" * 20]
+    cli.console.print_table("table", head, [("words", " ".join(words))])
+    out = capsys.readouterr().out
+    cells = "".join(line.split("\u2502")[2] for line in out.splitlines() if line[:1] == "\u2502")
+    assert "".join(cells.split()) == "".join(words)
