@@ -208,7 +208,7 @@ def test_sizes_are_unchanged_by_conversion_to_config_json_and_back():
     assert from_hf_config(*configs) == (model, gen)
     with pytest.raises(UserError, match="hidden_act"):
         from_hf_config(configs[0] | {"hidden_act": "relu"})
-    with pytest.raises(UserError, match="hidden_size = .1/4."):
+    with pytest.raises(UserError, match=r"hidden_size = .1/4."):
         from_hf_config(configs[0], configs[1] | {"hidden_size": "1/4"})
 
 
