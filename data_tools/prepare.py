@@ -311,17 +311,20 @@ def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
     """Return the tokens of each split, without duplicates; UserError when a split has none."""
     valid_fraction = job.settings.valid_fraction
     tokens = dict.fromkeys(SPLITS, 0)
+    documents = 0
     for unit in range(len(job.plan.units)):
         table = read_table(job.units, unit)
         table = table[~is_duplicate(duplicates, unit, table)]
+        documents += len(table)
         for split in SPLITS:
             selected = in_split(table, split, valid_fraction)
             tokens[split] += int(table["tokens"][selected].sum(dtype=np.int64))
     if not tokens["train"] or (valid_fraction and not tokens["valid"]):
         raise UserError(
-            f"valid_fraction = {valid_fraction} gives {tokens['train']} training tokens and "
-            f"{tokens['valid']} held-out tokens; expected some of both; give more text or another "
-            "--valid-fraction (0: none held out)"
+            f"valid_fraction = {valid_fraction} of {documents:,} documents gives "
+            f"{tokens['train']:,} training tokens and {tokens['valid']:,} held-out tokens; "
+            "expected some of both; give more documents (in plain text a blank line separates "
+            "them) or another --valid-fraction (0: none held out)"
         )
     return tokens
 

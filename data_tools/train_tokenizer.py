@@ -5,6 +5,7 @@ WordPiece is trained by Hugging Face tokenizers, unigram and bpe by SentencePiec
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
@@ -71,7 +72,8 @@ def train_tokenizer(
         raise UserError(f"vocab_size = {vocab_size}; expected at least 64 and less than 2**31")
     if strip_accents and kind != "wordpiece":
         raise UserError(
-            "strip_accents = True; expected None or False, since SentencePiece models keep accents"
+            f"strip_accents = True with kind = {kind!r}; SentencePiece models keep accents; leave "
+            "--strip-accents out, or use --kind wordpiece"
         )
     form: Form = "nfc"
     if kind != "wordpiece":
@@ -243,9 +245,14 @@ def _train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"SentencePiece could not make {vocab_size} entries ({error}); try another vocab_size"
-        ) from None
+        least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        reason = (
+            f"the frequent characters of the text and the special tokens need {least[1]} entries; give "
+            f"--vocab-size {least[1]} or more"
+            if least
+            else f"{error}; try another --vocab-size"
+        )
+        raise UserError(f"SentencePiece could not make {vocab_size} entries: {reason}") from None
     return _completed(model.getvalue(), kind, vocab_size, characters)
 
 

@@ -64,11 +64,13 @@ def _others(found: Counter[str]) -> int:
 class Uncovered(NamedTuple):
     """Characters of a text that become [UNK].
 
-    total: characters of the text without white space; unknown: counts of those that become [UNK]
+    total: characters of the text without white space; unknown: counts of those that become [UNK];
+    whole_words: whether the words with them become [UNK], as in WordPiece
     """
 
     total: int
     unknown: Counter[str]
+    whole_words: bool
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, counts: Counter[str]) -> Uncovered:
@@ -77,7 +79,8 @@ class Uncovered(NamedTuple):
         encoded = tokenizer.encode_batch(characters)
         unk = tokenizer.special_ids.unk
         unknown = {c: counts[c] for c, ids in zip(characters, encoded, strict=True) if unk in ids}
-        return cls(sum(counts[c] for c in characters), Counter(unknown))
+        total = sum(counts[c] for c in characters)
+        return cls(total, Counter(unknown), tokenizer.kind == "wordpiece")
 
     @property
     def share(self) -> float:
@@ -89,9 +92,10 @@ class Uncovered(NamedTuple):
         if not self.unknown:
             return "every character of the text is in the vocabulary"
         most = " ".join(map(printable, in_order(self.unknown)[:SHOWN]))
+        become = "words with them become" if self.whole_words else "become"
         line = (
-            f"{self.share:.2%} of the text's characters are not in the vocabulary, and words with "
-            f"them become [UNK]: {len(self.unknown):,} different ones, most frequent {most}"
+            f"{self.share:.2%} of the text's characters are not in the vocabulary, and {become} "
+            f"[UNK]: {len(self.unknown):,} different ones, most frequent {most}"
         )
         if self.share > WARN:
             return f"WARNING: {line}; a larger --vocab-size covers more"

@@ -67,9 +67,12 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) 
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(*(Column(name, overflow="fold") for name in head), show_header=bool(head))
-    for row in rows:
-        table.add_row(*map(printable_lines, row))
+    cells = [[printable_lines(cell) for cell in row] for row in rows]
+    titles = list(head) or [""] * max(map(len, cells), default=0)
+    # The default overflow, "ellipsis", cuts long words, and the ends of lines of wide characters.
+    table = Table(*(Column(name, overflow="fold") for name in titles), show_header=bool(head))
+    for row in cells:
+        table.add_row(*row)
     # emoji: otherwise ":smile:" in a text would be shown as a picture
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:

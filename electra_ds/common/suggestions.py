@@ -2,9 +2,14 @@
 
 import difflib
 from collections.abc import Sequence
+from unicodedata import normalize
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
     """Return "; did you mean 'x'?" with the most similar word, or "" if no word is similar."""
     matches = difflib.get_close_matches(word, words, 1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    if not matches:
+        return ""
+    if normalize("NFC", word) == normalize("NFC", matches[0]):  # both look the same
+        return f"; did you mean {matches[0]!a}? {word!a} is another Unicode form of it"
+    return f"; did you mean {matches[0]!r}?"

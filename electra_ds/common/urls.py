@@ -100,11 +100,12 @@ def redacted(text: str) -> str:
 
 def _redacted_url(url: str) -> str:
     head, slashes, rest = url.partition("://")
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    port = authority.rpartition(":")[2]
-    # A password with an unescaped slash ends the authority early, in the place of the port.
-    if "@" in rest and "@" not in authority and ":" in authority and not port.isdigit():
-        authority = rest.rpartition("@")[0] + "@"
-    _, at, host = authority.rpartition("@")
-    shown = f"***@{host}" if at else authority
-    return f"{head}{slashes}{shown}" + SECRET.sub(r"\1***", rest[len(authority) :])
+    path = re.split(r"[?#]", rest, maxsplit=1)[0]
+    authority = path.partition("/")[0]
+    # A password may have unescaped slashes and "@", so all up to the last "@" is hidden.
+    if "@" in path and ("@" in authority or ":" in authority):
+        authority = path.rpartition("@")[0] + "@"
+        head, rest = f"{head}{slashes}***@", rest[len(authority) :]
+    else:
+        head = f"{head}{slashes}"
+    return head + SECRET.sub(r"\1***", rest)

@@ -228,7 +228,9 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             source = find_checkpoint(options.init_from)
             _check_same_vocabulary(source, attempt.data.source.tokenizer)
             checkpoint.load(engine, source, padded, weights_only=True)
-            attempt.print(f"weights of {source}; new schedule, position 0")
+            attempt.print(
+                f"weights of {source}; the schedule and the position in the data start at 0"
+            )
         return None
     meta = checkpoint.read_meta(found)
     science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), config)

@@ -271,3 +271,14 @@ def test_a_table_shows_colons_as_they_are(capsys):
 def test_detect_refuses_an_endless_file(electra_ds, tmp_path):
     code, _, error = electra_ds("detect", tmp_path, "--file", "/dev/zero")
     assert code == 2 and "/dev/zero: more than 16,777,216 bytes" in error
+
+
+@pytest.mark.parametrize("head", [(), ("key", "value")])
+@pytest.mark.parametrize("width", range(40, 48))
+def test_a_table_loses_no_text_of_a_long_cell(capsys, monkeypatch, head, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = [f"\u732b\u306e{i}," for i in range(60)] + ["folder/" * 20]
+    cli.console.print_table("table", head, [("words", " ".join(words))])
+    out = capsys.readouterr().out
+    cells = "".join(line.split("\u2502")[2] for line in out.splitlines() if line[:1] == "\u2502")
+    assert "".join(cells.split()) == "".join(words)

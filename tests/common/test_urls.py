@@ -34,7 +34,7 @@ def test_an_http_url_without_a_host_is_refused_before_any_retry(place):
 
 
 def test_local_folders_and_memory_are_opened(tmp_path):
-    for place in (str(tmp_path), f"file://{tmp_path}", "memory://x"):
+    for place in (str(tmp_path), f"file://{tmp_path}", "memory://x", "MEMORY://x"):
         assert file_system(place)[1]
 
 
@@ -46,6 +46,9 @@ def test_local_folders_and_memory_are_opened(tmp_path):
         ("https://h/a?X-Amz-Signature=abc&n=2", "https://h/a?X-Amz-Signature=***&n=2"),
         ("https://h/a?access_token=abc#token=d", "https://h/a?access_token=***#token=***"),
         ("pretrain --data https://u:p@h/x --out o", "pretrain --data https://***@h/x --out o"),
+        ("http://u:12/34@h", "http://***@h"),
+        ("http://u:p@s/w@host/x", "http://***@host/x"),
+        ("https://h/package@1.0/x", "https://h/package@1.0/x"),
         ("no url, token=abc", "no url, token=abc"),
     ],
 )

@@ -484,7 +484,7 @@ def test_an_error_in_a_worker_reaches_the_user(corpus, tmp_path):
         (dict(packing="tight"), "expected one of best_fit"),
         (dict(sequence_length=4), "expected 8 to"),
         (dict(valid_fraction=1.5), "less than 1"),
-        (dict(valid_fraction=1e-9), "and 0 held-out"),
+        (dict(valid_fraction=1e-9), r"of \d+ documents gives .* and 0 held-out"),
         (dict(format="pdf"), "expected one of auto"),
         (dict(workers=0), "expected at least 1"),
     ],

@@ -63,6 +63,7 @@ def test_the_share_that_is_not_covered_is_that_of_the_characters(tmp_path, kind)
     assert found.share == 0.4 and [*found.unknown] == ["\u4e00", "\u4e01"]
     assert "40.00% of the text's characters" in found.describe()
     assert "most frequent \u4e00 \u4e01;" in found.describe()
+    assert ("words with them become" in found.describe()) == (kind == "wordpiece")
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
@@ -116,7 +117,10 @@ def test_syllables_and_vowel_signs_are_entries(tmp_path):
         (dict(vocab_size=0), "vocab_size = 0"),
         (dict(vocab_size=2**40), "vocab_size = 1099511627776"),
         (dict(kind="bpe", strip_accents=True), "SentencePiece models keep accents"),
-        (dict(kind="bpe", vocab_size=64), "could not make 64 entries"),
+        (
+            dict(kind="bpe", vocab_size=64),
+            r"could not make 64 entries: .* give --vocab-size \d+ or more",
+        ),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(tmp_path, options, message):

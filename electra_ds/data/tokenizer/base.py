@@ -139,7 +139,7 @@ class Tokenizer(ABC):
                 if self.options["lowercase"]
                 else ("; guessed: an entry has a capital")
             )
-            line += ", and no file says otherwise (--lowercase and --strip-accents do)"
+            line += "; --lowercase, --strip-accents and --normalization set them"
         return line
 
     def save(self, folder: str | Path) -> None:
