@@ -4,6 +4,7 @@ Each verb imports its modules in its own body, so that `--help` is fast.
 """
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -331,6 +332,7 @@ def stats(
         facts = stats(data, running_total(lambda done: progress("read", done, total)))
     if html:
         write_bytes(html, html_page(facts, str(data)).encode())
+        print(f"{printable(html)}: written", file=sys.stderr)
     if as_json:
         print(json.dumps(facts))
         return

@@ -62,7 +62,10 @@ def file_system(place: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    is_http = protocol_of(place) in ("http", "https")
+    protocol = protocol_of(place)
+    if is_url(place):  # fsspec knows lower-case names only
+        place = f"{protocol}://{place.partition('://')[2]}"
+    is_http = protocol in ("http", "https")
     try:
         options = {"client_kwargs": client_options()} if is_http else {}
         return fsspec.core.url_to_fs(place, **options)

@@ -167,7 +167,13 @@ def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
         newest = latest(folder)
         if newest is not None:
             return newest
-    raise UserError(f"{printable(path)}: no checkpoint here; expected {expected}")
+    exported = [place for place in (path, path / "discriminator") if _is_exported(place)]
+    hint = "; it is an exported model: give the run, or make one with `import`" if exported else ""
+    raise UserError(f"{printable(path)}: no checkpoint here{hint}; expected {expected}")
+
+
+def _is_exported(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
 def tokenizer_of(checkpoint: Path) -> Path:

@@ -267,3 +267,14 @@ def test_any_content_is_read_or_refused(tmp_path_factory, data):
         load_tokenizer(folder)
     except UserError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "unreachable"), [({}, ["für", "が"]), ({"strip_accents": False}, [])]
+)
+def test_entries_that_no_text_gives_are_named(tmp_path, options, unreachable):
+    file = tmp_path / "vocab.txt"
+    file.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfür\nが\nfur\n", encoding="utf-8")
+    tokenizer = load_tokenizer(file, **options)
+    assert tokenizer.unreachable_names() == unreachable
+    assert ("WARNING: 2 entries" in tokenizer.describe()) == bool(unreachable)

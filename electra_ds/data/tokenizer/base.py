@@ -20,6 +20,7 @@ import numpy as np
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import write_json
+from electra_ds.common.printable import printable
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.data.tokenizer.normalization import Form, normalize
 
@@ -140,7 +141,17 @@ class Tokenizer(ABC):
                 else ("; guessed: an entry has a capital")
             )
             line += "; --lowercase, --strip-accents and --normalization set them"
+        if unreachable := self.unreachable_names():
+            shown = ", ".join(map(printable, unreachable[:3])) + ", ..." * (len(unreachable) > 3)
+            line += (
+                f"; WARNING: {len(unreachable):,} entries have accents or capitals, which the "
+                f"normalized text never has ({shown})"
+            )
         return line
+
+    def unreachable_names(self) -> list[str]:
+        """Return the entries that no text gives, because the options change their characters."""
+        return []
 
     def save(self, folder: str | Path) -> None:
         """Write the vocabulary file and options.json; `load_tokenizer(folder)` reads them."""

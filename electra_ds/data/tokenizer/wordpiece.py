@@ -7,6 +7,7 @@ are the concatenated ids of its words, so each distinct word is tokenized once.
 from __future__ import annotations
 
 import re
+import unicodedata
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -78,6 +79,20 @@ class WordPiece(Tokenizer):
 
     def begins_word(self) -> np.ndarray:
         return np.array([not name.startswith("##") for name in self.names])
+
+    def unreachable_names(self) -> list[str]:
+        """Return the entries with capitals or accents that the options remove from every text."""
+        special = set(self.special_ids.model_dump().values())
+        return [
+            name for i, name in enumerate(self.names) if i not in special and self._changes(name)
+        ]
+
+    def _changes(self, name: str) -> bool:
+        text = name.lower() if self.options["lowercase"] else name
+        if self.options["strip_accents"]:
+            text = unicodedata.normalize("NFD", text)
+            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+        return unicodedata.normalize("NFC", text) != unicodedata.normalize("NFC", name)
 
     def unknown_parts(self, text: str) -> list[str]:
         unk = self.special_ids.unk
