@@ -234,7 +234,10 @@ def convert(
     out: Annotated[Path, typer.Option(help="Output data folder; an interrupted convert resumes.")],
     valid_fraction: Annotated[float, typer.Option(help="Share of the rows held out.")] = 0.005,
     workers: Annotated[
-        int, typer.Option(help="Number of processes; the output is the same for any number.")
+        int,
+        typer.Option(
+            min=1, max=1024, help="Number of processes; the output is the same for any number."
+        ),
     ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
 ) -> None:

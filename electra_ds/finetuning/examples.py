@@ -104,7 +104,7 @@ def _class_numbers(task: Task, label: RawLabel, where: str) -> int | float | lis
     if unknown := [name for name in names if name not in numbers]:
         raise UserError(
             f"{where}: unknown label {shortened(unknown[0])}{nearest(unknown[0], labels)}; "
-            f"expected one of {', '.join(map(printable, labels))}; correct the row, or the labels "
+            f"expected one of {', '.join(map(shortened, labels))}; correct the row, or the labels "
             "of the task"
         )
     return [numbers[name] for name in names] if isinstance(label, list) else numbers[label]

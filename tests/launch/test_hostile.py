@@ -412,8 +412,10 @@ def test_a_number_of_an_array_job_is_refused_or_used_as_it_is(sandbox: Sandbox, 
     assert contains(call, ["--tasks", "wnli", "--seeds", "2"])
 
 
-@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "MAX_RESTARTS", "RESTARTS"])
-def test_a_count_of_restarts_becomes_no_path_and_no_option(sandbox: Sandbox, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["SLURM_RESTART_COUNT", "MAX_RESTARTS", "RESTARTS", "SLURM_NTASKS"]
+)
+def test_a_count_becomes_no_path_and_no_option(sandbox: Sandbox, name: str) -> None:
     """SLURM_RESTART_COUNT is a part of the name of a file that is removed."""
     kept = sandbox.folder / "kept"
     kept.write_text("")
