@@ -98,5 +98,7 @@ class Uncovered(NamedTuple):
             f"[UNK]: {len(self.unknown):,} different ones, most frequent {most}"
         )
         if self.share > WARN:
-            return f"WARNING: {line}; a larger --vocab-size covers more"
+            # SentencePiece fills further entries with longer pieces, not with rare characters.
+            hint = "; a larger --vocab-size covers more" if self.whole_words else ""
+            return f"WARNING: {line}{hint}"
         return line
