@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import shard_data
 import small_corpus
+from hypothesis import settings
+
+# The examples of the property tests are the same in each run; HYPOTHESIS_PROFILE=default searches on.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 pytest_plugins = ["nodes", "scenario_runs"]
 

@@ -48,7 +48,7 @@ RANGES = [
 ]
 CHARACTERS = st.one_of(
     st.sampled_from(
-        SAMPLE + " \t\n\r\x0b\x0c\x1c\x85\u2028\u200b\u200d\ufeff\ufffd\xad\u0301\u0323"
+        SAMPLE + " \t\n\r\x0b\x0c\x1c\x85\u2028\u200b\u200d\u2581\ufeff\ufffd\xad\u0301\u0323"
     ),
     st.sampled_from(RANGES).flatmap(lambda ends: st.integers(*ends)).map(chr),
     st.characters(),

@@ -23,7 +23,8 @@ Form = Literal["nfc", "nfkc", "nfkc_lower", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 # Characters at which str.splitlines() divides a text.
 _LINE_ENDS = "\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029"
-_OTHER_SPACES = "\t\u1680"  # spaces that NFKC does not map to U+0020
+# Spaces that NFKC does not map to U+0020, and U+2581, which SentencePiece writes for a space.
+_OTHER_SPACES = "\t\u1680\u2581"
 # Controls except \x09 to \x0d, zero-width space, byte order mark, U+FFFD.
 _CONTROL = "\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd"
 LINE_ENDS = re.compile(f"[{_LINE_ENDS}]")
@@ -41,13 +42,13 @@ SAME_LOWER = re.compile(
 
 def normalize(text: str, form: Form) -> str:
     """Return a text in a form, without surrogates. Equal to `native_steps` for texts without."""
-    if not text.isprintable():  # as all of these characters but U+FFFD and U+1680
+    if not text.isprintable():  # as all of these characters but U+FFFD, U+1680 and U+2581
         text = without_surrogates(text)
     elif text.isascii():
         return text.lower() if form == "nfkc_lower" else text
     if form == "none":
         return text
-    if not text.isprintable() or "\u1680" in text:
+    if not text.isprintable() or "\u1680" in text or "\u2581" in text:
         text = (LINE_ENDS if form == "nfc" else SPACES).sub(" ", text)
         text, _ = without_control(text)
     elif "\ufffd" in text:
