@@ -202,7 +202,9 @@ def gloo_group() -> dist.ProcessGroup:
 
     Collective at the first call.
     """
-    return dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # no ranks were left out
+    return group
 
 
 @collective

@@ -264,7 +264,7 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "unknown label": (
         {"a.tsv": GOOD, "b.tsv": GOOD + "z\tc\n"},
         {},
-        ["b.tsv:4", "unknown label 'c'", "a, b"],
+        ["b.tsv:4", "unknown label 'c'", "'a', 'b'"],
     ),
     "no number": (
         {"a.tsv": "sentence\tlabel\nx\t1\ny\tnan\n"},
