@@ -65,16 +65,7 @@ def train_tokenizer(
     Raises UserError for unknown settings, for inputs without text, for a folder that cannot be
     written, and for a size that SentencePiece cannot make; RunFailure when writing fails.
     """
-    check_vocabulary_folder(Path(out), WordPiece if kind == "wordpiece" else SentencePiece)
-    if kind not in KINDS:
-        raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
-    if not 64 <= vocab_size < 1 << 31:
-        raise UserError(f"vocab_size = {vocab_size}; expected at least 64 and less than 2**31")
-    if strip_accents and kind != "wordpiece":
-        raise UserError(
-            f"strip_accents = True with kind = {kind!r}; SentencePiece models keep accents; leave "
-            "--strip-accents out, or use --kind wordpiece"
-        )
+    _check_settings(Path(out), kind, vocab_size, strip_accents)
     form: Form = "nfc"
     if kind != "wordpiece":
         form = "nfkc_lower" if lowercase else "nfkc"
@@ -103,6 +94,20 @@ def train_tokenizer(
     except OSError as error:
         raise RunFailure(f"{out}: the vocabulary cannot be written: {error.strerror}") from None
     return tokenizer
+
+
+def _check_settings(out: Path, kind: str, vocab_size: int, strip_accents: bool | None) -> None:
+    """Raise UserError for settings that cannot be used, before the inputs are read."""
+    check_vocabulary_folder(out, WordPiece if kind == "wordpiece" else SentencePiece)
+    if kind not in KINDS:
+        raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
+    if not 64 <= vocab_size < 1 << 31:
+        raise UserError(f"vocab_size = {vocab_size}; expected at least 64 and less than 2**31")
+    if strip_accents and kind != "wordpiece":
+        raise UserError(
+            f"strip_accents = True with kind = {kind!r}; SentencePiece models keep accents; leave "
+            "--strip-accents out, or use --kind wordpiece"
+        )
 
 
 def _lines(

@@ -33,7 +33,7 @@ def parse_npy(
     """Return the array in the content of an .npy file, read-only; nothing is unpickled.
 
     path: the file, for messages. what: the expected content. dtype, shape: the expected ones; they
-        are compared before memory is asked for.
+        are compared before memory is allocated.
     """
     expected = f"{what}, {dtype}{list(shape)}; copy the data again or prepare it again"
     size_of_header = int.from_bytes(content[8:10], "little")

@@ -1,6 +1,6 @@
 """HTTP responses of a bounded size.
 
-fsspec reads the body of a response into memory. A server may send more than was asked for, a body
+fsspec reads the body of a response into memory. A server may send more than was requested, a body
 without an end, or a small body that decompresses to a large one.
 """
 

@@ -14,7 +14,7 @@ from electra_ds.common.special_ids import SpecialIds
 
 # Upper limits. They are far above every useful value, and small enough that no product of them
 # leaves the range of int64 or float64, and that a config read from a file of another person is
-# refused before memory is asked for.
+# refused before memory is allocated.
 MAX_WIDTH = 2**16  # of a layer or a table
 MAX_LAYERS = 1024
 MAX_ROWS = 2**24  # of a table, and of a batch

@@ -110,7 +110,7 @@ def test_arguments_count_where_no_file_states_an_option(tmp_path):
     again = load_tokenizer(tmp_path / "saved", lowercase=True)
     assert (again.fingerprint, again.normalization) == (told.fingerprint, "nfc")
     for options in ({"lowercase": False}, {"strip_accents": True}, {"normalization": "none"}):
-        with pytest.raises(UserError, match=r"options.json: .* is asked for"):
+        with pytest.raises(UserError, match=r"options.json: .* was requested"):
             load_tokenizer(tmp_path / "saved", **options)
 
 
@@ -176,7 +176,7 @@ def test_a_tokenizer_json_alone_is_read(exported):
         again = load_tokenizer(path)
         assert (again.content, again.options) == (tokenizer.content, tokenizer.options)
         assert again.normalization == "none" and not again.guessed
-    with pytest.raises(UserError, match="lowercase = False, but True is asked for"):
+    with pytest.raises(UserError, match="lowercase = False, but True was requested"):
         load_tokenizer(folder, lowercase=True)
 
 

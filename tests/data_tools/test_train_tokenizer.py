@@ -220,7 +220,7 @@ def test_the_commands_print_choices_and_shares(tmp_path):
         check=False,
     )
     assert refused.returncode == 2
-    assert "lowercase = False, but True is asked for" in refused.stderr
+    assert "lowercase = False, but True was requested" in refused.stderr
     assert not (tmp_path / "d").exists()
 
     trained = run_cli(

@@ -15,20 +15,6 @@ GOOD = "sentence\tlabel\nx\ta\ny\tb\n"
 TAGS = {"kind": "token_classification", "text_a": "words", "label": "tags"}
 
 
-@pytest.fixture
-def own_task(tmp_path):
-    """A function that writes files (name -> content) and a description; returns its task."""
-
-    def write(files, **values):
-        for name, text in files.items():
-            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        splits = {"train": [*files, ""][0], "valid": ["", *files][-1]}
-        (tmp_path / "own.json").write_text(json.dumps({"splits": splits} | values))
-        return load_task(str(tmp_path / "own.json"), None)
-
-    return write
-
-
 def jsonl(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 

@@ -138,26 +138,12 @@ def test_the_original_files_are_read_completely(name):
 # --------------------------------------------------------------------------------------- user tasks
 
 
-@pytest.fixture
-def user_task(tmp_path):
-    """A function that writes files (name -> content) and a description; returns its task."""
-
-    def write(files, **values):
-        for name, text in files.items():
-            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        splits = {"train": [*files, ""][0], "valid": ["", *files][-1]}
-        (tmp_path / "own.json").write_text(json.dumps({"splits": splits} | values))
-        return load_task(str(tmp_path / "own.json"), None)
-
-    return write
-
-
-def test_null_values_of_a_task_come_from_the_training_file(user_task):
+def test_null_values_of_a_task_come_from_the_training_file(own_task):
     rows = 'sentence,label\n"He said ""no"",\nthen left",b\nx,a\nx,b\n'
-    task = user_task({"train.csv": rows})
+    task = own_task({"train.csv": rows})
     assert (task.name, task.labels, task.metrics) == ("own", ["a", "b"], ["accuracy"])
     assert read_examples(task, "valid")[0] == Example("0", 'He said "no",\nthen left', None, 1)
-    numbers = user_task(
+    numbers = own_task(
         {"n.tsv": "x\t9\t-2\ny\t8\t4.5\n"},
         kind="regression",
         header=False,
@@ -170,7 +156,7 @@ def test_null_values_of_a_task_come_from_the_training_file(user_task):
         Example("9", "x", None, -2.0),
         Example("8", "y", None, 4.5),
     ]
-    pairs = user_task(
+    pairs = own_task(
         {"p.jsonl": '{"l": true, "p": "x", "q": "y"}\n\n{"l": false, "p": 1, "q": "y"}\n'},
         text_a="p",
         text_b="q",
@@ -183,16 +169,16 @@ def test_null_values_of_a_task_come_from_the_training_file(user_task):
     assert read_file(pairs, Path(task.folder) / "new.jsonl") == [Example("0", "x", "y", None)]
 
 
-def test_words_and_tags_are_read_from_jsonl_and_from_conll(user_task):
+def test_words_and_tags_are_read_from_jsonl_and_from_conll(own_task):
     expected = Example("0", ["In", "Kyoto"], None, [1, 0])
     lines = '{"words": ["In", "Kyoto"], "tags": ["O", "B-loc"]}\n'
     column = "-DOCSTART- O\n\nIn IN O\nKyoto NNP B-loc\n\n\nok JJ O\n"
     for name, text in {"t.jsonl": lines, "t.conll": column}.items():
-        task = user_task({name: text}, kind="token_classification", text_a="words", label="tags")
+        task = own_task({name: text}, kind="token_classification", text_a="words", label="tags")
         assert task.labels == ["B-loc", "O"] and task.metrics == ["entity_f1", "token_accuracy"]
         assert read_examples(task, "train")[0] == expected
     assert read_examples(task, "train")[1].text_a == ["ok"]
-    task = user_task(
+    task = own_task(
         {"t.conll": "a X\nb Y\n"}, kind="token_classification", text_a="words", label="tags"
     )
     assert task.metrics == ["token_accuracy"]
@@ -208,7 +194,7 @@ dataset_info:
 """
 
 
-def test_a_dataset_is_read_from_a_local_folder(user_task, tmp_path):
+def test_a_dataset_is_read_from_a_local_folder(own_task, tmp_path):
     pytest.importorskip("datasets", reason="needs the extra [hf]")
     for name, card, labels in (
         ("words", "", ["a", "b", "a", None]),
@@ -225,7 +211,7 @@ def test_a_dataset_is_read_from_a_local_folder(user_task, tmp_path):
                 json.dumps({"sentence": f"it is {label}", "label": label}) + "\n" for label in rows
             ]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(lines))
-        task = user_task(
+        task = own_task(
             {}, dataset=name, splits={"train": "train", "valid": "validation", "test": "test"}
         )
         assert task.labels == (["neg", "pos"] if card else ["a", "b"])
@@ -234,7 +220,7 @@ def test_a_dataset_is_read_from_a_local_folder(user_task, tmp_path):
         assert found["valid"] == [Example("0", f"it is {labels[2]}", None, 1 if card else 0)]
         assert found["test"] == [Example("0", f"it is {labels[3]}", None, None)]
     with pytest.raises(UserError, match="split other"):
-        user_task({}, dataset="words", splits={"train": "other", "valid": "test"})
+        own_task({}, dataset="words", splits={"train": "other", "valid": "test"})
 
 
 def test_short_rows_of_qqp_are_skipped_with_a_warning(tmp_path):
@@ -351,10 +337,10 @@ MISTAKES = {  # name: files, values of the description, what the message holds
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_reported_with_file_and_line(user_task, name):
+def test_a_mistake_is_reported_with_file_and_line(own_task, name):
     files, values, parts = MISTAKES[name]
     with pytest.raises(UserError) as caught:
-        task = user_task(files, **values)
+        task = own_task(files, **values)
         for split in task.splits:
             read_examples(task, split)
     for part in parts:
@@ -384,11 +370,11 @@ def test_unknown_tasks_and_folders_are_reported(tmp_path):
             load_task(name, data)
 
 
-def test_task_names_are_unique_and_folders_are_absolute(user_task, tmp_path, monkeypatch):
+def test_task_names_are_unique_and_folders_are_absolute(own_task, tmp_path, monkeypatch):
     names = task_names("RTE, rte,STS-B,own/RTE.json,glue,own/RTE.json,rtee")
     assert names[:3] == ["rte", "stsb", "own/RTE.json"] and names[-1] == "rtee"
     assert sorted(names[:2] + names[3:-1]) == sorted(GLUE.keys() - {"ax"})
-    user_task({"a.tsv": GOOD})
+    own_task({"a.tsv": GOOD})
     write_glue(tmp_path, "rte")
     monkeypatch.chdir(tmp_path)
     tasks = [load_task("own.json", None), load_task("rte", Path())]

@@ -90,7 +90,7 @@ def finish(name: str, engine: str, *sets: str, **options) -> None:
 
 
 def stop(name: str, engine: str, *sets: str, at: int = CUT, **options) -> None:
-    """A run that is asked to stop at a step."""
+    """A run that receives a request to stop at a step."""
     ended = train(name, engine, *sets, stop_at_step=at, **options)
     assert ended in STOPPED, (name, ended)
 

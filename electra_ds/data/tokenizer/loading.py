@@ -164,7 +164,7 @@ def _wordpiece(
     for key, told, wanted in zip(Options._fields, stated, chosen, strict=True):
         if told is not None and wanted not in (None, told):
             raise UserError(
-                f"{printable(source)}: {key} = {told}, but {wanted} is asked for; expected the "
+                f"{printable(source)}: {key} = {told}, but {wanted} was requested; expected the "
                 "same, since the vocabulary was made so; for another choice, copy the vocabulary "
                 "alone to a new folder"
             )
