@@ -43,7 +43,7 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.build import build_objective
-from electra_ds.model.kernels.attention import with_cu_seqlens
+from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.training.collectives import destroy_process_groups
 from electra_ds.training.engine import Engine, start
 

@@ -12,7 +12,13 @@ from electra_ds.common.json_files import parse_strictly, read_json
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section
 from electra_ds.common.suggestions import nearest
-from electra_ds.config.schema import FactoryRun, RunConfig
+from electra_ds.config.architectures import (
+    DEFAULT_ARCHITECTURE,
+    MODELS,
+    EncoderConfig,
+    ModelConfig,
+)
+from electra_ds.config.schema import RUNS, FactoryRun, RunConfig
 
 Config = TypeVar("Config", bound=BaseModel)
 Values = dict[str, Any]
@@ -95,16 +101,40 @@ def parse_run(values: Values, where: str) -> RunConfig:
 def parse_config(values: Any, where: str, root: type[Config]) -> Config:
     """Check the values of a config and return it as `root`.
 
-    A run config with model.factory is returned as a FactoryRun.
+    A RunConfig is returned as the subclass of its model.architecture, or as a FactoryRun if it has
+    model.factory; a ModelConfig as the subclass of its architecture.
     where: the file, for the error message. Raises UserError with all invalid keys.
     """
-    model = values.get("model") if isinstance(values, dict) else None
-    has_factory = isinstance(model, dict) and "factory" in model
-    schema: Any = FactoryRun if root is RunConfig and has_factory else root
+    schema: Any = root
+    if root is RunConfig and isinstance(values, dict):
+        schema = _run_schema(values.get("model"), where)
+    elif root is ModelConfig:
+        schema = MODELS[_architecture(values, where, "architecture")]
     try:
         return schema.model_validate(values)
     except ValidationError as error:
         raise UserError(_message(error, where, schema)) from None
+
+
+def _run_schema(model: Any, where: str) -> type[RunConfig]:
+    """The schema of a run config with this section `model`."""
+    if isinstance(model, dict) and "factory" in model:
+        return FactoryRun
+    return RUNS[_architecture(model, where, "model.architecture")]
+
+
+def _architecture(model: Any, where: str, key: str) -> str:
+    """The architecture of a section `model`. UserError for an unknown one. key: its name."""
+    if not isinstance(model, dict):
+        return DEFAULT_ARCHITECTURE  # the schema refuses the section
+    name = model.get("architecture", DEFAULT_ARCHITECTURE)
+    if isinstance(name, str) and name in MODELS:
+        return name
+    suggestion = nearest(name, list(MODELS)) if isinstance(name, str) else ""
+    raise UserError(
+        f"{printable(where)}: {key} = {_as_json(name)}: unknown architecture{suggestion}; "
+        f"there are {', '.join(MODELS)}"
+    )
 
 
 def _apply(values: Values, setting: str) -> None:
@@ -139,6 +169,11 @@ def _line(problem: Values, root: type[BaseModel]) -> str:
     key, value = printable(".".join(location)), problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _fields_at(root, location[:-1])
+        if other := _other_architecture(root, location):
+            return (
+                f"{key}: a field of the architecture {other}, not of this model; leave it out, or "
+                f"set model.architecture = {other}; known here: {', '.join(known)}"
+            )
         suggestion = nearest(location[-1], known)
         return f"{key}: unknown key{suggestion}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
@@ -169,9 +204,17 @@ def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
     return sorted(root.model_fields)
 
 
+def _other_architecture(root: type[BaseModel], path: list[str]) -> str | None:
+    """The architecture of which an unknown key of a run config is a field; None if there is none."""
+    if root not in RUNS.values() or path[0] not in ("model", "generator"):
+        return None
+    others = (name for name, schema in RUNS.items() if not issubclass(root, schema))
+    return next((name for name in others if path[-1] in _fields_at(RUNS[name], path[:-1])), None)
+
+
 def _fraction_hint(location: list[str], value: Any) -> str:
     """Return a hint for a size of the generator that is not an integer, such as "1/4"."""
-    is_size = location[-1] not in ("hidden_dropout", "attention_dropout")
+    is_size = not location[-1].endswith("_dropout")
     if location[:1] == ["generator"] and is_size and isinstance(value, (str, float)):
         return f"; sizes are not fractions: write the integer, such as {location[-1]}: 64"
     return ""
@@ -180,7 +223,7 @@ def _fraction_hint(location: list[str], value: Any) -> str:
 def differences(old: BaseModel, new: BaseModel) -> tuple[list[str], list[str]]:
     """Return the differences in science fields and in machine fields, two lists of text.
 
-    Each text is `section.field: old -> new`. old, new: configs of the same class.
+    Each text is `section.field: old -> new`. old, new: configs of the same class, or RunConfigs.
     """
     lines: dict[str, list[str]] = {"science": [], "machine": []}
     _compare(old, new, "", lines)
@@ -195,6 +238,11 @@ def _compare(old: BaseModel, new: BaseModel, prefix: str, lines: dict[str, list[
         sections = before | after if tables else {}
         if isinstance(before, Section) and type(before) is type(after):
             _compare(before, after, f"{key}.", lines)
+        elif isinstance(before, EncoderConfig) and isinstance(after, EncoderConfig):
+            # Sections of two architectures: most fields of one have no counterpart in the other.
+            if isinstance(before, ModelConfig) and isinstance(after, ModelConfig):
+                change = f"{key}.architecture: {before.architecture} -> {after.architecture}"
+                lines["science"].append(change)
         elif any(isinstance(section, Section) for section in sections.values()):
             for part, section in sections.items():
                 default = type(section)()  # stands for a section that one config lacks

@@ -11,64 +11,19 @@ from pydantic import model_validator
 from electra_ds.common.errors import UserError
 from electra_ds.common.section import Section, machine, science
 from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.architectures import (
+    MAX_ROWS,
+    MAX_WIDTH,
+    ElectraGeneratorConfig,
+    ElectraModelConfig,
+    EncoderConfig,
+    ModelConfig,
+    ModernBertGeneratorConfig,
+    ModernBertModelConfig,
+)
 
-# Upper limits. They are far above every useful value, and small enough that no product of them
-# leaves the range of int64 or float64, and that a config read from a file of another person is
-# refused before memory is allocated.
-MAX_WIDTH = 2**16  # of a layer or a table
-MAX_LAYERS = 1024
-MAX_ROWS = 2**24  # of a table, and of a batch
 MAX_STEPS = 10**9
 MAX_SECONDS = 10**7  # 116 days
-
-
-class EncoderConfig(Section):
-    """Sizes of one encoder."""
-
-    hidden_size: int = science(..., "width of the encoder", ge=1, le=MAX_WIDTH)
-    num_layers: int = science(..., "transformer layers", ge=1, le=MAX_LAYERS)
-    num_heads: int = science(..., "attention heads; must divide hidden_size", ge=1, le=MAX_WIDTH)
-    ffn_size: int = science(..., "width of the feed-forward layer", ge=1, le=MAX_WIDTH)
-    hidden_dropout: float = science(0.1, "dropout after embeddings and sublayers", ge=0, lt=1)
-    attention_dropout: float = science(0.1, "dropout on attention probabilities", ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "EncoderConfig":
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
-            )
-        return self
-
-
-class GeneratorConfig(EncoderConfig):
-    """Sizes of the generator's encoder, as integers and not as fractions of the discriminator."""
-
-
-class ModelConfig(EncoderConfig):
-    """Sizes of the discriminator's encoder, and the settings of both encoders."""
-
-    embedding_size: int = science(
-        ..., "width of the word, position and token-type tables", ge=1, le=MAX_WIDTH
-    )
-    max_positions: int = science(512, "rows of the position table", ge=1, le=MAX_WIDTH)
-    type_vocab_size: int = science(2, "rows of the token-type table", ge=1, le=MAX_WIDTH)
-    layer_norm_eps: float = science(1e-12, "epsilon of every LayerNorm", gt=0, le=1)
-    init: Literal["normal", "fan_in"] = science(
-        "normal",
-        "initial matrices: truncated normal with std init_std, or normal with std 1/sqrt(inputs)",
-    )
-    init_std: float = science(0.02, "standard deviation of `normal`", gt=0, le=100)
-    embedding_init_std: float = science(
-        0.02, "standard deviation of the embedding tables", gt=0, le=100
-    )
-    sharing: Literal["shared", "untied", "all"] = science(
-        "shared",
-        "generator and discriminator share the embeddings, share nothing, or share the encoder",
-    )
-    vocab_size: int | None = science(
-        None, "word table rows; filled from the data", ge=6, le=MAX_ROWS
-    )
 
 
 class FactoryConfig(Section):
@@ -285,13 +240,13 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """Config of a pretraining run (RUN.json).
+    """Config of a pretraining run (RUN.json), of any architecture. Its subclasses are read.
 
     engine: name or path of a DeepSpeed file, or its content as an object.
     """
 
     model: ModelConfig
-    generator: GeneratorConfig
+    generator: EncoderConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
     train: TrainConfig
@@ -313,14 +268,7 @@ class RunConfig(Section):
                 f"data.sequence_length {length} exceeds max_positions {most}: raise "
                 "model.max_positions, or use shorter rows"
             )
-        sizes = EncoderConfig.model_fields
-        if self.model.sharing == "all" and any(
-            getattr(self.model, f) != getattr(self.generator, f) for f in sizes
-        ):
-            raise ValueError(
-                "model.sharing = 'all' is one encoder: every field of generator must equal that "
-                "of model"
-            )
+        self.model.check_generator(self.generator)
         return self
 
     def accumulation(self, world_size: int) -> int:
@@ -355,15 +303,10 @@ class RunConfig(Section):
         """Return the config with vocab_size and special_ids of the data.
 
         segments: number of token types in a row: 2 for data packed as google, else 1.
-        Raises UserError when the config has other values, another sequence_length, or a token-type
-        table with fewer rows than `segments`.
+        Raises UserError when the config has other values, another sequence_length, or fewer token
+        types than `segments`.
         """
-        if getattr(self.model, "type_vocab_size", segments) < segments:
-            raise UserError(
-                f"model.type_vocab_size = {self.model.type_vocab_size}, but the rows of the data "
-                f"have {segments} segments (--packing google): --set "
-                f"model.type_vocab_size={segments}, or prepare with another --packing"
-            )
+        self._check_segments(segments)
         if sequence_length != self.data.sequence_length:
             raise UserError(
                 f"data.sequence_length = {self.data.sequence_length}, but the data has rows of "
@@ -382,6 +325,36 @@ class RunConfig(Section):
         model = self.model.model_copy(update={"vocab_size": vocab_size})
         data = self.data.model_copy(update={"special_ids": special_ids})
         return self.model_copy(update={"model": model, "data": data})
+
+    def _check_segments(self, segments: int) -> None:
+        """Raise UserError when the model has fewer token types than the rows of the data."""
+        own = self.model.segments
+        if own is None and segments > 1:
+            raise UserError(
+                f"model.architecture = {self.model.architecture} has no token types, but the rows "
+                f"of the data have {segments} segments (--packing google): prepare the data with "
+                "another --packing, such as best_fit"
+            )
+        if own is not None and own < segments:
+            raise UserError(
+                f"model.type_vocab_size = {own}, but the rows of the data have {segments} segments "
+                f"(--packing google): --set model.type_vocab_size={segments}, or prepare with "
+                "another --packing"
+            )
+
+
+class ElectraRun(RunConfig):
+    """Config of a run with the architecture `electra`."""
+
+    model: ElectraModelConfig
+    generator: ElectraGeneratorConfig
+
+
+class ModernBertRun(RunConfig):
+    """Config of a run with the architecture `modernbert`."""
+
+    model: ModernBertModelConfig
+    generator: ModernBertGeneratorConfig
 
 
 class FactoryRun(RunConfig):
@@ -405,6 +378,13 @@ class FactoryRun(RunConfig):
                 "only: set them to false"
             )
         return self
+
+    def _check_segments(self, segments: int) -> None:
+        """The modules of a factory receive the segments, whatever their number."""
+
+
+# model.architecture -> the schema of a run with built-in encoders.
+RUNS: dict[str, type[RunConfig]] = {"electra": ElectraRun, "modernbert": ModernBertRun}
 
 
 def accumulation(train: Any, world_size: int) -> int:

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     keep_original: Tensor  # [B, K] bool, True: the position keeps its token instead of [MASK]
     uniforms: Tensor  # [B, K] float32 in [0, 1), one number for each draw from the generator
     # int32, starts of the documents in the flattened batch; the loader leaves it None and
-    # `model.kernels.attention.with_cu_seqlens` fills it in
+    # `model.kernels.attention_mask.with_cu_seqlens` fills it in
     cu_seqlens: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:

@@ -14,7 +14,7 @@ from electra_ds.data import philox
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.examples import Example
 from electra_ds.finetuning.tasks import Task, TaskKind
-from electra_ds.model.kernels.attention import with_cu_seqlens
+from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 
 # Number of batches sorted by length together. 32 gives 1 to 3 % padding on GLUE in random order.
 BUCKET_BATCHES = 32

@@ -160,7 +160,7 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
                 f"train.max_length = {own.train.max_length}, but the model has "
                 f"{model.max_positions} positions: --set train.max_length={model.max_positions}"
             )
-        if task.text_b is not None and model.type_vocab_size < 2:
+        if task.text_b is not None and model.segments == 1:
             raise UserError(
                 f"{task.name}: the task has pairs of texts, but the model has one segment "
                 "(type_vocab_size = 1); use a model with at least 2"

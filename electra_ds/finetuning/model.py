@@ -1,4 +1,4 @@
-"""The fine-tuned model: encoder and linear head (ELECTRA, appendix B), and its loss.
+"""The fine-tuned model: encoder and head (ELECTRA, appendix B), and its loss.
 
 Letters: N examples in B rows of S tokens, H hidden size, C outputs (classes, or 1 in regression).
 """
@@ -7,16 +7,14 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from electra_ds.config.schema import ModelConfig
+from electra_ds.config.architectures import ModelConfig
 from electra_ds.finetuning.batches import TaskBatch
-from electra_ds.model.encoder import Embeddings, Encoder, encode
+from electra_ds.model.encoder import encode
 from electra_ds.model.initialization import initialize
-from electra_ds.model.kernels.dropout import dropout
-from electra_ds.model.kernels.linear import Linear
+from electra_ds.model.registry import architecture_of
 from electra_ds.model.weights import load_true_state
 
 
@@ -36,7 +34,7 @@ class TaskTotals(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Encoder, dropout and one linear layer on [CLS], or on every token.
+    """Encoder, and the head of its architecture on [CLS], or on every token.
 
     Parameters are named embeddings.*, discriminator.* and head.*. outputs: C. per_token: one output
     for each token instead of one for [CLS]. regression: the loss is the squared error.
@@ -44,21 +42,22 @@ class Classifier(nn.Module):
 
     def __init__(self, model: ModelConfig, outputs: int, per_token: bool, regression: bool):
         super().__init__()
-        self.dropout = model.hidden_dropout
         self.per_token = per_token
         self.regression = regression
-        self.embeddings = Embeddings(model, model.embedding_size, model.hidden_dropout)
-        self.discriminator = Encoder(model, model.embedding_size, model.layer_norm_eps)
-        self.head = Linear(model.hidden_size, outputs)
+        architecture = architecture_of(model)
+        self.embeddings = architecture.embeddings(model, model.word_width)
+        self.discriminator = architecture.encoder(model, model.word_width)
+        self.head = architecture.task_head(outputs)
 
     def start(self, model: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> "Classifier":
         """Set every weight and return self.
 
         The encoder is set from `state`, or initialized as in pretraining; the head is initialized
-        (Xavier) in any case.
+        in any case.
         """
-        initialize(self, model, seed)
-        nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
+        architecture = architecture_of(model)
+        initialize(self, architecture, seed)
+        architecture.initialize_task_head(self.head, seed)
         if state is not None:
             load_true_state(self, state, partial=True)
         return self
@@ -75,7 +74,7 @@ class Classifier(nn.Module):
         # less time of Small on a CPU.
         positions = None if self.per_token else batch.cls_positions
         hidden = encode(self.embeddings, self.discriminator, batch.input_ids, batch, positions)
-        logits = self.head(dropout(hidden, self.dropout, self.training)).float()
+        logits = self.head(hidden).float()
         logits = logits.view(len(batch.labels), -1)
         if predict:
             return logits
@@ -89,14 +88,16 @@ class Classifier(nn.Module):
 def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:
     """Parameter name -> factor of its learning rate.
 
-    1 in the head, decay in the top layer, decay**2 below it, ..., decay**(num_layers + 1) in the
-    embeddings. This is what the paper describes; the authors' code gives the top layer decay**2
-    (their issue 51).
+    1 in the head, decay in the top layer and in a LayerNorm after it, decay**2 below it, ...,
+    decay**(num_layers + 1) in the embeddings. This is what the paper describes; the authors' code
+    gives the top layer decay**2 (their issue 51).
     """
 
     def scale(name: str) -> float:
         if name.startswith("head."):
             return 1.0
+        if name.startswith("discriminator.final_norm."):
+            return decay
         layer = re.match(r"discriminator\.layers\.(\d+)\.", name)
         return decay ** (num_layers - int(layer[1]) if layer else num_layers + 1)
 

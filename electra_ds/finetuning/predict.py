@@ -18,8 +18,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.outputs import check_output_file
 from electra_ds.common.printable import printable
+from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_config
-from electra_ds.config.schema import ModelConfig
 from electra_ds.finetuning.batches import Encoded, TaskBatch, collate, encode, prediction_batches
 from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score

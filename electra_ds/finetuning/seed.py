@@ -137,7 +137,7 @@ class SeedRun(Trainer):
 
     def _make_engine(self) -> Engine:
         suite, train = self.suite, self.config.train
-        dropout = {"hidden_dropout": train.dropout, "attention_dropout": train.dropout}
+        dropout = dict.fromkeys(suite.pretrained.model.dropout_fields(), train.dropout)
         self.model = suite.pretrained.model.model_copy(update=dropout)
         weights = None if suite.random_init else suite.pretrained.state
         module = classifier(self.model, self.task).start(self.model, weights, self.seed)

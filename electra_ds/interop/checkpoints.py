@@ -9,10 +9,11 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import Record, parse_record
 from electra_ds.common.printable import printable
+from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_config, parse_run
-from electra_ds.config.schema import FactoryConfig, ModelConfig, RunConfig
+from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.parts import main_encoder
+from electra_ds.interop.parts import encoder_with_task_head
 from electra_ds.interop.vocabularies import tokenizer_of_model
 from electra_ds.model.build import build_objective
 from electra_ds.model.weights import check_layers, check_state, shapes_of
@@ -143,9 +144,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tuned = parse_record(meta.config, f"{where}: config", FineTunedConfig)
     model = parse_config(tuned.model, where, ModelConfig)
     check_layers(weights, "discriminator.layers.", model.num_layers, str(folder))
-    shapes = shapes_of(lambda: main_encoder(model), where)
     outputs = len(tuned.task.labels or [""])
-    shapes |= {"head.weight": (outputs, model.hidden_size), "head.bias": (outputs,)}
+    shapes = shapes_of(lambda: encoder_with_task_head(model, outputs), where)
     check_state(weights, shapes, str(folder))
     return Checkpoint(folder, meta, model, weights, None, tuned)
 

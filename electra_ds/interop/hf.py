@@ -14,8 +14,12 @@ from torch import Tensor
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import Record, parse_record
 from electra_ds.common.printable import shortened
+from electra_ds.config.architectures import (
+    ElectraEncoderConfig,
+    ElectraGeneratorConfig,
+    ElectraModelConfig,
+)
 from electra_ds.config.loading import parse_config
-from electra_ds.config.schema import EncoderConfig, GeneratorConfig, ModelConfig
 
 # Module names in electra_ds -> those in Hugging Face, for embeddings, one layer and the heads.
 EMBEDDINGS = {
@@ -191,13 +195,13 @@ MAX_LAYERS, MAX_WIDTH, MAX_ROWS = 10_000, 2**24, 2**31 - 1
 
 
 def hf_config(
-    model: ModelConfig, generator: GeneratorConfig | None, part: str, pad_id: int
+    model: ElectraModelConfig, generator: ElectraGeneratorConfig | None, part: str, pad_id: int
 ) -> dict[str, Any]:
     """The config.json of one part for its stock class.
 
     generator: sizes of the generator; not needed for the discriminator.
     """
-    sizes: EncoderConfig = model
+    sizes: ElectraEncoderConfig = model
     architecture, embedding_size = "ElectraForPreTraining", model.embedding_size
     if part == "generator":
         assert generator is not None
@@ -239,7 +243,7 @@ def from_hf_config(
     discriminator: Mapping[str, Any],
     generator: Mapping[str, Any] | None = None,
     where: str = "config.json",
-) -> tuple[ModelConfig, GeneratorConfig]:
+) -> tuple[ElectraModelConfig, ElectraGeneratorConfig]:
     """The sizes in the config.json of the discriminator and of the generator, if there is one.
 
     where: the file, for messages. Raises UserError for a missing key, for values that the encoder
@@ -258,8 +262,8 @@ def from_hf_config(
     sizes = {field: main[key] for field, key in (SIZES | TABLES).items()}
     generator_sizes = {field: other[key] for field, key in SIZES.items()}
     sizes["sharing"] = "untied" if is_untied else "shared"
-    model = parse_config(sizes, where, ModelConfig)
-    return model, parse_config(generator_sizes, where, GeneratorConfig)
+    model = parse_config(sizes, where, ElectraModelConfig)
+    return model, parse_config(generator_sizes, where, ElectraGeneratorConfig)
 
 
 def _checked_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_run
-from electra_ds.config.schema import FactoryConfig, ModelConfig, RunConfig
+from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.checkpoints import (
     check_run,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from electra_ds.common.errors import UserError
-from electra_ds.config.schema import ModelConfig
+from electra_ds.config.architectures import ModelConfig
 from electra_ds.interop.hf import from_hf
-from electra_ds.model.encoder import Embeddings, Encoder
-from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.heads import GeneratorHead
 from electra_ds.model.objective import ElectraObjective
+from electra_ds.model.registry import architecture_of
 from electra_ds.model.weights import (
     check_layers,
     check_state,
@@ -25,8 +25,9 @@ from electra_ds.model.weights import (
 
 
 class EncoderWithHead(nn.Module):
-    """One part of a model: Embeddings, Encoder, and its DiscriminatorHead, GeneratorHead or None.
+    """One part of a model: embeddings, encoder, and its head, or None.
 
+    head: that of the discriminator, or a GeneratorHead.
     pad_id: the token that counts as padding when no attention_mask is given.
     """
 
@@ -62,7 +63,7 @@ class EncoderWithHead(nn.Module):
         document_ids = attention_mask.long()  # one document a row
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device) * document_ids
         embedded = self.embeddings(input_ids, segment_ids, position_ids)  # [B, S, E]
-        return self.encoder(embedded, document_ids)
+        return self.encoder(embedded, document_ids, position_ids=position_ids)
 
     def forward(
         self,
@@ -104,12 +105,20 @@ def parts_of_objective(
 
 def main_encoder(model: ModelConfig) -> nn.ModuleDict:
     """Embeddings and encoder of `model` under their names in checkpoints, weights not set."""
+    architecture = architecture_of(model)
     return nn.ModuleDict(
         {
-            "embeddings": Embeddings(model, model.embedding_size, model.hidden_dropout),
-            "discriminator": Encoder(model, model.embedding_size, model.layer_norm_eps),
+            "embeddings": architecture.embeddings(model, model.word_width),
+            "discriminator": architecture.encoder(model, model.word_width),
         }
     )
+
+
+def encoder_with_task_head(model: ModelConfig, outputs: int) -> nn.ModuleDict:
+    """`main_encoder` with the head of a fine-tuned model under its name in checkpoints."""
+    modules = main_encoder(model)
+    modules["head"] = architecture_of(model).task_head(outputs)
+    return modules
 
 
 def encoder_from_hf(
@@ -137,12 +146,13 @@ def part_from_hf(
     """
     encoder_from_hf(model, tensors, where)
     modules = main_encoder(model)
-    head: DiscriminatorHead | GeneratorHead | None = None
+    head: nn.Module | None = None
+    architecture = architecture_of(model)
     if "discriminator_predictions.dense.weight" in tensors:
-        head = DiscriminatorHead(model.hidden_size)
+        head = architecture.discriminator_head()
         modules["discriminator_head"] = head
     elif "generator_predictions.dense.weight" in tensors:
-        head = GeneratorHead(model, model.hidden_size, model.embedding_size)
+        head = architecture.generator_head(model, model.word_width)
         modules["mlm_head"] = head
     state = from_hf(tensors, true_state(modules), "discriminator")
     check_values(state, where)

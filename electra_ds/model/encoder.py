@@ -1,22 +1,19 @@
-"""Embeddings and encoder: BERT's post-LN transformer (ELECTRA, section 3.1).
+"""Interface of embeddings and encoders, for all architectures.
 
-The objectives and fine-tuning use an encoder only through `encode` and the interface of
-`EncoderBase`.
+The objectives and fine-tuning use an encoder only through `encode` and the interfaces
+`EmbeddingsBase` and `EncoderBase`. model/electra.py and model/modernbert.py implement them.
 
 Letters: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from electra_ds.common.errors import UserError
-from electra_ds.config.schema import EncoderConfig, ModelConfig
-from electra_ds.model.kernels.attention import PackedMask, attention, packed_mask
-from electra_ds.model.kernels.dropout import dropout
-from electra_ds.model.kernels.linear import GeluLinear, Linear
+from electra_ds.config.architectures import ModelConfig
 from electra_ds.model.kernels.vocab_head import CHUNK
 
 
@@ -44,22 +41,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-class Embeddings(nn.Module):
-    """Sum of word, token type and position embeddings, LayerNorm, dropout: [B, S] -> [B, S, E]."""
+class EmbeddingsBase(nn.Module):
+    """Interface of embeddings: input_ids [B, S] -> embedded rows [B, S, E].
 
-    def __init__(self, config: ModelConfig, embedding_size: int, hidden_dropout: float) -> None:
+    A subclass has a constructor that calls this one, and `forward(input_ids, segment_ids,
+    position_ids)`, all [B, S] int64.
+    """
+
+    def __init__(self, vocab_size: int, embedding_size: int) -> None:
         super().__init__()
-        vocab_size = known_vocab_size(config)
-        self.dropout = hidden_dropout
         self.word = nn.Embedding(padded_size(vocab_size), embedding_size)
-        self.position = nn.Embedding(config.max_positions, embedding_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, embedding_size)
-        self.norm = nn.LayerNorm(embedding_size, config.layer_norm_eps)
         self.true_rows = {"word.weight": vocab_size}
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor) -> Tensor:
-        x = self.word(input_ids) + self.token_type(segment_ids) + self.position(position_ids)
-        return dropout(self.norm(x), self.dropout, self.training)
+    def tables(self) -> list[tuple[nn.Embedding, int]]:
+        """The embedding tables, each with its number of rows without padding."""
+        return [(self.word, self.true_rows["word.weight"])]
 
 
 class EncoderBase(nn.Module):
@@ -90,78 +86,23 @@ class EncoderBase(nn.Module):
         x:            [B, S, E] embedded rows
         document_ids: [B, S] int64, 0 = padding; tokens attend within their document
         position_ids: [B, S] int64, for encoders that use positions in their layers
-        cu_seqlens:   int32 starts of the documents (`kernels.attention.document_cu_seqlens`)
+        cu_seqlens:   int32 starts of the documents (`kernels.attention_mask.document_cu_seqlens`)
         positions:    [N] int64 positions in the flattened batch, for which states are returned
         Returns [B, S, H] in the compute dtype (`compute_dtype`), or [N, H] with `positions`.
         """
         raise NotImplementedError
+
+    def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """Return layer(*inputs), which is recomputed in backward if `recompute_layers` is set."""
+        if self.recompute_layers and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def compile_layers(self) -> None:
         """torch.compile every layer in place; parameter names do not change."""
         self.layers_are_compiled = True
         for layer in self.layers:
             layer.compile(dynamic=False)
-
-
-class Layer(nn.Module):
-    """One post-LN transformer layer: x = norm(x + attention(x)); x = norm(x + ffn(x))."""
-
-    def __init__(self, sizes: EncoderConfig, eps: float) -> None:
-        super().__init__()
-        hidden = sizes.hidden_size
-        self.num_heads = sizes.num_heads
-        self.dropout = sizes.hidden_dropout
-        self.attention_dropout = sizes.attention_dropout
-        self.qkv = Linear(hidden, 3 * hidden)
-        self.out = Linear(hidden, hidden)
-        self.attention_norm = nn.LayerNorm(hidden, eps)
-        self.ffn_in = Linear(hidden, sizes.ffn_size)
-        self.ffn_out = GeluLinear(sizes.ffn_size, hidden)
-        self.ffn_norm = nn.LayerNorm(hidden, eps)
-
-    def forward(self, x: Tensor, mask: PackedMask, positions: Tensor | None = None) -> Tensor:
-        """x [B, S, H] -> [B, S, H], or [N, H] at positions [N] of the flattened batch."""
-        attention_dropout = self.attention_dropout if self.training else 0.0
-        attended = attention(self.qkv(x), self.num_heads, mask, attention_dropout)
-        if positions is not None:
-            x = x.flatten(0, 1).index_select(0, positions)  # [N, H]
-            attended = attended.flatten(0, 1).index_select(0, positions)
-        x = self.attention_norm(x + dropout(self.out(attended), self.dropout, self.training))
-        change = self.ffn_out(self.ffn_in(x))
-        return self.ffn_norm(x + dropout(change, self.dropout, self.training))
-
-
-class Encoder(EncoderBase):
-    """BERT's encoder, with a projection before the layers where E != H."""
-
-    def __init__(self, sizes: EncoderConfig, embedding_size: int, eps: float) -> None:
-        super().__init__()
-        self.head_size = sizes.hidden_size // sizes.num_heads
-        is_projected = sizes.hidden_size != embedding_size
-        self.project = Linear(embedding_size, sizes.hidden_size) if is_projected else None
-        self.layers = nn.ModuleList(Layer(sizes, eps) for _ in range(sizes.num_layers))
-
-    def forward(
-        self,
-        x: Tensor,
-        document_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,  # unused: positions are embedded
-        cu_seqlens: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        dtype = compute_dtype(x)
-        x = x.to(dtype) if self.project is None else self.project(x)
-        mask = packed_mask(
-            document_ids, dtype, cu_seqlens, self.head_size, is_compiled=self.layers_are_compiled
-        )
-        for i, layer in enumerate(self.layers, 1):
-            layer_positions = positions if i == len(self.layers) else None
-            if self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, layer_positions, use_reentrant=False)
-            else:
-                x = layer(x, mask, layer_positions)
-        return x
 
 
 class EncoderInputs(Protocol):
@@ -181,7 +122,7 @@ class EncoderInputs(Protocol):
 
 
 def encode(
-    embeddings: nn.Module,
+    embeddings: EmbeddingsBase,
     encoder: EncoderBase,
     input_ids: Tensor,
     batch: EncoderInputs,

@@ -1,4 +1,4 @@
-"""Heads of generator and discriminator.
+"""The head that predicts tokens, for all architectures.
 
 Letters: B rows, S sequence, K masked positions, H hidden, E embedding, V vocabulary.
 """
@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from electra_ds.config.schema import ModelConfig
-from electra_ds.model.encoder import compute_dtype, known_vocab_size, padded_size
+from electra_ds.model.encoder import compute_dtype, padded_size
 from electra_ds.model.kernels.linear import Linear, linear
 from electra_ds.model.kernels.vocab_head import HeadResult, vocab_head
 
@@ -22,11 +21,19 @@ class GeneratorHead(nn.Module):
     objectives in which it predicts tokens.
     """
 
-    def __init__(self, config: ModelConfig, hidden_size: int, embedding_size: int) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        embedding_size: int,
+        eps: float,
+        with_inner_biases: bool = True,
+    ) -> None:
+        """with_inner_biases: whether the dense layer and the LayerNorm have a bias."""
         super().__init__()
-        self.vocab_size = known_vocab_size(config)
-        self.dense = Linear(hidden_size, embedding_size)
-        self.norm = nn.LayerNorm(embedding_size, config.layer_norm_eps)
+        self.vocab_size = vocab_size
+        self.dense = Linear(hidden_size, embedding_size, bias=with_inner_biases)
+        self.norm = nn.LayerNorm(embedding_size, eps, bias=with_inner_biases)
         self.bias = nn.Parameter(torch.zeros(padded_size(self.vocab_size)))
         self.true_rows = {"bias": self.vocab_size}
 
@@ -45,15 +52,3 @@ class GeneratorHead(nn.Module):
             logits = linear(x, word.weight.to(x.dtype), self.bias.to(x.dtype))
             return logits[..., : self.vocab_size]
         return vocab_head(x, word.weight, self.bias, vocab_size=self.vocab_size, **loss_inputs)
-
-
-class DiscriminatorHead(nn.Module):
-    """Hidden states [B, S, H] -> logits [B, S] fp32 that each token was replaced."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.dense = Linear(hidden_size, hidden_size)
-        self.classify = Linear(hidden_size, 1)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.classify(F.gelu(self.dense(hidden))).squeeze(-1).float()

@@ -3,37 +3,38 @@
 import torch
 from torch import Tensor, nn
 
-from electra_ds.config.schema import ModelConfig
-from electra_ds.model.encoder import Embeddings
+from electra_ds.model.architecture import Architecture
+from electra_ds.model.encoder import EmbeddingsBase
 from electra_ds.model.heads import GeneratorHead
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, config: ModelConfig, seed: int | None = None) -> None:
+def initialize(module: nn.Module, architecture: Architecture, seed: int | None = None) -> None:
     """Initialize all linear, embedding and LayerNorm weights of module in place.
 
-    Biases are 0, LayerNorm weights 1. config.init is one of:
+    Biases are 0, LayerNorm weights 1. model.init is one of:
 
     normal: truncated at two standard deviations, init_std for matrices and embedding_init_std for
-            tables. Xavier uniform, TensorFlow's default in the authors' code, for the layers named
-            project, classify and copy_gate.
-    fan_in: plain normal, 1 / sqrt(inputs) for matrices and embedding_init_std for tables
+            tables, with the exceptions of the architecture
+    fan_in: plain normal, 1 / sqrt(inputs) for matrices, times the factor of the architecture for
+            residual outputs, and embedding_init_std for tables
 
     Rows that pad the word table are 0 and take no random numbers, so that the padding does not
     change other weights. With a seed, the random numbers come from a separate generator.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
+    is_fan_in = architecture.model.init == "fan_in"
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
-            if config.init == "fan_in":
-                part.weight.normal_(0, part.in_features**-0.5, generator=generator)
-            elif name.rpartition(".")[2] in ("project", "classify", "copy_gate"):
-                nn.init.xavier_uniform_(part.weight, generator=generator)
+            if is_fan_in:
+                std = part.in_features**-0.5 * architecture.residual_scale(name)
+                part.weight.normal_(0, std, generator=generator)
             else:
-                _truncated_normal(part.weight, config.init_std, generator)
-            part.bias.zero_()
-        elif isinstance(part, Embeddings):
-            _initialize_tables(part, config, generator)
+                architecture.initialize_linear(name, part, generator)
+            if part.bias is not None:
+                part.bias.zero_()
+        elif isinstance(part, EmbeddingsBase):
+            _initialize_tables(part, architecture, generator)
         elif isinstance(part, nn.LayerNorm):
             part.reset_parameters()
         elif isinstance(part, GeneratorHead):
@@ -41,16 +42,17 @@ def initialize(module: nn.Module, config: ModelConfig, seed: int | None = None) 
 
 
 def _initialize_tables(
-    embeddings: Embeddings, config: ModelConfig, generator: torch.Generator | None
+    embeddings: EmbeddingsBase, architecture: Architecture, generator: torch.Generator | None
 ) -> None:
-    true_rows = ((embeddings.word, config.vocab_size), (embeddings.position, None))
-    for table, rows in (*true_rows, (embeddings.token_type, None)):
+    std = architecture.model.embedding_init_std
+    for table, rows in embeddings.tables():
         table.weight.zero_()
-        if config.init == "fan_in":
-            table.weight[:rows].normal_(0, config.embedding_init_std, generator=generator)
+        if architecture.model.init == "fan_in":
+            table.weight[:rows].normal_(0, std, generator=generator)
         else:
-            _truncated_normal(table.weight[:rows], config.embedding_init_std, generator)
+            truncated_normal(table.weight[:rows], std, generator)
 
 
-def _truncated_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+def truncated_normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Draw weight in place from a normal distribution that is cut at two standard deviations."""
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -12,22 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.config.schema import (
-    GeneratorConfig,
-    ModelConfig,
-    ObjectiveConfig,
-)
+from electra_ds.config.architectures import EncoderConfig, ModelConfig
+from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data.batch import Batch
-from electra_ds.model.encoder import Embeddings, Encoder, EncoderBase, encode, known_vocab_size
-from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.encoder import EmbeddingsBase, EncoderBase, encode, known_vocab_size
+from electra_ds.model.heads import GeneratorHead
 from electra_ds.model.initialization import initialize
 from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.kernels.vocab_head import HeadResult
 from electra_ds.model.losses import Losses, Totals, count
+from electra_ds.model.registry import architecture_of
 
-# Largest number of compilations per layer: it is compiled for two encoders, with and without
-# gradient, for each length of cu_seqlens. With torch's limit of 8, layers would run uncompiled.
-RECOMPILE_LIMIT = 64
+# Largest number of compilations per layer: it is compiled for two encoders, each kind of attention,
+# with and without gradient, for each length of cu_seqlens. With torch's limit of 8, layers would run
+# uncompiled.
+RECOMPILE_LIMIT = 256
 
 
 class Objective(nn.Module):
@@ -154,31 +153,31 @@ class ElectraObjective(Objective):
     def __init__(
         self,
         model: ModelConfig,
-        generator: GeneratorConfig,
+        generator: EncoderConfig,
         objective: ObjectiveConfig,
         special_ids: SpecialIds,
         seed: int | None = None,
     ) -> None:
         super().__init__(objective, special_ids, known_vocab_size(model))
         self.sharing = model.sharing
-        width = model.embedding_size
-        eps = model.layer_norm_eps
-        self.embeddings = Embeddings(model, width, model.hidden_dropout)
+        architecture = architecture_of(model)
+        width = model.word_width
+        self.embeddings = architecture.embeddings(model, width)
         if objective.has_generator:
             if model.sharing == "untied":
                 width = generator.hidden_size
-                self.generator_embeddings = Embeddings(model, width, generator.hidden_dropout)
+                self.generator_embeddings = architecture.embeddings(generator, width)
             if model.sharing != "all":
-                self.generator = Encoder(generator, width, eps)
-            self.generator_head = GeneratorHead(model, generator.hidden_size, width)
-        self.discriminator = Encoder(model, model.embedding_size, eps)
+                self.generator = architecture.encoder(generator, width)
+            self.generator_head = architecture.generator_head(generator, width)
+        self.discriminator = architecture.encoder(model, model.word_width)
         if objective.detects:
-            self.discriminator_head = DiscriminatorHead(model.hidden_size)
+            self.discriminator_head = architecture.discriminator_head()
         else:
-            self.mlm_head = GeneratorHead(model, model.hidden_size, model.embedding_size)
+            self.mlm_head = architecture.generator_head(model, model.word_width)
         if objective.kind == "all_tokens_mlm":
             self.copy_gate = Linear(model.hidden_size, 1)
-        initialize(self, model, seed)
+        initialize(self, architecture, seed)
 
     def generate(
         self, masked_ids: Tensor, batch: Batch, with_predictions: bool = False
@@ -209,7 +208,7 @@ class ElectraObjective(Objective):
             }
         return self.mlm_head(hidden, self.embeddings.word, loss_inputs).nll
 
-    def _generator_parts(self) -> tuple[Embeddings, EncoderBase, GeneratorHead]:
+    def _generator_parts(self) -> tuple[EmbeddingsBase, EncoderBase, GeneratorHead]:
         """Embeddings, encoder and head that fill in [MASK]; for mlm those of the main encoder."""
         if self.objective.kind == "mlm":
             return self.embeddings, self.discriminator, self.mlm_head

@@ -14,7 +14,7 @@ from electra_ds.data.batch import Batch, fixed_corruption
 from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import MaskingRecipe
-from electra_ds.model.kernels.attention import with_cu_seqlens
+from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.losses import BINS, COUNTS_SIZE, Counts, histogram
 from electra_ds.training.metrics import auc, metrics_of_kind, rates, share
 

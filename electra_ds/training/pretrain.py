@@ -24,7 +24,7 @@ from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
-from electra_ds.model.kernels.attention import with_cu_seqlens
+from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import Objective
 from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint

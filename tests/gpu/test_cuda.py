@@ -13,9 +13,9 @@ import pytest
 import torch
 from plain_attention import value_and_grads, written_out_attention
 
-from electra_ds.model.kernels.attention import (
+from electra_ds.model.kernels.attention import attention
+from electra_ds.model.kernels.attention_mask import (
     PackedMask,
-    attention,
     document_cu_seqlens,
     packed_mask,
     with_cu_seqlens,

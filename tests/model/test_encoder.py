@@ -8,10 +8,11 @@ from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
-from electra_ds.model.encoder import Encoder, encode
-from electra_ds.model.heads import DiscriminatorHead
-from electra_ds.model.kernels.attention import with_cu_seqlens
+from electra_ds.config.architectures import ElectraGeneratorConfig, ElectraModelConfig
+from electra_ds.config.schema import ObjectiveConfig
+from electra_ds.model.electra import DiscriminatorHead, Encoder
+from electra_ds.model.encoder import encode
+from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import load_true_state, padded_rows, true_state
 
@@ -22,7 +23,7 @@ def configs(vocab_size=101, dropout=0.0, generator=24, sharing="shared", **more)
     sizes = dict(
         num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout
     )
-    model = ModelConfig(
+    model = ElectraModelConfig(
         hidden_size=48,
         embedding_size=32,
         max_positions=40,
@@ -31,7 +32,7 @@ def configs(vocab_size=101, dropout=0.0, generator=24, sharing="shared", **more)
         **sizes,
         **more,
     )
-    return model, GeneratorConfig(hidden_size=48 if sharing == "all" else generator, **sizes)
+    return model, ElectraGeneratorConfig(hidden_size=48 if sharing == "all" else generator, **sizes)
 
 
 def build(seed=1, **options):

@@ -12,9 +12,9 @@ from plain_attention import value_and_grads, written_out_attention
 from electra_ds.data.batch import Batch
 from electra_ds.finetuning.batches import TaskBatch
 from electra_ds.model.kernels import linear as linear_op
-from electra_ds.model.kernels.attention import (
+from electra_ds.model.kernels.attention import attention
+from electra_ds.model.kernels.attention_mask import (
     PackedMask,
-    attention,
     document_cu_seqlens,
     packed_mask,
     with_cu_seqlens,

@@ -8,7 +8,8 @@ import torch
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
+from electra_ds.config.architectures import ElectraGeneratorConfig, ElectraModelConfig
+from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data.batch import Batch
 from electra_ds.interop.hf import from_hf, from_hf_config, hf_config, to_hf
 from electra_ds.interop.tf import as_tensors, tf_names
@@ -41,10 +42,10 @@ def reference():
 @pytest.fixture
 def authors_model():
     sizes = dict(num_layers=2, **NO_DROPOUT)
-    model = ModelConfig(
+    model = ElectraModelConfig(
         hidden_size=128, num_heads=2, ffn_size=512, embedding_size=32, vocab_size=600, **sizes
     )
-    generator = GeneratorConfig(hidden_size=64, num_heads=1, ffn_size=256, **sizes)
+    generator = ElectraGeneratorConfig(hidden_size=64, num_heads=1, ffn_size=256, **sizes)
     objective = ElectraObjective(model, generator, ObjectiveConfig(), IDS, seed=0)
     variables = as_tensors(np.load(DATA / "weights.npz"))
     state = {
@@ -132,7 +133,7 @@ SHAPES = {
 
 def pair(hidden_size, embedding_size, generator, sharing):
     sizes = dict(num_layers=2, num_heads=2, **NO_DROPOUT)
-    model = ModelConfig(
+    model = ElectraModelConfig(
         hidden_size=hidden_size,
         ffn_size=80,
         embedding_size=embedding_size,
@@ -141,7 +142,7 @@ def pair(hidden_size, embedding_size, generator, sharing):
         sharing=sharing,
         **sizes,
     )
-    gen = GeneratorConfig(hidden_size=generator, ffn_size=80, **sizes)
+    gen = ElectraGeneratorConfig(hidden_size=generator, ffn_size=80, **sizes)
     return model, gen, ElectraObjective(model, gen, ObjectiveConfig(), IDS, seed=1)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from electra_ds.config.loading import load_run, parse_run
 from electra_ds.config.schema import RunConfig
-from electra_ds.model.encoder import Embeddings, Encoder
+from electra_ds.model.electra import Embeddings, Encoder
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpointer

@@ -3,7 +3,13 @@
 import torch
 
 from electra_ds.common.special_ids import SpecialIds
-from electra_ds.config.schema import GeneratorConfig, ModelConfig, ObjectiveConfig
+from electra_ds.config.architectures import (
+    ElectraGeneratorConfig,
+    ElectraModelConfig,
+    ModernBertGeneratorConfig,
+    ModernBertModelConfig,
+)
+from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.losses import Totals
 from electra_ds.model.objective import ElectraObjective
@@ -12,22 +18,69 @@ IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 VOCAB = 101
 
 
-def build(dropout: float = 0.0, vocab_size: int = VOCAB, **objective) -> ElectraObjective:
-    """An objective with encoders of two layers, 48 and 24 wide; `objective`: its config."""
+def build(
+    dropout: float = 0.0,
+    vocab_size: int = VOCAB,
+    architecture: str = "electra",
+    sharing: str = "shared",
+    **objective,
+) -> ElectraObjective:
+    """An objective with small encoders; `objective`: its config."""
+    configs = electra_configs if architecture == "electra" else modernbert_configs
+    model, generator = configs(dropout, vocab_size, sharing)
+    return ElectraObjective(model, generator, ObjectiveConfig(**objective), IDS, seed=1)
+
+
+def electra_configs(dropout: float = 0.0, vocab_size: int = VOCAB, sharing: str = "shared"):
+    """Encoders of two layers, 48 and 24 wide."""
     sizes = dict(
         num_layers=2, num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout
     )
-    model = ModelConfig(
+    model = ElectraModelConfig(
         hidden_size=48,
         embedding_size=32,
         max_positions=40,
         vocab_size=vocab_size,
         init="fan_in",
         embedding_init_std=0.5,
+        sharing=sharing,
         **sizes,
     )
-    generator = GeneratorConfig(hidden_size=24, **sizes)
-    return ElectraObjective(model, generator, ObjectiveConfig(**objective), IDS, seed=1)
+    generator = ElectraGeneratorConfig(hidden_size=48 if sharing == "all" else 24, **sizes)
+    return model, generator
+
+
+def modernbert_configs(dropout: float = 0.0, vocab_size: int = VOCAB, sharing: str = "shared"):
+    """Encoders of four and two layers, with a local window smaller than a row of 20 tokens.
+
+    48 wide; with sharing = untied the generator is 24 wide.
+    """
+    sizes = dict(
+        num_heads=2,
+        ffn_size=40,
+        embedding_dropout=dropout,
+        attention_dropout=dropout,
+        mlp_dropout=dropout,
+    )
+    model = ModernBertModelConfig(
+        hidden_size=48,
+        num_layers=4,
+        max_positions=40,
+        local_attention=8,
+        global_theta=500.0,
+        local_theta=100.0,
+        vocab_size=vocab_size,
+        init="fan_in",
+        embedding_init_std=0.5,
+        sharing=sharing,
+        **sizes,
+    )
+    generator = ModernBertGeneratorConfig(
+        hidden_size=24 if sharing == "untied" else 48,
+        num_layers=4 if sharing == "all" else 2,
+        **sizes,
+    )
+    return model, generator
 
 
 def make_batch(

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.architectures import ElectraModelConfig
 from electra_ds.config.loading import load_run
-from electra_ds.config.schema import ModelConfig, OptimizerConfig
+from electra_ds.config.schema import OptimizerConfig
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.training.optimizer import (
     NO_BIAS_CORRECTION_STEP,
@@ -161,7 +162,7 @@ def test_the_rate_is_never_negative_and_warmup_may_be_none():
 def objective(**changes):
     run = load_run("tiny")
     sizes = {"vocab_size": 100, "hidden_size": 64, "embedding_size": 32}
-    model = ModelConfig(**run.model.model_dump() | sizes | changes)
+    model = ElectraModelConfig(**run.model.model_dump() | sizes | changes)
     return ElectraObjective(model, run.generator, run.objective, SPECIAL, seed=0)
 
 

@@ -22,7 +22,7 @@ from electra_ds.training.metrics_file import read_metrics
 # rows of one document are searched on a CPU only. At stage 0 in fp32 the finite check is ours.
 READS = {
     "electra_ds/training/collectives.py:wait_votes",
-    "electra_ds/model/kernels/attention.py:packed_mask",
+    "electra_ds/model/kernels/attention_mask.py:packed_mask",
 }
 READS_AT_STAGE_0 = {"electra_ds/training/engine.py:_checked_step"}
 GUARDED = ("z0", "z1", "z2", "z3", "bf16-z0", "bf16-z2", "fp16-z0", "fp16-z1")

@@ -1,120 +1,25 @@
-"""Attention within the documents of packed rows, on one fused qkv tensor, and its mask.
+"""Attention within the documents of packed rows, on one fused qkv tensor.
 
-Letters: B rows, S sequence, H hidden, N heads, D = H / N.
+Letters: B rows, S sequence, H hidden, N heads, D = H / N, T = B * S tokens.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from electra_ds.model.kernels.attention_mask import (
+    Blocks,
+    PackedMask,
+    add_neighbors,
+    neighbors,
+)
 from electra_ds.model.kernels.dropout import dropout_factors
-
-
-class _PackedBatch(Protocol):
-    """A NamedTuple with the fields document_ids and cu_seqlens."""
-
-    @property
-    def document_ids(self) -> Tensor: ...
-
-    @property
-    def cu_seqlens(self) -> Tensor | None: ...
-
-    def _replace(self, *, cu_seqlens: Tensor | None = ...) -> Any: ...
-
-
-PackedBatch = TypeVar("PackedBatch", bound=_PackedBatch)
-
-
-def with_cu_seqlens(batch: PackedBatch) -> PackedBatch:
-    """Return the batch with cu_seqlens derived from its document_ids, on the host.
-
-    Training, evaluation and fine-tuning call this for every batch, before it is copied to the
-    device. cu_seqlens is pinned when document_ids is.
-    """
-    cu_seqlens = document_cu_seqlens(batch.document_ids)
-    if batch.document_ids.is_pinned():
-        cu_seqlens = cu_seqlens.pin_memory()
-    return batch._replace(cu_seqlens=cu_seqlens)
-
-
-def document_cu_seqlens(document_ids: Tensor) -> Tensor:
-    """Return the starts of the documents in the flattened batch, [B * 2**n + 1] int32.
-
-    document_ids: [B, S]. Padding counts as a document.
-    n is the smallest that fits; unused entries are B * S. The few lengths limit the number of
-    compilations. A length of B + 1 means that every row is one document.
-
-    The length is not that for the largest possible number of documents, because the flash kernel
-    starts blocks for every document and its backward allocates 128 fp32 rows for each (26 MB per
-    row of Base at S = 128 with documents of 2 tokens).
-    """
-    batch, length = document_ids.shape
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    starts = begins.view(-1).nonzero().view(-1)
-    documents_per_row = -(-len(starts) // batch)  # rounded up
-    size = batch << (documents_per_row - 1).bit_length()
-    return F.pad(starts, (0, size + 1 - len(starts)), value=batch * length).to(torch.int32)
-
-
-class PackedMask(NamedTuple):
-    """Which tokens attend to each other, computed once per micro-batch.
-
-    All fields None: every token attends to its whole row.
-    """
-
-    # [B, 1, S, S] in the compute dtype, added to the scores: -inf between documents, else 0
-    bias: Tensor | None = None
-    cu_seqlens: Tensor | None = None  # as `document_cu_seqlens` returns it, on the device
-    rows: list[int] | None = None  # on a CPU: the rows with a bias that is not 0
-    # on a CPU, of a single row: (documents, tokens of each) for each run of equal lengths
-    runs: list[tuple[int, int]] | None = None
-
-
-def packed_mask(
-    document_ids: Tensor,
-    dtype: torch.dtype,
-    cu_seqlens: Tensor | None = None,
-    head_size: int = 64,
-    *,
-    is_compiled: bool = False,
-) -> PackedMask:
-    """Return the attention structure of document_ids [B, S].
-
-    Padding (0) counts as one more document, so that no row of scores is empty. Rows of a single
-    document need no mask. On a CPU each row is inspected, and a single row with cu_seqlens is
-    computed document by document. On other devices only the length of cu_seqlens is used and
-    nothing is copied to the host, so that the step has no host sync.
-
-    dtype:       the dtype in which attention computes
-    cu_seqlens:  int32, as `document_cu_seqlens` returns it; None computes a bias [B, 1, S, S]
-    head_size:   width of an attention head; decides whether flash attention is available
-    is_compiled: whether the layers are compiled. Lengths of documents are then not passed as Python
-                 numbers, because these would cause a compilation for every batch.
-    """
-    rows = None
-    if document_ids.device.type == "cpu":
-        is_packed = (document_ids != 1).any(1).tolist()
-        rows = [row for row, several_documents in enumerate(is_packed) if several_documents]
-        if not rows:
-            return PackedMask()
-        if len(document_ids) == 1 and cu_seqlens is not None and not is_compiled:
-            sizes, counts = torch.unique_consecutive(cu_seqlens.diff(), return_counts=True)
-            runs = zip(counts.tolist(), sizes.tolist(), strict=True)
-            return PackedMask(runs=[(count, size) for count, size in runs if size])
-    elif cu_seqlens is not None:
-        if len(cu_seqlens) == len(document_ids) + 1:
-            return PackedMask()
-        if _has_varlen(document_ids.device, dtype, head_size):
-            return PackedMask(cu_seqlens=cu_seqlens)
-    apart = document_ids[:, None, :, None] != document_ids[:, None, None, :]
-    bias = torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf)
-    return PackedMask(bias, rows=rows)
+from electra_ds.model.kernels.rotary import Rotary, rotate, rotate_
 
 
 def attention(
@@ -123,6 +28,7 @@ def attention(
     mask: PackedMask = PackedMask(),
     dropout: float = 0.0,
     backend: str = "auto",
+    rotary: Rotary | None = None,
 ) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V per head, within documents (Vaswani et al. 2017, section 3.2).
 
@@ -133,10 +39,14 @@ def attention(
     backend: "bmm" (batched products in one autograd function, the fastest on CPUs), "sdpa"
              (scaled_dot_product_attention), "varlen" (flash attention over cu_seqlens; needs
              mask.cu_seqlens), or "auto"
+    rotary:  tables by which queries and keys are rotated first
     Returns [B, S, H] in the dtype of qkv.
     """
     if mask.runs is not None:
-        return _attention_by_document(qkv, num_heads, mask.runs, dropout)
+        return _attention_by_document(qkv, num_heads, mask.runs, dropout, rotary)
+    cos, sin = (None, None) if rotary is None else rotary
+    if mask.blocks is not None:
+        return _BlockAttention.apply(qkv, num_heads, mask.blocks, cos, sin, dropout)
     if backend == "auto":
         backend = "bmm" if qkv.device.type == "cpu" else "sdpa"
         if mask.cu_seqlens is not None:
@@ -144,42 +54,67 @@ def attention(
     if backend == "bmm":
         # Compiled code must not depend on row numbers.
         rows = None if torch.compiler.is_compiling() else mask.rows
-        return _BmmAttention.apply(qkv, num_heads, mask.bias, rows, dropout)
+        return _BmmAttention.apply(qkv, num_heads, mask.bias, rows, cos, sin, dropout)
+    q, k, v = _separate(qkv, num_heads, rotary)  # [B, S, N, D] each
+    if backend == "varlen":
+        return _flash_attention(q, k, v, mask, dropout)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _separate(qkv: Tensor, num_heads: int, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated queries, rotated keys and values, [B, S, N, D] each."""
     batch, length, width = qkv.shape
     heads = qkv.view(batch, length, 3, num_heads, width // 3 // num_heads)
-    if backend == "varlen":
-        q, k, v = heads.flatten(0, 1).unbind(1)  # [B*S, N, D] each
-        # The operator that torch's varlen_attn and jagged attention call; varlen_attn has no
-        # dropout.
-        lengths = (mask.cu_seqlens, mask.cu_seqlens, length, length)
-        outputs = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, dropout, False, False)
-        return outputs[0].reshape(batch, length, -1)
-    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # [B, N, S, D] each
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, dropout_p=dropout)
-    return out.transpose(1, 2).reshape(batch, length, -1)
+    if rotary is None:
+        q, k, v = heads.unbind(2)
+        return q, k, v
+    cos, sin = (table[:, :, None, None] for table in rotary)
+    q, k = rotate(heads[:, :, :2], cos, sin).unbind(2)
+    return q, k, heads[:, :, 2]
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, dropout: float) -> Tensor:
+    """Flash attention over mask.cu_seqlens with mask.window: [B, S, N, D] -> [B, S, H]."""
+    batch, length = q.shape[:2]
+    # The operator that torch's varlen_attn and jagged attention call; varlen_attn has no dropout.
+    outputs = torch.ops.aten._flash_attention_forward(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        mask.cu_seqlens,
+        mask.cu_seqlens,
+        length,
+        length,
+        dropout,
+        False,
+        False,
+        window_size_left=mask.window,
+        window_size_right=mask.window,
+    )
+    return outputs[0].reshape(batch, length, -1)
 
 
 def _attention_by_document(
-    qkv: Tensor, num_heads: int, runs: list[tuple[int, int]], dropout: float
+    qkv: Tensor,
+    num_heads: int,
+    runs: list[tuple[int, int]],
+    dropout: float,
+    rotary: Rotary | None,
 ) -> Tensor:
-    """Attention of a single row [1, S, 3H], one batched product per run of equal lengths."""
-    parts = qkv[0].split([count * size for count, size in runs])
-    outputs = [
-        _BmmAttention.apply(part.view(count, size, -1), num_heads, None, None, dropout).flatten(
-            0, 1
-        )
-        for part, (count, size) in zip(parts, runs, strict=True)
-    ]
-    return torch.cat(outputs)[None]
-
-
-def _has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Return whether flash attention over cu_seqlens is available.
-
-    It needs half precision, a head size of a multiple of 8 up to 256, and Ampere or later.
-    """
-    is_fit = dtype in (torch.bfloat16, torch.float16) and head_size % 8 == 0 and head_size <= 256
-    return is_fit and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Attention of [B, S, 3H], one batched product per run of documents of equal lengths."""
+    tokens = [count * size for count, size in runs]
+    parts = qkv.flatten(0, 1).split(tokens)
+    tables: list[Any] = [[None] * len(runs)] * 2
+    if rotary is not None:
+        tables = [table.flatten(0, 1).split(tokens) for table in rotary]
+    outputs = []
+    for part, cos, sin, (count, size) in zip(parts, *tables, runs, strict=True):
+        if rotary is not None:
+            cos, sin = cos.view(count, size, -1), sin.view(count, size, -1)
+        part = part.view(count, size, -1)
+        out = _BmmAttention.apply(part, num_heads, None, None, cos, sin, dropout)
+        outputs.append(out.flatten(0, 1))
+    return torch.cat(outputs).view(*qkv.shape[:2], -1)
 
 
 class _BmmAttention(torch.autograd.Function):
@@ -195,30 +130,30 @@ class _BmmAttention(torch.autograd.Function):
         num_heads: int,
         bias: Tensor | None,
         rows: list[int] | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
         dropout: float,
     ) -> Tensor:
         batch, length, width = qkv.shape
         size = width // 3 // num_heads
         heads = qkv.view(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4).contiguous()
+        if cos is not None and sin is not None:
+            rotate_(heads[:2], cos[:, None], sin[:, None])
         q, k, v = heads.view(3, batch * num_heads, length, size)
-        scores = torch.baddbmm(
-            q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(size)
-        )  # [B*N, S, S]
+        scores = _scores(q, k)  # [B*N, S, S]
         if bias is not None:
             if rows is None:
                 scores.view(batch, num_heads, length, length).add_(bias)
             else:
                 for row in rows:
                     scores[row * num_heads : (row + 1) * num_heads].add_(bias[row])
-        probs = torch.softmax(scores, -1)
-        factors = dropout_factors(probs, dropout) if dropout else None
-        out = torch.bmm(probs if factors is None else probs * factors, v)  # [B*N, S, D]
-        ctx.save_for_backward(heads, probs, factors)
+        out, probs, factors = _weighted(scores, v, dropout)
+        ctx.save_for_backward(heads, probs, factors, cos, sin)
         return out.view(batch, num_heads, length, size).transpose(1, 2).reshape(batch, length, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        heads, probs, factors = ctx.saved_tensors
+        heads, probs, factors, cos, sin = ctx.saved_tensors
         _, batch, num_heads, length, size = heads.shape
         q, k, v = heads.view(3, batch * num_heads, length, size)
         grad = (
@@ -227,14 +162,114 @@ class _BmmAttention(torch.autograd.Function):
             .reshape(batch * num_heads, length, size)
         )
         dheads = torch.empty_like(heads)
-        dq, dk, dv = dheads.view(3, batch * num_heads, length, size)
-        torch.bmm((probs if factors is None else probs * factors).transpose(1, 2), grad, out=dv)
-        dprobs = torch.bmm(grad, v.transpose(1, 2))
-        if factors is not None:
-            dprobs.mul_(factors)
-        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        scale = 1 / math.sqrt(size)
-        torch.baddbmm(q.new_empty(1), dscores, k, beta=0, alpha=scale, out=dq)
-        torch.baddbmm(q.new_empty(1), dscores.transpose(1, 2), q, beta=0, alpha=scale, out=dk)
+        _gradients(q, k, v, probs, factors, grad, dheads.view(3, batch * num_heads, length, size))
+        if cos is not None:
+            rotate_(dheads[:2], cos[:, None], -sin[:, None])
         dqkv = dheads.permute(1, 3, 0, 2, 4).reshape(batch, length, -1)
-        return dqkv, None, None, None, None
+        return dqkv, *[None] * 6
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention in a local window: each block of queries with the keys of the blocks around it.
+
+    The flattened batch is divided into blocks. The probabilities are kept for backward in the
+    compute dtype, and keys and values once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        num_heads: int,
+        blocks: Blocks,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        count, size, keys = blocks.bias.shape
+        ctx.shape, ctx.blocks = qkv.shape, blocks
+        heads = _pad(qkv.flatten(0, 1), count * size).view(count * size, 3, num_heads, -1)
+        heads = heads.permute(1, 2, 0, 3).contiguous()  # [3, N, T, D]
+        if cos is not None and sin is not None:
+            cos, sin = (_pad(table.flatten(0, 1), count * size) for table in (cos, sin))
+            rotate_(heads[:2], cos, sin)
+        q, k, v = _blocks_of_heads(heads, blocks)
+        scores = _scores(q, k)  # [N * count, size, keys]
+        scores.view(num_heads, count, size, keys).add_(blocks.bias)
+        out, probs, factors = _weighted(scores, v, dropout)
+        ctx.save_for_backward(heads, probs, factors, cos, sin)
+        out = out.view(num_heads, count * size, -1).transpose(0, 1).flatten(1)
+        return out[: qkv.shape[0] * qkv.shape[1]].reshape(*qkv.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, probs, factors, cos, sin = ctx.saved_tensors
+        _, num_heads, tokens, width = heads.shape
+        q, k, v = _blocks_of_heads(heads, ctx.blocks)
+        grad = _pad(grad.flatten(0, 1), tokens).view(tokens, num_heads, width)
+        grad = grad.transpose(0, 1).reshape(q.shape)
+        changes = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _gradients(q, k, v, probs, factors, grad, changes)
+        dheads = torch.stack(
+            [
+                changes[0].view(num_heads, tokens, width),
+                *(
+                    add_neighbors(x, num_heads, ctx.blocks.size, ctx.blocks.reach)
+                    for x in changes[1:]
+                ),
+            ]
+        )
+        if cos is not None:
+            rotate_(dheads[:2], cos, -sin)
+        dqkv = dheads.permute(2, 0, 1, 3).reshape(tokens, -1)
+        batch, length, _ = ctx.shape
+        return dqkv[: batch * length].view(ctx.shape), *[None] * 5
+
+
+def _pad(x: Tensor, tokens: int) -> Tensor:
+    """Return x [T, ...] with zeros appended up to `tokens`; x itself where nothing is missing."""
+    return x if len(x) == tokens else F.pad(x, (0, 0, 0, tokens - len(x)))
+
+
+def _blocks_of_heads(heads: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [N * blocks, size, D], keys and values [N * blocks, keys, D] of heads [3, N, T, D]."""
+    q, k, v = heads
+    return (
+        q.view(-1, blocks.size, q.shape[-1]),
+        neighbors(k, blocks.size, blocks.reach),
+        neighbors(v, blocks.size, blocks.reach),
+    )
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k^T / sqrt(D) for q [M, Q, D] and k [M, K, D]."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    return torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
+
+
+def _weighted(scores: Tensor, v: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the attended values [M, Q, D], the probabilities, and the factors of dropout."""
+    probs = torch.softmax(scores, -1)
+    factors = dropout_factors(probs, dropout) if dropout else None
+    return torch.bmm(probs if factors is None else probs * factors, v), probs, factors
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    probs: Tensor,
+    factors: Tensor | None,
+    grad: Tensor,
+    out: Any,
+) -> None:
+    """Write the gradients of q, k and v for that of the attended values into out, three tensors."""
+    dq, dk, dv = out
+    torch.bmm((probs if factors is None else probs * factors).transpose(1, 2), grad, out=dv)
+    dprobs = torch.bmm(grad, v.transpose(1, 2))
+    if factors is not None:
+        dprobs.mul_(factors)
+    dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+    scale = 1 / math.sqrt(q.shape[-1])
+    torch.baddbmm(q.new_empty(1), dscores, k, beta=0, alpha=scale, out=dq)
+    torch.baddbmm(q.new_empty(1), dscores.transpose(1, 2), q, beta=0, alpha=scale, out=dk)

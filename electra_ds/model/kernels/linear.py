@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from electra_ds.model.kernels.dropout import dropout
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x [..., I] times weight [O, I] transposed, plus bias [O]; F.linear up to rounding."""
@@ -35,6 +37,26 @@ class GeluLinear(Linear):
         if torch.compiler.is_compiling():  # the compiler decides what is kept for backward
             return linear(F.gelu(x), self.weight, self.bias)
         return _LinearFunction.apply(x, self.weight, self.bias, True)
+
+
+class GegluLinear(Linear):
+    """Linear layer of gelu(a) * b, where [a, b] = x (GEGLU: Shazeer 2020, section 2).
+
+    x has twice as many columns as the layer has inputs. Only x is kept for backward, which
+    recomputes the product.
+    """
+
+    def forward(self, x: Tensor, dropout_p: float = 0.0) -> Tensor:
+        """Return [..., O] for x [..., 2 I]. dropout_p: dropout of gelu(a) * b; 0 outside training."""
+        if dropout_p or torch.compiler.is_compiling():
+            return linear(dropout(geglu(x), dropout_p, True), self.weight, self.bias)
+        return _GegluLinearFunction.apply(x, self.weight, self.bias)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Return gelu(a) * b of [a, b] = x: [..., 2 I] -> [..., I]."""
+    a, b = x.chunk(2, -1)
+    return F.gelu(a) * b
 
 
 # The operator of PyTorch's CPU inference graphs, or None where this build does not have it.
@@ -100,6 +122,37 @@ class _LinearFunction(torch.autograd.Function):
         if needs_bias:
             dbias = flat_grad.sum(0)
         return dx, dweight, dbias, None  # autograd casts them to the dtypes of the parameters
+
+
+class _GegluLinearFunction(torch.autograd.Function):
+    """linear of geglu(x), in the dtype of x; autocast has no effect on backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        bias = None if bias is None else bias.to(x.dtype)
+        return product(geglu(x), weight.to(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat_grad = grad.reshape(-1, grad.shape[-1])  # [M, O]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        a, b = x.reshape(-1, x.shape[-1]).chunk(2, -1)  # [M, I] each
+        activated = F.gelu(a)
+        dx = dweight = dbias = None
+        if needs_weight:
+            dweight = _outer_product(flat_grad, activated * b)
+        if needs_x:
+            inner = product(flat_grad, weight.to(x.dtype).T)  # [M, I]
+            dx = torch.empty_like(x)
+            da, db = dx.view(-1, x.shape[-1]).chunk(2, -1)
+            torch.mul(inner, activated, out=db)
+            da.copy_(torch.ops.aten.gelu_backward(inner.mul_(b), a))
+        if needs_bias:
+            dbias = flat_grad.sum(0)
+        return dx, dweight, dbias  # autograd casts them to the dtypes of the parameters
 
 
 def _outer_product(grad: Tensor, x: Tensor) -> Tensor:

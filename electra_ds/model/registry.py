@@ -1,0 +1,18 @@
+"""The architecture of a model config."""
+
+from typing import Any
+
+from electra_ds.config.architectures import ModelConfig
+from electra_ds.model.architecture import Architecture
+from electra_ds.model.electra import ElectraArchitecture
+from electra_ds.model.modernbert import ModernBertArchitecture
+
+ARCHITECTURES: dict[str, Any] = {
+    "electra": ElectraArchitecture,
+    "modernbert": ModernBertArchitecture,
+}
+
+
+def architecture_of(model: ModelConfig) -> Architecture:
+    """Return the architecture that makes the modules of a config."""
+    return ARCHITECTURES[model.architecture](model)
