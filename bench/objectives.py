@@ -11,102 +11,19 @@ over the seeds on the development sets.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 from cost import step_flops
 from report import make_parser, run_main
+from runs import finetune, format_table, pretrain
 
 from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import write_json
 from electra_ds.config.loading import load_run
 from electra_ds.data.shard_format import read_manifest
-from electra_ds.training.metrics_file import read_metrics
 
 KINDS = ("electra", "mlm")
 TASKS = ("stsb", "cola")
-
-
-def call(verb: str, *arguments: object) -> None:
-    """Run a verb of the command line with its output. Ends this script if the verb fails."""
-    command = [sys.executable, "-m", "electra_ds", verb, *map(str, arguments)]
-    code = subprocess.run(command).returncode
-    if code:
-        sys.exit(f"electra-ds {verb} ended with exit code {code}")
-
-
-def set_options(settings: list[str]) -> list[str]:
-    """The --set options of a verb."""
-    return [part for setting in settings for part in ("--set", setting)]
-
-
-def pretrain(kind: str, steps: int, flops: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Pretrain with an objective of this kind; returns its results. flops: of one step."""
-    out = options.out / kind
-    settings = [*options.set, f"objective.kind={kind}", f"train.total_steps={steps}"]
-    call(
-        "pretrain",
-        options.run,
-        *("--data", options.data),
-        *("--out", out),
-        *("--engine", options.engine),
-        *set_options(settings),
-    )
-    last_of_split = {record["split"]: record for record in read_metrics(out / "metrics.jsonl")}
-    train = last_of_split["train"]
-    valid = last_of_split["valid"]
-    return {
-        "steps": steps,
-        "flops": steps * flops,
-        "tokens": train["tokens"],
-        "minutes": train["seconds"] / 60,
-        "mlm_loss": valid["mlm_loss"],  # of electra's generator, of mlm's main encoder
-        "mlm_accuracy": valid["mlm_accuracy"],
-    }
-
-
-def finetune(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune a pretrained model on all tasks; returns its scores."""
-    out = options.out / f"{kind}-glue"
-    call(
-        "finetune",
-        options.out / kind,
-        options.finetune,
-        *("--tasks", ",".join(TASKS)),
-        *("--data", options.glue),
-        *("--out", out),
-        *("--seeds", options.seeds),
-        *set_options(options.finetune_set),
-    )
-    results: dict[str, Any] = {}
-    for task in TASKS:
-        paths = [out / task / f"seed-{seed}" / "result.json" for seed in range(options.seeds)]
-        results |= task_scores(task, [json.loads(path.read_text()) for path in paths])
-    return results
-
-
-def task_scores(task: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and values of each metric over the seeds that did not diverge, in percent."""
-    scores = [next(iter(seed["scores"].values())) for seed in seeds if seed["status"] == "done"]
-    results: dict[str, Any] = {f"{task} seeds": len(scores)}
-    for metric in scores[0] if scores else ():
-        values = [100 * score[metric] for score in scores]
-        results[f"{task} {metric}"] = statistics.median(values)
-        results[f"{task} {metric} of each seed"] = values
-    return results
-
-
-def format_table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a markdown table, without the values of single seeds."""
-    keys = [key for key, value in results["electra"].items() if not isinstance(value, list)]
-    lines = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
-    for kind, values in results.items():
-        lines.append(f"| {kind} | {' | '.join(f'{values[key]:.4g}' for key in keys)} |")
-    return "\n".join(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -146,10 +63,22 @@ def main() -> None:
     results = {}
     for kind in KINDS:
         steps = round(options.steps * flops["electra"] / flops[kind])
-        results[kind] = pretrain(kind, steps, flops[kind], options)
+        settings = [*options.set, f"objective.kind={kind}", f"train.total_steps={steps}"]
+        out = options.out / kind
+        results[kind] = pretrain(options.run, options.data, out, options.engine, settings)
+        # The MLM loss is that of electra's generator, and of mlm's main encoder.
+        results[kind] |= {"flops": steps * flops[kind]}
     if options.glue:
         for kind in KINDS:
-            results[kind] |= finetune(kind, options)
+            results[kind] |= finetune(
+                options.out / kind,
+                options.finetune,
+                TASKS,
+                options.glue,
+                options.out / f"{kind}-glue",
+                options.seeds,
+                options.finetune_set,
+            )
     write_json(options.out / "objectives.json", results)
     table = format_table(results)
     write_bytes(options.out / "objectives.md", (table + "\n").encode())

@@ -1,0 +1,127 @@
+"""Comparison of the architectures `electra` and `modernbert` at equal parameters and equal FLOPs.
+
+    python bench/architectures.py --data D --out O --glue GLUE --steps 6000
+    python bench/architectures.py --data D --out O --seeds 1 --set section.field=value
+
+D: rows of 64 tokens (`prepare --sequence-length 64`) or another length. Both architectures have 4
+layers of 128 and a generator of 2 layers; their feed-forward layers have almost equal numbers of
+parameters. --steps is the number of steps of electra; modernbert has as many as give equal FLOPs.
+Rows, order, masked positions, learning rates and warmup are equal. Each pretraining seed is
+fine-tuned on STS-B with --finetune-seeds seeds; without --glue nothing is fine-tuned. A repeated
+call resumes. O/architectures.json and O/architectures.md hold the results: one row for each seed,
+and the mean and standard deviation of each architecture.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from cost import step_flops
+from report import make_parser, run_main
+from runs import finetune, format_table, pretrain
+
+from electra_ds.common.files import write_bytes
+from electra_ds.common.json_files import write_json
+from electra_ds.config.loading import load_run
+from electra_ds.data.shard_format import read_manifest
+from electra_ds.model.build import parameter_count
+
+COMMON = ("model.num_layers=4", "generator.num_layers=2")
+# Architecture -> its preset and settings. 3 x 344 is close to 2 x 512 columns of the feed-forward layers.
+SHAPES = {
+    "electra": ("tiny", ("model.ffn_size=512", "generator.ffn_size=512")),
+    "modernbert": ("modern-tiny", ("model.ffn_size=344", "generator.ffn_size=344")),
+}
+RECIPE = (
+    "model.init=fan_in",
+    "model.embedding_init_std=0.2",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=16",
+    "optimizer.peak_lr=0.001",
+    "optimizer.warmup_steps=300",
+    "optimizer.beta2=0.98",
+    "objective.mask_prob=0.15",
+)
+TASKS = ("stsb",)
+
+
+def settings_of(architecture: str, options: argparse.Namespace) -> list[str]:
+    length = read_manifest(options.data).sequence_length
+    _, shape = SHAPES[architecture]
+    return [*COMMON, *shape, *RECIPE, f"data.sequence_length={length}", *options.set]
+
+
+def measure(
+    architecture: str, seed: int, steps: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Pretrain and fine-tune one seed of an architecture; returns its results."""
+    preset, _ = SHAPES[architecture]
+    settings = settings_of(architecture, options)
+    settings += [f"train.total_steps={steps}", f"train.seed={seed}"]
+    out = options.out / f"{architecture}-{seed}"
+    result = pretrain(preset, options.data, out, options.engine, settings)
+    if options.glue:
+        glue_out = options.out / f"{architecture}-{seed}-glue"
+        count = options.finetune_seeds
+        result |= finetune(out, options.finetune, TASKS, options.glue, glue_out, count)
+    return result
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over the pretraining seeds of every number."""
+    keys = [key for key, value in results[0].items() if isinstance(value, (int, float))]
+    columns = {key: [result[key] for result in results] for key in keys}
+    return {
+        "mean": {key: statistics.mean(values) for key, values in columns.items()},
+        "deviation": {key: statistics.pstdev(values) for key, values in columns.items()},
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__, has_json=False)
+    parser.add_argument("--data", type=Path, required=True, help="data folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
+    parser.add_argument("--glue", type=Path, help="the folder that contains STS-B/")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of electra")
+    parser.add_argument("--seeds", type=int, default=3, help="pretraining seeds")
+    parser.add_argument("--finetune-seeds", type=int, default=3, help="fine-tuning seeds of each")
+    parser.add_argument("--engine", default="zero0", help="engine file")
+    parser.add_argument("--finetune", default="tiny", help="config of the verb finetune")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="setting of the verb pretrain, for both architectures; repeatable",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    vocab_size = read_manifest(options.data).tokenizer.vocab_size
+    flops, parameters = {}, {}
+    for architecture, (preset, _) in SHAPES.items():
+        settings = [*settings_of(architecture, options), f"model.vocab_size={vocab_size}"]
+        config = load_run(preset, settings)
+        flops[architecture] = step_flops(config)
+        parameters[architecture] = parameter_count(config).discriminator
+    results: dict[str, dict[str, Any]] = {}
+    summaries = {}
+    for architecture in SHAPES:
+        steps = round(options.steps * flops["electra"] / flops[architecture])
+        own = [measure(architecture, seed, steps, options) for seed in range(options.seeds)]
+        summaries[architecture] = summary(own)
+        facts = {"parameters": parameters[architecture], "flops": steps * flops[architecture]}
+        results |= {f"{architecture} {i}": result | facts for i, result in enumerate(own)}
+        results[f"{architecture} mean"] = summaries[architecture]["mean"] | facts
+        results[f"{architecture} deviation"] = summaries[architecture]["deviation"] | facts
+    write_json(options.out / "architectures.json", results)
+    table = format_table(results)
+    write_bytes(options.out / "architectures.md", (table + "\n").encode())
+    print(table)
+
+
+if __name__ == "__main__":
+    run_main(main)
