@@ -1,4 +1,4 @@
-"""Output paths of the command line: checked before the work; folders written whole or not at all."""
+"""Checks of output paths before the work, and folders that are written whole or not at all."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ from electra_ds.common.printable import printable
 
 
 def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] = ()) -> None:
-    """Check that a file can be written at `path`; its folder is created.
+    """Check that a file can be written at `path`. Creates its folder.
 
-    option: the option that holds the path. inputs: files that the command reads.
-    UserError when `path` is a folder or one of `inputs`, or when its folder cannot be written.
+    option: the option that holds the path, for messages. inputs: files that the command reads.
+    Raises UserError when `path` is a folder or one of `inputs`, or when its folder cannot be written.
     """
     with _explained(path, option, "a file"):
         if path.is_dir():
@@ -35,7 +35,7 @@ def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] =
 def check_output_folder(path: Path, option: str) -> None:
     """Create the folder `path` if it is missing, and check that files can be written to it.
 
-    UserError names the option, the path and the reason.
+    Raises UserError with the option, the path and the reason.
     """
     with _explained(path, option, "a folder"):
         if path.exists() and not path.is_dir():
@@ -48,8 +48,8 @@ def check_output_folder(path: Path, option: str) -> None:
 def new_folder(path: Path, option: str) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block succeeds.
 
-    `path` must be missing or empty. It is unchanged when the block fails, so the same command can
-    be repeated. Raises UserError when `path` is a file, is not empty or cannot be created, and
+    `path` must be missing or empty. It is unchanged when the block fails, so the command can be
+    repeated. Raises UserError when `path` is a file, is not empty or cannot be created, and
     RunFailure when the block cannot write to it, such as on a full disk.
     """
     with _explained(path, option, "a new folder"):
@@ -67,7 +67,7 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
         _publish(unfinished, path)
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(unfinished)):
-            raise  # of a file that was read
+            raise  # the error is about a file that the block read
         reason = str(error.strerror or error).replace(str(unfinished), str(path))
         raise RunFailure(
             f"{option} {printable(path)}: cannot be written ({reason}); nothing is left there: "
@@ -78,7 +78,7 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
 
 
 def _publish(unfinished: Path, path: Path) -> None:
-    """Rename `unfinished` to `path`; a mount point cannot be replaced, so its content is moved."""
+    """Rename `unfinished` to `path`, or move its content into `path` if that is a mount point."""
     try:
         os.replace(unfinished, path)
     except OSError:
@@ -90,7 +90,10 @@ def _publish(unfinished: Path, path: Path) -> None:
 
 
 def _try_writing(folder: Path, name: str) -> None:
-    """Create and remove a file in `folder`. name: of the later file; OSError if it is too long."""
+    """Create and remove a file in `folder`, and look up `name`, the name of the later file.
+
+    Raises OSError when the folder is not writable, or the name is too long.
+    """
     trial = folder / f".{secrets.token_hex(6)}.tmp"
     try:
         with open(trial, "wb") as file:
