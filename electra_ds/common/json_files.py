@@ -171,7 +171,7 @@ def parse_record(value: Any, path: str | Path, kind: type[AnyRecord], what: str 
 def set_aside(path: Path) -> str:
     """Rename a file or folder to NAME.damaged (NAME.damaged.2, ...).
 
-    Used for files that only record the past, which must not prevent a resume when they are damaged.
+    Used for files that a resume does not need, so that a damaged one does not prevent it.
     Returns the words "set aside as NAME.damaged", for messages. Raises OSError when the rename
     fails.
     """

@@ -14,7 +14,7 @@ PLAIN = re.compile(r"[ -~]*")
 
 
 def printable(value: str | Path) -> str:
-    """Return `value` as text with escapes for control, format and separator characters.
+    """Return `value` as text with escapes for control, format and line-separator characters.
 
     These characters move the cursor, start a terminal sequence, change the direction of text, or
     cannot be encoded. A line feed becomes `\\n`, the escape character `\\x1b`. Letters of all

@@ -1,4 +1,4 @@
-"""Notes on the texts and labels of a task: what trains without an error but means little."""
+"""Notes on texts and labels that train without an error but give meaningless results."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from electra_ds.finetuning.batches import Encoded
 from electra_ds.finetuning.examples import Example, outside_range
 from electra_ds.finetuning.tasks import Task
 
-SHARE = 0.01  # of unknown tokens, and of examples without any, from which a note is given
+SHARE = 0.01  # of unknown tokens, or of examples without tokens; above it a note is given
 
 
 def split_notes(
@@ -18,10 +18,10 @@ def split_notes(
     encoded: Sequence[Encoded],
     special_ids: SpecialIds,
 ) -> list[str]:
-    """Sentences about one split: unknown tokens, texts without tokens, equal labels, labels out of
+    """Return notes on one split: unknown tokens, texts without tokens, equal labels, labels out of
     range.
 
-    encoded: `encode` of the examples, or of more.
+    encoded: the encoded examples; in train, those in the other order of a pair may be included.
     """
     counts = Counter(token for example in encoded for token in example.ids)
     tokens = counts.total() - counts[special_ids.cls] - counts[special_ids.sep]
@@ -41,23 +41,23 @@ def split_notes(
         low, high = task.label_range or (0.0, 1.0)
         share = 100 * len(odd) / len(examples)
         notes.append(
-            f"{split}: {share:.1f} % of the labels lie outside of label_range [{low:g}, {high:g}], "
+            f"{split}: {share:.1f} % of the labels are outside label_range [{low:g}, {high:g}], "
             f"the first is {odd[0]:g}"
         )
     return notes
 
 
 def is_constant(examples: Sequence[Example]) -> bool:
-    """Whether two or more examples have labels, all of them equal."""
+    """Return whether at least two examples have labels, and all labels are equal."""
     labels = [example.label for example in examples if example.label is not None]
     return len(labels) > 1 and all(label == labels[0] for label in labels)
 
 
 def length_note(max_length: int, longest: Mapping[str, int], trained: int | None) -> list[str]:
-    """A sentence when examples are longer than the rows of pretraining.
+    """Return a note if examples are longer than the rows of pretraining, else [].
 
-    longest: split -> tokens of its longest example, cut to max_length. trained: tokens of a row in
-    pretraining; None if it is not known.
+    longest: split -> tokens of its longest example, at most max_length. trained: tokens of a row in
+    pretraining, or None if it is not known.
     """
     if trained is None or max(longest.values(), default=0) <= trained:
         return []

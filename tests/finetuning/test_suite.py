@@ -85,7 +85,7 @@ def test_a_suite_of_other_weights_or_another_vocabulary_is_refused(suite, tmp_pa
 def test_a_folder_of_something_else_is_refused(suite, tmp_path, content):
     (tmp_path / "F").mkdir()
     (tmp_path / "F" / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"config\.json|not a folder of finetune"):
+    with pytest.raises(UserError, match=r"config\.json"):
         suite(["x"])
 
 
@@ -200,7 +200,7 @@ def test_damaged_predictions_are_named_by_submit(tmp_path, monkeypatch, cells):
     (folder / "predictions-test.tsv").write_text(f"index\tprediction\n{cells}\n")
     files = {"STS-B": ("stsb", "test", cells.count("\n") + 1)}
     monkeypatch.setattr("electra_ds.finetuning.submit.FILES", files)
-    with pytest.raises(UserError, match=r"predictions-test\.tsv: .* is no number"):
+    with pytest.raises(UserError, match=r"predictions-test\.tsv: .* is not a number"):
         write_submission(tmp_path, tmp_path / "z.zip")
 
 
