@@ -120,7 +120,7 @@ def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
 def _distinct(path: Path, cells: list[str], task: Task) -> list[str]:
     """Return distinct names for the columns of a table. cells: the first line.
 
-    Raises UserError if the task reads a column whose name is repeated.
+    Raises UserError if the task reads a column with a repeated name.
     """
     if not task.header:
         return [str(number) for number in range(len(cells))]

@@ -19,7 +19,7 @@ from electra_ds.finetuning.examples import seen_labels
 from electra_ds.finetuning.metrics import METRICS, not_entity_tags
 
 Column = str | int
-# Files of finetune in DIR, whose names no task may have.
+# Files of finetune in DIR. No task may have one of these names.
 OWN_FILES = ("config.json", "report.json", "report.md", "submission.zip", "lock")
 # classification: one class for a text or a pair. regression: one number. token_classification: one
 # class for each word.

@@ -179,7 +179,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _check_stored(path: Path) -> None:
-    """Raise UserError for a zip with compressed entries, whose size in memory has no limit."""
+    """Raise UserError for a zip with compressed entries: their size in memory has no limit."""
     if not zipfile.is_zipfile(path):
         return  # the format of torch.save before torch 1.6
     try:
