@@ -54,7 +54,8 @@ def ignored_marks(counts: Counter[str], stripped: bool) -> str:
     most = max((name for name in found if name not in ACCENTED), key=lambda name: found[name])
     return (
         f"accents are kept: {share:.1%} of the letters are of other scripts than Latin, Greek and "
-        f"Cyrillic (most of them {most}), where marks distinguish words; --strip-accents strips them"
+        f"Cyrillic (most of them {most}), where marks distinguish words; --strip-accents strips "
+        "them"
     )
 
 

@@ -149,8 +149,8 @@ def similar_pairs(
     Returns {"pairs": [n, 2] uint64}, the earlier document first. The values of a slot are divided
     into `parts` equal ranges; only documents with their first slot of the band in range number
     `part` are compared. Documents with equal slots in the band form a group. Each document is
-    compared with the first one of its group; those that are not similar to it form a new group. This
-    is done LEADERS times.
+    compared with the first one of its group; those that are not similar to it form a new group.
+    This is done LEADERS times.
     """
     entries = _band_entries(folder, units, excluded, parts, band, part)
     _, group, sizes = np.unique(entries[:, 0], return_inverse=True, return_counts=True)

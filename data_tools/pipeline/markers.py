@@ -103,8 +103,8 @@ def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) ->
     ]
     if differences:
         raise UserError(
-            f"{folder} holds other data ({'; '.join(differences)}); choose another folder or remove "
-            "this one"
+            f"{folder} holds other data ({'; '.join(differences)}); choose another folder or "
+            "remove this one"
         )
 
 

@@ -112,7 +112,7 @@ def read_table(folder: str | Path, unit: int) -> np.ndarray:
 
 
 def key_range(part: int, parts: int) -> tuple[np.uint64, np.uint64]:
-    """Return the (first, last) number of range `part`, of `parts` equal ranges of 64-bit numbers."""
+    """Return (first, last) number of range `part`, of `parts` equal ranges of 64-bit numbers."""
     return np.uint64(part * KEYS // parts), np.uint64((part + 1) * KEYS // parts - 1)
 
 

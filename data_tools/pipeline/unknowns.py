@@ -16,8 +16,8 @@ from electra_ds.common.json_files import Record, read_record
 from electra_ds.data.shard_format import UnknownWords
 from electra_ds.data.tokenizer import Tokenizer
 
-# Lines with [UNK] are examined until they have FIRST_TOKENS tokens plus 1 / SHARE of the tokens of the
-# unit.
+# Lines with [UNK] are examined until they have FIRST_TOKENS tokens plus 1 / SHARE of the tokens of
+# the unit.
 FIRST_TOKENS = 1 << 13
 SHARE = 256
 WORD_CHARS = 100  # longer words are truncated

@@ -1,6 +1,6 @@
 """HTTP responses of a bounded size.
 
-fsspec reads the body of a response into memory. A server may send more bytes than were requested, an
+fsspec reads the body of a response into memory. A server may send more bytes than requested, an
 endless body, or a small body that decompresses to a large one.
 """
 

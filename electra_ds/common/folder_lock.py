@@ -103,8 +103,8 @@ class Lock:
             "nonce": secrets.token_hex(8),
         }
         self._text = json.dumps(self._own, indent=2) + "\n"
-        # Content of lock and heartbeat when this owner was first seen. A lock that another process is
-        # writing may be empty.
+        # Content of lock and heartbeat when this owner was first seen. A lock may be empty while
+        # another process writes it.
         self._seen: tuple[str, str] | None = None
         self._seen_at = 0.0
         self._beats = 0
@@ -225,7 +225,7 @@ class Lock:
         return won
 
     def _may_be_alive(self, seen: tuple[str, str], owner: dict[str, Any]) -> bool:
-        """Return whether the owner may be alive. Raises LockedOut when its heartbeat has changed."""
+        """Return whether the owner may be alive. Raises LockedOut if its heartbeat has changed."""
         if self._seen is None or seen[0] != self._seen[0]:  # the first read of this owner
             self._seen = seen
             self._seen_at = time.monotonic()

@@ -4,7 +4,7 @@ A file that another program or person wrote may have any content. Therefore the 
 and depth, and refuses NaN, infinities, duplicate keys and lone surrogates, which the JSON standard
 forbids or does not define.
 
-A file with known fields is read as a `Record`, which also checks the types and values of the fields.
+A file with known fields is read as a `Record`, which also checks types and values of the fields.
 """
 
 import json

@@ -16,7 +16,7 @@ def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] =
     """Check that a file can be written at `path`. Creates its folder.
 
     option: the option that holds the path, for messages. inputs: files that the command reads.
-    Raises UserError when `path` is a folder or one of `inputs`, or when its folder cannot be written.
+    Raises UserError when `path` is a folder or one of `inputs`, or its folder cannot be written.
     """
     with _explained(path, option, "a file"):
         if path.is_dir():

@@ -72,8 +72,8 @@ class ZeroKeys(Record):
     allgather_bucket_size: EvenBucket = 5 * 10**8
     overlap_comm: bool | None = None
     compute_grad_norm: Literal[True] = True
-    # If it is true, DeepSpeed returns wrong tensors for a checkpoint of several ranks: those of other
-    # parameters.
+    # If it is true, DeepSpeed returns the tensors of other parameters when several ranks write a
+    # checkpoint.
     round_robin_gradients: Literal[False] = False
     parameter_alignment: bool = False
     ignore_unused_parameters: bool = True

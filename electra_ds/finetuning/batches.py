@@ -16,7 +16,8 @@ from electra_ds.finetuning.examples import Example
 from electra_ds.finetuning.tasks import Task, TaskKind
 from electra_ds.model.kernels.attention import with_cu_seqlens
 
-# Number of batches with examples that are sorted by length together. 32 gives 1 to 3 % padding on GLUE.
+# Number of batches with examples that are sorted by length together. 32 gives 1 to 3 % padding on
+# GLUE.
 BUCKET_BATCHES = 32
 
 

@@ -170,8 +170,8 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
             )
         if "train" not in task.splits:
             raise UserError(
-                f"{task.name}: no split train; use this task only with predict (ax: with a model of "
-                "mnli)"
+                f"{task.name}: no split train; use this task only with predict (ax: with a model "
+                "of mnli)"
             )
 
 

@@ -127,7 +127,7 @@ def _check_card(folder: Path) -> None:
 
 
 def _front_matter(path: Path) -> Any:
-    """Return the YAML front matter of a card, or the content of a YAML file; None if it is empty."""
+    """Return the YAML front matter of a card, or the content of a YAML file; None if empty."""
     import yaml
 
     try:

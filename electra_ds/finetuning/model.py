@@ -58,8 +58,8 @@ class Classifier(nn.Module):
     def start(self, model: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> "Classifier":
         """Set every weight and return self.
 
-        The head is initialized (Xavier, with `seed`). The encoder is loaded from `state`, {canonical
-        name: tensor}, or initialized as in pretraining if it is None.
+        The head is initialized (Xavier, with `seed`). The encoder is loaded from `state`
+        (canonical name -> tensor), or initialized as in pretraining if it is None.
         """
         initialize(self, model, seed)
         nn.init.xavier_uniform_(self.head.weight, generator=torch.Generator().manual_seed(seed))
@@ -75,8 +75,8 @@ class Classifier(nn.Module):
         predict: return logits, fp32: [N, C], or [B * S, C] in token classification.
         The loss is the cross-entropy, in regression the squared error of the scaled labels.
         """
-        # After attention, the last layer computes only the [CLS] positions. On a CPU, this saves 1 %
-        # (CoLA) to 7 % (RTE) of the time of Small.
+        # After attention, the last layer computes only the [CLS] positions. On a CPU, this saves
+        # 1 % (CoLA) to 7 % (RTE) of the time of Small.
         positions = None if self.per_token else batch.cls_positions
         hidden = encode(self.embeddings, self.discriminator, batch.input_ids, batch, positions)
         logits = self.head(dropout(hidden, self.dropout, self.training)).float()

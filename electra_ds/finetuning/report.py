@@ -17,8 +17,8 @@ from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.printable import printable
 from electra_ds.finetuning.tasks import GLUE, Task
 
-# Columns of the comparison: title -> (task, metric). As in the paper, the average is over all columns
-# except STS-B Pearson.
+# Columns of the comparison: title -> (task, metric). As in the paper, the average is over all
+# columns except STS-B Pearson.
 COLUMNS = {
     "CoLA Matthews": ("cola", "matthews"),
     "SST-2 acc": ("sst2", "accuracy"),
@@ -56,7 +56,7 @@ class Result(Record):
     @field_validator("scores", mode="before")
     @classmethod
     def _without_null(cls, scores: Any) -> Any:
-        """Remove null values, which earlier versions wrote as NaN for scores that are not finite."""
+        """Remove null, the value of a score that is not finite."""
         if not isinstance(scores, dict) or not all(isinstance(x, dict) for x in scores.values()):
             return scores
         return {
@@ -170,7 +170,7 @@ class Described(Record):
     notes: list[str] = Field(default_factory=list)
 
     def is_glue(self, name: str) -> bool:
-        """Return whether the task `name` is the GLUE task. Without a description, the name decides."""
+        """Return whether a task is the GLUE task `name`. Without a description, the name decides."""
         try:
             return name in GLUE and (not self.task or Task.model_validate(self.task).is_glue)
         except ValidationError:

@@ -210,7 +210,7 @@ class SeedRun(Trainer):
         return self.stop_requested
 
     def should_save(self, state: TrainingState) -> bool:
-        """Return whether the last checkpoint is older than SAVE_SECONDS; False on other ranks than 0."""
+        """Return whether the last checkpoint is older than SAVE_SECONDS; False on ranks > 0."""
         return self.is_rank0 and time.monotonic() - self.saved_at > SAVE_SECONDS
 
     def learning_rate(self, state: TrainingState) -> float:

@@ -85,7 +85,8 @@ def _answers(folder: Path, results: Results, name: str) -> tuple[list[str], str 
     texts = [cell[1] if len(cell) > 1 else "" for cell in cells]
     if labels and (odd := [text for text in texts if text not in labels]):
         raise UserError(
-            f"{path}: the prediction {shortened(odd[0])} is not a label of {task}; predict its test file again"
+            f"{path}: the prediction {shortened(odd[0])} is not a label of {task}; "
+            "predict its test file again"
         )
     answers = texts if labels else [_value(text, path) for text in texts]
     return answers, f"seed {best.seed}, {best.metric} {100 * best.value:.1f} on {best.split}"

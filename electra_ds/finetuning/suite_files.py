@@ -99,7 +99,7 @@ def _earlier_tasks(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_trained(folder: Path) -> bool:
-    """Return whether the folder of a task, or of a suite, has a seed with a checkpoint or result."""
+    """Return whether a folder of a task or suite has a seed with a checkpoint or a result."""
     return any(
         next(folder.rglob(pattern), None) for pattern in ("seed-*/ckpt", "seed-*/result.json")
     )

@@ -203,8 +203,8 @@ def load_task(name: str, data: Path | None) -> Task:
     """Return a GLUE task, or a user's task.
 
     name: name of a GLUE task, or path of the description of a user's task (x.json).
-    data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...), or the folder of
-    the task. labels and label_range that are null are read from the training split. Empty metrics
+    data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...), or the folder
+    of the task. labels and label_range that are null are read from the training split. Empty metrics
     become the default metrics of the kind. Test splits without a file are removed.
     Raises UserError for an unknown name or key, for a missing folder, and for errors in the
     training file when labels are read from it.
@@ -341,7 +341,7 @@ def task_names(text: str) -> list[str]:
 
 
 def _listed(text: str) -> list[str]:
-    """Return the parts between commas; parts that together name an existing description stay one."""
+    """Return the parts between commas. The path of an existing description is one part."""
     parts = text.split(",")
     names = []
     while parts:

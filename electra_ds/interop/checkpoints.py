@@ -37,7 +37,8 @@ def resolve_checkpoint(path: Path) -> Path:
     )
     if len(models) > 1:
         raise UserError(
-            f"{path}: contains the models of {len(models)} seeds; give one, such as {models[0].parent}"
+            f"{path}: contains the models of {len(models)} seeds; give one, such as "
+            f"{models[0].parent}"
         )
     return models[0] if models else checkpoint.find_checkpoint(path, CHECKPOINTS)
 

@@ -85,7 +85,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of one text, and for each token its (start, end) characters in the text."""
+        """Return the ids of one text, and the (start, end) characters of each token in the text."""
 
     @abstractmethod
     def begins_word(self) -> np.ndarray:
@@ -159,7 +159,7 @@ class Tokenizer(ABC):
         return line
 
     def unreachable_names(self) -> list[str]:
-        """Return the entries that no text encodes to, because the options change their characters."""
+        """Return the entries that no text encodes to, because the options change characters."""
         return []
 
     def save(self, folder: str | Path) -> None:

@@ -8,9 +8,9 @@ The tokenizer applies it, so that every verb and the exported tokenizer give a t
     nfkc_lower  as nfkc, then lower case
     none        no change, for vocabularies of other programs
 
-All forms replace surrogates by U+FFFD first. NFC, NFKC and lower case are computed as in the library
-tokenizers, because exported tokenizers use it; its Unicode tables are older than Python's. The
-running time is linear in the length of the text, also for long runs of combining marks, which
+All forms replace surrogates by U+FFFD first. NFC, NFKC and lower case are computed as in the
+library tokenizers, because exported tokenizers use it; its Unicode tables are older than Python's.
+The running time is linear in the length of the text, also for long runs of combining marks, which
 Python's own functions sort in quadratic time.
 """
 
@@ -34,8 +34,8 @@ SPACES = re.compile(f"[{_LINE_ENDS}{_OTHER_SPACES}]")
 CONTROL = re.compile(f"[{_CONTROL}]")
 # Halves of UTF-16 pairs. Python also uses them for bytes of the command line that are not UTF-8.
 SURROGATES = re.compile("[\ud800-\udfff]")
-# Texts with the same lower case in Python and in the library. In Python, the lower case of the Greek
-# Sigma depends on the context, and that of scripts with recently assigned capitals on the version.
+# Texts with the same lower case in Python and in the library. In Python, the lower case of the
+# Greek Sigma depends on the context, and that of scripts with recently assigned capitals on the version.
 SAME_LOWER = re.compile(
     "[\x00-\u012f\u0131-\u03a2\u03a4-\u052f\u0590-\u109f\u1100-\u11ff\u1e00-\u1fff\u2000-\u20ff"
     "\u3000-\ua63f\uac00-\ud7a3\uff00-\uffef]*"
