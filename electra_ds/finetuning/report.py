@@ -170,7 +170,7 @@ class Described(Record):
     notes: list[str] = Field(default_factory=list)
 
     def is_glue(self, name: str) -> bool:
-        """Return whether a task is the GLUE task `name`. Without a description, the name decides."""
+        """Return whether a task is the GLUE task `name`; without a description, by name alone."""
         try:
             return name in GLUE and (not self.task or Task.model_validate(self.task).is_glue)
         except ValidationError:

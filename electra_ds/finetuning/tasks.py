@@ -204,8 +204,9 @@ def load_task(name: str, data: Path | None) -> Task:
 
     name: name of a GLUE task, or path of the description of a user's task (x.json).
     data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...), or the folder
-    of the task. labels and label_range that are null are read from the training split. Empty metrics
-    become the default metrics of the kind. Test splits without a file are removed.
+    of the task.
+    labels and label_range that are null are read from the training split. Empty metrics become the
+    default metrics of the kind. Test splits without a file are removed.
     Raises UserError for an unknown name or key, for a missing folder, and for errors in the
     training file when labels are read from it.
     """

@@ -35,7 +35,8 @@ CONTROL = re.compile(f"[{_CONTROL}]")
 # Halves of UTF-16 pairs. Python also uses them for bytes of the command line that are not UTF-8.
 SURROGATES = re.compile("[\ud800-\udfff]")
 # Texts with the same lower case in Python and in the library. In Python, the lower case of the
-# Greek Sigma depends on the context, and that of scripts with recently assigned capitals on the version.
+# Greek Sigma depends on the context, and that of scripts with recently assigned capitals on the
+# version.
 SAME_LOWER = re.compile(
     "[\x00-\u012f\u0131-\u03a2\u03a4-\u052f\u0590-\u109f\u1100-\u11ff\u1e00-\u1fff\u2000-\u20ff"
     "\u3000-\ua63f\uac00-\ud7a3\uff00-\uffef]*"
