@@ -20,7 +20,7 @@ from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import parse_record
-from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.outputs import check_output_folder, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.engine_files import load_engine
@@ -34,6 +34,7 @@ from electra_ds.finetuning.seed import SeedRun, Splits, Stopped, Suite, seed_fol
 from electra_ds.finetuning.suite_files import TaskFile, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
+from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
 from electra_ds.training.engine import start
 
@@ -112,6 +113,7 @@ def finetune_on_ranks(
     if config.train.seed + seeds > 2**31:
         raise UserError(f"--seeds {seeds}: train.seed + seeds exceeds 2**31; choose smaller ones")
     config = config.model_copy(update={"engine": load_engine(config.engine)})
+    on_rank0(partial(check_outside, out, "--out", {"MODEL": folder_of_model(model)}))
     on_rank0(partial(check_output_folder, out, "--out"))
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
     tasks = [load_task(name, data) for name in names]

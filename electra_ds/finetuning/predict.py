@@ -16,7 +16,7 @@ from torch import nn
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.outputs import check_output_file
+from electra_ds.common.outputs import check_output_file, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.config.loading import parse_config
 from electra_ds.config.schema import ModelConfig
@@ -26,7 +26,7 @@ from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
 from electra_ds.finetuning.notes import split_notes
 from electra_ds.finetuning.tasks import Task, TaskKind, load_task
-from electra_ds.interop.checkpoints import read_checkpoint
+from electra_ds.interop.checkpoints import read_checkpoint, resolve_checkpoint
 from electra_ds.model.weights import load_true_state
 
 BATCH_SIZE = 64
@@ -206,6 +206,7 @@ def predict(
         raise UserError("expected exactly one of --input FILE and --split NAME (with --data)")
     if file is not None and data is not None:
         raise UserError("--data is the folder of --split; leave it out with --input")
+    check_outside(out, "--out", {"FINETUNED": resolve_checkpoint(model)})
     check_output_file(out, "--out", (file,))
     source = read_checkpoint(model)
     if source.fine_tuned is None:

@@ -176,6 +176,17 @@ def _is_exported(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
+def folder_of_model(path: Path) -> Path:
+    """The run folder, or the folder of a fine-tuned seed, that a MODEL argument is a part of.
+
+    OUT for OUT/ckpt and OUT/ckpt/STEP, DIR/TASK/seed-N for its model; otherwise `path`.
+    """
+    real = path.resolve()
+    if real.name == "ckpt" or (real.name == "model" and (real / "meta.json").exists()):
+        return real.parent
+    return real.parent.parent if real.parent.name == "ckpt" else path
+
+
 def tokenizer_of(checkpoint: Path) -> Path:
     """Return the tokenizer folder of a checkpoint. It may not exist.
 

@@ -15,8 +15,9 @@ from electra_ds.cluster.launchers import NO_LAUNCHER, Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock, owner_of
+from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
-from electra_ds.common.urls import redacted
+from electra_ds.common.urls import is_url, redacted
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
@@ -28,7 +29,7 @@ from electra_ds.model.kernels.attention import with_cu_seqlens
 from electra_ds.model.objective import Objective
 from electra_ds.model.weights import padded_rows
 from electra_ds.training import checkpoint
-from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
+from electra_ds.training.checkpoint import find_checkpoint, folder_of_model, tokenizer_of
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
 from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
 from electra_ds.training.engine import Engine, start
@@ -69,14 +70,22 @@ class AttemptOptions:
             raise UserError(f"--max-minutes {minutes}: expected a number of minutes, 0 or more")
 
 
-def check_out(out: Path) -> None:
-    """Raise UserError when the run folder is no folder, or a folder of prepared data."""
+def check_out(out: Path, data: str | Path, init_from: Path | None = None) -> None:
+    """Check the path of the run folder, before anything is written to it.
+
+    Raises UserError when it is no folder or a folder of prepared data, and for a new run that would
+    lie in the folder of its data or of the run that its weights come from.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {printable(out)}: is a file; expected a folder for the run")
     if (out / "manifest.json").exists():
         raise UserError(
             f"--out {printable(out)}: holds prepared data; give the run a folder of its own"
         )
+    if not (out / "config.json").exists():
+        source = None if is_url(str(data)) else Path(data)
+        started_from = folder_of_model(init_from) if init_from else None
+        check_outside(out, "--out", {"--data": source, "--init-from": started_from})
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def pretrain(
     torchrun 0).
     Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
-    check_out(out)  # before an error file is written into it
+    check_out(out, data, options.init_from)  # before an error file is written into it
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:

@@ -210,6 +210,33 @@ def test_a_wrong_path_is_one_message(electra_ds, places, tmp_path, monkeypatch, 
     assert not failed_well(*electra_ds(verb, *words))
 
 
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        ("pretrain", "data/new"),
+        ("pretrain", "run/new"),
+        ("finetune", "run"),
+        ("finetune", "run/ckpt/new"),
+        ("predict", "tuned/seed-0/model/new.tsv"),
+        ("export", "run"),
+        ("export", "run/new"),
+        ("export", "run/ckpt/new/below"),
+        ("export", "run/tokenizer/new"),
+        ("import", "hf/discriminator/new"),
+        ("import", "hf/generator/new"),
+    ],
+)
+def test_an_output_is_not_written_into_an_input(electra_ds, places, verb, place):
+    root = places["RUN"].parent
+    before = sorted(root.rglob("*"))
+    for model in ("run", "run/ckpt", "run/ckpt/final"):
+        paths = {**places, "NEW": root / place, "RUN": root / model}
+        words = [paths.get(name, name) for name in COMMANDS[verb].split()]
+        code, _, err = electra_ds(verb, *words)
+        assert code == 2 and "lies in the folder that the command reads" in err, err
+    assert sorted(root.rglob("*")) == before
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize(
     ("verb", "option"), [(verb, option) for verb, names in OPTIONS.items() for option in names]
