@@ -25,7 +25,7 @@ class SpikeGuard:
         """Return whether a step with this loss must be skipped. Updates `recent` and `fault`."""
         self.fault = "" if math.isfinite(loss) else NOT_FINITE
         mean = math.fsum(self.recent) / max(1, len(self.recent))
-        if len(self.recent) == WINDOW and loss > self.spike_factor * mean:
+        if not self.fault and len(self.recent) == WINDOW and loss > self.spike_factor * mean:
             self.fault = (
                 f"a loss of {loss:.4g}, {loss / mean:.1f} times the mean of the {WINDOW} before it "
                 f"(train.spike_factor = {self.spike_factor:g}), most of it"
