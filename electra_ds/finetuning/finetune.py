@@ -185,8 +185,7 @@ def _read(suite: Suite, task: Task) -> Splits:
     for split, read in examples.items():
         both = read + swapped(read) if split == "train" and task.both_orders else read
         encoded[split] = encode(both, task, suite.pretrained.tokenizer, max_length)
-        special_ids = suite.pretrained.tokenizer.special_ids
-        notes += split_notes(task, split, read, encoded[split], special_ids)
+        notes += split_notes(task, split, read, encoded[split], suite.pretrained.tokenizer)
     longest = {split: max(len(x.ids) for x in rows) for split, rows in encoded.items()}
     trained = None if suite.random_init else suite.pretrained.trained_length
     notes += length_note(max_length, longest, trained)

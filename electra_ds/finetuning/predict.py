@@ -206,8 +206,8 @@ def predict(
         raise UserError("expected exactly one of --input FILE and --split NAME (with --data)")
     if file is not None and data is not None:
         raise UserError("--data is the folder of --split; leave it out with --input")
-    check_outside(out, "--out", {"FINETUNED": resolve_checkpoint(model)})
     check_output_file(out, "--out", (file,))
+    check_outside(out, "--out", {"FINETUNED": resolve_checkpoint(model)})
     source = read_checkpoint(model)
     if source.fine_tuned is None:
         raise UserError(
@@ -225,7 +225,7 @@ def predict(
         examples = read_examples(task, split)
     tokenizer = source.tokenizer()
     encoded = encode(examples, task, tokenizer, source.max_length)
-    notes = split_notes(task, str(file or split), examples, encoded, tokenizer.special_ids)
+    notes = split_notes(task, str(file or split), examples, encoded, tokenizer)
     module = classifier(source.model, task)
     load_true_state(module, source.weights)
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
