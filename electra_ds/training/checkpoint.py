@@ -23,6 +23,7 @@ from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, parse_record, read_json, read_small
 from electra_ds.common.printable import printable, shortened
 from electra_ds.config.schema import MAX_STEPS
@@ -167,13 +168,8 @@ def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
         newest = latest(folder)
         if newest is not None:
             return newest
-    exported = [place for place in (path, path / "discriminator") if _is_exported(place)]
-    hint = "; it is an exported model: give the run, or make one with `import`" if exported else ""
-    raise UserError(f"{printable(path)}: no checkpoint here{hint}; expected {expected}")
-
-
-def _is_exported(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    clause = found_at(path).clause
+    raise UserError(f"{printable(path)}: no checkpoint here{clause}; expected {expected}")
 
 
 def folder_of_model(path: Path) -> Path:

@@ -237,6 +237,47 @@ def test_an_output_is_not_written_into_an_input(electra_ds, places, verb, place)
     assert sorted(root.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [
+        ("evaluate", "RUN"),
+        ("evaluate", "DATA"),
+        ("detect", "RUN"),
+        ("detect", "VOCABULARY"),
+        ("predict", "TUNED"),
+        ("finetune", "RUN"),
+        ("export", "RUN"),
+        ("import", "FOREIGN"),
+        ("status", "RUN"),
+        ("plot", "RUN"),
+        ("submit", "SUITE"),
+        ("check", "DATA"),
+        ("stats", "DATA"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(electra_ds, places, tmp_path, verb, word):
+    kinds = {  # argument -> the part of a message that says what it is
+        "FOREIGN": "electra-ds import",
+        "DATA": "a folder of prepared data",
+        "VOCABULARY": "the folder of a tokenizer",
+        "SUITE": "output folder of finetune",
+        "RUN": "it is a run",
+        "TEXT": "it is a file",
+    }
+    taken = {  # argument -> kinds that the verb reads
+        "RUN": ("RUN", "FOREIGN") if verb == "finetune" else ("RUN",),
+        "VOCABULARY": ("VOCABULARY", "DATA", "FOREIGN", "RUN", "TEXT"),
+        "TUNED": ("RUN",),  # another message
+    }
+    for kind, phrase in kinds.items():
+        if kind in taken.get(word, (word,)):
+            continue
+        paths = {**places, "NEW": tmp_path / "new", word: places[kind]}
+        words = [paths.get(name, name) for name in COMMANDS[verb].split()]
+        code, _, err = electra_ds(verb, *words)
+        assert code == 2 and str(places[kind]) in err and phrase in err, err
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize(
     ("verb", "option"), [(verb, option) for verb, names in OPTIONS.items() for option in names]
