@@ -313,6 +313,7 @@ def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(
 
 def test_a_tensorflow_checkpoint_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow.train", None)
-    (tmp_path / "model.ckpt.index").touch()
+    (tmp_path / "tf").mkdir()
+    (tmp_path / "tf" / "model.ckpt.index").touch()
     with pytest.raises(UserError, match=r"electra_ds\[tf\]"):
-        imported(tmp_path, tmp_path / "i")
+        imported(tmp_path / "tf", tmp_path / "i")
