@@ -126,6 +126,12 @@ def _fine_tuned(path: Path, names: set[str]) -> str:
 
 def _state(ckpt: Path) -> str:
     """What is unusual in a folder of checkpoints; empty if nothing is."""
+    try:
+        os.listdir(ckpt)
+    except PermissionError:
+        return f" whose checkpoints cannot be read ({printable(ckpt)}: no permission)"
+    except OSError:
+        return " without a checkpoint"
     if not (found := _checkpoints(ckpt)):
         return " without a checkpoint"
     if (ckpt / "latest").exists():
