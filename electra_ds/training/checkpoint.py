@@ -280,11 +280,11 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 
 def load(
-    engine: Weights, path: Path, padded: dict[str, int], *, weights_only: bool = False
+    engine: Weights, path: Path, true_rows: dict[str, int], *, weights_only: bool = False
 ) -> Meta:
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
-    padded: parameter name -> rows without padding, for tensors padded in memory on the first axis.
+    true_rows: parameter name -> rows without padding, for tensors padded in memory on the first axis.
     weights_only: load no moments (they are set to zero), no step count and no loss scaler.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """
@@ -293,7 +293,7 @@ def load(
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
     engine.reset_moments(0 if weights_only else meta.state.step)
     expected = {
-        name: _stored_shape(engine.shape(name), padded.get(name)) for name in engine.parameters
+        name: _stored_shape(engine.shape(name), true_rows.get(name)) for name in engine.parameters
     }
     kinds = ("master",) if weights_only else ("master", *MOMENTS)
     missing = {(name, kind) for name in expected for kind in kinds}

@@ -27,7 +27,7 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention import with_cu_seqlens
 from electra_ds.model.objective import Objective
-from electra_ds.model.weights import padded_rows
+from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint, folder_of_model, tokenizer_of
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
@@ -230,13 +230,13 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     the data of the checkpoint differ from those of this run.
     """
     options, config = attempt.options, attempt.config
-    padded = padded_rows(engine.module)
+    rows = true_rows(engine.module)
     found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
         if options.init_from is not None:
             source = find_checkpoint(options.init_from)
             _check_same_vocabulary(source, attempt.data.source.tokenizer)
-            checkpoint.load(engine, source, padded, weights_only=True)
+            checkpoint.load(engine, source, rows, weights_only=True)
             attempt.print(
                 f"weights of {source}; the schedule and the position in the data start at 0"
             )
@@ -258,7 +258,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             f"{found}/meta.json: data.position = {meta.state.consumed_rows:,}; expected "
             f"{consumed:,}, the rows of {meta.state.attempts:,} steps; use an older checkpoint"
         )
-    checkpoint.load(engine, found, padded)
+    checkpoint.load(engine, found, rows)
     if options.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)
     changed = f"; now {', '.join(machine)}" if machine else ""
@@ -327,7 +327,7 @@ def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> b
             attempt.out / "ckpt",
             attempt.config.checkpoint,
             attempt.config.model_dump(mode="json"),
-            padded_rows(engine.module),
+            true_rows(engine.module),
             before_write=attempt.lock.beat,
             flush=logger.flush,
             saved_step=resumed.step if resumed else None,
