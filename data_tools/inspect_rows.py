@@ -77,7 +77,9 @@ def describe_rows(
             text = tokenizer.decode(ids[start : start + length].tolist())
             yield f"  [{start}:{start + length}] {text}"
             if unit >= len(plan.units):
-                raise reader.damage(block, f"a fragment of unit {unit}, of {len(plan.units)} units")
+                raise reader.block_error(
+                    block, f"a fragment of unit {unit}, of {len(plan.units)} units"
+                )
             if read_unit is not None:
                 origin = next(islice(read_unit(unit), document, None), None)
                 if origin is None:
