@@ -15,7 +15,7 @@ from electra_ds.model.kernels.linear import Linear, linear
 from electra_ds.model.kernels.vocab_head import HeadResult, vocab_head
 
 
-class GeneratorHead(nn.Module):
+class MaskedLMHead(nn.Module):
     """Head that predicts tokens: hidden states -> logits over the vocabulary, or loss and samples.
 
     The output matrix is the word table. The main encoder has such a head (`mlm_head`) in the
