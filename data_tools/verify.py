@@ -1,6 +1,6 @@
 """Comparison of a data folder with its manifest. Every file is read again.
 
-Letters: n rows, S sequence, F fragments, V vocabulary.
+Dimensions: n rows, S sequence, F fragments, V vocabulary.
 """
 
 from collections import Counter

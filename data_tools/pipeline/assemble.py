@@ -2,7 +2,7 @@
 
 Shard b of a split has the documents of all units with a shuffle key in the b-th equal part of all
 keys. This is a shuffle of the whole corpus in which no shard depends on another one. Memory is that
-of one shard. Letters: D documents, F fragments, n rows, S sequence, V vocabulary.
+of one shard. Dimensions: D documents, F fragments, n rows, S sequence, V vocabulary.
 """
 
 from __future__ import annotations

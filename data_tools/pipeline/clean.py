@@ -1,6 +1,6 @@
 """Cleaning of a document's text, and the hashes by which equal and similar documents are found.
 
-Letters: D documents.
+Dimensions: D documents.
 """
 
 from __future__ import annotations

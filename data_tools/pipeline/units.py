@@ -10,7 +10,7 @@ The files of a unit depend on the unit and the settings only:
     unit-000003.json           the marker, written last
 
 Within a run of at most RUN_TOKENS ids, documents are sorted by their shuffle key. The documents in
-any range of keys are therefore contiguous in each run. Letters: D documents.
+any range of keys are therefore contiguous in each run. Dimensions: D documents.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ executed, and a link, a device, another name or an object array is found as a di
 A fragment is a run of text tokens of one document in one row; [CLS] and [SEP] do not belong to it.
 On disk (member names, manifest keys) fragments are called pieces.
 
-Letters: n rows, S sequence, F fragments, V vocabulary.
+Dimensions: n rows, S sequence, F fragments, V vocabulary.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Random access to the rows of a data folder on disk, with checks.
 
-Letters: n rows, S sequence, F fragments.
+Dimensions: n rows, S sequence, F fragments.
 """
 
 import mmap

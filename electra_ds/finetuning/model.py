@@ -1,6 +1,6 @@
 """The fine-tuned model: encoder and linear head (ELECTRA, appendix B), and its loss.
 
-Letters: N examples in B rows of S tokens, H hidden size, C outputs (classes, or 1 in regression).
+Dimensions: N examples in B rows of S tokens, H hidden size, C outputs (classes; 1 in regression).
 """
 
 import re

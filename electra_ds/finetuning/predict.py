@@ -1,6 +1,6 @@
 """Predictions of a fine-tuned model on examples, and the verb `predict`.
 
-Letters: S tokens of an example, C outputs.
+Dimensions: S tokens of an example, C outputs.
 """
 
 import base64

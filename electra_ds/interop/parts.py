@@ -1,6 +1,6 @@
 """Discriminator and generator of a loaded model, each as one module on token ids.
 
-Letters: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
+Dimensions: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Heads of generator and discriminator.
 
-Letters: B rows, S sequence, K masked positions, H hidden, E embedding, V vocabulary.
+Dimensions: B rows, S sequence, K masked positions, H hidden, E embedding, V vocabulary.
 """
 
 from typing import Any

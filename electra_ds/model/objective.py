@@ -2,7 +2,7 @@
 
 Also the objectives that the paper compares with it (section 3.4).
 
-Letters: B rows, S sequence, K masked positions, V vocabulary, H hidden.
+Dimensions: B rows, S sequence, K masked positions, V vocabulary, H hidden.
 """
 
 from typing import Any

@@ -3,7 +3,7 @@
 A tokenizer adds no special tokens. A text encodes to no special token except [UNK]: a literal
 "[MASK]" in a text is tokenized as letters and punctuation.
 
-Letters: V vocabulary, N tokens of all texts.
+Dimensions: V vocabulary, N tokens of all texts.
 """
 
 from __future__ import annotations
