@@ -98,7 +98,7 @@ def _head_line(
     reader: ShardReader, number: int, block: int, ids: np.ndarray, fragments: int
 ) -> str:
     """Return the line that describes row `number`, with its ids [S]."""
-    shard, block_in_shard = reader.place(block)
+    shard, block_in_shard = reader.shard_and_number(block)
     padding = int((ids == reader.manifest.tokenizer.special_ids.pad).sum())
     plural = "" if fragments == 1 else "s"
     return (

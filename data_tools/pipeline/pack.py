@@ -1,8 +1,8 @@
 """Packing of documents into rows, as pure functions of lengths. No packing drops a token.
 
 A fragment is a contiguous part of one document in one row. Its start is the column of its first
-text token (the [CLS] of a row is column 0), its length is the number of its text tokens. Dimensions: D
-documents, F fragments, n rows, S sequence.
+text token (the [CLS] of a row is column 0), its length is the number of its text tokens.
+Dimensions: D documents, F fragments, n rows, S sequence.
 """
 
 from __future__ import annotations

@@ -96,14 +96,14 @@ class SplitIndex:
                 "prepare the data again"
             )
 
-    def place(self, block: int) -> tuple[int, int]:
+    def shard_and_number(self, block: int) -> tuple[int, int]:
         """Return (shard, number within the shard) of a block."""
         shard = int(self.blocks["shard"][block])
         return shard, block - int(self.shard_starts[shard])
 
     def block_error(self, block: int, what: str) -> UserError:
         """Return the error for a damaged block; it names the file and the block within it."""
-        shard, number = self.place(block)
+        shard, number = self.shard_and_number(block)
         path = f"{printable(self.location)}/{shard_file(self.split, shard)}"
         return UserError(
             f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)"
@@ -131,7 +131,7 @@ class SplitIndex:
         if kind == "ids":
             dtype = self.dtype
             width = self.sequence_length
-        name = f"{block_name(self.split, *self.place(block))}.{kind}.npy"
+        name = f"{block_name(self.split, *self.shard_and_number(block))}.{kind}.npy"
         if headers[:TAR_BLOCK] != tar_header(name, NPY_HEADER + rows * width * dtype.itemsize):
             raise self.block_error(
                 block, f"its tar header differs from the expected one for {name}"

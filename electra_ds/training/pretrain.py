@@ -408,11 +408,11 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     train = config.train
     precision = precision_name(engine.deepspeed_config)
     is_alone = ranks.launcher == NO_LAUNCHER
-    place = (
+    launched = (
         "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
     )
     lines = [
-        f"{engine.parameter_count():,} parameters, {place}, ZeRO {engine.stage}, {precision}; "
+        f"{engine.parameter_count():,} parameters, {launched}, ZeRO {engine.stage}, {precision}; "
         "a step is "
         f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
         f"({engine.accumulation} x {train.micro_batch_size} per rank); "

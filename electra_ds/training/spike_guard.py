@@ -40,7 +40,7 @@ class SpikeGuard:
         parts: (loss, description) of each micro-batch of all ranks.
         The result is empty if all losses were accepted and only gradients are not finite (fp16).
         """
-        places = [description for loss, description in parts if not math.isfinite(loss)]
-        if self.fault and not places:
-            places = [max(parts)[1]]
-        return f"{self.fault or NOT_FINITE} on {'; '.join(places)}" if places else ""
+        blamed = [description for loss, description in parts if not math.isfinite(loss)]
+        if self.fault and not blamed:
+            blamed = [max(parts)[1]]
+        return f"{self.fault or NOT_FINITE} on {'; '.join(blamed)}" if blamed else ""

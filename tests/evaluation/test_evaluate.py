@@ -337,8 +337,8 @@ def test_the_columns_of_the_table_do_not_depend_on_the_width_of_characters():
     words = ["a", "\u6f22\u5b57", "e\u0301te\u0301", "\u0915\u094d\u0937", "\x1b[31m"]
     found = [TokenScore(word, 0, 1, 0.1) for word in words]
     lines = table(found, 0.5, found)
-    places = {cell_len(line[: line.index("0.1000")]) for line in lines[2:]}
-    assert len(places) == 1 and len({cell_len(line) for line in lines[2:]}) == 1
+    columns = {cell_len(line[: line.index("0.1000")]) for line in lines[2:]}
+    assert len(columns) == 1 and len({cell_len(line) for line in lines[2:]}) == 1
     assert not any("\x1b" in line for line in lines)
 
 

@@ -163,15 +163,18 @@ def stock_model(folder: Path, auto: str = "AutoModelForPreTraining"):
 def assert_same_logits(module, folder: Path) -> None:
     module = copy.deepcopy(module).double()
     ids, mask, types = run_folders.rows_with_padding()
-    place, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
-    batch, real = Batch(ids, types, mask, place, place[:, :1], none, none > 0, none), mask > 0
+    positions, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
+    batch, real = (
+        Batch(ids, types, mask, positions, positions[:, :1], none, none > 0, none),
+        mask > 0,
+    )
     found = stock_model(folder / "discriminator")(
         ids, attention_mask=mask, token_type_ids=types
     ).logits
     assert float((module.discriminate(ids, batch) - found)[real].abs().max()) <= BOUND
     encoder = module.discriminator if module.sharing == "all" else module.generator
     embeddings = module.generator_embeddings if module.sharing == "untied" else module.embeddings
-    ours = module.generator_head(encoder(embeddings(ids, types, place), mask), embeddings.word)
+    ours = module.generator_head(encoder(embeddings(ids, types, positions), mask), embeddings.word)
     model = stock_model(folder / "generator", "AutoModelForMaskedLM")
     assert (
         float(
@@ -426,8 +429,8 @@ def test_load_returns_both_parts_of_a_run_and_of_its_export(sharing, tmp_path):
     assert not run.discriminator.training and not hf.generator.training
     assert run.config.model.hidden_size == 48 == hf.config["hidden_size"]
     ids, types, mask = rows()
-    place, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
-    batch = Batch(ids, types, mask, place, place[:, :1], none, none > 0, none)
+    positions, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
+    batch = Batch(ids, types, mask, positions, positions[:, :1], none, none > 0, none)
     expected, real = module.discriminate(ids, batch), mask > 0
     assert torch.equal(run.discriminator(ids, types, mask)[real], expected[real])
     assert run.generator(ids, types).shape == (3, 20, 600)
@@ -447,8 +450,8 @@ def test_load_returns_one_part_where_the_model_has_one(tmp_path):
     tuned = load(tmp_path / "seed-0")
     assert tuned.generator is None and tuned.config["task"]["name"] == "own"
     ids, types, mask = rows()
-    place = torch.arange(20) * mask
-    expected = parts["discriminator"](parts["embeddings"](ids, types, place), mask)
+    positions = torch.arange(20) * mask
+    expected = parts["discriminator"](parts["embeddings"](ids, types, positions), mask)
     assert torch.equal(tuned.discriminator.encode(ids, types, mask), expected)
     with pytest.raises(UserError, match="no head"):
         tuned.discriminator(ids)

@@ -292,7 +292,7 @@ def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(
     ref = {
         k: torch.tensor(values[k]).long() for k in ("disc_input_ids", "segment_ids", "input_mask")
     }
-    place, none = (
+    positions, none = (
         torch.arange(ref["input_mask"].shape[1]).expand_as(ref["input_mask"]),
         torch.zeros(1, 1),
     )
@@ -300,8 +300,8 @@ def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(
         ref["disc_input_ids"],
         ref["segment_ids"],
         ref["input_mask"],
-        place,
-        place[:, :1],
+        positions,
+        positions[:, :1],
         none,
         none > 0,
         none,
