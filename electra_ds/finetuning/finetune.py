@@ -31,7 +31,7 @@ from electra_ds.finetuning.examples import read_examples
 from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.seed import SeedRun, Splits, Stopped, Suite, seed_folder
-from electra_ds.finetuning.suite_files import TaskFile, open_suite, write_or_compare
+from electra_ds.finetuning.suite_files import TaskFile, check_out, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
 from electra_ds.training.checkpoint import folder_of_model
@@ -114,6 +114,7 @@ def finetune_on_ranks(
         raise UserError(f"--seeds {seeds}: train.seed + seeds exceeds 2**31; choose smaller ones")
     config = config.model_copy(update={"engine": load_engine(config.engine)})
     on_rank0(partial(check_outside, out, "--out", {"MODEL": folder_of_model(model)}))
+    on_rank0(partial(check_out, out))
     on_rank0(partial(check_output_folder, out, "--out"))
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
     tasks = [load_task(name, data) for name in names]

@@ -14,6 +14,7 @@ from electra_ds.cluster import failures, rank_log, run_folder, stop_signals
 from electra_ds.cluster.launchers import NO_LAUNCHER, Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
@@ -73,8 +74,8 @@ class AttemptOptions:
 def check_out(out: Path, data: str | Path, init_from: Path | None = None) -> None:
     """Check the path of the run folder, before anything is written to it.
 
-    Raises UserError when it is no folder or a folder of prepared data, and for a new run that would
-    lie in the folder of its data or of the run that its weights come from.
+    Raises UserError when it is no folder or a folder of prepared data, for a new run in the folder
+    of a model or of finetune, and for one below its data or the run that its weights come from.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {printable(out)}: is a file; expected a folder for the run")
@@ -82,6 +83,10 @@ def check_out(out: Path, data: str | Path, init_from: Path | None = None) -> Non
         raise UserError(
             f"--out {printable(out)}: holds prepared data; give the run a folder of its own"
         )
+    found = found_at(out)
+    is_taken = found.kind in ("hugging face", "fine-tuned", "checkpoint")
+    if is_taken and not (out / "ckpt").exists():
+        raise UserError(f"--out {printable(out)}: {found.phrase}; give the run a folder of its own")
     if not (out / "config.json").exists():
         source = None if is_url(str(data)) else Path(data)
         started_from = folder_of_model(init_from) if init_from else None

@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -235,6 +236,20 @@ def test_an_output_is_not_written_into_an_input(electra_ds, places, verb, place)
         code, _, err = electra_ds(verb, *words)
         assert code == 2 and "lies in the folder that the command reads" in err, err
     assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_an_output_does_not_mix_with_another_kind_of_folder(electra_ds, places, tmp_path, verb):
+    for number, kind in enumerate(("DATA", "FOREIGN", "TUNED", "RUN")):
+        if (verb, kind) in (("finetune", "TUNED"), ("pretrain", "RUN")):
+            continue  # such folders are resumed
+        out = shutil.copytree(places[kind], tmp_path / str(number))
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        paths = {**places, "NEW": out}
+        words = [paths.get(name, name) for name in COMMANDS[verb].split()]
+        code, _, err = electra_ds(verb, *words)
+        assert code == 2 and "a folder of its own" in err, err
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
