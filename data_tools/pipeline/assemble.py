@@ -2,7 +2,7 @@
 
 Shard b of a split has the documents of all units with a shuffle key in the b-th equal part of all
 keys. This shuffles the whole corpus without a dependency between shards. Memory holds one shard.
-Letters: D documents, F fragments, n rows, S sequence length, V size of the vocabulary.
+Dimensions: D documents, F fragments, n rows, S sequence length, V size of the vocabulary.
 """
 
 from __future__ import annotations

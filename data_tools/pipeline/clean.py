@@ -1,6 +1,6 @@
 """Cleaning of documents, and the hashes that identify equal and similar documents.
 
-Letters: D documents.
+Dimensions: D documents.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Exact duplicates have equal hashes of their text. Near-duplicates are found by l
 hashing: documents with MinHash signatures that agree in a band of slots are compared.
 
 A document is identified by (unit, number in the unit), or by the one number unit << 32 | number,
-which is in reading order. Letters: D documents of a unit.
+which is in reading order. Dimensions: D documents of a unit.
 """
 
 from __future__ import annotations

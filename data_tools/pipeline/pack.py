@@ -1,7 +1,7 @@
 """Packing of documents into rows, as pure functions of lengths. No packing drops a token.
 
 A fragment is a contiguous part of one document in one row. Its start is the column of its first
-text token; column 0 is the [CLS] of the row. Its length is the number of its text tokens. Letters:
+text token; column 0 is the [CLS] of the row. Its length is the number of its text tokens. Dimensions:
 D documents, F fragments, n rows, S sequence length.
 """
 

@@ -10,7 +10,7 @@ The files of a unit depend only on the unit, the tokenizer and the settings:
     unit-000003.json           the marker, written last
 
 Documents are sorted by their shuffle key within runs of about RUN_TOKENS ids. The documents in
-any range of keys are therefore contiguous in each run. Letters: D documents.
+any range of keys are therefore contiguous in each run. Dimensions: D documents.
 """
 
 from __future__ import annotations

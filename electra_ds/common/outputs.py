@@ -4,7 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from electra_ds.common.errors import RunFailure, UserError
@@ -30,6 +30,25 @@ def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] =
         path.parent.mkdir(parents=True, exist_ok=True)
         if not is_device(path):
             _try_writing(path.parent, path.name)
+
+
+def check_outside(path: Path, option: str, inputs: Mapping[str, Path | None]) -> None:
+    """Raise UserError when an output is an input folder, or lies below one.
+
+    option: the option that holds the output `path`, which may be missing. inputs: name of an
+    argument -> a path that the command reads, or None; only folders are compared, links resolved.
+    """
+    with _explained(path, option, "a path outside of the inputs"):
+        target = Path(os.path.realpath(path))
+        above = [folder for folder in (target, *target.parents) if folder.exists()]
+        for name, read in inputs.items():
+            if read is None or not read.is_dir():
+                continue
+            if any(folder.samefile(read) for folder in above):
+                raise UserError(
+                    f"{option} {printable(path)}: lies in the folder that the command reads "
+                    f"({name} {printable(read)}); choose a path outside of it"
+                )
 
 
 def check_output_folder(path: Path, option: str) -> None:

@@ -1,6 +1,6 @@
 """Token ids, batches by length and micro-batches, as pure functions of (examples, seed, epoch).
 
-Letters: N examples of a micro-batch in B rows of S tokens.
+Dimensions: N examples of a micro-batch in B rows of S tokens.
 """
 
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import parse_record
-from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.outputs import check_output_folder, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.engine_files import load_engine
@@ -31,9 +31,10 @@ from electra_ds.finetuning.examples import read_examples
 from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.seed import SeedRun, Splits, Stopped, Suite, seed_folder
-from electra_ds.finetuning.suite_files import TaskFile, open_suite, write_or_compare
+from electra_ds.finetuning.suite_files import TaskFile, check_out, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
+from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
 from electra_ds.training.engine import start
 
@@ -115,6 +116,8 @@ def finetune_on_ranks(
     if config.train.seed + seeds > 2**31:
         raise UserError(f"--seeds {seeds}: train.seed + seeds exceeds 2**31; choose smaller ones")
     config = config.model_copy(update={"engine": load_engine(config.engine)})
+    on_rank0(partial(check_outside, out, "--out", {"MODEL": folder_of_model(model)}))
+    on_rank0(partial(check_out, out))
     on_rank0(partial(check_output_folder, out, "--out"))
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
     tasks = [load_task(name, data) for name in names]
@@ -188,8 +191,7 @@ def _read(suite: Suite, task: Task) -> Splits:
     for split, read in examples.items():
         both = read + swapped(read) if split == "train" and task.both_orders else read
         encoded[split] = encode(both, task, suite.pretrained.tokenizer, max_length)
-        special_ids = suite.pretrained.tokenizer.special_ids
-        notes += split_notes(task, split, read, encoded[split], special_ids)
+        notes += split_notes(task, split, read, encoded[split], suite.pretrained.tokenizer)
     longest = {split: max(len(x.ids) for x in rows) for split, rows in encoded.items()}
     trained = None if suite.random_init else suite.pretrained.trained_length
     notes += length_note(max_length, longest, trained)

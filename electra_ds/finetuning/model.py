@@ -1,6 +1,6 @@
 """Fine-tuned model: encoder, linear head (ELECTRA, appendix B) and loss.
 
-Letters: N examples in B rows of S tokens, H hidden size, C outputs (classes, or 1 in regression).
+Dimensions: N examples in B rows of S tokens, H hidden size, C outputs (classes; 1 in regression).
 """
 
 import re

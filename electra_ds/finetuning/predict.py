@@ -1,6 +1,6 @@
 """Predictions of a fine-tuned model, and the verb `predict`.
 
-Letters: S tokens of an example, C outputs.
+Dimensions: S tokens of an example, C outputs.
 """
 
 import base64
@@ -16,7 +16,7 @@ from torch import nn
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.outputs import check_output_file
+from electra_ds.common.outputs import check_output_file, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.config.loading import parse_config
 from electra_ds.config.schema import ModelConfig
@@ -26,7 +26,7 @@ from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
 from electra_ds.finetuning.notes import split_notes
 from electra_ds.finetuning.tasks import Task, TaskKind, load_task
-from electra_ds.interop.checkpoints import read_checkpoint
+from electra_ds.interop.checkpoints import read_checkpoint, resolve_checkpoint
 from electra_ds.model.weights import load_true_state
 
 BATCH_SIZE = 64
@@ -210,6 +210,7 @@ def predict(
     if file is not None and data is not None:
         raise UserError("--data is the folder of --split; leave it out with --input")
     check_output_file(out, "--out", (file,))
+    check_outside(out, "--out", {"FINETUNED": resolve_checkpoint(model)})
     source = read_checkpoint(model)
     if source.fine_tuned is None:
         raise UserError(
@@ -227,7 +228,7 @@ def predict(
         examples = read_examples(task, split)
     tokenizer = source.tokenizer()
     encoded = encode(examples, task, tokenizer, source.max_length)
-    notes = split_notes(task, str(file or split), examples, encoded, tokenizer.special_ids)
+    notes = split_notes(task, str(file or split), examples, encoded, tokenizer)
     module = classifier(source.model, task)
     load_true_state(module, source.weights)
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()

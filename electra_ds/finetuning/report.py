@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.printable import printable
 from electra_ds.finetuning.tasks import GLUE, Task
@@ -99,7 +100,8 @@ def read_results(folder: Path) -> Results:
             results.setdefault(path.parent.name, {})[int(number)] = _read_result(path)
     if not results:
         raise UserError(
-            f"{folder}: no TASK/seed-N inside; expected a folder that finetune wrote (its --out)"
+            f"{printable(folder)}: no TASK/seed-N inside{found_at(folder).clause}; expected a folder "
+            "that finetune wrote (its --out)"
         )
     rank = {name: number for number, name in enumerate(GLUE)}
     names = sorted(results, key=lambda name: (rank.get(name, len(rank)), name))

@@ -34,7 +34,7 @@ from electra_ds.finetuning.predict import (
 from electra_ds.finetuning.report import best_seed, read_results, write_report
 from electra_ds.finetuning.tasks import Task
 from electra_ds.interop.load_model import Pretrained
-from electra_ds.model.weights import load_true_state, padded_rows
+from electra_ds.model.weights import load_true_state, true_rows
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.checkpointer import Checkpointer
 from electra_ds.training.collectives import on_rank0
@@ -115,13 +115,13 @@ class SeedRun(Trainer):
         """
         began = time.monotonic()
         self.engine = self._make_engine()
-        self.padded = padded_rows(self.engine.module)
+        self.true_rows = true_rows(self.engine.module)
         self.checkpointer = Checkpointer(
             self.engine,
             self.folder / "ckpt",
             CheckpointConfig(asynchronous=False),
             self._facts({}),
-            self.padded,
+            self.true_rows,
         )
         on_stop_signal(self._request_stop)
         state = self._resume()
@@ -154,7 +154,7 @@ class SeedRun(Trainer):
         found = checkpoint.latest_on_rank0(self.folder / "ckpt")
         state = TrainingState()
         if found is not None:
-            state = checkpoint.load(self.engine, found, self.padded).state
+            state = checkpoint.load(self.engine, found, self.true_rows).state
         elif self.is_rank0:  # the seed starts again: remove the model of an earlier attempt
             shutil.rmtree(self.folder / "model", ignore_errors=True)
         device = self.suite.device
@@ -295,7 +295,7 @@ class SeedRun(Trainer):
         if self.config.train.select == "best":
             if not on_rank0((self.folder / "model").exists):  # no epoch had a finite score
                 return {}
-            checkpoint.load(self.engine, self.folder / "model", self.padded, weights_only=True)
+            checkpoint.load(self.engine, self.folder / "model", self.true_rows, weights_only=True)
         scores = {}
         for split in self.task.splits:
             if split == "train":
@@ -325,7 +325,7 @@ class SeedRun(Trainer):
         """
         engine = self.engine
         weights = {
-            name: engine.full_tensor(name, "master")[: self.padded.get(name)].cpu()
+            name: engine.full_tensor(name, "master")[: self.true_rows.get(name)].cpu()
             for name in engine.parameters
         }
         module = classifier(self.model, self.task)
@@ -346,7 +346,7 @@ class SeedRun(Trainer):
             self.suite.pretrained.tokenizer.save(self.folder / "tokenizer")
         facts = self._facts(scores)
         checkpointer.save(
-            self.engine, self.folder, "model", state, facts, self.padded, weights_only=True
+            self.engine, self.folder, "model", state, facts, self.true_rows, weights_only=True
         )
 
     def _facts(self, scores: Any) -> dict[str, Any]:

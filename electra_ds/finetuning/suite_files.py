@@ -10,11 +10,22 @@ from pydantic import ConfigDict, Field
 
 from electra_ds.cluster.provenance import provenance
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, parse_record, read_json, write_json
+from electra_ds.common.printable import printable
 from electra_ds.config.loading import differences, parse_config
 from electra_ds.finetuning.config import FinetuneConfig, TaskOverrides
 from electra_ds.finetuning.seed import Suite
 from electra_ds.training.collectives import on_rank0
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError when `out` holds a run, a model or prepared data."""
+    found = found_at(out)
+    if found.kind in ("data", "hugging face", "checkpoint", "run"):
+        raise UserError(
+            f"--out {printable(out)}: {found.phrase}; give the suite a folder of its own"
+        )
 
 
 def open_suite(suite: Suite, names: list[str]) -> Suite:

@@ -1,6 +1,6 @@
 """Discriminator and generator of a loaded model, each as one module on token ids.
 
-Letters: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
+Dimensions: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.config.schema import ModelConfig
 from electra_ds.interop.hf import from_hf
 from electra_ds.model.encoder import Embeddings, Encoder
-from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.heads import DiscriminatorHead, MaskedLMHead
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import (
     check_layers,
@@ -25,7 +25,7 @@ from electra_ds.model.weights import (
 
 
 class EncoderWithHead(nn.Module):
-    """One part of a model: Embeddings, Encoder, and its DiscriminatorHead, GeneratorHead or None.
+    """One part of a model: Embeddings, Encoder, and its DiscriminatorHead, MaskedLMHead or None.
 
     pad_id: the token that counts as padding when no attention_mask is given.
     """
@@ -78,7 +78,7 @@ class EncoderWithHead(nn.Module):
         if self.head is None:
             raise UserError("this encoder has no head; use encode() for its hidden states")
         hidden = self.encode(input_ids, segment_ids, attention_mask)
-        if isinstance(self.head, GeneratorHead):
+        if isinstance(self.head, MaskedLMHead):
             return self.head(hidden, self.embeddings.word)
         return self.head(hidden)
 
@@ -137,12 +137,12 @@ def part_from_hf(
     """
     encoder_from_hf(model, tensors, where)
     modules = main_encoder(model)
-    head: DiscriminatorHead | GeneratorHead | None = None
+    head: DiscriminatorHead | MaskedLMHead | None = None
     if "discriminator_predictions.dense.weight" in tensors:
         head = DiscriminatorHead(model.hidden_size)
         modules["discriminator_head"] = head
     elif "generator_predictions.dense.weight" in tensors:
-        head = GeneratorHead(model, model.hidden_size, model.embedding_size)
+        head = MaskedLMHead(model, model.hidden_size, model.embedding_size)
         modules["mlm_head"] = head
     state = from_hf(tensors, true_state(modules), "discriminator")
     check_values(state, where)

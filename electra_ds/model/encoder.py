@@ -3,7 +3,7 @@
 The objectives and fine-tuning use an encoder only through `encode` and the interface of
 `EncoderBase`.
 
-Letters: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
+Dimensions: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
 """
 
 from typing import Protocol

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from electra_ds.config.schema import ModelConfig
 from electra_ds.model.encoder import Embeddings
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def initialize(module: nn.Module, config: ModelConfig, seed: int | None = None) 
             _initialize_tables(part, config, generator)
         elif isinstance(part, nn.LayerNorm):
             part.reset_parameters()
-        elif isinstance(part, GeneratorHead):
+        elif isinstance(part, MaskedLMHead):
             part.bias.zero_()
 
 

@@ -2,7 +2,7 @@
 
 Also the objectives that the paper compares with it (section 3.4).
 
-Letters: B rows, S sequence, K masked positions, V vocabulary, H hidden.
+Dimensions: B rows, S sequence, K masked positions, V vocabulary, H hidden.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from electra_ds.config.schema import (
 )
 from electra_ds.data.batch import Batch
 from electra_ds.model.encoder import Embeddings, Encoder, EncoderBase, encode, known_vocab_size
-from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.heads import DiscriminatorHead, MaskedLMHead
 from electra_ds.model.initialization import initialize
 from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.kernels.vocab_head import HeadResult
@@ -170,12 +170,12 @@ class ElectraObjective(Objective):
                 self.generator_embeddings = Embeddings(model, width, generator.hidden_dropout)
             if model.sharing != "all":
                 self.generator = Encoder(generator, width, eps)
-            self.generator_head = GeneratorHead(model, generator.hidden_size, width)
+            self.generator_head = MaskedLMHead(model, generator.hidden_size, width)
         self.discriminator = Encoder(model, model.embedding_size, eps)
         if objective.detects:
             self.discriminator_head = DiscriminatorHead(model.hidden_size)
         else:
-            self.mlm_head = GeneratorHead(model, model.hidden_size, model.embedding_size)
+            self.mlm_head = MaskedLMHead(model, model.hidden_size, model.embedding_size)
         if objective.kind == "all_tokens_mlm":
             self.copy_gate = Linear(model.hidden_size, 1)
         initialize(self, model, seed)
@@ -209,7 +209,7 @@ class ElectraObjective(Objective):
             }
         return self.mlm_head(hidden, self.embeddings.word, loss_inputs).nll
 
-    def _generator_parts(self) -> tuple[Embeddings, EncoderBase, GeneratorHead]:
+    def _generator_parts(self) -> tuple[Embeddings, EncoderBase, MaskedLMHead]:
         """Embeddings, encoder and head that fill in [MASK]; for mlm those of the main encoder."""
         if self.objective.kind == "mlm":
             return self.embeddings, self.discriminator, self.mlm_head

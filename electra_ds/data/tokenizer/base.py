@@ -3,7 +3,7 @@
 A tokenizer adds no special tokens. No text encodes to a special id except that of [UNK]: a literal
 "[MASK]" in a text is tokenized as letters and punctuation.
 
-Letters: V size of the vocabulary, N tokens of all texts.
+Dimensions: V size of the vocabulary, N tokens of all texts.
 """
 
 from __future__ import annotations

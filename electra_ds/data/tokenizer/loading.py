@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, read_small
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
@@ -100,8 +101,11 @@ def _vocabulary_file(path: Path) -> Path:
         for name in names:
             if (path / name).is_file():
                 return path / name
+        inner = path / "tokenizer"
+        hint = f"; its tokenizer is {printable(inner)}" if inner.is_dir() else found_at(path).clause
         raise UserError(
-            f"{printable(path)}: no vocabulary in this folder; expected one of {', '.join(names)}"
+            f"{printable(path)}: no vocabulary in this folder{hint}; expected one of "
+            f"{', '.join(names)}"
         )
     if not path.is_file():
         raise UserError(

@@ -1,6 +1,6 @@
 """Attention within the documents of packed rows, on one fused qkv tensor, and its mask.
 
-Letters: B rows, S sequence, H hidden, N heads, D = H / N.
+Dimensions: B rows, S sequence, H hidden, N heads, D = H / N.
 """
 
 from __future__ import annotations
