@@ -1,6 +1,6 @@
 """Cost of a training step: floating-point operations, and bytes that a rank sends.
 
-Letters: B rows, S tokens of a row, K masked positions of a row.
+Dimensions: B rows, S tokens of a row, K masked positions of a row.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ wrapper:  the electra-pytorch package around the classes of HF. Install it with
 All contenders get the weights of ours. Before any timing they must give the loss of ours on the
 same rows, masks and samples.
 
-Letters: B rows, S sequence, K masked positions of a row, M masked positions of a batch,
+Dimensions: B rows, S sequence, K masked positions of a row, M masked positions of a batch,
 V vocabulary.
 """
 

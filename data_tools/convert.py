@@ -2,7 +2,8 @@
 
 A record is a tf.train.Example of three int64 features of S numbers: input_ids ([CLS] A [SEP] or
 [CLS] A [SEP] B [SEP], and padding), input_mask, segment_ids. It is handled as a document of the
-lines A and B, so workers, resume, shuffle and splits are those of `prepare`. Letters: S sequence.
+lines A and B, so workers, resume, shuffle and splits are those of `prepare`.
+Dimensions: S sequence.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def describe_rows(
             text = tokenizer.decode(ids[start : start + length].tolist())
             yield f"  [{start}:{start + length}] {text}"
             if unit >= len(plan.units):
-                raise reader.damage(block, f"a fragment of unit {unit}, of {len(plan.units)} units")
+                raise reader.block_error(
+                    block, f"a fragment of unit {unit}, of {len(plan.units)} units"
+                )
             if read_unit is not None:
                 origin = next(islice(read_unit(unit), document, None), None)
                 if origin is None:
@@ -96,7 +98,7 @@ def _head_line(
     reader: ShardReader, number: int, block: int, ids: np.ndarray, fragments: int
 ) -> str:
     """Return the line that describes row `number`, with its ids [S]."""
-    shard, block_in_shard = reader.place(block)
+    shard, block_in_shard = reader.shard_and_number(block)
     padding = int((ids == reader.manifest.tokenizer.special_ids.pad).sum())
     plural = "" if fragments == 1 else "s"
     return (

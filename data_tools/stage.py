@@ -190,7 +190,7 @@ def _small_files(origin: Location, manifest: Manifest) -> list[File]:
     for name, content in contents.items():
         file = File(name, sha256(content).hexdigest(), len(content), is_small=True)
         if file.sha256 != sha256s.get(name, file.sha256):
-            raise _damage(origin, name, "its sha256 differs from that in the manifest")
+            raise _damaged_file(origin, name, "its sha256 differs from that in the manifest")
         files.append(file)
     parse_unigrams(
         contents["unigrams.npy"],
@@ -222,11 +222,11 @@ def _read_whole(origin: Location, name: str, limit: int) -> bytes:
     """Read a file of the data folder that is copied; UserError when it does not exist."""
     content = origin.read(name, limit)
     if content is None:
-        raise _damage(origin, name, "missing")
+        raise _damaged_file(origin, name, "missing")
     return content
 
 
-def _damage(origin: Location, name: str, problem: str) -> UserError:
+def _damaged_file(origin: Location, name: str, problem: str) -> UserError:
     """Return the error for a damaged file of the data folder that is copied."""
     return UserError(
         f"{origin.name}/{name}: damaged ({problem}); copy this file there again, or prepare the "
@@ -329,7 +329,7 @@ def _copy_file(origin: Location, target: Location, file: File) -> int:
         return 0
     content = _read_whole(origin, file.name, file.bytes)
     if sha256(content).hexdigest() != file.sha256:
-        raise _damage(origin, file.name, "its sha256 differs from that in the manifest")
+        raise _damaged_file(origin, file.name, "its sha256 differs from that in the manifest")
     target.write(file.name, content)
     return len(content)
 

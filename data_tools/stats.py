@@ -2,7 +2,7 @@
 
 A spectrum is {value: number of occurrences}. The spectrum of document lengths has at most
 sqrt(2 x tokens) values, since different lengths add up to no more than the tokens: 1.5 million
-values for 10^12 tokens. Letters: V vocabulary.
+values for 10^12 tokens. Dimensions: V vocabulary.
 """
 
 import math

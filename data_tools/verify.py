@@ -1,6 +1,6 @@
 """Comparison of a data folder with its manifest. Every file is read again.
 
-Letters: n rows, S sequence, F fragments, V vocabulary.
+Dimensions: n rows, S sequence, F fragments, V vocabulary.
 """
 
 from collections import Counter
@@ -90,7 +90,7 @@ def _verify_shard(
             rows = reader.block(block)
             fragments = reader.fragments(block)
             if problem := _block_problem(rows, fragments, reader.manifest):
-                raise reader.damage(block, problem)
+                raise reader.block_error(block, problem)
         except UserError as error:
             problems.append(str(error))
             continue

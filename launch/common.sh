@@ -1,21 +1,22 @@
 # shellcheck shell=bash
 # Functions of the scripts that launch ranks. This file is sourced, not run.
-#   environment                     put the interpreter first on PATH; export what all ranks need
-#   begin "$@"                      call environment; read --out and --data from the verb's options
+#   environment                     put the interpreter first on PATH; export variables for all ranks
+#   begin "$@"                      call environment; read --out and --data from the options of the verb
 #   show COMMAND ..., run COMMAND   print a command with quotes; print and run it
 #   judge CODE                      exit with 0 (finished), 85 (saved and stopped) or a failure
 # Variables:
-#   RANKS   ranks per node (default: number of GPUs, at least 1)
+#   RANKS   ranks per node (mpi.sh, prepare.sh: on all nodes). Default: number of GPUs here, at least 1;
+#           prepare.sh: number of cores here, plus 1
 #   PYTHON  interpreter (default: that of .venv, else the first on PATH)
-#   STAGE   folder on each node's own disk (/local/D): --data is copied there and read from there.
-#           --data may then be a URL.
+#   STAGE   folder on the local disk of each node (/local/D): --data, also a URL, is copied there, and
+#           the ranks read the copy
 
-finish="done" # last file that is written in --out; prepare writes manifest.json and has no --data
+finish="done" # last file written to --out. prepare.sh, which has no --data, sets it to manifest.json
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" | redacted >&2; }
 show() { { printf '+'; printf ' %q' "$@"; echo; } | redacted; }
-redacted() { # hide users, passwords and secret query values of URLs
-    # as electra_ds.common.urls.redacted; a password may hold a slash
+redacted() { # hide user names, passwords and secret query values of URLs
+    # The same rules as electra_ds.common.urls.redacted. A password may contain a slash.
     sed -E -e 's#://[^/@[:space:]]*@#://***@#g' -e 's#://[^/@:[:space:]]*:[^@[:space:]]*@#://***@#g' -e \
         's/([?&;#][A-Za-z0-9_.-]*(token|key|secret|sig|passw|pwd|credential|auth|session)[A-Za-z0-9_.-]*=)[^&;[:space:]\\]*/\1***/Ig'
 }
@@ -26,10 +27,10 @@ environment() {
     PYTHON=$(command -v "${PYTHON:-python}") || { say "no python: activate an environment or set PYTHON"; exit 2; }
     PATH=$(dirname "$PYTHON"):$PATH
     export PATH PYTHON PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1 # stacks after a crash, no buffered lines
-    # `python -m` imports from the current folder first: a file json.py there would run. These scripts run
-    # the package of their own checkout, installed or not.
+    # Without PYTHONSAFEPATH, `python -m` imports a file such as json.py from the current folder.
+    # PYTHONPATH makes the scripts run the package of their own checkout, installed or not.
     export PYTHONSAFEPATH=1 PYTHONPATH="${here%/*}${PYTHONPATH:+:$PYTHONPATH}"
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun ignores sbatch's value
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05 srun ignores that of sbatch
 }
 
 begin() {
@@ -42,14 +43,15 @@ begin() {
     done
     if [ -z "$out" ] || { [ $finish = "done" ] && [ -z "$data" ]; }; then sed -n '2,3s/^# //p' "$0" >&2; exit 2; fi
     environment
-    # State before this attempt, for judge: files of an earlier attempt do not count.
+    # For judge: files of an earlier attempt must not count as results of this one.
     was_done=$([ ! -e "$out/$finish" ] || echo yes)
     stopped=$out/stopped.$(count SLURM_RESTART_COUNT "${SLURM_RESTART_COUNT:-0}" 0) || exit
     rm -f -- "$stopped"
 }
 
 ranks_here() { count RANKS "${RANKS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
-count() { # NAME VALUE [LEAST]: print an integer of at least LEAST (1); arithmetic would execute PATH[$(...)]
+count() { # NAME VALUE [LEAST]: print VALUE if it is an integer of at least LEAST (default 1), else exit.
+    # Unchecked values are not used in arithmetic, because bash would execute the command in PATH[$(...)].
     if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || [ "$2" -lt "${3:-1}" ]; then
         say "$1=$(printf %q "$2"): expected an integer from ${3:-1} to 999999999"
         exit 2
@@ -59,10 +61,10 @@ count() { # NAME VALUE [LEAST]: print an integer of at least LEAST (1); arithmet
 free_port() { "$PYTHON" -c 'from electra_ds.common.processes import free_port; print(free_port())'; }
 
 # The exit code of a launcher is not reliable: mpirun may return 0 although a rank failed, and srun may
-# return a signal although everything is saved. Therefore the exit code is derived from the files of rank 0.
-# For a run that was finished before this attempt, the exit code of the launcher is used.
+# return a signal although the run is saved. Therefore the exit code is derived from the files of rank 0.
+# The exit code of the launcher is used if --out was finished before this attempt, or is a URL.
 judge() {
-    # Files at a URL are not visible here.
+    # The shell cannot read files at a URL.
     case $out in *://*) [ "$1" -ne 0 ] || { say "$out is finished"; exit 0; } ;; esac
     if [ -e "$out/$finish" ] && { [ -z "$was_done" ] || [ "$1" -eq 0 ]; }; then say "$out is finished"; exit 0; fi
     if [ -e "$stopped" ]; then say "$out is saved and stopped; the same command resumes it"; exit 85; fi

@@ -8,10 +8,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "$@"
 hostfile=${HOSTFILE:?set it to a list of nodes, see launch/hostfile.example}
-if [ ! -r "$hostfile" ] || [ -d "$hostfile" ]; then say "HOSTFILE $(printf %q "$hostfile"): no readable file"; exit 2; fi
+if [ ! -r "$hostfile" ] || [ -d "$hostfile" ]; then say "HOSTFILE $(printf %q "$hostfile"): not a readable file"; exit 2; fi
 hosts="" ranks=0
 while read -r host slots || [ -n "$host" ]; do # the last line may have no newline
-    if ! [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ && $slots =~ ^slots=[1-9][0-9]{0,5}[[:space:]]*$ ]]; then # passed to ssh
+    if ! [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ && $slots =~ ^slots=[1-9][0-9]{0,5}[[:space:]]*$ ]]; then # the name is passed to ssh
         say "$hostfile: found $(printf %q "$host $slots"), expected a line such as 'node1 slots=8'"
         exit 2
     fi
@@ -20,23 +20,23 @@ while read -r host slots || [ -n "$host" ]; do # the last line may have no newli
     hosts+=${hosts:+,}$host ranks=$((ranks + ${slots#slots=}))
 done < <(tr '\r' '\n' < "$hostfile" | sed -e 's/#.*//' -e '/^[[:space:]]*$/d')
 [ -n "$hosts" ] || { say "HOSTFILE '$hostfile' contains no nodes; expected lines such as 'node1 slots=8'"; exit 2; }
-# The remote shells parse these words a second time.
+# The remote shells parse these words again.
 for word in "$PWD" "$here" "$PYTHON" "${PYTHONPATH:-.}" "${MASTER_ADDR:-.}" "${STAGE:-.}" "$@"; do
     if ! [[ $word =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
-        say "$(printf %q "$word") cannot be passed through ssh: only letters, digits and _@+=:,./- can." \
-            "Write such values into a RUN.json instead of --set"
+        say "$(printf %q "$word") cannot be passed through ssh: expected only letters, digits and" \
+            "_@+=:,./-; write such values to a RUN.json instead of --set"
         exit 2
     fi
 done
 variables=${DS_ENV_FILE:-.deepspeed_env}
-while IFS= read -r -d '' line || [ -n "$line" ]; do # DeepSpeed exports these
+while IFS= read -r -d '' line || [ -n "$line" ]; do # DeepSpeed exports these variables
     if ! [[ $line =~ ^[A-Za-z_][A-Za-z0-9_]*=[^\"\$\`\\%[:cntrl:]]*$ ]]; then
         say "$(printf %q "$line") (from the environment or $variables) cannot be passed through ssh:" \
             "expected NAME=value without \" \$ \` \\ %"
         exit 2
     fi
 done < <(env -0 | grep -zE '^(PYTHON|MLFLOW|MV2|UCX|NCCL)'; cat -- "${HOME:-.}/$variables" "$variables" 2> /dev/null | tr '\n' '\0')
-# End ssh to a node that does not answer after 3 x 10 s; otherwise pdsh waits without limit.
+# ssh ends if a node does not answer for 3 x 10 s; otherwise pdsh waits without limit.
 export PDSH_RCMD_TYPE=ssh
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} STAGE=${STAGE:-} bash $here/health.sh $data"

@@ -11,7 +11,8 @@ make_environment() {
     export PATH
     if [ ! -e "$stamp" ] || [ setup.py -nt "$stamp" ]; then
         echo "installing into $root/.venv (takes minutes the first time) ..."
-        # torch first, in the version of the tests. An index with CPU builds avoids gigabytes of CUDA.
+        # torch is installed first, in the version of the tests. With a package index of CPU builds, pip
+        # downloads no CUDA libraries.
         python -c 'import torch' 2>/dev/null || python -m pip install -q "torch==2.13.0" || exit 1
         python -m pip install -q -e ".$1" || exit 1
         touch "$stamp"

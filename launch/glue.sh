@@ -12,5 +12,5 @@ environment
 ranks=$(ranks_here)
 run torchrun --standalone --nproc_per_node "$ranks" -m electra_ds finetune "$model" "$config" \
     --data "$data" --out "$out" --tasks glue --seeds 5 --spread "$@"
-# After a stop before the first seed has ended there is no report yet.
+# There is no report if the run was stopped before the first seed ended.
 [ ! -e "$out/report.md" ] || cat "$out/report.md"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Check a node before its ranks start: bash launch/health.sh DATA
-# Prints one line with the node's name for each problem; the exit code is then 1. A bad node that is not
-# found here would end the whole job later. With STAGE=FOLDER on the node's own disk, DATA (a folder or a URL) is
-# copied there first if it is missing.
+# Prints one line with the name of the node for each problem, and then exits with 1. An undetected bad
+# node would end the whole job later. With STAGE=FOLDER on the local disk of the node, DATA (a folder or
+# a URL) is copied there first unless the copy is complete.
 set -uo pipefail
 # mpirun starts this script once per rank; the first rank of a node checks it.
 [ "${MPI_LOCALRANKID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}" = 0 ] || exit 0
@@ -22,7 +22,7 @@ case $data in
 files, path = file_system(sys.argv[1]); files.open(path).read(1)' "$file" ;;
     *) [ -r "$file" ] ;;
 esac || complain "cannot read $file; expected as --data a folder that prepare wrote, its URL," \
-    "or a MIX.json of several folders, visible on all nodes"
+    "or a MIX.json of several folders, readable on all nodes"
 free=$(df -Pk /dev/shm 2> /dev/null | awk 'NR == 2 { print $4 }')
 [ "${free:-0}" -ge 65536 ] || complain "less than 64 MiB left in /dev/shm"
 if command -v nvidia-smi > /dev/null; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrain under mpirun: RANKS=16 bash launch/mpi.sh RUN --data DATA --out OUT [options of pretrain]
-# RANKS is the total number of ranks on all nodes. MPIRUN contains options of mpirun, such as
+# RANKS is the number of ranks on all nodes. MPIRUN contains options of mpirun, such as
 # MPIRUN="-hosts node1,node2 -ppn 8 -iface eth0" (MPICH) or MPIRUN="--hostfile hosts --map-by ppr:8:node"
 # (Open MPI). mpi4py must be built for the same MPI.
 set -euo pipefail

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Prepare data under mpirun: RANKS=65 bash launch/prepare.sh --input TEXT --tokenizer T --out D [options of prepare]
 # The same command resumes after a kill, with any RANKS.
-# RANKS is the number on all nodes: one distributes the work (default: cores of this machine + 1).
-# MPIRUN holds options of mpirun, as for mpi.sh.
+# RANKS is the number of ranks on all nodes, of which one distributes the work (default: number of cores
+# here, plus 1). MPIRUN contains options of mpirun, as for mpi.sh.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

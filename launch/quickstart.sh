@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Quickstart on this machine: train a vocabulary, write shards, pretrain on two ranks with a stop and
-# a resume, evaluate on held-out rows, detect replaced tokens.
-#   bash launch/quickstart.sh                       on docstrings of the installed Python packages
+# Quickstart on this machine: train a vocabulary, write shards, pretrain on two ranks with one stop and
+# one resume, evaluate on held-out rows, detect a replaced word.
+#   bash launch/quickstart.sh                       on the docstrings of the installed Python packages
 #   bash launch/quickstart.sh --input 'my/*.txt'    on your own text
 # Options: --input PATTERN (default builtin:docs), --out FOLDER (default runs/quickstart), --steps N (default 7000)
 set -euo pipefail

@@ -1,8 +1,8 @@
-"""Assembly of shards: documents in shuffled order, packed into rows, the rows permuted, written.
+"""Assembly of shards: documents in shuffled order are packed into rows, and the rows permuted.
 
 Shard b of a split has the documents of all units with a shuffle key in the b-th equal part of all
-keys. This is a shuffle of the whole corpus in which no shard depends on another one. Memory is that
-of one shard. Letters: D documents, F fragments, n rows, S sequence, V vocabulary.
+keys. This shuffles the whole corpus without a dependency between shards. Memory holds one shard.
+Dimensions: D documents, F fragments, n rows, S sequence length, V size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from electra_ds.data import philox
 from electra_ds.data.shard_format import FRAGMENT_FIELDS, ids_dtype, shard_file, write_shard
 
 SPLITS = ("train", "valid")
-# Purposes of random bits, beside those of electra_ds/data/philox.py.
+# Purposes of random bits, in addition to those of electra_ds/data/philox.py.
 ROWS = 32
 SEGMENTS = 33
 IDS_AT_ONCE = 1 << 20  # ids that are counted at a time, as int64
-# A document of a shard: its entry in the unit's table, with the unit.
+# A document of a shard: the number of its unit, and its entry in the table of that unit.
 UNIT_DOCUMENT = np.dtype([("unit", "<u4"), ("entry", DOCUMENT)])
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard, with all settings that determine its bytes; the units are the other input."""
+    """A shard, with all settings that determine its bytes. The units are the other input."""
 
     split: str
     shard: int
@@ -66,7 +66,8 @@ class PackedShard:
 def in_split(table: np.ndarray, split: str, valid_fraction: float) -> np.ndarray:
     """Return which documents of a table belong to a split: [D] bool.
 
-    The hash of the text decides, so equal texts are never in both splits.
+    The hash of the text selects the split, so equal texts are never in both splits. table: [D]
+    DOCUMENT. split: train or valid. valid_fraction: share of the documents in valid.
     """
     valid = table["hash"][:, 0] < np.uint64(min(KEYS - 1, int(valid_fraction * KEYS)))
     return valid if split == "valid" else ~valid
@@ -84,6 +85,7 @@ def assemble_shard(task: ShardTask, on_progress: OnProgress) -> dict:
     """Write a shard unless it is finished; return its marker.
 
     on_progress: receives the number of tokens of the shard
+    Raises UserError for a shard without documents.
     """
     marker_file = marker_path(task)
     path = Path(task.out) / shard_file(task.split, task.shard)
@@ -113,7 +115,7 @@ def assemble_shard(task: ShardTask, on_progress: OnProgress) -> dict:
 def collect(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     """Return a shard's documents in the order of their keys.
 
-    Returns (table [D] UNIT_DOCUMENT; ids of these documents, concatenated in this order, 1-d in
+    Returns (table [D] UNIT_DOCUMENT; ids of these documents, concatenated in this order, [ids]
     ids_dtype, with a [SEP] after each line).
     """
     tables = _shard_tables(task)
@@ -154,18 +156,18 @@ def _shard_tables(task: ShardTask) -> list[np.ndarray]:
 
 
 def _pack(task: ShardTask) -> PackedShard:
-    """Collect and pack the documents of a shard; UserError when there are none."""
+    """Collect and pack the documents of a shard. Raises UserError when there are none."""
     table, stored = collect(task)
     if not len(table):
         raise UserError(
             f"shard {task.shard} of {task.shards} of split {task.split} has no document, because "
-            "the documents are too long; expected a blank line between documents, JSONL, or <doc> "
-            "blocks"
+            "the split has few and long documents; expected a blank line between documents, JSONL, "
+            "or <doc> blocks"
         )
     special = task.special_ids
     line_lengths, document_lines = _line_lengths(table, stored, special)
     ids = stored[stored != special.sep]
-    del stored  # takes as much memory as the shard
+    del stored  # as large as the shard
     layout = _lay_out(task, line_lengths, document_lines)
     tokens = table["entry"]["tokens"].astype(np.int64)
     width = task.settings.sequence_length
@@ -187,7 +189,7 @@ def _pack(task: ShardTask) -> PackedShard:
 def _line_lengths(
     table: np.ndarray, stored: np.ndarray, special: SpecialIds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens of each line, [D] lines of each document), of what `collect` returned."""
+    """Return (tokens of each line, lines of each document [D]) from the result of `collect`."""
     line_ends = np.flatnonzero(stored == special.sep)
     line_lengths = np.diff(line_ends, prepend=-1) - 1
     document_ends = np.cumsum(table["entry"]["stored"].astype(np.int64))
@@ -229,7 +231,7 @@ def _fragment_table(layout: Layout, table: np.ndarray, new_row: np.ndarray) -> n
 
 
 def _count_unigrams(ids: np.ndarray, task: ShardTask) -> np.ndarray:
-    """Return how often each text token occurs, [V] int64; special ids are 0."""
+    """Return the number of occurrences of each entry, [V] int64; 0 for special tokens and [UNK]."""
     unigrams = np.zeros(task.vocab_size, np.int64)
     for first in range(0, len(ids), IDS_AT_ONCE):
         unigrams += np.bincount(ids[first : first + IDS_AT_ONCE], minlength=task.vocab_size)

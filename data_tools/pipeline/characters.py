@@ -1,4 +1,4 @@
-"""Characters of a text: their scripts, and those that a vocabulary does not cover."""
+"""Scripts of the characters of a text, and the characters that a vocabulary does not cover."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer import Tokenizer
 
-# Scripts in which stripped accents leave most words readable, as BERT's own vocabularies do it.
+# Scripts in which most words stay readable without accents. BERT's vocabularies strip them, too.
 ACCENTED = ("LATIN", "GREEK", "CYRILLIC")
-# Largest share of letters of other scripts with which accents are stripped.
+# Accents are stripped if at most this share of the letters is of other scripts.
 OTHERS = 0.1
-WARN = 0.01  # share of unknown text from which a command warns
+WARN = 0.01  # share of unknown characters above which a command warns
 SHOWN = 10  # characters in a message
 
 
@@ -32,17 +32,18 @@ def scripts(counts: Counter[str]) -> Counter[str]:
 
 
 def strips_safely(counts: Counter[str]) -> bool:
-    """Whether nearly all letters are of scripts in which accents may be stripped.
+    """Return whether at most OTHERS of the letters are of scripts that are not in ACCENTED.
 
-    Stripping decomposes characters: it takes the dakuten from kana, vowel signs from Devanagari,
-    and divides the syllables of Hangul into letters.
+    counts: character -> number of occurrences. Stripping decomposes characters: it removes the
+    dakuten from kana and vowel signs from Devanagari, and divides the syllables of Hangul into
+    letters.
     """
     found = scripts(counts)
     return _others(found) <= OTHERS * found.total()
 
 
 def ignored_marks(counts: Counter[str], stripped: bool) -> str:
-    """Describe the choice of `strips_safely`."""
+    """Describe whether accents are stripped, and why. stripped: result of `strips_safely`."""
     found = scripts(counts)
     share = _others(found) / max(1, found.total())
     if stripped:
@@ -53,7 +54,8 @@ def ignored_marks(counts: Counter[str], stripped: bool) -> str:
     most = max((name for name in found if name not in ACCENTED), key=lambda name: found[name])
     return (
         f"accents are kept: {share:.1%} of the letters are of other scripts than Latin, Greek and "
-        f"Cyrillic (most of them {most}), where marks tell words apart; --strip-accents strips them"
+        f"Cyrillic (most of them {most}), where marks distinguish words; --strip-accents strips "
+        "them"
     )
 
 
@@ -64,8 +66,9 @@ def _others(found: Counter[str]) -> int:
 class Uncovered(NamedTuple):
     """Characters of a text that become [UNK].
 
-    total: characters of the text without white space; unknown: counts of those that become [UNK];
-    whole_words: whether the words with them become [UNK], as in WordPiece
+    total: number of characters without white space; unknown: character -> occurrences, of those
+    that become [UNK]; whole_words: whether each word with such a character becomes [UNK], as in
+    WordPiece
     """
 
     total: int
@@ -74,7 +77,7 @@ class Uncovered(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, counts: Counter[str]) -> Uncovered:
-        """counts: of all characters of the text."""
+        """Return the uncovered characters of a text. counts: character -> occurrences."""
         characters = [c for c in counts if not c.isspace()]
         encoded = tokenizer.encode_batch(characters)
         unk = tokenizer.special_ids.unk
@@ -84,11 +87,11 @@ class Uncovered(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Share of the text, from 0 to 1."""
+        """Share of the characters that become [UNK], from 0 to 1."""
         return self.unknown.total() / max(1, self.total)
 
     def describe(self) -> str:
-        """Describe the share and the most frequent characters; a warning above WARN."""
+        """Describe the share and the most frequent characters, as a warning above WARN."""
         if not self.unknown:
             return "every character of the text is in the vocabulary"
         most = " ".join(map(printable, in_order(self.unknown)[:SHOWN]))
@@ -98,7 +101,7 @@ class Uncovered(NamedTuple):
             f"[UNK]: {len(self.unknown):,} different ones, most frequent {most}"
         )
         if self.share > WARN:
-            # SentencePiece fills further entries with longer pieces, not with rare characters.
+            # SentencePiece uses more entries for longer tokens, not for rare characters.
             hint = "; a larger --vocab-size covers more" if self.whole_words else ""
             return f"WARNING: {line}{hint}"
         return line

@@ -1,6 +1,6 @@
-"""Cleaning of a document's text, and the hashes by which equal and similar documents are found.
+"""Cleaning of documents, and the hashes that identify equal and similar documents.
 
-Letters: D documents.
+Dimensions: D documents.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from electra_ds.data.tokenizer.normalization import Form, nfc, normalize, withou
 
 LINE_FEEDS = re.compile("[\n\r]+")
 SHINGLE = 5  # tokens
-SLOTS = 128  # slots of a signature; a similarity of 0.8 is estimated with a standard error of 0.035
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd factor that spreads the bits of a number over 64
+SLOTS = 128  # of a signature; the estimate of a similarity of 0.8 has a standard error of 0.035
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd factor that spreads low bits over all 64 bits
 
 
 def clean_lines(text: str, normalization: Form = "nfc") -> tuple[list[str], int]:
     """Return (cleaned lines, number of removed control characters).
 
-    normalization: that of the tokenizer, for which the lines are normalized texts
-    The lines have no outer white space, and empty lines are left out. A tokenizer without a
-    normalization deletes control characters itself, and only line feeds and carriage returns are
-    white space for it, so the text is divided at these.
+    normalization: that of the tokenizer; the lines are normalized by it
+    The lines have no leading and trailing white space, and empty lines are removed. With
+    normalization none, the text is divided only at line feeds and carriage returns, because BERT's
+    own cleaning deletes most other line ends instead of treating them as white space.
     """
     lines = []
     removed = 0
     parts = LINE_FEEDS.split(text) if normalization == "none" else text.splitlines()
-    for part in parts:  # one by one, since most lines are ASCII and need little work
+    for part in parts:  # line by line, because most lines are ASCII and need little work
         line = part
         if not part.isprintable() or "\ufffd" in part:
             line, count = without_control(part)
             removed += count
-        # After the removal: a control character may have stood before an accent.
+        # Normalized after the removal: a control character may separate a letter from its accent.
         if stripped := normalize(line, normalization).strip():
             lines.append(stripped)
     return lines, removed
 
 
 def text_hash(lines: list[str]) -> tuple[int, int]:
-    """Return a hash of 128 bits, as two unsigned halves, of cleaned lines.
+    """Return a hash of 128 bits of cleaned lines, as two unsigned integers of 64 bits.
 
     Texts that differ only in case, white space and composition have equal hashes.
     """
@@ -61,7 +61,7 @@ def _normalized(line: str) -> str:
 
 
 def minhash() -> Any:
-    """Return rensa's class for signatures; UserError when it is not installed."""
+    """Return rensa's class for MinHash signatures. Raises UserError when rensa is not installed."""
     try:
         from rensa import RMinHash
     except ImportError:
@@ -81,9 +81,9 @@ def hash_rows(columns: Iterable[np.ndarray]) -> np.ndarray:
 def signatures(documents: Sequence[np.ndarray]) -> np.ndarray:
     """Return MinHash signatures (Broder, 1997) of documents: [D, SLOTS] uint16.
 
-    documents: token ids of each document
+    documents: token ids of each document, [tokens], at least one document
     The share of equal slots estimates the Jaccard similarity of two sets of shingles. A shingle is
-    SHINGLE consecutive tokens; one starts at each token, and those at the end are filled with
+    SHINGLE consecutive tokens. One shingle starts at each token; those at the end are filled with
     zeros. A slot is the low 16 bits of a 32-bit slot of rensa.
     """
     ids = np.concatenate(documents)

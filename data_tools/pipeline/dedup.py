@@ -4,7 +4,7 @@ Exact duplicates have equal hashes of their text. Near-duplicates are found by l
 hashing: documents with MinHash signatures that agree in a band of slots are compared.
 
 A document is identified by (unit, number in the unit), or by the one number unit << 32 | number,
-which is in reading order. Letters: D documents of a unit.
+which is in reading order. Dimensions: D documents of a unit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_tools.pipeline.units import key_range, read_table, unit_files
 from data_tools.workers import OnProgress, Run
 
 NO_DUPLICATES = np.empty((0, 2), np.int64)
-HASHES_AT_ONCE = 4 << 20  # documents compared at a time, 104 bytes each
+HASHES_AT_ONCE = 4 << 20  # documents sorted by hash at a time, 104 bytes each
 MISSED = 0.01  # share of the pairs at the threshold that may have no band in common
 LEADERS = 8  # most documents of a group that all its later documents are compared with
 # Documents grouped at a time: 48 MB, and 256 bytes for each one in a group of two or more.
@@ -32,9 +32,9 @@ def find_duplicates(folder: str, units: int, on_total: Callable[[int], None]) ->
     """Return every document with the text of an earlier one: [n, 2] int64, sorted.
 
     folder, units: folder and number of the tokenized units
-    on_total:      receives the number of documents done so far
-    Columns are (unit, document). The hashes are divided into equal ranges that are searched one
-    after the other, so that memory holds about HASHES_AT_ONCE documents.
+    on_total:      receives the number of documents compared so far
+    Columns are (unit, document). The hashes are divided into equal ranges that are searched in
+    turn, so that memory holds about HASHES_AT_ONCE documents.
     """
     total = sum(len(read_table(folder, unit)) for unit in range(units))
     ranges = -(-total // HASHES_AT_ONCE) or 1
@@ -87,9 +87,10 @@ def find_near_duplicates(
     """Return the documents that are similar to an earlier one that stays: [n, 2] int64, sorted.
 
     folder, units: folder and number of the tokenized units
-    excluded:      .npy file of documents [n, 2] that are not considered
-    threshold:     estimated Jaccard similarity of 0.5 to 1
-    on_part:       receives (done, total) parts of the work
+    excluded:      .npy file of documents [n, 2] that are ignored, such as exact duplicates
+    threshold:     least estimated Jaccard similarity of similar documents, 0.5 to 1
+    run:           runs a function on a list of parts of the work, see data_tools/workers.py
+    on_part:       receives (number of finished parts, number of all parts)
     Columns are (unit, document).
     """
     pairs = np.empty((0, 2), np.uint64)
@@ -126,7 +127,7 @@ def _removed_documents(pairs: np.ndarray) -> np.ndarray:
     """
     removed = [np.empty(0, np.uint64)]
     while len(pairs):
-        # A first document that is not the later document of any remaining pair stays.
+        # A document stays if it is not the later document of any remaining pair.
         stays = ~np.isin(pairs[:, 0], pairs[:, 1])
         removed.append(np.unique(pairs[stays, 1]))
         pairs = pairs[~np.isin(pairs, removed[-1]).any(axis=1)]
@@ -143,13 +144,13 @@ def similar_pairs(
     part: int,
     on_progress: OnProgress,
 ) -> dict:
-    """Find pairs of documents that agree in a band and reach the threshold.
+    """Find pairs of documents that agree in a band and have a similarity of at least the threshold.
 
     Returns {"pairs": [n, 2] uint64}, the earlier document first. The values of a slot are divided
     into `parts` equal ranges; only documents with their first slot of the band in range number
     `part` are compared. Documents with equal slots in the band form a group. Each document is
-    compared with the first one of its group; those that are not similar form a new group, up to
-    LEADERS times.
+    compared with the first one of its group; those that are not similar to it form a new group.
+    This is done LEADERS times.
     """
     entries = _band_entries(folder, units, excluded, parts, band, part)
     _, group, sizes = np.unique(entries[:, 0], return_inverse=True, return_counts=True)

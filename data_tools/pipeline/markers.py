@@ -1,7 +1,7 @@
-"""Markers of finished work, from which an interrupted `prepare` resumes.
+"""Markers of finished work, with which an interrupted `prepare` resumes.
 
-A marker is a JSON file that is written after the files it names. A folder is marked with the
-settings of its content.
+A marker is a JSON file that is written after the files that it names. The marker of a folder
+contains the settings of its content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOWN = 90  # characters of a value in a message
 class Marker(Record):
     """The content of a marker. A subclass adds the results of the work."""
 
-    plan_sha256: Sha256  # of everything that decides the files
+    plan_sha256: Sha256  # of all settings that determine the files
     files: dict[str, Sha256]  # name relative to the marker -> digest
 
 
@@ -54,10 +54,11 @@ def finished(
 ) -> dict | None:
     """Return a marker's content if the work is finished, else None.
 
-    files: those that the work writes
-    The work is finished when the marker is a whole one of this kind with this `plan_sha256`, and
-    names exactly `files`, which exist with its digests. Otherwise the work is done again: a marker
-    may be damaged, or of an older version.
+    files: the files that the work writes
+    kind:  the type of the marker
+    The work is finished when the marker is valid and has this `plan_sha256`, names exactly `files`,
+    and every file has the recorded sha256. A damaged marker, or one of an older version, counts as
+    unfinished, so the work is done again.
     """
     if not marker.exists():
         return None
@@ -75,20 +76,20 @@ def finished(
 
 
 def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) -> None:
-    """Mark a new folder with settings, or check that its marker agrees with the wanted settings.
+    """Write the marker of a new folder, or compare an existing marker with the wanted settings.
 
-    marker: file in the folder that holds its settings
+    marker: file in the folder with its settings
     wanted: all settings of this call
-    fixed:  the part of `wanted` that is written into a new folder; the caller writes the other
-            settings later, and until then they may change
+    fixed:  the part of `wanted` that is written to a new folder. The caller writes the other
+            settings later; they may change until then.
     Raises UserError when the folder has files but no marker, and when settings differ.
     """
     folder = marker.parent
     if not marker.exists():
         if others := sorted(path.name for path in folder.glob("[!.]*")):
             raise UserError(
-                f"{folder}: holds {others[0]} but no {marker.name}, so `prepare` did not make it; "
-                "give a new or empty folder"
+                f"{folder}: found {others[0]} but no {marker.name}, so `prepare` did not make it; "
+                "expected a new or empty folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, fixed)
@@ -102,13 +103,13 @@ def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) ->
     ]
     if differences:
         raise UserError(
-            f"{folder} holds other data ({'; '.join(differences)}); give another folder or remove "
-            "it"
+            f"{folder} holds other data ({'; '.join(differences)}); choose another folder or "
+            "remove this one"
         )
 
 
 def _difference(stored: Any, wanted: Any) -> str:
-    """Describe two different values. Of two lists, only the first different entries are shown."""
+    """Describe two different values. Of two lists, only the first different entry is shown."""
     if isinstance(stored, list) and isinstance(wanted, list):
         pairs = zip_longest(stored, wanted)
         stored, wanted = next(pair for pair in pairs if pair[0] != pair[1])

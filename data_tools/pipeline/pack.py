@@ -1,8 +1,8 @@
 """Packing of documents into rows, as pure functions of lengths. No packing drops a token.
 
 A fragment is a contiguous part of one document in one row. Its start is the column of its first
-text token (the [CLS] of a row is column 0), its length is the number of its text tokens. Letters: D
-documents, F fragments, n rows, S sequence.
+text token; column 0 is the [CLS] of the row. Its length is the number of its text tokens. Dimensions:
+D documents, F fragments, n rows, S sequence length.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 from electra_ds.common.special_ids import SpecialIds
 
 PACKINGS = ("best_fit", "concat", "google", "as_rows")
-SHORTEST_FREE = 3  # least free space that is filled: [CLS] token [SEP]; less becomes padding
+SHORTEST_FREE = 3  # least free space that is filled ([CLS] token [SEP]); less becomes padding
 # Probabilities of the authors' code for rows without B and for shorter targets.
 SINGLE_SEGMENT = 0.1
 SHORT_TARGET = 0.05
 SHORTEST_TARGET = 5  # tokens
-FILLED_AT_ONCE = 1 << 16  # most tokens filled at a time, so that index arrays fit in the cache
+FILLED_AT_ONCE = 1 << 16  # about the tokens of one step of `fill`, so that arrays fit in the cache
 
 
 class Layout(NamedTuple):
-    """Rows before their token ids are filled in."""
+    """The layout of rows, without token ids."""
 
     rows: int
     fragments: np.ndarray  # [F, 5] int64: row, start, length, document, first token in the document
@@ -38,8 +38,9 @@ def lay_out(
     width: int,
     uniforms: np.ndarray,
 ) -> Layout:
-    """Place documents into rows of `width` tokens.
+    """Place documents into rows of `width` tokens (S).
 
+    packing:        one of PACKINGS
     line_lengths:   [lines] int64 tokens of each line, over all documents in order
     document_lines: [D] int64 number of lines of each document
     uniforms:       [uniforms_needed(...)] random numbers in [0, 1), for google only
@@ -60,9 +61,9 @@ def lay_out(
 def best_fit(lengths: np.ndarray, width: int) -> Layout:
     """Cut documents into fragments of width - 2 tokens, each stored as [CLS] tokens [SEP].
 
-    Whole fragments fill a row each. The rest of each document is placed, by decreasing length, into
-    the row with the least sufficient free space (best-fit decreasing); of rows with equal free
-    space, into the one that was changed last.
+    A fragment of full length fills a row. The rest of each document is placed into the row with the
+    least sufficient free space, longest rest first (best-fit decreasing); of rows with equal free
+    space, into the one that was changed last. lengths: [D] tokens of each document.
     """
     room = width - 2
     full, rest = np.divmod(np.asarray(lengths, np.int64), room)
@@ -83,12 +84,12 @@ def best_fit(lengths: np.ndarray, width: int) -> Layout:
 
 
 def _pack_bins(sizes: list[int], width: int) -> tuple[np.ndarray, int]:
-    """Place decreasing sizes into bins of `width`.
+    """Place sizes, in decreasing order, into bins of `width`.
 
-    Returns ([sizes, 2] int64: bin and offset in it; number of bins).
+    Returns ([sizes, 2] int64: bin and offset in the bin; number of bins).
     """
     bins_by_room: list[list[int]] = [[] for _ in range(width + 1)]  # index: free space
-    rooms = 0  # bit r is set if a bin has r free
+    rooms = 0  # bit r is set if a bin has r free tokens
     bins = 0
     placed = np.empty((len(sizes), 2), np.int64)
     for i, size in enumerate(sizes):
@@ -112,7 +113,10 @@ def _pack_bins(sizes: list[int], width: int) -> tuple[np.ndarray, int]:
 
 
 def concat(lengths: np.ndarray, width: int) -> Layout:
-    """Cut one stream of documents, a [SEP] after each, into rows of [CLS] and width - 1 tokens."""
+    """Cut one stream of documents, a [SEP] after each, into rows of [CLS] and width - 1 tokens.
+
+    lengths: [D] tokens of each document.
+    """
     lengths = np.asarray(lengths, np.int64)
     room = width - 1
     ends = np.cumsum(lengths + 1)  # in the stream, [SEP] included
@@ -135,13 +139,13 @@ def concat(lengths: np.ndarray, width: int) -> Layout:
 def google(
     line_lengths: np.ndarray, document_lines: np.ndarray, width: int, uniforms: np.ndarray
 ) -> Layout:
-    """Build rows [CLS] A [SEP] B [SEP] from lines as the authors' code does.
+    """Build rows [CLS] A [SEP] B [SEP] from lines, as the authors' code does.
 
-    A row takes text tokens up to a target length. A ends with the first line that reaches about
-    half of it; B is the rest. Some rows have no B, and some have a shorter target. A row contains
-    one document only. Unlike in the authors' code, text that does not fit starts the next row.
+    A row contains text tokens of one document, up to a target length. A ends with the first line
+    that reaches about half of the target; B is the rest. Some rows have no B, and some have a
+    shorter target. Unlike in the authors' code, text that does not fit starts the next row.
 
-    uniforms: see `uniforms_needed`
+    Arguments as in `lay_out`.
     """
     fragments: list[tuple[int, int, int, int, int]] = []
     sep: list[int] = []
@@ -171,7 +175,7 @@ def google(
 
 
 def _google_target(width: int, for_segments: float, for_length: float) -> tuple[int, bool]:
-    """Return (number of text tokens that a row takes, whether it has only the segment A).
+    """Return (target number of text tokens of a row, whether it has only segment A).
 
     for_segments, for_length: random numbers in [0, 1)
     """
@@ -184,7 +188,10 @@ def _google_target(width: int, for_segments: float, for_length: float) -> tuple[
 
 
 def as_rows(line_lengths: np.ndarray, document_lines: np.ndarray, width: int) -> Layout:
-    """Make one row of each document: [CLS] A [SEP], or [CLS] A [SEP] B [SEP]; A and B are lines."""
+    """Make one row of each document: [CLS] A [SEP], or [CLS] A [SEP] B [SEP].
+
+    A and B are the lines of the document, which must fit into the row. Arguments as in `lay_out`.
+    """
     rows = np.arange(len(document_lines))
     row = np.repeat(rows, document_lines)
     first_line = (np.cumsum(document_lines) - document_lines)[row]  # of the same document
@@ -197,9 +204,10 @@ def as_rows(line_lengths: np.ndarray, document_lines: np.ndarray, width: int) ->
 
 
 def uniforms_needed(tokens: int, documents: int) -> int:
-    """Return how many random numbers suffice for `google`.
+    """Return a sufficient number of random numbers for `google`.
 
-    A row takes two. Each row but the last one of a document has at least SHORTEST_TARGET tokens.
+    Each row uses two. All rows of a document except the last have at least SHORTEST_TARGET tokens.
+    tokens: of all documents. documents: number of documents.
     """
     return 2 * (tokens // SHORTEST_TARGET + documents)
 
@@ -207,10 +215,11 @@ def uniforms_needed(tokens: int, documents: int) -> int:
 def fill(
     layout: Layout, ids: np.ndarray, begins: np.ndarray, width: int, special: SpecialIds
 ) -> np.ndarray:
-    """Return the rows, [n, S] of `ids.dtype`.
+    """Return the rows of a layout, [n, S] of `ids.dtype`.
 
     ids:    text tokens of all documents
-    begins: [D] first token of each document in `ids`
+    begins: [D] index in `ids` of the first token of each document
+    width:  S
     """
     rows = np.full(layout.rows * width, special.pad, ids.dtype)
     rows[layout.cls] = special.cls

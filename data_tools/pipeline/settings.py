@@ -1,4 +1,4 @@
-"""Settings that, with input and tokenizer, determine the bytes of a data folder."""
+"""Settings that, together with input and tokenizer, determine the bytes of a data folder."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ UNIT_FORMAT = 2  # raised when the output of a unit changes
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of `prepare`."""
+    """Settings of `prepare`. Call `check` before use."""
 
     sequence_length: int = 128  # tokens of a row
     packing: str = "best_fit"  # one of PACKINGS
     valid_fraction: float = 0.005  # share of held-out documents, selected by the hash of the text
     seed: int = 0  # of the document shuffle and the packing
-    block_rows: int = 256
-    shard_bytes: int = SHARD_BYTES
-    unit_bytes: int = UNIT_BYTES
+    block_rows: int = 256  # most rows of a block, which is one member of a shard
+    shard_bytes: int = SHARD_BYTES  # about the largest size of a shard
+    unit_bytes: int = UNIT_BYTES  # about the input bytes of a unit
     format: str = "auto"  # of the input, one of plan.FORMATS
     text_field: str = "text"  # field of JSONL, column of a table
-    min_chars: int = 1  # shorter documents are removed
+    min_chars: int = 1  # documents with fewer characters are removed
     drop_repeated_lines: bool = False  # remove lines that occurred before in the same document
-    # "package.module:function" of a function (text) -> bool, which is false for documents to remove
+    # "package.module:function": a function (text) -> bool that is false for documents to remove.
     keep: str | None = None
-    # Remove documents with a text that, apart from case and white space, occurred before.
+    # Remove documents with the text of an earlier one, apart from case and white space.
     deduplicate: bool = True
-    # Estimated similarity to an earlier remaining document from which a document is removed.
+    # Remove documents with at least this estimated similarity to an earlier one that stays.
     near_duplicates: float | None = None
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be used; import `keep` and rensa."""
+        """Raise UserError for an invalid value, or if `keep` or rensa cannot be imported."""
         if self.packing not in PACKINGS:
             raise UserError(f"packing = {self.packing!r}; expected one of {', '.join(PACKINGS)}")
         if not 8 <= self.sequence_length < 1 << 16:
@@ -65,7 +65,7 @@ class Settings:
             minhash()
 
     def unit_record(self, fingerprint: str, plan: dict) -> dict:
-        """Return everything that decides the content of the units, as JSON values.
+        """Return all values that determine the content of the units, as JSON values.
 
         fingerprint: that of the tokenizer; plan: `Plan.identity()`
         """
@@ -82,7 +82,7 @@ class Settings:
         }
 
     def packing_record(self) -> dict:
-        """Return everything else that decides the content of the shards, as JSON values."""
+        """Return the other settings that determine the content of the shards, as JSON values."""
         return {
             "sequence_length": self.sequence_length,
             "packing": self.packing,

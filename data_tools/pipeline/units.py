@@ -1,16 +1,16 @@
 """Tokenized units: the documents of one unit of input as token ids on disk.
 
-The files of a unit depend on the unit and the settings only:
+The files of a unit depend only on the unit, the tokenizer and the settings:
 
-    unit-000003.ids            documents one after the other, a [SEP] after each line of a document
-                               (text cannot produce that id)
+    unit-000003.ids            token ids of the documents, a [SEP] after each line of a document
+                               (no text encodes to that id)
     unit-000003.documents.npy  the document table, [D] DOCUMENT
     unit-000003.signatures     with near-duplicates: [D, SLOTS] uint16 in the order of that table
-    unit-000003.unknowns       counts of unknown words
+    unit-000003.unknowns       counts of unknown words, as JSON
     unit-000003.json           the marker, written last
 
-Within a run of at most RUN_TOKENS ids, documents are sorted by their shuffle key. The documents in
-any range of keys are therefore contiguous in each run. Letters: D documents.
+Documents are sorted by their shuffle key within runs of about RUN_TOKENS ids. The documents in
+any range of keys are therefore contiguous in each run. Dimensions: D documents.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ REMOVED = ("control_characters", "repeated_lines", "too_short", "filtered")
 BATCH_CHARS = 4 << 20  # characters that are tokenized at a time
 RUN_TOKENS = 32 << 20  # ids held in memory at a time
 DOCUMENT_TOKENS = 128  # memory of a document's other data (about 350 bytes), counted in ids
-KEYS = 1 << 64  # shuffle keys and hashes are less than this
+KEYS = 1 << 64  # number of possible shuffle keys and halves of hashes
 DOCUMENT = np.dtype(
     [
         ("key", "<u8"),  # shuffle key: position in the shuffled corpus
-        ("hash", "<u8", 2),  # of the normalized text
+        ("hash", "<u8", 2),  # `text_hash` of the lines
         ("start", "<u8"),  # first id in the ids file
         ("stored", "<u4"),  # number of ids there, line ends included
         ("tokens", "<u4"),  # number of ids without line ends
@@ -69,9 +69,9 @@ class UnitTask:
 
     number: int
     unit: Unit
-    sources: tuple[Source, ...]  # file of each segment
+    sources: tuple[Source, ...]  # file of each byte range of the unit
     folder: str  # of the units
-    tokenizer: str  # folder
+    tokenizer: str  # folder of the tokenizer
     fingerprint: str  # of the tokenizer
     plan_sha256: str
     settings: Settings
@@ -91,10 +91,10 @@ class EncodedDocument(NamedTuple):
     """A cleaned document as token ids."""
 
     number: int  # in the unit
-    hash: tuple[int, int]  # of the normalized text
+    hash: tuple[int, int]  # `text_hash` of the lines
     stored: np.ndarray  # ids_dtype, a [SEP] after each line
     tokens: int  # number of ids without line ends
-    signature: np.ndarray | None = None
+    signature: np.ndarray | None = None  # [SLOTS] uint16, with near-duplicates
 
 
 def unit_files(folder: str | Path, number: int) -> UnitFiles:
@@ -112,7 +112,7 @@ def read_table(folder: str | Path, unit: int) -> np.ndarray:
 
 
 def key_range(part: int, parts: int) -> tuple[np.uint64, np.uint64]:
-    """Return the (first, last) key or hash of one of `parts` equal parts of all of them."""
+    """Return (first, last) number of range `part`, of `parts` equal ranges of 64-bit numbers."""
     return np.uint64(part * KEYS // parts), np.uint64((part + 1) * KEYS // parts - 1)
 
 
@@ -138,7 +138,8 @@ def _written(task: UnitTask, files: UnitFiles) -> list[Path]:
 def tokenize_unit(task: UnitTask, on_progress: OnProgress) -> dict:
     """Write a unit's files unless they are finished; return its marker.
 
-    on_progress: receives bytes of input read
+    on_progress: receives the number of input bytes that were read
+    Raises UserError when the function `keep` raises an error.
     """
     if marker := finished_unit(task):
         on_progress(unit_size(task.unit))
@@ -170,7 +171,7 @@ def _cleaned(
     removed: dict[str, int],
     on_progress: OnProgress,
 ) -> Iterator[CleanDocument]:
-    """Yield the documents that cleaning keeps; count in `removed` what it removes."""
+    """Yield the documents that cleaning keeps. Adds the counts of what it removes to `removed`."""
     settings = task.settings
     keep = load_function("keep", settings.keep) if settings.keep else None
     for number, (source, text) in enumerate(_unit_texts(task, tally, on_progress)):
@@ -242,7 +243,7 @@ def _encode(
 def _token_ids(
     tokenizer: Tokenizer, texts: list[list[str]], unknowns: Unknowns
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return (ids as stored, with a [SEP] after each line; ids without) of each document."""
+    """Return, for each document, (ids with a [SEP] after each line, ids without [SEP])."""
     lines = [line for text in texts for line in text]
     ids, lengths = tokenizer.encode_normalized(lines)
     unknowns.add(tokenizer, lines, ids, lengths)
@@ -287,7 +288,7 @@ class UnitWriter:
             temporary.unlink(missing_ok=True)  # `close` has renamed it
 
     def add(self, document: EncodedDocument) -> None:
-        """Add a document. Its shuffle key follows from seed, unit and number."""
+        """Add a document. Its shuffle key is a hash of seed, unit and number of the document."""
         name = f"{self.key_prefix}{document.number}".encode()
         digest = blake2b(name, digest_size=8).digest()
         self.run.append((int.from_bytes(digest, "little"), document))
@@ -307,7 +308,7 @@ class UnitWriter:
         table["start"] = ends - table["stored"]
         self.tables.append(table)
         self.streams[0].writelines(document.stored.data for _, document in self.run)
-        for stream in self.streams[1:]:  # that of the signatures, if there is one
+        for stream in self.streams[1:]:  # the file of signatures, with near-duplicates
             for _, document in self.run:
                 assert document.signature is not None
                 stream.write(document.signature.data)

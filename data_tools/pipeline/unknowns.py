@@ -1,7 +1,7 @@
 """Counts of the words that become [UNK].
 
-They are counted while units are tokenized, because token ids do not hold them, and added up by
-`prepare`.
+Each unit counts its unknown words while it is tokenized, because token ids do not contain them.
+`prepare` adds the counts of all units.
 """
 
 from collections import Counter
@@ -16,28 +16,31 @@ from electra_ds.common.json_files import Record, read_record
 from electra_ds.data.shard_format import UnknownWords
 from electra_ds.data.tokenizer import Tokenizer
 
-# Lines with [UNK] are examined while they have at most FIRST_TOKENS tokens and 1 / SHARE of the
-# unit's tokens.
+# Lines with [UNK] are examined until they have FIRST_TOKENS tokens plus 1 / SHARE of the tokens of
+# the unit.
 FIRST_TOKENS = 1 << 13
 SHARE = 256
-WORD_CHARS = 100  # longer words are cut
+WORD_CHARS = 100  # longer words are truncated
 MAX_WORDS = 1 << 18  # most distinct words in memory, for one unit and for the sum of all units
 MOST_FREQUENT = 100  # words in the manifest
 
 
 class UnitUnknowns(Record):
-    """The file of a unit's unknown words. found: [UNK] tokens. words: those examined -> counts."""
+    """The file of unknown words of a unit.
+
+    found: number of [UNK] tokens. words: examined word -> occurrences.
+    """
 
     found: int = Field(ge=0)
     words: dict[str, int]
 
 
 class Unknowns:
-    """The unknown words of one unit, counted in lines that hold [UNK].
+    """The unknown words of one unit, counted in lines that contain [UNK].
 
     Such lines are tokenized a second time, so only a share of the text is examined. If the
-    vocabulary fits the text, nearly all such lines are examined. Only the unit determines the
-    counts.
+    vocabulary fits the text, nearly all lines with [UNK] are examined. The counts depend only on
+    the unit and the tokenizer.
     """
 
     def __init__(self) -> None:
@@ -49,7 +52,10 @@ class Unknowns:
     def add(
         self, tokenizer: Tokenizer, lines: list[str], ids: np.ndarray, lengths: np.ndarray
     ) -> None:
-        """Count the unknown words of `lines`, given the result of `encode_flat` for them."""
+        """Count the unknown words of lines.
+
+        lines: normalized. ids [N], lengths [lines]: the result of `encode_normalized` for them.
+        """
         positions = np.flatnonzero(ids == tokenizer.special_ids.unk)
         self.total += len(positions)
         self.tokens += len(ids)
@@ -69,7 +75,11 @@ class Unknowns:
 
 
 def sum_unknowns(files: Iterable[Path], tokens: int) -> UnknownWords:
-    """Return the sum of the records of all units, for the manifest. tokens: of all units."""
+    """Return the sum of the counts of all units, for the manifest.
+
+    files: the files of unknown words of all units. tokens: number of tokens of all units.
+    Raises UserError for a damaged file.
+    """
     total = 0
     examined = 0
     words: Counter[str] = Counter()

@@ -1,1 +1,1 @@
-"""Code that all other subpackages use: errors, files, processes, plugins."""
+"""Code that all other packages use: errors, files, JSON, names, processes, plugins."""

@@ -1,4 +1,4 @@
-"""Helpers for numpy arrays."""
+"""Runs of equal values, and safe parsing of .npy files."""
 
 import itertools
 import re
@@ -10,8 +10,8 @@ import numpy as np
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 
-NPY_MOST = 1 << 14  # bytes, most before the values of an .npy file
-# Header of an array of numbers, as numpy writes it. numpy's own reader evaluates it as Python.
+NPY_MOST = 1 << 14  # bytes, largest header of an .npy file
+# Header of an array of numbers, as numpy writes it. numpy's own reader parses any Python literal.
 NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|]\w{1,8})', 'fortran_order': (True|False), "
     rb"'shape': \((\d{1,18}(?:, \d{1,18}){0,7},?)\), \}\s*"
@@ -30,10 +30,11 @@ def runs(values: np.ndarray) -> Iterator[tuple[int, slice]]:
 def parse_npy(
     content: bytes, path: str | Path, what: str, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Return the array in the content of an .npy file, read-only; nothing is unpickled.
+    """Return the array in the content of an .npy file, read-only. Nothing is unpickled.
 
-    path: the file, for messages. what: the expected content. dtype, shape: the expected ones; they
-        are compared before memory is allocated.
+    path: the file, for messages. what: the expected content, for messages.
+    dtype, shape: the expected ones, compared before memory is allocated.
+    Raises UserError when header, dtype, shape or number of bytes differ.
     """
     expected = f"{what}, {dtype}{list(shape)}; copy the data again or prepare it again"
     size_of_header = int.from_bytes(content[8:10], "little")

@@ -1,7 +1,7 @@
 """HTTP responses of a bounded size.
 
-fsspec reads the body of a response into memory. A server may send more than was requested, a body
-without an end, or a small body that decompresses to a large one.
+fsspec reads the body of a response into memory. A server may send more bytes than requested, an
+endless body, or a small body that decompresses to a large one.
 """
 
 import re
@@ -12,10 +12,11 @@ LONGEST = 1 << 30  # bytes of a body for which no range was requested
 
 
 def client_options() -> dict[str, Any]:
-    """Return the options of an aiohttp session with bounded responses. ImportError without aiohttp.
+    """Return the options of an aiohttp session that reads at most a limited number of bytes.
 
-    The body of a response to a request for n bytes (header Range) has at most n + 1 bytes: the rest
-    is not read. A body of more than LONGEST bytes without that header raises ValueError.
+    After a request for n bytes (header Range), at most n + 1 bytes of the body are read. Without
+    that header, a body of more than LONGEST bytes raises ValueError.
+    Raises ImportError without aiohttp.
     """
     import aiohttp
 

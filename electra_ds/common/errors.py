@@ -9,11 +9,11 @@ class UserError(ValueError):
 
 
 class RunFailure(RuntimeError):
-    """A run cannot continue (a loss that is not finite, a full disk). The exit code is 1.
+    """A command cannot continue (a loss that is not finite, a full disk). The exit code is 1.
 
-    The last checkpoint is valid.
+    The last checkpoint of a run remains valid.
     """
 
 
 class LockedOut(UserError):
-    """Another job has the lock of the folder. No error file is written to the folder."""
+    """Another job holds the lock of the folder, so no error file is written to it."""

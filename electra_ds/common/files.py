@@ -1,6 +1,6 @@
-"""Atomic file writes and checksums.
+"""Atomic file writes, file modes and checksums.
 
-A file is written under a temporary name, synced, and renamed; then its folder is synced.
+An atomic write creates a file under a temporary name, syncs and renames it, and syncs its folder.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def fsync_folder(path: str | Path) -> None:
-    """Sync a folder to disk. POSIX requires this for new names, besides the fsync of the files."""
+    """Sync a folder to disk. An fsync of a new file does not make its name durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,15 +20,18 @@ def fsync_folder(path: str | Path) -> None:
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path is a device, a pipe or a standard stream, which is not replaced by a file."""
+    """Return whether a path must not be replaced by a file.
+
+    True for a device, a pipe, a folder, and every path in /dev or /proc (standard streams).
+    """
     return str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file())
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file atomically. A reader finds the old or the new content, also after a power cut.
 
-    A device or a pipe, such as /dev/stdout, is written as it is. Raises OSError; its `filename` is
-    `path`.
+    A device or a pipe, such as /dev/stdout, is written directly. Raises OSError; if the write
+    fails, its `filename` is `path`.
     """
     path = Path(path)
     if is_device(path):
@@ -52,7 +55,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def _write_through(path: Path, data: bytes) -> None:
-    """Write into a device or a pipe. OSError with its path for a folder and a full device."""
+    """Write to a device or a pipe. Raises OSError with the path, also for a folder."""
     try:
         with open(path, "wb") as file:
             file.write(data)
@@ -62,7 +65,7 @@ def _write_through(path: Path, data: bytes) -> None:
 
 
 def apply_umask(path: str | Path) -> None:
-    """Give a file the mode of a new file: readable and writable, without the bits of the umask.
+    """Set the mode of a file to 0o666 without the bits of the umask, the mode of a new file.
 
     Some libraries write files that only the owner can read.
     """
@@ -70,8 +73,8 @@ def apply_umask(path: str | Path) -> None:
 
 
 def _umask() -> int:
-    """The umask of this process."""
-    # Reading it by os.umask would change it for other threads for a moment.
+    """Return the umask of this process."""
+    # os.umask can only be read by changing it, which other threads could see.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("Umask:"):
@@ -82,11 +85,11 @@ def _umask() -> int:
 
 
 def is_lfs_pointer(start: bytes) -> bool:
-    """Whether the first bytes of a file are those of a Git LFS pointer, not of the file itself."""
+    """Return whether the first bytes of a file are those of a Git LFS pointer."""
     return start.startswith(b"version https://git-lfs.github.com/")
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the SHA-256 of the content of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -37,7 +37,7 @@ STALE_SECONDS = 60.0  # an owner without a new heartbeat for this time counts as
 
 
 class Owner(Record):
-    """Content of a lock: the process that holds it."""
+    """Content of a lock file: the process that holds the lock."""
 
     model_config = Record.model_config | {"extra": "ignore"}
 
@@ -61,19 +61,20 @@ class Lock:
     The lock of another owner is taken over in three cases:
 
     - the owner is an earlier start of the same SLURM job
-    - the owner was a process of this machine and has ended
+    - the owner is a process of this machine that has ended
     - the owner's heartbeat does not change for `stale_seconds` (monotonic clock of this process)
 
-    If the heartbeat changes, every rank raises LockedOut with the owner's name.
+    If the heartbeat changes during this wait, every rank raises LockedOut with the owner's name.
 
     out: the folder.
     on_rank0: calls a function on rank 0 and returns its result on every rank. The default calls it
         in this process.
-    say: prints a line on rank 0, before a wait of many seconds.
+    stale_seconds: seconds without a new heartbeat after which an owner counts as dead.
+    say: prints a line on rank 0, before a wait for a heartbeat and when a folder is renamed.
     took_over: on rank 0 the former owner and the cause of the takeover; empty if the lock was free.
-    step: set by the caller; written into the heartbeat.
-    lost: the error that ended the heartbeats, usually LockedOut; None while they continue. A
-        heartbeat that cannot be written (OSError) is ignored.
+    step: set by the caller; written to the heartbeat.
+    lost: the error that ended the heartbeats, usually LockedOut; None while they continue. An
+        OSError while a heartbeat is written does not end them.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Lock:
             "nonce": secrets.token_hex(8),
         }
         self._text = json.dumps(self._own, indent=2) + "\n"
-        # Lock and heartbeat as first read from this owner. The lock is empty while it is written.
+        # Content of lock and heartbeat when this owner was first seen. A lock may be empty while
+        # another process writes it.
         self._seen: tuple[str, str] | None = None
         self._seen_at = 0.0
         self._beats = 0
@@ -117,36 +119,36 @@ class Lock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock. Every rank calls this. Collective.
+        """Take the lock. Waits while the owner may be alive. Collective.
 
         Raises LockedOut when another job has the lock, UserError when the folder is not writable.
         """
-        # Each attempt is short, so that no rank waits longer than the timeout of a collective.
+        # Each attempt is short, so that no rank exceeds the timeout of a collective.
         while not self._on_rank0(self._take):
             pass
 
     def release(self) -> None:
-        """Release the lock. Does nothing on other ranks than 0, and in a second call."""
+        """Release the lock. Has no effect on ranks other than 0, and in a second call."""
         if self._thread.ident is None:  # not the rank that holds the lock
             return
         self._leaving.set()
         self._thread.join(BEAT_SECONDS)
         with contextlib.suppress(OSError):
-            if _text(self._path) == self._text:  # never the lock of another job
+            if _text(self._path) == self._text:  # else another job has the lock
                 self._path.unlink()
 
     def beat(self) -> None:
-        """Write a heartbeat. Called on rank 0.
+        """Write a heartbeat. Only rank 0 calls this.
 
         Raises LockedOut when another job has taken the lock. An OSError is ignored.
         """
-        with contextlib.suppress(OSError):  # a full disk is reported by the next checkpoint
+        with contextlib.suppress(OSError):  # the next checkpoint reports a full disk
             text = self._path.read_bytes().decode(errors="replace")
             if text != self._text:
                 raise LockedOut(
                     f"{printable(self._path)} now names {_name(_facts(text))}: this attempt wrote no "
                     "heartbeat for too long, and the other job took the lock; this attempt ends "
-                    "and writes nothing more"
+                    "and writes nothing else"
                 )
             self._beats += 1
             now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -157,11 +159,14 @@ class Lock:
             while not self._leaving.wait(BEAT_SECONDS):
                 self.beat()
         except Exception as error:
-            # Without heartbeats the next job would take the folder from a running one.
+            # The caller must end the run: without heartbeats another job takes over the lock.
             self.lost = error
 
     def _take(self) -> bool:
-        """Try once to take the lock, on rank 0. Returns False after a short wait if it is taken."""
+        """Try once to take the lock, on rank 0. Returns False if it must be tried again.
+
+        Raises LockedOut when the owner is alive, UserError when the folder is not writable.
+        """
         try:
             self._out.mkdir(parents=True, exist_ok=True)
             for path in (self._path, self._heartbeat):
@@ -179,22 +184,24 @@ class Lock:
         return taken
 
     def _create(self) -> bool:
+        """Create the lock file. Returns False if it exists."""
         try:
-            file = open(self._path, "x")  # noqa: SIM115 (O_EXCL: one of many succeeds)
+            file = open(self._path, "x")  # noqa: SIM115 (O_EXCL: only one process succeeds)
         except FileExistsError:
             return False
         try:
             with file:
                 file.write(self._text)
-        except OSError:  # such as a full disk: the next start would wait for an empty lock's owner
+        except OSError:  # a full disk; an empty lock would delay the next start by stale_seconds
             self._path.unlink()
             raise
         return True
 
     def _take_over(self) -> bool:
-        """Take the lock of a dead owner.
+        """Take over the lock of a dead owner.
 
-        Returns False if the owner may be alive, or if another job took the lock first.
+        Returns False if the owner may be alive, or if another job took over the lock first. Raises
+        LockedOut when the owner is alive.
         """
         seen = (_text(self._path), _text(self._heartbeat))
         owner = _facts(seen[0])
@@ -206,11 +213,11 @@ class Lock:
             cause = f"its heartbeat did not change for {self._stale_seconds:.0f} s"
         replacement = self._path.with_name(f".lock.{self._own['nonce']}")
         replacement.write_text(self._text)
-        # Nothing is written between comparison and rename: on a slow disk another job could take
-        # the lock meanwhile.
+        # The replacement is written before the comparison: a write between comparison and rename
+        # would give other jobs time to take over the lock.
         if _text(self._path) == seen[0]:
             os.replace(replacement, self._path)
-            # Other jobs may take over from the same owner now: the last one to rename has the lock.
+            # Several jobs may pass the comparison. The last one to rename holds the lock.
             time.sleep(LOOK_SECONDS)
         replacement.unlink(missing_ok=True)
         won = _text(self._path) == self._text
@@ -218,7 +225,7 @@ class Lock:
         return won
 
     def _may_be_alive(self, seen: tuple[str, str], owner: dict[str, Any]) -> bool:
-        """Whether the owner may still be alive. Raises LockedOut when its heartbeat has changed."""
+        """Return whether the owner may be alive. Raises LockedOut if its heartbeat has changed."""
         if self._seen is None or seen[0] != self._seen[0]:  # the first read of this owner
             self._seen = seen
             self._seen_at = time.monotonic()
@@ -234,6 +241,7 @@ class Lock:
         return time.monotonic() - self._seen_at < self._stale_seconds
 
     def _why_dead(self, owner: dict[str, Any]) -> str:
+        """Return why an owner is dead; "" if that is not known."""
         own = self._own
         is_same_job = bool(owner.get("job")) and owner["job"] == own["job"]
         if is_same_job and owner["restart"] < own["restart"]:
@@ -242,9 +250,9 @@ class Lock:
 
 
 def owner_of(out: Path) -> tuple[str, bool]:
-    """Return (name of the owner, whether its process has ended). Does not take the lock.
+    """Return (name of the owner, whether its process has ended) without taking the lock.
 
-    The name is empty if there is no lock. The second value is always False for a process of another
+    The name is empty if there is no lock. The second value is False for a process of another
     machine.
     """
     text = _text(out / "lock")
@@ -253,7 +261,7 @@ def owner_of(out: Path) -> tuple[str, bool]:
 
 
 def _text(path: Path) -> str:
-    """Content of a small file, "" if it is missing, damaged or no file."""
+    """Return the content of a small file; "" if it cannot be read or is not a regular file."""
     try:
         return read_small(path, "a lock or a heartbeat", MAX_BYTES).decode(errors="replace")
     except UserError:
@@ -261,7 +269,7 @@ def _text(path: Path) -> str:
 
 
 def _facts(text: str) -> dict[str, Any]:
-    """The owner in the text of a lock; {} if the lock is being written, cut short or damaged."""
+    """Return the owner in the text of a lock; {} if the text is incomplete or damaged."""
     try:
         found = parse_record(parse_strictly(text), "lock", Owner)
     except ValueError:  # UserError is one
@@ -270,6 +278,7 @@ def _facts(text: str) -> dict[str, Any]:
 
 
 def _name(owner: dict[str, Any]) -> str:
+    """Describe an owner by job, process and host, for messages."""
     if not owner:
         return "an unknown owner"
     job = f"job {owner['job']} (restart {owner['restart']}), " if owner.get("job") else ""

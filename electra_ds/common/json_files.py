@@ -1,10 +1,10 @@
 """Strict JSON: parsing with limits, typed records, atomic writes.
 
-JSON files of this project and of others are read here. A file that another program or person wrote
-may have any content, so the parser limits its size and depth, and refuses what the JSON standard
-leaves undefined: NaN and infinities, duplicate keys, lone surrogates.
+A file that another program or person wrote may have any content. Therefore the parser limits size
+and depth, and refuses NaN, infinities, duplicate keys and lone surrogates, which the JSON standard
+forbids or does not define.
 
-A file with known fields is read as a `Record`, which also limits the fields' types and values.
+A file with known fields is read as a `Record`, which also checks types and values of the fields.
 """
 
 import json
@@ -23,19 +23,19 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.printable import printable, shortened
 
-MAX_BYTES = 1 << 28  # of a JSON file; a manifest of 10^5 shards has 2^24
+MAX_BYTES = 1 << 28  # of a JSON file; a manifest of 10^5 shards has about 2^24 bytes
 MAX_DEPTH = 64  # of nested objects and arrays
-MAX_DIGITS = 400  # of a number; the largest float64 has 309
-# An escape of a UTF-16 surrogate. A pair of them is a character; `parse_strictly` finds single ones.
+MAX_DIGITS = 400  # of an integer; the largest float64 has 309
+# Escape of a UTF-16 surrogate. A pair of surrogates is a character; a single one is an error.
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 
 class Record(BaseModel):
-    """Base class of the typed content of a JSON file. Frozen; other types are not converted.
+    """Base class of the typed content of a JSON file: frozen, without type conversions.
 
-    Unknown keys are refused. A subclass for a file of another program sets `extra="ignore"`.
+    Unknown keys are errors. A subclass for a file of another program sets `extra="ignore"`.
     """
 
     model_config = ConfigDict(
@@ -44,14 +44,17 @@ class Record(BaseModel):
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON with a final newline; atomic as `write_bytes`."""
+    """Write `value` as indented JSON with a final newline, atomically. Errors as in `write_bytes`.
+
+    Raises ValueError for NaN and infinities.
+    """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict) -> Any:
-    """Read a JSON object, or another of `kinds`.
+    """Read a JSON file and return its value.
 
-    what: the expected content, for messages.
+    what: the expected content, for messages. kinds: accepted types of the value.
     Raises UserError, which names the path, when the file is missing, unreadable, not a regular
     file, too large, not valid JSON, or not one of `kinds`.
     """
@@ -59,9 +62,13 @@ def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict
 
 
 def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
-    """Content of a regular file of at most `limit` bytes. UserError as in `read_json`."""
+    """Return the content of a regular file of at most `limit` bytes.
+
+    what: the expected content, for messages. Raises UserError when the file is missing, unreadable,
+    not a regular file, or too large.
+    """
     try:
-        # Opening a FIFO would wait for a writer.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
@@ -73,7 +80,7 @@ def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
                     f"{printable(path)}: {status.st_size:,} bytes; expected {what} of at most "
                     f"{limit:,} bytes"
                 )
-            # The size is given, since read() asks for that much memory first.
+            # read(n) allocates n bytes first, so n is the size of the file and not the limit.
             return file.read(min(limit, status.st_size) + 1)[:limit]
     except UserError:
         raise
@@ -93,7 +100,7 @@ def parse_json(
     kinds: type | tuple[type, ...] = dict,
     nan_as_null: bool = False,
 ) -> Any:
-    """Like `read_json`, for content that was read already.
+    """Like `read_json`, for content that is in memory.
 
     path: a file or URL, for messages. nan_as_null: see `parse_strictly`.
     """
@@ -113,8 +120,9 @@ def parse_strictly(content: bytes | str, nan_as_null: bool = False) -> Any:
     """Parse JSON within the limits of this module.
 
     nan_as_null: read NaN and infinities, which earlier versions wrote to some files, as null.
-    ValueError, in one line, when the content is not UTF-8, not JSON, nested too deeply, or has a
-    number that is too long or not finite, a duplicate key or a lone surrogate.
+    Raises ValueError, with a message of one line, when the content is not UTF-8, not JSON or nested
+    too deeply, and for an integer of too many digits, a number out of the range of float64, a
+    duplicate key, and a lone surrogate.
     """
     text = content.decode() if isinstance(content, bytes) else content
     if text.startswith("\ufeff"):
@@ -144,16 +152,16 @@ def read_record(
     """Read a JSON file as a record.
 
     what: the expected content, for messages. nan_as_null: see `parse_strictly`.
-    UserError names the path, and for each wrong field the key, the value and what is expected.
+    Raises UserError as `read_json`, and for wrong fields, with key, value found and value expected.
     """
     value = parse_json(read_small(path, what), path, what, nan_as_null=nan_as_null)
     return parse_record(value, path, kind, what)
 
 
 def parse_record(value: Any, path: str | Path, kind: type[AnyRecord], what: str = "") -> AnyRecord:
-    """Check parsed JSON against a record's fields. Arguments and UserError as in `read_record`."""
+    """Return parsed JSON as a record. Arguments and UserError as in `read_record`."""
     try:
-        # JSON has no tuples and no enumerations; the JSON mode of pydantic converts arrays.
+        # JSON has no tuples. In its JSON mode, pydantic converts arrays to tuples although strict.
         return kind.model_validate_json(json.dumps(value))
     except ValidationError as error:
         expected = f"; expected {what}" if what else ""
@@ -161,10 +169,11 @@ def parse_record(value: Any, path: str | Path, kind: type[AnyRecord], what: str 
 
 
 def set_aside(path: Path) -> str:
-    """Rename a file or folder to NAME.damaged (NAME.damaged.2, ...), and return the new name.
+    """Rename a file or folder to NAME.damaged (NAME.damaged.2, ...).
 
-    For files that only tell of the past: damaged, they must not keep a run from resuming.
-    Raises OSError when the rename fails.
+    Used for files that a resume does not need, so that a damaged one does not prevent it.
+    Returns the words "set aside as NAME.damaged", for messages. Raises OSError when the rename
+    fails.
     """
     damaged, number = path.with_name(f"{path.name}.damaged"), 1
     while os.path.lexists(damaged):
@@ -175,9 +184,9 @@ def set_aside(path: Path) -> str:
 
 
 def read_or_set_aside(path: Path, kind: type[AnyRecord], what: str) -> tuple[AnyRecord | None, str]:
-    """Read a record that only tells of the past; a damaged file is set aside.
+    """Read a record that a resume does not need; a damaged file is renamed by `set_aside`.
 
-    Returns (record, ""), (None, "") without a file, or (None, line that says what was damaged).
+    Returns (record, ""), (None, "") without a file, or (None, line that describes the damage).
     """
     if not os.path.lexists(path):
         return None, ""
@@ -188,7 +197,10 @@ def read_or_set_aside(path: Path, kind: type[AnyRecord], what: str) -> tuple[Any
 
 
 def describe(error: ValidationError, most: int = 5) -> str:
-    """The wrong fields of a record, one line: key, value found, value expected."""
+    """Describe the wrong fields of a record in one line: key, value found, value expected.
+
+    most: number of fields that are described.
+    """
     problems = error.errors(include_url=False)
     lines = [_describe_field(dict(problem)) for problem in problems[:most]]
     if len(problems) > most:
@@ -218,7 +230,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _null_constant(name: str) -> None:
-    """The value of NaN and of infinities where they are allowed."""
+    """Return None for NaN and infinities."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -227,7 +239,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits; at most {MAX_DIGITS} are read")
+        raise ValueError(f"an integer of {len(digits):,} digits; expected at most {MAX_DIGITS}")
     return int(digits)
 
 
@@ -239,7 +251,7 @@ def _number(digits: str) -> float:
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, int]]:
-    """All objects, arrays, keys and values of parsed JSON, each with its depth."""
+    """Yield all objects, arrays, keys and values of parsed JSON, each with its depth."""
     stack = [(value, 0)]
     while stack:
         part, depth = stack.pop()

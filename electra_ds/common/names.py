@@ -1,4 +1,4 @@
-"""Names from files that become paths: one component below a known folder, nothing else."""
+"""Checks of names that are read from files and become paths below a known folder."""
 
 from pathlib import Path, PurePosixPath
 
@@ -9,11 +9,11 @@ MAX_NAME_BYTES = 255  # of one component on the usual file systems
 
 
 def check_name(name: object, where: str, what: str) -> str:
-    """`name` if it is a plain file name: one component, without control characters.
+    """Return `name` if it is a plain file name: one component, without control characters.
 
-    where: the file and key that hold it. what: its meaning.
-    UserError for an empty name, `.`, `..`, a separator, a drive letter, a control character, or
-    more than 255 bytes of UTF-8.
+    where: file and key of the name, for messages. what: its meaning, for messages.
+    Raises UserError for a value that is not text, an empty name, `.`, `..`, a separator, a colon,
+    white space at an end, a character that `printable` escapes, or more than 255 bytes of UTF-8.
     """
     text = name if isinstance(name, str) else ""
     if (
@@ -31,7 +31,10 @@ def check_name(name: object, where: str, what: str) -> str:
 
 
 def check_relative(name: object, where: str, what: str) -> str:
-    """`name` if it is a relative path of plain names, with `/` between them; UserError otherwise."""
+    """Return `name` if it is a relative path: plain names with `/` between them.
+
+    Arguments and UserError as in `check_name`.
+    """
     text = name if isinstance(name, str) else ""
     if not text or PurePosixPath(text).is_absolute():
         check_name(name, where, what)
@@ -41,7 +44,10 @@ def check_relative(name: object, where: str, what: str) -> str:
 
 
 def check_inside(path: str | Path, folder: str | Path, where: str) -> Path:
-    """`path` if, after all symbolic links are resolved, it lies in `folder`; UserError otherwise."""
+    """Return `path` if it is inside `folder` after all symbolic links are resolved.
+
+    where: the file or option that holds the path, for messages. Raises UserError otherwise.
+    """
     if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(
             f"{where}: {printable(path)} leads out of {printable(folder)}; expected a path inside "

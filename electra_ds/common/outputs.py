@@ -1,10 +1,10 @@
-"""Output paths of the command line: checked before the work; folders written whole or not at all."""
+"""Checks of output paths before the work, and folders that are written whole or not at all."""
 
 import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from electra_ds.common.errors import RunFailure, UserError
@@ -13,10 +13,10 @@ from electra_ds.common.printable import printable
 
 
 def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] = ()) -> None:
-    """Check that a file can be written at `path`; its folder is created.
+    """Check that a file can be written at `path`. Creates its folder.
 
-    option: the option that holds the path. inputs: files that the command reads.
-    UserError when `path` is a folder or one of `inputs`, or when its folder cannot be written.
+    option: the option that holds the path, for messages. inputs: files that the command reads.
+    Raises UserError when `path` is a folder or one of `inputs`, or its folder cannot be written.
     """
     with _explained(path, option, "a file"):
         if path.is_dir():
@@ -32,10 +32,29 @@ def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] =
             _try_writing(path.parent, path.name)
 
 
+def check_outside(path: Path, option: str, inputs: Mapping[str, Path | None]) -> None:
+    """Raise UserError when an output is an input folder, or lies below one.
+
+    option: the option that holds the output `path`, which may be missing. inputs: name of an
+    argument -> a path that the command reads, or None; only folders are compared, links resolved.
+    """
+    with _explained(path, option, "a path outside of the inputs"):
+        target = Path(os.path.realpath(path))
+        above = [folder for folder in (target, *target.parents) if folder.exists()]
+        for name, read in inputs.items():
+            if read is None or not read.is_dir():
+                continue
+            if any(folder.samefile(read) for folder in above):
+                raise UserError(
+                    f"{option} {printable(path)}: lies in the folder that the command reads "
+                    f"({name} {printable(read)}); choose a path outside of it"
+                )
+
+
 def check_output_folder(path: Path, option: str) -> None:
     """Create the folder `path` if it is missing, and check that files can be written to it.
 
-    UserError names the option, the path and the reason.
+    Raises UserError with the option, the path and the reason.
     """
     with _explained(path, option, "a folder"):
         if path.exists() and not path.is_dir():
@@ -48,8 +67,8 @@ def check_output_folder(path: Path, option: str) -> None:
 def new_folder(path: Path, option: str) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the block succeeds.
 
-    `path` must be missing or empty. It is unchanged when the block fails, so the same command can
-    be repeated. Raises UserError when `path` is a file, is not empty or cannot be created, and
+    `path` must be missing or empty. It is unchanged when the block fails, so the command can be
+    repeated. Raises UserError when `path` is a file, is not empty or cannot be created, and
     RunFailure when the block cannot write to it, such as on a full disk.
     """
     with _explained(path, option, "a new folder"):
@@ -67,7 +86,7 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
         _publish(unfinished, path)
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(unfinished)):
-            raise  # of a file that was read
+            raise  # the error is about a file that the block read
         reason = str(error.strerror or error).replace(str(unfinished), str(path))
         raise RunFailure(
             f"{option} {printable(path)}: cannot be written ({reason}); nothing is left there: "
@@ -78,7 +97,7 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
 
 
 def _publish(unfinished: Path, path: Path) -> None:
-    """Rename `unfinished` to `path`; a mount point cannot be replaced, so its content is moved."""
+    """Rename `unfinished` to `path`, or move its content into `path` if that is a mount point."""
     try:
         os.replace(unfinished, path)
     except OSError:
@@ -90,7 +109,10 @@ def _publish(unfinished: Path, path: Path) -> None:
 
 
 def _try_writing(folder: Path, name: str) -> None:
-    """Create and remove a file in `folder`. name: of the later file; OSError if it is too long."""
+    """Create and remove a file in `folder`, and look up `name`, the name of the later file.
+
+    Raises OSError when the folder is not writable, or the name is too long.
+    """
     trial = folder / f".{secrets.token_hex(6)}.tmp"
     try:
         with open(trial, "wb") as file:

@@ -12,7 +12,7 @@ from electra_ds.common.errors import UserError
 def load_function(setting: str, name: str) -> Callable[..., Any]:
     """Import and return the function "package.module:function". This runs the module's code.
 
-    The module is looked up in sys.path. The current folder is appended to sys.path.
+    The module is searched in sys.path. The current folder is appended to sys.path before.
     setting: the option or key that holds the name, for the error message.
     Raises UserError when the module or the function cannot be imported.
     """

@@ -1,4 +1,4 @@
-"""Text from files and URLs, made safe for terminals, logs and tables."""
+"""Escapes for text from files and URLs that is printed to terminals, logs and tables."""
 
 import re
 import unicodedata
@@ -14,22 +14,27 @@ PLAIN = re.compile(r"[ -~]*")
 
 
 def printable(value: str | Path) -> str:
-    """`value` with escapes for all characters that move the cursor, start a terminal sequence,
-    change the direction of text or cannot be encoded.
+    """Return `value` as text with escapes for control, format and line-separator characters.
 
-    A line feed becomes `\\n`, the escape character `\\x1b`. Letters of all scripts stay.
+    These characters move the cursor, start a terminal sequence, change the direction of text, or
+    cannot be encoded. A line feed becomes `\\n`, the escape character `\\x1b`. Letters of all
+    scripts are unchanged.
     """
     text = str(value)
     return text if PLAIN.fullmatch(text) else "".join(map(_escaped, text))
 
 
 def printable_lines(text: str) -> str:
-    """Like `printable`, but line feeds and tabs stay: for messages of several lines."""
+    """Like `printable`, but without escapes for line feeds and tabs: for texts of several lines."""
     return re.sub(r"[^\n\t]+", lambda part: printable(part.group()), text)
 
 
 def shortened(value: Any, limit: int = 80) -> str:
-    """The repr of a value in at most `limit` characters, printable."""
+    """Describe a value in at most `limit` printable characters.
+
+    Returns the repr of text, numbers and None, truncated with "..." if it is longer, and type and
+    length of a list, dict or other container.
+    """
     if isinstance(value, str):
         text = repr(value[: limit + 1])
     elif isinstance(value, (bool, int, float, type(None))):

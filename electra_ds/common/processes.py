@@ -1,4 +1,4 @@
-"""Facts about processes and hosts: identity, restarts, free ports."""
+"""Identity, restarts and ports of processes and hosts."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def restart_count(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of restarts of this SLURM job (SLURM_RESTART_COUNT); 0 without SLURM.
 
-    Raises UserError when the variable is no number.
+    Raises UserError when the variable is not a number of at most 9 digits.
     """
     text = environ.get("SLURM_RESTART_COUNT") or "0"
     if not (text.isascii() and text.isdigit() and len(text) < 10):
@@ -34,10 +34,10 @@ def free_port() -> int:
 
 
 def machine_id() -> str:
-    """Return an id of this boot and process namespace; process numbers are unique in it.
+    """Return an id of this boot and process namespace, in which process numbers are unique.
 
-    Host names do not serve as ids: they repeat (localhost), and containers of one machine have
-    separate process numbers. The id is empty if the system does not provide it.
+    A host name is not such an id: several hosts may have the same name (localhost), and each
+    container of a machine has its own process numbers. The id is empty if the system has none.
     """
     try:
         return f"{BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -46,22 +46,22 @@ def machine_id() -> str:
 
 
 def start_time(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot, as text; empty if it has ended.
+    """Return the start time of a process in clock ticks since boot, as text; "" if it has ended.
 
-    The system reuses process numbers. Number and start time together identify a process.
+    The system reuses process numbers, so number and start time together identify a process.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
+    fields = text.rpartition(")")[2].split()  # the name in parentheses may contain spaces and ")"
     return "" if fields[0] in "ZX" else fields[19]
 
 
 def is_gone(process: Mapping[str, Any]) -> bool:
-    """Whether a process has ended; False for one on another machine.
+    """Return whether a process has ended. Returns False for a process of another machine.
 
-    process: `machine`, `pid` and `started` of the process when it ran.
+    process: `machine` (`machine_id`), `pid` and `started` (`start_time`), as recorded by it.
     """
     is_here = bool(process.get("machine")) and process["machine"] == machine_id()
     return is_here and start_time(process["pid"]) != process["started"]

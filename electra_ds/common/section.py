@@ -14,7 +14,9 @@ def science(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 def machine(default: Any, meaning: str, **limits: Any) -> Any:
-    """Return a field of scope "machine": speed, evaluation, logging, checkpoints, faults.
+    """Return a field of scope "machine": its value does not change what the model learns.
+
+    Such fields set speed, evaluation, logging, checkpoints and the handling of faults.
 
     meaning: the description of the field. limits: passed to pydantic's Field.
     """
@@ -22,7 +24,7 @@ def machine(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base class of config sections: frozen, without unknown keys, strict types, finite numbers."""
+    """Base class of config sections: frozen, strict types, no unknown keys, only finite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False

@@ -10,6 +10,6 @@ def nearest(word: str, words: Sequence[str]) -> str:
     matches = difflib.get_close_matches(word, words, 1)
     if not matches:
         return ""
-    if normalize("NFC", word) == normalize("NFC", matches[0]):  # both look the same
+    if normalize("NFC", word) == normalize("NFC", matches[0]):  # !a shows the difference
         return f"; did you mean {matches[0]!a}? {word!a} is another Unicode form of it"
     return f"; did you mean {matches[0]!r}?"

@@ -1,4 +1,4 @@
-"""Remote folders and files: allowed protocols, and URLs without their secrets."""
+"""URLs: allowed protocols, file systems, and removal of secrets."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ from electra_ds.common.bounded_http import client_options
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 
-# fsspec knows more than 40 protocols. Some execute templates, run shell commands over ssh or mount
-# archives, so only these are opened.
+# Protocols that are opened. Some of the other protocols of fsspec execute templates, run shell
+# commands over ssh or mount archives.
 PROTOCOLS = ("file", "gs", "hf", "http", "https", "memory", "s3")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*://\S*")
 SECRET = re.compile(
@@ -20,14 +20,15 @@ SECRET = re.compile(
 
 
 def is_url(place: str) -> bool:
-    """Whether `place` names a protocol, or is a chain of protocols, rather than a local path."""
+    """Return whether `place` has a protocol, or a chain of protocols, and is not a local path."""
     return "://" in place or "::" in place or place.startswith("data:")
 
 
 def protocol_of(place: str) -> str:
-    """The protocol of a URL, lower case; `file` for a path.
+    """Return the protocol of a URL in lower case; `file` for a path.
 
-    UserError for a chain of protocols (`a::b`) and for protocols that are not in `PROTOCOLS`.
+    Raises UserError for a chain of protocols (`a::b`), for a protocol that is not in `PROTOCOLS`,
+    and for an http URL without a valid host and port.
     """
     if not is_url(place):
         return "file"
@@ -46,24 +47,24 @@ def protocol_of(place: str) -> str:
 
 
 def _has_host(url: str) -> bool:
-    """Whether a URL has a host, without blanks, and a port from 0 to 65535 or none."""
+    """Return whether a URL has a host without white space, and no port or one from 0 to 65535."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # ValueError for a port that is no number, or out of range
+        _ = parts.port  # raises ValueError for an invalid port
     except ValueError:
         return False
     return bool(parts.hostname) and not re.search(r"\s", parts.netloc)
 
 
 def file_system(place: str) -> tuple[Any, str]:
-    """The fsspec file system of a folder or URL, and the path there.
+    """Return (fsspec file system, path in it) of a folder or URL.
 
-    UserError when the protocol is not allowed, or when its package is not installed.
+    Raises UserError when the protocol is not allowed, or when its package is not installed.
     """
     import fsspec
 
     protocol = protocol_of(place)
-    if is_url(place):  # fsspec knows lower-case names only
+    if is_url(place):  # fsspec accepts protocol names in lower case only
         place = f"{protocol}://{place.partition('://')[2]}"
     is_http = protocol in ("http", "https")
     try:
@@ -71,16 +72,16 @@ def file_system(place: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(place, **options)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"{redacted(place)}: {redacted(str(error))}; expected a folder, or a URL of one "
-            "(http, s3: pip install 'electra_ds[remote]')"
+            f"{redacted(place)}: {redacted(str(error))}; expected the path or the URL of a "
+            "folder (http, s3: pip install 'electra_ds[remote]')"
         ) from None
 
 
 def read_bounded(system: Any, path: str, limit: int) -> bytes:
-    """Content of a file of an fsspec file system, at most `limit` bytes.
+    """Return the content of a file of an fsspec file system, at most `limit` bytes.
 
-    Raises ValueError when the file is larger; no more than limit + 1 bytes are read. Errors of the
-    file system are raised as they are.
+    Raises ValueError when the file is larger; no more than limit + 1 bytes are requested. Errors of
+    the file system are passed on.
     """
     content = system.cat_file(path, start=0, end=limit + 1)
     if len(content) > limit:
@@ -89,12 +90,15 @@ def read_bounded(system: Any, path: str, limit: int) -> bytes:
 
 
 def url_name(place: str) -> str:
-    """The last component of a path or URL, without query and fragment, which may hold secrets."""
+    """Return the last component of a path, or of a URL without query and fragment.
+
+    Query and fragment may contain secrets.
+    """
     return Path(re.split("[?#]", place, maxsplit=1)[0] if is_url(place) else place).name
 
 
 def redacted(text: str) -> str:
-    """`text`, with user names, passwords and secret query values of its URLs replaced by `***`.
+    """Return `text` with `***` for the user names, passwords and secret query values of its URLs.
 
     text: a URL, or a message or command line that contains URLs.
     """
@@ -105,7 +109,7 @@ def _redacted_url(url: str) -> str:
     head, slashes, rest = url.partition("://")
     path = re.split(r"[?#]", rest, maxsplit=1)[0]
     authority = path.partition("/")[0]
-    # A password may have unescaped slashes and "@", so all up to the last "@" is hidden.
+    # A password may contain unescaped "/" and "@", so everything before the last "@" is hidden.
     if "@" in path and ("@" in authority or ":" in authority):
         authority = path.rpartition("@")[0] + "@"
         head, rest = f"{head}{slashes}***@", rest[len(authority) :]

@@ -1,10 +1,10 @@
 """Schema of engine files: the DeepSpeed keys that are accepted, with types and limits.
 
 This is an allow-list. Some keys of DeepSpeed import a module by name (lower_precision_safe_modules,
-leaf_module), write files or folders (monitors, flops_profiler, offload to NVMe) or open network
-connections (wandb, comet). An engine section may come from the config.json of another person's run,
-so none of these keys is accepted. Keys that DeepSpeed refuses or that end the first step with an
-error are not accepted either: `check` then refuses the file as `pretrain` does.
+leaf_module), write files or folders (monitors, output_file of flops_profiler, offload to NVMe) or
+open network connections (wandb, comet). An engine section may come from the config.json of another
+person's run, so none of these keys is accepted. Values that DeepSpeed rejects, or with which the
+first step fails, are not accepted either, so that `check` finds them before `pretrain` starts.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,11 +13,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from electra_ds.common.json_files import Record
 
-MAX_ELEMENTS = 2**33  # of a bucket; DeepSpeed allocates buckets as a whole
+MAX_ELEMENTS = 2**33  # of a bucket; DeepSpeed allocates a whole bucket at once
 
 
 def _integral(value: Any) -> Any:
-    """5e8 is a float in JSON, and the usual way to write the size of a bucket."""
+    """Return a whole float as an int: bucket sizes are often written as 5e8, a float in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -27,7 +27,7 @@ Bucket = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=MAX_ELEMENTS)
 # DeepSpeed refuses odd sizes of the gather buckets of stages 1 and 2.
 EvenBucket = Annotated[Bucket, Field(multiple_of=2)]
 DataType = Literal["fp32", "fp16", "bf16"]
-# Words that are refused with a reason, at any depth.
+# Keys that are refused at any depth -> the reason, for the message.
 REFUSED = {
     "aio": "offload to NVMe is not supported",
     "comet": "it opens a network connection; metrics.jsonl and OUT/tensorboard have the metrics",
@@ -42,26 +42,26 @@ REFUSED = {
 
 
 class OffloadKeys(Record):
-    """zero_optimization.offload_optimizer and offload_param."""
+    """Keys that zero_optimization.offload_optimizer and offload_param have in common."""
 
     device: Literal["cpu", "none"]
     pin_memory: bool = True
 
 
 class OffloadOptimizerKeys(OffloadKeys):
-    """zero_optimization.offload_optimizer."""
+    """Keys of zero_optimization.offload_optimizer."""
 
     ratio: float = Field(default=1.0, ge=0, le=1)
 
 
 class OffloadParamKeys(OffloadKeys):
-    """zero_optimization.offload_param."""
+    """Keys of zero_optimization.offload_param."""
 
     max_in_cpu: Elements = 10**9
 
 
 class ZeroKeys(Record):
-    """zero_optimization."""
+    """Keys of zero_optimization."""
 
     stage: Integer = Field(default=0, ge=0, le=3)
     contiguous_gradients: bool = True
@@ -72,7 +72,8 @@ class ZeroKeys(Record):
     allgather_bucket_size: EvenBucket = 5 * 10**8
     overlap_comm: bool | None = None
     compute_grad_norm: Literal[True] = True
-    # On several ranks DeepSpeed then returns the tensors of other parameters for a checkpoint.
+    # If it is true, DeepSpeed returns the tensors of other parameters when several ranks write a
+    # checkpoint.
     round_robin_gradients: Literal[False] = False
     parameter_alignment: bool = False
     ignore_unused_parameters: bool = True
@@ -105,7 +106,7 @@ class ZeroKeys(Record):
 
 
 class Bf16Keys(Record):
-    """bf16."""
+    """Keys of bf16."""
 
     enabled: bool | Literal["auto"] = False
     immediate_grad_update: bool = False
@@ -113,7 +114,7 @@ class Bf16Keys(Record):
 
 
 class Fp16Keys(Record):
-    """fp16."""
+    """Keys of fp16."""
 
     enabled: bool | Literal["auto"] = False
     loss_scale: float = Field(default=0, ge=0, le=2**32)
@@ -125,14 +126,14 @@ class Fp16Keys(Record):
 
 
 class AutocastKeys(Record):
-    """torch_autocast. For fp16 there is the section fp16, which scales the loss."""
+    """Keys of torch_autocast. fp16 needs loss scaling, so it has the section fp16 instead."""
 
     enabled: bool = False
     dtype: Literal["bfloat16", "torch.bfloat16"] = "bfloat16"
 
 
 class CommsLoggerKeys(Record):
-    """comms_logger: times of collectives, printed."""
+    """Keys of comms_logger, which prints the times of collectives."""
 
     enabled: bool = False
     prof_all: bool = True
@@ -142,7 +143,7 @@ class CommsLoggerKeys(Record):
 
 
 class FlopsProfilerKeys(Record):
-    """flops_profiler: operations of one step, printed."""
+    """Keys of flops_profiler, which prints the floating-point operations of one step."""
 
     enabled: bool = False
     recompute_fwd_factor: float = Field(default=0.0, ge=0, le=10)
@@ -153,13 +154,13 @@ class FlopsProfilerKeys(Record):
 
 
 class DataTypeKeys(Record):
-    """data_types."""
+    """Keys of data_types."""
 
     grad_accum_dtype: DataType | None = None
 
 
 class EngineKeys(Record):
-    """An engine file. Batch sizes, clipping and optimizer belong to the run config."""
+    """Keys of an engine file. The run config owns batch sizes, clipping and optimizer."""
 
     zero_optimization: ZeroKeys = ZeroKeys()
     bf16: Bf16Keys = Bf16Keys()

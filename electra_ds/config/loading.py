@@ -36,13 +36,14 @@ def config_folder(kind: str) -> Path:
 
 
 def config_names(kind: str) -> list[str]:
-    """Names of the shipped files of a kind, sorted."""
+    """Return the names of the shipped files of a kind, sorted."""
     return sorted(path.stem for path in config_folder(kind).glob("*.json"))
 
 
 def find_config(name: str, kind: str) -> Path:
-    """Return the path of a shipped config; a path (with "/" or ".json") is returned as it is.
+    """Return the path of a shipped config of a kind; a path is returned unchanged.
 
+    name: a path contains "/" or ends in ".json".
     Raises UserError with the known names and the most similar one when the name is unknown.
     """
     if name.endswith(".json") or "/" in name:
@@ -103,7 +104,7 @@ def parse_config(values: Any, where: str, root: type[Config]) -> Config:
 
     A RunConfig is returned as the subclass of its model.architecture, or as a FactoryRun if it has
     model.factory; a ModelConfig as the subclass of its architecture.
-    where: the file, for the error message. Raises UserError with all invalid keys.
+    where: name of the file in the error message. Raises UserError with all invalid keys.
     """
     schema: Any = root
     if root is RunConfig and isinstance(values, dict):
@@ -138,7 +139,11 @@ def _architecture(model: Any, where: str, key: str) -> str:
 
 
 def _apply(values: Values, setting: str) -> None:
-    """Set one `section.field=value` in the values of a file; the value is JSON or plain text."""
+    """Apply one setting `section.field=value` to the values of a file, in place.
+
+    The value is read as JSON, or as plain text if it is not JSON. Raises UserError for a malformed
+    setting.
+    """
     key, equals, text = setting.partition("=")
     *sections, field = key.strip().split(".")
     if not equals or not all([*sections, field]):
@@ -164,7 +169,7 @@ def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 
 
 def _line(problem: Values, root: type[BaseModel]) -> str:
-    """One line for one of pydantic's problems."""
+    """Return the line of one of pydantic's problems: key, value found, value expected."""
     location = [str(part) for part in problem["loc"]]
     key, value = printable(".".join(location)), problem.get("input")
     if problem["type"] == "extra_forbidden":
@@ -194,9 +199,9 @@ def _as_json(value: Any) -> str:
 
 
 def _fields_at(root: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the section at a path."""
+    """Return the field names of the section at a path of keys, sorted."""
     for part in path:
-        if part not in root.model_fields:  # a key of a table of sections
+        if part not in root.model_fields:  # a key of a dict of sections, such as a task
             continue
         annotation = root.model_fields[part].annotation
         candidates = (annotation, *get_args(annotation))
@@ -213,7 +218,7 @@ def _other_architecture(root: type[BaseModel], path: list[str]) -> str | None:
 
 
 def _fraction_hint(location: list[str], value: Any) -> str:
-    """Return a hint for a size of the generator that is not an integer, such as "1/4"."""
+    """Return a hint if a size of the generator is given as a fraction, such as "1/4", else ""."""
     is_size = not location[-1].endswith("_dropout")
     if location[:1] == ["generator"] and is_size and isinstance(value, (str, float)):
         return f"; sizes are not fractions: write the integer, such as {location[-1]}: 64"
@@ -221,9 +226,10 @@ def _fraction_hint(location: list[str], value: Any) -> str:
 
 
 def differences(old: BaseModel, new: BaseModel) -> tuple[list[str], list[str]]:
-    """Return the differences in science fields and in machine fields, two lists of text.
+    """Return (differences in science fields, differences in machine fields) of two configs.
 
-    Each text is `section.field: old -> new`. old, new: configs of the same class, or RunConfigs.
+    Each difference is a text `section.field: old -> new`. The field `provenance` is not compared.
+    old, new: configs of the same class, or RunConfigs.
     """
     lines: dict[str, list[str]] = {"science": [], "machine": []}
     _compare(old, new, "", lines)
@@ -245,13 +251,13 @@ def _compare(old: BaseModel, new: BaseModel, prefix: str, lines: dict[str, list[
                 lines["science"].append(change)
         elif any(isinstance(section, Section) for section in sections.values()):
             for part, section in sections.items():
-                default = type(section)()  # stands for a section that one config lacks
+                default = type(section)()  # compared if one config lacks the section
                 parts = before.get(part, default), after.get(part, default)
                 _compare(*parts, f"{key}.{part}.", lines)
         elif before != after and name != "provenance":
             extra = info.json_schema_extra
             scope = str(extra.get("scope", "science")) if isinstance(extra, dict) else "science"
-            if tables:  # of an engine or of a factory's options: only the values that differ
+            if tables:  # an engine, or the options of a factory: list only the values that differ
                 lines[scope] += _table_differences(before, after, key)
             else:
                 change = f"{key}: {_plain(before)} -> {_plain(after)}"
@@ -272,7 +278,7 @@ def _table_differences(before: Values, after: Values, key: str) -> list[str]:
 
 
 def _leaves(table: Values, prefix: str) -> dict[str, Any]:
-    """The values of nested tables by their dotted keys."""
+    """Return the values of nested dicts by their dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in table.items():
         name = f"{prefix}.{key}"

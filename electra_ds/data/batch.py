@@ -1,6 +1,6 @@
 """Batches of packed rows: layout of the rows, masked positions and random numbers.
 
-Letters: B rows, S sequence, K masked positions per row, V vocabulary.
+Dimensions: B rows, S sequence, K masked positions per row, V vocabulary.
 """
 
 from __future__ import annotations

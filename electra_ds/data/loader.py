@@ -1,6 +1,6 @@
 """Endless batches of one rank, prepared by a thread, and batches of held-out rows.
 
-Letters: B rows of a micro-batch, G rows of the global batch.
+Dimensions: B rows of a micro-batch, G rows of the global batch.
 """
 
 import queue

@@ -1,6 +1,6 @@
 """Selection of the masked positions of packed rows.
 
-Letters: B rows, S sequence, K masked positions, V vocabulary, W words of all rows.
+Dimensions: B rows, S sequence, K masked positions, V vocabulary, W words of all rows.
 """
 
 from typing import NamedTuple

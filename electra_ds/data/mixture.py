@@ -1,6 +1,6 @@
 """Mixtures of several sources in exact shares. The row is a pure function of the position.
 
-Letters: n rows or positions, S sources, T tokens of a row, W positions of a window.
+Dimensions: n rows or positions, S sources, T tokens of a row, W positions of a window.
 """
 
 import hashlib

@@ -3,7 +3,7 @@
 Generator and permutation are implemented here because libraries may change the streams of their
 generators. A change that alters a result must raise `shuffle.ORDER_VERSION`.
 
-Letters: n numbers, B rows.
+Dimensions: n numbers, B rows.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ Rows are fetched by byte ranges over http or from an object store.
 
 A chunk is a run of consecutive blocks of one shard, about 1 MiB, and takes one request.
 
-Letters: n rows, S sequence.
+Dimensions: n rows, S sequence.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Interfaces of row readers and row orders.
 
-Letters: n rows or positions, S sequence.
+Dimensions: n rows or positions, S sequence.
 """
 
 from typing import Any, Protocol

@@ -7,7 +7,7 @@ executed, and a link, a device, another name or an object array is found as a di
 A fragment is a run of text tokens of one document in one row; [CLS] and [SEP] do not belong to it.
 On disk (member names, manifest keys) fragments are called pieces.
 
-Letters: n rows, S sequence, F fragments, V vocabulary.
+Dimensions: n rows, S sequence, F fragments, V vocabulary.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from electra_ds.common.arrays import NPY_MOST, parse_npy
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, parse_json, parse_record, read_small, write_json
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.special_ids import SpecialIds
@@ -242,6 +243,11 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     Raises UserError when it is missing, malformed, or of another format or version.
     """
     path = Path(data_dir) / "manifest.json"
+    found = found_at(Path(data_dir))
+    if found.kind not in ("data", "other", "unreadable"):
+        raise UserError(
+            f"{printable(path)}: not found{found.clause}; expected a folder of `prepare`"
+        )
     return parse_manifest(read_small(path, MANIFEST), path)
 
 

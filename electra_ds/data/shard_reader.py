@@ -1,6 +1,6 @@
 """Random access to the rows of a data folder on disk, with checks.
 
-Letters: n rows, S sequence, F fragments.
+Dimensions: n rows, S sequence, F fragments.
 """
 
 import mmap
@@ -96,14 +96,14 @@ class SplitIndex:
                 "prepare the data again"
             )
 
-    def place(self, block: int) -> tuple[int, int]:
+    def shard_and_number(self, block: int) -> tuple[int, int]:
         """Return (shard, number within the shard) of a block."""
         shard = int(self.blocks["shard"][block])
         return shard, block - int(self.shard_starts[shard])
 
-    def damage(self, block: int, what: str) -> UserError:
+    def block_error(self, block: int, what: str) -> UserError:
         """Return the error for a damaged block; it names the file and the block within it."""
-        shard, number = self.place(block)
+        shard, number = self.shard_and_number(block)
         path = f"{printable(self.location)}/{shard_file(self.split, shard)}"
         return UserError(
             f"{path}: block {number}: {what}; copy this shard again (`verify` lists all damage)"
@@ -118,7 +118,7 @@ class SplitIndex:
         rows, crc32 = self.blocks[["rows", "crc32"]][block].item()
         self._check_headers(block, "ids", headers, rows)
         if zlib.crc32(payload) != crc32:
-            raise self.damage(block, "the crc32 of its rows differs from that in the index")
+            raise self.block_error(block, "the crc32 of its rows differs from that in the index")
 
     def _check_headers(self, block: int, kind: str, headers: bytes, rows: int) -> None:
         """Raise UserError when a member's headers differ from the expected ones.
@@ -131,11 +131,13 @@ class SplitIndex:
         if kind == "ids":
             dtype = self.dtype
             width = self.sequence_length
-        name = f"{block_name(self.split, *self.place(block))}.{kind}.npy"
+        name = f"{block_name(self.split, *self.shard_and_number(block))}.{kind}.npy"
         if headers[:TAR_BLOCK] != tar_header(name, NPY_HEADER + rows * width * dtype.itemsize):
-            raise self.damage(block, f"its tar header differs from the expected one for {name}")
+            raise self.block_error(
+                block, f"its tar header differs from the expected one for {name}"
+            )
         if headers[TAR_BLOCK:] != npy_header(dtype, (rows, width)):
-            raise self.damage(
+            raise self.block_error(
                 block, f"the npy header of {name}: expected that of {dtype.name}[{rows}, {width}]"
             )
 
@@ -205,20 +207,20 @@ class ShardReader(SplitIndex):
         try:
             payload_size = int(header[TAR_SIZE_FIELD], 8)  # the header is compared below
         except ValueError:
-            raise self.damage(block, "no tar header where its fragments start") from None
+            raise self.block_error(block, "no tar header where its fragments start") from None
         count = max(0, payload_size - NPY_HEADER) // (4 * len(FRAGMENT_FIELDS))
         first = start + TAR_BLOCK + NPY_HEADER
         self._check_headers(block, "pieces", shard_bytes[start:first].tobytes(), count)
         values = shard_bytes[first : start + TAR_BLOCK + payload_size]
         if len(values) != count * 4 * len(FRAGMENT_FIELDS):
-            raise self.damage(block, "the file ends inside its fragments")
+            raise self.block_error(block, "the file ends inside its fragments")
         fragments = values.view("<i4").reshape(count, len(FRAGMENT_FIELDS))
         row, column, length, *source = fragments.astype(np.int64).T
         inside = (row >= 0) & (row < rows)
         inside &= (column > 0) & (length > 0) & (column + length <= self.sequence_length)
         inside &= (np.array(source) >= 0).all(axis=0)
         if not inside.all():
-            raise self.damage(
+            raise self.block_error(
                 block,
                 f"document fragment {int(np.argmin(inside))} lies outside its row or has no source",
             )

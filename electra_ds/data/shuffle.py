@@ -1,6 +1,6 @@
 """Order of the training rows as a pure function: position -> (row number, epoch).
 
-Letters: n positions, T rows of an epoch.
+Dimensions: n positions, T rows of an epoch.
 """
 
 from collections import OrderedDict

@@ -1,6 +1,6 @@
 """Detection of replaced tokens: text and a checkpoint to one probability for each token.
 
-Letters: B rows, S tokens a row.
+Dimensions: B rows, S tokens a row.
 """
 
 from pathlib import Path

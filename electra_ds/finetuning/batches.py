@@ -1,6 +1,6 @@
-"""Token ids, batches by length and micro-batches: a pure function of (examples, seed, epoch).
+"""Token ids, batches by length and micro-batches, as pure functions of (examples, seed, epoch).
 
-Letters: N examples of a micro-batch in B rows of S tokens.
+Dimensions: N examples of a micro-batch in B rows of S tokens.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,18 @@ from electra_ds.finetuning.examples import Example
 from electra_ds.finetuning.tasks import Task, TaskKind
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 
-# Number of batches sorted by length together. 32 gives 1 to 3 % padding on GLUE in random order.
+# Number of batches with examples that are sorted by length together. 32 gives 1 to 3 % padding on
+# GLUE.
 BUCKET_BATCHES = 32
 
 
 class Encoded(NamedTuple):
     """One example as token ids.
 
-    ids: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] of a pair. second_start: index in ids at which
-    segment 1 begins; len(ids) without a second text. label: a class number, in regression a value
-    in [0, 1], in token classification one class number for each token (-1: not scored).
+    ids: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] for a pair. second_start: index in ids at which
+    segment 1 begins; len(ids) without a second text. label: a class number; in regression the label
+    scaled so that label_range becomes [0, 1]; in token classification one class number for each
+    token (-1: not scored).
     """
 
     ids: list[int]
@@ -34,7 +36,7 @@ class Encoded(NamedTuple):
 
 
 class TaskBatch(NamedTuple):
-    """One micro-batch of N examples: padded, B = N rows, or packed without padding, B = 1 row."""
+    """One micro-batch of N examples: padded to B = N rows, or packed into B = 1 row."""
 
     input_ids: Tensor  # [B, S] int64
     segment_ids: Tensor  # [B, S] int64, 1 in the second text of a pair
@@ -49,9 +51,10 @@ class TaskBatch(NamedTuple):
 def encode(
     examples: list[Example], task: Task, tokenizer: Tokenizer, max_length: int
 ) -> list[Encoded]:
-    """Examples as token ids, each cut to max_length tokens, [CLS] and [SEP] included.
+    """Return examples as token ids, each cut to max_length tokens, [CLS] and [SEP] included.
 
-    In a pair, the longer text is cut first, as in the authors' code. A missing label becomes 0.
+    In a pair, the longer text is cut first, as in the authors' code. A missing label becomes class
+    0, in regression the value 0.
     """
     if task.kind == "token_classification":
         return [_encode_words(example, tokenizer, max_length) for example in examples]
@@ -74,7 +77,7 @@ def encode(
 
 
 def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Encode a list of words. The first token of a word has its label, the other tokens -1."""
+    """Encode an example of words. The first token of a word gets its label, the others get -1."""
     special = tokenizer.special_ids
     words = tokenizer.encode_batch(list(example.text_a))
     labels = example.label if isinstance(example.label, list) else [0] * len(words)
@@ -90,7 +93,7 @@ def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> En
 
 
 def _target(label: int | float | list[int] | None, task: Task) -> float:
-    """The label of a text as the loss uses it: a class number, or a value in [0, 1]."""
+    """Return a label as the loss uses it: a class number, or a value scaled by label_range."""
     if label is None:
         return 0
     assert not isinstance(label, list)
@@ -101,7 +104,7 @@ def _target(label: int | float | list[int] | None, task: Task) -> float:
 
 
 def swapped(examples: list[Example]) -> list[Example]:
-    """The same pairs with text_a and text_b exchanged (MRPC and STS-B train on both orders)."""
+    """Return the pairs with text_a and text_b exchanged (MRPC and STS-B train on both orders)."""
     swaps = []
     for example in examples:
         assert isinstance(example.text_a, str) and example.text_b is not None
@@ -110,7 +113,7 @@ def swapped(examples: list[Example]) -> list[Example]:
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Shuffled batches of example numbers; the examples of a batch have similar lengths.
+    """Return shuffled batches of example numbers; the examples of a batch have similar lengths.
 
     lengths: [examples] tokens of each example. Returns arrays [<= batch_size] int64. Every example
     is in one batch; the last batch of a bucket may be smaller. The order depends only on lengths,
@@ -136,10 +139,11 @@ def micro_batches(
     kind: TaskKind,
     packed: bool = False,
 ) -> list[TaskBatch]:
-    """Exactly `count` micro-batches of up to micro_batch_size examples each.
+    """Return exactly `count` micro-batches of up to micro_batch_size examples each.
 
-    batch: numbers of this rank's examples of a global batch. A micro-batch without examples holds
-    one row of weight 0, so that every rank runs the same number of passes.
+    batch: [n] numbers of this rank's examples of a global batch. Other arguments as in `collate`. A
+    micro-batch without examples has one row of weight 0, so that every rank runs the same number of
+    forward and backward passes.
     """
     return [
         collate(
@@ -152,10 +156,10 @@ def micro_batches(
 def collate(
     examples: list[Encoded], pad_id: int, kind: TaskKind, packed: bool = False
 ) -> TaskBatch:
-    """One micro-batch of N examples of a task kind, on the CPU.
+    """Return one micro-batch of N examples of a kind of task, on the CPU.
 
-    packed: False: B = N rows padded to the longest example; True: B = 1 row in which the examples
-    follow each other. Without examples: one row of two padding tokens and weight 0.
+    packed: concatenate the examples into B = 1 row, instead of padding B = N rows to the longest
+    example. Without examples, the micro-batch is one row of two padding tokens with weight 0.
     """
     sizes = np.array([len(example.ids) for example in examples] or [2])
     rows, length = (1, sizes.sum()) if packed else (len(sizes), sizes.max())
@@ -199,9 +203,9 @@ def collate(
 def prediction_batches(
     examples: list[Encoded], batch_size: int, rank: int, world_size: int
 ) -> Iterator[np.ndarray]:
-    """This rank's batches of example numbers, longest examples first.
+    """Yield this rank's batches of example numbers, [<= batch_size] int64, longest examples first.
 
-    Every rank gets the same number of batches; the last ones may be empty.
+    Every rank gets the same number of batches; the last batch of a rank may be empty.
     """
     longest_first = np.argsort([-len(example.ids) for example in examples], kind="stable")
     share = world_size * batch_size

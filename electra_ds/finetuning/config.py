@@ -1,4 +1,4 @@
-"""The config of fine-tuning: one JSON for a suite of tasks, with overrides for single tasks."""
+"""Config of fine-tuning: one JSON file for a suite of tasks, with overrides for single tasks."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from electra_ds.config.schema import AdamConfig, accumulation
 
 
 class FinetuneTrain(Section):
-    """Length, batch sizes, seeds, selection and keeping of models."""
+    """Section train: length, batch sizes, dropout, seed, and which models are scored and kept."""
 
     epochs: float = science(3.0, "passes over the training examples", gt=0)
     max_length: int = science(
@@ -30,7 +30,7 @@ class FinetuneTrain(Section):
     )
     seed: int = science(
         0,
-        "first seed, of the head, the order and dropout; --seeds N uses N consecutive seeds",
+        "first seed, for the head, the order and dropout; --seeds N uses N consecutive seeds",
         ge=0,
         lt=2**31,
     )
@@ -42,7 +42,7 @@ class FinetuneTrain(Section):
         "best", "models to keep: of the best seed on dev, of all seeds, or none"
     )
     max_skipped_steps: int = machine(
-        20, "skipped steps in a row before a seed counts as diverged", ge=1
+        20, "most skipped steps in a row; after more, a seed counts as diverged", ge=1
     )
     timeout_minutes: float = machine(10.0, "longest wait for another rank in a collective", gt=0)
     silence_seconds: float = machine(
@@ -51,7 +51,7 @@ class FinetuneTrain(Section):
 
 
 class FinetuneOptimizer(AdamConfig):
-    """Adam, warmup as a share of the steps, and a learning rate that decreases layer by layer."""
+    """Section optimizer: Adam, warmup as a share of the steps, and layer-wise learning rates."""
 
     weight_decay: float = science(
         0.0, "decoupled, for all parameters except biases and LayerNorms", ge=0
@@ -66,7 +66,7 @@ class FinetuneOptimizer(AdamConfig):
 
 
 class TaskOverrides(Section):
-    """Values for one task; null: the value of the sections."""
+    """Values of one task, which replace those of the sections train and optimizer unless null."""
 
     epochs: float | None = science(None, "see train.epochs", gt=0)
     max_length: int | None = science(None, "see train.max_length", ge=8)
@@ -75,7 +75,7 @@ class TaskOverrides(Section):
 
 
 class FinetuneConfig(Section):
-    """A suite of tasks: the recipe (ELECTRA, section 3.1 and appendix B) and the engine."""
+    """Config of a suite: training recipe (ELECTRA, section 3.1 and appendix B) and engine."""
 
     train: FinetuneTrain = FinetuneTrain()
     optimizer: FinetuneOptimizer
@@ -88,16 +88,16 @@ class FinetuneConfig(Section):
     )
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per step and rank. UserError if the global batch cannot be split so."""
+        """Return the micro-batches per step and rank. UserError if the batch cannot be split."""
         return accumulation(self.train, world_size)
 
     def of(
         self, task: str, task_epochs: float | None, seed: int, world_size: int = 1
     ) -> "FinetuneConfig":
-        """The config of one task and seed, with the overrides of the task applied.
+        """Return the config of one task and seed, with the overrides of the task applied.
 
-        task_epochs: epochs in the description of a user's task, or None; overrides in the config
-        come first. micro_batch_size is reduced to a rank's share of the global batch.
+        task_epochs: epochs in the description of a user's task, or None. Overrides in the config
+        replace them. micro_batch_size is reduced to a rank's share of the global batch.
         """
         overrides = self.tasks.get(task, TaskOverrides()).model_dump(exclude_none=True)
         peak_lr = overrides.pop("peak_lr", self.optimizer.peak_lr)
@@ -117,12 +117,13 @@ class FinetuneConfig(Section):
 def load_finetune(name: str, sets: Sequence[str] = (), engine: str | None = None) -> FinetuneConfig:
     """Load the config of a suite with `load_config`, which raises UserError for mistakes.
 
-    A value that --set gives for all tasks (train.epochs=2) replaces the overrides in the file. Only
-    --set tasks.NAME.epochs=... takes precedence over it.
+    A value that --set gives for all tasks (train.epochs=2) replaces the overrides in the file. An
+    override on the command line (tasks.NAME.epochs=3) takes precedence over it.
+    name: `tiny`, `small`, `base`, `large` or a path. sets, engine: as in `load_config`.
     """
     config = load_config(name, "glue", FinetuneConfig, list(sets), engine)
     keys = [setting.partition("=")[0].strip() for setting in sets]
-    if "tasks" in keys:  # the command line replaces the whole table
+    if "tasks" in keys:  # --set tasks=... replaces all overrides of the file
         return config
     set_for_all = {key.partition(".")[2] for key in keys if "tasks" not in key}
     fields = TaskOverrides.model_fields.keys() & set_for_all

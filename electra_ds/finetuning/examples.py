@@ -1,6 +1,6 @@
-"""Examples of a task: texts and labels of the rows of its files or its dataset.
+"""Examples of a task: texts and labels from the rows of its files or its dataset.
 
-A row that does not fit its task raises a UserError that names file and line.
+A row that does not fit its task raises a UserError that names file and line, or dataset and row.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
 
 RawLabel = str | float | list[str] | None  # as stored in a file: text, number or tags
-# Labels that stand in test splits for a label that is not published.
+# Values that test splits contain in place of labels that are not published.
 HIDDEN = ("", "-1", "-100")
 
 
 class Example(NamedTuple):
     """One example of a task.
 
-    key: its name in files of predictions. text_a: a text, or in token classification its words.
+    key: name of the example in predictions. text_a: a text, or in token classification its words.
     text_b: the second text of a pair, or None. label: a class number; in regression a number; in
     token classification one class number for each word; None if the file has no label.
     """
@@ -40,12 +40,12 @@ class Example(NamedTuple):
 
 
 def read_examples(task: Task, split: str) -> list[Example]:
-    """The examples of one split, in the order of the file.
+    """Return the examples of one split, in the order of the file.
 
-    The splits train and valid must have labels. Other splits have labels if the file has the column
-    of the label; a label of `HIDDEN` that the task does not have counts as missing there.
-    Raises UserError for a split that the task does not have, for a file that cannot be read, and,
-    with file and line, for a row that does not fit the task.
+    The splits train and valid must have labels if the task has a label column. Other splits have
+    labels if the file has this column; a value of `HIDDEN` that is not a label of the task counts
+    as a missing label there. Raises UserError for a split that the task does not have, for a file
+    that cannot be read, and, with file and line, for a row that does not fit the task.
     """
     if split not in task.splits:
         raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
@@ -73,7 +73,7 @@ def _rows(task: Task, split: str) -> Iterator[Row]:
 
 
 def outside_range(task: Task, examples: list[Example]) -> list[float]:
-    """The labels of a regression that lie outside of its label_range, in their order."""
+    """Return the labels outside label_range, in their order; [] for tasks other than regression."""
     if task.label_range is None:
         return []
     low, high = task.label_range
@@ -82,20 +82,20 @@ def outside_range(task: Task, examples: list[Example]) -> list[float]:
 
 
 def _check_range(task: Task, split: str, examples: list[Example]) -> None:
-    """Raise UserError for training labels outside of the range, and where every label is."""
+    """Raise UserError if a label of train, or every label of another split, is out of range."""
     odd = outside_range(task, examples)
     if odd and (split == "train" or len(odd) == len(examples)):
         low, high = task.label_range or (0.0, 1.0)
         number = [example.label for example in examples].index(odd[0])
         raise UserError(
-            f"task {task.name}, split {split}: {len(odd)} of {len(examples)} labels lie outside "
-            f"of label_range [{low:g}, {high:g}], the first is {odd[0]:g} in row {number} (from "
-            "0); correct the rows or the range"
+            f"task {task.name}, split {split}: {len(odd)} of {len(examples)} labels are outside "
+            f"label_range [{low:g}, {high:g}], the first is {odd[0]:g} in row {number} (from 0); "
+            "correct the rows or the range"
         )
 
 
 def _class_numbers(task: Task, label: RawLabel, where: str) -> int | float | list[int] | None:
-    """A label with its texts replaced by their indices in task.labels."""
+    """Return a label with class names replaced by their indices in task.labels."""
     if label is None or isinstance(label, float):
         return label
     labels = task.labels or []
@@ -111,13 +111,17 @@ def _class_numbers(task: Task, label: RawLabel, where: str) -> int | float | lis
 
 
 def read_file(task: Task, path: Path) -> list[Example]:
-    """Read a file in the format of the task; labels are read if the file has their column."""
+    """Return the examples in a file with the columns of the task, as a test split.
+
+    The format is that of the task, or given by the suffix. Labels are read if the file has their
+    column. Raises UserError as `read_examples`.
+    """
     files = {"folder": str(path.parent), "splits": {"test": path.name}, "dataset": None}
     return read_examples(task.model_copy(update=files), "test")
 
 
 def seen_labels(task: Task) -> list[Any]:
-    """Every distinct label of the training split, sorted: texts, tags or numbers."""
+    """Return the distinct labels of the training split, sorted: class names, tags or numbers."""
     seen: set[Any] = set()
     for where, row in _rows(task, "train"):
         label = _label(task, "train", row, where)
@@ -126,7 +130,7 @@ def seen_labels(task: Task) -> list[Any]:
 
 
 def _label(task: Task, split: str, row: dict[str | int, Any], where: str) -> RawLabel:
-    """The label as stored in the file; None only outside train and valid."""
+    """Return the label as stored in the file; None if it is missing, or if the task has none."""
     is_required = split.startswith(("train", "valid"))
     if task.label is None or (not is_required and row.get(task.label) is None):
         return None
@@ -141,7 +145,7 @@ def _label(task: Task, split: str, row: dict[str | int, Any], where: str) -> Raw
 
 
 def _is_hidden(task: Task, value: Any) -> bool:
-    """Whether a label of a test split stands for a label that is not published."""
+    """Return whether the label of a test split is a value of `HIDDEN` and not a real label."""
     values = value if isinstance(value, list) else [value]
     if task.kind == "regression":
         low, high = task.label_range or (0.0, 1.0)
@@ -153,7 +157,7 @@ def _is_hidden(task: Task, value: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    """A label as text; a whole number without its point."""
+    """Return a label as text; a whole number has no decimal point."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     text = str(value).strip()
@@ -173,7 +177,7 @@ def _number(value: Any, where: str) -> float:
 
 
 def _value(column: str | int, row: dict[str | int, Any], where: str) -> Any:
-    """The value of a column, by name or by number."""
+    """Return the value of a column, given by name or by number. UserError if it is missing."""
     key = column
     if isinstance(column, int) and -len(row) <= column < len(row):
         key = list(row)[column]
@@ -202,6 +206,6 @@ def _text(value: Any, where: str) -> str:
 def _list(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not value:
         raise UserError(
-            f"{where}: found {shortened(value, 60)}; expected a list of words or tags, not empty"
+            f"{where}: found {shortened(value, 60)}; expected a list of words or tags, at least one"
         )
     return [_text(word, where) for word in value]

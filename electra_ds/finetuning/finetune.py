@@ -1,9 +1,9 @@
 """The verb `finetune`: train a model for each task and seed, score, predict, report.
 
-DIR/config.json                     the suite
+DIR/config.json                     config of the suite, with a fingerprint of the weights
 DIR/TASK/task.json                  the task, and a fingerprint of its examples
-DIR/TASK/seed-N/                    see `seed`
-DIR/report.json, report.md
+DIR/TASK/seed-N/                    results of a seed, see seed.py
+DIR/report.json, report.md          report on all seeds, see report.py
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import parse_record
-from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.outputs import check_output_folder, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.engine_files import load_engine
@@ -31,9 +31,10 @@ from electra_ds.finetuning.examples import read_examples
 from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.seed import SeedRun, Splits, Stopped, Suite, seed_folder
-from electra_ds.finetuning.suite_files import TaskFile, open_suite, write_or_compare
+from electra_ds.finetuning.suite_files import TaskFile, check_out, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
+from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
 from electra_ds.training.engine import start
 
@@ -50,15 +51,16 @@ def finetune(
     spread: bool = False,
     random_init: bool = False,
 ) -> int:
-    """Run every task with every seed that has no result in `out` yet; report on all of them.
+    """Train every (task, seed) pair without a result in `out`, and write a report on all seeds.
 
-    model: what `load_pretrained` reads.
+    model: path of the pretrained model, for `load_pretrained`.
     names: tasks, for `load_task`. data: the GLUE root, or a task's own folder.
-    seeds: number of seeds, from train.seed on.
-    spread: each rank runs its share of all (task, seed) pairs by itself.
+    seeds: number of seeds, starting at train.seed.
+    out: folder of the suite (DIR).
+    spread: each rank trains its share of all (task, seed) pairs alone.
     random_init: start from random weights instead of the pretrained ones, for comparison.
     Returns the exit code: 0 done, 85 saved and stopped by a signal (0 under torchrun). Raises
-    UserError for bad data, settings that do not fit, an `out` of another suite, or a seed that
+    UserError for invalid data, settings that do not fit, an `out` of another suite, or a seed that
     another process runs.
     """
     share = slice(ranks.rank, None, ranks.world_size) if spread else slice(None)
@@ -105,13 +107,17 @@ def finetune_on_ranks(
     share: slice = slice(None),
     random_init: bool = False,
 ) -> None:
-    """`finetune` with an initialized process group. Raises Stopped after a signal. Collective.
+    """Run `finetune` in an initialized process group. Collective.
 
-    share: slice of the list of all (task, seed) pairs that these ranks run.
+    ranks: the ranks that train each seed together. device: that of this rank. share: slice of the
+    list of all (task, seed) pairs that these ranks run. Other arguments as in `finetune`.
+    Raises Stopped after a stop signal, when the state is saved, and UserError as `finetune`.
     """
     if config.train.seed + seeds > 2**31:
         raise UserError(f"--seeds {seeds}: train.seed + seeds exceeds 2**31; choose smaller ones")
     config = config.model_copy(update={"engine": load_engine(config.engine)})
+    on_rank0(partial(check_outside, out, "--out", {"MODEL": folder_of_model(model)}))
+    on_rank0(partial(check_out, out))
     on_rank0(partial(check_output_folder, out, "--out"))
     suite = Suite(config, load_pretrained(model), random_init, out, ranks, device)
     tasks = [load_task(name, data) for name in names]
@@ -125,7 +131,7 @@ def finetune_on_ranks(
             continue
         splits = _read(suite, task)
         for seed in unfinished:
-            # Other ranks and jobs may run other seeds of this suite.
+            # Locked per seed, because other ranks and jobs may run other seeds of this suite.
             with Lock(seed_folder(out, task, seed), on_rank0):
                 SeedRun(suite, task, splits, seed).fit()
     if ranks.rank == 0 and any(out.glob("*/seed-*/result.json")):
@@ -138,13 +144,13 @@ def _unfinished(out: Path, task: Task, seeds: list[int]) -> list[int]:
 
 
 def _check(suite: Suite, tasks: list[Task]) -> None:
-    """Raise UserError for settings that would fail later or would have no effect."""
+    """Raise UserError for settings that would cause an error later or have no effect."""
     config, model = suite.config, suite.pretrained.model
     names = [task.name for task in tasks]
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise UserError(
-            f"--tasks holds two tasks named {repeated[0]!r}: give one of them another name in its "
+            f"--tasks: two tasks are named {repeated[0]!r}; give one of them another name in its "
             "description"
         )
     known = [*GLUE, *names]
@@ -167,14 +173,16 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
             )
         if "train" not in task.splits:
             raise UserError(
-                f"{task.name}: no split train; use it only with predict (ax: a model of mnli)"
+                f"{task.name}: no split train; use this task only with predict (ax: with a model "
+                "of mnli)"
             )
 
 
 def _read(suite: Suite, task: Task) -> Splits:
-    """A task's examples, as read and encoded. Collective.
+    """Return the examples of a task, as read and as encoded. Collective.
 
-    Writes DIR/TASK/task.json, or compares with it, so that all seeds use the same task and rows.
+    Writes DIR/TASK/task.json. If the file exists, it is compared, so that all seeds use the same
+    task and the same examples of train and dev.
     """
     max_length = suite.config.of(task.name, task.epochs, 0).train.max_length
     examples = {split: read_examples(task, split) for split in task.splits}
@@ -183,8 +191,7 @@ def _read(suite: Suite, task: Task) -> Splits:
     for split, read in examples.items():
         both = read + swapped(read) if split == "train" and task.both_orders else read
         encoded[split] = encode(both, task, suite.pretrained.tokenizer, max_length)
-        special_ids = suite.pretrained.tokenizer.special_ids
-        notes += split_notes(task, split, read, encoded[split], special_ids)
+        notes += split_notes(task, split, read, encoded[split], suite.pretrained.tokenizer)
     longest = {split: max(len(x.ids) for x in rows) for split, rows in encoded.items()}
     trained = None if suite.random_init else suite.pretrained.trained_length
     notes += length_note(max_length, longest, trained)

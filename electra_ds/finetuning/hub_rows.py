@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
 
 CARDS = ("README.md", ".huggingface.yaml")
-# As in huggingface_hub, so that both read the same part of a card.
+# The expression of huggingface_hub, so that both read the same part of a card.
 FRONT_MATTER = re.compile(r"^\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
 
 
 def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
-    """The rows of one split, with the columns that the task reads.
+    """Yield the rows of one split, with the columns that the task reads.
 
     dataset: a folder, relative to that of the task, or a name on the hub. Class numbers become the
-    names of the dataset's ClassLabel; -1 becomes None. UserError when the dataset cannot be read,
-    and for a card of a local folder that names files elsewhere.
+    names of the dataset's ClassLabel; -1 and -100 become None. Raises UserError when the dataset
+    cannot be read, and when the card of a local dataset names files outside its folder.
     """
     try:
         import datasets
@@ -42,7 +42,7 @@ def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
         table = datasets.load_dataset(
             str(local) if is_local else dataset, task.dataset_config, split=task.splits[split]
         )
-    except Exception as error:  # of datasets, pyarrow, the hub and the file system
+    except Exception as error:  # from datasets, pyarrow, huggingface_hub or the file system
         raise UserError(f"{source}: {_reason(error)}") from None
     table = _needed_columns(task, table, source)
     feature = table.features.get(task.label)
@@ -57,15 +57,18 @@ def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a library's message, without its advice to run code of the dataset."""
+    """Return the first line of a library's message, but no advice to run code of the dataset."""
     text = str(error)
     if "trust_remote_code" in text or "Dataset scripts" in text:
-        return "it needs code of its own, which is not run; convert it to Parquet or JSONL"
+        return "it needs its own loading code, which is not run; convert it to Parquet or JSONL"
     return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 def _needed_columns(task: Task, table: Any, source: str) -> Any:
-    """The table without columns that the task does not read: an image could name a URL."""
+    """Return the table with the columns that the task reads, or with all if it has none of them.
+
+    Raises UserError for a needed column of images or files, because `datasets` opens their URLs.
+    """
     by_number = any(
         isinstance(name, int) for name in (task.text_a, task.text_b, task.label, task.index)
     )
@@ -77,12 +80,12 @@ def _needed_columns(task: Task, table: Any, source: str) -> Any:
                 f"{source}: column {name!r} has images, sounds or documents; expected text, "
                 "numbers, or lists of them"
             )
-    # Without a needed column all are kept, so that the message of a row can name them.
+    # With all columns, the error about a missing column can list the names.
     return table.select_columns(names) if names else table.remove_columns([])
 
 
 def _is_decoded(feature: Any) -> bool:
-    """Whether `datasets` opens files or URLs to read a column of this type."""
+    """Return whether `datasets` opens files or URLs to read a column of this type."""
     if isinstance(feature, dict):
         return any(map(_is_decoded, feature.values()))
     if isinstance(feature, list):
@@ -92,6 +95,7 @@ def _is_decoded(feature: Any) -> bool:
 
 
 def _label_names(names: list[str], label: Any, where: str) -> str | list[str] | None:
+    """Return class names for class numbers; None if all numbers are -1 or -100 (no label)."""
     numbers = label if isinstance(label, list) else [label]
     if all(number == -1 or number == -100 for number in numbers):
         return None
@@ -106,9 +110,9 @@ def _label_names(names: list[str], label: Any, where: str) -> str | list[str] | 
 
 
 def _check_card(folder: Path) -> None:
-    """Raise UserError when the card of a local dataset names files outside of its folder.
+    """Raise UserError when the card of a local dataset names files outside its folder.
 
-    `datasets` reads any path and fetches any URL that stands in the card's `data_files`.
+    `datasets` reads every path and requests every URL in the card's `data_files`.
     """
     for name in CARDS:
         path = folder / name
@@ -118,12 +122,12 @@ def _check_card(folder: Path) -> None:
                 if outside or ".." in place.split("/"):
                     raise UserError(
                         f"{printable(path)}: data_files or data_dir = {shortened(place)} leads out "
-                        "of the folder; expected files inside it"
+                        "of the folder; expected files inside the folder"
                     )
 
 
 def _front_matter(path: Path) -> Any:
-    """The YAML of a dataset card, or of a YAML file; None when it has none."""
+    """Return the YAML front matter of a card, or the content of a YAML file; None if empty."""
     import yaml
 
     try:
@@ -134,7 +138,7 @@ def _front_matter(path: Path) -> Any:
         return yaml.safe_load(text)
     except OSError:
         raise
-    except Exception as error:  # PyYAML raises any kind for a wrong tag, such as `!!int ""`
+    except Exception as error:  # PyYAML raises many types for invalid tags, such as `!!int ""`
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{printable(path)}: its YAML cannot be read ({reason}); correct or remove it"
@@ -142,7 +146,7 @@ def _front_matter(path: Path) -> Any:
 
 
 def _places(card: Any) -> list[str]:
-    """Every path below `configs` of a dataset card."""
+    """Return all paths in `data_files` and `data_dir` below `configs` of a dataset card."""
     configs = card.get("configs") if isinstance(card, dict) else None
     stack = [
         config[key]
@@ -152,7 +156,7 @@ def _places(card: Any) -> list[str]:
         if key in config
     ]
     places = []
-    seen: set[int] = set()  # a YAML alias can repeat a value exponentially often
+    seen: set[int] = set()  # nested YAML aliases can repeat a value exponentially many times
     while stack:
         value = stack.pop()
         if isinstance(value, str):

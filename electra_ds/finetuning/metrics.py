@@ -1,4 +1,4 @@
-"""Scores of predictions. 1 is perfect; shares are not multiplied by 100."""
+"""Metrics of predictions. The best value is 1; values are not multiplied by 100."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from electra_ds.finetuning.examples import Example
     from electra_ds.finetuning.tasks import Task
 
-# Kind of task -> its metrics.
+# Kind of task -> names of its metrics.
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "matthews"),
     "regression": ("pearson", "spearman"),
@@ -25,15 +25,15 @@ ENTITY_TAG = re.compile(r"O|[BIESLU]-.+", re.DOTALL)
 
 
 def not_entity_tags(labels: list[str]) -> list[str]:
-    """The labels that are no tags of BIO, BIOES or BILOU."""
+    """Return the labels that are not tags of BIO, BIOES or BILOU."""
     return [label for label in labels if not ENTITY_TAG.fullmatch(label)]
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
-    """(first word, word after the last, type) of every entity of a sentence.
+    """Return (first word, word after the last, type) of every entity of a sentence.
 
-    tags: BIO, BIOES or BILOU. A tag that continues no entity of its type begins one, as in the
-    CoNLL evaluation; E, L, S and U end the entity.
+    tags: one tag of BIO, BIOES or BILOU for each word. A tag that does not continue an entity of
+    its type begins one, as in the CoNLL evaluation. E, L, S and U end the entity.
     """
     spans: set[tuple[int, int, str]] = set()
     start, kind = 0, ""  # of the open entity; kind is empty outside entities
@@ -51,7 +51,7 @@ def entities(tags: list[str]) -> set[tuple[int, int, str]]:
 
 
 def _entity_f1(labels: list[str], truth: list[list[int]], predicted: list[list[int]]) -> float:
-    """Micro average over the sentences; 0.0 when neither side has an entity."""
+    """Return the micro-averaged F1 of entities; 0.0 without true and predicted entities."""
     if odd := not_entity_tags(labels):
         raise UserError(
             f"entity_f1 needs BIO tags (O, B-x, I-x), found the label {shortened(odd[0])}; "
@@ -67,13 +67,13 @@ def _entity_f1(labels: list[str], truth: list[list[int]], predicted: list[list[i
 
 
 def score(task: "Task", predictions: Any, examples: "list[Example]") -> dict[str, float]:
-    """The metrics of the task over labelled examples, by name.
+    """Return {name: value} of the metrics of the task over labelled examples.
 
     predictions: class numbers [N]; in regression floats [N] in the unit of the labels; in token
     classification one list of class numbers for each example, one for each word.
     f1 is that of the second label. Undefined metrics are 0.0: matthews, pearson and spearman of
-    constant predictions, and f1 without a positive. Predictions that are not finite give nan.
-    Raises UserError for entity_f1 with labels that are no BIO tags.
+    constant labels or predictions, and f1 without positives. In regression, predictions that are
+    not finite give nan. Raises UserError for entity_f1 with labels that are not BIO tags.
     """
     from scipy import stats
     from sklearn import metrics

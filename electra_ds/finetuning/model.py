@@ -1,6 +1,6 @@
-"""The fine-tuned model: encoder and head (ELECTRA, appendix B), and its loss.
+"""Fine-tuned model: encoder, head (ELECTRA, appendix B) and loss.
 
-Letters: N examples in B rows of S tokens, H hidden size, C outputs (classes, or 1 in regression).
+Dimensions: N examples in B rows of S tokens, H hidden size, C outputs (classes; 1 in regression).
 """
 
 import re
@@ -28,7 +28,10 @@ class TaskLoss(NamedTuple):
 
 
 class TaskTotals(NamedTuple):
-    """Counts of the whole global batch that losses are divided by."""
+    """Counts of a global batch by which the loss is divided.
+
+    label_count: scored labels of all ranks.
+    """
 
     label_count: float
 
@@ -36,8 +39,9 @@ class TaskTotals(NamedTuple):
 class Classifier(nn.Module):
     """Encoder, and the head of its architecture on [CLS], or on every token.
 
-    Parameters are named embeddings.*, discriminator.* and head.*. outputs: C. per_token: one output
-    for each token instead of one for [CLS]. regression: the loss is the squared error.
+    Parameters are named embeddings.*, discriminator.* and head.*. model: sizes and dropout of the
+    encoder. outputs: C. per_token: compute outputs for each token instead of [CLS] only.
+    regression: use the squared error as the loss.
     """
 
     def __init__(self, model: ModelConfig, outputs: int, per_token: bool, regression: bool):
@@ -52,8 +56,8 @@ class Classifier(nn.Module):
     def start(self, model: ModelConfig, state: dict[str, Tensor] | None, seed: int) -> "Classifier":
         """Set every weight and return self.
 
-        The encoder is set from `state`, or initialized as in pretraining; the head is initialized
-        in any case.
+        The head is initialized with `seed`. The encoder is loaded from `state`
+        (canonical name -> tensor), or initialized as in pretraining if it is None.
         """
         architecture = architecture_of(model)
         initialize(self, architecture, seed)
@@ -65,13 +69,13 @@ class Classifier(nn.Module):
     def forward(
         self, batch: TaskBatch, totals: TaskTotals = TaskTotals(1.0), *, predict: bool = False
     ) -> TaskLoss | Tensor:
-        """The loss, summed over the labels and divided by totals.label_count; or the logits.
+        """Return the loss, summed over the labels and divided by totals.label_count, or logits.
 
         predict: return logits, fp32: [N, C], or [B * S, C] in token classification.
-        The loss is cross-entropy, in regression the squared error of labels in [0, 1].
+        The loss is the cross-entropy, in regression the squared error of the scaled labels.
         """
-        # After attention, the last layer computes only the [CLS] positions: 1 (CoLA) to 7 % (RTE)
-        # less time of Small on a CPU.
+        # After attention, the last layer computes only the [CLS] positions. On a CPU, this saves
+        # 1 % (CoLA) to 7 % (RTE) of the time of Small.
         positions = None if self.per_token else batch.cls_positions
         hidden = encode(self.embeddings, self.discriminator, batch.input_ids, batch, positions)
         logits = self.head(hidden).float()
@@ -86,11 +90,12 @@ class Classifier(nn.Module):
 
 
 def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:
-    """Parameter name -> factor of its learning rate.
+    """Return a function from a parameter name to the factor of its learning rate.
 
-    1 in the head, decay in the top layer and in a LayerNorm after it, decay**2 below it, ...,
-    decay**(num_layers + 1) in the embeddings. This is what the paper describes; the authors' code
-    gives the top layer decay**2 (their issue 51).
+    The factor is 1 in the head, decay in the top layer and in a LayerNorm after it, decay**2 in the
+    layer below it, ..., and decay**(num_layers + 1) in the embeddings and their projection. This
+    follows the paper; the authors' code gives the top layer decay**2 (google-research/electra,
+    issue 51).
     """
 
     def scale(name: str) -> float:

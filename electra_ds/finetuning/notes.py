@@ -1,14 +1,19 @@
-"""Notes on the texts and labels of a task: what trains without an error but means little."""
+"""Notes on texts and labels that train without an error but give meaningless results."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from electra_ds.common.special_ids import SpecialIds
+from electra_ds.common.printable import printable
+from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.batches import Encoded
 from electra_ds.finetuning.examples import Example, outside_range
 from electra_ds.finetuning.tasks import Task
 
-SHARE = 0.01  # of unknown tokens, and of examples without any, from which a note is given
+SHARE = 0.01  # of unknown tokens, or of examples without tokens; above it a note is given
+MAX_EXAMINED = 1000  # examples with [UNK] that are tokenized again to find the words
+SHOWN = 5  # words in a note
+SHOWN_CHARACTERS = 24  # of each of them
 
 
 def split_notes(
@@ -16,21 +21,24 @@ def split_notes(
     split: str,
     examples: Sequence[Example],
     encoded: Sequence[Encoded],
-    special_ids: SpecialIds,
+    tokenizer: Tokenizer,
 ) -> list[str]:
-    """Sentences about one split: unknown tokens, texts without tokens, equal labels, labels out of
+    """Return notes on one split: unknown tokens, texts without tokens, equal labels, labels out of
     range.
 
-    encoded: `encode` of the examples, or of more.
+    encoded: `encode` of the examples; in train, those in the other order of a pair may follow.
+    tokenizer: that of `encode`.
     """
+    special_ids = tokenizer.special_ids
     counts = Counter(token for example in encoded for token in example.ids)
     tokens = counts.total() - counts[special_ids.cls] - counts[special_ids.sep]
     unknown = counts[special_ids.unk] / max(1, tokens)
     notes = []
     if unknown > SHARE:
         notes.append(
-            f"{split}: {100 * unknown:.1f} % of the tokens are [UNK]; the vocabulary of the model "
-            "does not fit these texts"
+            f"{split}: {100 * unknown:.1f} % of the tokens are [UNK], most frequent: "
+            f"{_unknown_words(examples, encoded, tokenizer)}; the vocabulary of the model does not "
+            "fit these texts"
         )
     empty = sum(len(example.ids) <= 2 for example in encoded) / max(1, len(encoded))
     if empty > SHARE:
@@ -41,23 +49,41 @@ def split_notes(
         low, high = task.label_range or (0.0, 1.0)
         share = 100 * len(odd) / len(examples)
         notes.append(
-            f"{split}: {share:.1f} % of the labels lie outside of label_range [{low:g}, {high:g}], "
+            f"{split}: {share:.1f} % of the labels are outside label_range [{low:g}, {high:g}], "
             f"the first is {odd[0]:g}"
         )
     return notes
 
 
+def _unknown_words(
+    examples: Sequence[Example], encoded: Sequence[Encoded], tokenizer: Tokenizer
+) -> str:
+    """The most frequent words that become [UNK] in the first examples with some, printable."""
+    unk = tokenizer.special_ids.unk
+    found = (example for example, row in zip(examples, encoded, strict=False) if unk in row.ids)
+    words: Counter[str] = Counter()
+    for example in itertools.islice(found, MAX_EXAMINED):
+        texts = [example.text_a] if isinstance(example.text_a, str) else example.text_a
+        for text in [*texts, example.text_b or ""]:
+            words.update(tokenizer.unknown_parts(tokenizer.normalize(text)))
+    shown = [
+        f"{word[:SHOWN_CHARACTERS]}..." if len(word) > SHOWN_CHARACTERS else word
+        for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+    ]
+    return " ".join(map(printable, shown)) or "words without a character"
+
+
 def is_constant(examples: Sequence[Example]) -> bool:
-    """Whether two or more examples have labels, all of them equal."""
+    """Return whether at least two examples have labels, and all labels are equal."""
     labels = [example.label for example in examples if example.label is not None]
     return len(labels) > 1 and all(label == labels[0] for label in labels)
 
 
 def length_note(max_length: int, longest: Mapping[str, int], trained: int | None) -> list[str]:
-    """A sentence when examples are longer than the rows of pretraining.
+    """Return a note if examples are longer than the rows of pretraining, else [].
 
-    longest: split -> tokens of its longest example, cut to max_length. trained: tokens of a row in
-    pretraining; None if it is not known.
+    longest: split -> tokens of its longest example, at most max_length. trained: tokens of a row in
+    pretraining, or None if it is not known.
     """
     if trained is None or max(longest.values(), default=0) <= trained:
         return []

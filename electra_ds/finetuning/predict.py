@@ -1,6 +1,6 @@
-"""Predictions of a fine-tuned model on examples, and the verb `predict`.
+"""Predictions of a fine-tuned model, and the verb `predict`.
 
-Letters: S tokens of an example, C outputs.
+Dimensions: S tokens of an example, C outputs.
 """
 
 import base64
@@ -16,7 +16,7 @@ from torch import nn
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.outputs import check_output_file
+from electra_ds.common.outputs import check_output_file, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_config
@@ -26,23 +26,23 @@ from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
 from electra_ds.finetuning.notes import split_notes
 from electra_ds.finetuning.tasks import Task, TaskKind, load_task
-from electra_ds.interop.checkpoints import read_checkpoint
+from electra_ds.interop.checkpoints import read_checkpoint, resolve_checkpoint
 from electra_ds.model.weights import load_true_state
 
 BATCH_SIZE = 64
-Progress = Callable[[int, int], None]  # of the number that is done, and of all
+Progress = Callable[[int, int], None]  # (number of finished examples, number of all)
 SINGLE_RANK = Ranks(0, 1, 0, 1, "none")
 
 
 def no_progress(done: int, total: int) -> None:
-    """Report nothing."""
+    """Ignore the progress."""
 
 
 class Predictions(NamedTuple):
-    """What a model predicts for the examples of a split, in their order.
+    """The predictions of a model for the examples of a split, in the order of the examples.
 
-    values: see `decode`. logits: [C], or [S, C] in token classification, fp32, of each example.
-    scores: by metric; empty when an example has no label.
+    values: see `decode`. logits: for each example fp32 [C], or [S, C] in token classification.
+    scores: metric -> value; empty when an example has no label.
     """
 
     values: list[Any]
@@ -51,12 +51,12 @@ class Predictions(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether every logit is finite; a model that has diverged gives others."""
+        """Whether every logit is finite. The logits of a diverged model may not be."""
         return all(np.isfinite(row).all() for row in self.logits)
 
 
 def classifier(model: ModelConfig, task: Task) -> Classifier:
-    """The module of a task; its weights are not set yet."""
+    """Return the module of a task without loaded weights. model: sizes of the encoder."""
     outputs = len(task.labels or [0])
     is_per_token = task.kind == "token_classification"
     return Classifier(model, outputs, is_per_token, task.kind == "regression")
@@ -72,11 +72,12 @@ def predict_split(
     all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
     progress: Progress = no_progress,
 ) -> Predictions:
-    """Predictions and scores of a Classifier on one split, on every rank. Collective.
+    """Return the predictions and scores of a Classifier on one split, on every rank. Collective.
 
-    module: in eval mode. encoded: `encode` of examples. all_gather_object: returns the values of
-    all ranks, in rank order; they are values of JSON. progress: called with the number of examples
-    that are done and of all. Fine-tuning and the verb `predict` both use this function.
+    module: in eval mode. encoded: the result of `encode` for the examples. all_gather_object:
+    returns the JSON values of all ranks, in rank order. progress: called with the number of
+    finished examples (on several ranks an estimate) and of all examples. Fine-tuning and the verb
+    `predict` both use this function.
     """
     with torch.no_grad():
         logits = logits_of(module, task.kind, encoded, pad_id, ranks, all_gather_object, progress)
@@ -95,10 +96,10 @@ def logits_of(
     all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
     progress: Progress = no_progress,
 ) -> list[np.ndarray]:
-    """Logits of each example, [C] or in token classification [S, C], fp32. Collective.
+    """Return the logits of each example, fp32 [C], or [S, C] in token classification. Collective.
 
-    Each rank computes its share and receives all logits. module: a Classifier in eval mode.
-    kind: the kind of the task.
+    Each rank computes its share and receives all logits. module: a Classifier in eval mode. kind:
+    that of the task. Other arguments as in `predict_split`.
     """
     device = next(module.parameters()).device
     own: dict[int, np.ndarray] = {}  # example number -> logits of this rank's share
@@ -108,7 +109,7 @@ def logits_of(
         logits = module(batch, predict=True).cpu().numpy()
         if kind == "token_classification":
             logits = logits.reshape(*batch.document_ids.shape, -1)
-        for i, row in zip(numbers, logits, strict=False):  # an empty batch has a row of padding
+        for i, row in zip(numbers, logits, strict=False):  # a batch without examples has one row
             own[int(i)] = row[: len(examples[i].ids)] if row.ndim == 2 else row
         progress(len(own) * ranks.world_size, len(examples))
     gathered: dict[int, np.ndarray] = {}
@@ -118,12 +119,13 @@ def logits_of(
 
 
 def _to_text(number: int, row: np.ndarray) -> list[Any]:
-    """Logits of one example as values of JSON: number, shape, fp32 bytes in base 64."""
+    """Return the logits of one example as JSON values: number, shape, fp32 bytes in base64."""
     content = np.ascontiguousarray(row, dtype="<f4").tobytes()
     return [number, list(row.shape), base64.b64encode(content).decode("ascii")]
 
 
 def _from_text(number: int, shape: list[int], text: str) -> tuple[int, np.ndarray]:
+    """Return (number, logits in fp32) from the result of `_to_text`."""
     values = np.frombuffer(base64.b64decode(text), dtype="<f4")
     return number, values.reshape(shape)
 
@@ -131,11 +133,11 @@ def _from_text(number: int, shape: list[int], text: str) -> tuple[int, np.ndarra
 def decode(
     task: Task, examples: list[Example], encoded: list[Encoded], logits: list[np.ndarray]
 ) -> list[Any]:
-    """Predictions from logits, one for each example.
+    """Return the prediction of each example from its logits.
 
-    A class number; in regression a float in the unit of the labels; in token classification a list
-    with one class number for each word. Words beyond max_length have no logits: they get O, or the
-    first label where there is no O.
+    A prediction is a class number; in regression a float in the unit of the labels; in token
+    classification a list with one class number for each word. Words beyond max_length have no
+    logits: they get the label O, or the first label if the task has no O.
     """
     if task.kind == "regression":
         low, high = task.label_range or (0.0, 1.0)
@@ -159,9 +161,9 @@ def write_predictions(
 ) -> None:
     """Write a TSV with one line for each example: index, prediction, probabilities.
 
-    The prediction is a label, a value, or one label for each word. In classification one column for
-    each label has its probability. Control characters of labels and keys are escaped, so that a
-    line is an example.
+    The prediction is a label, a value, or one label for each word. In classification, a column for
+    each label contains its probability. Control characters in labels and keys are escaped, so that
+    each example is one line. The folder is created. Raises OSError when the file cannot be written.
     """
     labels = [printable(label) for label in task.labels or []]
     columns = [f"p({label})" for label in labels] if task.kind == "classification" else []
@@ -179,7 +181,7 @@ def write_predictions(
 
 
 class Written(NamedTuple):
-    """What `predict` reports. scores: by metric, empty without labels. notes: warnings."""
+    """The result of `predict`. scores: metric -> value, empty without labels. notes: warnings."""
 
     scores: dict[str, float]
     notes: list[str]
@@ -193,25 +195,27 @@ def predict(
     data: Path | None = None,
     progress: Progress = no_progress,
 ) -> Written:
-    """The verb: write predictions of a fine-tuned model as a TSV; returns scores and notes.
+    """Write the predictions of a fine-tuned model to a TSV file; return scores and notes.
 
-    model: DIR/TASK (if it holds one model), DIR/TASK/seed-N, or that seed's model.
-    file: a file with the columns of the task; or split: a split of the task's own data, with data:
-    the GLUE root or the task's folder. The scores are empty when an example has no label.
-    progress: called with the number of examples that are done and of all.
-    Raises UserError unless exactly one of file and split is given, for a model that is not a
-    fine-tuned one, for a file that does not fit the task, and for an `out` that cannot be written.
+    model: DIR/TASK (if it contains one model), DIR/TASK/seed-N, or DIR/TASK/seed-N/model.
+    out: the TSV file.
+    file: a file with the columns of the task. split: a split of the task's own data, instead of
+    file. data: with split, the GLUE root or the folder of the task.
+    progress: called with the number of finished examples and of all examples.
+    Raises UserError unless exactly one of file and split is given, for a model that is not
+    fine-tuned, for a file that does not fit the task, and for an `out` that cannot be written.
     """
     if (file is None) == (split is None):
         raise UserError("expected exactly one of --input FILE and --split NAME (with --data)")
     if file is not None and data is not None:
         raise UserError("--data is the folder of --split; leave it out with --input")
     check_output_file(out, "--out", (file,))
+    check_outside(out, "--out", {"FINETUNED": resolve_checkpoint(model)})
     source = read_checkpoint(model)
     if source.fine_tuned is None:
         raise UserError(
-            f"{source.folder}: a pretrained encoder, not a fine-tuned model; finetune writes "
-            "DIR/TASK/seed-N/model"
+            f"{source.folder}: found a pretrained model; expected a fine-tuned one, such as "
+            "DIR/TASK/seed-N/model, which finetune writes"
         )
     task = parse_config(source.meta.config["task"], f"{source.folder}/meta.json: task", Task)
     if data is not None:
@@ -224,7 +228,7 @@ def predict(
         examples = read_examples(task, split)
     tokenizer = source.tokenizer()
     encoded = encode(examples, task, tokenizer, source.max_length)
-    notes = split_notes(task, str(file or split), examples, encoded, tokenizer.special_ids)
+    notes = split_notes(task, str(file or split), examples, encoded, tokenizer)
     module = classifier(source.model, task)
     load_true_state(module, source.weights)
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()

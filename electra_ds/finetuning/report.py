@@ -1,6 +1,7 @@
-"""DIR/report.json and report.md: every seed, median, mean, deviation, published results.
+"""Report on all seeds of a suite, in DIR/report.json and DIR/report.md.
 
-The report depends only on the files in the folder. Unfinished seeds are listed.
+It contains the score of every seed, median, mean, standard deviation, and published results. It
+depends only on the files in the folder. Unfinished seeds are listed.
 """
 
 import statistics
@@ -12,12 +13,13 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.printable import printable
 from electra_ds.finetuning.tasks import GLUE, Task
 
-# Columns of the comparison: title -> (task, metric). The average is that of the paper: all columns
-# except STS-B Pearson.
+# Columns of the comparison: title -> (task, metric). As in the paper, the average is over all
+# columns except STS-B Pearson.
 COLUMNS = {
     "CoLA Matthews": ("cola", "matthews"),
     "SST-2 acc": ("sst2", "accuracy"),
@@ -38,12 +40,12 @@ PUBLISHED = {
 }
 
 
-# The sums of larger values could be infinite.
+# Limited, so that sums of scores are finite.
 Score = Annotated[float, Field(ge=-1e100, le=1e100)]
 
 
 class Result(Record):
-    """The content of result.json. Scores that are not known are left out."""
+    """The content of result.json. scores: split -> metric -> value, without unknown values."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -55,7 +57,7 @@ class Result(Record):
     @field_validator("scores", mode="before")
     @classmethod
     def _without_null(cls, scores: Any) -> Any:
-        """Remove null, which stands for a score that is not finite."""
+        """Remove null, the value of a score that is not finite."""
         if not isinstance(scores, dict) or not all(isinstance(x, dict) for x in scores.values()):
             return scores
         return {
@@ -69,7 +71,7 @@ Results = dict[str, Seeds]
 
 
 class MainScore(NamedTuple):
-    """The score by which the seeds of a task are compared: main metric on the main dev split."""
+    """The score by which seeds are compared: the main metric on the first dev split."""
 
     split: str
     metric: str
@@ -86,19 +88,20 @@ class BestSeed(NamedTuple):
 
 
 def read_results(folder: Path) -> Results:
-    """Task -> seed -> the content of its result.json; GLUE tasks first, in the usual order.
+    """Return {task: {seed: content of result.json, or None}}; GLUE tasks first, in fixed order.
 
-    UserError when `folder` holds no TASK/seed-N.
+    Raises UserError when `folder` contains no TASK/seed-N, and for a damaged result.json.
     """
     results: Results = {}
     for path in folder.glob("*/seed-*"):
         number = path.name.removeprefix("seed-")
-        # not a copy of a seed, such as seed-0.bak
+        # skips copies such as seed-0.bak
         if number.isascii() and number.isdecimal() and str(int(number)) == number:
             results.setdefault(path.parent.name, {})[int(number)] = _read_result(path)
     if not results:
         raise UserError(
-            f"{folder}: no TASK/seed-N inside; expected a folder that finetune wrote (its --out)"
+            f"{printable(folder)}: no TASK/seed-N inside{found_at(folder).clause}; expected a folder "
+            "that finetune wrote (its --out)"
         )
     rank = {name: number for number, name in enumerate(GLUE)}
     names = sorted(results, key=lambda name: (rank.get(name, len(rank)), name))
@@ -113,7 +116,7 @@ def _read_result(seed_folder: Path) -> Result | None:
 
 
 def best_seed(seeds: Seeds) -> BestSeed | None:
-    """The finished seed with the highest main score; None when no seed has one."""
+    """Return the finished seed with the highest main score; None when no seed has one."""
     scored = [
         BestSeed(seed, *main) for seed, result in seeds.items() if (main := _main_score(result))
     ]
@@ -121,7 +124,7 @@ def best_seed(seeds: Seeds) -> BestSeed | None:
 
 
 def _main_score(result: Result | None) -> MainScore | None:
-    """The main score of a finished seed; None where there is none."""
+    """Return the main score of a finished seed; None if there is none."""
     if result is None or result.status != "done":
         return None
     dev = next((split for split in result.scores if split.startswith("valid")), None)
@@ -140,11 +143,11 @@ def _status(result: Result | None) -> str:
 
 
 def write_report(folder: Path) -> dict[str, Any]:
-    """Write report.json and report.md into `folder`; returns the content of report.json.
+    """Write report.json and report.md to `folder`, and return the content of report.json.
 
-    folder: holds TASK/seed-N/result.json. Scores are multiplied by 100; `best` is the score
-    of the best seed on dev. Median, mean and standard deviation (n - 1) are over the finished
-    seeds; diverged seeds are listed but not counted. Raises UserError when there is no seed.
+    folder: contains TASK/seed-N/result.json. Scores are multiplied by 100; `best` is the score of
+    the best seed on dev. Median, mean and standard deviation (n - 1) are over the finished seeds;
+    diverged seeds are listed but not counted. Raises UserError as `read_results`.
     """
     tasks = {name: _summarize(seeds) for name, seeds in read_results(folder).items()}
     described = {name: _described(folder / name) for name in tasks}
@@ -161,7 +164,7 @@ def write_report(folder: Path) -> dict[str, Any]:
 
 
 class Described(Record):
-    """What the report takes from task.json."""
+    """The keys of task.json that the report uses."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -169,7 +172,7 @@ class Described(Record):
     notes: list[str] = Field(default_factory=list)
 
     def is_glue(self, name: str) -> bool:
-        """Whether this is the GLUE task of its name, not another one; true without a description."""
+        """Return whether a task is the GLUE task `name`; without a description, by name alone."""
         try:
             return name in GLUE and (not self.task or Task.model_validate(self.task).is_glue)
         except ValidationError:
@@ -184,7 +187,7 @@ def _described(folder: Path) -> Described:
 
 
 def _summarize(seeds: Seeds) -> dict[str, Any]:
-    """The entry of one task in report.json."""
+    """Return the entry of one task in report.json."""
     done = {seed: result for seed, result in seeds.items() if result and _main_score(result)}
     best = best_seed(seeds)
     scores: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -207,7 +210,7 @@ def _summarize(seeds: Seeds) -> dict[str, Any]:
 
 
 def _statistics(values: dict[int, float], best: int | None) -> dict[str, Any]:
-    """Return median, mean, deviation and best. values: seed -> score. best: best seed on dev."""
+    """Return the statistics of one metric. values: seed -> score. best: the best seed on dev."""
     scores = list(values.values())
     return {
         "seeds": values,
@@ -219,7 +222,7 @@ def _statistics(values: dict[int, float], best: int | None) -> dict[str, Any]:
 
 
 def _comparison(tasks: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Row -> column -> score. Ours are medians on the dev set, for MNLI on the matched one."""
+    """Return {row: {column: score}}. Our row has medians on dev, for MNLI on the matched split."""
     ours: dict[str, float | None] = {}
     for title, (task, metric) in COLUMNS.items():
         scores = tasks.get(task, {}).get("scores", {})
@@ -237,7 +240,7 @@ def _comparison(tasks: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _notes(tasks: dict[str, Any], glue: set[str]) -> list[str]:
-    """Sentences about seeds and tasks that are missing, and about selection on dev."""
+    """Return notes about missing seeds and tasks, and about models selected by their dev score."""
     notes = []
     for name, task in tasks.items():
         by_status: dict[str, list[str]] = defaultdict(list)
@@ -259,7 +262,7 @@ def _notes(tasks: dict[str, Any], glue: set[str]) -> list[str]:
 
 
 def _markdown(report: dict[str, Any]) -> str:
-    """The text of report.md."""
+    """Return the content of report.md. report: the content of report.json."""
     lines = ["# Fine-tuning", "", "Scores x 100. std: standard deviation over seeds (n - 1).", ""]
     lines += _heading(
         "task", "split", "metric", "median", "mean", "std", "best on dev", "every seed"
@@ -286,7 +289,7 @@ def _heading(*titles: str) -> list[str]:
 
 
 def _row(*cells: str | float | None) -> str:
-    """A row of a Markdown table; numbers have one digit after the point, None is an empty cell."""
+    """Return a row of a Markdown table. Floats have one decimal place, None is an empty cell."""
     texts = []
     for cell in cells:
         if cell is None:

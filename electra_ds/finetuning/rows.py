@@ -22,25 +22,26 @@ from electra_ds.common.printable import shortened
 if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
 
-Row = tuple[str, dict[str | int, Any]]  # its location for messages, and its values by column
-Lines = Iterator[tuple[int, list[str]]]  # line number from 1, and cells
-# First bytes of files that are no text -> the advice.
+Row = tuple[str, dict[str | int, Any]]  # (location for messages, values by column)
+Lines = Iterator[tuple[int, list[str]]]  # (line number from 1, cells)
+# First bytes of files that are not text -> what the user can do.
 BINARY = {
     b"\x1f\x8b": "it is compressed with gzip; unpack it",
     b"BZh": "it is compressed with bzip2; unpack it",
     b"\xfd7zXZ": "it is compressed with xz; unpack it",
     b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it",
     b"PK\x03\x04": "it is a zip or a spreadsheet; save it as TSV, CSV or JSONL",
-    b"PAR1": "it is Parquet; name its folder as `dataset` of the task, or convert it to JSONL",
+    b"PAR1": "it is Parquet; give its folder as `dataset` of the task, or convert it to JSONL",
     b"\xff\xfe": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
     b"\xfe\xff": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
 }
 
 
 def file_rows(task: Task, split: str) -> Iterator[Row]:
-    """The rows of a split's file.
+    """Yield the rows of the file of a split.
 
-    UserError for an unknown format, a file that cannot be read, a broken row, and no row at all.
+    Raises UserError for an unknown format, a file that cannot be read, a row that cannot be read,
+    and a file without rows.
     """
     path = task.path(split)
     rows = _rows_of_text(path, _read(path), task, split)
@@ -50,7 +51,7 @@ def file_rows(task: Task, split: str) -> Iterator[Row]:
         yield row
     if not count:
         raise UserError(
-            f"{path}: holds no example; expected at least one line after the header; "
+            f"{path}: contains no example; expected at least one line after the header; "
             "check that the file is complete"
         )
 
@@ -79,7 +80,7 @@ def _read(path: Path) -> str:
             f"{path}: {reason}; expected a file of examples; check --data and `splits`"
         ) from None
     if is_lfs_pointer(data):
-        raise UserError(f"{path}: is a Git LFS pointer, not the file; fetch it with: git lfs pull")
+        raise UserError(f"{path}: is a Git LFS pointer, not the file; run: git lfs pull")
     for start, advice in BINARY.items():
         if data.startswith(start):
             raise UserError(f"{path}: expected text in UTF-8, but {advice}")
@@ -94,7 +95,7 @@ def _read(path: Path) -> str:
 
 
 def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
-    """Rows of a table; the first line has the names of the columns unless the task gives them."""
+    """Yield the rows of a table. The first line has the column names unless the task gives them."""
     columns = task.columns.get(split)
     short_rows = 0
     for line, cells in lines:
@@ -109,15 +110,18 @@ def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
         else:
             raise UserError(
                 f"{path}:{line}: found {len(cells)} columns, expected {len(columns)} "
-                f"({', '.join(columns)}); look for a missing or an extra separator (a text cannot "
-                "hold a tab)"
+                f"({', '.join(columns)}); look for a missing or an extra separator (a text "
+                "cannot contain a tab)"
             )
     if short_rows:
         warnings.warn(f"{path}: {short_rows} rows with too few columns are skipped", stacklevel=2)
 
 
 def _distinct(path: Path, cells: list[str], task: Task) -> list[str]:
-    """Names of the columns of a table, each once. UserError if the task reads a repeated name."""
+    """Return distinct names for the columns of a table. cells: the first line.
+
+    Raises UserError if the task reads a column with a repeated name.
+    """
     if not task.header:
         return [str(number) for number in range(len(cells))]
     repeated = {name for name, count in Counter(cells).items() if count > 1}
@@ -125,15 +129,15 @@ def _distinct(path: Path, cells: list[str], task: Task) -> list[str]:
     if both := sorted(repeated & {name for name in read if isinstance(name, str)}):
         raise UserError(
             f"{path}:1: several columns are named {both[0]!r}; expected one; rename the others, or "
-            "give the column by its number"
+            "give the number of the column in the task"
         )
     return [f"{name} ({number})" if name in repeated else name for number, name in enumerate(cells)]
 
 
 def _tsv(text: str) -> Lines:
-    """Lines of a TSV, without blank lines at its end. Quotes are literal.
+    """Yield the lines of a TSV file, without blank lines at its end. Quotes are literal.
 
-    Only a line feed ends a line, since texts contain other line separators of Unicode.
+    Only a line feed ends a line, because texts may contain other line separators of Unicode.
     """
     lines = text.split("\n")
     while lines and not lines[-1].strip(" \r"):
@@ -143,7 +147,7 @@ def _tsv(text: str) -> Lines:
 
 
 def _csv(path: Path, text: str) -> Lines:
-    """Rows of a CSV with the number of their first line."""
+    """Yield the rows of a CSV file, each with the number of its first line."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default is 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     first_line = 1
@@ -161,6 +165,7 @@ def _csv(path: Path, text: str) -> Lines:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
+    """Yield the rows of a JSONL file. Blank lines are skipped."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -179,10 +184,11 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
 
 
 def _conll(path: Path, text: str) -> Iterator[Row]:
-    """Sentences with the columns `words` and `tags`: the first and the last column of the file.
+    """Yield the sentences of a CoNLL file: `words` (first column) and `tags` (last column).
 
-    One word a line; a blank line or -DOCSTART- ends a sentence. Tabs separate the columns; in a
-    line without tabs, spaces do. Other white space, such as a no-break space, is part of a word.
+    A line contains one word. A blank line or -DOCSTART- ends a sentence. Columns are separated by
+    tabs, or by spaces in lines without tabs. Other white space, such as a no-break space, is part
+    of a word. Without a second column, rows have no `tags`.
     """
     sentence: list[list[str]] = []
     for number, line in enumerate([*text.split("\n"), ""], 1):

@@ -1,7 +1,7 @@
 """Fine-tuning of one task with one seed: training steps, epochs, scores, files.
 
-DIR/TASK/seed-N/result.json             written last; it marks a finished seed
-DIR/TASK/seed-N/predictions-SPLIT.tsv
+DIR/TASK/seed-N/result.json             written last; marks a finished seed
+DIR/TASK/seed-N/predictions-SPLIT.tsv   predictions of each split except train
 DIR/TASK/seed-N/model, tokenizer        the fine-tuned model, if train.keep keeps it
 DIR/TASK/seed-N/ckpt                    checkpoints of an unfinished seed, every SAVE_SECONDS
 """
@@ -34,7 +34,7 @@ from electra_ds.finetuning.predict import (
 from electra_ds.finetuning.report import best_seed, read_results, write_report
 from electra_ds.finetuning.tasks import Task
 from electra_ds.interop.load_model import Pretrained
-from electra_ds.model.weights import load_true_state, padded_rows
+from electra_ds.model.weights import load_true_state, true_rows
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.checkpointer import Checkpointer
 from electra_ds.training.collectives import on_rank0
@@ -50,7 +50,10 @@ Scores = dict[str, float]
 
 
 class Suite(NamedTuple):
-    """Values that all seeds of a fine-tuning share."""
+    """Values that all seeds of a suite share.
+
+    pretrained: the encoder and tokenizer to start from. random_init: ignore its weights. out: DIR.
+    """
 
     config: FinetuneConfig
     pretrained: Pretrained
@@ -61,9 +64,9 @@ class Suite(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """A task's examples by split, as read and as encoded.
+    """The examples of a task by split, as read and as encoded.
 
-    `train` holds both orders of a pair if the task trains on both.
+    encoded["train"] also has the pairs in the other order if the task trains on both orders.
     """
 
     examples: dict[str, list[Example]]
@@ -71,25 +74,25 @@ class Splits(NamedTuple):
 
 
 class TaskStep(NamedTuple):
-    """One global batch, as far as this rank computes it."""
+    """This rank's part of one global batch."""
 
-    examples: np.ndarray  # [<= global batch] numbers of all its examples
+    examples: np.ndarray  # [<= global batch size] numbers of all examples of the global batch
     micro_batches: list[TaskBatch]
-    first_rows: list[int]  # of each micro-batch, counted over all attempts: seeds its dropout
-    label_count: int  # of this rank
+    first_rows: list[int]  # first example of each micro-batch over all attempts; seeds its dropout
+    label_count: int  # scored labels of this rank
 
 
 class Stopped(Exception):
-    """Raised after a requested stop, when the state is saved."""
+    """Raised after a stop signal, when the state is saved."""
 
 
 def seed_folder(out: Path, task: Task, seed: int) -> Path:
-    """DIR/TASK/seed-N."""
+    """Return the folder of a seed, DIR/TASK/seed-N. out: DIR."""
     return out / task.name / f"seed-{seed}"
 
 
 class SeedRun(Trainer):
-    """One task with one seed on this rank."""
+    """Training of one task with one seed on this rank. splits: the examples of the task."""
 
     def __init__(self, suite: Suite, task: Task, splits: Splits, seed: int):
         self.suite = suite
@@ -106,19 +109,19 @@ class SeedRun(Trainer):
         self.stop_requested = False
 
     def fit(self) -> None:
-        """Train from the start or from a checkpoint, score, write everything, result.json last.
+        """Train from the start or from a checkpoint, score, and write all files. Collective.
 
-        Raises Stopped after a signal, when the state of the seed is saved. Collective.
+        Raises Stopped after a signal, when the state of the seed is saved.
         """
         began = time.monotonic()
         self.engine = self._make_engine()
-        self.padded = padded_rows(self.engine.module)
+        self.true_rows = true_rows(self.engine.module)
         self.checkpointer = Checkpointer(
             self.engine,
             self.folder / "ckpt",
             CheckpointConfig(asynchronous=False),
             self._facts({}),
-            self.padded,
+            self.true_rows,
         )
         on_stop_signal(self._request_stop)
         state = self._resume()
@@ -151,8 +154,8 @@ class SeedRun(Trainer):
         found = checkpoint.latest_on_rank0(self.folder / "ckpt")
         state = TrainingState()
         if found is not None:
-            state = checkpoint.load(self.engine, found, self.padded).state
-        elif self.is_rank0:  # the seed starts again: remove the model that an earlier attempt kept
+            state = checkpoint.load(self.engine, found, self.true_rows).state
+        elif self.is_rank0:  # the seed starts again: remove the model of an earlier attempt
             shutil.rmtree(self.folder / "model", ignore_errors=True)
         device = self.suite.device
         self.sums = LossSums(1, self.suite.ranks, device, state.interval)  # of this epoch
@@ -170,7 +173,10 @@ class SeedRun(Trainer):
                 attempts += 1
 
     def _step(self, batch: np.ndarray, attempts: int) -> TaskStep:
-        """This rank's part of a global batch. batch: [<= global batch] example numbers."""
+        """Return this rank's part of a global batch.
+
+        batch: [<= global batch size] example numbers. attempts: attempted steps before this one.
+        """
         train, accumulation = self.config.train, self.engine.accumulation
         share = train.micro_batch_size * accumulation
         first = self.suite.ranks.rank * share
@@ -189,32 +195,32 @@ class SeedRun(Trainer):
         return TaskStep(batch, own, first_rows, label_count)
 
     def totals(self, batch: TaskStep) -> TaskTotals:
-        """This rank's labels."""
+        """Return the number of scored labels of this rank."""
         return TaskTotals(batch.label_count)
 
     def is_finished(self, state: TrainingState) -> bool:
-        """Whether all attempts are made, or too many in a row were skipped."""
+        """Return whether all steps were attempted, or too many in a row were skipped."""
         return state.attempts >= self.total_steps or self._has_diverged(state)
 
     def _has_diverged(self, state: TrainingState) -> bool:
         return state.skipped_in_a_row > self.config.train.max_skipped_steps
 
     def should_stop(self, state: TrainingState) -> bool:
-        """Whether this rank received a signal."""
+        """Return whether this rank received a stop signal."""
         return self.stop_requested
 
     def should_save(self, state: TrainingState) -> bool:
-        """On rank 0, whether the last checkpoint is older than SAVE_SECONDS; else False."""
+        """Return whether the last checkpoint is older than SAVE_SECONDS; False on ranks > 0."""
         return self.is_rank0 and time.monotonic() - self.saved_at > SAVE_SECONDS
 
     def learning_rate(self, state: TrainingState) -> float:
-        """Linear warmup and decay as a function of the applied steps."""
+        """Return the learning rate: linear warmup and decay as a function of the applied steps."""
         options = self.config.optimizer
         warmup_steps = round(options.warmup_fraction * self.total_steps)
         return learning_rate(options.peak_lr, warmup_steps, state.step, self.total_steps)
 
     def snapshot(self, state: TrainingState) -> TrainingState:
-        """The state with each rank's loss sums of the epoch. Collective."""
+        """Return the state with the loss sums of each rank in this epoch. Collective."""
         self.saved_at = time.monotonic()
         return replace(state, interval=self.sums.per_rank(self.engine.control))
 
@@ -227,7 +233,7 @@ class SeedRun(Trainer):
         lr: float,
         result: StepResult,
     ) -> TrainingState:
-        """Count the attempt; report and keep the best model at the end of an epoch."""
+        """Count the attempt; at the end of an epoch, print the loss and keep the best model."""
         if state.attempts % self.epoch_steps == 0:
             self.sums.reset()
         if result.applied:
@@ -239,7 +245,7 @@ class SeedRun(Trainer):
         return state
 
     def _after_epoch(self, state: TrainingState) -> None:
-        """Print the mean loss; keep the best epoch if the config selects it. Collective."""
+        """Print the mean loss; keep the model if the config selects the best epoch. Collective."""
         loss = self._mean_loss()
         self._print(f"step {state.attempts}/{self.total_steps} loss {loss:.4f}")
         if self.config.train.select != "best":
@@ -263,12 +269,12 @@ class SeedRun(Trainer):
             self._save_model(state, {split: scores})
 
     def _mean_loss(self) -> float:
-        """Mean loss of the epoch over all ranks. Collective."""
+        """Return the mean loss of the epoch over all ranks. Collective."""
         return self.sums.means(self.engine.control)[0]
 
     def _stop(self, state: TrainingState) -> None:
         self.checkpointer.save(self.snapshot(state))
-        self._print("stopped and saved; the same command continues")
+        self._print("stopped and saved; the same command resumes it")
         self.engine.close()
         raise Stopped
 
@@ -279,17 +285,17 @@ class SeedRun(Trainer):
     # --------------------------------------------------------------------- scores and results
 
     def _finish(self, state: TrainingState) -> dict[str, Scores]:
-        """Scores of all labelled splits except train. Writes the model and the predictions.
+        """Return the scores of all labelled splits except train. Collective.
 
-        Without any applied step, or with logits that are not finite, nothing is written and there
-        are no scores.
+        Writes the predictions of each split, then the model. Returns {} and writes no more files
+        without an applied step, and after the first split with logits that are not finite.
         """
         if state.step == 0:
             return {}
         if self.config.train.select == "best":
             if not on_rank0((self.folder / "model").exists):  # no epoch had a finite score
                 return {}
-            checkpoint.load(self.engine, self.folder / "model", self.padded, weights_only=True)
+            checkpoint.load(self.engine, self.folder / "model", self.true_rows, weights_only=True)
         scores = {}
         for split in self.task.splits:
             if split == "train":
@@ -312,14 +318,14 @@ class SeedRun(Trainer):
         return scores
 
     def _predict(self, split: str) -> Predictions:
-        """Predictions and scores of a split, computed in fp32. Collective.
+        """Return the predictions and scores of a split. Collective.
 
         They are computed in fp32 for every precision of the engine, so that `predict` and exported
         models give the same values.
         """
         engine = self.engine
         weights = {
-            name: engine.full_tensor(name, "master")[: self.padded.get(name)].cpu()
+            name: engine.full_tensor(name, "master")[: self.true_rows.get(name)].cpu()
             for name in engine.parameters
         }
         module = classifier(self.model, self.task)
@@ -336,15 +342,15 @@ class SeedRun(Trainer):
         )
 
     def _save_model(self, state: TrainingState, scores: Any) -> None:
-        if self.is_rank0:  # written before the model, so that a model always has its tokenizer
+        if self.is_rank0:  # before the model, so that every model has a tokenizer
             self.suite.pretrained.tokenizer.save(self.folder / "tokenizer")
         facts = self._facts(scores)
         checkpointer.save(
-            self.engine, self.folder, "model", state, facts, self.padded, weights_only=True
+            self.engine, self.folder, "model", state, facts, self.true_rows, weights_only=True
         )
 
     def _facts(self, scores: Any) -> dict[str, Any]:
-        """The config in meta.json, with all values that predict and export need."""
+        """Return the config for meta.json, with all values that `predict` and `export` need."""
         return self.config.model_dump(mode="json") | {
             "model": self.model.model_dump(mode="json"),
             "task": self.task.model_dump(mode="json"),
@@ -356,7 +362,10 @@ class SeedRun(Trainer):
     def _result(
         self, state: TrainingState, scores: dict[str, Scores], seconds: float
     ) -> dict[str, Any]:
-        """result.json. A seed without scores, or with one that is not finite, has diverged."""
+        """Return the content of result.json. Collective.
+
+        A seed without scores, or with a score that is not finite, has diverged.
+        """
         values = [value for split in scores.values() for value in split.values()]
         diverged = not scores or not all(map(math.isfinite, values))
         origin = self.suite.pretrained.origin
@@ -390,9 +399,10 @@ class SeedRun(Trainer):
 
 
 def prune_models(folder: Path, keep: str) -> None:
-    """Remove the models of DIR/TASK's finished seeds that `keep` does not name.
+    """Remove the models of finished seeds that `keep` does not name. folder: DIR/TASK.
 
-    keep: best (of the best seed on dev), all, or none. A diverged seed's model is always removed.
+    keep: best (the model of the best seed on dev), all, or none. The model of a diverged seed is
+    always removed.
     """
     seeds = read_results(folder.parent)[folder.name]
     done = {seed for seed, result in seeds.items() if result and result.status == "done"}

@@ -1,4 +1,4 @@
-"""The zip for submission to the GLUE site: eleven files of two columns."""
+"""Zip file for a submission to the GLUE site: eleven files of two columns."""
 
 import io
 import math
@@ -30,11 +30,12 @@ FILES = {
 
 
 def write_submission(folder: Path, out: Path) -> list[str]:
-    """Write the zip of the test predictions in `folder`, each task by its best seed on dev.
+    """Write the zip file of the test predictions in `folder`, of the best seed on dev of each task.
 
+    folder: DIR of finetune. out: the zip file.
     Returns a line for each file with its seed, and a warning that names the files without
-    predictions; these hold a constant. UserError, and no zip, when there is no prediction at all,
-    and for predictions of other data than the official test set.
+    predictions, which are filled with a constant. Raises UserError without writing when there are
+    no predictions, and for predictions of other data than the official test set.
     """
     check_output_file(out, "--out")
     results = read_results(folder)
@@ -67,9 +68,9 @@ def write_submission(folder: Path, out: Path) -> list[str]:
 
 
 def _answers(folder: Path, results: Results, name: str) -> tuple[list[str], str | None]:
-    """(second column of one file, description of its seed or None for a constant)."""
+    """Return (second column of one file, description of its seed; None for a constant)."""
     task, split, rows = FILES[name]
-    labels = GLUE[task].get("labels", ["0", "1"])  # None: a number
+    labels = GLUE[task].get("labels", ["0", "1"])  # None in regression
     best = best_seed(results.get(task, {}))
     path = folder / task / f"seed-{best.seed if best else ''}" / f"predictions-{split}.tsv"
     if best is None or not path.exists():
@@ -84,20 +85,21 @@ def _answers(folder: Path, results: Results, name: str) -> tuple[list[str], str 
     texts = [cell[1] if len(cell) > 1 else "" for cell in cells]
     if labels and (odd := [text for text in texts if text not in labels]):
         raise UserError(
-            f"{path}: the prediction {shortened(odd[0])} is no label of {task}; predict its test file again"
+            f"{path}: the prediction {shortened(odd[0])} is not a label of {task}; "
+            "predict its test file again"
         )
     answers = texts if labels else [_value(text, path) for text in texts]
     return answers, f"seed {best.seed}, {best.metric} {100 * best.value:.1f} on {best.split}"
 
 
 def _value(text: str, path: Path) -> str:
-    """A prediction of STS-B as the site takes it: from 0 to 5, with three decimals."""
+    """Return a prediction of STS-B as the site expects it: from 0 to 5, three decimal places."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise UserError(
-            f"{path}: the prediction {shortened(text)} is no number; predict its test file again"
+            f"{path}: the prediction {shortened(text)} is not a number; predict its test file again"
         )
     return f"{min(5.0, max(0.0, value)):.3f}"

@@ -1,4 +1,4 @@
-"""Files of a suite that later calls compare with: DIR/config.json and DIR/TASK/task.json."""
+"""Files of a suite that later calls are compared with: DIR/config.json, DIR/TASK/task.json."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,18 +10,32 @@ from pydantic import ConfigDict, Field
 
 from electra_ds.cluster.provenance import provenance
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, parse_record, read_json, write_json
+from electra_ds.common.printable import printable
 from electra_ds.config.loading import differences, parse_config
 from electra_ds.finetuning.config import FinetuneConfig, TaskOverrides
 from electra_ds.finetuning.seed import Suite
 from electra_ds.training.collectives import on_rank0
 
 
-def open_suite(suite: Suite, names: list[str]) -> Suite:
-    """Write DIR/config.json, or compare it: one folder holds one suite. Collective.
+def check_out(out: Path) -> None:
+    """Raise UserError when `out` holds a run, a model or prepared data."""
+    found = found_at(out)
+    if found.kind in ("data", "hugging face", "checkpoint", "run"):
+        raise UserError(
+            f"--out {printable(out)}: {found.phrase}; give the suite a folder of its own"
+        )
 
-    names: tasks of this call. A suite can grow: overrides of other tasks do not matter here, and
-    those of earlier tasks are kept. Returns the suite with the overrides of all tasks.
+
+def open_suite(suite: Suite, names: list[str]) -> Suite:
+    """Write DIR/config.json, or compare with it, because a folder contains one suite. Collective.
+
+    names: tasks of this call. Later calls may add tasks: the overrides of tasks without a trained
+    seed are not compared, and those of earlier tasks are kept in the file.
+    Returns the suite with the overrides of all tasks. Raises UserError when weights, tokenizer or
+    science fields differ from those of seeds that were trained, and for a folder that is not one of
+    finetune.
     """
     digest = hashlib.sha256(suite.pretrained.model.model_dump_json().encode())
     weights = {} if suite.random_init else suite.pretrained.state
@@ -63,7 +77,10 @@ def open_suite(suite: Suite, names: list[str]) -> Suite:
 
 
 class Before(Record):
-    """What config.json of a suite says about the weights; earlier versions have no tokenizer."""
+    """The provenance in config.json of a suite. Earlier versions did not write the tokenizer.
+
+    weights, tokenizer: fingerprints. model: description of the source of the weights.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -75,12 +92,14 @@ class Before(Record):
 def _before(found: dict[str, Any], out: Path) -> Before:
     before = found.get("provenance")
     if not isinstance(before, dict) or "weights" not in before:
-        raise UserError(f"--out {out}: not a folder of finetune; choose another folder")
+        raise UserError(
+            f"--out {out}: its config.json was not written by finetune; choose another folder"
+        )
     return parse_record(before, f"{out}/config.json: provenance", Before)
 
 
 def _earlier_tasks(out: Path) -> dict[str, dict[str, Any]]:
-    """The overrides of tasks in DIR/config.json, as values of JSON."""
+    """Return the overrides of tasks in DIR/config.json, as JSON values."""
     path = out / "config.json"
     if not path.exists():
         return {}
@@ -91,14 +110,14 @@ def _earlier_tasks(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _is_trained(folder: Path) -> bool:
-    """Whether a folder of a task, or of a suite, has a seed that was trained."""
+    """Return whether a folder of a task or suite has a seed with a checkpoint or a result."""
     return any(
         next(folder.rglob(pattern), None) for pattern in ("seed-*/ckpt", "seed-*/result.json")
     )
 
 
 class TaskFile(Record):
-    """The content of task.json. examples: a fingerprint. notes: sentences for the report."""
+    """The content of task.json. examples: fingerprint of train and dev. notes: for the report."""
 
     task: dict[str, Any]
     examples: str
@@ -111,10 +130,10 @@ def write_or_compare(
     settings: dict[str, Any],
     differs: Callable[[dict[str, Any]], list[str]],
 ) -> None:
-    """Write settings into DIR/name. Collective.
+    """Write settings to the JSON file DIR/name. Collective.
 
-    differs: function of the settings in the file that returns a list of differences, for the
-    message. Raises UserError when they differ and a seed was already trained with them.
+    differs: function from the settings in an existing file to a list of differences, as text.
+    Raises UserError when there are differences and a seed was trained with the earlier settings.
     """
     path = suite.out / name
 
@@ -124,7 +143,7 @@ def write_or_compare(
             if listed and _is_trained(path.parent):
                 raise UserError(
                     f"{path}: earlier seeds were trained with other settings: {listed}; use "
-                    "those, or another --out"
+                    "those, or choose another --out"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)

@@ -19,7 +19,7 @@ from electra_ds.finetuning.examples import seen_labels
 from electra_ds.finetuning.metrics import METRICS, not_entity_tags
 
 Column = str | int
-# Files of finetune beside the folders of its tasks.
+# Files of finetune in DIR. No task may have one of these names.
 OWN_FILES = ("config.json", "report.json", "report.md", "submission.zip", "lock")
 # classification: one class for a text or a pair. regression: one number. token_classification: one
 # class for each word.
@@ -27,13 +27,13 @@ TaskKind = Literal["classification", "regression", "token_classification"]
 
 
 class Task(Section):
-    """A task: its files, the meaning of their columns, its labels and metrics.
+    """A task: its files, their columns, its labels and metrics.
 
-    The user's tasks are JSON files with these keys.
+    The description of a user's task is a JSON file with these keys.
     """
 
     name: str = science(
-        ..., "name of the task and of its folder of results", pattern=r"^[\w.-]+$", max_length=200
+        ..., "name of the task and of its result folder", pattern=r"^[\w.-]+$", max_length=200
     )
     kind: TaskKind = science("classification", "what is predicted")
     splits: dict[str, str] = science(
@@ -47,7 +47,7 @@ class Task(Section):
     )
     dataset_config: str | None = science(None, "name of the dataset's configuration")
     format: Literal["tsv", "csv", "jsonl", "conll"] | None = science(
-        None, "format of the files; null: given by their suffixes"
+        None, "format of the files; null: derived from their suffixes"
     )
     header: bool = science(True, "TSV and CSV: the first line has the names of the columns")
     columns: dict[str, list[str]] = science(
@@ -71,7 +71,7 @@ class Task(Section):
         strict=False,
     )
     metrics: list[str] = science(
-        [], "the first is the main metric; empty: those usual for the kind"
+        [], "the first is the main metric; empty: the default metrics of the kind"
     )
     both_orders: bool = science(False, "pairs: train on (a, b) and on (b, a)")
     epochs: float | None = science(
@@ -85,8 +85,8 @@ class Task(Section):
     def _agrees(self) -> Task:
         if self.name.startswith(".") or self.name.lower() in OWN_FILES:
             raise ValueError(
-                f"name: {shortened(self.name)} is no name of a folder of results; expected letters "
-                "and digits, and none of the names of finetune's own files"
+                f"name: {shortened(self.name)} cannot name a result folder; expected a name that "
+                "does not begin with a dot and is not that of a file of finetune"
             )
         for split in self.splits:  # part of the name of a file of predictions
             if not re.fullmatch(r"train|(valid|test)(_[\w-]{1,100})?", split):
@@ -95,7 +95,7 @@ class Task(Section):
                 )
         if odd := [name for name in self.metrics if name not in METRICS[self.kind]]:
             raise ValueError(
-                f"metrics: {odd[0]!r} is no metric of {self.kind}; there are "
+                f"metrics: {odd[0]!r} is not a metric of {self.kind}; there are "
                 f"{', '.join(METRICS[self.kind])}"
             )
         if self.labels is not None and (
@@ -106,11 +106,11 @@ class Task(Section):
             raise ValueError("metrics: f1 is for two labels; use macro_f1")
         if self.both_orders and self.text_b is None:
             raise ValueError(
-                "both_orders: for pairs; name the column of the second sentence as text_b"
+                "both_orders needs pairs; give the column of the second text as text_b"
             )
         if self.label is None and "train" in self.splits:
             raise ValueError(
-                "label: null, but there is a split train; name the column of its labels"
+                "label: null, but there is a split train; give the column of its labels"
             )
         if self.label_range is not None and not self.label_range[0] < self.label_range[1]:
             raise ValueError(
@@ -125,13 +125,13 @@ class Task(Section):
 
     @property
     def is_glue(self) -> bool:
-        """Whether this is a GLUE task, not another one of the same name."""
+        """Whether name, kind and columns are those of a GLUE task."""
         read = ("kind", "text_a", "text_b", "label")
         known = Task.model_validate(_glue_values(self.name)) if self.name in GLUE else None
         return known is not None and all(getattr(self, k) == getattr(known, k) for k in read)
 
     def path(self, split: str) -> Path:
-        """The file of a split."""
+        """Return the path of the file of a split."""
         return Path(self.folder, self.splits[split])
 
     @property
@@ -153,8 +153,8 @@ _COLA = ["source", "label", "star", "sentence"]
 _PAIR = {"text_a": "sentence1", "text_b": "sentence2"}
 _NLI = {**_PAIR, "labels": ["entailment", "not_entailment"]}
 _MNLI = {**_PAIR, "label": "gold_label", "labels": ["contradiction", "entailment", "neutral"]}
-# Values that differ from the defaults of Task and of load_task. The first metric is that of the
-# paper's tables (ELECTRA, section 3.1). The published files of QQP have a few broken rows.
+# Values that differ from the defaults of Task and of `_glue_values`. The first metric is the one in
+# the tables of the paper (ELECTRA, section 3.1). The published files of QQP have a few short rows.
 GLUE: dict[str, dict[str, Any]] = {
     "cola": {"columns": {"train": _COLA, "valid": _COLA}, "metrics": ["matthews"]},
     "sst2": {},
@@ -191,22 +191,24 @@ _ALIASES = {"sst": "sst2", "sts": "stsb", "diagnostic": "ax"}
 
 
 def glue_name(name: str) -> str:
-    """The short name of a GLUE task in any usual spelling (STS-B, sst_2, CoLA).
+    """Return the short name of a GLUE task in any usual spelling (STS-B, sst_2, CoLA).
 
-    Other names are returned in lower case without punctuation.
+    Other names are returned with only their letters a to z, in lower case, and digits.
     """
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     return _ALIASES.get(plain, plain)
 
 
 def load_task(name: str, data: Path | None) -> Task:
-    """A GLUE task by name, or a user's task by the path of its JSON.
+    """Return a GLUE task, or a user's task.
 
-    labels, label_range and metrics are filled in from the training split where they are null or
-    empty, and test splits without a file are left out.
-    data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...) or the task's
-    folder. UserError for an unknown name or key, and for errors in a training file
-    that the labels are read from.
+    name: name of a GLUE task, or path of the description of a user's task (x.json).
+    data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...), or the folder
+    of the task.
+    labels and label_range that are null are read from the training split. Empty metrics become the
+    default metrics of the kind. Test splits without a file are removed.
+    Raises UserError for an unknown name or key, for a missing folder, and for errors in the
+    training file when labels are read from it.
     """
     if name.endswith(".json"):
         return _filled(_user_task(Path(name), data))
@@ -226,32 +228,32 @@ def _glue_values(short: str) -> dict[str, Any]:
 
 
 def _glue_folder(short: str, files: dict[str, str], data: Path | None) -> Path:
-    """The folder of a GLUE task in `data`, or `data` itself if it has one of the task's files."""
+    """Return the folder of a GLUE task in `data`, or `data` if it contains a file of the task."""
     if data is None:
         raise UserError(f"task {short}: give --data GLUE_DIR, the folder with CoLA/, RTE/, ...")
     if not data.is_dir():
         raise UserError(
-            f"task {short}: --data {data} is no folder; expected GLUE_DIR with CoLA/, RTE/, ..."
+            f"task {short}: --data {data} is not a folder; expected GLUE_DIR with CoLA/, RTE/, ..."
         )
     folders = sorted(child for child in data.iterdir() if child.is_dir())
     if matching := [folder for folder in folders if glue_name(folder.name) == short]:
         return matching[0]
     if any((data / file).is_file() for file in files.values()):
         return data
-    listed = ", ".join(folder.name for folder in folders[:20]) or "no folder at all"
+    listed = ", ".join(folder.name for folder in folders[:20]) or "no folder"
     raise UserError(
         f"task {short}: {data} has no folder {short} (in any spelling: STS-B for stsb, diagnostic "
-        f"for ax); found {listed}; give --data the folder that holds it, or the task's own with "
+        f"for ax); found {listed}; give --data the folder that contains it, or the folder with "
         f"{next(iter(files.values()))}"
     )
 
 
 def _user_task(path: Path, data: Path | None) -> Task:
-    """A task by its description; its files are beside the description, or in `data`."""
+    """Return the task of a description. Its files are beside the description, or in `data`."""
     values = read_json(path, "a task's description")
     task = parse_config({"name": path.stem} | values, str(path), Task)
     if task.name in GLUE:
-        # The suite's config, the report and predict take a task of this name for that of GLUE.
+        # Config, report and predict would treat a task of this name as the GLUE task.
         raise UserError(
             f"{path}: name: {task.name!r} is the name of a GLUE task; give this task another one "
             f'("name": "{task.name}-own") in its description'
@@ -273,7 +275,7 @@ def _user_task(path: Path, data: Path | None) -> Task:
 
 
 def _filled(task: Task) -> Task:
-    """The task with null values from the training split; test splits without a file are removed."""
+    """Return the task with values for null labels, label_range and metrics. See `load_task`."""
     splits = {
         split: file
         for split, file in task.splits.items()
@@ -318,11 +320,11 @@ def _default_metrics(kind: TaskKind, labels: list[str]) -> list[str]:
 
 
 def task_names(text: str) -> list[str]:
-    """The tasks of --tasks, a list separated by commas, each once.
+    """Return the tasks of --tasks, a list separated by commas, each once.
 
     GLUE names in any spelling become short names. `glue` becomes the nine GLUE tasks (without ax).
-    Paths of descriptions are not changed; the path of a file may have commas. UserError for a list
-    without a name.
+    Paths of descriptions are not changed; the path of an existing file may contain commas. Raises
+    UserError for a list without names.
     """
     names: list[str] = []
     for name in _listed(text):
@@ -340,7 +342,7 @@ def task_names(text: str) -> list[str]:
 
 
 def _listed(text: str) -> list[str]:
-    """The parts between commas; consecutive parts that together are a description are one."""
+    """Return the parts between commas. The path of an existing description is one part."""
     parts = text.split(",")
     names = []
     while parts:

@@ -1,4 +1,4 @@
-"""Reading of whole checkpoints of the built-in encoders: weights compared with their config."""
+"""Reading of checkpoints of the built-in encoders. The weights are compared with the config."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,9 +26,10 @@ CHECKPOINTS = (
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The folder with meta.json of a run, a checkpoint or a fine-tuned model.
+    """Return the folder with meta.json of a run, a checkpoint or a fine-tuned model.
 
-    Raises UserError when there is none, and when `path` holds the models of several seeds.
+    path: one of the folders in CHECKPOINTS, except a Hugging Face folder.
+    Raises UserError when there is none, and when `path` contains the models of several seeds.
     """
     models = sorted(
         meta.parent
@@ -37,7 +38,8 @@ def resolve_checkpoint(path: Path) -> Path:
     )
     if len(models) > 1:
         raise UserError(
-            f"{path}: holds the models of {len(models)} seeds; name one, such as {models[0].parent}"
+            f"{path}: contains the models of {len(models)} seeds; give one, such as "
+            f"{models[0].parent}"
         )
     return models[0] if models else checkpoint.find_checkpoint(path, CHECKPOINTS)
 
@@ -67,8 +69,8 @@ class FineTunedTask(Record):
 class FineTunedConfig(Record):
     """The config in meta.json of a fine-tuned model.
 
-    tokenizer: fingerprint of its tokenizer. trained_length: tokens of a row of pretraining. Models
-    of earlier versions have neither.
+    scores: split -> metric -> score. tokenizer: fingerprint of the tokenizer. trained_length:
+    tokens of a row in pretraining. Earlier versions did not write tokenizer and trained_length.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -83,7 +85,7 @@ class FineTunedConfig(Record):
     @field_validator("scores", mode="before")
     @classmethod
     def _by_split(cls, scores: Any) -> Any:
-        """Name the split of the scores of a best epoch, which earlier versions wrote without it."""
+        """Add the split `valid` to the scores of a best epoch: earlier versions wrote no split."""
         is_flat = isinstance(scores, dict) and any(
             isinstance(value, (int, float)) for value in scores.values()
         )
@@ -91,11 +93,11 @@ class FineTunedConfig(Record):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint of the built-in encoders, read whole.
+    """A checkpoint of the built-in encoders with all its weights.
 
-    model: sizes of the main encoder. weights: fp32 tensors by canonical name, without padded rows,
-    compared with the config. run: the config of a pretraining run; fine_tuned: that of a fine-tuned
-    model; one of them is None.
+    model: sizes of the main encoder. weights: canonical name -> fp32 tensor on the CPU, without
+    padded rows; names and shapes agree with the config. run: the config of a pretraining run;
+    fine_tuned: the config of a fine-tuned model; one of the two is None.
     """
 
     folder: Path
@@ -106,7 +108,7 @@ class Checkpoint(NamedTuple):
     fine_tuned: FineTunedConfig | None
 
     def tokenizer(self, given: Path | None = None) -> Tokenizer:
-        """Its tokenizer; see `tokenizer_of_model`."""
+        """Load the tokenizer of the checkpoint. Arguments and errors as in `tokenizer_of_model`."""
         special_ids = self.run.data.special_ids if self.run else None
         fingerprint = self.fine_tuned.tokenizer if self.fine_tuned else None
         return tokenizer_of_model(
@@ -115,15 +117,16 @@ class Checkpoint(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        """Most tokens of a row: those of pretraining, or those of fine-tuning."""
+        """Largest number of tokens of a row: that of the training, at most max_positions."""
         length = self.fine_tuned.train.max_length if self.fine_tuned else None
         length = self.run.data.sequence_length if self.run else length
         return min(length or self.model.max_positions, self.model.max_positions)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Meta data and all weights of a run, a checkpoint or a fine-tuned model, checked by sha256.
+    """Read the metadata and all weights of a run, a checkpoint or a fine-tuned model.
 
+    path: see `resolve_checkpoint`. Sizes and sha256 of the files are checked.
     Raises UserError for damaged files, for weights that do not fit the config or are not finite,
     and for a run with modules from model.factory.
     """
@@ -151,7 +154,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_run(config: RunConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    """Compare the weights of a run of the built-in encoders with its config."""
+    """Compare the weights of a run of the built-in encoders with its config.
+
+    weights: canonical name -> tensor. folder: the checkpoint, for messages.
+    Raises UserError for a config without the values of its data, and for weights that do not fit.
+    """
     where = f"{folder}/meta.json"
     for key, value in (
         ("model.vocab_size", config.model.vocab_size),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import Record, read_record, write_json
-from electra_ds.common.outputs import new_folder
+from electra_ds.common.outputs import check_outside, new_folder
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.checkpoints import (
@@ -21,6 +21,7 @@ from electra_ds.interop.checkpoints import (
 from electra_ds.interop.hf import classifier_to_hf, hf_config, part_names, to_hf
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 from electra_ds.interop.model_card import Card, render_card
+from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.metrics_file import read_metrics
 
 PURPOSES = {
@@ -37,9 +38,10 @@ def export(path: Path, out: Path, tokenizer: Path | None = None) -> list[str]:
     path: a run folder, a checkpoint or a fine-tuned model. tokenizer: the vocabulary, when it is
     not beside the model. Each folder holds fp32 weights for `from_pretrained` of the class in its
     config.json, the files of AutoTokenizer and a model card. Returns a line for each folder.
-    Raises UserError when `out` is not empty, when there is no model or no tokenizer, when their
-    vocabulary sizes differ, and for a run of the user's own modules.
+    Raises UserError when `out` is not empty or lies in the model's folder, when there is no model
+    or no tokenizer, when their vocabulary sizes differ, and for a run of the user's own modules.
     """
+    check_outside(out, "--out", {"MODEL": folder_of_model(path), "--tokenizer": tokenizer})
     with new_folder(out, "--out") as folder:
         source = read_checkpoint(path)
         words = source.tokenizer(tokenizer)

@@ -25,14 +25,14 @@ FILES = (
 
 
 class Index(Record):
-    """The index of a model in several files. weight_map: name of a tensor -> name of its file."""
+    """The index of a model in several files. weight_map: tensor name -> file name."""
 
     model_config = ConfigDict(extra="ignore")
 
     weight_map: dict[str, str] = Field(min_length=1)
 
 
-# Tensors with one row per entry of the vocabulary, in ELECTRA and BERT.
+# Ends of the names of tensors with one row per vocabulary entry, in ELECTRA and BERT.
 ROWS_OF_WORDS = (
     "word_embeddings.weight",
     "generator_lm_head.weight",
@@ -45,12 +45,15 @@ MOST_UNUSED_ROWS = 64
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether path has a config.json with weights beside it (a run folder has no such weights)."""
+    """Return whether a folder has a config.json and weights. A run folder has no such weights."""
     return (path / "config.json").is_file() and any((path / name).is_file() for name in FILES)
 
 
 def read_config(folder: Path, model_types: tuple[str, ...] = ("electra",)) -> dict[str, Any]:
-    """config.json of a folder. Raises UserError if it is missing or has another model_type."""
+    """Return the content of config.json in a folder.
+
+    Raises UserError if the file is missing or invalid, or has another model_type.
+    """
     config = read_json(folder / "config.json", "the config.json of a Hugging Face model")
     model_type = config.get("model_type")
     if model_type not in model_types:
@@ -63,12 +66,12 @@ def read_config(folder: Path, model_types: tuple[str, ...] = ("electra",)) -> di
 def read_folder(
     folder: Path, entries: int, model_types: tuple[str, ...] = ("electra",)
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and all tensors of a folder, without the rows that its vocabulary does not use.
+    """Return (config.json, tensors by name) of a folder, without unused rows of the vocabulary.
 
-    entries: size of the vocabulary. Word tables are often padded to a multiple of 8 or 64, and some
-    keep rows for later entries. Such rows are cut off in the tensors, and in `vocab_size` of the
-    config, if there are at most MOST_UNUSED_ROWS or 5 % of them. Raises UserError as `read_config`
-    and `read_tensors` do.
+    entries: number of entries of the vocabulary. Word tables are often padded to a multiple of 8 or
+    64, and some have rows for later entries. Such rows are removed from the tensors, and
+    `vocab_size` of the config is reduced, if they are at most MOST_UNUSED_ROWS or 5 % of all rows.
+    Raises UserError as `read_config` and `read_tensors` do.
     """
     config, tensors = read_config(folder, model_types), read_tensors(folder)
     rows = config.get("vocab_size")
@@ -84,7 +87,10 @@ def read_folder(
 
 
 def stated_length(folder: Path) -> int | None:
-    """model_max_length in the tokenizer_config.json of a folder; None if there is none."""
+    """Return model_max_length in tokenizer_config.json of a folder, in tokens.
+
+    Returns None without the file, and for a value that is not an integer of at least 3.
+    """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
@@ -94,10 +100,10 @@ def stated_length(folder: Path) -> int | None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by their names, from one file or several.
+    """Return all tensors of a folder by name, from one file or several, on the CPU.
 
-    A pickled file is read as weights only. Raises UserError when there are no weights, or when a
-    file cannot be read.
+    Pickled files are loaded with weights_only=True. Raises UserError when there are no weights, or
+    when a file cannot be read.
     """
     first = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if first is None:
@@ -142,24 +148,24 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, which may hold nothing else.
+    """Return the tensors in a file of torch.save, which must be a dict of tensors.
 
-    The messages of torch.load are replaced, because they advise to load the file unsafely.
+    The messages of torch.load are replaced, because they recommend weights_only=False.
     """
     _check_stored(path)
     try:
         tensors = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises almost any
+    except Exception as error:  # a damaged pickle raises exceptions of almost any type
         raise UserError(
             f"{path}: cannot be read as weights ({type(error).__name__}): it is damaged, has "
-            "another format, or holds objects other than tensors, which could run code; convert "
-            "it to safetensors where you trust it"
+            "another format, or contains objects other than tensors, which could run code; if you "
+            "trust it, convert it to safetensors"
         ) from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):
         raise UserError(
-            f"{path}: found values that are no tensors; expected a dict of tensors (a state_dict)"
+            f"{path}: found values that are not tensors; expected a dict of tensors (a state_dict)"
         )
     size = path.stat().st_size
     for name, value in tensors.items():
@@ -173,9 +179,9 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _check_stored(path: Path) -> None:
-    """Raise UserError for a zip with compressed entries, which could need any amount of memory."""
+    """Raise UserError for a zip with compressed entries: their size in memory has no limit."""
     if not zipfile.is_zipfile(path):
-        return  # the old format of torch.save
+        return  # the format of torch.save before torch 1.6
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

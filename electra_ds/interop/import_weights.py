@@ -15,9 +15,10 @@ from torch import Tensor
 
 from electra_ds.cluster.run_folder import write_config
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, write_json
-from electra_ds.common.outputs import new_folder
-from electra_ds.common.printable import shortened
+from electra_ds.common.outputs import check_outside, new_folder
+from electra_ds.common.printable import printable, shortened
 from electra_ds.config.loading import config_names, load_run, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -138,10 +139,12 @@ def import_weights(
     generator: the generator's folder, when it is not beside the discriminator.
     config: JSON file with hidden_size and num_attention_heads, for a TensorFlow checkpoint.
     tokenizer: the vocabulary, when it is not in `source`.
-    Raises UserError when `out` is not empty, when there are no weights or no vocabulary, for an
-    architecture or a vocabulary that is not supported, for options that do not fit `source`, and
-    for a tensor of an encoder that is missing or has another shape.
+    Raises UserError when `out` is not empty or lies in an input folder, when there are no weights
+    or no vocabulary, for an architecture or a vocabulary that is not supported, for options that do
+    not fit `source`, and for a tensor of an encoder that is missing or has another shape.
     """
+    inputs = {"SRC": source, "--generator": generator, "--tokenizer": tokenizer}
+    check_outside(out, "--out", inputs)
     with new_folder(out, "--out") as folder:
         return _import(
             source,
@@ -285,9 +288,9 @@ def _hugging_face(
         generator = path / "generator"
     if main is None:
         raise UserError(
-            f"{path}: no weights here; expected a Hugging Face folder (config.json with "
-            "model.safetensors or pytorch_model.bin), discriminator/ and generator/, or a "
-            "TensorFlow checkpoint"
+            f"{printable(path)}: no weights here{found_at(path).clause}; expected a Hugging Face "
+            "folder (config.json with model.safetensors or pytorch_model.bin), discriminator/ and "
+            "generator/, or a TensorFlow checkpoint"
         )
     entries = load_tokenizer(tokenizer or main).vocab_size
     config, tensors = read_folder(main, entries, ("electra", "bert"))

@@ -44,7 +44,7 @@ from electra_ds.interop.vocabularies import (
     tokenizer_of_model,
 )
 from electra_ds.model.build import build_objective
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 from electra_ds.model.objective import ElectraObjective, Objective
 from electra_ds.model.weights import check_values, load_true_state
 from electra_ds.training import checkpoint
@@ -233,7 +233,7 @@ def _load_hf(folders: dict[str, Path], tokenizer: Path | None) -> LoadedModel:
         encoder = part_from_hf(sizes, contents[part][1], words.special_ids.pad, str(folder))
         # `export` writes a main encoder that predicts tokens as a folder named discriminator.
         is_alone = len(folders) == 1 and folder.name != "discriminator"
-        if is_alone and isinstance(encoder.head, GeneratorHead):
+        if is_alone and isinstance(encoder.head, MaskedLMHead):
             part = "generator"
         parts[part] = encoder
     max_length = min(stated_length(first) or model.max_positions, model.max_positions)

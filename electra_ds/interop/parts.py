@@ -1,6 +1,6 @@
 """Discriminator and generator of a loaded model, each as one module on token ids.
 
-Letters: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
+Dimensions: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from electra_ds.common.errors import UserError
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.interop.hf import from_hf
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.registry import architecture_of
 from electra_ds.model.weights import (
@@ -27,7 +27,7 @@ from electra_ds.model.weights import (
 class EncoderWithHead(nn.Module):
     """One part of a model: embeddings, encoder, and its head, or None.
 
-    head: that of the discriminator, or a GeneratorHead.
+    head: that of the discriminator, or a MaskedLMHead.
     pad_id: the token that counts as padding when no attention_mask is given.
     """
 
@@ -79,7 +79,7 @@ class EncoderWithHead(nn.Module):
         if self.head is None:
             raise UserError("this encoder has no head; use encode() for its hidden states")
         hidden = self.encode(input_ids, segment_ids, attention_mask)
-        if isinstance(self.head, GeneratorHead):
+        if isinstance(self.head, MaskedLMHead):
             return self.head(hidden, self.embeddings.word)
         return self.head(hidden)
 
@@ -152,7 +152,7 @@ def part_from_hf(
         head = architecture.discriminator_head()
         modules["discriminator_head"] = head
     elif "generator_predictions.dense.weight" in tensors:
-        head = architecture.generator_head(model, model.word_width)
+        head = architecture.masked_lm_head(model, model.word_width)
         modules["mlm_head"] = head
     state = from_hf(tensors, true_state(modules), "discriminator")
     check_values(state, where)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, compared with what is on record about it."""
+"""Loading of the tokenizer of a model, and checks that it is the one of its training."""
 
 from pathlib import Path
 
@@ -9,7 +9,11 @@ from electra_ds.training import checkpoint
 
 
 def checked_tokenizer(path: Path, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer in `path`. UserError when its size is not vocab_size, the size of the model."""
+    """Load the tokenizer in `path`.
+
+    vocab_size: number of entries that the model was trained with.
+    Raises UserError when the tokenizer has another number of entries.
+    """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -27,37 +31,42 @@ def tokenizer_of_model(
     special_ids: SpecialIds | None = None,
     fingerprint: str | None = None,
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint, compared with all that is on record about it.
+    """Load the tokenizer of a checkpoint and compare it with the records of the checkpoint.
 
-    folder: the checkpoint. given: another place of the tokenizer, or None for the one beside it.
-    special_ids, fingerprint: of the tokenizer that the model was trained with, if they are known.
-    UserError when `given` is another vocabulary than the one beside the checkpoint.
+    folder: the checkpoint. given: path of the tokenizer, or None for the tokenizer folder of the
+    checkpoint. vocab_size, special_ids, fingerprint: those of the tokenizer that the model was
+    trained with; None for special_ids and fingerprint that are not known.
+    Raises UserError when the tokenizer differs from these values, or from the tokenizer folder of
+    the checkpoint.
     """
     own = checkpoint.tokenizer_of(folder)
-    words = checked_tokenizer(given or own, vocab_size)
+    tokenizer = checked_tokenizer(given or own, vocab_size)
     if given is not None and own.is_dir():
-        check_same_vocabulary(words, given, load_tokenizer(own), own)
-    is_other = special_ids is not None and words.special_ids != special_ids
-    if is_other or (fingerprint is not None and words.fingerprint != fingerprint):
+        check_same_vocabulary(tokenizer, given, load_tokenizer(own), own)
+    is_other = special_ids is not None and tokenizer.special_ids != special_ids
+    if is_other or (fingerprint is not None and tokenizer.fingerprint != fingerprint):
         raise UserError(
-            f"{given or own}: another vocabulary than that of {folder}: its special ids or its "
-            "fingerprint differ from those in meta.json; give the tokenizer of the training with "
-            "--tokenizer"
+            f"{given or own}: not the vocabulary of {folder}: its special ids or its fingerprint "
+            "differ from those in meta.json; give the tokenizer of the training with --tokenizer"
         )
-    return words
+    return tokenizer
 
 
 def check_same_vocabulary(
     found: Tokenizer, place: str | Path, own: Tokenizer, own_place: str | Path
 ) -> None:
-    """Raise UserError unless two tokenizers turn every text into the same ids."""
+    """Raise UserError unless two tokenizers have the same kind, entries and options.
+
+    The normalization is one of the options. The scores in SentencePiece files are not compared.
+    found, place: the tokenizer to check and its path. own, own_place: those of the model.
+    """
     if (found.kind, found.names) != (own.kind, own.names):
         differ = sum(a != b for a, b in zip(found.names, own.names, strict=False))
         raise UserError(
             f"{place}: its vocabulary is not that of the model ({own_place}): {differ:,} of "
             f"{own.vocab_size:,} entries differ; prepare the data with the model's tokenizer"
         )
-    options = [{**words.options, "normalization": words.normalization} for words in (found, own)]
+    options = [{**each.options, "normalization": each.normalization} for each in (found, own)]
     if options[0] != options[1]:
         raise UserError(
             f"{place}: its tokenizer has the options {options[0]}, that of the model "

@@ -1,6 +1,6 @@
 """Interface of an architecture: the modules of encoders and heads, and their initial weights.
 
-Letters: H hidden, E embedding.
+Dimensions: H hidden, E embedding.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from torch import nn
 
 from electra_ds.config.architectures import EncoderConfig, ModelConfig
 from electra_ds.model.encoder import EmbeddingsBase, EncoderBase
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 
 
 class Architecture(ABC):
@@ -31,7 +31,7 @@ class Architecture(ABC):
         """Return an encoder of embedded rows of width E."""
 
     @abstractmethod
-    def generator_head(self, sizes: EncoderConfig, embedding_size: int) -> GeneratorHead:
+    def masked_lm_head(self, sizes: EncoderConfig, embedding_size: int) -> MaskedLMHead:
         """Return a head that predicts tokens."""
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """Objective with user-defined encoders (model.factory), and the calls of user-defined modules.
 
-Letters: B rows, S sequence, H hidden, K masked positions, V vocabulary.
+Dimensions: B rows, S sequence, H hidden, K masked positions, V vocabulary.
 """
 
 import inspect

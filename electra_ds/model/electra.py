@@ -1,6 +1,6 @@
 """The architecture `electra`: BERT's post-LN transformer (ELECTRA, section 3.1).
 
-Letters: B rows, S sequence, H hidden, E embedding, N selected positions.
+Dimensions: B rows, S sequence, H hidden, E embedding, N selected positions.
 """
 
 import torch
@@ -19,7 +19,7 @@ from electra_ds.model.encoder import (
     compute_dtype,
     known_vocab_size,
 )
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 from electra_ds.model.initialization import truncated_normal
 from electra_ds.model.kernels.attention import attention
 from electra_ds.model.kernels.attention_mask import PackedMask, packed_mask
@@ -145,9 +145,9 @@ class ElectraArchitecture(Architecture):
         assert isinstance(sizes, ElectraEncoderConfig)
         return Encoder(sizes, embedding_size, self.model.layer_norm_eps)
 
-    def generator_head(self, sizes: EncoderConfig, embedding_size: int) -> GeneratorHead:
+    def masked_lm_head(self, sizes: EncoderConfig, embedding_size: int) -> MaskedLMHead:
         vocab_size = known_vocab_size(self.model)
-        return GeneratorHead(
+        return MaskedLMHead(
             vocab_size, sizes.hidden_size, embedding_size, self.model.layer_norm_eps
         )
 

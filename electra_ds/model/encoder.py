@@ -3,7 +3,7 @@
 The objectives and fine-tuning use an encoder only through `encode` and the interfaces
 `EmbeddingsBase` and `EncoderBase`. model/electra.py and model/modernbert.py implement them.
 
-Letters: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
+Dimensions: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
 """
 
 from typing import Any, Protocol

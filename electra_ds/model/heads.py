@@ -1,6 +1,6 @@
 """The head that predicts tokens, for all architectures.
 
-Letters: B rows, S sequence, K masked positions, H hidden, E embedding, V vocabulary.
+Dimensions: B rows, S sequence, K masked positions, H hidden, E embedding, V vocabulary.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from electra_ds.model.kernels.linear import Linear, linear
 from electra_ds.model.kernels.vocab_head import HeadResult, vocab_head
 
 
-class GeneratorHead(nn.Module):
+class MaskedLMHead(nn.Module):
     """Head that predicts tokens: hidden states -> logits over the vocabulary, or loss and samples.
 
     The output matrix is the word table. The main encoder has such a head (`mlm_head`) in the

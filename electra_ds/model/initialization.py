@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from electra_ds.model.architecture import Architecture
 from electra_ds.model.encoder import EmbeddingsBase
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def initialize(module: nn.Module, architecture: Architecture, seed: int | None =
             _initialize_tables(part, architecture, generator)
         elif isinstance(part, nn.LayerNorm):
             part.reset_parameters()
-        elif isinstance(part, GeneratorHead):
+        elif isinstance(part, MaskedLMHead):
             part.bias.zero_()
 
 

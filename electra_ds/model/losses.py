@@ -1,6 +1,6 @@
 """Losses of one forward pass, their divisors, and the sums for the metrics.
 
-Letters: B rows, S sequence, K masked positions.
+Dimensions: B rows, S sequence, K masked positions.
 """
 
 from typing import NamedTuple

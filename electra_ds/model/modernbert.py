@@ -3,7 +3,7 @@
 It has rotary positions, a gated feed-forward layer (GEGLU), layers with global and with local
 attention, and no biases in the layers. The mathematics is that of ModernBertModel in transformers.
 
-Letters: B rows, S sequence, H hidden, N selected positions.
+Dimensions: B rows, S sequence, H hidden, N selected positions.
 """
 
 import torch
@@ -23,7 +23,7 @@ from electra_ds.model.encoder import (
     compute_dtype,
     known_vocab_size,
 )
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 from electra_ds.model.initialization import truncated_normal
 from electra_ds.model.kernels.attention import attention
 from electra_ds.model.kernels.attention_mask import PackedMask, packed_mask
@@ -186,8 +186,8 @@ class ModernBertArchitecture(Architecture):
         assert isinstance(sizes, ModernBertEncoderConfig)
         return Encoder(sizes, self.model)
 
-    def generator_head(self, sizes: EncoderConfig, embedding_size: int) -> GeneratorHead:
-        return GeneratorHead(
+    def masked_lm_head(self, sizes: EncoderConfig, embedding_size: int) -> MaskedLMHead:
+        return MaskedLMHead(
             known_vocab_size(self.model),
             sizes.hidden_size,
             embedding_size,

@@ -2,7 +2,7 @@
 
 Also the objectives that the paper compares with it (section 3.4).
 
-Letters: B rows, S sequence, K masked positions, V vocabulary, H hidden.
+Dimensions: B rows, S sequence, K masked positions, V vocabulary, H hidden.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from electra_ds.config.architectures import EncoderConfig, ModelConfig
 from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data.batch import Batch
 from electra_ds.model.encoder import EmbeddingsBase, EncoderBase, encode, known_vocab_size
-from electra_ds.model.heads import GeneratorHead
+from electra_ds.model.heads import MaskedLMHead
 from electra_ds.model.initialization import initialize
 from electra_ds.model.kernels.linear import Linear
 from electra_ds.model.kernels.vocab_head import HeadResult
@@ -169,12 +169,12 @@ class ElectraObjective(Objective):
                 self.generator_embeddings = architecture.embeddings(generator, width)
             if model.sharing != "all":
                 self.generator = architecture.encoder(generator, width)
-            self.generator_head = architecture.generator_head(generator, width)
+            self.generator_head = architecture.masked_lm_head(generator, width)
         self.discriminator = architecture.encoder(model, model.word_width)
         if objective.detects:
             self.discriminator_head = architecture.discriminator_head()
         else:
-            self.mlm_head = architecture.generator_head(model, model.word_width)
+            self.mlm_head = architecture.masked_lm_head(model, model.word_width)
         if objective.kind == "all_tokens_mlm":
             self.copy_gate = Linear(model.hidden_size, 1)
         initialize(self, architecture, seed)
@@ -208,7 +208,7 @@ class ElectraObjective(Objective):
             }
         return self.mlm_head(hidden, self.embeddings.word, loss_inputs).nll
 
-    def _generator_parts(self) -> tuple[EmbeddingsBase, EncoderBase, GeneratorHead]:
+    def _generator_parts(self) -> tuple[EmbeddingsBase, EncoderBase, MaskedLMHead]:
         """Embeddings, encoder and head that fill in [MASK]; for mlm those of the main encoder."""
         if self.objective.kind == "mlm":
             return self.embeddings, self.discriminator, self.mlm_head

@@ -11,7 +11,7 @@ from electra_ds.common.printable import printable
 Shapes = dict[str, tuple[int, ...]]
 
 
-def padded_rows(module: nn.Module) -> dict[str, int]:
+def true_rows(module: nn.Module) -> dict[str, int]:
     """Return {name: rows without padding} of the parameters that are padded in memory."""
     return {
         f"{prefix}.{name}" if prefix else name: rows
@@ -25,7 +25,7 @@ def true_state(module: nn.Module) -> dict[str, Tensor]:
 
     A shared tensor occurs once.
     """
-    rows = padded_rows(module)
+    rows = true_rows(module)
     return {name: p.detach()[: rows.get(name, len(p))] for name, p in module.named_parameters()}
 
 

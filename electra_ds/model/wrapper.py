@@ -1,6 +1,6 @@
 """`electra_ds.Electra`: replaced token detection with two user-defined modules.
 
-Letters: B rows, S sequence, K masked positions, V vocabulary.
+Dimensions: B rows, S sequence, K masked positions, V vocabulary.
 """
 
 from collections.abc import Collection

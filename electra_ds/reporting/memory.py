@@ -2,7 +2,7 @@
 
 Model states follow from the sizes of the parameters. Activations are counted while the model runs
 on fake tensors, which have shapes but no data. tests/support/engine_memory.py compares both with
-measured memory. Letters: B rows, S tokens of a row.
+measured memory. Dimensions: B rows, S tokens of a row.
 """
 
 import weakref

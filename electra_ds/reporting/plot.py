@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.printable import printable
 from electra_ds.training.metrics_file import read_metrics
 
@@ -35,7 +36,11 @@ def plot(runs: list[Path], out: Path) -> None:
     """
     for run in runs:
         if not (run / "metrics.jsonl").exists():
-            raise UserError(f"{printable(run)}: no metrics.jsonl here; expected a run folder")
+            clause = found_at(run).clause
+            raise UserError(
+                f"{printable(run)}: no metrics.jsonl here{clause}; expected the folder of a run "
+                "that has logged steps"
+            )
     if out.suffix.lower() not in FORMATS:
         raise UserError(
             f"--out {printable(out)}: expected a file name that ends with one of "

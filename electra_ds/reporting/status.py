@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, Field
 from electra_ds.cluster.failures import ERROR_FILES, AttemptError, Failures
 from electra_ds.cluster.launchers import NO_LAUNCHER
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.folder_lock import STALE_SECONDS, owner_of
 from electra_ds.common.json_files import AnyRecord, Record, read_record, read_small
 from electra_ds.common.names import check_name
@@ -80,10 +81,13 @@ def status(out: Path) -> dict[str, Any]:
         checkpoint to resume from); not started.
     failures: all failures, including those that restarts.json does not count yet.
     missing: files that do not exist or cannot be read; their facts are null or empty.
-    Raises UserError when `out` is no folder.
+    Raises UserError when `out` is no folder, or one of another kind.
     """
-    if not out.is_dir():
-        raise UserError(f"{printable(out)}: no run folder here")
+    found = found_at(out)
+    if found.kind not in ("run", "other"):
+        raise UserError(
+            f"{printable(out)}: no run folder here{found.clause}; expected --out of a run"
+        )
     missing: list[str] = []
     config = _read(out / "config.json", _Config, missing) or _Config()
     heartbeat = _read(out / "heartbeat.json", _Heartbeat, missing, expected=False)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, parse_record, read_json, read_small
 from electra_ds.common.printable import printable, shortened
 from electra_ds.config.schema import MAX_STEPS
@@ -167,13 +168,19 @@ def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
         newest = latest(folder)
         if newest is not None:
             return newest
-    exported = [place for place in (path, path / "discriminator") if _is_exported(place)]
-    hint = "; it is an exported model: give the run, or make one with `import`" if exported else ""
-    raise UserError(f"{printable(path)}: no checkpoint here{hint}; expected {expected}")
+    clause = found_at(path).clause
+    raise UserError(f"{printable(path)}: no checkpoint here{clause}; expected {expected}")
 
 
-def _is_exported(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+def folder_of_model(path: Path) -> Path:
+    """The run folder, or the folder of a fine-tuned seed, that a MODEL argument is a part of.
+
+    OUT for OUT/ckpt and OUT/ckpt/STEP, DIR/TASK/seed-N for its model; otherwise `path`.
+    """
+    real = path.resolve()
+    if real.name == "ckpt" or (real.name == "model" and (real / "meta.json").exists()):
+        return real.parent
+    return real.parent.parent if real.parent.name == "ckpt" else path
 
 
 def tokenizer_of(checkpoint: Path) -> Path:
@@ -273,11 +280,11 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 
 def load(
-    engine: Weights, path: Path, padded: dict[str, int], *, weights_only: bool = False
+    engine: Weights, path: Path, true_rows: dict[str, int], *, weights_only: bool = False
 ) -> Meta:
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
-    padded: parameter name -> rows without padding, for tensors padded in memory on the first axis.
+    true_rows: parameter name -> rows without padding, for tensors padded in memory on the first axis.
     weights_only: load no moments (they are set to zero), no step count and no loss scaler.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """
@@ -286,7 +293,7 @@ def load(
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
     engine.reset_moments(0 if weights_only else meta.state.step)
     expected = {
-        name: _stored_shape(engine.shape(name), padded.get(name)) for name in engine.parameters
+        name: _stored_shape(engine.shape(name), true_rows.get(name)) for name in engine.parameters
     }
     kinds = ("master",) if weights_only else ("master", *MOMENTS)
     missing = {(name, kind) for name in expected for kind in kinds}

@@ -32,7 +32,7 @@ class PendingCheckpoint:
     each rank writes its files into a temporary folder in OUT/ckpt. `commit` renames the folder.
     Constructor and `commit` are collective.
 
-    padded: parameter name -> rows without padding, for tensors padded in memory. The files hold
+    true_rows: parameter name -> rows without padding, for tensors padded in memory. The files hold
         these rows only.
     weights_only: write no moments, and do not change `latest`. For export and for --init-from.
     Raises RunFailure on every rank when rank 0 cannot write. Earlier checkpoints are not changed.
@@ -45,7 +45,7 @@ class PendingCheckpoint:
         name: str,
         state: TrainingState,
         config: dict[str, Any],
-        padded: dict[str, int],
+        true_rows: dict[str, int],
         *,
         weights_only: bool = False,
     ):
@@ -63,7 +63,7 @@ class PendingCheckpoint:
         }
         kinds = ("master",) if weights_only else ("master", *MOMENTS)
         with fail_on_all_ranks(engine.all_gather_object, f"saving {self.target}") as report:
-            tensors = _gather(engine, padded, kinds)
+            tensors = _gather(engine, true_rows, kinds)
             if engine.ranks.rank == 0:
                 # A random name: two attempts that save at once, one of them after a long sleep,
                 # do not write into one folder.
@@ -120,7 +120,7 @@ class Checkpointer:
     folder: OUT/ckpt.
     rules: when to save and which checkpoints to keep.
     config: the resolved config as JSON values, stored in each checkpoint.
-    padded: see `PendingCheckpoint`.
+    true_rows: see `PendingCheckpoint`.
     before_write: called on rank 0 before each write. It raises LockedOut when another job has taken
         the run folder.
     flush: see `PendingCheckpoint.commit`.
@@ -134,7 +134,7 @@ class Checkpointer:
         folder: Path,
         rules: CheckpointConfig,
         config: dict[str, Any],
-        padded: dict[str, int],
+        true_rows: dict[str, int],
         before_write: Callable[[], None] = lambda: None,
         flush: Callable[[], None] = lambda: None,
         saved_step: int | None = None,
@@ -145,7 +145,7 @@ class Checkpointer:
         self._folder = folder
         self._rules = rules
         self._config = config
-        self._padded = padded
+        self._true_rows = true_rows
         self._before_write = before_write
         self._flush = flush
         self._is_rank0 = engine.ranks.rank == 0
@@ -176,7 +176,7 @@ class Checkpointer:
             name or str(state.step),
             state,
             self._config,
-            self._padded,
+            self._true_rows,
         )
         self._saved_step = state.step
         self._pause_seconds = time.perf_counter() - began
@@ -252,7 +252,7 @@ def _point_latest_at(checkpoint: Path) -> None:
 
 
 def _gather(
-    engine: Weights, padded: dict[str, int], kinds: tuple[str, ...]
+    engine: Weights, true_rows: dict[str, int], kinds: tuple[str, ...]
 ) -> dict[str, dict[str, Tensor]]:
     """Gather each tensor on all ranks and copy it on its owner.
 
@@ -268,8 +268,8 @@ def _gather(
             full = engine.full_tensor(name, kind)
             if owners[name] != engine.ranks.rank:
                 continue
-            true_rows = full[: padded[name]] if name in padded else full
-            copied = true_rows.to("cpu", torch.float32, copy=True).contiguous()
+            value = full[: true_rows[name]] if name in true_rows else full
+            copied = value.to("cpu", torch.float32, copy=True).contiguous()
             if kind == "master":
                 weights[name] = copied
             else:

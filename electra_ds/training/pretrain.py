@@ -14,9 +14,11 @@ from electra_ds.cluster import failures, rank_log, run_folder, stop_signals
 from electra_ds.cluster.launchers import NO_LAUNCHER, Ranks
 from electra_ds.cluster.watchdog import Watchdog
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.folder_lock import Lock, owner_of
+from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
-from electra_ds.common.urls import redacted
+from electra_ds.common.urls import is_url, redacted
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
@@ -26,9 +28,9 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import Objective
-from electra_ds.model.weights import padded_rows
+from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint
-from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
+from electra_ds.training.checkpoint import find_checkpoint, folder_of_model, tokenizer_of
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
 from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
 from electra_ds.training.engine import Engine, start
@@ -69,14 +71,26 @@ class AttemptOptions:
             raise UserError(f"--max-minutes {minutes}: expected a number of minutes, 0 or more")
 
 
-def check_out(out: Path) -> None:
-    """Raise UserError when the run folder is no folder, or a folder of prepared data."""
+def check_out(out: Path, data: str | Path, init_from: Path | None = None) -> None:
+    """Check the path of the run folder, before anything is written to it.
+
+    Raises UserError when it is no folder or a folder of prepared data, for a new run in the folder
+    of a model or of finetune, and for one below its data or the run that its weights come from.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {printable(out)}: is a file; expected a folder for the run")
     if (out / "manifest.json").exists():
         raise UserError(
             f"--out {printable(out)}: holds prepared data; give the run a folder of its own"
         )
+    found = found_at(out)
+    is_taken = found.kind in ("hugging face", "fine-tuned", "checkpoint")
+    if is_taken and not (out / "ckpt").exists():
+        raise UserError(f"--out {printable(out)}: {found.phrase}; give the run a folder of its own")
+    if not (out / "config.json").exists():
+        source = None if is_url(str(data)) else Path(data)
+        started_from = folder_of_model(init_from) if init_from else None
+        check_outside(out, "--out", {"--data": source, "--init-from": started_from})
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ def pretrain(
     torchrun 0).
     Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
-    check_out(out)  # before an error file is written into it
+    check_out(out, data, options.init_from)  # before an error file is written into it
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:
@@ -221,13 +235,13 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     the data of the checkpoint differ from those of this run.
     """
     options, config = attempt.options, attempt.config
-    padded = padded_rows(engine.module)
+    rows = true_rows(engine.module)
     found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
         if options.init_from is not None:
             source = find_checkpoint(options.init_from)
             _check_same_vocabulary(source, attempt.data.source.tokenizer)
-            checkpoint.load(engine, source, padded, weights_only=True)
+            checkpoint.load(engine, source, rows, weights_only=True)
             attempt.print(
                 f"weights of {source}; the schedule and the position in the data start at 0"
             )
@@ -249,7 +263,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             f"{found}/meta.json: data.position = {meta.state.consumed_rows:,}; expected "
             f"{consumed:,}, the rows of {meta.state.attempts:,} steps; use an older checkpoint"
         )
-    checkpoint.load(engine, found, padded)
+    checkpoint.load(engine, found, rows)
     if options.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)
     changed = f"; now {', '.join(machine)}" if machine else ""
@@ -318,7 +332,7 @@ def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> b
             attempt.out / "ckpt",
             attempt.config.checkpoint,
             attempt.config.model_dump(mode="json"),
-            padded_rows(engine.module),
+            true_rows(engine.module),
             before_write=attempt.lock.beat,
             flush=logger.flush,
             saved_step=resumed.step if resumed else None,
@@ -399,11 +413,11 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     train = config.train
     precision = precision_name(engine.deepspeed_config)
     is_alone = ranks.launcher == NO_LAUNCHER
-    place = (
+    launched = (
         "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
     )
     lines = [
-        f"{engine.parameter_count():,} parameters, {place}, ZeRO {engine.stage}, {precision}; "
+        f"{engine.parameter_count():,} parameters, {launched}, ZeRO {engine.stage}, {precision}; "
         "a step is "
         f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
         f"({engine.accumulation} x {train.micro_batch_size} per rank); "

@@ -1,6 +1,6 @@
-"""What a run will do: config with the values of its data, engine, training rows, number of steps.
+"""Plan of a pretraining run: completed config, engine, training rows, number of steps.
 
-`pretrain` and `check` both call `plan`, so that `check` refuses what `pretrain` refuses.
+`pretrain` and `check` both call `plan`, so both raise the same errors.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,10 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before its first step.
+    """The result of `plan`.
 
     config: with the engine as an object, and with vocab_size and special_ids of the data.
+    engine: the checked DeepSpeed config. data: the training rows. total_steps: optimizer steps.
     """
 
     config: RunConfig
@@ -38,9 +39,10 @@ class Plan:
 
 
 def plan(config: RunConfig, source: Data, world_size: int) -> Plan:
-    """Return the plan of a run on this data.
+    """Return the plan of a run.
 
-    Raises UserError when the config, the data and the number of ranks do not fit each other.
+    source: the data behind --data. world_size: number of ranks.
+    Raises UserError when config, data and number of ranks are incompatible.
     """
     manifest = source.manifest
     tokenizer = manifest.tokenizer
@@ -55,7 +57,7 @@ def plan(config: RunConfig, source: Data, world_size: int) -> Plan:
 
 
 def plan_warnings(config: RunConfig, total_steps: int) -> list[str]:
-    """Return one line for each setting that has no effect, or hardly the intended one."""
+    """Return one warning line for each setting that does not have the intended effect."""
     lines = []
     warmup = config.optimizer.warmup_steps
     if warmup >= total_steps:

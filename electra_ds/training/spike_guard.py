@@ -25,7 +25,7 @@ class SpikeGuard:
         """Return whether a step with this loss must be skipped. Updates `recent` and `fault`."""
         self.fault = "" if math.isfinite(loss) else NOT_FINITE
         mean = math.fsum(self.recent) / max(1, len(self.recent))
-        if len(self.recent) == WINDOW and loss > self.spike_factor * mean:
+        if not self.fault and len(self.recent) == WINDOW and loss > self.spike_factor * mean:
             self.fault = (
                 f"a loss of {loss:.4g}, {loss / mean:.1f} times the mean of the {WINDOW} before it "
                 f"(train.spike_factor = {self.spike_factor:g}), most of it"
@@ -40,7 +40,7 @@ class SpikeGuard:
         parts: (loss, description) of each micro-batch of all ranks.
         The result is empty if all losses were accepted and only gradients are not finite (fp16).
         """
-        places = [description for loss, description in parts if not math.isfinite(loss)]
-        if self.fault and not places:
-            places = [max(parts)[1]]
-        return f"{self.fault or NOT_FINITE} on {'; '.join(places)}" if places else ""
+        blamed = [description for loss, description in parts if not math.isfinite(loss)]
+        if self.fault and not blamed:
+            blamed = [max(parts)[1]]
+        return f"{self.fault or NOT_FINITE} on {'; '.join(blamed)}" if blamed else ""

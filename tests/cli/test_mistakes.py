@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -208,6 +209,88 @@ def test_a_wrong_path_is_one_message(electra_ds, places, tmp_path, monkeypatch, 
         else:
             words.append(wrong_input(kind, places[word], tmp_path))
     assert not failed_well(*electra_ds(verb, *words))
+
+
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        ("pretrain", "data/new"),
+        ("pretrain", "run/new"),
+        ("finetune", "run"),
+        ("finetune", "run/ckpt/new"),
+        ("predict", "tuned/seed-0/model/new.tsv"),
+        ("export", "run"),
+        ("export", "run/new"),
+        ("export", "run/ckpt/new/below"),
+        ("export", "run/tokenizer/new"),
+        ("import", "hf/discriminator/new"),
+        ("import", "hf/generator/new"),
+    ],
+)
+def test_an_output_is_not_written_into_an_input(electra_ds, places, verb, place):
+    root = places["RUN"].parent
+    before = sorted(root.rglob("*"))
+    for model in ("run", "run/ckpt", "run/ckpt/final"):
+        paths = {**places, "NEW": root / place, "RUN": root / model}
+        words = [paths.get(name, name) for name in COMMANDS[verb].split()]
+        code, _, err = electra_ds(verb, *words)
+        assert code == 2 and "lies in the folder that the command reads" in err, err
+    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_an_output_does_not_mix_with_another_kind_of_folder(electra_ds, places, tmp_path, verb):
+    for number, kind in enumerate(("DATA", "FOREIGN", "TUNED", "RUN")):
+        if (verb, kind) in (("finetune", "TUNED"), ("pretrain", "RUN")):
+            continue  # such folders are resumed
+        out = shutil.copytree(places[kind], tmp_path / str(number))
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        paths = {**places, "NEW": out}
+        words = [paths.get(name, name) for name in COMMANDS[verb].split()]
+        code, _, err = electra_ds(verb, *words)
+        assert code == 2 and "a folder of its own" in err, err
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [
+        ("evaluate", "RUN"),
+        ("evaluate", "DATA"),
+        ("detect", "RUN"),
+        ("detect", "VOCABULARY"),
+        ("predict", "TUNED"),
+        ("finetune", "RUN"),
+        ("export", "RUN"),
+        ("import", "FOREIGN"),
+        ("status", "RUN"),
+        ("plot", "RUN"),
+        ("submit", "SUITE"),
+        ("check", "DATA"),
+        ("stats", "DATA"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(electra_ds, places, tmp_path, verb, word):
+    kinds = {  # argument -> the part of a message that says what it is
+        "FOREIGN": "electra-ds import",
+        "DATA": "a folder of prepared data",
+        "VOCABULARY": "the folder of a tokenizer",
+        "SUITE": "output folder of finetune",
+        "RUN": "it is a run",
+        "TEXT": "it is a file",
+    }
+    taken = {  # argument -> kinds that the verb reads
+        "RUN": ("RUN", "FOREIGN") if verb == "finetune" else ("RUN",),
+        "VOCABULARY": ("VOCABULARY", "DATA", "FOREIGN", "RUN", "TEXT"),
+        "TUNED": ("RUN",),  # another message
+    }
+    for kind, phrase in kinds.items():
+        if kind in taken.get(word, (word,)):
+            continue
+        paths = {**places, "NEW": tmp_path / "new", word: places[kind]}
+        words = [paths.get(name, name) for name in COMMANDS[verb].split()]
+        code, _, err = electra_ds(verb, *words)
+        assert code == 2 and str(places[kind]) in err and phrase in err, err
 
 
 @pytest.mark.parametrize("number", NUMBERS)

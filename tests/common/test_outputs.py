@@ -7,7 +7,12 @@ import pytest
 
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.files import write_bytes
-from electra_ds.common.outputs import check_output_file, check_output_folder, new_folder
+from electra_ds.common.outputs import (
+    check_output_file,
+    check_output_folder,
+    check_outside,
+    new_folder,
+)
 
 
 def test_a_new_folder_appears_whole(tmp_path):
@@ -72,6 +77,22 @@ def test_impossible_places_are_refused(tmp_path, place, part):
         with pytest.raises(UserError, match=part):
             check_output_folder(path, "--out")
     assert (tmp_path / "file").read_text() == "content"
+
+
+def test_an_output_in_an_input_folder_is_refused(tmp_path):
+    (tmp_path / "read" / "below").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "read")
+    inputs = {"MODEL": tmp_path / "read", "--tokenizer": None, "SRC": tmp_path / "file"}
+    for place in ("read", "read/new/x", "read/below/x", "link/x", "read/../link/x"):
+        with pytest.raises(UserError, match=r"--out .*\(MODEL .*read\); choose a path outside"):
+            check_outside(tmp_path / place, "--out", inputs)
+    with pytest.raises(UserError, match="MODEL"):
+        check_outside(tmp_path / "read" / "x", "--out", {"MODEL": tmp_path / "link"})
+    for place in ("new", "reading", "read/../x", "file", "."):
+        check_outside(tmp_path / place, "--out", inputs)
+    with pytest.raises(UserError, match="null"):
+        check_outside(Path("a\0b"), "--out", inputs)
 
 
 def test_an_unreadable_input_is_not_said_to_be_unwritable(tmp_path):

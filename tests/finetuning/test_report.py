@@ -199,7 +199,7 @@ def test_predictions_of_another_test_set_are_refused(tmp_path):
         UserError, match=r"no GLUE task has a finished seed .* found wnli, own; nothing is written"
     ):
         write_submission(tmp_path, tmp_path / "y.zip")
-    for answers, part in ((["1"] * 145, "145 rows"), (["2"] * 146, "'2' is no label of wnli")):
+    for answers, part in ((["1"] * 145, "145 rows"), (["2"] * 146, "'2' is not a label of wnli")):
         write_predictions(path, "test", answers)
         with pytest.raises(UserError, match=part):
             write_submission(tmp_path, tmp_path / "y.zip")

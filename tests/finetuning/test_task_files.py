@@ -55,13 +55,13 @@ def test_labels_outside_of_the_range_are_refused_in_train_and_noted_elsewhere(ow
     good = jsonl(*({"sentence": "x", "label": label} for label in (0, 2, 5)))
     odd = good + jsonl({"sentence": "x", "label": 7})
     task = own_task({"a.jsonl": odd, "b.jsonl": good}, kind="regression", label_range=[0, 5])
-    with pytest.raises(UserError, match=r"1 of 4 labels lie outside of label_range \[0, 5\]"):
+    with pytest.raises(UserError, match=r"1 of 4 labels are outside label_range \[0, 5\]"):
         read_examples(task, "train")
     task = own_task({"a.jsonl": good, "b.jsonl": odd}, kind="regression", label_range=[0, 5])
     assert outside_range(task, read_examples(task, "valid")) == [7.0]
     alone = jsonl({"sentence": "x", "label": 500})
     task = own_task({"a.jsonl": good, "b.jsonl": alone}, kind="regression", label_range=[0, 5])
-    with pytest.raises(UserError, match="1 of 1 labels lie outside"):
+    with pytest.raises(UserError, match="1 of 1 labels are outside"):
         read_examples(task, "valid")
 
 

@@ -274,11 +274,11 @@ MISTAKES = {  # name: files, values of the description, what the message holds
         {},
         ["a.tsv:4", "0xe9", "UTF-8", "iconv"],
     ),
-    "empty file": ({"a.tsv": GOOD, "b.tsv": ""}, {}, ["b.tsv: holds no example"]),
+    "empty file": ({"a.tsv": GOOD, "b.tsv": ""}, {}, ["b.tsv: contains no example"]),
     "header only": (
         {"a.tsv": GOOD, "b.tsv": "sentence\tlabel\n"},
         {},
-        ["b.tsv: holds no example"],
+        ["b.tsv: contains no example"],
     ),
     "no label in train": (
         {"a.jsonl": '{"sentence": "x"}\n'},
@@ -319,10 +319,10 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "metric": (
         {"a.tsv": GOOD},
         {"metrics": ["pearson"]},
-        ["'pearson' is no metric of classification", "accuracy"],
+        ["'pearson' is not a metric of classification", "accuracy"],
     ),
     "f1 of three": ({"a.tsv": GOOD + "z\tc\n"}, {"metrics": ["f1"]}, ["f1 is for two labels"]),
-    "no pair": ({"a.tsv": GOOD}, {"both_orders": True}, ["own.json: both_orders: for pairs"]),
+    "no pair": ({"a.tsv": GOOD}, {"both_orders": True}, ["own.json: both_orders needs pairs"]),
     "no label": (
         {"a.tsv": GOOD},
         {"label": None},
@@ -352,7 +352,7 @@ def test_unknown_tasks_and_folders_are_reported(tmp_path):
     (tmp_path / "news").mkdir()
     cases = (
         ("rtee", tmp_path, "did you mean 'rte'?"),
-        ("rte", tmp_path / "x", "x is no folder; expected GLUE_DIR"),
+        ("rte", tmp_path / "x", "x is not a folder; expected GLUE_DIR"),
         ("RTE", None, "task rte: give --data GLUE_DIR"),
         (
             "STS-B",
@@ -362,7 +362,7 @@ def test_unknown_tasks_and_folders_are_reported(tmp_path):
         (
             "mnli",
             tmp_path / "news",
-            "found no folder at all; give --data the folder that holds it, or the task's own",
+            "found no folder; give --data the folder that contains it, or the folder with",
         ),
     )
     for name, data, part in cases:

@@ -292,7 +292,7 @@ def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(
     ref = {
         k: torch.tensor(values[k]).long() for k in ("disc_input_ids", "segment_ids", "input_mask")
     }
-    place, none = (
+    positions, none = (
         torch.arange(ref["input_mask"].shape[1]).expand_as(ref["input_mask"]),
         torch.zeros(1, 1),
     )
@@ -300,8 +300,8 @@ def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(
         ref["disc_input_ids"],
         ref["segment_ids"],
         ref["input_mask"],
-        place,
-        place[:, :1],
+        positions,
+        positions[:, :1],
         none,
         none > 0,
         none,
@@ -313,6 +313,7 @@ def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(
 
 def test_a_tensorflow_checkpoint_without_tensorflow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow.train", None)
-    (tmp_path / "model.ckpt.index").touch()
+    (tmp_path / "tf").mkdir()
+    (tmp_path / "tf" / "model.ckpt.index").touch()
     with pytest.raises(UserError, match=r"electra_ds\[tf\]"):
-        imported(tmp_path, tmp_path / "i")
+        imported(tmp_path / "tf", tmp_path / "i")

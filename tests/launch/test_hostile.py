@@ -453,7 +453,7 @@ def test_a_hostfile_is_read_to_its_end(sandbox: Sandbox, text: str, hosts: str) 
 def test_a_hostfile_that_is_no_file_is_refused(sandbox: Sandbox) -> None:
     for place in ("nowhere", "data"):
         code, _ = sandbox.run("deepspeed.sh", "tiny", "--data", "d", "--out", "o", HOSTFILE=place)
-        assert code == 2 and "no readable file" in sandbox.errors
+        assert code == 2 and "not a readable file" in sandbox.errors
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from electra_ds.model.electra import DiscriminatorHead, Encoder
 from electra_ds.model.encoder import encode
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import ElectraObjective
-from electra_ds.model.weights import load_true_state, padded_rows, true_state
+from electra_ds.model.weights import load_true_state, true_rows, true_state
 
 IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -41,7 +41,7 @@ def build(seed=1, **options):
 
 def test_the_rows_that_pad_a_table_are_zero_and_not_part_of_the_state():
     padded, whole = true_state(build(vocab_size=101)), true_state(build(vocab_size=128))
-    assert padded_rows(build(vocab_size=101)) == {
+    assert true_rows(build(vocab_size=101)) == {
         "embeddings.word.weight": 101,
         "generator_head.bias": 101,
     }

@@ -150,12 +150,12 @@ def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
     )
     likely = dense.mlm_head(hidden, dense.embeddings.word).softmax(-1)  # [B, S, V]
     likely = likely.gather(2, batch.input_ids[..., None]).squeeze(2)
-    places = masked_tokens_mask(batch) > 0
+    is_predicted = masked_tokens_mask(batch) > 0
     if kind == "all_tokens_mlm":
         copy = dense.copy_gate(hidden).squeeze(2).sigmoid()
         likely = copy * (ids == batch.input_ids) + (1 - copy) * likely
-        places = batch.document_ids > 0
-    expected = -likely[places].log().mean()
+        is_predicted = batch.document_ids > 0
+    expected = -likely[is_predicted].log().mean()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     for name, p in dense.named_parameters():
@@ -169,11 +169,11 @@ def test_uniform_samples_are_equally_likely_and_never_special(special):
     uniforms = (torch.arange(count) + 0.5) / count
     frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special), minlength=VOCAB)
     assert not frequency[special].any() and set(frequency[ordinary].tolist()) == {1000}
-    for place in (0, 50, 95):  # the first, one between, the last
-        avoid = torch.full((count,), ordinary[place])
+    for index in (0, 50, 95):  # the first, one between, the last
+        avoid = torch.full((count,), ordinary[index])
         frequency = torch.bincount(uniform_tokens(uniforms, VOCAB, special, avoid), minlength=VOCAB)
-        assert not frequency[[*special, ordinary[place]]].any() and frequency.sum() == count
-        assert set(frequency[ordinary[:place] + ordinary[place + 1 :]].tolist()) <= {1010, 1011}
+        assert not frequency[[*special, ordinary[index]]].any() and frequency.sum() == count
+        assert set(frequency[ordinary[:index] + ordinary[index + 1 :]].tolist()) <= {1010, 1011}
     unknown = uniform_tokens(
         uniforms, VOCAB, special, torch.full((count,), special[1])
     )  # a special token is never drawn

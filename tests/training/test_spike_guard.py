@@ -11,9 +11,10 @@ FULL = [2.0] * WINDOW
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_refused_from_the_first_step_on(loss):
-    guard = SpikeGuard(3.0, [])
-    assert guard.refuses(loss) and guard.fault == NOT_FINITE and guard.recent == []
+def test_a_loss_that_is_not_finite_is_refused_and_named_so(loss):
+    for recent in ([], FULL):  # inf is above every mean, but "inf times the mean" says little
+        guard = SpikeGuard(3.0, recent)
+        assert guard.refuses(loss) and guard.fault == NOT_FINITE and guard.recent == recent
 
 
 def test_a_loss_above_the_factor_times_the_mean_is_a_spike():

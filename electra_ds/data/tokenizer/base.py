@@ -1,9 +1,9 @@
 """Interface of tokenizers, their special tokens, and their files.
 
-A tokenizer adds no special tokens. A text encodes to no special token except [UNK]: a literal
+A tokenizer adds no special tokens. No text encodes to a special id except that of [UNK]: a literal
 "[MASK]" in a text is tokenized as letters and punctuation.
 
-Letters: V vocabulary, N tokens of all texts.
+Dimensions: V size of the vocabulary, N tokens of all texts.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ class Tokenizer(ABC):
     """Base class of tokenizers.
 
     kind:        "wordpiece" or "sentencepiece"
+    file_name:   name of the vocabulary file that `save` writes
     names:       spelling of each id
     special_ids: ids of the special tokens
     options:     settings that, with normalization and vocabulary file, determine the ids
-    normalization: what is done to the characters of a text first
+    normalization: form of `normalize`, which is applied before a text is split into tokens
     fingerprint: sha256 of kind, options, normalization and vocabulary file
-    guessed:     whether no file or argument gave the options
+    guessed:     whether `lowercase` was derived from the entries, because no file or argument
+                 gives it
     """
 
     kind: str
@@ -58,8 +60,11 @@ class Tokenizer(ABC):
         source: str,
         normalization: Form = "nfc",
     ) -> None:
-        """content: bytes of the vocabulary file. source: its name in messages.
+        """Set the attributes.
 
+        content: bytes of the vocabulary file.
+        names:   [V] spelling of each id.
+        source:  name of the file in messages.
         Raises UserError when a special token is missing.
         """
         self.content = content
@@ -76,11 +81,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_normalized(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """`encode_flat` for texts that `normalize` returned, or lines of them."""
+        """Like `encode_flat`, for texts that `normalize` returned, or lines of such texts."""
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of one text and the (start, end) characters of each token."""
+        """Return the ids of one text, and the (start, end) characters of each token in the text."""
 
     @abstractmethod
     def begins_word(self) -> np.ndarray:
@@ -90,19 +95,23 @@ class Tokenizer(ABC):
     def unknown_parts(self, text: str) -> list[str]:
         """Return the parts of a normalized text that become [UNK].
 
-        WordPiece returns them as written, SentencePiece after the model's own normalization.
+        WordPiece returns the characters of the text, SentencePiece the characters after the
+        normalization rules of the model file.
         """
 
     @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
-        """Return readable text of ids without special tokens."""
+        """Return the readable text of ids, none of which is special."""
 
     def normalize(self, text: str) -> str:
-        """Return a text as it is tokenized, without surrogates."""
+        """Return a text in the normalization of this tokenizer, without surrogates."""
         return normalize(text, self.normalization)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the concatenated ids of texts, [N] uint32, and their lengths, [texts] int64."""
+        """Return the concatenated ids of texts, [N] uint32, and their lengths, [texts] int64.
+
+        texts: not normalized yet.
+        """
         return self.encode_normalized([self.normalize(text) for text in texts])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -117,7 +126,7 @@ class Tokenizer(ABC):
         return [self.names[i] for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return readable text of ids. Special tokens keep their spelling."""
+        """Return the readable text of ids. Special tokens appear as spelled in the vocabulary."""
         special = set(self.special_ids.model_dump().values())
         parts: list[str] = []
         for is_special, group in groupby(map(int, ids), special.__contains__):
@@ -150,7 +159,7 @@ class Tokenizer(ABC):
         return line
 
     def unreachable_names(self) -> list[str]:
-        """Return the entries that no text gives, because the options change their characters."""
+        """Return the entries that no text encodes to, because the options change characters."""
         return []
 
     def save(self, folder: str | Path) -> None:
@@ -169,14 +178,15 @@ class Tokenizer(ABC):
         write_json(folder / "options.json", options)
 
     def _other_normalization(self) -> dict[str, str]:
-        """Return the normalization, for the fingerprint, if it changes ids.
+        """Return the normalization as a part of the fingerprint: {} for NFC.
 
-        `prepare` of version 0.1 put all text into NFC, and its options.json does not say so.
+        `prepare` of version 0.1 put all text into NFC without recording it in options.json.
         Therefore a fingerprint without normalization means NFC.
         """
         return {} if self.normalization == "nfc" else {"normalization": self.normalization}
 
     def _find_special_ids(self, source: str) -> SpecialIds:
+        """Return the ids of the special tokens. Raises UserError when one is missing."""
         found: dict[str, int] = {}
         missing = []
         for role, spellings in SPECIAL_NAMES.items():

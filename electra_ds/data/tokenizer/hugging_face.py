@@ -1,4 +1,7 @@
-"""Options and vocabularies in the files of Hugging Face tokenizers: WordPiece as in BERT."""
+"""Reading of WordPiece options and vocabularies from the files of Hugging Face tokenizers.
+
+Only a WordPiece with the normalizer and the pre-tokenizer of BERT is supported.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,20 @@ from electra_ds.common.printable import printable, shortened
 from electra_ds.data.tokenizer.normalization import FORMS, Form, native_steps
 
 TOKENIZER_JSON = "tokenizer.json"
-# Key of tokenizer_config.json in which exported tokenizers have their normalization.
+# Key of tokenizer_config.json that records the normalization of an exported tokenizer.
 NORMALIZATION_KEY = "electra_ds_normalization"
 OTHERWISE = "put vocab.txt or a SentencePiece .model into the folder, or give it with --tokenizer"
 
 
 class Options(NamedTuple):
-    """Options of a WordPiece; None: not stated."""
+    """Options of a WordPiece; None for an option that a source does not state."""
 
     lowercase: bool | None = None
     strip_accents: bool | None = None
     normalization: Form | None = None
 
     def or_else(self, other: Options) -> Options:
-        """These options; those that are not stated are the other ones."""
+        """Return these options, with the values of `other` for those that are None."""
         return Options(
             other.lowercase if self.lowercase is None else self.lowercase,
             other.strip_accents if self.strip_accents is None else self.strip_accents,
@@ -36,13 +39,13 @@ class Options(NamedTuple):
 
 
 class _Foreign(Record):
-    """A part of another program's file: keys that are not declared here do not matter."""
+    """A part of another program's file. Undeclared keys are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class _Config(_Foreign):
-    """tokenizer_config.json."""
+    """The keys of tokenizer_config.json that are read."""
 
     do_lower_case: bool | None = None
     strip_accents: bool | None = None
@@ -75,7 +78,7 @@ class _Pretokenizer(_Foreign):
 
 
 class _TokenizerJson(_Foreign):
-    """tokenizer.json of a WordPiece, but for its normalizer."""
+    """The keys of the tokenizer.json of a WordPiece that are read, without its normalizer."""
 
     model: _WordPieceModel
     added_tokens: tuple[_AddedToken, ...] = ()
@@ -83,7 +86,10 @@ class _TokenizerJson(_Foreign):
 
 
 def read_tokenizer_config(file: Path) -> Options:
-    """The options in tokenizer_config.json. UserError if it is malformed or not as in BERT."""
+    """Return the options in a tokenizer_config.json.
+
+    Raises UserError if it is malformed, or if it states a pre-tokenization other than BERT's.
+    """
     stored = read_record(file, _Config, "the options of a Hugging Face tokenizer")
     if stored.tokenize_chinese_chars is False or stored.word_tokenizer_type not in (None, "basic"):
         raise UserError(
@@ -94,7 +100,10 @@ def read_tokenizer_config(file: Path) -> Options:
 
 
 def normalizer_options(file: Path) -> Options:
-    """The options that the normalizer of a tokenizer.json states; none if it is not BERT's."""
+    """Return the options that the normalizer of a tokenizer.json states.
+
+    All options are None if the normalizer is not BERT's. Raises UserError if it is malformed.
+    """
     content = read_json(file, "a tokenizer of Hugging Face")
     form, bert = _divided(content.get("normalizer"))
     if bert is None:
@@ -104,9 +113,9 @@ def normalizer_options(file: Path) -> Options:
 
 
 def read_tokenizer_json(file: Path) -> tuple[bytes, Options]:
-    """(vocab.txt, options) of the WordPiece in a tokenizer.json.
+    """Return (content of a vocab.txt, options) of the WordPiece in a tokenizer.json.
 
-    UserError for any other tokenizer, and for settings that are not BERT's.
+    Raises UserError for any other tokenizer, and for settings that are not BERT's.
     """
     content = read_json(file, "a tokenizer of Hugging Face")
     form, bert = _divided(content.get("normalizer"))
@@ -141,7 +150,10 @@ def _part(value: Any, kind: type, file: Path, name: str) -> Any:
 
 
 def _divided(normalizer: Any) -> tuple[Form, dict | None]:
-    """(our normalization, BERT's normalizer) of a tokenizer.json; None if there is another one."""
+    """Return (our normalization, BERT's normalizer) of the normalizer of a tokenizer.json.
+
+    BERT's normalizer is None if the file has any other normalizer.
+    """
     if _type_of(normalizer) == "BertNormalizer":
         return "none", normalizer
     steps = normalizer.get("normalizers") if _type_of(normalizer) == "Sequence" else None
@@ -153,7 +165,7 @@ def _divided(normalizer: Any) -> tuple[Form, dict | None]:
 
 
 def _as_json(form: Form) -> list[dict]:
-    """The steps of a normalization as in tokenizer.json."""
+    """Return the steps of a normalization in the format of tokenizer.json."""
     from tokenizers import Tokenizer, models, normalizers
 
     tokenizer = Tokenizer(models.WordPiece())
@@ -162,13 +174,13 @@ def _as_json(form: Form) -> list[dict]:
 
 
 def _vocabulary(tokenizer: _TokenizerJson) -> dict[str, int]:
-    """The entries with their ids, and the special tokens that are no entries of the model."""
+    """Return {entry: id}, with the special tokens that are not entries of the model."""
     added = {token.content: token.id for token in tokenizer.added_tokens if token.special}
     return {**added, **tokenizer.model.vocab}
 
 
 def _unsupported_settings(tokenizer: _TokenizerJson, normalizer: _BertNormalizer) -> list[str]:
-    """Settings of a WordPiece tokenizer.json that differ from BERT's."""
+    """Return descriptions of the settings in a tokenizer.json that differ from BERT's."""
     model = tokenizer.model
     vocabulary = _vocabulary(tokenizer)
     found = []

@@ -1,4 +1,4 @@
-"""Loading of a tokenizer from a vocabulary file or a folder, with its options."""
+"""Loading of a tokenizer and its options from a vocabulary file or a folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, read_small
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
@@ -34,13 +35,13 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 class StoredOptions(Record):
-    """options.json. Users may write one with lowercase and strip_accents only."""
+    """The content of options.json. A user may write one with lowercase and strip_accents only."""
 
     kind: Literal["wordpiece", "sentencepiece"] | None = None
     vocab_size: int | None = Field(None, ge=1, lt=1 << 31)
     lowercase: bool | None = None
     strip_accents: bool | None = None
-    # Version 0.1 had no such key, and its `prepare` put all text into NFC.
+    # Version 0.1 did not write this key, and its `prepare` put all text into NFC.
     normalization: Form = "nfc"
     special_ids: dict[str, int] | None = None
     fingerprint: str | None = None
@@ -53,14 +54,16 @@ def load_tokenizer(
     strip_accents: bool | None = None,
     normalization: Form | None = None,
 ) -> Tokenizer:
-    """Load a vocab.txt, an spm .model file, or a folder with one of them (ours or Hugging Face's).
+    """Load a vocab.txt, a SentencePiece .model file, or a folder with one of them.
 
-    A folder may also hold a tokenizer.json alone, if it is a WordPiece of BERT.
+    A folder without these files may hold a tokenizer.json, if that is a WordPiece with BERT's
+    settings.
 
-    The options of a vocab.txt are read from options.json, tokenizer_config.json or tokenizer.json
-    in its folder. For those that no file states, the arguments count. Without these, text is
-    lower-cased if no entry has an upper-case letter, accents are stripped if text is lower-cased,
-    and the text is not normalized before, as in BERT's own code.
+    The options of a vocab.txt are read from options.json in its folder, where a missing
+    `normalization` means nfc. Without options.json, they are read from tokenizer_config.json and
+    tokenizer.json. An option that no file states is set by the argument. Without an argument, text
+    is lower-cased if no entry has an upper-case letter, accents are stripped if text is
+    lower-cased, and the normalization is none, as in BERT's own code.
 
     Raises UserError when the vocabulary is missing, malformed, or lacks a special token, and when
     an argument contradicts a file.
@@ -78,8 +81,7 @@ def load_tokenizer(
     content = read_small(file, "a vocabulary")
     if content.startswith(LFS_POINTER):
         raise UserError(
-            f"{printable(file)}: found a pointer of Git LFS instead of the file; get it with "
-            "`git lfs pull`"
+            f"{printable(file)}: is a Git LFS pointer, not the vocabulary; run: git lfs pull"
         )
     folder = file.parent
     ours = _read_options(folder)
@@ -99,8 +101,11 @@ def _vocabulary_file(path: Path) -> Path:
         for name in names:
             if (path / name).is_file():
                 return path / name
+        inner = path / "tokenizer"
+        hint = f"; its tokenizer is {printable(inner)}" if inner.is_dir() else found_at(path).clause
         raise UserError(
-            f"{printable(path)}: no vocabulary in this folder; expected one of {', '.join(names)}"
+            f"{printable(path)}: no vocabulary in this folder{hint}; expected one of "
+            f"{', '.join(names)}"
         )
     if not path.is_file():
         raise UserError(
@@ -116,7 +121,10 @@ def _read_options(folder: Path) -> StoredOptions | None:
 
 
 def _hugging_face_options(folder: Path) -> tuple[Path, Options]:
-    """(file, options that it states) for a folder without options.json."""
+    """Return (file, options) of a folder without options.json.
+
+    The file is the one that states `lowercase`, for messages.
+    """
     stated = Options()
     file = folder / "tokenizer_config.json"
     if file.is_file():
@@ -141,8 +149,8 @@ def _sentencepiece(
     for name, value in (("lowercase", chosen.lowercase), ("strip_accents", chosen.strip_accents)):
         if value is not None:
             raise UserError(
-                f"{printable(file)}: {name} = {value}; a SentencePiece model has rules of its own; "
-                "expected no such option"
+                f"{printable(file)}: {name} = {value}; expected no such option, because a "
+                "SentencePiece model contains its own rules"
             )
     if chosen.normalization not in (None, form):
         raise UserError(
@@ -160,13 +168,17 @@ def _wordpiece(
     source: Path,
     ours: StoredOptions | None = None,
 ) -> WordPiece:
-    """The WordPiece with the options that `source` states, else those chosen, else guesses."""
-    for key, told, wanted in zip(Options._fields, stated, chosen, strict=True):
-        if told is not None and wanted not in (None, told):
+    """Return the WordPiece of a vocabulary.
+
+    stated: options in the file `source`, which take precedence. chosen: options of the caller. An
+    option that neither gives is guessed from the entries.
+    """
+    for key, found, wanted in zip(Options._fields, stated, chosen, strict=True):
+        if found is not None and wanted not in (None, found):
             raise UserError(
-                f"{printable(source)}: {key} = {told}, but {wanted} was requested; expected the "
-                "same, since the vocabulary was made so; for another choice, copy the vocabulary "
-                "alone to a new folder"
+                f"{printable(source)}: {key} = {found}, but {wanted} was requested; expected the "
+                "value with which the vocabulary was made; to use another value, copy the "
+                "vocabulary alone to a new folder"
             )
     known = stated.or_else(chosen)
     lowercase = _is_lower_case(content) if known.lowercase is None else known.lowercase
@@ -183,7 +195,7 @@ def _wordpiece(
 
 
 def _checked(tokenizer: Tokenizer, ours: StoredOptions | None, folder: Path) -> Tokenizer:
-    """The tokenizer, if its options.json belongs to it."""
+    """Return the tokenizer. Raises UserError if it differs from what its options.json records."""
     if ours is None:
         return tokenizer
     found: dict[str, Any] = {
@@ -204,6 +216,6 @@ def _checked(tokenizer: Tokenizer, ours: StoredOptions | None, folder: Path) -> 
 
 
 def _is_lower_case(content: bytes) -> bool:
-    """Whether no entry of a vocab.txt, besides special tokens, has an upper-case letter."""
+    """Return whether no entry of a vocab.txt has an upper-case letter, special tokens excepted."""
     text = re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")
     return text == text.lower()

@@ -1,15 +1,17 @@
 """Normalization of text before it is split into tokens.
 
-It belongs to the tokenizer, so that every verb and the exported tokenizer give a text the same ids.
+The tokenizer applies it, so that every verb and the exported tokenizer give a text the same ids.
 
     nfc         line ends become spaces, control characters are removed, then Unicode NFC
-    nfkc        the same, also for tabs, with Unicode NFKC
-    nfkc_lower  the same with lower case
-    none        the text stays as it is: the tokenizer of another program
+    nfkc        line ends, tabs, U+1680 and U+2581 become spaces, control characters are removed,
+                then Unicode NFKC
+    nfkc_lower  as nfkc, then lower case
+    none        no change, for vocabularies of other programs
 
-NFC, NFKC and lower case are those of the library tokenizers, with which exported tokenizers run;
-its Unicode tables are older than Python's. Running time is linear in the text, also for long runs of combining
-marks, which Python's own functions sort in quadratic time.
+All forms replace surrogates by U+FFFD first. NFC, NFKC and lower case are computed as in the
+library tokenizers, because exported tokenizers use it; its Unicode tables are older than Python's.
+The running time is linear in the length of the text, also for long runs of combining marks, which
+Python's own functions sort in quadratic time.
 """
 
 from __future__ import annotations
@@ -23,17 +25,18 @@ Form = Literal["nfc", "nfkc", "nfkc_lower", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 # Characters at which str.splitlines() divides a text.
 _LINE_ENDS = "\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029"
-# Spaces that NFKC does not map to U+0020, and U+2581, which SentencePiece writes for a space.
+# White space that NFKC does not map to U+0020, and U+2581, SentencePiece's symbol for a space.
 _OTHER_SPACES = "\t\u1680\u2581"
-# Controls except \x09 to \x0d, zero-width space, byte order mark, U+FFFD.
+# Control characters except \x09 to \x0d, zero-width space, byte order mark, U+FFFD.
 _CONTROL = "\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd"
 LINE_ENDS = re.compile(f"[{_LINE_ENDS}]")
 SPACES = re.compile(f"[{_LINE_ENDS}{_OTHER_SPACES}]")
 CONTROL = re.compile(f"[{_CONTROL}]")
-# Halves of UTF-16 pairs: bytes that are not UTF-8 in an argument of the command line, say.
+# Halves of UTF-16 pairs. Python also uses them for bytes of the command line that are not UTF-8.
 SURROGATES = re.compile("[\ud800-\udfff]")
-# Texts of which Python and the library have the same lower case. Python's depends on the context
-# of the Greek Sigma, and on its version for scripts that got capitals lately.
+# Texts with the same lower case in Python and in the library. In Python, the lower case of the
+# Greek Sigma depends on the context, and that of scripts with recently assigned capitals on the
+# version.
 SAME_LOWER = re.compile(
     "[\x00-\u012f\u0131-\u03a2\u03a4-\u052f\u0590-\u109f\u1100-\u11ff\u1e00-\u1fff\u2000-\u20ff"
     "\u3000-\ua63f\uac00-\ud7a3\uff00-\uffef]*"
@@ -41,8 +44,12 @@ SAME_LOWER = re.compile(
 
 
 def normalize(text: str, form: Form) -> str:
-    """Return a text in a form, without surrogates. Equal to `native_steps` for texts without."""
-    if not text.isprintable():  # as all of these characters but U+FFFD, U+1680 and U+2581
+    """Return a text in a form, without surrogates.
+
+    The result equals that of `native_steps` for texts without surrogates.
+    """
+    # No character that is replaced or removed is printable, except U+FFFD and U+2581.
+    if not text.isprintable():
         text = without_surrogates(text)
     elif text.isascii():
         return text.lower() if form == "nfkc_lower" else text
@@ -64,7 +71,7 @@ def without_surrogates(text: str) -> str:
 
 def without_control(text: str) -> tuple[str, int]:
     """Return a text without control characters, and their number."""
-    if text.isprintable() and "\ufffd" not in text:  # the only one that is printable
+    if text.isprintable() and "\ufffd" not in text:  # no other one is printable
         return text, 0
     return CONTROL.subn("", text)
 
@@ -75,7 +82,7 @@ def nfc(text: str) -> str:
 
 
 def _composed(text: str, form: Form) -> str:
-    """Return a text in Unicode NFC or NFKC, by the tables of the library tokenizers.
+    """Return a text in Unicode NFC or NFKC, with the Unicode tables of the library tokenizers.
 
     A text that is normalized by Python's newer tables is also normalized by older ones, because
     Unicode does not change the normalization of assigned characters.
@@ -86,12 +93,12 @@ def _composed(text: str, form: Form) -> str:
 
 
 def _lower(text: str) -> str:
-    """Return a text in lower case, as the library tokenizers: each character by itself."""
+    """Return a text in lower case as in the library tokenizers: without regard to context."""
     return text.lower() if SAME_LOWER.fullmatch(text) else _native("Lowercase").normalize_str(text)
 
 
 def native_steps(form: Form) -> list[Any]:
-    """Return the form as a list of normalizers of the library tokenizers."""
+    """Return the steps of a form as normalizers of the library tokenizers; [] for none."""
     from tokenizers import Regex, normalizers
 
     if form == "none":
@@ -102,13 +109,13 @@ def native_steps(form: Form) -> list[Any]:
         normalizers.Replace(Regex(f"[{_escaped(_CONTROL)}]"), ""),
         _native("NFC" if form == "nfc" else "NFKC"),
     ]
-    if form == "nfkc_lower":  # lower case may make characters that can be composed
+    if form == "nfkc_lower":  # lower case may give characters that NFKC composes
         steps += [_native("Lowercase"), _native("NFKC")]
     return steps
 
 
 def _escaped(characters: str) -> str:
-    """Return a character class for the library's regular expressions, in ASCII."""
+    """Return the content of a character class of the library's regular expressions, in ASCII."""
     return "".join(c if c == "-" else f"\\x{{{ord(c):x}}}" for c in characters)
 
 
@@ -121,9 +128,9 @@ def _native(name: str) -> Any:
 
 @cache
 def aligner(form: Form) -> Any:
-    """Return a tokenizer that makes a token of each character of the normalized text.
+    """Return a tokenizer with one token for each character of the normalized text.
 
-    The offsets of a token are those of the character in the original text.
+    The offsets of a token are those of its character in the original text.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 

@@ -1,7 +1,7 @@
 """SentencePiece tokenizer (unigram or BPE).
 
-The model file may have normalization rules of its own (those of version 0.1 and of other programs
-have). They are applied after `normalize`.
+A model file of version 0.1 or of another program contains normalization rules. They are applied
+after `normalize`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ class SentencePiece(Tokenizer):
         source: str,
         normalization: Form = "nfc",
     ) -> None:
-        """content: the .model file; options: none; source: its name in messages
+        """Load a model.
 
-        normalization: nfc, nfkc or nfkc_lower
+        content: bytes of the .model file. options: {}, because a SentencePiece has none.
+        source: name of the file in messages. normalization: nfc, nfkc or nfkc_lower.
+        Raises UserError for a file that is not a SentencePiece model, for another normalization,
+        and when a special token is missing or is not a control symbol.
         """
         import sentencepiece
 

@@ -25,16 +25,16 @@ MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
 MAX_MEAN_WORD_LENGTH = 24
 # Parts of a word: BERT makes each ASCII punctuation character a word.
 _WORD_PARTS = re.compile("[^!-/:-@[-`{-~]+|.")
-# str.split() splits at these characters, BERT's cleaning deletes or keeps them. A text with one of
-# them is tokenized as a whole.
+# str.split() splits at these characters, and BERT's cleaning deletes most of them. A text with one
+# of them is tokenized as a whole.
 _SPLIT_DIFFERENTLY = re.compile("[\x0b\x0c\x1c-\x1f\x85\u2028\u2029]")
 
 
 class WordPiece(Tokenizer):
     """BERT's WordPiece.
 
-    A normalized text is cleaned, optionally lower-cased and stripped of accents, and split into words; each word
-    is split by greedy longest match.
+    A normalized text is cleaned, optionally lower-cased, optionally stripped of accents, and split
+    into words. Each word is split by greedy longest match.
     """
 
     kind = "wordpiece"
@@ -48,11 +48,14 @@ class WordPiece(Tokenizer):
         normalization: Form = "nfc",
         entries: int | None = None,
     ) -> None:
-        """content: vocab.txt; options: lowercase, strip_accents; source: file name in messages
+        """Load a vocabulary.
 
-        normalization: nfc or none
-        entries: the number of entries if it is on record. Blank last lines beyond it are no
-        entries; without it, none of them is.
+        content: bytes of the vocab.txt. options: lowercase and strip_accents. source: name of the
+        file in messages. normalization: nfc or none.
+        entries: recorded number of entries, or None. Blank last lines count as entries up to this
+        number; without a number, none of them counts.
+        Raises UserError for a file that is not UTF-8, for a repeated entry, for another
+        normalization, and when a special token is missing.
         """
         if normalization not in ("nfc", "none"):
             raise UserError(f"{source}: normalization = {normalization!r}; expected nfc or none")
@@ -61,7 +64,7 @@ class WordPiece(Tokenizer):
         if len(self.ids) != len(names):
             raise UserError(f"{source}: {_repeated(names)}; expected every entry once")
         unknown = names[self.special_ids.unk]
-        # The whole tokenizer, and its part for a text that is normalized.
+        # `fast` also normalizes; `_fast` expects a normalized text.
         self.fast = _fast_tokenizer(self.ids, unknown, options, normalization)
         self._fast = _fast_tokenizer(self.ids, unknown, options, "none")
         self._cache = _WordCache(self._fast, options["lowercase"])
@@ -97,7 +100,7 @@ class WordPiece(Tokenizer):
     def unknown_parts(self, text: str) -> list[str]:
         unk = self.special_ids.unk
         unk_bytes = np.uint32(unk).tobytes()
-        # Only words that are not cached or have [UNK] in their cached bytes are tokenized again.
+        # A word is tokenized again only if its cached bytes contain [UNK] or it is not cached.
         words = [word for word in text.split() if unk_bytes in self._cache.get(word, unk_bytes)]
         return [
             word[start:end]
@@ -107,7 +110,7 @@ class WordPiece(Tokenizer):
         ]
 
     def _encode(self, text: str) -> bytes:
-        """Return the ids of a text as uint32 bytes."""
+        """Return the ids of a normalized text as uint32 bytes."""
         words = text.split()
         has_spaces = len(words) * MAX_MEAN_WORD_LENGTH >= len(text)
         if not has_spaces or (not text.isprintable() and _SPLIT_DIFFERENTLY.search(text)):
@@ -118,13 +121,16 @@ class WordPiece(Tokenizer):
         return " ".join(self.names[i] for i in ids).replace(" ##", "")
 
     def _other_normalization(self) -> dict[str, str]:
-        # BERT decomposes a text of which it strips the accents, so its ids are those with NFC.
+        # To strip accents, BERT decomposes the text, so the ids are the same with and without NFC.
         is_decomposed = self.normalization == "none" and self.options["strip_accents"]
         return {} if is_decomposed else super()._other_normalization()
 
 
 def _entries(content: bytes, source: str, count: int | None) -> tuple[bytes, list[str]]:
-    """Return (the content without a byte order mark and blank last lines, its entries)."""
+    """Return (content without a byte order mark and blank last lines, entries) of a vocab.txt.
+
+    count: recorded number of entries; blank last lines up to it are kept.
+    """
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

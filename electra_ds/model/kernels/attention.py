@@ -1,6 +1,6 @@
 """Attention within the documents of packed rows, on one fused qkv tensor.
 
-Letters: B rows, S sequence, H hidden, N heads, D = H / N, T = B * S tokens.
+Dimensions: B rows, S sequence, H hidden, N heads, D = H / N, T = B * S tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which tokens of packed rows attend to each other: documents, and a local window.
 
-Letters: B rows, S sequence.
+Dimensions: B rows, S sequence.
 """
 
 from __future__ import annotations

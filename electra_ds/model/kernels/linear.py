@@ -4,7 +4,7 @@ PyTorch computes fp32 products by MKL. On processors that are not by Intel, MKL 
 vector width: 110 instead of 250 GFLOP/s per core were measured on one. oneDNN, which PyTorch uses
 for bf16, uses the whole width.
 
-Letters: M rows of a product, I inputs, O outputs.
+Dimensions: M rows of a product, I inputs, O outputs.
 """
 
 from typing import Any

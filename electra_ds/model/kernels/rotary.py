@@ -2,7 +2,7 @@
 
 The two elements that are rotated together are D / 2 apart ("rotate half", as in transformers).
 
-Letters: B rows, S sequence, D width of a head.
+Dimensions: B rows, S sequence, D width of a head.
 """
 
 from typing import NamedTuple

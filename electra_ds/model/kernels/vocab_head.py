@@ -1,6 +1,6 @@
 """Vocabulary head of the generator: linear layer, cross-entropy and sampling at masked positions.
 
-Letters: M masked positions of a micro-batch, V vocabulary, P = V padded in memory, E embedding.
+Dimensions: M masked positions of a micro-batch, V vocabulary, P = V padded in memory, E embedding.
 """
 
 import math
