@@ -42,6 +42,9 @@ CASES = {  # size, tokens per row, rows, bf16 autocast, recomputed layers
     "small-512-bf16": ("small", 512, 16, True, False),
     "small-512-bf16-recomputed": ("small", 512, 16, True, True),
     "base-bf16": ("base", 128, 16, True, False),
+    "modern-bf16": ("modern-small", 128, 32, True, False),
+    "modern-fp32": ("modern-small", 128, 32, False, False),
+    "modern-1024-bf16": ("modern-small", 1024, 4, True, False),
 }
 CONTENDERS = {
     "ours": lambda ours: ours,

@@ -1,10 +1,12 @@
 """Contenders of the comparisons: this project's objective, and the same model in other code.
 
 ours:     the objective with torch's fused AdamW, without DeepSpeed.
-HF:       ElectraForMaskedLM and ElectraForPreTraining with one embedding module, logits at every
-          position, Gumbel sampling.
-tuned HF: the same with eager attention, compiled layers and fused AdamW.
-wrapper:  the electra-pytorch package around the classes of HF. Install it with
+HF:       the stock classes of the architecture (ElectraForMaskedLM and ElectraForPreTraining, or
+          ModernBertForMaskedLM and ModernBertForTokenClassification) with one embedding module,
+          logits at every position, Gumbel sampling. Packed rows have a mask [B, S, S] for each kind
+          of layer.
+tuned HF: the same with compiled layers and fused AdamW, and for `electra` eager attention.
+wrapper:  the electra-pytorch package around the classes of HF, for `electra` only. Install it with
           `pip install --no-deps electra-pytorch`, because it requires transformers 3.
 
 All contenders get the weights of ours. Before any timing they must give the loss of ours on the
@@ -30,8 +32,9 @@ from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.data.masking import max_masked_positions
-from electra_ds.interop.hf import hf_config, to_hf
+from electra_ds.interop.hf import format_of
 from electra_ds.model.build import build_objective
+from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.losses import Totals
 from electra_ds.model.objective import mask_input
 from electra_ds.model.weights import true_state
@@ -57,9 +60,9 @@ def run_config(size: str, length: int, rows: int, dropout: float) -> RunConfig:
         f"train.global_batch_size={rows}",
         f"train.micro_batch_size={rows}",
     ]
-    for part in ("model", "generator"):
-        for kind in ("hidden", "attention"):
-            settings.append(f"{part}.{kind}_dropout={dropout}")
+    sections = ("model", "generator")
+    names = load_run(size).model.dropout_fields()
+    settings += [f"{section}.{name}={dropout}" for section in sections for name in names]
     return load_run(size, settings).with_data(VOCAB_SIZE, SPECIAL_IDS, length)
 
 
@@ -91,27 +94,36 @@ class HuggingFace:
     """
 
     def __init__(self, ours: Ours, tuned: bool = False):
-        generator = self._make_part(ours, "generator", transformers.ElectraForMaskedLM, tuned)
-        discriminator = self._make_part(
-            ours, "discriminator", transformers.ElectraForPreTraining, tuned
-        )
-        discriminator.electra.embeddings = generator.electra.embeddings
+        generator = self._make_part(ours, "generator", tuned)
+        discriminator = self._make_part(ours, "discriminator", tuned)
+        discriminator.base_model.embeddings = generator.base_model.embeddings
         self.module = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
+        self.window = getattr(discriminator.config, "sliding_window", None)
         if tuned:
             for part in self.module.values():
-                for layer in part.electra.encoder.layer:
+                encoder = getattr(part.base_model, "encoder", part.base_model)
+                for layer in getattr(encoder, "layers", None) or encoder.layer:
                     layer.compile()
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=1e-4, eps=1e-6, fused=tuned or None
         )
 
     @staticmethod
-    def _make_part(ours: Ours, part: str, kind: type, tuned: bool) -> nn.Module:
-        options = hf_config(ours.config.model, ours.config.generator, part, SPECIAL_IDS.pad)
-        config = transformers.ElectraConfig(**options)
-        config._attn_implementation = "eager" if tuned else "sdpa"
+    def _make_part(ours: Ours, part: str, tuned: bool) -> nn.Module:
+        model, form = ours.config.model, format_of(ours.config.model)
+        is_generator = part == "generator"
+        sizes = ours.config.generator if is_generator else None
+        options = form.config(
+            model, sizes, SPECIAL_IDS, "prediction" if is_generator else "detection"
+        )
+        kind = getattr(transformers, options["architectures"][0])
+        config = kind.config_class(**options)
+        is_eager = tuned and form.architecture == "electra"
+        config._attn_implementation = "eager" if is_eager else "sdpa"
         module = kind(config)
-        module.load_state_dict(to_hf(true_state(ours.module), part), strict=False)
+        unused = module.load_state_dict(form.to_hf(true_state(ours.module), part), strict=False)
+        assert not unused.unexpected_keys, unused
+        module.tie_weights()
         return module
 
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
@@ -121,37 +133,47 @@ class HuggingFace:
             mask_input(batch, SPECIAL_IDS.mask),
             masked_indicator(batch),
             batch.document_ids,
-            batch.segment_ids,
+            self._inputs(batch),
             samples,
         )
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Arguments of the stock classes beside the ids."""
+        if self.window is None:  # electra
+            return {"attention_mask": batch.document_ids, "token_type_ids": batch.segment_ids}
+        ids = batch.document_ids
+        if bool((ids == 1).all()):
+            return {"attention_mask": ids, "position_ids": batch.position_ids}
+        same = ids[:, None, :, None] == ids[:, None, None, :]  # [B, 1, S, S]
+        columns = torch.arange(ids.shape[1])
+        near = (columns[:, None] - columns).abs() <= self.window
+        masks = {"full_attention": same, "sliding_attention": same & near}
+        return {"attention_mask": masks, "position_ids": batch.position_ids}
 
     def joined_loss(
         self,
         ids: Tensor,
         masked_ids: Tensor,
         is_masked: Tensor,
-        attention_mask: Tensor,
-        segments: Tensor,
+        document_ids: Tensor,
+        inputs: dict[str, Any],
         samples: Tensor | None = None,
     ) -> Tensor:
         """The loss of the generator plus 50 times that of the discriminator.
 
-        All arguments are [B, S], samples [B, K]. is_masked: bool, True at masked positions.
+        Tensors are [B, S], samples [B, K]. is_masked: bool, True at masked positions. inputs: other
+        arguments of the stock classes.
         """
-        generator_output = self.module["generator"](
-            masked_ids, attention_mask=attention_mask, token_type_ids=segments
-        )
+        generator_output = self.module["generator"](masked_ids, **inputs)
         masked_logits = generator_output.logits[is_masked]  # [M, V]
         with torch.no_grad():
             noise = -torch.empty_like(masked_logits, dtype=torch.float32).exponential_().log()
             drawn = (masked_logits.float() + noise).argmax(-1)  # [M]
             corrupted = ids.clone()
             corrupted[is_masked] = drawn if samples is None else samples.flatten()
-        discriminator_output = self.module["discriminator"](
-            corrupted, attention_mask=attention_mask, token_type_ids=segments
-        )
-        real = attention_mask > 0
-        logits = discriminator_output.logits.float()
+        discriminator_output = self.module["discriminator"](corrupted, **inputs)
+        real = document_ids > 0
+        logits = discriminator_output.logits.float().view(ids.shape)
         is_replaced = (corrupted != ids).float()
         mlm_loss = F.cross_entropy(masked_logits.float(), ids[is_masked])
         disc_loss = F.binary_cross_entropy_with_logits(logits[real], is_replaced[real])
@@ -212,8 +234,13 @@ def masked_indicator(batch: Batch) -> Tensor:
     return indicator.scatter_(1, batch.masked_positions, True)
 
 
-def make_contenders(config: RunConfig, names: list[str]) -> dict[str, Contender]:
-    """Ours and the named contenders that are installed, after a check of their losses."""
+def make_contenders(
+    config: RunConfig, names: list[str], documents: int = 1
+) -> dict[str, Contender]:
+    """Ours and the named contenders that are installed, after a check of their losses.
+
+    documents: of each row.
+    """
     ours = Ours(config)
     makers: dict[str, Callable[[Ours], Contender]] = {
         "HF": HuggingFace,
@@ -224,19 +251,18 @@ def make_contenders(config: RunConfig, names: list[str]) -> dict[str, Contender]
     for name in names:
         if name != "wrapper" or wrapper_module is not None:
             contenders[name] = makers[name](ours)
-    check_losses(contenders, config.data.sequence_length)
+    check_losses(contenders, random_batch(2, config.data.sequence_length, documents))
     # Two shapes of batches would make the compiled shapes dynamic.
     torch.compiler.reset()
     return contenders
 
 
 @torch.no_grad()
-def check_losses(contenders: dict[str, Contender], length: int) -> None:
+def check_losses(contenders: dict[str, Contender], batch: Batch) -> None:
     """Compare the losses in fp32 without dropout on equal weights, rows, masks and samples.
 
     SystemExit if one differs from the loss of "ours" by more than 1e-5 of it.
     """
-    batch = random_batch(2, length)
     for contender in contenders.values():
         contender.module.eval()
     ours = contenders["ours"]
@@ -255,8 +281,8 @@ def check_losses(contenders: dict[str, Contender], length: int) -> None:
 # --------------------------------------------------------------------------- batches and steps
 
 
-def random_batch(rows: int, length: int) -> Batch:
-    """Full rows of random ids.
+def random_batch(rows: int, length: int, documents: int = 1) -> Batch:
+    """Full rows of random ids, each of this number of documents of random lengths.
 
     The masked positions ascend, because the other contenders select them in this order.
     """
@@ -266,16 +292,21 @@ def random_batch(rows: int, length: int) -> Batch:
     ids[:, -1] = SPECIAL_IDS.sep
     zeros = torch.zeros(rows, length, dtype=torch.long)
     shuffled = torch.rand(rows, length - 2).argsort(1) + 1  # without [CLS] and [SEP]
-    return Batch(
+    cuts = torch.rand(rows, length - 2).argsort(1)[:, : documents - 1] + 1  # starts of documents
+    is_start = zeros.scatter(1, cuts, 1)
+    columns = torch.arange(length).expand(rows, -1)
+    starts = (columns * is_start).cummax(1).values  # of the document of each token
+    batch = Batch(
         input_ids=ids,
         segment_ids=zeros,
-        document_ids=zeros + 1,
-        position_ids=torch.arange(length).expand(rows, -1),
+        document_ids=1 + is_start.cumsum(1),
+        position_ids=columns - starts,
         masked_positions=shuffled[:, :masked].sort(1).values,
         masked_weights=torch.ones(rows, masked),
         keep_original=torch.rand(rows, masked) >= 0.85,
         uniforms=torch.rand(rows, masked),
     )
+    return with_cu_seqlens(batch)
 
 
 def autocast(bf16: bool) -> AbstractContextManager:

@@ -47,6 +47,7 @@ class Case:
     bf16: bool
     dropout: float
     goals: dict[str, tuple[float, ...]]
+    documents: int = 1  # of each row
 
     def config(self) -> RunConfig:
         return run_config(self.size, self.length, self.rows, self.dropout)
@@ -55,6 +56,8 @@ class Case:
 HF_SMALL_BF16 = (1.8, 2.2, 2.5)
 WRAPPER_SMALL_BF16 = (2.8, 3.3, 3.7)
 TUNED_SMALL_BF16 = (1.5, 1.8, 2.0)
+MODERN = {"HF": (1.5, 1.8), "tuned HF": (1.5, 1.8)}
+MODERN_PACKED = {"HF": (1.5, 2.0), "tuned HF": (1.5, 2.0)}
 CASES = {
     "small-bf16": Case(
         "small",
@@ -76,6 +79,10 @@ CASES = {
     "small-fp32-512": Case("small", 512, 4, False, 0.0, {"HF": (1.2, 1.4)}),
     "base-bf16": Case("base", 128, 4, True, 0.0, {"HF": (1.3, 1.45)}),
     "base-fp32": Case("base", 128, 4, False, 0.0, {"HF": (1.15, 1.28)}),
+    "modern-bf16": Case("modern-small", 128, 16, True, 0.0, MODERN),
+    "modern-fp32": Case("modern-small", 128, 16, False, 0.0, MODERN),
+    "modern-bf16-1024": Case("modern-small", 1024, 2, True, 0.0, MODERN_PACKED, documents=3),
+    "modern-fp32-1024": Case("modern-small", 1024, 2, False, 0.0, MODERN_PACKED, documents=3),
 }
 # Goals for the share of the FLOP rate of one large matrix product.
 CEILING_GOALS = {"small-bf16-64": (0.55, 0.65, 0.75), "small-fp32-64": (0.60, 0.70)}
@@ -86,11 +93,11 @@ CEILING_GOALS = {"small-bf16-64": (0.55, 0.65, 0.75), "small-fp32-64": (0.60, 0.
 
 def measure(case: Case, rounds: int) -> tuple[Times, float]:
     """The times of each contender, and the FLOP per CPU second of a large matrix product."""
-    contenders = make_contenders(case.config(), list(case.goals))
+    contenders = make_contenders(case.config(), list(case.goals), case.documents)
     times: Times = {name: [] for name in contenders}
     ceiling = 0.0
     for turn in range(rounds + 1):
-        batch = random_batch(case.rows, case.length)
+        batch = random_batch(case.rows, case.length, case.documents)
         for name in np.roll(list(contenders), turn):  # the first of a round has colder caches
             contender = contenders[name]
             times[name].append(measure_seconds(train_step, contender, batch, case.bf16))
@@ -108,7 +115,8 @@ def product_rate(case: Case, size: int = 1536) -> float:
 
 def report(name: str, case: Case, times: Times, ceiling: float) -> list[dict]:
     """Print the table rows of a case; returns them as records."""
-    shape = f"{name} (S{case.length} B{case.rows})"
+    packed = f" {case.documents} documents a row" if case.documents > 1 else ""
+    shape = f"{name} (S{case.length} B{case.rows}{packed})"
     records = []
     for peer, goals in case.goals.items():
         if peer in times:

@@ -271,8 +271,11 @@ def peer_loss(peer: Contender, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     if not isinstance(peer, HuggingFace):
         return peer.module(batch["ids"], attention_mask=batch["real"]).loss
     is_masked = batch["labels"] != -100
-    segments = torch.zeros_like(batch["ids"])
-    return peer.joined_loss(batch["ids"], batch["input_ids"], is_masked, batch["real"], segments)
+    inputs = {
+        "attention_mask": batch["real"],
+        "token_type_ids": torch.zeros_like(batch["ids"]),
+    }
+    return peer.joined_loss(batch["ids"], batch["input_ids"], is_masked, batch["real"], inputs)
 
 
 # ------------------------------------------------------------------------------- random rows
