@@ -44,7 +44,7 @@ from electra_ds.finetuning.examples import read_examples
 from electra_ds.finetuning.model import Classifier, TaskTotals, layerwise
 from electra_ds.finetuning.predict import classifier
 from electra_ds.finetuning.tasks import Task, load_task
-from electra_ds.interop.hf import classifier_to_hf, hf_config
+from electra_ds.interop.hf import format_of
 from electra_ds.model.weights import true_state
 from electra_ds.training.collectives import destroy_process_groups
 from electra_ds.training.engine import Engine, start
@@ -123,11 +123,12 @@ class HuggingFace:
     """
 
     def __init__(self, task: Task, length: int | None):
-        name, state = classifier_to_hf(true_state(new_classifier(task)), task.kind)
+        form = format_of(MODEL)
+        role, state = form.classifier(true_state(new_classifier(task)), task.kind)
         labels = 1 if task.kind == "regression" else len(task.labels)
-        options = hf_config(MODEL, None, "discriminator", SPECIAL_IDS.pad)
+        options = form.config(MODEL, None, SPECIAL_IDS, role)
         config = transformers.ElectraConfig(**options, num_labels=labels)
-        self.module = getattr(transformers, name)(config)
+        self.module = getattr(transformers, form.classes[role])(config)
         self.module.load_state_dict(state, strict=False)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
         self.length = length

@@ -30,7 +30,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.data.masking import max_masked_positions
-from electra_ds.interop.hf import hf_config, to_hf
+from electra_ds.interop.hf import format_of
 from electra_ds.model.build import build_objective
 from electra_ds.model.losses import Totals
 from electra_ds.model.objective import mask_input
@@ -107,11 +107,15 @@ class HuggingFace:
 
     @staticmethod
     def _make_part(ours: Ours, part: str, kind: type, tuned: bool) -> nn.Module:
-        options = hf_config(ours.config.model, ours.config.generator, part, SPECIAL_IDS.pad)
+        form = format_of(ours.config.model)
+        sizes, role = (
+            (ours.config.generator, "prediction") if part == "generator" else (None, "detection")
+        )
+        options = form.config(ours.config.model, sizes, SPECIAL_IDS, role)
         config = transformers.ElectraConfig(**options)
         config._attn_implementation = "eager" if tuned else "sdpa"
         module = kind(config)
-        module.load_state_dict(to_hf(true_state(ours.module), part), strict=False)
+        module.load_state_dict(form.to_hf(true_state(ours.module), part), strict=False)
         return module
 
     def loss(self, batch: Batch, samples: Tensor | None = None) -> Tensor:
