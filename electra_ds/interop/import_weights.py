@@ -18,7 +18,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.outputs import new_folder
 from electra_ds.common.printable import shortened
-from electra_ds.config.loading import config_names, load_run, parse_run
+from electra_ds.config.architectures import EncoderConfig
+from electra_ds.config.loading import config_names, load_run, load_values, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.hf import IMPORTED_TYPES, format_of_type
@@ -77,7 +78,8 @@ class Source(NamedTuple):
     original_names: the key of `tensors` -> the name in the folder itself.
     foreign_names: electra_ds parameter name -> the keys of `tensors` that it consists of.
     prefixes: prefixes of the electra_ds parameters that this folder supplies.
-    format, heads: of a Hugging Face folder. starts_both: whether it is one model for both encoders.
+    format, heads: of a Hugging Face folder.
+    starts_both: the sizes of a model that initializes both encoders; None for a part of a pair.
     """
 
     folder: Path
@@ -87,7 +89,7 @@ class Source(NamedTuple):
     prefixes: tuple[str, ...]
     format: HfFormat | None = None
     heads: tuple[Head, ...] = ()
-    starts_both: bool = False
+    starts_both: EncoderConfig | None = None
 
     def label(self, name: str) -> str:
         """A tensor in messages: folder and original name."""
@@ -189,9 +191,10 @@ def _import(
     else:
         foreign = _hugging_face(source, main, generator, base, tokenizer)
     words = checked_tokenizer(tokenizer or foreign.vocabulary, foreign.sizes["model"]["vocab_size"])
-    imported = _run_config(source, run, sets, base, foreign, words)
+    imported = _run_config(source, run, sets, foreign, words)
     shapes = shapes_of(lambda: build_objective(imported), f"{source} with {run}")
-    state, report = _convert(foreign.sources, shapes)
+    sources = [_with_generator(source, imported.generator) for source in foreign.sources]
+    state, report = _convert(sources, shapes)
     check_state(state, {name: shapes[name] for name in state}, str(source))
     report.warnings.extend(_run_notes(run, base, foreign.sizes))
     if tokenizer is not None:
@@ -206,8 +209,11 @@ def _import(
 
 
 def _load_base(run: str, sets: Sequence[str], source: Path, form: HfFormat) -> RunConfig:
-    """The run config that an import starts from. UserError unless it has the architecture."""
-    base = load_run(run, list(sets))
+    """The run config that an import starts from, with settings of its objective alone.
+
+    Other settings may fit the sizes of the weights only. UserError for another architecture.
+    """
+    base = load_run(run, [setting for setting in sets if _is_of_objective(setting)])
     if isinstance(base.model, FactoryConfig):
         raise UserError(
             f"--run {run}: has a model.factory; weights are imported into the built-in model"
@@ -220,50 +226,42 @@ def _load_base(run: str, sets: Sequence[str], source: Path, form: HfFormat) -> R
     return base
 
 
+def _is_of_objective(setting: str) -> bool:
+    return setting.partition("=")[0].strip().partition(".")[0] == "objective"
+
+
 def _run_config(
-    source: Path,
-    run: str,
-    sets: Sequence[str],
-    base: RunConfig,
-    foreign: Foreign,
-    words: Tokenizer,
+    source: Path, run: str, sets: Sequence[str], foreign: Foreign, words: Tokenizer
 ) -> RunConfig:
-    """`base` with the sizes of the weights and the special ids of the vocabulary."""
-    _check_sets(sets, base, foreign)
-    values = base.model_dump(mode="json")
-    for section, sizes in foreign.sizes.items():
-        values[section] |= {
-            name: value
-            for name, value in sizes.items()
-            if name not in foreign.free or f"{section}.{name}" not in _keys(sets)
-        }
-    if base.data.special_ids not in (None, words.special_ids):
+    """`run` with the sizes of the weights, the settings and the special ids of the vocabulary."""
+    values = load_values(run, "pretrain", sets, foreign.sizes)
+    _check_sets(sets, values, foreign)
+    where = f"{source} with {run}"
+    imported = parse_run(values, where)
+    if imported.data.special_ids not in (None, words.special_ids):
         raise UserError(
             f"--run {run}: data.special_ids are not those of the vocabulary; leave them out"
         )
+    values = imported.model_dump(mode="json")
     values["data"]["special_ids"] = words.special_ids.model_dump()
-    return parse_run(values, f"{source} with {run}")
+    return parse_run(values, where)
 
 
-def _keys(sets: Sequence[str]) -> list[str]:
-    return [setting.partition("=")[0].strip() for setting in sets]
-
-
-def _check_sets(sets: Sequence[str], base: RunConfig, foreign: Foreign) -> None:
+def _check_sets(sets: Sequence[str], values: dict[str, Any], foreign: Foreign) -> None:
     """Raise UserError for a --set that the weights decide otherwise.
 
-    base: the run config with the settings.
+    values: those of the run config with the settings, not checked yet.
     """
-    stated = base.model_dump(mode="json")
-    for setting, key in zip(sets, _keys(sets), strict=True):
-        section, _, field = key.partition(".")
-        decided_fields = foreign.sizes.get(section, {})
-        for name in [field] if field else list(decided_fields):
-            decided = decided_fields.get(name, stated.get(section, {}).get(name))
-            if stated[section].get(name) != decided and name not in foreign.free:
+    for setting in sets:
+        section, _, field = setting.partition("=")[0].strip().partition(".")
+        decided, stated = foreign.sizes.get(section, {}), values.get(section)
+        if not isinstance(stated, dict):
+            continue  # the schema refuses it
+        for name in [field] if field else list(decided):
+            if name in decided and name not in foreign.free and stated.get(name) != decided[name]:
                 raise UserError(
-                    f"--set {setting}: the imported weights have {section}.{name} = {decided}, "
-                    "which cannot be changed; leave the setting out"
+                    f"--set {setting}: the imported weights have {section}.{name} = "
+                    f"{decided[name]}, which cannot be changed; leave the setting out"
                 )
 
 
@@ -343,9 +341,9 @@ def _hugging_face(
             raise UserError(
                 f"{generator}: BERT ({main}) initializes both encoders; leave the generator out"
             )
-        return _both_encoders(main, content, base)
+        return _both_encoders(main, content)
     if generator is None and predicts and form.predicting_folder_starts_both:
-        return _both_encoders(main, content, base)
+        return _both_encoders(main, content)
     if generator is None and predicts and base.objective.has_generator:
         return _generator_alone(main, content)
     other = read_folder(generator, entries, (form.model_type,)) if generator else None
@@ -406,23 +404,29 @@ def _sharing(
     return "untied" if form.word_table in differing and can_be_untied else None
 
 
-def _both_encoders(path: Path, content: HfFolder, base: RunConfig) -> Foreign:
+def _both_encoders(path: Path, content: HfFolder) -> Foreign:
     """A model that predicts tokens: it initializes the discriminator, and a generator of its width.
 
-    The generator takes the first layers, and what is not in a layer.
+    The generator takes the first layers, and what is not in a layer; see `_with_generator`.
     """
     form = content.format
     model, own_sizes = form.parse(content.config, where=f"{path}/config.json")
-    generator = base.generator
     prefixes = ["embeddings.", "discriminator.", "mlm_head."]
-    compared = ("hidden_size", "num_heads", "ffn_size")
-    if all(getattr(generator, field) == getattr(own_sizes, field) for field in compared):
-        layers = min(generator.num_layers, own_sizes.num_layers)
-        prefixes += [f"generator.layers.{i}." for i in range(layers)]
-        prefixes += ["generator.final_norm.", "generator_head.", "generator_embeddings."]
     sizes = {"model": model.model_dump(include=set(form.sizes | form.tables))}
     source = _source(path, content, prefixes, model.num_layers)
-    return Foreign(path, [source._replace(starts_both=True)], sizes, form.free)
+    return Foreign(path, [source._replace(starts_both=own_sizes)], sizes, form.free)
+
+
+def _with_generator(source: Source, generator: EncoderConfig) -> Source:
+    """A source that starts both encoders, with the parameters that this generator takes from it."""
+    own = source.starts_both
+    compared = ("hidden_size", "num_heads", "ffn_size")
+    if own is None or any(getattr(generator, f) != getattr(own, f) for f in compared):
+        return source
+    layers = range(min(generator.num_layers, own.num_layers))
+    taken = [f"generator.layers.{i}." for i in layers]
+    taken += ["generator.final_norm.", "generator_head.", "generator_embeddings."]
+    return source._replace(prefixes=(*source.prefixes, *taken))
 
 
 def _source(folder: Path, content: HfFolder, prefixes: Iterable[str], num_layers: int) -> Source:
@@ -498,7 +502,7 @@ def _report_unused(
 def _initialized_warning(initialized: list[str], sources: list[Source]) -> str:
     parts = sorted({name.split(".")[0] for name in initialized})
     folders = ", ".join(str(source.folder) for source in sources)
-    is_for_both = any(source.starts_both for source in sources)
+    is_for_both = any(source.starts_both is not None for source in sources)
     lacks_part = "discriminator" in parts or ("generator" in parts and not is_for_both)
     shared = "; shared parameters come from the other part" if lacks_part else ""
     return (
