@@ -39,16 +39,20 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="Hugging Face ELECTRA or BERT folder, or TensorFlow checkpoint."
+            metavar="SRC",
+            help="Hugging Face folder of ELECTRA, BERT or ModernBERT, or TensorFlow checkpoint.",
         ),
     ],
     out: Annotated[
         Path, typer.Option(help="New run folder, for `pretrain OUT/config.json --init-from OUT`.")
     ],
     run: Annotated[
-        str,
-        typer.Option(help="Preset or RUN.json with the values that the weights do not determine."),
-    ] = "small",
+        str | None,
+        typer.Option(
+            help="Preset or RUN.json with the values that the weights do not determine (default: "
+            "small, or modern-small for ModernBERT)."
+        ),
+    ] = None,
     generator: Annotated[
         Path | None, typer.Option(help="Folder of the generator, if SRC is a discriminator.")
     ] = None,

@@ -1,7 +1,7 @@
 """Reading of config files: presets by name, `--set`, errors with suggestions, differences."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -85,13 +85,29 @@ def load_config(
     engine: replaces the file's `engine`.
     Raises UserError with file, key, value and the expected value.
     """
-    path = find_config(name, kind)
-    values = read_json(path, f"a {kind} config")
-    for setting in sets:
-        _apply(values, setting)
+    values = load_values(name, kind, sets)
     if engine is not None:
         values["engine"] = engine
-    return parse_config(values, str(path), root)
+    return parse_config(values, str(find_config(name, kind)), root)
+
+
+def load_values(
+    name: str,
+    kind: str,
+    sets: Sequence[str] = (),
+    replaced: Mapping[str, Values] | None = None,
+) -> Values:
+    """Read a config file, replace values and apply settings; the result is not checked.
+
+    replaced: values by section, which replace those of the file before the settings.
+    name, kind, sets: as for `load_config`. UserError as well, but for values.
+    """
+    values = read_json(find_config(name, kind), f"a {kind} config")
+    for section, fields in (replaced or {}).items():
+        values[section] = {**values[section], **fields}
+    for setting in sets:
+        _apply(values, setting)
+    return values
 
 
 def parse_run(values: Values, where: str) -> RunConfig:

@@ -268,7 +268,8 @@ class RunConfig(Section):
                 f"data.sequence_length {length} exceeds max_positions {most}: raise "
                 "model.max_positions, or use shorter rows"
             )
-        self.model.check_generator(self.generator)
+        if self.objective.has_generator:
+            self.model.check_generator(self.generator)
         return self
 
     def accumulation(self, world_size: int) -> int:

@@ -1,7 +1,7 @@
 """Export of a run, a checkpoint or a fine-tuned model as folders that transformers can load."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict
 from safetensors.torch import save
@@ -18,7 +18,8 @@ from electra_ds.interop.checkpoints import (
     FineTunedTask,
     read_checkpoint,
 )
-from electra_ds.interop.hf import classifier_to_hf, hf_config, part_names, to_hf
+from electra_ds.interop.hf import format_of
+from electra_ds.interop.hf_format import HfFormat, Role, part_names
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 from electra_ds.interop.model_card import Card, render_card
 from electra_ds.training.checkpoint import folder_of_model
@@ -61,18 +62,18 @@ def _export_run(source: Checkpoint, config: RunConfig, out: Path, words: Tokeniz
     exported = {name for part in parts for name in part_names(weights, part)}
     if rest := sorted(weights.keys() - exported):
         facts["left out (not in the stock classes)"] = ", ".join(rest)
+    form = format_of(source.model)
     lines = []
     for part in parts:
-        tensors = to_hf(weights, part)
-        tensors.pop("generator_lm_head.weight", None)  # tied to the word embeddings
-        is_mlm = "generator_lm_head.bias" in tensors
-        values = hf_config(source.model, config.generator, part, words.special_ids.pad)
-        values["architectures"] = ["ElectraForMaskedLM" if is_mlm else "ElectraForPreTraining"]
-        main_purpose = "detection" if detects else "prediction"
-        card = Card(PURPOSES["generator" if part == "generator" else main_purpose], facts)
-        lines.append(
-            _write_folder(out / part, part, values, tensors, words, card, source.max_length)
-        )
+        tensors = form.to_hf(weights, part)
+        tensors.pop(form.output_matrix, None)  # tied to the word table
+        is_generator = part == "generator"
+        role: Role = "detection" if detects and not is_generator else "prediction"
+        sizes = config.generator if is_generator else None
+        values = form.config(source.model, sizes, words.special_ids, role)
+        card = Card(PURPOSES["generator" if is_generator else role], facts, role)
+        written = Written(part, form, values, tensors, card)
+        lines.append(_write_folder(out / part, written, words, source.max_length))
     return lines
 
 
@@ -125,17 +126,17 @@ def _export_fine_tuned(
 ) -> str:
     task = config.task
     kind, labels = task.kind, task.labels or [task.name]
-    architecture, tensors = classifier_to_hf(source.weights, kind, task.label_range)
-    values = hf_config(source.model, None, "discriminator", words.special_ids.pad)
+    form = format_of(source.model)
+    role, tensors = form.classifier(source.weights, kind, task.label_range)
+    values = form.config(source.model, None, words.special_ids, role)
     values |= {
-        "architectures": [architecture],
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }
-    if architecture == "ElectraForSequenceClassification":
+    if role == "sequence_classification":
         problem = "regression" if kind == "regression" else "single_label_classification"
         values["problem_type"] = problem
-    reads_cls = kind == "classification" and architecture == "ElectraForTokenClassification"
+    reads_cls = kind == "classification" and role == "token_classification"
     facts = _task_facts(source, task)
     if reads_cls:
         facts["class of the text"] = (
@@ -147,8 +148,9 @@ def _export_fine_tuned(
             for metric, value in scores.items()
             if value is not None
         }
-    card = Card(TUNED.format(name=task.name), facts, task.text_b is not None, reads_cls)
-    return _write_folder(out, name, values, tensors, words, card, source.max_length)
+    card = Card(TUNED.format(name=task.name), facts, role, task.text_b is not None, reads_cls)
+    written = Written(name, form, values, tensors, card)
+    return _write_folder(out, written, words, source.max_length)
 
 
 def _task_facts(source: Checkpoint, task: FineTunedTask) -> dict[str, str]:
@@ -168,25 +170,28 @@ def _task_facts(source: Checkpoint, task: FineTunedTask) -> dict[str, str]:
     return facts
 
 
-def _write_folder(
-    folder: Path,
-    name: str,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    words: Tokenizer,
-    card: Card,
-    max_length: int,
-) -> str:
+class Written(NamedTuple):
+    """The content of a folder. name: its later name. config: config.json."""
+
+    name: str
+    format: HfFormat
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    card: Card
+
+
+def _write_folder(folder: Path, content: Written, words: Tokenizer, max_length: int) -> str:
     """Write weights, tokenizer and card, then config.json, which marks a complete folder.
 
-    name: the folder's later name. max_length: most tokens of a text, for the tokenizer.
+    max_length: most tokens of a text, for the tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(words, folder, max_length)
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    config = content.config
+    write_tokenizer(words, folder, max_length, content.format.has_token_types)
+    tensors = {name: value.contiguous() for name, value in content.tensors.items()}
     write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(value.numel() for value in tensors.values())
-    text = render_card(name, config, parameters, card)
+    text = render_card(content.name, content.format, config, parameters, content.card)
     write_bytes(folder / "README.md", text.encode())
     write_json(folder / "config.json", config)
     return (

@@ -1,8 +1,9 @@
 """Reading of Hugging Face model folders (config.json and weights) without running their code."""
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field
@@ -15,6 +16,8 @@ from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.json_files import Record, read_json, read_record
 from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, shortened
+from electra_ds.interop.hf import LOADED_TYPES, format_of_type
+from electra_ds.interop.hf_format import HfFormat
 
 FILES = (
     "model.safetensors",
@@ -32,15 +35,6 @@ class Index(Record):
     weight_map: dict[str, str] = Field(min_length=1)
 
 
-# Ends of the names of tensors with one row per vocabulary entry, in ELECTRA and BERT.
-ROWS_OF_WORDS = (
-    "word_embeddings.weight",
-    "generator_lm_head.weight",
-    "generator_lm_head.bias",
-    "predictions.decoder.weight",
-    "predictions.decoder.bias",
-    "predictions.bias",
-)
 MOST_UNUSED_ROWS = 64
 
 
@@ -49,7 +43,15 @@ def is_hf_folder(path: Path) -> bool:
     return (path / "config.json").is_file() and any((path / name).is_file() for name in FILES)
 
 
-def read_config(folder: Path, model_types: tuple[str, ...] = ("electra",)) -> dict[str, Any]:
+class HfFolder(NamedTuple):
+    """The content of a folder. tensors: by their names in the folder."""
+
+    format: HfFormat
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_config(folder: Path, model_types: Sequence[str] = LOADED_TYPES) -> dict[str, Any]:
     """Return the content of config.json in a folder.
 
     Raises UserError if the file is missing or invalid, or has another model_type.
@@ -59,14 +61,14 @@ def read_config(folder: Path, model_types: tuple[str, ...] = ("electra",)) -> di
     if model_type not in model_types:
         expected = " or ".join(map(repr, model_types))
         found = f"model_type = {shortened(model_type)}" if model_type else "no model_type"
-        raise UserError(f"{folder}/config.json: {found}; expected {expected}")
+        raise UserError(
+            f"{folder}/config.json: {found}; expected {expected}; use a model of such a type"
+        )
     return config
 
 
-def read_folder(
-    folder: Path, entries: int, model_types: tuple[str, ...] = ("electra",)
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (config.json, tensors by name) of a folder, without unused rows of the vocabulary.
+def read_folder(folder: Path, entries: int, model_types: Sequence[str] = LOADED_TYPES) -> HfFolder:
+    """Return the content of a folder, without the rows that its vocabulary does not use.
 
     entries: number of entries of the vocabulary. Word tables are often padded to a multiple of 8 or
     64, and some have rows for later entries. Such rows are removed from the tensors, and
@@ -74,16 +76,17 @@ def read_folder(
     Raises UserError as `read_config` and `read_tensors` do.
     """
     config, tensors = read_config(folder, model_types), read_tensors(folder)
+    form = format_of_type(config["model_type"])
     rows = config.get("vocab_size")
     if not isinstance(rows, int) or not 0 < rows - entries <= max(MOST_UNUSED_ROWS, rows // 20):
-        return config, tensors
+        return HfFolder(form, config, tensors)
     cut = {
         name: tensor[:entries]
-        if name.endswith(ROWS_OF_WORDS) and tensor.ndim and len(tensor) == rows
+        if name.endswith(form.rows_of_words) and tensor.ndim and len(tensor) == rows
         else tensor
         for name, tensor in tensors.items()
     }
-    return config | {"vocab_size": entries}, cut
+    return HfFolder(form, config | {"vocab_size": entries}, cut)
 
 
 def stated_length(folder: Path) -> int | None:

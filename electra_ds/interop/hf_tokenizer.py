@@ -10,6 +10,8 @@ from electra_ds.data.tokenizer import Tokenizer, WordPiece
 from electra_ds.data.tokenizer.hugging_face import NORMALIZATION_KEY
 from electra_ds.data.tokenizer.normalization import native_steps
 
+TOKEN_TYPES = "token_type_ids"
+INPUTS = ("input_ids", TOKEN_TYPES, "attention_mask")
 SPACE = "\u2581"  # SentencePiece's character for a space
 # Characters that SentencePiece's rules nmt_* and *_cf keep, other than NFKC and lower case.
 FULL_WIDTH_TILDE = "\uff5e"
@@ -20,11 +22,14 @@ IOTA = "\u03b9"
 MARKS_OF_SMALL_LETTERS = "\u0300\u0301\u0308\u030a\u030c\u0313\u0331\u0342"
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, max_length: int, with_token_types: bool = True
+) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and the vocabulary file.
 
     AutoTokenizer then returns the same ids as [CLS] A [SEP] B [SEP] with token types, except that
-    the library maps a special token that is written in a text to its id.
+    the library maps a special token that is written in a text to its id. with_token_types: whether
+    the model takes them; otherwise the tokenizer does not return them.
 
     SentencePiece models with rules or scores of their own (version 0.1, other programs) differ in
     two more points. If unigram has two segmentations of equal score, the library may choose
@@ -43,7 +48,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         NORMALIZATION_KEY: tokenizer.normalization,
         "model_max_length": max_length,
         **special_tokens,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "model_input_names": [name for name in INPUTS if with_token_types or name != TOKEN_TYPES],
     }
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special_tokens)

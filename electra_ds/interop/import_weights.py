@@ -19,11 +19,14 @@ from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.outputs import check_outside, new_folder
 from electra_ds.common.printable import printable, shortened
-from electra_ds.config.loading import config_names, load_run, parse_run
+from electra_ds.config.architectures import EncoderConfig
+from electra_ds.config.loading import config_names, load_run, load_values, parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
-from electra_ds.interop.hf import SIZES, TABLES, electra_names, from_hf_config, hf_names, joined
-from electra_ds.interop.hf_folder import is_hf_folder, read_folder
+from electra_ds.interop.hf import IMPORTED_TYPES, format_of_type
+from electra_ds.interop.hf_electra import ElectraFormat
+from electra_ds.interop.hf_folder import HfFolder, is_hf_folder, read_config, read_folder
+from electra_ds.interop.hf_format import Head, HfFormat, joined
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.interop.vocabularies import checked_tokenizer
 from electra_ds.model.build import build_objective
@@ -43,10 +46,10 @@ REASONS = (  # pattern of foreign tensors that have no counterpart -> the reason
     (r"seq_relationship", "head of next-sentence prediction"),
     (r"^(classifier|qa_outputs|summary|sequence_summary)\b", "head of a task"),
 )
-WORD_TABLE = "electra.embeddings.word_embeddings.weight"
 ENCODERS = ("embeddings.", "discriminator.", "generator_embeddings.", "generator.")
-# Values in a config.json that the weights do not depend on; --set may change them.
-DROPOUTS = ("hidden_dropout", "attention_dropout")
+# The parameters of the main encoder's head of each kind.
+MAIN_HEADS: dict[Head, str] = {"discriminator": "discriminator_head.", "generator": "mlm_head."}
+GENERATOR = ("generator_embeddings.", "generator.", "generator_head.")
 MOST_LISTED = 6  # tensors that one warning names; import.json lists all
 HEAD_WIDTH = 64  # hidden size of an attention head in the authors' TensorFlow models
 
@@ -72,10 +75,12 @@ class HeadSizes(Record):
 class Source(NamedTuple):
     """Tensors of one foreign folder.
 
-    tensors: by their name in a stock ELECTRA class, or by the name of the TensorFlow variable.
+    tensors: by their name in a stock class, or by the name of the TensorFlow variable.
     original_names: the key of `tensors` -> the name in the folder itself.
     foreign_names: electra_ds parameter name -> the keys of `tensors` that it consists of.
     prefixes: prefixes of the electra_ds parameters that this folder supplies.
+    format, heads: of a Hugging Face folder.
+    starts_both: the sizes of a model that initializes both encoders; None for a part of a pair.
     """
 
     folder: Path
@@ -83,6 +88,9 @@ class Source(NamedTuple):
     original_names: dict[str, str]
     foreign_names: Callable[[str], tuple[str, ...]]
     prefixes: tuple[str, ...]
+    format: HfFormat | None = None
+    heads: tuple[Head, ...] = ()
+    starts_both: EncoderConfig | None = None
 
     def label(self, name: str) -> str:
         """A tensor in messages: folder and original name."""
@@ -90,11 +98,15 @@ class Source(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """A foreign model: its sources, the folder of its vocabulary, and config fields by section."""
+    """A foreign model: its sources, the folder of its vocabulary, and config fields by section.
+
+    free: the fields that the weights do not depend on; --set may change them.
+    """
 
     vocabulary: Path
     sources: list[Source]
     sizes: dict[str, dict[str, Any]]
+    free: frozenset[str]
 
 
 class ImportReport(NamedTuple):
@@ -121,7 +133,7 @@ class ImportReport(NamedTuple):
 def import_weights(
     source: Path,
     out: Path,
-    run: str = "small",
+    run: str | None = None,
     sets: Sequence[str] = (),
     *,
     generator: Path | None = None,
@@ -130,18 +142,19 @@ def import_weights(
 ) -> ImportReport:
     """Write `out` as a run folder at step 0, for `pretrain out/config.json --init-from out`.
 
-    source: a Hugging Face ELECTRA folder (discriminator or generator), a folder that contains
-        `discriminator` and `generator`, a BERT folder (it initializes both encoders), or a
-        TensorFlow checkpoint of the authors' code (heads = hidden / 64, or from `config`, or from a
-        config.json beside the checkpoint).
+    source: a Hugging Face folder of ELECTRA or ModernBERT (discriminator or generator), a folder
+        that contains `discriminator` and `generator`, a BERT folder or one of ModernBertForMaskedLM
+        (it initializes both encoders), or a TensorFlow checkpoint of the authors' code (heads =
+        hidden / 64, or from `config`, or from a config.json beside the checkpoint).
     run, sets: the run config for everything that the weights do not determine, such as the sizes of
-        a part that is missing.
+        a part that is missing; None: the preset `default_run` of the format of `source`.
     generator: the generator's folder, when it is not beside the discriminator.
     config: JSON file with hidden_size and num_attention_heads, for a TensorFlow checkpoint.
     tokenizer: the vocabulary, when it is not in `source`.
     Raises UserError when `out` is not empty or lies in an input folder, when there are no weights
     or no vocabulary, for an architecture or a vocabulary that is not supported, for options that do
-    not fit `source`, and for a tensor of an encoder that is missing or has another shape.
+    not fit `source`, and for a run or a tensor of an encoder that is missing or does not fit the
+    source.
     """
     inputs = {"SRC": source, "--generator": generator, "--tokenizer": tokenizer}
     check_outside(out, "--out", inputs)
@@ -160,45 +173,32 @@ def import_weights(
 def _import(
     source: Path,
     out: Path,
-    run: str,
+    run: str | None,
     sets: Sequence[str],
     *,
     generator: Path | None,
     config: Path | None,
     tokenizer: Path | None,
 ) -> ImportReport:
-    base = load_run(run, list(sets))
-    if isinstance(base.model, FactoryConfig):
-        raise UserError(
-            f"--run {run}: has a model.factory; weights are imported into the built-in model"
-        )
     prefix = find_tf(source)
     if (generator and prefix) or (config and not prefix):
         raise UserError(
             f"{source}: expected --generator with a Hugging Face folder, or "
             "--config with a TensorFlow checkpoint"
         )
+    main = prefix or _main_folder(source)
+    form = ElectraFormat() if prefix else _format_of_folder(main)
+    run = run or form.default_run
+    base = _load_base(run, sets, source, form)
     if prefix:
         foreign = _tensorflow(prefix, config)
     else:
-        foreign = _hugging_face(source, generator, base, tokenizer)
+        foreign = _hugging_face(source, main, generator, base, tokenizer)
     words = checked_tokenizer(tokenizer or foreign.vocabulary, foreign.sizes["model"]["vocab_size"])
-    _check_sets(sets, base, foreign.sizes)
-    values = base.model_dump(mode="json")
-    for section, sizes in foreign.sizes.items():
-        values[section] |= {
-            name: value
-            for name, value in sizes.items()
-            if name not in DROPOUTS or f"{section}.{name}" not in _keys(sets)
-        }
-    if base.data.special_ids not in (None, words.special_ids):
-        raise UserError(
-            f"--run {run}: data.special_ids are not those of the vocabulary; leave them out"
-        )
-    values["data"]["special_ids"] = words.special_ids.model_dump()
-    imported = parse_run(values, f"{source} with {run}")
+    imported = _run_config(source, run, sets, foreign, words)
     shapes = shapes_of(lambda: build_objective(imported), f"{source} with {run}")
-    state, report = _convert(foreign.sources, shapes)
+    sources = [_with_generator(source, imported.generator) for source in foreign.sources]
+    state, report = _convert(sources, shapes)
     check_state(state, {name: shapes[name] for name in state}, str(source))
     report.warnings.extend(_run_notes(run, base, foreign.sizes))
     if tokenizer is not None:
@@ -212,25 +212,60 @@ def _import(
     return report
 
 
-def _keys(sets: Sequence[str]) -> list[str]:
-    return [setting.partition("=")[0].strip() for setting in sets]
+def _load_base(run: str, sets: Sequence[str], source: Path, form: HfFormat) -> RunConfig:
+    """The run config that an import starts from, with settings of its objective alone.
+
+    Other settings may fit the sizes of the weights only. UserError for another architecture.
+    """
+    base = load_run(run, [setting for setting in sets if _is_of_objective(setting)])
+    if isinstance(base.model, FactoryConfig):
+        raise UserError(
+            f"--run {run}: has a model.factory; weights are imported into the built-in model"
+        )
+    if base.model.architecture != form.architecture:
+        raise UserError(
+            f"--run {run}: model.architecture = {base.model.architecture}, but the weights in "
+            f"{source} need {form.architecture}: use a run of it, such as --run {form.default_run}"
+        )
+    return base
 
 
-def _check_sets(sets: Sequence[str], base: RunConfig, sizes: dict[str, dict[str, Any]]) -> None:
+def _is_of_objective(setting: str) -> bool:
+    return setting.partition("=")[0].strip().partition(".")[0] == "objective"
+
+
+def _run_config(
+    source: Path, run: str, sets: Sequence[str], foreign: Foreign, words: Tokenizer
+) -> RunConfig:
+    """`run` with the sizes of the weights, the settings and the special ids of the vocabulary."""
+    values = load_values(run, "pretrain", sets, foreign.sizes)
+    _check_sets(sets, values, foreign)
+    where = f"{source} with {run}"
+    imported = parse_run(values, where)
+    if imported.data.special_ids not in (None, words.special_ids):
+        raise UserError(
+            f"--run {run}: data.special_ids are not those of the vocabulary; leave them out"
+        )
+    values = imported.model_dump(mode="json")
+    values["data"]["special_ids"] = words.special_ids.model_dump()
+    return parse_run(values, where)
+
+
+def _check_sets(sets: Sequence[str], values: dict[str, Any], foreign: Foreign) -> None:
     """Raise UserError for a --set that the weights decide otherwise.
 
-    base: the run config with the settings. sizes: what the weights decide, by section.
+    values: those of the run config with the settings, not checked yet.
     """
-    stated = base.model_dump(mode="json")
-    for setting, key in zip(sets, _keys(sets), strict=True):
-        section, _, field = key.partition(".")
-        fields = [field] if field else list(sizes.get(section, {}))
-        for name in fields:
-            decided = sizes.get(section, {}).get(name, stated.get(section, {}).get(name))
-            if stated[section].get(name) != decided and name not in DROPOUTS:
+    for setting in sets:
+        section, _, field = setting.partition("=")[0].strip().partition(".")
+        decided, stated = foreign.sizes.get(section, {}), values.get(section)
+        if not isinstance(stated, dict):
+            continue  # the schema refuses it
+        for name in [field] if field else list(decided):
+            if name in decided and name not in foreign.free and stated.get(name) != decided[name]:
                 raise UserError(
-                    f"--set {setting}: the imported weights have {section}.{name} = {decided}, "
-                    "which cannot be changed; leave the setting out"
+                    f"--set {setting}: the imported weights have {section}.{name} = "
+                    f"{decided[name]}, which cannot be changed; leave the setting out"
                 )
 
 
@@ -276,99 +311,135 @@ def _tensorflow(prefix: Path, config: Path | None) -> Foreign:
     sizes = {"model": model}
     if generator:
         sizes["generator"] = generator
-    return Foreign(prefix.parent, [source], sizes)
+    return Foreign(prefix.parent, [source], sizes, ElectraFormat.free)
 
 
-def _hugging_face(
-    path: Path, generator: Path | None, base: RunConfig, tokenizer: Path | None
-) -> Foreign:
-    """A Hugging Face folder: discriminator, generator, both, or BERT."""
+def _main_folder(path: Path) -> Path:
+    """The Hugging Face folder of the main encoder: path, or discriminator/ in it."""
     main = next((p for p in (path / "discriminator", path) if is_hf_folder(p)), None)
-    if generator is None and is_hf_folder(path / "generator"):
-        generator = path / "generator"
     if main is None:
         raise UserError(
             f"{printable(path)}: no weights here{found_at(path).clause}; expected a Hugging Face "
             "folder (config.json with model.safetensors or pytorch_model.bin), discriminator/ and "
             "generator/, or a TensorFlow checkpoint"
         )
+    return main
+
+
+def _format_of_folder(path: Path) -> HfFormat:
+    return format_of_type(read_config(path, IMPORTED_TYPES)["model_type"])
+
+
+def _hugging_face(
+    path: Path, main: Path, generator: Path | None, base: RunConfig, tokenizer: Path | None
+) -> Foreign:
+    """A Hugging Face folder: discriminator, generator, both, or a model that starts both."""
+    if generator is None and is_hf_folder(path / "generator"):
+        generator = path / "generator"
     entries = load_tokenizer(tokenizer or main).vocab_size
-    config, tensors = read_folder(main, entries, ("electra", "bert"))
-    if config["model_type"] == "bert":
+    content = read_folder(main, entries, IMPORTED_TYPES)
+    form = content.format
+    predicts = "generator" in form.heads(content.config, content.tensors)
+    if content.config["model_type"] != form.model_type:  # BERT
         if generator:
             raise UserError(
                 f"{generator}: BERT ({main}) initializes both encoders; leave the generator out"
             )
-        return _bert(main, tensors, config, base)
-    has_mlm_head = "generator_predictions.dense.weight" in tensors
-    if generator is None and has_mlm_head and base.objective.has_generator:
-        return _generator_alone(main, tensors, config)
-    prefixes = ["embeddings.", "discriminator.", "discriminator_head.", "mlm_head."]
-    other, other_tensors = read_folder(generator, entries) if generator else (None, {})
-    model, generator_sizes = from_hf_config(config, other, f"{main}/config.json")
-    sources = [_source(main, tensors, prefixes, model.num_layers)]
-    sizes = {"model": model.model_dump(include={*TABLES, *SIZES, "sharing"})}
-    if generator:
-        prefixes = ["generator_embeddings.", "generator.", "generator_head."]
-        layers = generator_sizes.num_layers
-        sources.append(_source(generator, other_tensors, prefixes, layers))
-        sizes["generator"] = generator_sizes.model_dump()
-        can_be_untied = generator_sizes.hidden_size == model.embedding_size
-        if sharing := _sharing(sources[0], sources[1], can_be_untied):
-            sizes["model"]["sharing"] = sharing
-    return Foreign(main, sources, sizes)
+        return _both_encoders(main, content)
+    if generator is None and predicts and form.predicting_folder_starts_both:
+        return _both_encoders(main, content)
+    if generator is None and predicts and base.objective.has_generator:
+        return _generator_alone(main, content)
+    other = read_folder(generator, entries, (form.model_type,)) if generator else None
+    return _pair(main, content, generator, other)
 
 
-def _generator_alone(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Foreign:
+def _pair(main: Path, content: HfFolder, generator: Path | None, other: HfFolder | None) -> Foreign:
+    """A folder of the main encoder, and that of the generator if there is one."""
+    form = content.format
+    config = other.config if other else None
+    model, generator_sizes = form.parse(content.config, config, f"{main}/config.json")
+    heads = form.heads(content.config, content.tensors)
+    prefixes = ["embeddings.", "discriminator.", *(MAIN_HEADS[head] for head in heads)]
+    sources = [_source(main, content, prefixes, model.num_layers)]
+    decided = form.sizes | form.tables
+    if generator is None or other is None:
+        decided |= {"sharing"} if form.discriminator_alone_shares else set()
+        sizes = {"model": model.model_dump(include=set(decided))}
+        return Foreign(main, sources, sizes, form.free)
+    sizes = {"model": model.model_dump(include={*decided, "sharing"})}
+    sources.append(_source(generator, other, GENERATOR, generator_sizes.num_layers))
+    sizes["generator"] = generator_sizes.model_dump()
+    can_be_untied = generator_sizes.hidden_size == model.word_width
+    if sharing := _sharing(sources[0], sources[1], form, can_be_untied):
+        sizes["model"]["sharing"] = sharing
+    return Foreign(main, sources, sizes, form.free)
+
+
+def _generator_alone(path: Path, content: HfFolder) -> Foreign:
     """A generator's folder without a discriminator: it supplies the shared embeddings as well."""
-    prefixes = ["generator_embeddings.", "generator.", "generator_head.", "embeddings."]
-    model, generator = from_hf_config(config, config, f"{path}/config.json")
-    sizes = {"model": model.model_dump(include={*TABLES}), "generator": generator.model_dump()}
-    return Foreign(path, [_source(path, tensors, prefixes, generator.num_layers)], sizes)
+    form = content.format
+    model, generator = form.parse(content.config, where=f"{path}/config.json")
+    sizes = {
+        "model": model.model_dump(include=set(form.tables)),
+        "generator": generator.model_dump(),
+    }
+    prefixes = (*GENERATOR, "embeddings.")
+    return Foreign(path, [_source(path, content, prefixes, generator.num_layers)], sizes, form.free)
 
 
-def _sharing(discriminator: Source, generator: Source, can_be_untied: bool) -> str | None:
+def _sharing(
+    discriminator: Source, generator: Source, form: HfFormat, can_be_untied: bool
+) -> str | None:
     """model.sharing as derived from the tensors of both parts; None: as derived from the sizes."""
     main, other = discriminator.tensors, generator.tensors
-    if WORD_TABLE not in main or WORD_TABLE not in other:
+    if form.word_table not in main or form.word_table not in other:
         raise UserError(
-            f"{discriminator.folder} or {generator.folder}: no tensor {WORD_TABLE}; expected "
-            "ELECTRA models"
+            f"{discriminator.folder} or {generator.folder}: no tensor {form.word_table}; expected "
+            f"{form.model_type} models"
         )
     differing = {
         name
         for name, tensor in main.items()
-        if name.startswith("electra.") and not _equals(tensor, other.get(name))
+        if name.startswith(form.prefix) and not _equals(tensor, other.get(name))
     }
     if not differing:
         return "all"
-    return "untied" if WORD_TABLE in differing and can_be_untied else None
+    return "untied" if form.word_table in differing and can_be_untied else None
 
 
-def _bert(
-    path: Path, tensors: dict[str, Tensor], config: dict[str, Any], base: RunConfig
-) -> Foreign:
-    """A BERT folder: it initializes the discriminator and a generator of the same sizes."""
-    config = config | {"embedding_size": config.get("hidden_size")}
-    model, bert_sizes = from_hf_config(config, where=f"{path}/config.json")
-    generator = base.generator
+def _both_encoders(path: Path, content: HfFolder) -> Foreign:
+    """A model that predicts tokens: it initializes the discriminator, and a generator of its width.
+
+    The generator takes the first layers, and what is not in a layer; see `_with_generator`.
+    """
+    form = content.format
+    model, own_sizes = form.parse(content.config, where=f"{path}/config.json")
     prefixes = ["embeddings.", "discriminator.", "mlm_head."]
+    sizes = {"model": model.model_dump(include=set(form.sizes | form.tables))}
+    source = _source(path, content, prefixes, model.num_layers)
+    return Foreign(path, [source._replace(starts_both=own_sizes)], sizes, form.free)
+
+
+def _with_generator(source: Source, generator: EncoderConfig) -> Source:
+    """A source that starts both encoders, with the parameters that this generator takes from it."""
+    own = source.starts_both
     compared = ("hidden_size", "num_heads", "ffn_size")
-    if all(getattr(generator, field) == getattr(bert_sizes, field) for field in compared):
-        layers = min(generator.num_layers, bert_sizes.num_layers)
-        prefixes += [f"generator.layers.{i}." for i in range(layers)]
-        prefixes.append("generator_head.")
-    sizes = {"model": model.model_dump(include={*SIZES, *TABLES})}
-    return Foreign(path, [_source(path, tensors, prefixes, model.num_layers)], sizes)
+    if own is None or any(getattr(generator, f) != getattr(own, f) for f in compared):
+        return source
+    layers = range(min(generator.num_layers, own.num_layers))
+    taken = [f"generator.layers.{i}." for i in layers]
+    taken += ["generator.final_norm.", "generator_head.", "generator_embeddings."]
+    return source._replace(prefixes=(*source.prefixes, *taken))
 
 
-def _source(
-    folder: Path, tensors: dict[str, Tensor], prefixes: Iterable[str], num_layers: int
-) -> Source:
-    check_layers(tensors, "encoder.layer.", num_layers, str(folder))
-    original = {new: name for name, new in electra_names(tensors).items()}
+def _source(folder: Path, content: HfFolder, prefixes: Iterable[str], num_layers: int) -> Source:
+    form, tensors = content.format, content.tensors
+    check_layers(tensors, form.before_layer, num_layers, str(folder))
+    original = {new: name for name, new in form.stock_names(tensors).items()}
     renamed = {new: tensors[name] for new, name in original.items()}
-    return Source(folder, renamed, original, hf_names, tuple(prefixes))
+    heads = form.heads(content.config, renamed)
+    return Source(folder, renamed, original, form.foreign_names, tuple(prefixes), form, heads)
 
 
 def _convert(
@@ -435,8 +506,8 @@ def _report_unused(
 def _initialized_warning(initialized: list[str], sources: list[Source]) -> str:
     parts = sorted({name.split(".")[0] for name in initialized})
     folders = ", ".join(str(source.folder) for source in sources)
-    is_electra = any("discriminator_head." in source.prefixes for source in sources)
-    lacks_part = "discriminator" in parts or ("generator" in parts and is_electra)
+    is_for_both = any(source.starts_both is not None for source in sources)
+    lacks_part = "discriminator" in parts or ("generator" in parts and not is_for_both)
     shared = "; shared parameters come from the other part" if lacks_part else ""
     return (
         f"{', '.join(parts)}: not in {folders}; {len(initialized)} tensors are initialized{shared}"
@@ -445,16 +516,20 @@ def _initialized_warning(initialized: list[str], sources: list[Source]) -> str:
 
 def _reason(source: Source, name: str, first: Source) -> str | None:
     """The reason why a tensor is not used, or None for an unknown one. first: the first source."""
-    tensors, value = source.tensors, source.tensors[name]
-    if name == "generator_lm_head.weight" and _equals(value, tensors.get(WORD_TABLE)):
+    tensors, value, form = source.tensors, source.tensors[name], source.format
+    if form and name == form.output_matrix and _equals(value, tensors.get(form.word_table)):
         return "tied to the word table"
-    if name == "cls.predictions.decoder.bias" and _equals(value, tensors["generator_lm_head.bias"]):
+    if form and name in form.copies and _equals(value, tensors.get(form.copies[name])):
         return "a copy of the output bias"
     if source is not first and _equals(value, first.tensors.get(name)):
         return f"shared: equal to that of {first.folder.name}"
-    is_mlm_head = name.startswith(("generator_lm_head.", "generator_predictions."))
-    if is_mlm_head and "generator_head." not in source.prefixes:
+    head = form.head_of(name, source.heads) if form else None
+    if head == "generator" and "generator_head." not in source.prefixes:
         return "language-modelling head: this run has no such head of the same size"
+    if head == "discriminator":
+        return "head that detects replaced tokens: this run has none"
+    if head == "task":
+        return "head of a task"
     return next((reason for pattern, reason in REASONS if re.search(pattern, name)), None)
 
 

@@ -6,8 +6,8 @@ A MODEL is the path of one of these:
     OUT/ckpt/STEP                  a checkpoint
     DIR/TASK, DIR/TASK/seed-N,     a fine-tuned model; DIR/TASK must hold the model of one seed
     DIR/TASK/seed-N/model
-    a Hugging Face folder          config.json and weights of an ELECTRA model, or a folder with
-                                   discriminator/ and generator/, as `export` writes it
+    a Hugging Face folder          config.json and weights of an ELECTRA or ModernBERT model, or
+                                   discriminator/ and generator/ in it, as `export` writes it
 
 `load` returns both parts of a model for use in Python, `load_objective` the module that is trained,
 `load_pretrained` the main encoder for fine-tuning, `read_checkpoint` plain tensors.
@@ -30,8 +30,7 @@ from electra_ds.interop.checkpoints import (
     read_checkpoint,
     resolve_checkpoint,
 )
-from electra_ds.interop.hf import from_hf_config
-from electra_ds.interop.hf_folder import is_hf_folder, read_folder, stated_length
+from electra_ds.interop.hf_folder import is_hf_folder, read_config, read_folder, stated_length
 from electra_ds.interop.parts import (
     EncoderWithHead,
     encoder_from_hf,
@@ -128,10 +127,10 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
         # A generator's folder has the sizes of another encoder.
         if (folder := source.hf.get("discriminator")) is None:
             raise UserError(f"{path}: found only generator/; expected discriminator/ beside it")
-        entries = load_tokenizer(tokenizer or folder).vocab_size
-        config, tensors = read_folder(folder, entries)
-        model, _ = from_hf_config(config, where=f"{folder}/config.json")
-        state = encoder_from_hf(model, tensors, str(folder))
+        read_config(folder)  # a model of another type often has another kind of vocabulary
+        content = read_folder(folder, load_tokenizer(tokenizer or folder).vocab_size)
+        model, _ = content.format.parse(content.config, where=f"{folder}/config.json")
+        state = encoder_from_hf(model, content, str(folder))
         words = checked_tokenizer(tokenizer or folder, model.vocab_size)
         length = stated_length(folder)
         trained = length if length is not None and length < model.max_positions else None
@@ -222,22 +221,25 @@ def _load_fine_tuned(folder: Path, tokenizer: Path | None) -> LoadedModel:
 
 def _load_hf(folders: dict[str, Path], tokenizer: Path | None) -> LoadedModel:
     first = next(iter(folders.values()))
+    read_config(first)  # a model of another type often has another kind of vocabulary
     entries = load_tokenizer(tokenizer or first).vocab_size
     contents = {part: read_folder(folder, entries) for part, folder in folders.items()}
-    config = next(config for config, _ in contents.values())
-    model, _ = from_hf_config(config, where=f"{first}/config.json")
+    main = next(iter(contents.values()))
+    model, _ = main.format.parse(main.config, where=f"{first}/config.json")
     words = checked_tokenizer(tokenizer or first, model.vocab_size)
     parts: dict[str, nn.Module] = {}
     for part, folder in folders.items():
-        sizes, _ = from_hf_config(contents[part][0], where=f"{folder}/config.json")
-        encoder = part_from_hf(sizes, contents[part][1], words.special_ids.pad, str(folder))
+        content = contents[part]
+        sizes, _ = content.format.parse(content.config, where=f"{folder}/config.json")
+        encoder = part_from_hf(sizes, content, words.special_ids.pad, str(folder))
         # `export` writes a main encoder that predicts tokens as a folder named discriminator.
         is_alone = len(folders) == 1 and folder.name != "discriminator"
         if is_alone and isinstance(encoder.head, MaskedLMHead):
             part = "generator"
         parts[part] = encoder
     max_length = min(stated_length(first) or model.max_positions, model.max_positions)
-    return _loaded(parts.get("discriminator"), parts.get("generator"), words, config, max_length)
+    found = parts.get("discriminator"), parts.get("generator")
+    return _loaded(*found, words, main.config, max_length)
 
 
 def _loaded(

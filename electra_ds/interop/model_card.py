@@ -6,20 +6,17 @@ from typing import Any, NamedTuple
 
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted
+from electra_ds.interop.hf_format import HfFormat, Role
 
-PIPELINE_TAGS = {
-    "ElectraForPreTraining": "feature-extraction",
-    "ElectraForMaskedLM": "fill-mask",
-    "ElectraForSequenceClassification": "text-classification",
-    "ElectraForTokenClassification": "token-classification",
+PIPELINE_TAGS: dict[Role, str] = {
+    "detection": "feature-extraction",
+    "prediction": "fill-mask",
+    "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
 }
-SIZES = (
-    "{num_hidden_layers} layers, hidden {hidden_size}, {num_attention_heads} heads, "
-    "feed-forward {intermediate_size}, embedding {embedding_size}, vocabulary {vocab_size:,}"
-)
-# Last lines of the loading code: what a user does with `logits` of each class.
+# Last lines of the loading code: what a user does with `logits` of each role.
 READ_DETECTION = """\
-replaced = logits[0].sigmoid()  # one probability for each token
+replaced = {logits}.sigmoid()  # one probability for each token
 print(list(zip(tokenizer.convert_ids_to_tokens(inputs.input_ids[0]), replaced.tolist())))"""
 READ_MASKED = """\
 is_mask = inputs.input_ids[0] == tokenizer.mask_token_id
@@ -35,32 +32,37 @@ print(list(zip(tokenizer.convert_ids_to_tokens(inputs.input_ids[0]), tags)))"""
 class Card(NamedTuple):
     """Facts of one exported folder that its config.json does not contain.
 
-    purpose: one sentence. facts: title -> value, in the order of the table.
+    purpose: one sentence. facts: title -> value, in the order of the table. role: of its class.
     takes_pairs: whether the input is a pair of texts. reads_cls: whether the logits of the first
     token are those of the whole text.
     """
 
     purpose: str
     facts: Mapping[str, str]
+    role: Role
     takes_pairs: bool = False
     reads_cls: bool = False
 
 
-def render_card(name: str, config: Mapping[str, Any], parameters: int, card: Card) -> str:
+def render_card(
+    name: str, form: HfFormat, config: Mapping[str, Any], parameters: int, card: Card
+) -> str:
     """The Markdown text of README.md for a folder called `name` with this config.json."""
     architecture, name = config["architectures"][0], printable(name)
     rows = {
         "class": architecture,
-        "sizes": SIZES.format(**config),
+        "sizes": form.sizes_text.format(**config),
         "parameters": f"{parameters:,}",
         **card.facts,
     }
+    if requirement := form.requirement(config):
+        rows["needs"] = requirement
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: {PIPELINE_TAGS[architecture]}",
+        f"pipeline_tag: {PIPELINE_TAGS[card.role]}",
         "tags:",
-        "- electra",
+        f"- {form.model_type}",
         "- electra_ds",
         "---",
         "",
@@ -71,7 +73,7 @@ def render_card(name: str, config: Mapping[str, Any], parameters: int, card: Car
         f"Load it from the folder that contains `{name}`:",
         "",
         "```python",
-        *_loading_code(name, config, card),
+        *_loading_code(name, form, config, card),
         "```",
         "",
         "| | |",
@@ -82,10 +84,10 @@ def render_card(name: str, config: Mapping[str, Any], parameters: int, card: Car
     return "\n".join(lines)
 
 
-def _loading_code(name: str, config: Mapping[str, Any], card: Card) -> list[str]:
+def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Card) -> list[str]:
     architecture = config["architectures"][0]
     texts = '"The first text.", "The second text."' if card.takes_pairs else '"A short text."'
-    if architecture == "ElectraForMaskedLM":
+    if card.role == "prediction":
         texts = 'f"A short {tokenizer.mask_token}."'
     return [
         "import torch",
@@ -96,17 +98,16 @@ def _loading_code(name: str, config: Mapping[str, Any], card: Card) -> list[str]
         f'inputs = tokenizer({texts}, return_tensors="pt")',
         "with torch.no_grad():",
         "    logits = model(**inputs).logits",
-        _reading_code(config, card),
+        _reading_code(form, config, card),
     ]
 
 
-def _reading_code(config: Mapping[str, Any], card: Card) -> str:
-    architecture = config["architectures"][0]
-    if architecture == "ElectraForPreTraining":
-        return READ_DETECTION
-    if architecture == "ElectraForMaskedLM":
+def _reading_code(form: HfFormat, config: Mapping[str, Any], card: Card) -> str:
+    if card.role == "detection":
+        return READ_DETECTION.format(logits=form.detection_logits)
+    if card.role == "prediction":
         return READ_MASKED
-    if architecture == "ElectraForTokenClassification":
+    if card.role == "token_classification":
         return READ_CLASS_AT_CLS if card.reads_cls else READ_TAGS
     return READ_VALUE if config["problem_type"] == "regression" else READ_CLASS
 

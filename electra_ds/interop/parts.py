@@ -3,14 +3,12 @@
 Dimensions: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.architectures import ModelConfig
-from electra_ds.interop.hf import from_hf
+from electra_ds.interop.hf_folder import HfFolder
 from electra_ds.model.heads import MaskedLMHead
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.registry import architecture_of
@@ -121,40 +119,36 @@ def encoder_with_task_head(model: ModelConfig, outputs: int) -> nn.ModuleDict:
     return modules
 
 
-def encoder_from_hf(
-    model: ModelConfig, tensors: Mapping[str, Tensor], where: str
-) -> dict[str, Tensor]:
+def encoder_from_hf(model: ModelConfig, content: HfFolder, where: str) -> dict[str, Tensor]:
     """Our tensors of the encoder of one Hugging Face folder, fp32, compared with its config.
 
-    model: sizes of this folder. tensors: its state_dict. where: the folder, for messages.
-    UserError for missing tensors, another number of layers, other shapes and values that are not
-    finite.
+    model: sizes of this folder. where: the folder, for messages. UserError for missing tensors,
+    another number of layers, other shapes and values that are not finite.
     """
-    check_layers(tensors, "encoder.layer.", model.num_layers, where)
+    check_layers(content.tensors, content.format.before_layer, model.num_layers, where)
     shapes = shapes_of(lambda: main_encoder(model), where)
-    state = from_hf(tensors, shapes, "discriminator")
+    state = content.format.from_hf(content.tensors, shapes, "discriminator")
     check_state(state, shapes, where)
     return state
 
 
-def part_from_hf(
-    model: ModelConfig, tensors: Mapping[str, Tensor], pad_id: int, where: str
-) -> EncoderWithHead:
-    """The encoder of one Hugging Face folder, with the ELECTRA head that its tensors contain.
+def part_from_hf(model: ModelConfig, content: HfFolder, pad_id: int, where: str) -> EncoderWithHead:
+    """The encoder of one Hugging Face folder, with the head of pretraining that it contains.
 
     Arguments and UserError as in `encoder_from_hf`. Heads of tasks are left out.
     """
-    encoder_from_hf(model, tensors, where)
+    encoder_from_hf(model, content, where)
     modules = main_encoder(model)
     head: nn.Module | None = None
     architecture = architecture_of(model)
-    if "discriminator_predictions.dense.weight" in tensors:
+    heads = content.format.heads(content.config, content.tensors)
+    if "discriminator" in heads:
         head = architecture.discriminator_head()
         modules["discriminator_head"] = head
-    elif "generator_predictions.dense.weight" in tensors:
+    elif "generator" in heads:
         head = architecture.masked_lm_head(model, model.word_width)
         modules["mlm_head"] = head
-    state = from_hf(tensors, true_state(modules), "discriminator")
+    state = content.format.from_hf(content.tensors, true_state(modules), "discriminator")
     check_values(state, where)
     load_true_state(modules, state)
     return EncoderWithHead(modules["embeddings"], modules["discriminator"], head, pad_id)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.interop.hf import hf_names
+from electra_ds.interop.hf_electra import ElectraFormat
 
+ELECTRA = ElectraFormat()
 # A variable has the name of Hugging Face's parameter, with "/" for "." and these changes.
 DIFFERENCES = {
     r"^generator_lm_head\.bias$": "generator_predictions.output_bias",
@@ -27,7 +28,7 @@ DIFFERENCES = {
 
 def tf_names(name: str) -> tuple[str, ...]:
     """The variables that hold one of our parameters: one, or three for a fused qkv."""
-    names = list(hf_names(name))
+    names = list(ELECTRA.foreign_names(name))
     if name.startswith(("generator.", "generator_embeddings.")):
         names = [foreign.replace("electra.", "generator.", 1) for foreign in names]
     for pattern, replacement in DIFFERENCES.items():

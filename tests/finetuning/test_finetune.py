@@ -13,6 +13,7 @@ from lock_owner import hold
 from running import CPU, ROOT, read_json, run_cli
 from small_tasks import WORDS
 
+from electra_ds.common.special_ids import SpecialIds
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.batches import (
     Encoded,
@@ -28,7 +29,7 @@ from electra_ds.finetuning.examples import Example, read_examples
 from electra_ds.finetuning.model import Classifier, layerwise
 from electra_ds.finetuning.predict import decode, logits_of
 from electra_ds.finetuning.tasks import Task, load_task
-from electra_ds.interop.hf import classifier_to_hf, hf_config, to_hf
+from electra_ds.interop.hf import format_of
 from electra_ds.model.weights import true_state
 
 GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
@@ -268,11 +269,13 @@ def stock_classifier(module: Classifier, model, kind: str) -> torch.nn.Module:
     """The stock class of transformers with the weights of `module`."""
     import transformers
 
-    name, state = classifier_to_hf(true_state(module), kind)
+    form = format_of(model)
+    role, state = form.classifier(true_state(module), kind)
     labels = 1 if kind == "regression" else 3
-    values = hf_config(model, None, "discriminator", 0)
+    ids = SpecialIds(**run_folders.IDS)
+    values = form.config(model, None, ids, role)
     config = transformers.ElectraConfig(**values, num_labels=labels)
-    stock = getattr(transformers, name)(config).eval()
+    stock = getattr(transformers, form.classes[role])(config).eval()
     assert not stock.load_state_dict(state, strict=False).missing_keys
     return stock
 
@@ -308,7 +311,7 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
         sizes = {name: len(value) for name, value in true_state(module).items()}
         grads = {name: p.grad[: sizes[name]] for name, p in module.named_parameters()}
-        for name, grad in to_hf(grads, "discriminator").items():
+        for name, grad in format_of(model).to_hf(grads, "discriminator").items():
             torch.testing.assert_close(
                 grad, expected_grads[name], atol=1e-6 * largest, rtol=1e-4, msg=name
             )

@@ -25,7 +25,7 @@ from electra_ds.config.loading import load_run, parse_run
 from electra_ds.data.batch import Batch
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.export import export
-from electra_ds.interop.hf import hf_config
+from electra_ds.interop.hf import format_of
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 from electra_ds.interop.load_model import (
     load,
@@ -377,7 +377,9 @@ def test_load_pretrained_refuses_other_folders_and_tokenizers(tmp_path):
             load_pretrained(tmp_path / path)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
-    config = hf_config(run_folders.config().model, None, "discriminator", 0)
+    run_config = run_folders.config()
+    form, ids = format_of(run_config.model), run_config.data.special_ids
+    config = form.config(run_config.model, None, ids, "detection")
     (pickled / "config.json").write_text(json.dumps(config))
     torch.save({"x": Path}, pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):  # code in a pickle is not run

@@ -11,7 +11,7 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import ElectraGeneratorConfig, ElectraModelConfig
 from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data.batch import Batch
-from electra_ds.interop.hf import from_hf, from_hf_config, hf_config, to_hf
+from electra_ds.interop.hf_electra import ElectraFormat
 from electra_ds.interop.tf import as_tensors, tf_names
 from electra_ds.model.objective import (
     ElectraObjective,
@@ -24,6 +24,8 @@ from electra_ds.model.weights import load_true_state, true_state
 DATA = Path(__file__).parents[1] / "files" / "tf_reference"
 IDS = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+HF = ElectraFormat()
+ROLES = {"discriminator": "detection", "generator": "prediction"}
 BOUND = 1e-5  # relative, fp32
 
 
@@ -146,9 +148,13 @@ def pair(hidden_size, embedding_size, generator, sharing):
     return model, gen, ElectraObjective(model, gen, ObjectiveConfig(), IDS, seed=1)
 
 
+def hf_config(model, gen, part):
+    return HF.config(model, gen if part == "generator" else None, IDS, ROLES[part])
+
+
 def stock(model, gen, part, seed=5):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ElectraConfig(**hf_config(model, gen, part, IDS.pad))
+    config = transformers.ElectraConfig(**hf_config(model, gen, part))
     torch.manual_seed(seed)
     made = getattr(transformers, config.architectures[0])(config).eval()
     with torch.no_grad():
@@ -193,27 +199,31 @@ def test_logits_equal_those_of_the_hugging_face_classes_after_conversion_both_wa
         assert float((our_logits(objective, batch, part) - logits)[real].abs().max()) <= 1e-5
 
     load_true_state(
-        objective, from_hf(theirs.state_dict(), true_state(objective), part), partial=True
+        objective, HF.from_hf(theirs.state_dict(), true_state(objective), part), partial=True
     )
     compare_logits()  # theirs -> ours
     for p in objective.parameters():
         p.add_(torch.randn_like(p) * 0.05)
-    missing, unexpected = theirs.load_state_dict(to_hf(true_state(objective), part), strict=False)
+    missing, unexpected = theirs.load_state_dict(
+        HF.to_hf(true_state(objective), part), strict=False
+    )
     assert not unexpected and all("position_ids" in name for name in missing)
     compare_logits()  # ours -> theirs
 
 
 def test_sizes_are_unchanged_by_conversion_to_config_json_and_back():
     model, gen, _ = pair(**SHAPES["projected"])
-    configs = [hf_config(model, gen, part, IDS.pad) for part in ("discriminator", "generator")]
-    assert from_hf_config(*configs) == (model, gen)
+    configs = [hf_config(model, gen, part) for part in ("discriminator", "generator")]
+    assert HF.parse(*configs) == (model, gen)
     with pytest.raises(UserError, match="hidden_act"):
-        from_hf_config(configs[0] | {"hidden_act": "relu"})
+        HF.parse(configs[0] | {"hidden_act": "relu"})
     with pytest.raises(UserError, match=r"hidden_size = .1/4."):
-        from_hf_config(configs[0], configs[1] | {"hidden_size": "1/4"})
+        HF.parse(configs[0], configs[1] | {"hidden_size": "1/4"})
 
 
 def test_the_weights_of_the_other_encoder_are_refused():
     *_, objective = pair(**SHAPES["projected"])
     with pytest.raises(UserError, match=r"generator_predictions|generator_lm_head"):
-        from_hf(to_hf(true_state(objective), "discriminator"), true_state(objective), "generator")
+        HF.from_hf(
+            HF.to_hf(true_state(objective), "discriminator"), true_state(objective), "generator"
+        )

@@ -8,7 +8,7 @@ import torch
 
 from electra_ds.config.loading import load_run, parse_run
 from electra_ds.config.schema import RunConfig
-from electra_ds.model.electra import Embeddings, Encoder
+from electra_ds.interop.parts import encoder_with_task_head
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpointer
@@ -24,6 +24,20 @@ SIZES = {
         hidden_size=48, num_layers=2, num_heads=2, ffn_size=80, embedding_size=32, max_positions=40
     ),
     "generator": dict(hidden_size=32, num_layers=2, num_heads=1, ffn_size=64),
+}
+# Of the architecture modernbert: a local window smaller than a row, and unusual bases.
+MODERN_SIZES = {
+    "model": dict(
+        hidden_size=48,
+        num_layers=4,
+        num_heads=2,
+        ffn_size=40,
+        max_positions=40,
+        local_attention=8,
+        global_theta=500.0,
+        local_theta=100.0,
+    ),
+    "generator": dict(hidden_size=48, num_layers=2, num_heads=2, ffn_size=40),
 }
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -49,11 +63,16 @@ class SingleProcessWeights:
         return {}
 
 
-def config(sharing: str = "shared", kind: str = "electra") -> RunConfig:
-    values = load_run("tiny").model_dump(mode="json")
-    for section, sizes in SIZES.items():
+def config(
+    sharing: str = "shared", kind: str = "electra", architecture: str = "electra"
+) -> RunConfig:
+    is_modern = architecture == "modernbert"
+    values = load_run("modern-tiny" if is_modern else "tiny").model_dump(mode="json")
+    for section, sizes in (MODERN_SIZES if is_modern else SIZES).items():
         values[section] |= sizes
     values["model"] |= {"sharing": sharing, "vocab_size": 600}
+    if is_modern and sharing == "untied":
+        values["generator"] |= {"hidden_size": 24, "num_heads": 1}
     if sharing == "all":
         values["generator"] |= {key: values["model"][key] for key in values["generator"]}
     values["data"] |= {"special_ids": IDS}
@@ -94,9 +113,11 @@ def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) 
     )
 
 
-def pretrained(out: Path, sharing: str = "shared", kind: str = "electra") -> ElectraObjective:
+def pretrained(
+    out: Path, sharing: str = "shared", kind: str = "electra", architecture: str = "electra"
+) -> ElectraObjective:
     """Write a run folder with its vocabulary, as finetune and export read it; its module."""
-    run = config(sharing, kind)
+    run = config(sharing, kind, architecture)
     module = objective(run)
     save(out / "ckpt", "final", true_state(module), run.model_dump(mode="json"))
     (out / "ckpt" / "latest").write_text("final\n")
@@ -121,17 +142,10 @@ TASKS = {
 }
 
 
-def fine_tuned(folder: Path, name: str) -> torch.nn.ModuleDict:
+def fine_tuned(folder: Path, name: str, architecture: str = "electra") -> torch.nn.ModuleDict:
     """Write a fine-tuned model of a task in TASKS as folder/model; its encoder and head."""
-    model, task = config().model, TASKS[name]
-    parts = torch.nn.ModuleDict(
-        {
-            "embeddings": Embeddings(model, 32, 0.0),
-            "discriminator": Encoder(model, 32, 1e-12),
-            "head": torch.nn.Linear(48, task["outputs"]),
-        }
-    )
-    drawn(parts)
+    model, task = config(architecture=architecture).model, TASKS[name]
+    parts = drawn(encoder_with_task_head(model, task["outputs"]))
     kind = "classification" if name == "many classes" else name
     described = {
         "name": "own",
