@@ -127,21 +127,21 @@ def test_a_window_of_a_short_row_is_the_formula_in_every_backend(backend):
     assert_is_formula(random_qkv(document_ids), document_ids, mask, 8, backend)
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
-@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize(("window", "is_rotated"), [(8, False), (8, True), (None, True)])
 def test_the_gradient_with_dropout_is_that_of_the_value(window, is_rotated):
     """Blocks, or dense rows: the same factors of dropout in forward and backward."""
-    document_ids = rows_of_documents("all kinds", 50)[2:]
+    document_ids = rows_of_documents("padding", 49)[:1]
     mask = packed_mask(document_ids, torch.float64, window=window)
     assert (mask.blocks is not None) == (window is not None)
-    rotary = tables_of(document_ids) if is_rotated else None
-    qkv = random_qkv(document_ids, torch.float64).requires_grad_()
+    positions = positions_in_documents(document_ids)
+    rotary = rotary_tables(positions, 2, THETA) if is_rotated else None
+    qkv = random_qkv(document_ids, torch.float64)[..., :12].requires_grad_()
 
     def repeatable(t):
         torch.manual_seed(3)
         return attention(t, HEADS, mask, dropout=0.4, rotary=rotary)
 
-    assert torch.autograd.gradcheck(repeatable, qkv, fast_mode=True)
+    assert torch.autograd.gradcheck(repeatable, qkv)  # its fast mode misses errors
     assert not torch.equal(repeatable(qkv), attention(qkv, HEADS, mask, rotary=rotary))
 
 
