@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from modern_scenarios import KINDS, MODERN_STEPS
 from small_objective import IDS, VOCAB, counts_of, make_batch
 
 from electra_ds.common.errors import UserError
@@ -270,6 +271,21 @@ def test_a_kind_trains_and_resumes_at_another_stage(kind_runs, data, kind):
     if kind.endswith("mlm"):
         with pytest.raises(UserError, match=f"objective.kind = {kind} predicts tokens"):
             Detector.load(kind_runs / f"{kind}-whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_modernbert_trains_resumes_and_is_evaluated(kind_runs, data, kind):
+    run = kind_runs / f"modern-{kind}"
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["split"] == "train"] == [
+        *range(1, MODERN_STEPS + 1)
+    ]
+    assert all(math.isfinite(value) for pair in losses(run) for value in pair)
+    values = evaluate_checkpoint(run, data, max_rows=8)
+    # JSON has no NaN, such as the precision of a detector that found nothing.
+    valid = {k: v for k, v in read_metrics(run / "metrics.jsonl")[-1].items() if v is not None}
+    assert valid.keys() >= {"unigram_loss", "tokens"}
+    for key in values.keys() & valid.keys():
+        assert values[key] == pytest.approx(valid[key], rel=1e-4), key
 
 
 def test_a_factory_trains_stops_and_resumes_like_the_uninterrupted_run(kind_runs, data):
