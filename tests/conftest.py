@@ -1,13 +1,17 @@
 """Fixtures that many tests share."""
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import shard_data
 import small_corpus
+import small_objective
 from hypothesis import settings
+
+from electra_ds.model.objective import ElectraObjective
 
 # The examples of the property tests are the same in each run; HYPOTHESIS_PROFILE=default searches on.
 settings.register_profile("repeatable", derandomize=True)
@@ -38,3 +42,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 300 short documents (in) and a vocabulary of whole words (tok)."""
     return small_corpus.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(params=["electra", "modernbert"])
+def build(request: pytest.FixtureRequest) -> Callable[..., ElectraObjective]:
+    """`small_objective.build` of each architecture."""
+    return functools.partial(small_objective.build, architecture=request.param)

@@ -180,8 +180,39 @@ def _apply(values: Values, setting: str) -> None:
 
 
 def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
-    lines = [_line(dict(problem), root) for problem in error.errors()]
+    lines: list[str] = []
+    foreign: dict[str, list[str]] = {}  # other architecture -> keys that are fields of it
+    for problem in map(dict, error.errors()):
+        location = [str(part) for part in problem["loc"]]
+        is_unknown = problem["type"] == "extra_forbidden"
+        if is_unknown and (other := _other_architecture(root, location)):
+            foreign.setdefault(other, []).append(printable(".".join(location)))
+        else:
+            lines.append(_line(problem, root))
+    own = next((name for name, schema in RUNS.items() if schema is root), "")
+    lines += [_foreign_line(keys, other, own) for other, keys in foreign.items()]
     return f"{printable(where)}: " + "\n  ".join(lines)
+
+
+def _foreign_line(keys: list[str], other: str, own: str) -> str:
+    """One line for keys that are fields of another architecture than that of the config."""
+    fields, those = ("a field", "it") if len(keys) == 1 else ("fields", "them")
+    configs = (f"{name} ({', '.join(_presets_of(name))})" for name in (other, own))
+    return (
+        f"{', '.join(keys)}: {fields} of the architecture {other}, but model.architecture = {own}; "
+        f"leave {those} out, or start from a config of one architecture: {' or '.join(configs)}"
+    )
+
+
+def _presets_of(architecture: str) -> list[str]:
+    """Names of the shipped run configs of an architecture."""
+    files = {name: config_folder("pretrain") / f"{name}.json" for name in config_names("pretrain")}
+    models = {name: read_json(path, "a pretrain config")["model"] for name, path in files.items()}
+    return [
+        name
+        for name, model in models.items()
+        if model.get("architecture", DEFAULT_ARCHITECTURE) == architecture
+    ]
 
 
 def _line(problem: Values, root: type[BaseModel]) -> str:
@@ -190,11 +221,6 @@ def _line(problem: Values, root: type[BaseModel]) -> str:
     key, value = printable(".".join(location)), problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _fields_at(root, location[:-1])
-        if other := _other_architecture(root, location):
-            return (
-                f"{key}: a field of the architecture {other}, not of this model; leave it out, or "
-                f"set model.architecture = {other}; known here: {', '.join(known)}"
-            )
         suggestion = nearest(location[-1], known)
         return f"{key}: unknown key{suggestion}; known here: {', '.join(known)}"
     if problem["type"] == "missing":

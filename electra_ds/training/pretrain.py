@@ -19,6 +19,7 @@ from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
 from electra_ds.common.urls import is_url, redacted
+from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
@@ -240,6 +241,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     if found is None:
         if options.init_from is not None:
             source = find_checkpoint(options.init_from)
+            _check_same_architecture(source, config)
             _check_same_vocabulary(source, attempt.data.source.tokenizer)
             checkpoint.load(engine, source, rows, weights_only=True)
             attempt.print(
@@ -252,9 +254,14 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
         lengths = ("train.total_steps:", "train.epochs:")
         science = [line for line in science if not line.startswith(lengths)]
     if science:
+        fits = not any(line.startswith("model.architecture:") for line in science)
         raise UserError(
-            f"{found} was trained with another config: {'; '.join(science)}. Use the old values, "
-            "choose another --out, or start from its weights with --init-from"
+            f"{found} was trained with another config: {'; '.join(science)}. Use the old values"
+            + (
+                ", choose another --out, or start from its weights with --init-from"
+                if fits
+                else " or choose another --out; its weights fit its own architecture only"
+            )
         )
     consumed_rows_from_state(meta.state.data, attempt.data.reader, attempt.data.row_order)
     consumed = meta.state.attempts * config.train.global_batch_size
@@ -269,6 +276,19 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     changed = f"; now {', '.join(machine)}" if machine else ""
     attempt.print(f"resuming {found} at step {meta.state.step}{changed}")
     return meta.state
+
+
+def _check_same_architecture(source: Path, config: RunConfig) -> None:
+    """Raise UserError when the weights of a checkpoint are of another architecture."""
+    theirs = parse_run(checkpoint.read_meta(source).config, f"{source}/meta.json").model
+    if isinstance(theirs, ModelConfig) and isinstance(config.model, ModelConfig):
+        name, own = theirs.architecture, config.model.architecture
+        if name != own:
+            raise UserError(
+                f"--init-from {printable(source)}: model.architecture = {name}, but {own} in this "
+                f"run: its weights do not fit; expected a run of {own}, or start from a config of "
+                f"{name}"
+            )
 
 
 def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:

@@ -15,10 +15,12 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config import engine_files, loading
 from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, load_run, parse_run
-from electra_ds.config.schema import RunConfig
+from electra_ds.config.schema import RUNS, RunConfig
 from electra_ds.training import precision
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+PRESETS = {"electra": "tiny", "modernbert": "modern-tiny"}  # of each architecture
+each_architecture = pytest.mark.parametrize("architecture", RUNS)
 
 
 def refusal(*arguments, **keywords):
@@ -28,8 +30,8 @@ def refusal(*arguments, **keywords):
     return str(caught.value)
 
 
-def fields(section=RunConfig, prefix=""):
-    """(name with sections, field) of every field that is not a section."""
+def fields(section=RUNS["electra"], prefix=""):
+    """(name with sections, field) of every field of a schema that is not a section."""
     for name, info in section.model_fields.items():
         kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
         inner = next(
@@ -58,8 +60,9 @@ def tiny_file(tmp_path):
 # --------------------------------------------------------------------------------------------- keys
 
 
-def test_every_field_has_a_meaning_and_a_scope():
-    found = dict(fields())
+@each_architecture
+def test_every_field_has_a_meaning_and_a_scope(architecture):
+    found = dict(fields(RUNS[architecture]))
     assert (
         len(found) > 50 and "train.global_batch_size" in found and "data.special_ids.mask" in found
     )
@@ -68,8 +71,10 @@ def test_every_field_has_a_meaning_and_a_scope():
         assert info.json_schema_extra["scope"] in ("science", "machine"), name
 
 
-def test_the_machine_scope_holds_no_field_that_changes_the_training():
-    machine = {name for name, info in fields() if info.json_schema_extra["scope"] == "machine"}
+@each_architecture
+def test_the_machine_scope_holds_no_field_that_changes_the_training(architecture):
+    found = fields(RUNS[architecture])
+    machine = {name for name, info in found if info.json_schema_extra["scope"] == "machine"}
     assert {"engine", "train.micro_batch_size", "logging.every", "checkpoint.every"} <= machine
     assert not machine & {
         "train.global_batch_size",
@@ -201,7 +206,8 @@ def test_the_engine_argument_overrides_the_file():
 
 def test_an_unknown_name_is_refused_with_the_list_of_names():
     message = refusal("smal")
-    assert "did you mean 'small'?" in message and "base, large, small, small++, tiny" in message
+    assert "did you mean 'small'?" in message
+    assert "; there are base, large, modern-base, " in message and "small++, tiny; " in message
     assert "nowhere.json: not found" in refusal("nowhere.json")
     with pytest.raises(UserError, match="did you mean 'zero1'"):
         load_engine("zerol1")
@@ -216,8 +222,9 @@ def test_a_file_without_a_json_object_is_refused(tmp_path, content):
             read(str(path))
 
 
-def test_a_resolved_config_is_a_valid_run_config(tmp_path):
-    run = load_run("tiny").with_data(600, SPECIAL, 32)
+@each_architecture
+def test_a_resolved_config_is_a_valid_run_config(tmp_path, architecture):
+    run = load_run(PRESETS[architecture]).with_data(600, SPECIAL, 32)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(run.model_dump(mode="json") | {"provenance": {"host": "x"}}))
     assert differences(run, load_run(str(path))) == ([], [])
@@ -288,14 +295,15 @@ def test_differences_name_the_field_in_a_table_of_sections():
     )
 
 
-def test_every_changed_field_is_reported_in_its_scope():
+@each_architecture
+def test_every_changed_field_is_reported_in_its_scope(architecture):
     def changed(section, names):
         first, *rest = names
         value = changed(getattr(section, first), rest) if rest else "something else"
         return section.model_copy(update={first: value})
 
-    old = load_run("tiny").with_data(600, SPECIAL, 32)
-    for name, info in fields():
+    old = load_run(PRESETS[architecture]).with_data(600, SPECIAL, 32)
+    for name, info in fields(RUNS[architecture]):
         if name == "provenance":
             continue
         found = dict(

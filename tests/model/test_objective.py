@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from small_objective import IDS, build, counts_of, make_batch
+from small_objective import IDS, counts_of, make_batch
 
 from electra_ds.data.batch import Batch
+from electra_ds.model.encoder import encode
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.losses import BINS, Totals, histogram
 from electra_ds.model.objective import mask_input, scatter_tokens
@@ -21,13 +22,10 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "full"])
 @pytest.mark.parametrize("with_counts", [False, True])
-def test_a_step_on_a_device_copies_nothing_to_the_host(is_packed, with_counts, monkeypatch):
+def test_a_step_on_a_device_copies_nothing_to_the_host(is_packed, with_counts, monkeypatch, build):
     """Reading a tensor without data on the host raises, where reading one on a GPU waits for it."""
-    for module in (
-        "heads",
-        "electra",
-        "modernbert",
-    ):  # there is no autocast for tensors of the device "meta"
+    # There is no autocast for tensors of the device "meta".
+    for module in ("heads", "electra", "modernbert"):
         monkeypatch.setattr(f"electra_ds.model.{module}.compute_dtype", lambda x: x.dtype)
     module, batch = build(dropout=0.1), make_batch()
     if not is_packed:
@@ -52,15 +50,13 @@ def test_masked_positions_become_mask_unless_they_keep_their_token():
     assert torch.equal(masked, expected)
 
 
-def test_losses_equal_their_definition():
+def test_losses_equal_their_definition(build):
     module, batch = build(), make_batch()
     masked_count, token_count = counts_of(batch)
     losses = module(batch, Totals(masked_count, token_count))
 
-    hidden = module.generator(
-        module.embeddings(mask_input(batch, IDS.mask), batch.segment_ids, batch.position_ids),
-        batch.document_ids,
-    )
+    masked = mask_input(batch, IDS.mask)
+    hidden = encode(module.embeddings, module.generator, masked, batch)
     logits = module.generator_head(hidden, module.embeddings.word)  # at every position
     corrupted, nll = batch.input_ids.clone(), 0.0
     for b in range(4):
@@ -79,7 +75,7 @@ def test_losses_equal_their_definition():
     assert all(value.dtype == torch.float32 for value in losses[:3]) and losses.counts is None
 
 
-def test_losses_of_micro_batches_add_up_to_those_of_the_whole_batch():
+def test_losses_of_micro_batches_add_up_to_those_of_the_whole_batch(build):
     batch, grads, sums = make_batch(), [], []
     for slices in ([slice(0, 4)], [slice(0, 1), slice(1, 4)]):
         module = build()
@@ -97,7 +93,7 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_whole_batch():
         assert torch.equal(whole, halves)
 
 
-def test_the_generator_loss_is_zero_without_masked_positions():
+def test_the_generator_loss_is_zero_without_masked_positions(build):
     module, batch = build(), rows_of(make_batch(), slice(3, 4))
     losses = module(batch, Totals(7, counts_of(batch).token_count))
     losses.total.backward()
@@ -105,19 +101,19 @@ def test_the_generator_loss_is_zero_without_masked_positions():
     assert not module.generator_head.dense.weight.grad.any()
 
 
-def test_padding_has_no_effect_on_the_losses():
+def test_padding_has_no_effect_on_the_losses(build):
     module, batch = build(), make_batch()
     other = batch._replace(input_ids=torch.where(batch.document_ids > 0, batch.input_ids, 77))
     assert torch.equal(module(batch, Totals(9, 9)).total, module(other, Totals(9, 9)).total)
 
 
-def test_the_same_batch_gives_the_same_bits():
+def test_the_same_batch_gives_the_same_bits(build):
     module, batch = build(), make_batch()
     first, second = module(batch, Totals(9, 9), with_counts=True), module(batch, Totals(9, 9))
     assert torch.equal(first.total, second.total)
 
 
-def test_no_gradient_passes_through_the_samples():
+def test_no_gradient_passes_through_the_samples(build):
     module, batch = build(gen_weight=0.0), make_batch()
     module(batch, counts_of(batch)).total.backward()
     for name, p in module.named_parameters():
@@ -126,7 +122,7 @@ def test_no_gradient_passes_through_the_samples():
     assert module.embeddings.word.weight.grad.any()
 
 
-def test_loss_weights_and_temperature_change_only_what_they_scale():
+def test_loss_weights_and_temperature_change_only_what_they_scale(build):
     batch = make_batch()
     args = batch, counts_of(batch)
     plain, weighted, hot = (
@@ -142,7 +138,7 @@ def test_loss_weights_and_temperature_change_only_what_they_scale():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_recomputed_layers_give_the_same_bits(bf16):
+def test_recomputed_layers_give_the_same_bits(bf16, build):
     """Loss and gradients of both encoders, with dropout, documents and padding."""
     batch, found = make_batch(), []
     for recompute in (False, True):
@@ -156,14 +152,14 @@ def test_recomputed_layers_give_the_same_bits(bf16):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_dropout_is_applied_in_training_only():
+def test_dropout_is_applied_in_training_only(build):
     module, batch = build(dropout=0.3), make_batch()
     assert not torch.equal(module(batch).total, module(batch).total)
     module.eval()
     assert torch.equal(module(batch).total, module(batch).total)
 
 
-def test_forward_returns_the_logits_of_discriminate():
+def test_forward_returns_the_logits_of_discriminate(build):
     module, batch = build(), make_batch()
     assert torch.equal(
         module(batch, task="discriminate"), module.discriminate(batch.input_ids, batch)
@@ -171,7 +167,7 @@ def test_forward_returns_the_logits_of_discriminate():
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "autocast"])
-def test_half_precisions_return_fp32_losses_close_to_those_of_fp32(kind):
+def test_half_precisions_return_fp32_losses_close_to_those_of_fp32(kind, build):
     module, batch = build().eval(), make_batch()
     exact = module(batch, counts_of(batch))
     if kind == "autocast":
@@ -187,7 +183,7 @@ def test_half_precisions_return_fp32_losses_close_to_those_of_fp32(kind):
     assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
 
-def test_weights_that_are_nan_give_a_loss_that_is_not_finite():
+def test_weights_that_are_nan_give_a_loss_that_is_not_finite(build):
     module, batch = build(), make_batch()
     with torch.no_grad():
         module.embeddings.norm.weight[0] = float("nan")
@@ -199,7 +195,7 @@ def test_weights_that_are_nan_give_a_loss_that_is_not_finite():
 # ------------------------------------------------------------------------------------------- counts
 
 
-def test_counts_equal_their_definition():
+def test_counts_equal_their_definition(build):
     module, batch = build(temperature=0.05), make_batch(seed=3)
     batch.input_ids[0, batch.masked_positions[0]] = 50  # with a generator that predicts 50
     with torch.no_grad():

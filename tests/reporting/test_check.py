@@ -49,7 +49,8 @@ def fields_with_default(section, prefix=""):
 
 
 def test_the_shipped_files_are_those_that_the_docs_name():
-    assert PRESETS == ["base", "large", "small", "small++", "tiny"]
+    modern = {"modern-base", "modern-large", "modern-small", "modern-tiny"}
+    assert set(PRESETS) == {"base", "large", "small", "small++", "tiny"} | modern
     assert ENGINES == ["zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
@@ -99,12 +100,27 @@ def test_a_single_rank_overlaps_nothing_at_stages_1_and_2(engine):
         ("base", 109_483_009, 119_386_427),
         ("large", 335_142_913, 354_655_291),
         ("small++", 13_549_057, 23_122_875),
+        ("modern-tiny", 4_526_465, 4_975_419),
+        ("modern-small", 26_918_785, 32_113_723),
+        ("modern-base", 134_363_905, 170_090_299),
+        ("modern-large", 375_510_017, 499_162_939),
     ],
 )
-def test_check_reports_the_parameters_of_the_authors_models(preset, discriminator, joint):
+def test_check_reports_the_parameters_of_every_size(preset, discriminator, joint):
     derived = {line.key: line.value for line in check(load_run(preset), 1).derived}
     assert (derived["discriminator"], derived["trained"]) == (f"{discriminator:,}", f"{joint:,}")
     assert derived["vocab_size"] == "30,522"
+
+
+@pytest.mark.parametrize(
+    ("preset", "encoder"), [("modern-base", 149_014_272), ("modern-large", 394_781_696)]
+)
+def test_a_modern_encoder_has_the_parameters_of_the_published_model(preset, encoder):
+    """With ModernBERT's vocabulary and without the head."""
+    run = load_run(preset, ["model.vocab_size=50368"])
+    width = run.model.hidden_size
+    head = width * width + width + width + 1  # dense, norm, classify
+    assert parameter_count(run).discriminator == encoder + head
 
 
 @pytest.mark.parametrize(
@@ -185,11 +201,11 @@ def test_model_states_shrink_with_the_stage_and_the_ranks():
         assert states == sorted(states, reverse=True)
 
 
-def test_activations_grow_with_the_rows_and_recomputation_reduces_them():
+@pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
+def test_activations_grow_with_the_rows_and_recomputation_reduces_them(preset):
     def needs(*sets):
-        return memory(load_run("tiny", ["data.sequence_length=128", *sets]), 1, [1], ["fp32"])[
-            1, "fp32"
-        ]
+        run = load_run(preset, ["data.sequence_length=128", *sets])
+        return memory(run, 1, [1], ["fp32"])[1, "fp32"]
 
     plain, half = needs(), needs("train.micro_batch_size=8")
     recomputed = needs("train.activation_checkpointing=true")
@@ -197,6 +213,20 @@ def test_activations_grow_with_the_rows_and_recomputation_reduces_them():
     assert plain.buckets == recomputed.buckets
     assert plain.activations > half.activations and plain.activations > recomputed.activations
     assert plain.peak - half.peak == plain.activations - half.activations
+
+
+def test_activations_of_local_layers_grow_with_the_row_and_not_with_its_square():
+    def activations(length, pattern):
+        sets = [f"data.sequence_length={length}", "model.local_attention=16"]
+        sets += [f"model.attention_pattern={json.dumps(pattern)}", "model.num_layers=6"]
+        sets += ["train.micro_batch_size=1", "model.vocab_size=100", "objective.kind=mlm"]
+        run = load_run("modern-tiny", sets)
+        return memory(run, 1, [1], ["fp32"])[1, "fp32"].activations
+
+    local = ["global"] + ["local"] * 5
+    short, long = activations(512, local), activations(1024, local)
+    assert 1.9 < long / short < 2.3
+    assert activations(1024, ["global"]) > 1.5 * long
 
 
 def test_the_operations_of_a_step_are_the_matrix_products_of_its_kind():
@@ -232,3 +262,21 @@ def test_the_operations_of_a_step_are_the_matrix_products_of_its_kind():
     # 4 rows, forward and twice as much in backward, 2 operations per multiply-add.
     expected = {kind: 4 * 3 * 2 * products for kind, products in per_row.items()}
     assert counted == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("length", "local_keys"), [(128, 128), (512, 192)])
+def test_the_operations_of_local_layers_are_those_of_their_blocks(length, local_keys):
+    """A block of 64 queries has the keys of three blocks, in rows that are longer than these."""
+    sets = [f"data.sequence_length={length}", "train.global_batch_size=4"]
+    run = load_run("modern-tiny", [*sets, "train.micro_batch_size=2"])
+    width, ffn = run.model.hidden_size, run.model.ffn_size
+    keys = {"global": length, "local": local_keys}
+
+    def encoder(e):
+        attended = sum(keys[kind] for kind in run.model.layer_kinds(e.num_layers))
+        return e.num_layers * (4 * width**2 + 3 * width * ffn) + 2 * width * attended
+
+    masked = max_masked_positions(run.objective.mask_prob, length)
+    per_row = length * (encoder(run.model) + encoder(run.generator) + (width + 1) * width)
+    per_row += masked * (width + 30528) * width
+    assert step_flops(run) == pytest.approx(4 * 3 * 2 * per_row, rel=1e-4)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from small_run import CUT, SMALL_MODEL, STEPS
+from small_run import CUT, SMALL_MODEL, SMALL_MODERN, STEPS
 
 from electra_ds.cluster import stop_signals
 from electra_ds.cluster.launchers import Ranks, find_ranks
@@ -22,8 +22,7 @@ from electra_ds.training import spike_guard
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.pretrain import AttemptOptions, pretrain_on_ranks
 
-SMALL = [
-    *SMALL_MODEL,
+SHORT = [
     "train.global_batch_size=16",
     "train.micro_batch_size=4",
     f"train.total_steps={STEPS}",
@@ -35,6 +34,8 @@ SMALL = [
     "logging.every=1",
     "logging.tensorboard=false",
 ]
+SMALL = [*SMALL_MODEL, *SHORT]
+SIZES = {"tiny": SMALL_MODEL, "modern-tiny": SMALL_MODERN}  # preset -> settings of a small model
 SAVED = "checkpoint.every=5"
 STOPPED = (0, 85)  # exit codes of a run that stopped as asked: under torchrun, under others
 
@@ -72,9 +73,17 @@ def begin(data: Path, outs: Path) -> None:
     spike_guard.WINDOW = 4  # the runs are short
 
 
-def train(name: str, engine: str, *sets: str, data: Path | str = "", **options) -> int | str:
+def train(
+    name: str,
+    engine: str,
+    *sets: str,
+    data: Path | str = "",
+    preset: str = "tiny",
+    **options,
+) -> int | str:
     """A run in OUTS/name; the exit code, or the message of the error that ended it."""
-    config, options = load_run("tiny", [*SMALL, *sets], engine), AttemptOptions(**options)
+    config = load_run(preset, [*SIZES[preset], *SHORT, *sets], engine)
+    options = AttemptOptions(**options)
     stop_signals.on_stop_signal(options.asked.append)
     out = here.outs / name
     try:

@@ -29,6 +29,7 @@ from loss_scenarios import (
     spike_on_one_rank,
     wrong_split,
 )
+from modern_scenarios import modern, modern_kinds, modern_on_one_rank, modern_refused
 from resume_scenarios import (
     evaluated,
     from_one_to_two,
@@ -74,12 +75,15 @@ PHASES = {  # ranks, scenarios
             bad_losses,
             signals_and_files,
             sharing,
+            modern,
+            modern_refused,
         ),
     ),
     "one": (
         1,
         (
             on_one_rank,
+            modern_on_one_rank,
             spike_on_one_rank,
             lost_folder,
             needed_memory,
@@ -91,9 +95,12 @@ PHASES = {  # ranks, scenarios
     "two-again": (2, (from_one_to_two, resumed_after_kills)),
     "finetune-one": (1, (fine_tuned, fine_tuned_in_other_ways)),
     "finetune-two": (2, (fine_tuned,)),
-    "kinds": (2, (kinds, own_encoders)),
+    "kinds": (2, (kinds, own_encoders, modern_kinds)),
     "disk": (2, (uninterrupted_on_disk, full_disk, quota_of_one_rank, read_only_disk)),
     "memory": (2, (needed_memory,)),
+    # Runs of one architecture, for work on it.
+    "modern": (2, (modern, modern_refused, modern_kinds)),
+    "modern-one": (1, (modern_on_one_rank, needed_memory)),
     "never-waits": (1, (never_waits,)),
 }
 GRACE_SECONDS = 2.0  # for the other ranks, when one has failed

@@ -11,3 +11,13 @@ SMALL_MODEL = [
     "generator.ffn_size=32",
     "generator.num_layers=1",
 ]
+# A global layer and a local one in both encoders; the window is smaller than a row of 32 tokens.
+SMALL_MODERN = [
+    "model.hidden_size=32",
+    "model.ffn_size=24",
+    "model.num_layers=2",
+    "model.local_attention=8",
+    "generator.hidden_size=32",
+    "generator.ffn_size=16",
+    "generator.num_layers=2",
+]

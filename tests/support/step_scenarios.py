@@ -27,10 +27,20 @@ from electra_ds.training import stop_requests
 from electra_ds.training.engine import Engine
 
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-MEMORY_CASES = {  # sequence length, rows of a micro-batch, settings
+MEMORY_CASES = {  # of tiny: sequence length, rows of a micro-batch, settings
     "long": (128, 8),
     "recomputed": (128, 8, "train.activation_checkpointing=true"),
     "short": (32, 16, "generator.hidden_dropout=0.1", "model.attention_dropout=0.1"),
+}
+MODERN_MEMORY = {  # of modern-tiny: settings, and (stage, precision) of its engines
+    "local": (
+        ("model.local_attention=16", "model.attention_dropout=0.1", "model.mlp_dropout=0.1"),
+        [(0, "fp32"), (1, "autocast"), (2, "bf16")],
+    ),
+    "local recomputed": (
+        ("model.local_attention=16", "train.activation_checkpointing=true"),
+        [(3, "fp32")],
+    ),
 }
 
 
@@ -152,6 +162,12 @@ def needed_memory() -> None:
             length, rows, *sets = MEMORY_CASES[case]
             engine = {"zero_optimization": zero} | precision
             config = known_run("tiny", engine, length, rows, *micro_batches, *sets)
+            found[f"{case} z{stage} {kind}"] = engine_memory(config, here.ranks, here.device)
+    for case, (sets, engines) in MODERN_MEMORY.items():
+        for stage, kind in engines:
+            zero = load_engine(f"zero{stage}-fp32")["zero_optimization"] | buckets
+            engine = {"zero_optimization": zero} | precisions[kind]
+            config = known_run("modern-tiny", engine, 128, 8, *micro_batches, *sets)
             found[f"{case} z{stage} {kind}"] = engine_memory(config, here.ranks, here.device)
     note(f"memory-of-{here.world_size}", found)
 

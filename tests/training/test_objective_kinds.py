@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_objective import IDS, VOCAB, build, counts_of, make_batch
+from modern_scenarios import KINDS, MODERN_STEPS
+from small_objective import IDS, VOCAB, counts_of, make_batch
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
@@ -13,6 +14,7 @@ from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.evaluation.detect import Detector
 from electra_ds.evaluation.evaluate import evaluate_checkpoint
 from electra_ds.model.build import parameter_count
+from electra_ds.model.encoder import encode
 from electra_ds.model.kernels import vocab_head
 from electra_ds.model.losses import Totals
 from electra_ds.model.objective import (
@@ -49,7 +51,7 @@ def corrupted(module, batch):
 @pytest.mark.parametrize(
     ("kind", "generator"), [*((kind, "model") for kind in PARTS), ("electra", "uniform")]
 )
-def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, generator):
+def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, generator, build):
     module, batch = build(kind=kind, generator=generator), make_batch()
     wanted = PARTS[kind] - (GENERATOR if generator == "uniform" else set())
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == wanted
@@ -57,8 +59,23 @@ def test_a_kind_has_its_parameters_and_the_gradient_reaches_them_all(kind, gener
     assert not [name for name, p in module.named_parameters() if not p.grad.any()]
 
 
+def test_every_sharing_has_its_parameters_and_the_gradient_reaches_them_all(build):
+    shared, untied, whole = (build(sharing=sharing) for sharing in ("shared", "untied", "all"))
+    names = []
+    for module in (shared, untied, whole):
+        batch = make_batch()
+        module(batch, counts_of(batch)).total.backward()
+        assert not [name for name, p in module.named_parameters() if not p.grad.any()]
+        names.append({name.split(".")[0] for name, _ in module.named_parameters()})
+    assert names == [
+        PARTS["electra"],
+        PARTS["electra"] | {"generator_embeddings"},
+        PARTS["electra"] - {"generator"},
+    ]
+
+
 @pytest.mark.parametrize("kind", PARTS)
-def test_no_tensor_holds_the_logits_of_the_whole_batch(kind, monkeypatch):
+def test_no_tensor_holds_the_logits_of_the_whole_batch(kind, monkeypatch, build):
     """Training, evaluation and detect make no tensor as large as [B, S, V], even in fp32."""
     monkeypatch.setattr(vocab_head, "ROWS_ON_CPU", 8)
     monkeypatch.setattr(vocab_head, "GROUP", 16)  # all_tokens_mlm has 80 positions
@@ -73,24 +90,31 @@ def test_no_tensor_holds_the_logits_of_the_whole_batch(kind, monkeypatch):
     assert 0 < live.largest < batch.input_ids.numel() * vocab_size * 4
 
 
-def test_parameters_are_counted_kind_by_kind():
+@pytest.mark.parametrize(
+    ("preset", "binary_head", "mlm_head"),  # 128 wide: dense, norm, and the last layer
+    [
+        ("tiny", 128 * 128 + 128 + 128 + 1, 128 * 128 + 128 + 2 * 128 + 101),
+        ("modern-tiny", 128 * 128 + 128 + 128 + 1, 128 * 128 + 128 + 101),
+    ],
+)
+def test_parameters_are_counted_kind_by_kind(preset, binary_head, mlm_head):
     def count(kind, generator="model"):
         sets = [
             f"objective.kind={kind}",
             f"objective.generator={generator}",
             "model.vocab_size=101",
         ]
-        return parameter_count(load_run("tiny", sets))  # 128 wide
+        return parameter_count(load_run(preset, sets))
 
     main, joint = count("electra")
-    predicts = main - (128 * 128 + 128 + 128 + 1) + (128 * 128 + 128 + 2 * 128 + 101)
+    predicts = main - binary_head + mlm_head
     assert count("electra_15") == (main, joint) and count("electra", "uniform") == (main, main)
     assert count("mlm") == (predicts, predicts)
     assert count("replace_mlm") == (predicts, joint - main + predicts)
     assert count("all_tokens_mlm") == (predicts + 129, joint - main + predicts + 129)
 
 
-def test_kinds_share_the_masked_positions_the_generator_and_its_samples():
+def test_kinds_share_the_masked_positions_the_generator_and_its_samples(build):
     batch = make_batch()
     args = batch, counts_of(batch)
     electra = build()
@@ -103,7 +127,7 @@ def test_kinds_share_the_masked_positions_the_generator_and_its_samples():
         torch.testing.assert_close(losses.total, 2 * losses.mlm_loss + weight * losses.disc_loss)
 
 
-def test_electra_15_is_electra_without_the_terms_of_the_other_positions():
+def test_electra_15_is_electra_without_the_terms_of_the_other_positions(build):
     batch = make_batch()
     whole, chosen = (
         build()(batch, with_counts=True),
@@ -122,21 +146,19 @@ def test_electra_15_is_electra_without_the_terms_of_the_other_positions():
     )
 
 
-def test_mlm_is_the_main_encoder_on_masked_rows():
+def test_mlm_is_the_main_encoder_on_masked_rows(build):
     module, batch = build(kind="mlm", gen_weight=7.0, disc_weight=7.0), make_batch()
     losses = module(batch, counts_of(batch))
     masked = mask_input(batch, IDS.mask)
-    embedded = module.embeddings(masked, batch.segment_ids, batch.position_ids)
-    logits = module.mlm_head(
-        module.discriminator(embedded, batch.document_ids), module.embeddings.word
-    )
+    hidden = encode(module.embeddings, module.discriminator, masked, batch)
+    logits = module.mlm_head(hidden, module.embeddings.word)
     at = masked_tokens_mask(batch) > 0
     torch.testing.assert_close(losses.mlm_loss, F.cross_entropy(logits[at], batch.input_ids[at]))
     assert losses.disc_loss == 0 and torch.equal(losses.total, losses.mlm_loss)
 
 
 @pytest.mark.parametrize("kind", ["replace_mlm", "all_tokens_mlm"])
-def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
+def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch, build):
     monkeypatch.setattr(vocab_head, "GROUP", 64)  # 80 positions: two groups
     module, batch = build(kind=kind, gen_weight=0.0), make_batch()
     module(batch, counts_of(batch)).total.backward()
@@ -145,9 +167,7 @@ def test_predicting_kinds_are_the_dense_computation_in_fp64(kind, monkeypatch):
     loss = module(batch, counts_of(batch)).disc_loss
 
     dense = build(kind=kind).double()
-    hidden = dense.discriminator(
-        dense.embeddings(ids, batch.segment_ids, batch.position_ids), batch.document_ids
-    )
+    hidden = encode(dense.embeddings, dense.discriminator, ids, batch)
     likely = dense.mlm_head(hidden, dense.embeddings.word).softmax(-1)  # [B, S, V]
     likely = likely.gather(2, batch.input_ids[..., None]).squeeze(2)
     is_predicted = masked_tokens_mask(batch) > 0
@@ -180,17 +200,16 @@ def test_uniform_samples_are_equally_likely_and_never_special(special):
     assert torch.equal(unknown, uniform_tokens(uniforms, VOCAB, special))
 
 
-def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else():
+def test_a_disallowed_original_is_never_drawn_and_changes_nothing_else(build):
     batch = make_batch()
+    batch.input_ids[0, batch.masked_positions[0]] = 50  # with generators that predict 50
     plain, strict = build(temperature=0.05), build(temperature=0.05, disallow_correct=True)
     for module in (plain, strict):
         with torch.no_grad():
-            module.generator_head.bias[batch.input_ids.gather(1, batch.masked_positions)] = (
-                3.0  # hits are likely
-            )
+            module.generator_head.bias[50] = 30.0
+    targets = batch.input_ids.gather(1, batch.masked_positions)
     assert torch.equal(plain(batch, Totals(9, 9)).mlm_loss, strict(batch, Totals(9, 9)).mlm_loss)
     used = batch.masked_weights > 0
-    targets = batch.input_ids.gather(1, batch.masked_positions)
     hits = (plain._draw(batch, False).sampled == targets) & used
     assert hits.any() and not ((strict._draw(batch, False).sampled == targets) & used).any()
     for temperature in (1.0, 0.7):  # the softmax without the target, on a grid of uniforms
@@ -252,6 +271,21 @@ def test_a_kind_trains_and_resumes_at_another_stage(kind_runs, data, kind):
     if kind.endswith("mlm"):
         with pytest.raises(UserError, match=f"objective.kind = {kind} predicts tokens"):
             Detector.load(kind_runs / f"{kind}-whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_modernbert_trains_resumes_and_is_evaluated(kind_runs, data, kind):
+    run = kind_runs / f"modern-{kind}"
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["split"] == "train"] == [
+        *range(1, MODERN_STEPS + 1)
+    ]
+    assert all(math.isfinite(value) for pair in losses(run) for value in pair)
+    values = evaluate_checkpoint(run, data, max_rows=8)
+    # JSON has no NaN, such as the precision of a detector that found nothing.
+    valid = {k: v for k, v in read_metrics(run / "metrics.jsonl")[-1].items() if v is not None}
+    assert valid.keys() >= {"unigram_loss", "tokens"}
+    for key in values.keys() & valid.keys():
+        assert values[key] == pytest.approx(valid[key], rel=1e-4), key
 
 
 def test_a_factory_trains_stops_and_resumes_like_the_uninterrupted_run(kind_runs, data):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cost import step_traffic
+from modern_scenarios import MODERN_STEPS, RESUMED
 from run_results import curve, distance, is_bit_equal
 from running import read_json
 from scenario_runs import KILLS
@@ -22,7 +23,7 @@ from electra_ds.training.metrics_file import read_metrics
 # rows of one document are searched on a CPU only. At stage 0 in fp32 the finite check is ours.
 READS = {
     "electra_ds/training/collectives.py:wait_votes",
-    "electra_ds/model/kernels/attention_mask.py:packed_mask",
+    "electra_ds/model/kernels/attention_mask.py:_global_mask_on_cpu",
 }
 READS_AT_STAGE_0 = {"electra_ds/training/engine.py:_checked_step"}
 GUARDED = ("z0", "z1", "z2", "z3", "bf16-z0", "bf16-z2", "fp16-z0", "fp16-z1")
@@ -449,6 +450,65 @@ def test_tensorboard_of_a_resumed_run_holds_every_curve_without_overlap(outs: Pa
     assert written == pytest.approx(logged, rel=1e-6)
 
 
+# -------------------------------------------------------------------------------------- modernbert
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_modernbert_on_two_ranks_trains_like_one_and_resumes_bit_for_bit(
+    outs: Path, stage: int
+) -> None:
+    full, cut = outs / f"modern-full-z{stage}", outs / f"modern-cut-z{stage}"
+    assert len(of_split(outs, "modern-one", "train")) == MODERN_STEPS
+    assert distance(full, outs / "modern-one") < 1e-5
+    assert is_bit_equal(cut, full)
+    assert curve(cut) == curve(full)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_modernbert_resumes_bit_for_bit_in_other_ways(outs: Path, name: str) -> None:
+    full, cut = outs / f"modern-{name}-full", outs / f"modern-{name}-cut"
+    assert is_bit_equal(cut, full)
+    assert curve(cut) == curve(full)
+    assert distance(full, outs / "modern-one") > 1e-3
+
+
+def test_recomputed_layers_of_modernbert_train_bit_for_bit(outs: Path) -> None:
+    assert is_bit_equal(outs / "modern-recomputed-full", outs / "modern-dropout-full")
+
+
+def test_a_checkpoint_of_modernbert_moves_to_one_rank(outs: Path) -> None:
+    assert distance(outs / "modern-for-one", outs / "modern-one") < 1e-5
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_modernbert_trains_in_bf16(outs: Path, stage: int) -> None:
+    fp32 = of_split(outs, "modern-one", "train")
+    bf16 = of_split(outs, f"modern-bf16-z{stage}", "train")
+    assert [r["mlm_loss"] for r in bf16] == pytest.approx([r["mlm_loss"] for r in fp32], rel=0.05)
+
+
+def test_modernbert_continues_with_longer_rows_and_other_thetas(outs: Path) -> None:
+    config = read_json(outs / "modern-longer/config.json")["model"]
+    assert (config["max_positions"], config["global_theta"]) == (16384, 160_000)
+    first = curve(outs / "modern-longer")[0]
+    assert first["step"] == 1
+    # The weights are trained, the rows are the first ones.
+    assert first["mlm_loss"] < curve(outs / "modern-one")[0]["mlm_loss"] - 0.01
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_weights_of_another_architecture_are_refused_in_one_line(outs: Path, rank: int) -> None:
+    found = noted(outs, "modern-refused", rank)
+    assert "model.architecture: modernbert -> electra" in found["resume"]
+    assert "Use the old values or choose another --out" in found["resume"]
+    assert "--init-from" not in found["resume"]
+    expected = "model.architecture = modernbert, but electra in this run: its weights do not fit"
+    assert expected in found["start"]
+    assert not any("\n" in message for message in found.values())
+    assert "model.local_attention: 8 -> 16" in found["window"]
+    assert "start from its weights with --init-from" in found["window"]
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
@@ -457,7 +517,7 @@ def test_check_predicts_the_model_states_and_the_peak_of_a_step(
     outs: Path, world_size: int
 ) -> None:
     ranks = [noted(outs, f"memory-of-{world_size}", rank) for rank in range(world_size)]
-    assert len(ranks[0]) == 12
+    assert len(ranks[0]) == 16
     for case, of_rank0 in ranks[0].items():
         measured = max(found[case]["states"][0] for found in ranks)
         assert 0 <= measured - of_rank0["states"][1] < 16, case  # bytes: a few of DeepSpeed's

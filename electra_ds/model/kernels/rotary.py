@@ -30,8 +30,8 @@ def rotary_tables(position_ids: Tensor, head_size: int, theta: float) -> Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [..., D] rotated by tables that broadcast to [..., D / 2]; computed in fp32."""
-    first, second = x.float().chunk(2, -1)
+    """Return x [..., D] rotated by tables that broadcast to [..., D / 2]; at least in fp32."""
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 

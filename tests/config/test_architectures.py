@@ -1,0 +1,209 @@
+"""model.architecture: one schema for each architecture, old files, and messages for mistakes."""
+
+import json
+
+import pytest
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.special_ids import SpecialIds
+from electra_ds.config.architectures import (
+    MODELS,
+    ElectraModelConfig,
+    ModelConfig,
+    ModernBertModelConfig,
+)
+from electra_ds.config.loading import (
+    config_names,
+    differences,
+    find_config,
+    load_run,
+    parse_config,
+    parse_run,
+)
+from electra_ds.config.schema import RUNS, ElectraRun, FactoryRun, ModernBertRun
+
+SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+
+
+def refusal(name, *settings):
+    """The message with which load_run refuses a preset with settings."""
+    with pytest.raises(UserError) as caught:
+        load_run(name, settings)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- schema
+
+
+@pytest.mark.parametrize("preset", config_names("pretrain"))
+def test_a_preset_is_of_the_architecture_in_its_name(preset):
+    run = load_run(preset)
+    expected = ModernBertRun if preset.startswith("modern-") else ElectraRun
+    assert type(run) is expected
+    assert RUNS[run.model.architecture] is expected
+    assert type(run.model) is MODELS[run.model.architecture]
+
+
+def test_a_config_without_the_key_is_of_the_architecture_electra(tmp_path):
+    values = json.loads(find_config("tiny", "pretrain").read_text())
+    values["model"].pop("architecture", None)
+    old = parse_run(values, "old")
+    values["model"]["architecture"] = "electra"
+    assert differences(old, parse_run(values, "new")) == ([], [])
+    assert old.model.architecture == "electra" and isinstance(old.model, ElectraModelConfig)
+    # The section `model` in meta.json of a fine-tuned model.
+    del values["model"]["architecture"]
+    assert parse_config(values["model"], "old", ModelConfig) == old.model
+
+
+@pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
+def test_a_written_config_keeps_its_architecture(preset):
+    run = load_run(preset).with_data(600, SPECIAL, 32)
+    written = json.loads(json.dumps(run.model_dump(mode="json")))
+    assert parse_run(written, "config.json") == run
+    assert parse_config(written["model"], "meta.json", ModelConfig) == run.model
+
+
+def test_a_factory_has_no_architecture():
+    values = json.loads(find_config("tiny", "pretrain").read_text())
+    values["model"] = {"factory": "own:build"}
+    del values["generator"]
+    assert type(parse_run(values, "own.json")) is FactoryRun
+
+
+def test_two_architectures_differ_in_one_line_of_each_scope_and_section():
+    science, _ = differences(load_run("tiny"), load_run("modern-tiny"))
+    of_model = [line for line in science if line.startswith(("model.", "generator."))]
+    assert of_model == ["model.architecture: electra -> modernbert"]
+
+
+def test_the_layers_repeat_the_pattern():
+    model = load_run("modern-tiny").model
+    assert model.layer_kinds(7) == ["global", "local", "local"] * 2 + ["global"]
+    assert model.layer_kinds(1) == ["global"]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
+def test_dropout_fields_are_all_probabilities_of_dropout(preset):
+    run = load_run(preset)
+    expected = {
+        "electra": {"hidden_dropout", "attention_dropout"},
+        "modernbert": {"embedding_dropout", "attention_dropout", "mlp_dropout"},
+    }[run.model.architecture]
+    assert set(run.model.dropout_fields()) == set(run.generator.dropout_fields()) == expected
+
+
+# ----------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("modernbrt", 'model.architecture = "modernbrt": unknown architecture; did you mean'),
+        ("deberta", "there are electra, modernbert"),
+        ("3", "model.architecture = 3: unknown architecture; there are"),
+        ("null", "model.architecture = null: unknown architecture"),
+        ("{}", "unknown architecture; there are electra, modernbert"),
+    ],
+)
+def test_an_unknown_architecture_is_refused_with_the_known_ones(name, part):
+    message = refusal("tiny", f"model.architecture={name}")
+    assert part in message and "tiny.json: model.architecture" in message
+
+
+@pytest.mark.parametrize(
+    ("preset", "key", "other"),
+    [
+        ("tiny", "model.local_attention", "modernbert"),
+        ("tiny", "generator.mlp_dropout", "modernbert"),
+        ("modern-tiny", "model.embedding_size", "electra"),
+        ("modern-tiny", "model.type_vocab_size", "electra"),
+        ("modern-tiny", "generator.hidden_dropout", "electra"),
+    ],
+)
+def test_a_field_of_the_other_architecture_is_refused_with_a_suggestion(preset, key, other):
+    message = refusal(preset, f"{key}=4")
+    assert f"{key}: a field of the architecture {other}, but model.architecture = " in message
+    assert "leave it out, or start from a config of one architecture: " in message
+    assert "electra (base, large, small, small++, tiny)" in message
+    assert "modernbert (modern-base, modern-large, modern-small, modern-tiny)" in message
+
+
+def test_a_misspelled_field_is_compared_with_those_of_its_own_architecture():
+    assert "did you mean 'local_attention'?" in refusal("modern-tiny", "model.local_atention=4")
+    assert "local_attention" not in refusal("tiny", "model.local_atention=4")
+
+
+def test_setting_the_architecture_of_a_preset_names_the_presets_of_the_other_one():
+    message = refusal("tiny", "model.architecture=modernbert")
+    (line,) = [line for line in message.split("\n") if "of the architecture" in line]
+    for key in ("model.embedding_size", "model.hidden_dropout", "generator.hidden_dropout"):
+        assert key in line
+    assert "fields of the architecture electra, but model.architecture = modernbert" in line
+    assert "modernbert (modern-base, modern-large, modern-small, modern-tiny)" in line
+
+
+def test_an_odd_width_of_a_head_is_refused():
+    for section in ("model", "generator"):
+        message = refusal("modern-tiny", f"{section}.num_heads=128")
+        assert f"{section}: hidden_size 128 / num_heads 128 = 1 is odd" in message
+        assert "even width of a head: choose another num_heads" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("local_attention=0", "model.local_attention = 0: input should be greater than or"),
+        ("local_attention=-2", "model.local_attention = -2: input should be greater than or"),
+        ("local_attention=7", "model.local_attention = 7: input should be a multiple of 2"),
+        ("global_theta=0", "model.global_theta = 0: input should be greater than 0"),
+        ("local_theta=-1", "model.local_theta = -1: input should be greater than 0"),
+        ("global_theta=inf", "model.global_theta = "),
+        ("attention_pattern=[]", "at least 1 item"),
+        ('attention_pattern=["globl"]', "should be 'global' or 'local'"),
+        ("attention_pattern=global", "model.attention_pattern = "),
+    ],
+)
+def test_a_window_a_theta_or_a_pattern_out_of_range_is_refused(setting, part):
+    assert part in refusal("modern-tiny", f"model.{setting}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "part"),
+    [
+        (["local"], "model: attention_pattern = ['local'] gives 3 layers without a global one"),
+        (["local"] * 3 + ["global"], "gives 3 layers without a global one"),
+        # The third layer is global; the generator has two.
+        (["local", "local", "global"], "gives the generator's 2 layers no global one"),
+    ],
+)
+def test_a_pattern_without_a_global_layer_is_refused(pattern, part):
+    message = refusal("modern-tiny", f"model.attention_pattern={json.dumps(pattern)}")
+    assert part in message and 'begin it with "global"' in message
+
+
+def test_shared_embeddings_need_equal_widths():
+    message = refusal("modern-tiny", "generator.hidden_size=64")
+    assert "generator.hidden_size 64 differs from model.hidden_size 128" in message
+    assert "model.sharing = untied" in message
+    untied = load_run("modern-tiny", ["generator.hidden_size=64", "model.sharing=untied"])
+    assert untied.generator.hidden_size == 64
+    message = refusal("modern-tiny", "model.sharing=all")  # other numbers of layers
+    assert "model.sharing = 'all' is one encoder" in message
+    assert load_run("modern-tiny", ["model.sharing=all", "generator.num_layers=3"])
+
+
+def test_a_row_longer_than_max_positions_is_refused():
+    message = refusal("modern-tiny", "data.sequence_length=8193")
+    assert "exceeds max_positions 8192: raise model.max_positions" in message
+    longer = load_run("modern-tiny", ["data.sequence_length=8193", "model.max_positions=16384"])
+    assert longer.model.max_positions == 16384
+
+
+def test_rows_with_segments_are_refused():
+    run = load_run("modern-tiny")
+    assert isinstance(run.model, ModernBertModelConfig) and run.with_data(600, SPECIAL, 32, 1)
+    with pytest.raises(UserError) as caught:
+        run.with_data(600, SPECIAL, 32, segments=2)
+    assert "model.architecture = modernbert has no token types" in str(caught.value)
+    assert "prepare the data with another --packing, such as best_fit" in str(caught.value)
