@@ -182,7 +182,8 @@ def _apply(values: Values, setting: str) -> None:
 def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     lines: list[str] = []
     foreign: dict[str, list[str]] = {}  # other architecture -> keys that are fields of it
-    for problem in (dict(problem) for problem in error.errors()):
+    for details in error.errors():
+        problem: Values = dict(details)
         location = [str(part) for part in problem["loc"]]
         is_unknown = problem["type"] == "extra_forbidden"
         if is_unknown and (other := _other_architecture(root, location)):
