@@ -77,7 +77,7 @@ class HfFormat(ABC):
     ) -> tuple[ModelConfig, EncoderConfig]:
         """The sections `model` and `generator` of the config.json of both parts.
 
-        generator: that of the generator; None for a folder alone, whose sizes count for both.
+        generator: that of the generator; None for a folder alone, of which the sizes count for both.
         where: the file of `main`, for messages. Raises UserError for a missing key, for values
         that the encoder of electra_ds does not support, and for parts that do not fit together.
         """
