@@ -88,8 +88,8 @@ ONLY = {
     "decoder_bias": True,
 }
 TRANSFORMERS_5 = (
-    "transformers 5: version 4 knows only a global layer every n layers, from the first one on, "
-    "which this model does not have; it stops with a TypeError"
+    "transformers 5: version 4 supports only a global layer every n layers, from the first one on; "
+    "it raises a TypeError for this model"
 )
 
 

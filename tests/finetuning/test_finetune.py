@@ -274,18 +274,20 @@ def stock_classifier(module: Classifier, model, kind: str) -> torch.nn.Module:
     labels = 1 if kind == "regression" else 3
     ids = SpecialIds(**run_folders.IDS)
     values = form.config(model, None, ids, role)
-    config = transformers.ElectraConfig(**values, num_labels=labels)
+    config = transformers.AutoConfig.for_model(**values, num_labels=labels)
     stock = getattr(transformers, form.classes[role])(config).eval()
     assert not stock.load_state_dict(state, strict=False).missing_keys
     return stock
 
 
+@pytest.mark.parametrize("architecture", ["electra", "modernbert"])
 @pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
 def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(
-    tmp_path, kind
+    tmp_path, kind, architecture
 ):
     pytest.importorskip("transformers", reason="needs the extra [hf]")
-    model = run_folders.config().model.model_copy(update={"max_positions": 128})
+    config = run_folders.config(architecture=architecture)
+    model = config.model.model_copy(update={"max_positions": 128})
     per_token, outputs = kind == "token_classification", 1 if kind == "regression" else 3
     module = run_folders.drawn(Classifier(model, outputs, per_token, kind == "regression"))
     encoded = random_examples(kind, words_tokenizer(tmp_path))
@@ -294,7 +296,8 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
     longest = Encoded([2] * 128, 128, [-1] * 128 if per_token else 0)  # pads all rows to 128
     fixed = collate([*encoded, longest], 0, kind)
     ids, segments, real = (x[:-1] for x in (fixed.input_ids, fixed.segment_ids, fixed.document_ids))
-    expected = stock(ids, attention_mask=real, token_type_ids=segments).logits
+    types = {"token_type_ids": segments} if format_of(model).has_token_types else {}
+    expected = stock(ids, attention_mask=real, **types).logits
     if per_token:
         expected = torch.cat([row[:size] for row, size in zip(expected, lengths, strict=True)])
     expected.square().sum().backward()

@@ -14,6 +14,7 @@ from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import load_true_state, true_state
 
 transformers = pytest.importorskip("transformers")
+IS_VERSION_4 = transformers.__version__.startswith("4.")
 HF = ModernBertFormat()
 BOUND = 1e-5  # relative to the largest value, fp32
 LENGTH = 20
@@ -83,10 +84,13 @@ def stock_logits(model, batch):
     return torch.stack(rows)
 
 
-def stock(model, generator, part):
+def config_of(model, generator, part):
     role = "detection" if part == "discriminator" else "prediction"
-    sizes = generator if part == "generator" else None
-    config = transformers.ModernBertConfig(**HF.config(model, sizes, IDS, role))
+    return HF.config(model, generator if part == "generator" else None, IDS, role)
+
+
+def stock(model, generator, part):
+    config = transformers.ModernBertConfig(**config_of(model, generator, part))
     return getattr(transformers, config.architectures[0])(config).eval()
 
 
@@ -99,6 +103,10 @@ def relative(ours, theirs):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_of_all_parameters_are_equal(case, rows, part):
     model, generator, objective = pair(**CASES[case])
+    if IS_VERSION_4 and HF.requirement(config_of(model, generator, part)):
+        with pytest.raises(TypeError):
+            stock(model, generator, part)
+        return
     theirs, batch = stock(model, generator, part), batch_of(ROWS[rows])
     state = HF.to_hf(true_state(objective), part)
     theirs.load_state_dict(state)  # strict: no name is missing or unknown
@@ -183,12 +191,9 @@ def test_config_json_means_the_same_to_the_stock_class(case):
     model, _, _ = pair(**CASES[case])
     values = HF.config(model, None, IDS, "detection")
     stock = transformers.ModernBertConfig(**values)
-    if not hasattr(stock, "layer_types"):
-        pytest.skip("transformers 4 has no layer_types")
-    assert stock.layer_types == values["layer_types"]
     assert stock.num_labels == 1 and stock.id2label == {0: "replaced"}
     assert HF.parse(stock.to_dict()) == HF.parse(values)
-    if values["global_attn_every_n_layers"]:
+    if not IS_VERSION_4 and values["global_attn_every_n_layers"]:
         older = without(values, "layer_types", "rope_parameters")
         stock = transformers.ModernBertConfig(**older)
         assert stock.layer_types == values["layer_types"]
