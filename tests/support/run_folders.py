@@ -25,6 +25,13 @@ SIZES = {
     ),
     "generator": dict(hidden_size=32, num_layers=2, num_heads=1, ffn_size=64),
 }
+# Encoders with a local window that is smaller than a row.
+MODERN_SIZES = {
+    "model": dict(
+        hidden_size=48, num_layers=3, num_heads=2, ffn_size=40, max_positions=40, local_attention=8
+    ),
+    "generator": dict(hidden_size=48, num_layers=2, num_heads=2, ffn_size=40),
+}
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
@@ -49,9 +56,14 @@ class SingleProcessWeights:
         return {}
 
 
-def config(sharing: str = "shared", kind: str = "electra") -> RunConfig:
-    values = load_run("tiny").model_dump(mode="json")
-    for section, sizes in SIZES.items():
+def config(
+    sharing: str = "shared", kind: str = "electra", architecture: str = "electra"
+) -> RunConfig:
+    preset, sections = {"electra": ("tiny", SIZES), "modernbert": ("modern-tiny", MODERN_SIZES)}[
+        architecture
+    ]
+    values = load_run(preset).model_dump(mode="json")
+    for section, sizes in sections.items():
         values[section] |= sizes
     values["model"] |= {"sharing": sharing, "vocab_size": 600}
     if sharing == "all":
@@ -94,9 +106,11 @@ def save(folder: Path, name: str, state: dict[str, torch.Tensor], values: dict) 
     )
 
 
-def pretrained(out: Path, sharing: str = "shared", kind: str = "electra") -> ElectraObjective:
+def pretrained(
+    out: Path, sharing: str = "shared", kind: str = "electra", architecture: str = "electra"
+) -> ElectraObjective:
     """Write a run folder with its vocabulary, as finetune and export read it; its module."""
-    run = config(sharing, kind)
+    run = config(sharing, kind, architecture)
     module = objective(run)
     save(out / "ckpt", "final", true_state(module), run.model_dump(mode="json"))
     (out / "ckpt" / "latest").write_text("final\n")
