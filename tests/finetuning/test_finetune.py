@@ -91,12 +91,10 @@ def test_packed_and_padded_batches_train_alike(suites, prefix):
     texts = [
         next(path.glob("*/seed-0/predictions-test.tsv")).read_text() for path in (padded, packed)
     ]
-    first = 1 if prefix else 2  # column of the prediction, or of the probabilities of the classes
-    values = [
-        np.array([line.split("\t")[first:] for line in text.split("\n")[1:-1]], float)
-        for text in texts
+    probabilities = [
+        np.array([line.split("\t")[2:] for line in text.split("\n")[1:-1]], float) for text in texts
     ]
-    assert values[0].size and np.abs(values[0] - values[1]).max() < 1e-4
+    assert np.abs(probabilities[0] - probabilities[1]).max() < 1e-4
 
 
 def test_results_name_the_selection_and_random_weights(suites):

@@ -150,7 +150,7 @@ def fine_tuned() -> None:
     run("classes", "classes", seeds=2)
     run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
     run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
-    run("modern", "pairs", words_engine, peak_lr=1e-3, model="modern", dropout=0.0)
+    run("modern", "pairs", words_engine, model="modern", epochs=1.0, dropout=0.0)
 
 
 def fine_tuned_in_other_ways() -> None:
@@ -167,8 +167,9 @@ def fine_tuned_in_other_ways() -> None:
 
 def fine_tuned_modern() -> None:
     """Encoders of the architecture modernbert: packed, padded, interrupted, token by token."""
+    alike = {"model": "modern", "epochs": 1.0, "dropout": 0.0}
     for batching in ("padded", "packed"):
-        run(f"modern-{batching}", "pairs", model="modern", dropout=0.0, batching=batching)
+        run(f"modern-{batching}", "classes", batching=batching, **alike)
     run("modern-whole", "classes", model="modern")
     interrupted("modern-cut", "classes", model="modern")
     run("modern-words", "words", model="modern", epochs=1.0)
