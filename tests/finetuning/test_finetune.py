@@ -47,10 +47,11 @@ def test_labels_that_depend_on_single_words_are_learned(suites):
     assert scores(suites / "one" / "classes")["accuracy"] > 0.9
     assert scores(suites / "one" / "pairs")["pearson"] > 0.8
     assert scores(suites / "one" / "words")["entity_f1"] > 0.9
+    assert scores(suites / "one" / "modern")["pearson"] > 0.8  # pairs without segments
 
 
 def test_two_ranks_fine_tune_like_one(suites):
-    for name in ("classes", "pairs", "words"):
+    for name in ("classes", "pairs", "words", "modern"):
         one, two = suites / "one" / name, suites / "two" / name
         assert result(one)["train_loss"] == pytest.approx(result(two)["train_loss"], rel=1e-4), name
         assert scores(one) == pytest.approx(scores(two), abs=1e-3), name
@@ -59,7 +60,7 @@ def test_two_ranks_fine_tune_like_one(suites):
             for folder in (one, two)
         ]
         predicted = [[line.split("\t")[1] for line in lines[1:-1]] for lines in texts]
-        if name == "pairs":
+        if name in ("pairs", "modern"):
             predicted = [np.round(np.array(cells, float), 2).tolist() for cells in predicted]
         assert predicted[0] == predicted[1]
 
@@ -72,21 +73,21 @@ def test_seeds_differ_and_the_model_of_the_best_seed_is_kept(suites):
     assert kept == [f"seed-{report['tasks']['classes']['best_seed']}"]
 
 
-def test_an_interrupted_seed_resumes_bit_for_bit(suites):
-    whole, cut = (suites / "one" / name / "classes" / "seed-0" for name in ("classes", "cut"))
+@pytest.mark.parametrize("names", [("classes", "cut"), ("modern-whole", "modern-cut")])
+def test_an_interrupted_seed_resumes_bit_for_bit(suites, names):
+    whole, cut = (suites / "one" / name / "classes" / "seed-0" for name in names)
     for split in ("valid", "test"):
         assert (cut / f"predictions-{split}.tsv").read_text() == (
             whole / f"predictions-{split}.tsv"
         ).read_text()
-    assert (
-        result(suites / "one" / "cut")["train_loss"]
-        == result(suites / "one" / "classes")["train_loss"]
-    )
+    first, second = (result(suites / "one" / name)["train_loss"] for name in names)
+    assert first == second
     assert not (cut / "ckpt").exists()
 
 
-def test_packed_and_padded_batches_train_alike(suites):
-    padded, packed = (suites / "one" / name for name in ("padded", "packed"))
+@pytest.mark.parametrize("prefix", ["", "modern-"])
+def test_packed_and_padded_batches_train_alike(suites, prefix):
+    padded, packed = (suites / "one" / f"{prefix}{name}" for name in ("padded", "packed"))
     assert result(padded)["train_loss"] == pytest.approx(result(packed)["train_loss"], rel=1e-5)
     texts = [
         next(path.glob("*/seed-0/predictions-test.tsv")).read_text() for path in (padded, packed)
@@ -121,6 +122,18 @@ def test_a_seed_in_half_precision_has_the_scores_of_predict(suites, tmp_path):
     seed = suites / "one" / "half" / "classes" / "seed-0"
     run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "p.tsv")
     assert (tmp_path / "p.tsv").read_text() == (seed / "predictions-valid.tsv").read_text()
+
+
+@pytest.mark.parametrize("name", ["modern-whole/classes", "modern-words/words", "modern/pairs"])
+def test_predict_of_modernbert_reads_the_saved_model(suites, tmp_path, name):
+    seed = suites / "one" / name / "seed-0"
+    run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "p.tsv")
+    assert (tmp_path / "p.tsv").read_text() == (seed / "predictions-valid.tsv").read_text()
+    model = read_json(seed / "model/meta.json")["config"]["model"]
+    assert (model["architecture"], model["local_attention"]) == ("modernbert", 8)
+    # train.dropout is every dropout of the architecture.
+    dropout = {value for key, value in model.items() if key.endswith("_dropout")}
+    assert dropout == {0.0 if name == "modern/pairs" else 0.1}
 
 
 def test_predict_writes_the_predictions_of_finetune_and_scores_labelled_files(suites, tmp_path):
@@ -323,6 +336,37 @@ def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradi
         torch.testing.assert_close(alone, module(batch).total)
 
 
+@pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
+def test_modernbert_has_equal_logits_and_gradients_padded_and_packed(tmp_path, kind):
+    """The packed row has local layers by blocks, the padded rows have a mask."""
+    model = run_folders.config(architecture="modernbert").model
+    per_token, outputs = kind == "token_classification", 1 if kind == "regression" else 3
+    module = run_folders.drawn(Classifier(model, outputs, per_token, kind == "regression"))
+    encoded = random_examples(kind, words_tokenizer(tmp_path))
+    found = []
+    for packed in (False, True):
+        batch = collate(encoded, 0, kind, packed)
+        module.zero_grad()
+        logits = module(batch, predict=True)
+        logits = logits[batch.document_ids.flatten() > 0] if per_token else logits
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad for p in module.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
+
+
+def test_modernbert_reads_a_pair_without_segments(tmp_path):
+    """Its two texts are told apart by [SEP] alone."""
+    model = run_folders.config(architecture="modernbert").model
+    module = run_folders.drawn(Classifier(model, 3, per_token=False, regression=False))
+    batch = collate(
+        random_examples("classification", words_tokenizer(tmp_path)), 0, "classification"
+    )
+    assert batch.segment_ids.any()
+    other = batch._replace(segment_ids=torch.zeros_like(batch.segment_ids))
+    assert torch.equal(module(batch, predict=True), module(other, predict=True))
+
+
 def test_a_micro_batch_is_at_most_the_share_of_a_rank():
     config = load_finetune("small")
     sizes = [
@@ -356,8 +400,12 @@ def test_predictions_do_not_depend_on_batching(tmp_path):
     assert sorted(np.concatenate(shares)) == list(range(130))
 
 
-def test_dropout_is_applied_before_the_head(tmp_path):
-    config = run_folders.config().model.model_copy(update={"hidden_dropout": 0.5})
+@pytest.mark.parametrize(
+    ("architecture", "field"), [("electra", "hidden_dropout"), ("modernbert", "mlp_dropout")]
+)
+def test_dropout_is_applied_before_the_head(tmp_path, architecture, field):
+    config = run_folders.config(architecture=architecture).model
+    config = config.model_copy(update={field: 0.5})
     module = run_folders.drawn(Classifier(config, 3, per_token=False, regression=False))
     (one,) = encode(
         [Example("0", "ab cd", None, 0)], task(labels=["a", "b"]), words_tokenizer(tmp_path), 40
@@ -412,6 +460,24 @@ def test_learning_rates_decrease_from_the_head_to_the_embeddings():
     assert [scale(f"discriminator.layers.{i}.qkv.weight") for i in (11, 0)] == [0.8, 0.8**12]
     assert scale("head.bias") == 1
     assert scale("embeddings.norm.weight") == scale("discriminator.project.bias") == 0.8**13
+
+
+def test_learning_rates_of_modernbert_count_the_last_norm_to_the_top_layer():
+    model = run_folders.config(architecture="modernbert").model  # of three layers
+    module = Classifier(model, 3, per_token=False, regression=False)
+    scale = layerwise(model.num_layers, 0.5)
+    found: dict[float, set[str]] = {}
+    for name, _ in module.named_parameters():
+        part = name.rpartition(".")[0]
+        layer = ".".join(part.split(".")[:3]) if ".layers." in part else part.split(".")[0]
+        found.setdefault(scale(name), set()).add(part if "final_norm" in part else layer)
+    assert found == {
+        1.0: {"head"},
+        0.5: {"discriminator.layers.2", "discriminator.final_norm"},
+        0.25: {"discriminator.layers.1"},
+        0.125: {"discriminator.layers.0"},
+        0.0625: {"embeddings"},
+    }
 
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="needs the shared GLUE files")

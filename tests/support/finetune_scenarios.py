@@ -30,9 +30,10 @@ def run(
     seeds: int = 1,
     random_init: bool = False,
     peak_lr: float = 3e-3,
+    model: str = "model",
     **train,
 ) -> None:
-    """Run one suite in the folder of its name."""
+    """Run one suite in the folder of its name. model: the folder of the pretrained model."""
     values = {
         "train": {"epochs": 3.0, "max_length": 24, "micro_batch_size": 8, "global_batch_size": 16}
         | train,
@@ -43,7 +44,7 @@ def run(
     names, out = [str(base() / "tasks" / f"{task}.json")], suite_folder(name)
     finetune.finetune_on_ranks(
         config,
-        base() / "model",
+        base() / model,
         names,
         seeds,
         None,
@@ -141,6 +142,7 @@ def fine_tuned() -> None:
     """Three tasks; on two ranks at ZeRO 2 and 3."""
     if here.rank == 0 and not base().exists():
         run_folders.pretrained(base() / "model")
+        run_folders.pretrained(base() / "modern", architecture="modernbert")
         write_tasks(base() / "tasks")
     wait_for_ranks()
     engines = {1: ("zero0-fp32", "zero1-fp32"), 2: ("zero2-fp32", "zero3-fp32")}
@@ -148,6 +150,7 @@ def fine_tuned() -> None:
     run("classes", "classes", seeds=2)
     run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
     run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
+    run("modern", "pairs", words_engine, model="modern", epochs=1.0, dropout=0.0)
 
 
 def fine_tuned_in_other_ways() -> None:
@@ -160,3 +163,13 @@ def fine_tuned_in_other_ways() -> None:
     run("packed", "classes", epochs=1.0, dropout=0.0, batching="packed")
     run("random", "classes", random_init=True, keep="none", epochs=0.5)
     run("blown", "classes", peak_lr=1e30, max_skipped_steps=2)
+
+
+def fine_tuned_modern() -> None:
+    """Encoders of the architecture modernbert: packed, padded, interrupted, token by token."""
+    alike = {"model": "modern", "epochs": 1.0, "dropout": 0.0}
+    for batching in ("padded", "packed"):
+        run(f"modern-{batching}", "classes", batching=batching, **alike)
+    run("modern-whole", "classes", model="modern")
+    interrupted("modern-cut", "classes", model="modern")
+    run("modern-words", "words", model="modern", epochs=1.0)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401 (the first optimizer would import it in every rank)
 from disk_scenarios import full_disk, quota_of_one_rank, read_only_disk, uninterrupted_on_disk
-from finetune_scenarios import fine_tuned, fine_tuned_in_other_ways
+from finetune_scenarios import fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern
 from kind_scenarios import kinds, own_encoders
 from loss_scenarios import (
     bad_losses,
@@ -93,7 +93,7 @@ PHASES = {  # ranks, scenarios
         ),
     ),
     "two-again": (2, (from_one_to_two, resumed_after_kills)),
-    "finetune-one": (1, (fine_tuned, fine_tuned_in_other_ways)),
+    "finetune-one": (1, (fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern)),
     "finetune-two": (2, (fine_tuned,)),
     "kinds": (2, (kinds, own_encoders, modern_kinds)),
     "disk": (2, (uninterrupted_on_disk, full_disk, quota_of_one_rank, read_only_disk)),
