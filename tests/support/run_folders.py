@@ -29,7 +29,7 @@ SIZES = {
 MODERN_SIZES = {
     "model": dict(
         hidden_size=48,
-        num_layers=4,
+        num_layers=3,
         num_heads=2,
         ffn_size=40,
         max_positions=40,
