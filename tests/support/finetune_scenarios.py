@@ -150,7 +150,8 @@ def fine_tuned() -> None:
     run("classes", "classes", seeds=2)
     run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
     run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
-    run("modern", "pairs", words_engine, model="modern", epochs=1.0, dropout=0.0)
+    modern = {"model": "modern", "peak_lr": 1e-3, "epochs": 1.0, "dropout": 0.0}
+    run("modern", "pairs", words_engine, **modern)
 
 
 def fine_tuned_in_other_ways() -> None:
