@@ -129,7 +129,7 @@ def _state(ckpt: Path) -> str:
     try:
         os.listdir(ckpt)
     except PermissionError:
-        return f" whose checkpoints cannot be read ({printable(ckpt)}: no permission)"
+        return f" with checkpoints that cannot be read ({printable(ckpt)}: no permission)"
     except OSError:
         return " without a checkpoint"
     if not (found := _checkpoints(ckpt)):
