@@ -322,7 +322,7 @@ def stats(
     from data_tools.stats import stats, tables
     from data_tools.stats_html import html_page
     from data_tools.workers import console_progress, running_total
-    from electra_ds.common.files import write_bytes
+    from electra_ds.common.files import write_output
     from electra_ds.common.outputs import check_output_file
     from electra_ds.data.shard_format import read_manifest
 
@@ -334,7 +334,7 @@ def stats(
     with contextlib.nullcontext(lambda *_: None) if as_json else console_progress() as progress:
         facts = stats(data, running_total(lambda done: progress("read", done, total)))
     if html:
-        write_bytes(html, html_page(facts, str(data)).encode())
+        write_output(html, html_page(facts, str(data)).encode())
         print(f"{printable(html)}: written", file=sys.stderr)
     if as_json:
         print(json.dumps(facts))

@@ -25,7 +25,14 @@ from electra_ds.common.arrays import NPY_MOST, parse_npy
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_kinds import found_at
-from electra_ds.common.json_files import Record, parse_json, parse_record, read_small, write_json
+from electra_ds.common.json_files import (
+    MAX_VALUES_OF_DATA,
+    Record,
+    parse_json,
+    parse_record,
+    read_small,
+    write_json,
+)
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.special_ids import SpecialIds
 
@@ -258,7 +265,7 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
     """
     # Earlier versions wrote file names that are not UTF-8 as single surrogates (PEP 383).
     content = NOT_UTF8.sub(rb"\\\\x\1", content)
-    raw = parse_json(content, path, MANIFEST)
+    raw = parse_json(content, path, MANIFEST, max_values=MAX_VALUES_OF_DATA)
     format_and_version = raw.get("format"), raw.get("version")
     if format_and_version != (FORMAT, VERSION):
         found = " and ".join(map(shortened, format_and_version))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import is_lfs_pointer
+from electra_ds.common.files import is_lfs_pointer, open_regular
 from electra_ds.common.json_files import parse_strictly
 from electra_ds.common.printable import shortened
 
@@ -73,7 +73,8 @@ def _rows_of_text(path: Path, text: str, task: Task, split: str) -> Iterator[Row
 
 def _read(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(

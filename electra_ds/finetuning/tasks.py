@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import read_json
+from electra_ds.common.names import check_relative
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section, machine, science
 from electra_ds.common.suggestions import nearest
@@ -24,6 +25,7 @@ OWN_FILES = ("config.json", "report.json", "report.md", "submission.zip", "lock"
 # classification: one class for a text or a pair. regression: one number. token_classification: one
 # class for each word.
 TaskKind = Literal["classification", "regression", "token_classification"]
+DIAGNOSTIC = "../diagnostic/diagnostic.tsv"  # beside the folder of MNLI
 
 
 class Task(Section):
@@ -37,10 +39,10 @@ class Task(Section):
     )
     kind: TaskKind = science("classification", "what is predicted")
     splits: dict[str, str] = science(
-        ..., "train, valid..., test... -> a file, or a split of the dataset"
+        ..., "train, valid..., test... -> a file in `folder`, or a split of the dataset"
     )
     folder: str = machine(
-        ".", "folder of the files, relative to the description; or they are in --data"
+        ".", "folder of the files, beside the description or below it; or they are in --data"
     )
     dataset: str | None = science(
         None, "Hugging Face dataset, or a folder that `datasets` reads, instead of files"
@@ -93,6 +95,10 @@ class Task(Section):
                 raise ValueError(
                     f"splits.{printable(split)}: expected train, valid, valid_x, test or test_x"
                 )
+        if self.dataset is None:
+            for split, file in self.splits.items():
+                if (self.name, file) != ("mnli", DIAGNOSTIC):
+                    check_relative(file, f"splits.{split}", "a file in the folder of the task")
         if odd := [name for name in self.metrics if name not in METRICS[self.kind]]:
             raise ValueError(
                 f"metrics: {odd[0]!r} is not a metric of {self.kind}; there are "
@@ -147,7 +153,7 @@ _MNLI_FILES = {
     "valid_mismatched": "dev_mismatched.tsv",
     "test_matched": "test_matched.tsv",
     "test_mismatched": "test_mismatched.tsv",
-    "test_ax": "../diagnostic/diagnostic.tsv",
+    "test_ax": DIAGNOSTIC,
 }
 _COLA = ["source", "label", "star", "sentence"]
 _PAIR = {"text_a": "sentence1", "text_b": "sentence2"}
@@ -249,7 +255,10 @@ def _glue_folder(short: str, files: dict[str, str], data: Path | None) -> Path:
 
 
 def _user_task(path: Path, data: Path | None) -> Task:
-    """Return the task of a description. Its files are beside the description, or in `data`."""
+    """Return the task of a description. Its files are beside the description, or in `data`.
+
+    A description may come from another person, so it cannot name files at other places.
+    """
     values = read_json(path, "a task's description")
     task = parse_config({"name": path.stem} | values, str(path), Task)
     if task.name in GLUE:
@@ -262,6 +271,8 @@ def _user_task(path: Path, data: Path | None) -> Task:
         raise UserError(
             f"{path}: splits: found {', '.join(task.splits)}; expected at least train and valid"
         )
+    if task.folder != ".":
+        check_relative(task.folder, f"{printable(path)}: folder", "a folder beside the description")
     folder = path.parent / task.folder
     if data is not None and task.dataset is None:
         beside, there = folder / task.splits["train"], data / task.splits["train"]

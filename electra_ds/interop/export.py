@@ -22,7 +22,7 @@ from electra_ds.interop.hf import classifier_to_hf, hf_config, part_names, to_hf
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 from electra_ds.interop.model_card import Card, render_card
 from electra_ds.training.checkpoint import folder_of_model
-from electra_ds.training.metrics_file import read_metrics
+from electra_ds.training.metrics_file import metric_lines
 
 PURPOSES = {
     "detection": "A text encoder that electra_ds pretrained by replaced token detection (ELECTRA).",
@@ -109,14 +109,14 @@ def _run_facts(source: Checkpoint) -> dict[str, str]:
         "rows": f"{config.data.sequence_length} tokens",
     }
     metrics = run_folder / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.is_file() else []
-    held_out = [r for r in records if r.get("split") == "valid" and r.get("step", 0) <= state.step]
-    if held_out:
-        last = held_out[-1]
-        for key, value in last.items():
-            if isinstance(value, float):
-                text = f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
-                facts[f"held out at step {last['step']:,}, {key}"] = text
+    last: dict[str, Any] = {}  # evaluation up to the step of the checkpoint
+    for _, record in metric_lines(metrics) if metrics.is_file() else ():
+        if record["split"] == "valid" and record["step"] <= state.step:
+            last = record
+    for key, value in last.items():
+        if isinstance(value, float):
+            text = f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
+            facts[f"held out at step {last['step']:,}, {key}"] = text
     return facts
 
 

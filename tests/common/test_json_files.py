@@ -10,6 +10,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import (
     MAX_DEPTH,
     Record,
+    _parts,
     parse_strictly,
     read_json,
     read_record,
@@ -99,3 +100,20 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     sizes = Sizes(rows=3, parts=(1, 2))
     write_json(tmp_path / "x.json", sizes.model_dump())
     assert read_record(tmp_path / "x.json", Sizes, "a record of sizes") == sizes
+
+
+def test_the_number_of_values_is_limited_before_parsing(monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    for text in ("[" + "{}," * 300 + "0]", '{"a":' * 300, "[" * 600, '["a",' * 300):
+        with pytest.raises(ValueError, match="more than 256 values"):
+            parse_strictly(text, max_values=256)
+    monkeypatch.undo()
+    assert len(parse_strictly("[" + "0," * 254 + "0]", max_values=256)) == 255
+    marks = "[{,:" * 300 + '\\"[{,:\\\\' * 300  # marks in a string are no values
+    assert parse_strictly(f'{{"{marks}": 1}}', max_values=256)
+
+
+def test_the_parts_of_a_value_have_their_depths():
+    value = {"a": [1, {"b": []}], "c": None}
+    found = [(part, depth) for part, depth in _parts(value) if not isinstance(part, (dict, list))]
+    assert found == [("a", 1), (1, 2), ("b", 3), ("c", 1), (None, 1)]

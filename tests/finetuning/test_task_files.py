@@ -1,6 +1,7 @@
 """Files of tasks as people have them: hidden labels, blank lines, odd names, foreign datasets."""
 
 import json
+import os
 import re
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from electra_ds.common.errors import UserError
 from electra_ds.finetuning.examples import Example, outside_range, read_examples, read_file
 from electra_ds.finetuning.metrics import entities
-from electra_ds.finetuning.predict import write_predictions
-from electra_ds.finetuning.tasks import Task, load_task, task_names
+from electra_ds.finetuning.predict import predictions_table
+from electra_ds.finetuning.tasks import DIAGNOSTIC, Task, load_task, task_names
 
 GOOD = "sentence\tlabel\nx\ta\ny\tb\n"
 TAGS = {"kind": "token_classification", "text_a": "words", "label": "tags"}
@@ -127,15 +128,15 @@ def test_files_beside_the_description_and_in_data_are_ambiguous(own_task, tmp_pa
         load_task(str(tmp_path / "own.json"), tmp_path / "data")
 
 
-def test_keys_and_labels_with_tabs_stay_in_their_cells(own_task, tmp_path):
+def test_keys_and_labels_with_tabs_stay_in_their_cells(own_task):
     rows = jsonl(
         {"sentence": "x", "label": "a\tb", "id": "1\n2"},
         {"sentence": "y", "label": "\x1b[31m", "id": "3\u2028"},
     )
     task = own_task({"a.jsonl": rows}, index="id")
     examples = read_examples(task, "train")
-    write_predictions(tmp_path / "p.tsv", task, examples, [0, 1], [[0.0, 1.0], [1.0, 0.0]])
-    lines = (tmp_path / "p.tsv").read_text().split("\n")
+    table = predictions_table(task, examples, [0, 1], [[0.0, 1.0], [1.0, 0.0]])
+    lines = table.decode().split("\n")
     assert len(lines) == 4 and all(len(line.split("\t")) == 4 for line in lines[:3])
     assert "\x1b" not in "".join(lines) and len("".join(lines).splitlines()) == 1
 
@@ -188,7 +189,7 @@ MISTAKES = {  # name: files, values of the description, what the message holds
         {},
         "is a Git LFS pointer",
     ),
-    "NUL": ({"a.tsv": GOOD}, {"splits": {"train": "a\0.tsv", "valid": "a.tsv"}}, "null byte"),
+    "NUL": ({"a.tsv": GOOD}, {"splits": {"train": "a\0.tsv", "valid": "a.tsv"}}, "plain file name"),
     "boolean number": (
         {"a.jsonl": jsonl({"sentence": "x", "label": True})},
         {"kind": "regression"},
@@ -203,6 +204,33 @@ def test_a_mistake_in_a_file_is_named(own_task, name):
     with pytest.raises(UserError, match=re.escape(part)) as caught:
         read_examples(own_task(files, **values), "train")
     assert len(str(caught.value)) < 500
+
+
+def test_a_fifo_among_the_files_is_refused_without_waiting(own_task, tmp_path):
+    task = own_task({"a.tsv": GOOD, "b.tsv": GOOD})
+    (tmp_path / "a.tsv").unlink()
+    os.mkfifo(tmp_path / "a.tsv")
+    with pytest.raises(UserError, match=r"a\.tsv: not a regular file; expected a file of examples"):
+        read_examples(task, "train")
+
+
+def test_a_description_names_only_files_in_its_folder(own_task, tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "s.tsv").write_text(GOOD)
+    outside = ("../private/s.tsv", f"{tmp_path}/private/s.tsv", "a/../../s.tsv", "~/../s.tsv", "")
+    for file in (*outside, DIAGNOSTIC):
+        with pytest.raises(UserError, match=r"splits\.valid: .*plain file name"):
+            own_task({"a.tsv": GOOD}, splits={"train": "a.tsv", "valid": file})
+    for folder in ("..", "../x", str(tmp_path / "private"), "x/../.."):
+        with pytest.raises(UserError, match=r"own\.json: folder: .*plain file name"):
+            own_task({"s.tsv": GOOD}, folder=folder)
+    own_task({"s.tsv": GOOD}, folder="private")
+    described = tmp_path / "described"
+    described.mkdir()
+    splits = {"train": "s.tsv", "valid": "s.tsv"}
+    (described / "own.json").write_text(json.dumps({"splits": splits}))
+    task = load_task(str(described / "own.json"), tmp_path / "private")  # --data names any folder
+    assert read_examples(task, "train")
 
 
 # ----------------------------------------------------------------------------------------- datasets

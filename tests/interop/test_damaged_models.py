@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -269,6 +270,35 @@ def test_damaged_and_foreign_weight_files_are_explained_without_advice_to_load_t
     (tmp_path / "m" / "model.safetensors").write_bytes(pointer)
     with pytest.raises(UserError, match="Git LFS pointer"):
         read_tensors(tmp_path / "m")
+
+
+def test_no_compressed_archive_is_inflated(tmp_path, monkeypatch):
+    """With bytes before or after an archive, torch and zipfile may read different directories."""
+    torch.save({"x": torch.ones(400)}, tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    assert read_tensors(pickled(tmp_path, good))["x"].sum() == 400
+    with (
+        zipfile.ZipFile(tmp_path / "good") as source,
+        zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for entry in source.infolist():
+            archive.writestr(entry.filename, source.read(entry))
+    with zipfile.ZipFile(tmp_path / "bomb", "a") as archive:
+        archive.comment = good  # the end of the file is that of a plain archive
+    commented = (tmp_path / "bomb").read_bytes()
+    bomb = commented[: -len(good)]
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("inflated"))
+    for content in (bomb, bomb + b"PK\5\6", commented, bomb + good, good + b"x", good + good):
+        with pytest.raises(UserError, match=r"pytorch_model\.bin: cannot be read as weights"):
+            read_tensors(pickled(tmp_path, content))
+
+
+def test_a_fifo_among_the_weights_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "part.safetensors")
+    index = {"weight_map": {"x": "part.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not a regular file"):
+        read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize(
