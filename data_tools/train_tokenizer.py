@@ -15,7 +15,13 @@ from typing import Any
 from data_tools.formats.documents import documents
 from data_tools.formats.source import UNKNOWN, Tally
 from data_tools.inputs.plan import make_plan
-from data_tools.pipeline.characters import Uncovered, ignored_marks, in_order, strips_safely
+from data_tools.pipeline.characters import (
+    LongWords,
+    Uncovered,
+    ignored_marks,
+    in_order,
+    strips_safely,
+)
 from data_tools.pipeline.clean import clean_lines
 from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
@@ -60,7 +66,8 @@ def train_tokenizer(
     kind:          wordpiece, or unigram or bpe (SentencePiece)
     strip_accents: None: for lower-cased text in Latin, Greek or Cyrillic letters; the marks of
                    other scripts tell words apart. SentencePiece models keep accents
-    say:           receives lines: the accents, and the share of the text that is not covered
+    say:           receives lines: the accents, words that are too long for WordPiece, and the
+                   share of the text that is not covered
     With little text the vocabulary is smaller than vocab_size; tokenizer.vocab_size is its size.
     Raises UserError for unknown settings, for inputs without text, for a folder that cannot be
     written, and for a size that SentencePiece cannot make; RunFailure when writing fails.
@@ -84,11 +91,15 @@ def train_tokenizer(
         content = _train_wordpiece(words, vocab_size, lowercase, strip_accents)
         options = {"lowercase": lowercase, "strip_accents": strip_accents}
         tokenizer = WordPiece(content, options, "the new vocabulary")
+        facts = [LongWords.of(tokenizer, words).describe()]
     else:
         content = _train_sentencepiece(_counted(lines, characters), kind, vocab_size, characters)
         tokenizer = SentencePiece(content, {}, "the new model", form)
+        facts = []
     progress("train", 1, 1)
-    say(Uncovered.of(tokenizer, characters).describe())
+    for fact in (*facts, Uncovered.of(tokenizer, characters).describe()):
+        if fact:
+            say(fact)
     try:
         tokenizer.save(out)
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS, WordPiece
 
 # Scripts in which most words stay readable without accents. BERT's vocabularies strip them, too.
 ACCENTED = ("LATIN", "GREEK", "CYRILLIC")
@@ -15,6 +16,13 @@ ACCENTED = ("LATIN", "GREEK", "CYRILLIC")
 OTHERS = 0.1
 WARN = 0.01  # share of unknown characters above which a command warns
 SHOWN = 10  # characters in a message
+SHOWN_OF_WORD = 20  # characters of a long word in a message
+# Normalization makes a word at most this much longer: it divides a Hangul syllable into 3 letters.
+LONGER = 3
+NO_SPACES = (
+    "WordPiece does not suit scripts without spaces between words, such as Thai; train a "
+    "vocabulary with --kind unigram"
+)
 
 
 def in_order(counts: Counter[str]) -> list[str]:
@@ -105,3 +113,48 @@ class Uncovered(NamedTuple):
             hint = "; a larger --vocab-size covers more" if self.whole_words else ""
             return f"WARNING: {line}{hint}"
         return line
+
+
+class LongWords(NamedTuple):
+    """Words of more than MAX_WORD_CHARACTERS characters, each of which WordPiece makes one [UNK].
+
+    total: number of characters without white space; inside: number of those in long words;
+    words: number of long words; first: beginning of one of them
+    """
+
+    total: int
+    inside: int
+    words: int
+    first: str
+
+    @classmethod
+    def of(cls, tokenizer: WordPiece, words: Counter[str]) -> LongWords:
+        """Return the long words of a text. words: strings between white space -> occurrences."""
+        total = inside = found = 0
+        first = ""
+        for word, count in words.items():
+            total += len(word) * count
+            if len(word) * LONGER > MAX_WORD_CHARACTERS:
+                for part in tokenizer.words(word):
+                    if len(part) > MAX_WORD_CHARACTERS:
+                        inside += len(part) * count
+                        found += count
+                        first = first or part
+        return cls(max(total, inside), inside, found, first)
+
+    def describe(self) -> str:
+        """Describe the long words, as a warning above WARN; empty if there are none."""
+        if not self.words:
+            return ""
+        share = self.inside / max(1, self.total)
+        line = (
+            f"{share:.2%} of the text's characters are in {self.words:,} words of more than "
+            f"{MAX_WORD_CHARACTERS} characters, which become one [UNK] each, such as "
+            f"{word_shown(self.first)}"
+        )
+        return f"WARNING: {line}; {NO_SPACES}" if share > WARN else line
+
+
+def word_shown(word: str) -> str:
+    """Return a word for a message: printable, and with its first characters only if it is long."""
+    return printable(word[:SHOWN_OF_WORD]) + "..." * (len(word) > SHOWN_OF_WORD)

@@ -207,21 +207,27 @@ def _print_splits(out: str | Path, manifest: "Manifest") -> None:
 
 def _print_unknowns(manifest: "Manifest") -> None:
     """Print the share of [UNK] in the input, if it is on record; warn of a large one."""
-    from data_tools.pipeline.characters import SHOWN, WARN
-    from electra_ds.common.printable import printable
+    from data_tools.pipeline.characters import NO_SPACES, SHOWN, WARN, word_shown
+    from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS
 
     unknowns = manifest.unknowns
-    if unknowns is None or unknowns.tokens is None:
+    if unknowns is None or unknowns.share is None:
         return
-    share = unknowns.found / max(1, unknowns.tokens)
-    line = f"[UNK]: {share:.2%} of the tokens"
+    of_characters = unknowns.share_of_characters
+    line = f"[UNK]: {unknowns.share:.2%} of the tokens"
+    if of_characters is not None and unknowns.looked_at:
+        line += f", {of_characters:.2%} of the characters"
     if unknowns.words:
-        line += f", most frequent: {' '.join(map(printable, list(unknowns.words)[:SHOWN]))}"
-    if share > WARN:
-        line = (
-            f"WARNING: {line}; compare the vocabulary, --lowercase, --strip-accents and "
-            "--normalization with the text"
+        line += f", most frequent: {' '.join(map(word_shown, list(unknowns.words)[:SHOWN]))}"
+    if max(unknowns.share, of_characters or 0.0) > WARN:
+        is_long = 2 * (unknowns.long_characters or 0) > (unknowns.unknown_characters or 0)
+        advice = (
+            f"words of more than {MAX_WORD_CHARACTERS} characters become one [UNK]: {NO_SPACES}"
+            if is_long
+            else "compare the vocabulary, --lowercase, --strip-accents and --normalization with "
+            "the text"
         )
+        line = f"WARNING: {line}; {advice}"
     print(line)
 
 

@@ -19,6 +19,7 @@ from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
 from electra_ds.data.tokenizer.normalization import Form, native_steps, without_surrogates
 
+MAX_WORD_CHARACTERS = 100  # of a normalized word; BERT makes a longer one a single [UNK]
 MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
 # A larger mean length of the "words" indicates a script without spaces; such a text is tokenized
 # as a whole.
@@ -79,6 +80,11 @@ class WordPiece(Tokenizer):
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.fast.encode(without_surrogates(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def words(self, text: str) -> list[str]:
+        """Return the words of a normalized text, as BERT cleans and splits it."""
+        cleaned = self._fast.normalizer.normalize_str(text)
+        return [word for word, _ in self._fast.pre_tokenizer.pre_tokenize_str(cleaned)]
 
     def begins_word(self) -> np.ndarray:
         return np.array([not name.startswith("##") for name in self.names])
@@ -191,7 +197,9 @@ def _fast_tokenizer(
     from tokenizers import models, normalizers, pre_tokenizers
 
     fast = tokenizers.Tokenizer(
-        models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100)
+        models.WordPiece(
+            vocabulary, unk_token=unknown, max_input_chars_per_word=MAX_WORD_CHARACTERS
+        )
     )
     bert = normalizers.BertNormalizer(
         clean_text=True,
