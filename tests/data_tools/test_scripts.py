@@ -12,13 +12,13 @@ from electra_ds.data.shard_format import read_manifest
 THAI = "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน"
 
 
-def trained(folder, text: str, **options) -> tuple:
+def trained(folder, text: str, out: str = "t", **options) -> tuple:
     """(tokenizer, lines that were said)."""
     (folder / "text.txt").write_text(text)
     said: list[str] = []
     options = {"vocab_size": 200} | options
     inputs = [str(folder / "text.txt")]
-    return train_tokenizer(inputs, folder / "t", say=said.append, **options), said
+    return train_tokenizer(inputs, folder / out, say=said.append, **options), said
 
 
 def documents(line: str, number: int = 40) -> str:
@@ -39,7 +39,7 @@ def test_words_above_the_limit_of_wordpiece_are_counted(tmp_path, repeats, long)
     if long:
         assert "WARNING: 98" in warnings[0] and "--kind unigram" in warnings[0]
         assert THAI * 2 not in warnings[0]  # the word is cut
-    unigram, said = trained(tmp_path, documents(THAI * repeats), kind="unigram")
+    unigram, said = trained(tmp_path, documents(THAI * repeats), "u", kind="unigram")
     assert unigram.special_ids.unk not in unigram.encode_batch([THAI * repeats])[0]
     assert not any("--kind unigram" in line for line in said)
 

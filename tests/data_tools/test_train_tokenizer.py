@@ -183,7 +183,10 @@ def test_the_commands_print_choices_and_shares(tmp_path):
     assert (
         "lower case, accents stripped" in guessed and "guessed: no entry has a capital" in guessed
     )
-    assert "WARNING: [UNK]: 100.00% of the tokens, 100.00% of the characters, most frequent: " in guessed
+    assert (
+        "WARNING: [UNK]: 100.00% of the tokens, 100.00% of the characters, most frequent: "
+        in guessed
+    )
     unknowns = read_manifest(tmp_path / "a").unknowns
     assert unknowns.found == unknowns.tokens
 
