@@ -17,10 +17,12 @@ from data_tools.formats.source import UNKNOWN, Tally
 from data_tools.inputs.plan import make_plan
 from data_tools.pipeline.characters import (
     LongWords,
+    Merged,
     Uncovered,
     ignored_marks,
     in_order,
     strips_safely,
+    turkish_note,
 )
 from data_tools.pipeline.clean import clean_lines
 from data_tools.vocabulary_folder import check_vocabulary_folder
@@ -64,8 +66,8 @@ def train_tokenizer(
 
     inputs:        as for `prepare`
     kind:          wordpiece, or unigram or bpe (SentencePiece)
-    strip_accents: None: for lower-cased text in Latin, Greek or Cyrillic letters; the marks of
-                   other scripts tell words apart. SentencePiece models keep accents
+    strip_accents: None: for lower-cased text in Latin or Greek letters, if few words become equal
+                   to others without accents. SentencePiece models keep accents
     say:           receives lines: the accents, words that are too long for WordPiece, and the
                    share of the text that is not covered
     With little text the vocabulary is smaller than vocab_size; tokenizer.vocab_size is its size.
@@ -85,9 +87,7 @@ def train_tokenizer(
             for character in word:
                 characters[character] += count
         if strip_accents is None:
-            strip_accents = lowercase and strips_safely(characters)
-            if lowercase:
-                say(ignored_marks(characters, strip_accents))
+            strip_accents = lowercase and _strips_accents(words, characters, say)
         content = _train_wordpiece(words, vocab_size, lowercase, strip_accents)
         options = {"lowercase": lowercase, "strip_accents": strip_accents}
         tokenizer = WordPiece(content, options, "the new vocabulary")
@@ -97,6 +97,8 @@ def train_tokenizer(
         tokenizer = SentencePiece(content, {}, "the new model", form)
         facts = []
     progress("train", 1, 1)
+    if lowercase:
+        facts.append(turkish_note(characters))
     for fact in (*facts, Uncovered.of(tokenizer, characters).describe()):
         if fact:
             say(fact)
@@ -142,6 +144,16 @@ def _lines(
             f"(JSONL: in the field {text_field!r})"
         )
     progress("train", 0, 1)
+
+
+def _strips_accents(
+    words: Counter[str], characters: Counter[str], say: Callable[[str], None]
+) -> bool:
+    """Return whether accents of lower-cased text are stripped by default; say the reason."""
+    merged = Merged.of(words)
+    strips = strips_safely(characters, merged)
+    say(ignored_marks(characters, merged, strips))
+    return strips
 
 
 def _count_words(lines: Iterator[str]) -> Counter[str]:

@@ -41,8 +41,9 @@ def train_tokenizer(
         bool | None,
         typer.Option(
             help="WordPiece: strip accents (default: with --lowercase, if 90 % of the letters are "
-            "Latin, Greek or Cyrillic). In other scripts this strips meaning: the dakuten of kana, "
-            "vowel signs of Hindi; syllables of Korean are divided into letters."
+            "Latin or Greek and at most 0.25 % of the words become equal to a more frequent word). "
+            "Stripping makes different words equal in Vietnamese, Russian, French, Hindi, Korean "
+            "and many other languages."
         ),
     ] = None,
     format: Format = "auto",
@@ -123,7 +124,7 @@ def prepare(
         bool | None,
         typer.Option(
             help="For a vocab.txt without options: strip accents (default: if lower-cased, as "
-            "BERT). In Japanese, Hindi or Korean text this strips meaning."
+            "BERT). In Vietnamese, Russian, Japanese, Hindi or Korean text this strips meaning."
         ),
     ] = None,
     normalization: Annotated[

@@ -1,11 +1,12 @@
 """Texts in scripts and languages for which defaults made for English are wrong."""
 
 import json
+from collections import Counter
 
 import pytest
 from running import run_cli
 
-from data_tools.pipeline.characters import LongWords
+from data_tools.pipeline.characters import LongWords, Merged
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.data.shard_format import read_manifest
 
@@ -75,3 +76,54 @@ def test_a_manifest_without_counts_of_characters_is_read(tmp_path):
     (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
     unknowns = read_manifest(tmp_path / "d").unknowns
     assert unknowns.share == 0 and unknowns.share_of_characters is None
+
+
+# ------------------------------------------------------------------------------------ accents, case
+
+VIETNAMESE = "con ma, má và mà; mã của mạ, mả của bà ba bá bạ cũng đã đá đa"
+RUSSIAN = "мой дом и мои дома, всё и все войны и воины"
+FRENCH = "il a parlé à la dame; elle parle là où il va ou non"
+ENGLISH = "the naïve resident of a small café met a señor and spoke of art"
+
+
+@pytest.mark.parametrize(
+    ("text", "stripped", "reason"),
+    [
+        (VIETNAMESE, False, "stripping makes 55.56% of the words (10 different ones) equal"),
+        (FRENCH, False, "such as a and à"),
+        (RUSSIAN, False, "most of them CYRILLIC"),
+        (ENGLISH, True, "stripping makes 0.00% of the words"),
+        ("καλημέρα κόσμε, ωραία μέρα", True, "100.0% of the letters are Latin or Greek"),
+    ],
+)
+def test_accents_are_kept_where_stripping_makes_words_equal(tmp_path, text, stripped, reason):
+    tokenizer, said = trained(tmp_path, documents(text))
+    assert tokenizer.options["strip_accents"] == stripped
+    assert reason in said[0]
+    assert ("--no-strip-accents" in said[0]) == stripped
+    ids = [tokenizer.encode_batch([word])[0] for word in text.replace(",", "").split()]
+    assert stripped or len({tuple(word) for word in ids}) == len({*text.replace(",", "").split()})
+
+
+def test_a_few_equal_words_do_not_keep_the_accents():
+    words = Counter({"other": 9970, "jose": 10, "josé": 20, "café": 100, "Josè": 0})
+    merged = Merged.of(words)
+    assert (merged.total, merged.merged, merged.distinct) == (10100, 10, 2)
+    assert merged.examples[0] == ("josé", "jose")
+
+
+def test_the_form_of_a_word_and_its_case_do_not_count_as_differences():
+    assert Merged.of(Counter({"É": 3, "é,": 2, "(é)": 1})).merged == 0
+    assert Merged.of(Counter({"1é": 3, "1": 2, "e": 1})).merged == 1  # digits are no letters
+
+
+@pytest.mark.parametrize(("kind", "out"), [("wordpiece", "w"), ("unigram", "u")])
+def test_lower_case_of_turkish_is_warned_of(tmp_path, kind, out):
+    text = documents("Irmakta ılık su, İzmir ile Iğdır arası")
+    _, said = trained(tmp_path, text, out, kind=kind)
+    assert any("--no-lowercase" in line and "Turkish" in line for line in said)
+    _, said = trained(tmp_path, text, out, kind=kind, lowercase=False)
+    assert not any("Turkish" in line for line in said)
+    few = documents("words " * 200) + "\n\nthe town of Iğdır"
+    _, said = trained(tmp_path, few, out, kind=kind)
+    assert not any("Turkish" in line for line in said)
