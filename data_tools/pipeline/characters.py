@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS, WordPiece
+from electra_ds.data.tokenizer.normalization import nfc
+from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS, WordPiece, without_accents
 
 # Scripts in which marks are accents. In Cyrillic they make letters of their own, such as \u0439.
 ACCENTED = ("LATIN", "GREEK")
@@ -69,7 +70,7 @@ class Merged(NamedTuple):
                 counts[part] += count
         forms: dict[str, set[str]] = {}
         for word in counts:
-            if not word.isascii() and (form := _stripped(word)) != word:
+            if not word.isascii() and (form := nfc(without_accents(word))) != word:
                 forms.setdefault(form, {form} & counts.keys()).add(word)
         merged: Counter[tuple[str, str]] = Counter()
         for form in forms.values():
@@ -135,14 +136,6 @@ def turkish_note(counts: Counter[str]) -> str:
         "WARNING: the text has the letters \u0131 and \u0130, as Turkish and Azeri do; lower case "
         "makes I an i instead of an \u0131, so different words become equal; --no-lowercase keeps "
         "the case"
-    )
-
-
-def _stripped(word: str) -> str:
-    """Return a word without accents, as BERT strips them, in NFC."""
-    marks = unicodedata.normalize("NFD", word)
-    return unicodedata.normalize(
-        "NFC", "".join(c for c in marks if unicodedata.category(c) != "Mn")
     )
 
 

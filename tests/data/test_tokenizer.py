@@ -129,6 +129,19 @@ def test_a_vocabulary_with_upper_case_letters_is_cased(tmp_path):
     assert load_tokenizer(tmp_path).options["lowercase"] is True
 
 
+@pytest.mark.parametrize("entry", ["café", "##й", "ά", "が", "한국"])
+def test_an_entry_with_an_accent_shows_that_accents_are_kept(tmp_path, entry):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, entry]), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.options == {"lowercase": True, "strip_accents": False}
+    assert not tokenizer.unreachable_names()
+    text = entry.removeprefix("##")
+    assert entry.startswith("##") or tokenizer.tokens(tokenizer.encode_batch([text])[0]) == [entry]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    stated = load_tokenizer(tmp_path)  # BERT strips accents where it lower-cases
+    assert stated.options["strip_accents"] and stated.unreachable_names() == [entry]
+
+
 def test_offsets_cover_the_words(vocabulary, sentencepiece):
     text = "Hello w\u00f6rld, the fox"
     for tokenizer in (load_tokenizer(vocabulary), sentencepiece):

@@ -147,8 +147,10 @@ class Tokenizer(ABC):
             line += (
                 "; guessed: no entry has a capital"
                 if self.options["lowercase"]
-                else ("; guessed: an entry has a capital")
+                else "; guessed: an entry has a capital"
             )
+            if self.options["lowercase"] and not self.options["strip_accents"]:
+                line += ", and some entries have accents"
             line += "; --lowercase, --strip-accents and --normalization set them"
         if unreachable := self.unreachable_names():
             shown = ", ".join(map(printable, unreachable[:3])) + ", ..." * (len(unreachable) > 3)

@@ -99,8 +99,7 @@ class WordPiece(Tokenizer):
     def _changes(self, name: str) -> bool:
         text = name.lower() if self.options["lowercase"] else name
         if self.options["strip_accents"]:
-            text = unicodedata.normalize("NFD", text)
-            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+            return without_accents(text) != name
         return unicodedata.normalize("NFC", text) != unicodedata.normalize("NFC", name)
 
     def unknown_parts(self, text: str) -> list[str]:
@@ -130,6 +129,14 @@ class WordPiece(Tokenizer):
         # To strip accents, BERT decomposes the text, so the ids are the same with and without NFC.
         is_decomposed = self.normalization == "none" and self.options["strip_accents"]
         return {} if is_decomposed else super()._other_normalization()
+
+
+def without_accents(text: str) -> str:
+    """Return a text decomposed (Unicode NFD), without combining marks, as BERT strips accents."""
+    if text.isascii():
+        return text
+    decomposed = unicodedata.normalize("NFD", text)
+    return "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
 
 
 def _entries(content: bytes, source: str, count: int | None) -> tuple[bytes, list[str]]:
