@@ -36,6 +36,14 @@ BINARY = {
     b"\xfe\xff": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
 }
 
+# Separators of tables in files of another format -> what the user can do.
+OTHER_SEPARATORS = {
+    "\t": 'name the file .tsv, or give the task "format": "tsv"',
+    ";": "save the file with commas (some spreadsheets write ; by default) or as TSV",
+    ",": 'name the file .csv, or give the task "format": "csv"',
+    "|": "save the file as TSV or CSV",
+}
+
 
 def file_rows(task: Task, split: str) -> Iterator[Row]:
     """Yield the rows of the file of a split.
@@ -67,7 +75,8 @@ def _rows_of_text(path: Path, text: str, task: Task, split: str) -> Iterator[Row
     if file_format == "conll":
         return _conll(path, text)
     raise UserError(
-        f"{path}: unknown suffix {path.suffix!r}; give the task a format: tsv, csv, jsonl, conll"
+        f"{path}: unknown suffix {path.suffix!r}; expected .tsv, .csv, .jsonl, .json (one object per line) "
+        "or .conll; or give the task a format: tsv, csv, jsonl, conll"
     )
 
 
@@ -90,7 +99,8 @@ def _read(path: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8; "
-            "try: iconv -f latin1 -t utf-8"
+            "convert it from its encoding, such as windows-1251, windows-1254 or latin1, to UTF-8 "
+            "(iconv -f ENCODING -t utf-8)"
         ) from None
 
 
@@ -101,6 +111,7 @@ def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
     for line, cells in lines:
         if columns is None:
             columns = _distinct(path, cells, task)
+            _check_separator(path, columns, task)
             if task.header:
                 continue
         if len(cells) == len(columns):
@@ -115,6 +126,19 @@ def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
             )
     if short_rows:
         warnings.warn(f"{path}: {short_rows} rows with too few columns are skipped", stacklevel=2)
+
+
+def _check_separator(path: Path, columns: list[str], task: Task) -> None:
+    """Raise UserError if the header looks separated by another character than the format's."""
+    if len(columns) > 1 or not task.header:
+        return
+    expected = "a tab" if (task.format or path.suffix.lstrip(".")) == "tsv" else "','"
+    for found, advice in OTHER_SEPARATORS.items():
+        if found in columns[0]:
+            raise UserError(
+                f"{path}:1: found one column, {shortened(columns[0])}; expected columns separated "
+                f"by {expected}; the line looks separated by {found!r}; {advice}"
+            )
 
 
 def _distinct(path: Path, cells: list[str], task: Task) -> list[str]:
