@@ -73,8 +73,8 @@ class Merged(NamedTuple):
             if not word.isascii() and (form := nfc(without_accents(word))) != word:
                 forms.setdefault(form, {form} & counts.keys()).add(word)
         merged: Counter[tuple[str, str]] = Counter()
-        for form in forms.values():
-            most, *others = sorted(form, key=lambda word: (-counts[word], word))
+        for group in forms.values():
+            most, *others = sorted(group, key=lambda word: (-counts[word], word))
             merged.update({(most, other): counts[other] for other in others})
         pairs = sorted(merged, key=lambda pair: (-merged[pair], pair))[:3]
         return cls(counts.total(), merged.total(), len(merged), pairs)

@@ -1,5 +1,7 @@
 """Tokenizers: ids equal to the reference, no special ids from text, equal ids after saving."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,6 +150,23 @@ def test_offsets_cover_the_words(vocabulary, sentencepiece):
         ids, offsets = tokenizer.encode_with_offsets(text)
         assert ids == tokenizer.encode_batch([text])[0]
         assert "".join(text[a:b] for a, b in offsets).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", ["wordpiece", "stripped", "unigram", "bpe"])
+def test_offsets_are_whole_words_without_spaces(tmp_path, form, kind):
+    """Marks that are composed with their letter or stripped belong to its token."""
+    words = ["café", "мой", "việt", "naïve", "λόγος", "नमस्ते"]
+    (tmp_path / "t.txt").write_text("\n".join([" ".join(words)] * 50))
+    options = {"kind": "wordpiece", "strip_accents": True} if kind == "stripped" else {"kind": kind}
+    tokenizer = train_tokenizer([str(tmp_path)], tmp_path / ".v", vocab_size=120, **options)
+    text = unicodedata.normalize(form, "  ".join(words) + " ")
+    ids, spans = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode_batch([text])[0]
+    parts = [text[start:end] for start, end in spans]
+    assert "".join(parts) == text.replace(" ", "")
+    starts = tokenizer.begins_word()[ids]
+    assert starts.sum() >= len(words) and not any(part != part.strip() for part in parts)
 
 
 def test_decode_returns_readable_text_with_special_tokens(vocabulary, sentencepiece):

@@ -85,7 +85,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of one text, and the (start, end) characters of each token in the text."""
+        """Return the ids of one text, and the (start, end) characters of each token in the text.
+
+        A span has no white space before the token, and includes the combining marks after it, also
+        those that the normalization composes with a letter or removes. The span of a token that
+        consists of white space is empty.
+        """
 
     @abstractmethod
     def begins_word(self) -> np.ndarray:

@@ -17,7 +17,12 @@ import numpy as np
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
-from electra_ds.data.tokenizer.normalization import Form, native_steps, without_surrogates
+from electra_ds.data.tokenizer.normalization import (
+    Form,
+    native_steps,
+    whole_characters,
+    without_surrogates,
+)
 
 MAX_WORD_CHARACTERS = 100  # of a normalized word; BERT makes a longer one a single [UNK]
 MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
@@ -79,7 +84,7 @@ class WordPiece(Tokenizer):
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.fast.encode(without_surrogates(text), add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return encoding.ids, whole_characters(text, encoding.offsets)
 
     def words(self, text: str) -> list[str]:
         """Return the words of a normalized text, as BERT cleans and splits it."""
