@@ -77,7 +77,7 @@ def train_tokenizer(
     _check_settings(Path(out), kind, vocab_size, strip_accents)
     form: Form = "nfc"
     if kind != "wordpiece":
-        form = "nfkc_lower" if lowercase else "nfkc"
+        form = "nfkc_visible_lower" if lowercase else "nfkc_visible"
     lines = _lines(inputs, format, text_field, form, progress)
     tokenizer: Tokenizer
     characters: Counter[str] = Counter()

@@ -1,5 +1,6 @@
 """Tokenizers: ids equal to the reference, no special ids from text, equal ids after saving."""
 
+import json
 import unicodedata
 
 import pytest
@@ -167,6 +168,35 @@ def test_offsets_are_whole_words_without_spaces(tmp_path, form, kind):
     assert "".join(parts) == text.replace(" ", "")
     starts = tokenizer.begins_word()[ids]
     assert starts.sum() >= len(words) and not any(part != part.strip() for part in parts)
+
+
+INVISIBLE = "\xad\u061c\u200e\u200f\u202a\u202e\u2060\u2066\u2069"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
+def test_invisible_characters_of_the_layout_do_not_change_the_ids(tmp_path, kind):
+    (tmp_path / "t.txt").write_text("hyphenated words of \u200f\u0633\u0644\u0627\u0645\n" * 40)
+    tokenizer = train_tokenizer([str(tmp_path)], tmp_path / ".v", kind=kind, vocab_size=90)
+    plain = tokenizer.encode_batch(["hyphenated"])
+    assert tokenizer.encode_batch([f"hyph{c}enated" for c in INVISIBLE]) == plain * len(INVISIBLE)
+    assert not any(c in name for name in tokenizer.names for c in INVISIBLE)
+    joined = tokenizer.normalize("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645")
+    assert "\u200c" in joined  # BERT's cleaning deletes it afterwards
+
+
+def test_a_folder_with_an_earlier_form_keeps_its_ids(tmp_path):
+    (tmp_path / "t.txt").write_text("hyphenated words\n" * 40)
+    new = train_tokenizer([str(tmp_path)], tmp_path / ".v", kind="unigram", vocab_size=90)
+    assert new.normalization == "nfkc_visible_lower"
+    options = (tmp_path / ".v" / "options.json").read_text()
+    old = {"normalization": "nfkc_lower"}
+    (tmp_path / ".v" / "options.json").write_text(
+        json.dumps(json.loads(options) | old | {"fingerprint": None})
+    )
+    old = load_tokenizer(tmp_path / ".v")
+    assert old.fingerprint != new.fingerprint
+    assert old.encode_batch(["hyph\xadenated"]) != old.encode_batch(["hyphenated"])
+    assert old.encode_batch(["hyphenated"]) == new.encode_batch(["hyphenated"])
 
 
 def test_decode_returns_readable_text_with_special_tokens(vocabulary, sentencepiece):

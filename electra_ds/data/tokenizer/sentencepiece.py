@@ -36,7 +36,7 @@ class SentencePiece(Tokenizer):
         """Load a model.
 
         content: bytes of the .model file. options: {}, because a SentencePiece has none.
-        source: name of the file in messages. normalization: nfc, nfkc or nfkc_lower.
+        source: name of the file in messages. normalization: any form but none.
         Raises UserError for a file that is not a SentencePiece model, for another normalization,
         and when a special token is missing or is not a control symbol.
         """
@@ -51,7 +51,7 @@ class SentencePiece(Tokenizer):
             ) from None
         super().__init__(content, names, options, source, normalization)
         if normalization == "none":
-            raise UserError(f"{source}: normalization = 'none'; expected nfc, nfkc or nfkc_lower")
+            raise UserError(f"{source}: normalization = 'none'; expected another one")
         for role, i in self.special_ids.model_dump().items():
             if role != "unk" and not self._model.is_control(i):
                 raise UserError(
