@@ -12,6 +12,7 @@ import typer
 
 from electra_ds.cli.console import app, print_table
 from electra_ds.cli.options import (
+    BadFraction,
     Format,
     Inputs,
     Kind,
@@ -48,6 +49,7 @@ def train_tokenizer(
     ] = None,
     format: Format = "auto",
     text_field: TextField = "text",
+    max_bad_fraction: BadFraction = 0.001,
 ) -> None:
     """Train a WordPiece or SentencePiece vocabulary on text."""
     from data_tools.train_tokenizer import train_tokenizer
@@ -64,6 +66,7 @@ def train_tokenizer(
             strip_accents=strip_accents,
             format=format,
             text_field=text_field,
+            max_bad_fraction=max_bad_fraction,
             progress=progress,
             say=facts.append,
         )
@@ -103,9 +106,7 @@ def prepare(
         str | None,
         typer.Option(help="package.module:function, (text) -> bool; False drops the document."),
     ] = None,
-    max_bad_fraction: Annotated[
-        float, typer.Option(help="Fail if a larger share of the lines cannot be read.")
-    ] = 0.001,
+    max_bad_fraction: BadFraction = 0.001,
     units: Annotated[
         Path | None,
         typer.Option(help="Keep the tokenized units in this folder, for other sequence lengths."),

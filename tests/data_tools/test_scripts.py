@@ -6,8 +6,12 @@ from collections import Counter
 import pytest
 from running import run_cli
 
+from data_tools.formats.documents import documents as documents_of
+from data_tools.formats.source import Tally
+from data_tools.inputs.plan import make_plan
 from data_tools.pipeline.characters import LongWords, Merged
 from data_tools.train_tokenizer import train_tokenizer
+from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
 
 THAI = "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน"
@@ -127,3 +131,42 @@ def test_lower_case_of_turkish_is_warned_of(tmp_path, kind, out):
     few = documents("words " * 200) + "\n\nthe town of Iğdır"
     _, said = trained(tmp_path, few, out, kind=kind)
     assert not any("Turkish" in line for line in said)
+
+
+# ---------------------------------------------------------------------------- encodings, blank lines
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_lines_in_another_encoding_are_counted_and_limited(tmp_path, kind):
+    russian = "слова на русском языке\n\n" * 30
+    (tmp_path / "a.txt").write_bytes(russian.encode("cp1251"))
+    (tmp_path / "b.txt").write_text(russian * 3)
+    options = {"kind": kind, "vocab_size": 100}
+    for inputs in (["a.txt"], ["a.txt", "b.txt"]):
+        with pytest.raises(UserError, match=r"30 of \d+ lines cannot be read .* windows-1251"):
+            train_tokenizer([str(tmp_path / name) for name in inputs], tmp_path / "t", **options)
+    said: list[str] = []
+    inputs = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    options |= {"max_bad_fraction": 0.25, "say": said.append}
+    train_tokenizer(inputs, tmp_path / "t", **options)
+    assert any("30 of 120 lines cannot be read and are left out (not UTF-8: 30)" in x for x in said)
+    with pytest.raises(UserError, match="max_bad_fraction = 2"):
+        train_tokenizer(inputs, tmp_path / "u", max_bad_fraction=2)
+
+
+@pytest.mark.parametrize(
+    "blank",
+    ["", " \t", "\u00a0", "\u3000\u3000", "\u200b", "\ufeff", "\u2009\r", "\u0085", " \u2028"],
+)
+def test_a_line_that_looks_blank_ends_a_document(tmp_path, blank):
+    text = f"first\nline\n{blank}\nsecond\n{blank}\n{blank}\n\u3000third\n\u00a0.\n".encode()
+    (tmp_path / "t.txt").write_bytes(text)
+    (source,) = make_plan([str(tmp_path / "t.txt")]).sources
+
+    def read(start, end):
+        options = {"text_field": "text", "tally": Tally(), "on_progress": lambda count: None}
+        return [text.split() for text in documents_of(source, start, end, **options)]
+
+    assert read(0, len(text)) == [["first", "line"], ["second"], ["third", "."]]
+    for cut in range(len(text) + 1):
+        assert read(0, cut) + read(cut, len(text)) == read(0, len(text))
