@@ -18,6 +18,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.json_files import parse_strictly
 from electra_ds.common.printable import shortened
+from electra_ds.common.suggestions import other_form_of_file
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
@@ -87,6 +88,7 @@ def _read(path: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{path}: {reason}; expected a file of examples; check --data and `splits`"
+            f"{other_form_of_file(path)}"
         ) from None
     if is_lfs_pointer(data):
         raise UserError(f"{path}: is a Git LFS pointer, not the file; run: git lfs pull")

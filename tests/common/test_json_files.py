@@ -99,3 +99,12 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     sizes = Sizes(rows=3, parts=(1, 2))
     write_json(tmp_path / "x.json", sizes.model_dump())
     assert read_record(tmp_path / "x.json", Sizes, "a record of sizes") == sizes
+
+
+def test_letters_are_written_as_they_are_and_every_value_is_read_again(tmp_path):
+    values = {"\u0e44\u0e17\u0e22": "\u0430 \u202e \u2028 \U0001f600"}
+    write_json(tmp_path / "x.json", values)
+    assert "\u0e44\u0e17\u0e22" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "x.json", "values") == values
+    write_json(tmp_path / "x.json", {"name": "\udcff"})  # of a file name that is not UTF-8
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"name": "\udcff"}

@@ -139,15 +139,19 @@ class Tokenizer(ABC):
             parts += self.tokens(run) if is_special else [self._decode_plain(run)]
         return " ".join(parts)
 
-    def describe(self) -> str:
-        """Describe kind, size and options in one line; say which options were guessed."""
+    def describe_options(self) -> str:
+        """Describe kind, size and options in one line."""
         parts = [self.kind, f"{self.vocab_size:,} entries"]
         if "lowercase" in self.options:
             parts.append("lower case" if self.options["lowercase"] else "case kept")
             stripped = self.options["strip_accents"]
             parts.append("accents stripped" if stripped else "accents kept")
         parts.append(f"normalization {self.normalization}")
-        line = ", ".join(parts)
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """Like `describe_options`; say which options were guessed, and name unreachable entries."""
+        line = self.describe_options()
         if self.guessed:
             line += (
                 "; guessed: no entry has a capital"
