@@ -10,6 +10,7 @@ from data_tools.formats.documents import documents as documents_of
 from data_tools.formats.source import Tally
 from data_tools.inputs.plan import make_plan
 from data_tools.pipeline.characters import LongWords, Merged
+from data_tools.pipeline.settings import Settings
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
@@ -170,3 +171,25 @@ def test_a_line_that_looks_blank_ends_a_document(tmp_path, blank):
     assert read(0, len(text)) == [["first", "line"], ["second"], ["third", "."]]
     for cut in range(len(text) + 1):
         assert read(0, cut) + read(cut, len(text)) == read(0, len(text))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_field_in_another_unicode_form_is_suggested(tmp_path, kind):
+    field, given = "te\u0301xte", "t\u00e9xte"
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text(json.dumps({field: "x"}) + "\n")
+    else:
+        pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({field: ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="another Unicode form") as caught:
+        train_tokenizer([str(tmp_path / f"a.{kind}")], tmp_path / "t", text_field=given)
+    assert ascii(field) in str(caught.value)
+    (tmp_path / f"a.{kind}").rename(tmp_path / f"a\u0301.{kind}")
+    with pytest.raises(UserError, match="another Unicode form"):
+        train_tokenizer([str(tmp_path / f"\u00e1.{kind}")], tmp_path / "t")
+
+
+def test_only_packings_that_prepare_offers_are_listed():
+    with pytest.raises(UserError, match=r"expected one of best_fit, concat, google$"):
+        Settings(packing="none").check()
