@@ -125,5 +125,5 @@ def _difference(stored: Any, wanted: Any) -> str:
 
 def _shorten(value: Any) -> str:
     """Return a value as JSON, truncated if it is long."""
-    text = json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < _SHOWN + 10 else f"{text[:_SHOWN]}..."

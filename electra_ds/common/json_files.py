@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import open_regular, write_bytes
 from electra_ds.common.printable import printable, shortened
+from electra_ds.common.suggestions import other_form_of_file
 
 MAX_BYTES = 1 << 28  # of a JSON file; a manifest of 10^5 shards has about 2^24 bytes
 # Objects, arrays, keys and values of a JSON text. A value of a few bytes of text takes up to 200
@@ -51,9 +52,13 @@ class Record(BaseModel):
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically. Errors as in `write_bytes`.
 
-    Raises ValueError for NaN and infinities.
+    Letters of all scripts are written as they are. Raises ValueError for NaN and infinities.
     """
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    try:
+        content = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # surrogates, in a name of a file that is not UTF-8
+        content = json.dumps(value, indent=2, allow_nan=False).encode()
+    write_bytes(path, content + b"\n")
 
 
 def read_json(
@@ -90,7 +95,9 @@ def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
     except UserError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{printable(path)}: not found; expected {what}") from None
+        raise UserError(
+            f"{printable(path)}: not found; expected {what}{other_form_of_file(path)}"
+        ) from None
     except IsADirectoryError:
         raise UserError(f"{printable(path)}: is a folder; expected {what}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -17,6 +17,7 @@ from electra_ds.common.section import Section, machine, science
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.loading import parse_config
 from electra_ds.finetuning.examples import seen_labels
+from electra_ds.finetuning.lookalikes import check_labels
 from electra_ds.finetuning.metrics import METRICS, not_entity_tags
 
 Column = str | int
@@ -260,6 +261,14 @@ def _user_task(path: Path, data: Path | None) -> Task:
     A description may come from another person, so it cannot name files at other places.
     """
     values = read_json(path, "a task's description")
+    name = values.get("name", path.stem)
+    if isinstance(name, str) and name.split() not in ([], [name]):
+        origin = "" if "name" in values else ", from the name of the file,"
+        raise UserError(
+            f"{path}: name: {shortened(name)}{origin} has white space; expected letters, digits, "
+            "'_', '-' and '.', because it names the folder of the results; rename the file, or add "
+            f'"name": "{"-".join(name.split())}" to the description'
+        )
     task = parse_config({"name": path.stem} | values, str(path), Task)
     if task.name in GLUE:
         # Config, report and predict would treat a task of this name as the GLUE task.
@@ -303,6 +312,7 @@ def _filled(task: Task) -> Task:
         values["label_range"] = (labels[0], labels[-1])
     if task.kind != "regression" and task.labels is None:
         values["labels"] = seen_labels(task)
+        check_labels(values["labels"], task.name)
         if len(values["labels"]) < 2:
             raise UserError(
                 f"task {task.name}: the training split has the one label "
@@ -310,6 +320,11 @@ def _filled(task: Task) -> Task:
                 "expected at least two labels"
             )
     labels = values["labels"] or []
+    if task.kind == "token_classification" and (split := [x for x in labels if len(x.split()) > 1]):
+        raise UserError(
+            f"task {task.name}: the tag {shortened(split[0])} has white space inside; expected "
+            "tags without it, because files of predictions separate tags by spaces; rename it"
+        )
     if not task.metrics:
         values["metrics"] = _default_metrics(task.kind, labels)
     if "entity_f1" in task.metrics and (odd := not_entity_tags(labels)):

@@ -186,6 +186,7 @@ def _write_folder(
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(value.numel() for value in tensors.values())
+    card = card._replace(facts={**card.facts, "tokenizer": words.describe_options()})
     text = render_card(name, config, parameters, card)
     write_bytes(folder / "README.md", text.encode())
     write_json(folder / "config.json", config)

@@ -85,14 +85,16 @@ def render_card(name: str, config: Mapping[str, Any], parameters: int, card: Car
 def _loading_code(name: str, config: Mapping[str, Any], card: Card) -> list[str]:
     architecture = config["architectures"][0]
     texts = '"The first text.", "The second text."' if card.takes_pairs else '"A short text."'
+    if architecture == "ElectraForTokenClassification" and not card.reads_cls:
+        texts = '"A short text .".split(), is_split_into_words=True'  # as in the training
     if architecture == "ElectraForMaskedLM":
         texts = 'f"A short {tokenizer.mask_token}."'
     return [
         "import torch",
         f"from transformers import AutoTokenizer, {architecture}",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
-        f"model = {architecture}.from_pretrained({json.dumps(name)}).eval()",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
+        f"model = {architecture}.from_pretrained({json.dumps(name, ensure_ascii=False)}).eval()",
         f'inputs = tokenizer({texts}, return_tensors="pt")',
         "with torch.no_grad():",
         "    logits = model(**inputs).logits",

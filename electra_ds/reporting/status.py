@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -126,7 +127,9 @@ def status(out: Path) -> dict[str, Any]:
         "failures_in_a_row": failures.in_a_row,
         "last_error": next((e.facts() for e in [*errors, *failures.errors[::-1]]), None),
         "missing": missing,
-        "next": NEXT["refused" if is_refused else state].format(out=out, at=at, limit=limit),
+        "next": NEXT["refused" if is_refused else state].format(
+            out=shlex.quote(str(out)), at=at, limit=limit
+        ),
     }
 
 

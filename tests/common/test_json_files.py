@@ -117,3 +117,12 @@ def test_the_parts_of_a_value_have_their_depths():
     value = {"a": [1, {"b": []}], "c": None}
     found = [(part, depth) for part, depth in _parts(value) if not isinstance(part, (dict, list))]
     assert found == [("a", 1), (1, 2), ("b", 3), ("c", 1), (None, 1)]
+
+
+def test_letters_are_written_as_they_are_and_every_value_is_read_again(tmp_path):
+    values = {"\u0e44\u0e17\u0e22": "\u0430 \u202e \u2028 \U0001f600"}
+    write_json(tmp_path / "x.json", values)
+    assert "\u0e44\u0e17\u0e22" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "x.json", "values") == values
+    write_json(tmp_path / "x.json", {"name": "\udcff"})  # of a file name that is not UTF-8
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"name": "\udcff"}
