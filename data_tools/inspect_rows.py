@@ -12,7 +12,7 @@ from data_tools.formats.documents import READERS, documents
 from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import Segment, make_plan
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import Record, read_record
+from electra_ds.common.json_files import MAX_VALUES_OF_DATA, Record, read_record
 from electra_ds.common.printable import printable, shortened
 from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import Count, SourcePlan, read_manifest
@@ -118,7 +118,9 @@ def source_reader(
     """
     path = Path(data_dir) / "prepare.json"
     plan = read_manifest(data_dir).source
-    settings = read_record(path, PrepareRecord, "the settings of `prepare`")
+    settings = read_record(
+        path, PrepareRecord, "the settings of `prepare`", max_values=MAX_VALUES_OF_DATA
+    )
     if settings.units != plan.units or tuple(name for name, *_ in settings.files) != plan.files:
         raise UserError(
             f"{printable(path)}: other input files than in manifest.json; expected the file that "

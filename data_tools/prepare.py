@@ -10,7 +10,6 @@ from __future__ import annotations
 import runpy
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.formats.source import LOCATIONS
+from data_tools.formats.source import Tally, check_bad_lines, check_share
 from data_tools.inputs.plan import Plan, make_plan, plan_hash, unit_size
 from data_tools.pipeline.assemble import SPLITS, ShardTask, assemble_shard, in_split, marker_path
 from data_tools.pipeline.dedup import (
@@ -129,8 +128,7 @@ def prepare(
             f"workers = {workers}; expected at least 1 and at most {MOST_WORKERS:,}, and exactly 1 "
             "if MPI ranks are the workers"
         )
-    if not 0 <= max_bad_fraction <= 1:
-        raise UserError(f"max_bad_fraction = {max_bad_fraction}; expected a share from 0 to 1")
+    check_share(max_bad_fraction)
     job = _plan_job(inputs, tokenizer, Path(out), units, Settings(**settings), progress)
     if not (job.out / "manifest.json").exists():
         check_output_folder(job.out, "--out")
@@ -250,17 +248,13 @@ def _tokenize_units(job: Job, run: Run, read_unit: Task, progress: Progress) -> 
 
 def _check_bad_lines(markers: list[dict], max_bad_fraction: float) -> dict[str, int]:
     """Return the unreadable lines of all units by class; UserError when there are too many."""
-    bad = sum((Counter(marker["bad_lines"]) for marker in markers), Counter[str]())
-    lines = sum(marker["lines"] for marker in markers)
-    if bad.total() > max_bad_fraction * lines:
-        locations = [location for marker in markers for location in marker["places"]]
-        counts = ", ".join(f"{kind}: {count}" for kind, count in sorted(bad.items()))
-        raise UserError(
-            f"{bad.total()} of {lines} lines cannot be read ({counts}); expected at most the share "
-            f"{max_bad_fraction}; correct them or raise --max-bad-fraction; the first: "
-            f"{'; '.join(locations[:LOCATIONS])}"
-        )
-    return dict(sorted(bad.items()))
+    tally = Tally()
+    for marker in markers:
+        tally.lines += marker["lines"]
+        tally.bad.update(marker["bad_lines"])
+        tally.locations += marker["places"]
+    check_bad_lines(tally, max_bad_fraction)
+    return dict(sorted(tally.bad.items()))
 
 
 def _check_documents(job: Job, documents: int, removed: dict[str, int]) -> None:

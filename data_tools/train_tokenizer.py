@@ -13,9 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats.documents import documents
-from data_tools.formats.source import UNKNOWN, Tally
+from data_tools.formats.source import (
+    UNKNOWN,
+    Tally,
+    check_bad_lines,
+    check_share,
+    described,
+)
 from data_tools.inputs.plan import make_plan
-from data_tools.pipeline.characters import Uncovered, ignored_marks, in_order, strips_safely
+from data_tools.pipeline.characters import (
+    LongWords,
+    Merged,
+    Uncovered,
+    ignored_marks,
+    in_order,
+    strips_safely,
+    turkish_note,
+)
 from data_tools.pipeline.clean import clean_lines
 from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
@@ -51,6 +65,7 @@ def train_tokenizer(
     strip_accents: bool | None = None,
     format: str = "auto",
     text_field: str = "text",
+    max_bad_fraction: float = 0.001,
     progress: Progress = ignore_progress,
     say: Callable[[str], None] = ignore_facts,
 ) -> Tokenizer:
@@ -58,18 +73,23 @@ def train_tokenizer(
 
     inputs:        as for `prepare`
     kind:          wordpiece, or unigram or bpe (SentencePiece)
-    strip_accents: None: for lower-cased text in Latin, Greek or Cyrillic letters; the marks of
-                   other scripts tell words apart. SentencePiece models keep accents
-    say:           receives lines: the accents, and the share of the text that is not covered
+    strip_accents: None: for lower-cased text in Latin or Greek letters, if few words become equal
+                   to others without accents. SentencePiece models keep accents
+    max_bad_fraction: share of unreadable lines above which UserError is raised
+    say:           receives lines: the accents, words that are too long for WordPiece, and the
+                   share of the text that is not covered
     With little text the vocabulary is smaller than vocab_size; tokenizer.vocab_size is its size.
-    Raises UserError for unknown settings, for inputs without text, for a folder that cannot be
+    Raises UserError for unknown settings, for inputs without text, for too many unreadable lines,
+    for a folder that cannot be
     written, and for a size that SentencePiece cannot make; RunFailure when writing fails.
     """
     _check_settings(Path(out), kind, vocab_size, strip_accents)
     form: Form = "nfc"
     if kind != "wordpiece":
-        form = "nfkc_lower" if lowercase else "nfkc"
-    lines = _lines(inputs, format, text_field, form, progress)
+        form = "nfkc_visible_lower" if lowercase else "nfkc_visible"
+    check_share(max_bad_fraction)
+    tally = Tally()
+    lines = _lines(inputs, format, text_field, form, tally, max_bad_fraction, progress)
     tokenizer: Tokenizer
     characters: Counter[str] = Counter()
     if kind == "wordpiece":
@@ -78,17 +98,26 @@ def train_tokenizer(
             for character in word:
                 characters[character] += count
         if strip_accents is None:
-            strip_accents = lowercase and strips_safely(characters)
-            if lowercase:
-                say(ignored_marks(characters, strip_accents))
+            strip_accents = lowercase and _strips_accents(words, characters, say)
         content = _train_wordpiece(words, vocab_size, lowercase, strip_accents)
         options = {"lowercase": lowercase, "strip_accents": strip_accents}
         tokenizer = WordPiece(content, options, "the new vocabulary")
+        facts = [LongWords.of(tokenizer, words).describe()]
     else:
         content = _train_sentencepiece(_counted(lines, characters), kind, vocab_size, characters)
         tokenizer = SentencePiece(content, {}, "the new model", form)
+        facts = []
     progress("train", 1, 1)
-    say(Uncovered.of(tokenizer, characters).describe())
+    if lowercase:
+        facts.append(turkish_note(characters))
+    if tally.bad:
+        facts.append(
+            f"{tally.bad.total():,} of {tally.lines:,} lines cannot be read and are left out "
+            f"({described(tally.bad)}); the first: {tally.locations[0]}"
+        )
+    for fact in (*facts, Uncovered.of(tokenizer, characters).describe()):
+        if fact:
+            say(fact)
     try:
         tokenizer.save(out)
     except OSError as error:
@@ -111,26 +140,47 @@ def _check_settings(out: Path, kind: str, vocab_size: int, strip_accents: bool |
 
 
 def _lines(
-    inputs: Sequence[str], format: str, text_field: str, form: Form, progress: Progress
+    inputs: Sequence[str],
+    format: str,
+    text_field: str,
+    form: Form,
+    tally: Tally,
+    max_bad_fraction: float,
+    progress: Progress,
 ) -> Iterator[str]:
-    """Yield the normalized lines of all inputs; UserError when there is none."""
+    """Yield the normalized lines of all inputs.
+
+    tally: counts the lines. Raises UserError at the end if there are no lines, or too many bad
+    ones.
+    """
     plan = make_plan(inputs, format=format)
     total = sum(source.size for source in plan.sources)
     has_text = False
     on_progress = running_total(lambda done: progress("read", done, total))
     for source in plan.sources:
         for text in documents(
-            source, 0, source.size, text_field=text_field, tally=Tally(), on_progress=on_progress
+            source, 0, source.size, text_field=text_field, tally=tally, on_progress=on_progress
         ):
             lines, _ = clean_lines(text.replace(UNKNOWN, ""), form)
             has_text = has_text or bool(lines)
             yield from lines
+    check_bad_lines(tally, max_bad_fraction)
     if not has_text:
         raise UserError(
             f"{', '.join(inputs)}: found no text; expected documents to train a vocabulary on "
             f"(JSONL: in the field {text_field!r})"
         )
     progress("train", 0, 1)
+
+
+def _strips_accents(
+    words: Counter[str], characters: Counter[str], say: Callable[[str], None]
+) -> bool:
+    """Return whether accents of lower-cased text are stripped by default; say the reason."""
+    merged = Merged.of(words)
+    strips = strips_safely(characters, merged)
+    say(ignored_marks(characters, merged, strips))
+    return strips
 
 
 def _count_words(lines: Iterator[str]) -> Counter[str]:

@@ -16,8 +16,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" | redacted >&2; }
 show() { { printf '+'; printf ' %q' "$@"; echo; } | redacted; }
 redacted() { # hide user names, passwords and secret query values of URLs
-    # The same rules as electra_ds.common.urls.redacted. A password may contain a slash.
-    sed -E -e 's#://[^/@[:space:]]*@#://***@#g' -e 's#://[^/@:[:space:]]*:[^@[:space:]]*@#://***@#g' -e \
+    # The same rules as electra_ds.common.urls.redacted. A password may contain "/" and "@", so all
+    # text before the last "@" is hidden.
+    sed -E -e 's|://[^/?#@[:space:]]*@([^?#[:space:]]*@)?|://***@|g' \
+        -e 's|://[^/?#:[:space:]]*:[^?#[:space:]]*@|://***@|g' -e \
         's/([?&;#][A-Za-z0-9_.-]*(token|key|secret|sig|passw|pwd|credential|auth|session)[A-Za-z0-9_.-]*=)[^&;[:space:]\\]*/\1***/Ig'
 }
 run() { show "$@"; "$@"; }
@@ -60,6 +62,15 @@ count() { # NAME VALUE [LEAST]: print VALUE if it is an integer of at least LEAS
 }
 free_port() { "$PYTHON" -c 'from electra_ds.common.processes import free_port; print(free_port())'; }
 
+# Print the error files. The ranks write them in ASCII, so other bytes, which could control a terminal,
+# are replaced. A FIFO, from which a read does not return, and a link are left out.
+show_errors() {
+    local file
+    for file in "$out"/error-rank-*.json; do
+        [ ! -f "$file" ] || [ -L "$file" ] || { echo "$file:"; head -c 1000000 -- "$file"; echo; }
+    done | LC_ALL=C tr -c '\11\12\40-\176' '[?*]'
+}
+
 # The exit code of a launcher is not reliable: mpirun may return 0 although a rank failed, and srun may
 # return a signal although the run is saved. Therefore the exit code is derived from the files of rank 0.
 # The exit code of the launcher is used if --out was finished before this attempt, or is a URL.
@@ -69,6 +80,6 @@ judge() {
     if [ -e "$out/$finish" ] && { [ -z "$was_done" ] || [ "$1" -eq 0 ]; }; then say "$out is finished"; exit 0; fi
     if [ -e "$stopped" ]; then say "$out is saved and stopped; the same command resumes it"; exit 85; fi
     say "failed (exit code $1 of the launcher)"
-    tail -n +1 "$out"/error-rank-*.json 2> /dev/null | tr -d '\000-\010\013-\037\177' | redacted >&2 || true
+    show_errors | redacted >&2 || true
     exit $(($1 > 0 ? $1 : 1))
 }

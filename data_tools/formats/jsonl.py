@@ -9,6 +9,7 @@ from io import BufferedReader
 from data_tools.formats.source import Source, Tally, texts_of_value
 from data_tools.formats.text import read_lines
 from electra_ds.common.printable import shortened
+from electra_ds.common.suggestions import other_form
 
 LONGEST_LINE = 16 << 20  # bytes
 
@@ -31,7 +32,8 @@ def read_jsonl(
         if not isinstance(record, dict):
             tally.add_bad("not a JSON object", source, offset)
         elif text_field not in record:
-            tally.add_bad(f"no field {shortened(text_field)}", source, offset)
+            hint = other_form(text_field, record)
+            tally.add_bad(f"no field {shortened(text_field)}{hint}", source, offset)
         else:
             yield from texts_of_value(record[text_field], source, offset, text_field, tally)
 

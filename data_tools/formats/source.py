@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.inputs.streams import COMPRESSED
+from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 
 # The <unk> of WikiText: a noncharacter that no text contains, so every vocabulary maps it to [UNK].
@@ -63,6 +64,35 @@ class Tally:
         self.bad[kind] += 1
         if len(self.locations) < LOCATIONS:
             self.locations.append(f"{source.name}: byte {offset}: {kind}")
+
+
+def check_share(max_bad_fraction: float) -> None:
+    """Raise UserError if a share is not from 0 to 1."""
+    if not 0 <= max_bad_fraction <= 1:
+        raise UserError(f"max_bad_fraction = {max_bad_fraction}; expected a share from 0 to 1")
+
+
+def check_bad_lines(tally: Tally, max_bad_fraction: float) -> None:
+    """Raise UserError if more than this share of the lines could not be read."""
+    bad = tally.bad.total()
+    if bad <= max_bad_fraction * tally.lines:
+        return
+    encoding = (
+        "if they are in another encoding, such as windows-1251 or windows-1254, convert the files "
+        "to UTF-8 (iconv -f ENCODING -t utf-8); "
+        if tally.bad["not UTF-8"]
+        else ""
+    )
+    raise UserError(
+        f"{bad} of {tally.lines} lines cannot be read ({described(tally.bad)}); expected at most "
+        f"the share {max_bad_fraction}; {encoding}correct them or raise --max-bad-fraction; the "
+        f"first: {'; '.join(tally.locations[:LOCATIONS])}"
+    )
+
+
+def described(bad: Counter[str]) -> str:
+    """Return the counts of bad lines by class, as text."""
+    return ", ".join(f"{kind}: {count}" for kind, count in sorted(bad.items()))
 
 
 # A reader of one format: (source, content, start, end, text field, tally) -> the texts of the

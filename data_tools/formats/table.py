@@ -13,6 +13,7 @@ from data_tools.formats.source import Source, Tally, texts_of_value
 from data_tools.inputs.streams import COMPRESSED, check_expansion
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
+from electra_ds.common.suggestions import other_form
 from electra_ds.common.urls import is_url
 
 BATCH_ROWS = 256
@@ -81,7 +82,8 @@ def _check_column(name: str, schema: Any, text_field: str) -> None:
     found = schema.names.count(text_field)
     if found != 1:
         problem = f"{found} columns" if found else "no column"
-        raise UserError(f"{name}: {problem} {shortened(text_field)} of text; {expected}")
+        hint = other_form(text_field, schema.names)
+        raise UserError(f"{name}: {problem} {shortened(text_field)} of text; {expected}{hint}")
     kind = schema.field(text_field).type
     if not _is_text(kind):
         raise UserError(

@@ -6,6 +6,7 @@ therefore give each document exactly once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from io import BufferedReader
 from itertools import chain
@@ -15,6 +16,13 @@ from data_tools.formats.source import LONGEST, UNKNOWN, Source, Tally
 
 _LOOK_BACK = 4096  # bytes before a range that are read to see whether the line before it is blank
 _UTF8_CONTINUATION = 3  # most bytes of a character after its first one
+
+# White space in UTF-8: U+0085, U+00A0, U+1680, U+2000 to U+200B, U+2028, U+2029, U+202F, U+205F,
+# U+3000; and the byte order mark, which is a zero-width space inside a file.
+_BLANK = re.compile(
+    rb"(?:\s|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8b\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
+    rb"|\xef\xbb\xbf)*"
+)
 
 Line = tuple[int, bytes]  # (offset in the content, line)
 
@@ -44,7 +52,7 @@ def read_text(
     document: list[Line] = []
     end_of_file = [(end, b"")]  # a blank line that ends the last document
     for offset, line in chain(read_lines(content, start, LONGEST), end_of_file):
-        blank = not (line if whole_file else line.strip())
+        blank = not line if whole_file else is_blank(line)
         if document and (blank or _is_long(document, offset)):
             yield _decode(document, source, tally)
             document = [] if blank else [(offset, line)]
@@ -103,6 +111,12 @@ def read_wiki(
             document.append((offset, line))
 
 
+def is_blank(line: bytes) -> bool:
+    """Return whether a line has only white space of Unicode and zero-width spaces."""
+    stripped = line.strip()
+    return not stripped or (stripped[0] >= 0x80 and bool(_BLANK.fullmatch(stripped)))
+
+
 def _seek_line(content: BufferedReader, start: int) -> int:
     """Seek to the first line that starts at byte `start` (not 0) or later; return its offset."""
     content.seek(start - 1)
@@ -144,4 +158,4 @@ def _blank_before(content: BufferedReader, start: int) -> bool:
     first = _seek_line(content, start)
     back = max(0, first - _LOOK_BACK)
     content.seek(back)
-    return not content.read(first - back)[:-1].rpartition(b"\n")[2].strip()
+    return is_blank(content.read(first - back)[:-1].rpartition(b"\n")[2])

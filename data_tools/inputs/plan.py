@@ -27,6 +27,7 @@ from data_tools.inputs.streams import COMPRESSED, HEAD, content_of, fingerprint,
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.printable import printable
+from electra_ds.common.suggestions import other_form_of_file
 from electra_ds.common.urls import file_system, is_url, redacted
 from electra_ds.data.tokenizer import VOCABULARY_FILES
 
@@ -198,7 +199,7 @@ def _expand(given: str, left_out: LeftOut) -> list[str]:
             f"{printable(redacted(given))}: no such file, and no file matches it; expected text, "
             "WikiText, WikiExtractor, JSONL, parquet, arrow or tars of text (also "
             f"{' '.join(COMPRESSED)}), folders, globs, {{00..09}} or URLs of them, "
-            f"{DATASET}NAME or {BUILTIN}"
+            f"{DATASET}NAME or {BUILTIN}{other_form_of_file(given)}"
         )
     return files
 

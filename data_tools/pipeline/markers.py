@@ -15,7 +15,13 @@ from typing import Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
-from electra_ds.common.json_files import Record, read_json, read_record, write_json
+from electra_ds.common.json_files import (
+    MAX_VALUES_OF_DATA,
+    Record,
+    read_json,
+    read_record,
+    write_json,
+)
 from electra_ds.data.shard_format import Count, Sha256, ShardInfo
 
 _SHOWN = 90  # characters of a value in a message
@@ -94,7 +100,8 @@ def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) ->
         folder.mkdir(parents=True, exist_ok=True)
         write_json(marker, fixed)
         return
-    stored = read_json(marker, "the settings of an earlier `prepare`")
+    what = "the settings of an earlier `prepare`"
+    stored = read_json(marker, what, max_values=MAX_VALUES_OF_DATA)
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file
     differences = [
         f"{key}: {_difference(stored.get(key), wanted.get(key))}"
@@ -118,5 +125,5 @@ def _difference(stored: Any, wanted: Any) -> str:
 
 def _shorten(value: Any) -> str:
     """Return a value as JSON, truncated if it is long."""
-    text = json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < _SHOWN + 10 else f"{text[:_SHOWN]}..."

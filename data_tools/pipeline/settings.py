@@ -39,7 +39,8 @@ class Settings:
     def check(self) -> None:
         """Raise UserError for an invalid value, or if `keep` or rensa cannot be imported."""
         if self.packing not in PACKINGS:
-            raise UserError(f"packing = {self.packing!r}; expected one of {', '.join(PACKINGS)}")
+            offered = ", ".join(name for name in PACKINGS if name != "as_rows")  # of `convert`
+            raise UserError(f"packing = {self.packing!r}; expected one of {offered}")
         if not 8 <= self.sequence_length < 1 << 16:
             raise UserError(
                 f"sequence_length = {self.sequence_length}; expected 8 to 65,535 tokens"

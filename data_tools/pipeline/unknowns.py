@@ -14,7 +14,8 @@ from pydantic import Field
 from data_tools.formats.source import UNKNOWN
 from electra_ds.common.json_files import Record, read_record
 from electra_ds.data.shard_format import UnknownWords
-from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.tokenizer import Tokenizer, WordPiece
+from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS
 
 # Lines with [UNK] are examined until they have FIRST_TOKENS tokens plus 1 / SHARE of the tokens of
 # the unit.
@@ -23,16 +24,22 @@ SHARE = 256
 WORD_CHARS = 100  # longer words are truncated
 MAX_WORDS = 1 << 18  # most distinct words in memory, for one unit and for the sum of all units
 MOST_FREQUENT = 100  # words in the manifest
+CHARACTERS = ("characters", "unknown_characters", "long_characters")  # counts of characters
 
 
 class UnitUnknowns(Record):
     """The file of unknown words of a unit.
 
-    found: number of [UNK] tokens. words: examined word -> occurrences.
+    found: number of [UNK] tokens. words: examined word -> occurrences. characters: of the text,
+    without white space. unknown_characters: of the examined words; long_characters: of those words
+    that are too long for WordPiece. The counts of characters are None in units of older versions.
     """
 
     found: int = Field(ge=0)
     words: dict[str, int]
+    characters: int | None = Field(None, ge=0)
+    unknown_characters: int | None = Field(None, ge=0)
+    long_characters: int | None = Field(None, ge=0)
 
 
 class Unknowns:
@@ -48,6 +55,9 @@ class Unknowns:
         self.tokens = 0  # tokens of all lines
         self.examined_tokens = 0  # tokens of the lines that were examined
         self.words: Counter[str] = Counter()
+        self.characters = 0  # of all lines, without spaces
+        self.unknown_characters = 0  # of the examined words
+        self.long_characters = 0  # of those of them that are too long for WordPiece
 
     def add(
         self, tokenizer: Tokenizer, lines: list[str], ids: np.ndarray, lengths: np.ndarray
@@ -59,6 +69,7 @@ class Unknowns:
         positions = np.flatnonzero(ids == tokenizer.special_ids.unk)
         self.total += len(positions)
         self.tokens += len(ids)
+        self.characters += sum(len(line) - line.count(" ") for line in lines)
         with_unknowns = np.unique(np.searchsorted(np.cumsum(lengths), positions, side="right"))
         for line in with_unknowns.tolist():
             if self.examined_tokens > FIRST_TOKENS + self.tokens // SHARE:
@@ -67,11 +78,21 @@ class Unknowns:
                 return
             self.examined_tokens += int(lengths[line])
             parts = tokenizer.unknown_parts(lines[line])
+            self.unknown_characters += sum(map(len, parts))
+            if isinstance(tokenizer, WordPiece):
+                long = (len(part) for part in parts if len(part) > MAX_WORD_CHARACTERS)
+                self.long_characters += sum(long)
             self.words.update(part[:WORD_CHARS].replace(UNKNOWN, "<unk>") for part in parts)
 
     def record(self) -> dict:
         """Return the counts as JSON values, for the unit's file of unknown words."""
-        return {"found": self.total, "words": dict(sorted(self.words.items()))}
+        return {
+            "found": self.total,
+            "words": dict(sorted(self.words.items())),
+            "characters": self.characters,
+            "unknown_characters": self.unknown_characters,
+            "long_characters": self.long_characters,
+        }
 
 
 def sum_unknowns(files: Iterable[Path], tokens: int) -> UnknownWords:
@@ -83,12 +104,18 @@ def sum_unknowns(files: Iterable[Path], tokens: int) -> UnknownWords:
     total = 0
     examined = 0
     words: Counter[str] = Counter()
+    characters: dict[str, int | None] = dict.fromkeys(CHARACTERS, 0)
     for file in files:
         unit = read_record(file, UnitUnknowns, "the unknown words of a unit")
         total += unit.found
         examined += sum(unit.words.values())
         words.update(unit.words)
+        for key, count in characters.items():
+            more = getattr(unit, key)
+            characters[key] = None if count is None or more is None else count + more
         if len(words) > MAX_WORDS:  # drop the rarest half
             words = Counter(dict(words.most_common(MAX_WORDS // 2)))
     most_frequent = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:MOST_FREQUENT]
-    return UnknownWords(found=total, looked_at=examined, words=dict(most_frequent), tokens=tokens)
+    return UnknownWords(
+        found=total, looked_at=examined, words=dict(most_frequent), tokens=tokens, **characters
+    )

@@ -12,6 +12,7 @@ import typer
 
 from electra_ds.cli.console import app, print_table
 from electra_ds.cli.options import (
+    BadFraction,
     Format,
     Inputs,
     Kind,
@@ -41,12 +42,14 @@ def train_tokenizer(
         bool | None,
         typer.Option(
             help="WordPiece: strip accents (default: with --lowercase, if 90 % of the letters are "
-            "Latin, Greek or Cyrillic). In other scripts this strips meaning: the dakuten of kana, "
-            "vowel signs of Hindi; syllables of Korean are divided into letters."
+            "Latin or Greek and at most 0.25 % of the words become equal to a more frequent word). "
+            "Stripping makes different words equal in Vietnamese, Russian, French, Hindi, Korean "
+            "and many other languages."
         ),
     ] = None,
     format: Format = "auto",
     text_field: TextField = "text",
+    max_bad_fraction: BadFraction = 0.001,
 ) -> None:
     """Train a WordPiece or SentencePiece vocabulary on text."""
     from data_tools.train_tokenizer import train_tokenizer
@@ -63,6 +66,7 @@ def train_tokenizer(
             strip_accents=strip_accents,
             format=format,
             text_field=text_field,
+            max_bad_fraction=max_bad_fraction,
             progress=progress,
             say=facts.append,
         )
@@ -102,9 +106,7 @@ def prepare(
         str | None,
         typer.Option(help="package.module:function, (text) -> bool; False drops the document."),
     ] = None,
-    max_bad_fraction: Annotated[
-        float, typer.Option(help="Fail if a larger share of the lines cannot be read.")
-    ] = 0.001,
+    max_bad_fraction: BadFraction = 0.001,
     units: Annotated[
         Path | None,
         typer.Option(help="Keep the tokenized units in this folder, for other sequence lengths."),
@@ -123,7 +125,7 @@ def prepare(
         bool | None,
         typer.Option(
             help="For a vocab.txt without options: strip accents (default: if lower-cased, as "
-            "BERT). In Japanese, Hindi or Korean text this strips meaning."
+            "BERT). In Vietnamese, Russian, Japanese, Hindi or Korean text this strips meaning."
         ),
     ] = None,
     normalization: Annotated[
@@ -207,21 +209,27 @@ def _print_splits(out: str | Path, manifest: "Manifest") -> None:
 
 def _print_unknowns(manifest: "Manifest") -> None:
     """Print the share of [UNK] in the input, if it is on record; warn of a large one."""
-    from data_tools.pipeline.characters import SHOWN, WARN
-    from electra_ds.common.printable import printable
+    from data_tools.pipeline.characters import NO_SPACES, SHOWN, WARN, word_shown
+    from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS
 
     unknowns = manifest.unknowns
-    if unknowns is None or unknowns.tokens is None:
+    if unknowns is None or unknowns.share is None:
         return
-    share = unknowns.found / max(1, unknowns.tokens)
-    line = f"[UNK]: {share:.2%} of the tokens"
+    of_characters = unknowns.share_of_characters
+    line = f"[UNK]: {unknowns.share:.2%} of the tokens"
+    if of_characters is not None and unknowns.looked_at:
+        line += f", {of_characters:.2%} of the characters"
     if unknowns.words:
-        line += f", most frequent: {' '.join(map(printable, list(unknowns.words)[:SHOWN]))}"
-    if share > WARN:
-        line = (
-            f"WARNING: {line}; compare the vocabulary, --lowercase, --strip-accents and "
-            "--normalization with the text"
+        line += f", most frequent: {' '.join(map(word_shown, list(unknowns.words)[:SHOWN]))}"
+    if max(unknowns.share, of_characters or 0.0) > WARN:
+        is_long = 2 * (unknowns.long_characters or 0) > (unknowns.unknown_characters or 0)
+        advice = (
+            f"words of more than {MAX_WORD_CHARACTERS} characters become one [UNK]: {NO_SPACES}"
+            if is_long
+            else "compare the vocabulary, --lowercase, --strip-accents and --normalization with "
+            "the text"
         )
+        line = f"WARNING: {line}; {advice}"
     print(line)
 
 
@@ -322,7 +330,7 @@ def stats(
     from data_tools.stats import stats, tables
     from data_tools.stats_html import html_page
     from data_tools.workers import console_progress, running_total
-    from electra_ds.common.files import write_bytes
+    from electra_ds.common.files import write_output
     from electra_ds.common.outputs import check_output_file
     from electra_ds.data.shard_format import read_manifest
 
@@ -334,7 +342,7 @@ def stats(
     with contextlib.nullcontext(lambda *_: None) if as_json else console_progress() as progress:
         facts = stats(data, running_total(lambda done: progress("read", done, total)))
     if html:
-        write_bytes(html, html_page(facts, str(data)).encode())
+        write_output(html, html_page(facts, str(data)).encode())
         print(f"{printable(html)}: written", file=sys.stderr)
     if as_json:
         print(json.dumps(facts))

@@ -113,3 +113,5 @@ def detect(
         return
     for line in table(scores, threshold, before):
         print(line)
+    if note := detector.note(scores):
+        print(note)

@@ -50,6 +50,9 @@ TextField = Annotated[
     str,
     typer.Option(help="Field of JSONL, or column of a table; for webdataset: txt or json.FIELD."),
 ]
+BadFraction = Annotated[
+    float, typer.Option(help="Fail if a larger share of the lines cannot be read.")
+]
 RepeatedLines = Annotated[
     bool,
     typer.Option("--drop-repeated-lines", help="Keep only the first of equal lines of a document."),

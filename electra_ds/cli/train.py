@@ -149,5 +149,7 @@ def plot(
     from electra_ds.reporting.plot import plot
 
     target = out or runs[0] / "curves.png"
-    plot(runs, target)
+    note = plot(runs, target)
     print(target)
+    if note:
+        print(note)

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from electra_ds.common.errors import LockedOut, UserError
+from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import (
     Record,
     read_or_set_aside,
@@ -27,6 +28,7 @@ from electra_ds.common.urls import redacted
 
 ERRORS_KEPT = 10  # in restarts.json
 MAX_ERROR_CHARACTERS = 100_000
+MAX_FAILURES = 2**53
 ERROR_FILES = "error-rank-*.json"
 
 
@@ -57,8 +59,8 @@ class Failures(Record):
 
     model_config = Record.model_config | {"extra": "ignore"}
 
-    failures: int = Field(default=0, ge=0, le=2**53)
-    in_a_row: int = Field(default=0, ge=0, le=2**53)
+    failures: int = Field(default=0, ge=0, le=MAX_FAILURES)
+    in_a_row: int = Field(default=0, ge=0, le=MAX_FAILURES)
     step: int = Field(default=-1, ge=-1, le=2**53)
     errors: tuple[AttemptError, ...] = Field(default=(), max_length=1000)
 
@@ -71,8 +73,8 @@ class Failures(Record):
         in_a_row = 0 if is_later else self.in_a_row
         failed = 1 if errors else 0
         return Failures(
-            failures=self.failures + failed,
-            in_a_row=in_a_row + failed,
+            failures=min(self.failures + failed, MAX_FAILURES),
+            in_a_row=min(in_a_row + failed, MAX_FAILURES),
             step=max(step, self.step),
             errors=(*self.errors, *errors)[-ERRORS_KEPT:],
         )
@@ -90,7 +92,8 @@ def record_error(out: Path, rank: int, error: BaseException | str, host: str = "
     is_failure = not isinstance(error, UserError | KeyboardInterrupt)
     facts = described(rank, text, host).facts() | {"failure": is_failure}
     with contextlib.suppress(OSError):
-        (out / f"error-rank-{rank}.json").write_text(json.dumps(facts) + "\n")
+        # json.dumps escapes all characters that are not ASCII. launch/common.sh relies on it.
+        write_bytes(out / f"error-rank-{rank}.json", (json.dumps(facts) + "\n").encode())
 
 
 def read_errors(out: Path) -> list[AttemptError]:

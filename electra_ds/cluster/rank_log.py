@@ -1,14 +1,18 @@
 """Log file of a rank: OUT/log/rank-N.log."""
 
+import contextlib
 import faulthandler
+import io
 import logging
 import os
 import signal
 import socket
 from pathlib import Path
+from typing import TextIO
 
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.provenance import package_version
+from electra_ds.common.own_folder import open_to_append, own_folder
 from electra_ds.common.processes import restart_count
 
 LOG = logging.getLogger("electra_ds")
@@ -17,26 +21,32 @@ LOG.propagate = False
 LOG.addHandler(logging.NullHandler())  # without a handler early messages would go to stderr
 
 
-class _QuietFileHandler(logging.FileHandler):
+class _QuietHandler(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore errors: a full disk is reported by the next checkpoint, not for each line."""
+
+    def close(self) -> None:
+        """Close the stream."""
+        with contextlib.suppress(OSError):
+            self.stream.close()
+        super().close()
 
 
 def open_log(out: Path, ranks: Ranks) -> None:
     """Open OUT/log/rank-N.log for the messages of this rank.
 
     It gets the start, stop signals, errors with their traceback, the first failure, and the stacks
-    of all threads on SIGUSR2 and on a crash. Raises OSError when the file cannot be opened.
+    of all threads on SIGUSR2 and on a crash. Raises OSError when the file cannot be opened, UserError
+    when OUT/log is a link out of OUT.
     """
-    path = out / "log" / f"rank-{ranks.rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _QuietFileHandler(path)
+    path = own_folder(out, "log") / f"rank-{ranks.rank}.log"
+    file = io.BufferedWriter(open_to_append(path))
+    handler = _QuietHandler(io.TextIOWrapper(file, "utf-8", write_through=True))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
         old.close()
     LOG.addHandler(handler)
-    assert handler.stream is not None  # opened by the constructor
     faulthandler.enable(handler.stream)
     faulthandler.register(signal.SIGUSR2, handler.stream)
     place = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"

@@ -1,6 +1,8 @@
 """The run folder OUT: creation, check that all ranks share it, config.json, done and stopped.N."""
 
 import contextlib
+import os
+import re
 import secrets
 import socket
 import time
@@ -10,19 +12,23 @@ from typing import Any
 
 from electra_ds.cluster.provenance import provenance
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes
+from electra_ds.common.files import TEMPORARY, write_bytes
 from electra_ds.common.json_files import read_json, write_json
+from electra_ds.common.own_folder import own_path
 from electra_ds.common.processes import restart_count
 from electra_ds.config.schema import RunConfig
 
-STALE_FILES = ("stopped.*", "STOP", "SAVE", ".nonce*", ".*.tmp")  # of an earlier attempt
+# Files of an earlier attempt.
+STALE = re.compile(rf"stopped\.[0-9]+|STOP|SAVE|\.nonce|{TEMPORARY.pattern}")
+FOLDERS = ("log", "tensorboard", "tokenizer")  # that a run writes; ckpt may be a link
 
 
 def open_folder(out: Path, rank: int, all_gather_object: Callable[[Any], list[Any]]) -> list[str]:
     """Create OUT, remove stale files, and check that every rank sees the same folder. Collective.
 
     Returns the host names of all ranks. Raises UserError on every rank when rank 0 cannot write to
-    OUT, and when hosts do not see the file that rank 0 wrote; it names them.
+    OUT or a folder of OUT is a link out of it, and when hosts do not see the file that rank 0
+    wrote; it names them.
     """
     nonce = secrets.token_hex(8) if rank == 0 else ""
     problem = _prepare(out, nonce) if rank == 0 else None
@@ -44,11 +50,14 @@ def _prepare(out: Path, nonce: str) -> str | None:
     """Create the folder. Returns an error message, or None."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for pattern in STALE_FILES:
-            for stale in out.glob(pattern):
-                if not stale.is_dir() or stale.is_symlink():
-                    stale.unlink(missing_ok=True)
+        for name in FOLDERS:
+            own_path(out, name)
+        for stale in filter(STALE.fullmatch, os.listdir(out)):
+            if not (out / stale).is_dir() or (out / stale).is_symlink():
+                (out / stale).unlink(missing_ok=True)
         write_bytes(out / ".nonce", nonce.encode())
+    except UserError as error:
+        return str(error)
     except OSError as error:
         return (
             f"--out {out}: cannot be written ({error}); choose a folder with free space and write "

@@ -1,13 +1,22 @@
-"""Atomic file writes, file modes and checksums.
+"""Atomic file writes, opening of regular files, file modes and checksums.
 
 An atomic write creates a file under a temporary name, syncs and renames it, and syncs its folder.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import secrets
+import stat
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
+
+STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd/[0-9]+)|/proc/.*")
+TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{12}\.tmp")  # name of a temporary file of this package
 
 
 def fsync_folder(path: str | Path) -> None:
@@ -20,42 +29,82 @@ def fsync_folder(path: str | Path) -> None:
 
 
 def is_device(path: Path) -> bool:
-    """Return whether a path must not be replaced by a file.
+    """Return whether an output at a path that the user named must not be replaced by a file.
 
-    True for a device, a pipe, a folder, and every path in /dev or /proc (standard streams).
+    True for a device, a pipe, a folder, and a standard stream, which may be a redirected file.
     """
-    return str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file())
+    return bool(STREAM.fullmatch(str(path))) or (path.exists() and not path.is_file())
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file atomically. A reader finds the old or the new content, also after a power cut.
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a regular file for reading.
 
-    A device or a pipe, such as /dev/stdout, is written directly. Raises OSError; if the write
-    fails, its `filename` is `path`.
+    Raises OSError, also for a FIFO, without waiting for its writer.
+    """
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (returned)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a new file that replaces `path` atomically when the block succeeds.
+
+    A reader finds the old or the new content, also after a power cut. A link or a FIFO at `path` is
+    replaced, too; nothing is written through it. Raises OSError, also for a device and a standard
+    stream, which are never replaced; its `filename` is `path`, also if the block raised it.
     """
     path = Path(path)
-    if is_device(path):
-        _write_through(path, data)
-        return
+    if STREAM.fullmatch(str(path)) or _is_device_node(path):
+        raise OSError(errno.EEXIST, "is a device; expected a file", str(path))
     # A random name, since process numbers repeat across hosts.
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        fsync_folder(path.parent)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = str(path)  # the error of a full disk has none
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
 
 
-def _write_through(path: Path, data: bytes) -> None:
-    """Write to a device or a pipe. Raises OSError with the path, also for a folder."""
+def _is_device_node(path: Path) -> bool:
+    """Return whether a path itself, links not followed, is a device."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file atomically, as `replacing` does. Raises OSError; its `filename` is `path`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_output(path: str | Path, data: bytes) -> None:
+    """Write an output that the user named: a device or a pipe directly, else as `write_bytes`.
+
+    For files that the user did not name, such as those of a run folder, use `write_bytes`. Raises
+    OSError; its `filename` is `path`.
+    """
+    path = Path(path)
+    if not is_device(path):
+        write_bytes(path, data)
+        return
     try:
         with open(path, "wb") as file:
             file.write(data)
@@ -90,6 +139,6 @@ def is_lfs_pointer(start: bytes) -> bool:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of the content of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    """Return the SHA-256 of a regular file, in hexadecimal. Raises OSError for other files."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,14 +1,12 @@
 """What a path is, for the message of a command that expected another kind of folder."""
 
-import json
 import os
 import re
 import stat
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import read_small
+from electra_ds.common.json_files import parse_strictly, read_small
 from electra_ds.common.printable import printable
 
 Kind = Literal[
@@ -85,9 +83,9 @@ def _is_hf(folder: Path) -> bool:
 
 def _hugging_face(folder: Path) -> str:
     try:
-        config = json.loads(read_small(folder / "config.json", "a config"))
+        config = parse_strictly(read_small(folder / "config.json", "a config"), nan_as_null=True)
         names = config.get("architectures") if isinstance(config, dict) else None
-    except (UserError, OSError, ValueError, RecursionError):
+    except (OSError, ValueError):  # UserError is a ValueError
         names = None
     first = names[0] if isinstance(names, list) and names else ""
     if str(first).endswith(HEADS_OF_TASKS):

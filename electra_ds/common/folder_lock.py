@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from electra_ds.common.errors import LockedOut, UserError
+from electra_ds.common.files import open_regular
 from electra_ds.common.json_files import (
     Record,
     parse_record,
@@ -143,7 +144,8 @@ class Lock:
         Raises LockedOut when another job has taken the lock. An OSError is ignored.
         """
         with contextlib.suppress(OSError):  # the next checkpoint reports a full disk
-            text = self._path.read_bytes().decode(errors="replace")
+            with open_regular(self._path) as file:
+                text = file.read(MAX_BYTES).decode(errors="replace")
             if text != self._text:
                 raise LockedOut(
                     f"{printable(self._path)} now names {_name(_facts(text))}: this attempt wrote no "

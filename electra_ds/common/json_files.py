@@ -11,22 +11,28 @@ import json
 import math
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes
+from electra_ds.common.files import open_regular, write_bytes
 from electra_ds.common.printable import printable, shortened
+from electra_ds.common.suggestions import other_form_of_file
 
 MAX_BYTES = 1 << 28  # of a JSON file; a manifest of 10^5 shards has about 2^24 bytes
+# Objects, arrays, keys and values of a JSON text. A value of a few bytes of text takes up to 200
+# bytes of memory.
+MAX_VALUES = 1 << 22
+MAX_VALUES_OF_DATA = 1 << 24  # of a manifest or prepare.json, which list all input files
 MAX_DEPTH = 64  # of nested objects and arrays
 MAX_DIGITS = 400  # of an integer; the largest float64 has 309
 # Escape of a UTF-16 surrogate. A pair of surrogates is a character; a single one is an error.
+PART = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{,:]', re.DOTALL)  # a string, or a mark before a value
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 AnyRecord = TypeVar("AnyRecord", bound="Record")
@@ -46,19 +52,29 @@ class Record(BaseModel):
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically. Errors as in `write_bytes`.
 
-    Raises ValueError for NaN and infinities.
+    Letters of all scripts are written as they are. Raises ValueError for NaN and infinities.
     """
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    try:
+        content = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # surrogates, in a name of a file that is not UTF-8
+        content = json.dumps(value, indent=2, allow_nan=False).encode()
+    write_bytes(path, content + b"\n")
 
 
-def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict) -> Any:
+def read_json(
+    path: str | Path,
+    what: str,
+    kinds: type | tuple[type, ...] = dict,
+    max_values: int = MAX_VALUES,
+) -> Any:
     """Read a JSON file and return its value.
 
-    what: the expected content, for messages. kinds: accepted types of the value.
+    what: the expected content, for messages. kinds: accepted types of the value. max_values: see
+    `parse_strictly`.
     Raises UserError, which names the path, when the file is missing, unreadable, not a regular
     file, too large, not valid JSON, or not one of `kinds`.
     """
-    return parse_json(read_small(path, what), path, what, kinds)
+    return parse_json(read_small(path, what), path, what, kinds, max_values=max_values)
 
 
 def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
@@ -68,24 +84,20 @@ def read_small(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
     not a regular file, or too large.
     """
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-                raise UserError(f"{printable(path)}: is {kind}; expected {what}")
-            if status.st_size > limit:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
                 raise UserError(
-                    f"{printable(path)}: {status.st_size:,} bytes; expected {what} of at most "
-                    f"{limit:,} bytes"
+                    f"{printable(path)}: {size:,} bytes; expected {what} of at most {limit:,} bytes"
                 )
             # read(n) allocates n bytes first, so n is the size of the file and not the limit.
-            return file.read(min(limit, status.st_size) + 1)[:limit]
+            return file.read(min(limit, size) + 1)[:limit]
     except UserError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{printable(path)}: not found; expected {what}") from None
+        raise UserError(
+            f"{printable(path)}: not found; expected {what}{other_form_of_file(path)}"
+        ) from None
     except IsADirectoryError:
         raise UserError(f"{printable(path)}: is a folder; expected {what}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -99,13 +111,14 @@ def parse_json(
     what: str,
     kinds: type | tuple[type, ...] = dict,
     nan_as_null: bool = False,
+    max_values: int = MAX_VALUES,
 ) -> Any:
     """Like `read_json`, for content that is in memory.
 
-    path: a file or URL, for messages. nan_as_null: see `parse_strictly`.
+    path: a file or URL, for messages. nan_as_null, max_values: see `parse_strictly`.
     """
     try:
-        value = parse_strictly(content, nan_as_null)
+        value = parse_strictly(content, nan_as_null, max_values)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{printable(path)}: not valid JSON ({error}); expected {what}") from None
     if not isinstance(value, kinds):
@@ -116,17 +129,21 @@ def parse_json(
     return value
 
 
-def parse_strictly(content: bytes | str, nan_as_null: bool = False) -> Any:
+def parse_strictly(
+    content: bytes | str, nan_as_null: bool = False, max_values: int = MAX_VALUES
+) -> Any:
     """Parse JSON within the limits of this module.
 
     nan_as_null: read NaN and infinities, which earlier versions wrote to some files, as null.
-    Raises ValueError, with a message of one line, when the content is not UTF-8, not JSON or nested
-    too deeply, and for an integer of too many digits, a number out of the range of float64, a
-    duplicate key, and a lone surrogate.
+    max_values: largest number of objects, arrays, keys and values. It limits the memory.
+    Raises ValueError, with a message of one line, when the content is not UTF-8, not JSON, nested
+    too deeply or of too many values, and for an integer of too many digits, a number out of the
+    range of float64, a duplicate key, and a lone surrogate.
     """
     text = content.decode() if isinstance(content, bytes) else content
     if text.startswith("\ufeff"):
         raise ValueError("it starts with a byte order mark; save it as UTF-8 without one")
+    _check_count(text, max_values)
     try:
         value = json.loads(
             text,
@@ -147,14 +164,19 @@ def parse_strictly(content: bytes | str, nan_as_null: bool = False) -> Any:
 
 
 def read_record(
-    path: str | Path, kind: type[AnyRecord], what: str, nan_as_null: bool = False
+    path: str | Path,
+    kind: type[AnyRecord],
+    what: str,
+    nan_as_null: bool = False,
+    max_values: int = MAX_VALUES,
 ) -> AnyRecord:
     """Read a JSON file as a record.
 
-    what: the expected content, for messages. nan_as_null: see `parse_strictly`.
+    what: the expected content, for messages. nan_as_null, max_values: see `parse_strictly`.
     Raises UserError as `read_json`, and for wrong fields, with key, value found and value expected.
     """
-    value = parse_json(read_small(path, what), path, what, nan_as_null=nan_as_null)
+    content = read_small(path, what)
+    value = parse_json(content, path, what, nan_as_null=nan_as_null, max_values=max_values)
     return parse_record(value, path, kind, what)
 
 
@@ -250,16 +272,34 @@ def _number(digits: str) -> float:
     return value
 
 
+def _check_count(text: str, max_values: int) -> None:
+    """Raise ValueError when a JSON text has more than `max_values` values, before it is parsed.
+
+    A bracket, a comma or a colon outside of strings precedes each key and value.
+    """
+    if sum(map(text.count, "[{,:")) <= max_values:  # includes those in strings
+        return
+    count = 0
+    for part in PART.finditer(text):
+        count += text[part.start()] != '"'
+        if count > max_values:
+            raise ValueError(f"more than {max_values:,} values")
+
+
 def _parts(value: Any) -> Iterator[tuple[Any, int]]:
     """Yield all objects, arrays, keys and values of parsed JSON, each with its depth."""
-    stack = [(value, 0)]
+    stack: list[Iterator[Any]] = [iter([value])]
     while stack:
-        part, depth = stack.pop()
-        yield part, depth
-        if isinstance(part, dict):
-            stack.extend((item, depth + 1) for pair in part.items() for item in pair)
-        elif isinstance(part, list):
-            stack.extend((item, depth + 1) for item in part)
+        for part in stack[-1]:
+            yield part, len(stack) - 1
+            if isinstance(part, dict):
+                stack.append(chain.from_iterable(part.items()))
+                break
+            if isinstance(part, list):
+                stack.append(iter(part))
+                break
+        else:
+            stack.pop()
 
 
 def _is_encodable(text: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file, write_bytes
 from electra_ds.common.json_files import read_small
+from electra_ds.common.own_folder import own_folder
 from electra_ds.common.printable import printable
 from electra_ds.data.shard_format import TokenizerInfo
 from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
@@ -57,15 +58,15 @@ def copy_tokenizer(info: TokenizerInfo, tokenizer: Path, folder: Path) -> None:
 
     info: that of the manifest. tokenizer: the folder DATA/tokenizer, which may be read-only. The
     copies have the mode of new files; equal copies are left as they are. Raises UserError when a
-    file cannot be read, OSError when it cannot be written.
+    file cannot be read or `folder` is a link out of its parent, OSError when it cannot be written.
     """
     for name in info.files:
         content = read_small(tokenizer.parent / name, "a file of the tokenizer")
         target = folder / Path(name).name
         with contextlib.suppress(OSError):
-            if target.read_bytes() == content:
+            if target.is_file() and target.read_bytes() == content:
                 continue
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder.parent, folder.name)
         with contextlib.suppress(OSError):  # earlier versions copied the mode of the folder, too
             os.chmod(folder, folder.stat().st_mode | 0o700)
         write_bytes(target, content)

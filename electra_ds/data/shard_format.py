@@ -25,7 +25,14 @@ from electra_ds.common.arrays import NPY_MOST, parse_npy
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_kinds import found_at
-from electra_ds.common.json_files import Record, parse_json, parse_record, read_small, write_json
+from electra_ds.common.json_files import (
+    MAX_VALUES_OF_DATA,
+    Record,
+    parse_json,
+    parse_record,
+    read_small,
+    write_json,
+)
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.special_ids import SpecialIds
 
@@ -116,6 +123,27 @@ class UnknownWords(Record):
     looked_at: Count  # number of [UNK] tokens for which the word was recorded
     words: dict[str, Count]  # the most frequent words -> counts, in descending order
     tokens: Count | None = None  # of the input; None in data prepared by versions without it
+    # Characters without spaces: of the input, of the recorded words, and of those of them that are
+    # too long for WordPiece. None in data prepared by versions without these counts.
+    characters: Count | None = None
+    unknown_characters: Count | None = None
+    long_characters: Count | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Share of the tokens that are [UNK], from 0 to 1; None if it is not known."""
+        return None if self.tokens is None else self.found / max(1, self.tokens)
+
+    @property
+    def share_of_characters(self) -> float | None:
+        """Share of the characters that became [UNK], from 0 to 1; None if it is not known.
+
+        If not all [UNK]s were recorded, the others are assumed to have the same mean length.
+        """
+        if self.characters is None or self.unknown_characters is None:
+            return None
+        all_unknown = self.unknown_characters * self.found / max(1, self.looked_at)
+        return min(1.0, all_unknown / max(1, self.characters))
 
 
 class ShardInfo(Record):
@@ -258,7 +286,7 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
     """
     # Earlier versions wrote file names that are not UTF-8 as single surrogates (PEP 383).
     content = NOT_UTF8.sub(rb"\\\\x\1", content)
-    raw = parse_json(content, path, MANIFEST)
+    raw = parse_json(content, path, MANIFEST, max_values=MAX_VALUES_OF_DATA)
     format_and_version = raw.get("format"), raw.get("version")
     if format_and_version != (FORMAT, VERSION):
         found = " and ".join(map(shortened, format_and_version))

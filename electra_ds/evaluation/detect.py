@@ -11,7 +11,8 @@ from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.batch import Batch
-from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.tokenizer import Tokenizer, WordPiece
+from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS
 from electra_ds.interop.load_model import load_objective, rows_of_token_ids
 from electra_ds.interop.vocabularies import tokenizer_of_model
 from electra_ds.model.objective import Objective
@@ -100,6 +101,27 @@ class Detector:
             TokenScore(token, *span, probability)
             for token, span, probability in zip(tokens, spans, probabilities, strict=True)
         ]
+
+    def note(self, scores: list[TokenScore]) -> str:
+        """Return a note on words that are too long for WordPiece, or "".
+
+        scores: what a call returned.
+        """
+        unknown = self.tokenizer.names[self.tokenizer.special_ids.unk]
+        is_wordpiece = isinstance(self.tokenizer, WordPiece)
+        long = sum(
+            is_wordpiece
+            and score.token == unknown
+            and score.end - score.start > MAX_WORD_CHARACTERS
+            for score in scores
+        )
+        if not long:
+            return ""
+        return (
+            f"{long} words of more than {MAX_WORD_CHARACTERS} characters are one {unknown} each, "
+            "with one probability; WordPiece does not divide them; a text in a script without "
+            "spaces needs a model with a SentencePiece vocabulary"
+        )
 
     def _score(self, rows: list[list[int]]) -> list[float]:
         """Probabilities of all tokens of B rows of token ids, [CLS] and [SEP] left out."""

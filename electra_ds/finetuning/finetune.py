@@ -30,7 +30,14 @@ from electra_ds.finetuning.config import FinetuneConfig
 from electra_ds.finetuning.examples import read_examples
 from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.report import write_report
-from electra_ds.finetuning.seed import SeedRun, Splits, Stopped, Suite, seed_folder
+from electra_ds.finetuning.seed import (
+    SeedRun,
+    Splits,
+    Stopped,
+    Suite,
+    check_seed_folder,
+    seed_folder,
+)
 from electra_ds.finetuning.suite_files import TaskFile, check_out, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
@@ -132,6 +139,7 @@ def finetune_on_ranks(
         splits = _read(suite, task)
         for seed in unfinished:
             # Locked per seed, because other ranks and jobs may run other seeds of this suite.
+            on_rank0(partial(check_seed_folder, out, task, seed))
             with Lock(seed_folder(out, task, seed), on_rank0):
                 SeedRun(suite, task, splits, seed).fit()
     if ranks.rank == 0 and any(out.glob("*/seed-*/result.json")):

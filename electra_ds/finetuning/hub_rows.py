@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
+from electra_ds.common.suggestions import nearest
 from electra_ds.common.urls import is_url
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ def _reason(error: Exception) -> str:
 
 
 def _needed_columns(task: Task, table: Any, source: str) -> Any:
-    """Return the table with the columns that the task reads, or with all if it has none of them.
+    """Return the table with the columns that the task reads.
 
-    Raises UserError for a needed column of images or files, because `datasets` opens their URLs.
+    Raises UserError if it has none of them, before a row is read, and for a needed column of images
+    or files, because `datasets` opens their URLs.
     """
     by_number = any(
         isinstance(name, int) for name in (task.text_a, task.text_b, task.label, task.index)
@@ -80,8 +82,13 @@ def _needed_columns(task: Task, table: Any, source: str) -> Any:
                 f"{source}: column {name!r} has images, sounds or documents; expected text, "
                 "numbers, or lists of them"
             )
-    # With all columns, the error about a missing column can list the names.
-    return table.select_columns(names) if names else table.remove_columns([])
+    if not names:
+        found = [printable(name) for name in table.column_names]
+        raise UserError(
+            f"{source}: no column {task.text_a!r}{nearest(str(task.text_a), found)}; found "
+            f"{', '.join(found)}; name the columns in the task"
+        )
+    return table.select_columns(names)
 
 
 def _is_decoded(feature: Any) -> bool:

@@ -44,7 +44,8 @@ def split_notes(
     if empty > SHARE:
         notes.append(f"{split}: {100 * empty:.1f} % of the examples have no token in their text")
     if is_constant(examples):
-        notes.append(f"{split}: every example has the same label")
+        what = "tags" if task.kind == "token_classification" else "label"
+        notes.append(f"{split}: every example has the same {what}")
     if odd := outside_range(task, list(examples)):
         low, high = task.label_range or (0.0, 1.0)
         share = 100 * len(odd) / len(examples)
@@ -87,9 +88,9 @@ def length_note(max_length: int, longest: Mapping[str, int], trained: int | None
     """
     if trained is None or max(longest.values(), default=0) <= trained:
         return []
-    splits = ", ".join(split for split, tokens in longest.items() if tokens > trained)
+    splits = " and ".join(split for split, tokens in longest.items() if tokens > trained)
     return [
         f"train.max_length = {max_length}, but the model was pretrained on rows of {trained} "
-        f"tokens: {splits} has longer examples, and their later positions start from untrained "
+        f"tokens: examples of {splits} are longer, and their later positions start from untrained "
         f"embeddings; --set train.max_length={trained} cuts them"
     ]

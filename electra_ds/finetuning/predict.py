@@ -15,7 +15,7 @@ from torch import nn
 
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes
+from electra_ds.common.files import write_output
 from electra_ds.common.outputs import check_output_file, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import ModelConfig
@@ -156,14 +156,14 @@ def decode(
     return predictions
 
 
-def write_predictions(
-    path: Path, task: Task, examples: list[Example], predictions: list[Any], logits: list[Any]
-) -> None:
-    """Write a TSV with one line for each example: index, prediction, probabilities.
+def predictions_table(
+    task: Task, examples: list[Example], predictions: list[Any], logits: list[Any]
+) -> bytes:
+    """Return a TSV with one line for each example: index, prediction, probabilities.
 
     The prediction is a label, a value, or one label for each word. In classification, a column for
     each label contains its probability. Control characters in labels and keys are escaped, so that
-    each example is one line. The folder is created. Raises OSError when the file cannot be written.
+    each example is one line.
     """
     labels = [printable(label) for label in task.labels or []]
     columns = [f"p({label})" for label in labels] if task.kind == "classification" else []
@@ -176,8 +176,7 @@ def write_predictions(
         else:
             cells = [" ".join(labels[label] for label in prediction)]
         lines.append("\t".join([printable(example.key), *cells]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, ("\n".join(lines) + "\n").encode())
+    return ("\n".join(lines) + "\n").encode()
 
 
 class Written(NamedTuple):
@@ -234,5 +233,5 @@ def predict(
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     pad_id = tokenizer.special_ids.pad
     predictions = predict_split(module, task, examples, encoded, pad_id, progress=progress)
-    write_predictions(out, task, examples, predictions.values, predictions.logits)
+    write_output(out, predictions_table(task, examples, predictions.values, predictions.logits))
     return Written(predictions.scores, notes)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import is_lfs_pointer
+from electra_ds.common.files import is_lfs_pointer, open_regular
 from electra_ds.common.json_files import parse_strictly
 from electra_ds.common.printable import shortened
+from electra_ds.common.suggestions import other_form_of_file
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
@@ -34,6 +35,14 @@ BINARY = {
     b"PAR1": "it is Parquet; give its folder as `dataset` of the task, or convert it to JSONL",
     b"\xff\xfe": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
     b"\xfe\xff": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
+}
+
+# Separators of tables in files of another format -> what the user can do.
+OTHER_SEPARATORS = {
+    "\t": 'name the file .tsv, or give the task "format": "tsv"',
+    ";": "save the file with commas (some spreadsheets write ; by default) or as TSV",
+    ",": 'name the file .csv, or give the task "format": "csv"',
+    "|": "save the file as TSV or CSV",
 }
 
 
@@ -67,17 +76,20 @@ def _rows_of_text(path: Path, text: str, task: Task, split: str) -> Iterator[Row
     if file_format == "conll":
         return _conll(path, text)
     raise UserError(
-        f"{path}: unknown suffix {path.suffix!r}; give the task a format: tsv, csv, jsonl, conll"
+        f"{path}: unknown suffix {path.suffix!r}; expected .tsv, .csv, .jsonl, .json (one object per line) "
+        "or .conll; or give the task a format: tsv, csv, jsonl, conll"
     )
 
 
 def _read(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{path}: {reason}; expected a file of examples; check --data and `splits`"
+            f"{other_form_of_file(path)}"
         ) from None
     if is_lfs_pointer(data):
         raise UserError(f"{path}: is a Git LFS pointer, not the file; run: git lfs pull")
@@ -90,7 +102,8 @@ def _read(path: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8; "
-            "try: iconv -f latin1 -t utf-8"
+            "convert it from its encoding, such as windows-1251, windows-1254 or latin1, to UTF-8 "
+            "(iconv -f ENCODING -t utf-8)"
         ) from None
 
 
@@ -101,6 +114,7 @@ def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
     for line, cells in lines:
         if columns is None:
             columns = _distinct(path, cells, task)
+            _check_separator(path, columns, task)
             if task.header:
                 continue
         if len(cells) == len(columns):
@@ -115,6 +129,19 @@ def _table(path: Path, lines: Lines, task: Task, split: str) -> Iterator[Row]:
             )
     if short_rows:
         warnings.warn(f"{path}: {short_rows} rows with too few columns are skipped", stacklevel=2)
+
+
+def _check_separator(path: Path, columns: list[str], task: Task) -> None:
+    """Raise UserError if the header looks separated by another character than the format's."""
+    if len(columns) > 1 or not task.header:
+        return
+    expected = "a tab" if (task.format or path.suffix.lstrip(".")) == "tsv" else "','"
+    for found, advice in OTHER_SEPARATORS.items():
+        if found in columns[0]:
+            raise UserError(
+                f"{path}:1: found one column, {shortened(columns[0])}; expected columns separated "
+                f"by {expected}; the line looks separated by {found!r}; {advice}"
+            )
 
 
 def _distinct(path: Path, cells: list[str], task: Task) -> list[str]:

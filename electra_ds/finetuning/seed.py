@@ -7,7 +7,6 @@ DIR/TASK/seed-N/ckpt                    checkpoints of an unfinished seed, every
 """
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,9 @@ import torch
 
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.stop_signals import on_stop_signal
+from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import write_json
+from electra_ds.common.own_folder import own_path, remove_own
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.finetuning.batches import Encoded, TaskBatch, epoch_batches, micro_batches
 from electra_ds.finetuning.config import FinetuneConfig
@@ -29,7 +30,7 @@ from electra_ds.finetuning.predict import (
     Predictions,
     classifier,
     predict_split,
-    write_predictions,
+    predictions_table,
 )
 from electra_ds.finetuning.report import best_seed, read_results, write_report
 from electra_ds.finetuning.tasks import Task
@@ -89,6 +90,13 @@ class Stopped(Exception):
 def seed_folder(out: Path, task: Task, seed: int) -> Path:
     """Return the folder of a seed, DIR/TASK/seed-N. out: DIR."""
     return out / task.name / f"seed-{seed}"
+
+
+def check_seed_folder(out: Path, task: Task, seed: int) -> None:
+    """Raise UserError when the folder of a seed, or one that it contains, is a link out of DIR."""
+    names = seed_folder(out, task, seed).relative_to(out).parts
+    for name in ("ckpt", "model", "tokenizer"):
+        own_path(out, *names, name)
 
 
 class SeedRun(Trainer):
@@ -156,7 +164,7 @@ class SeedRun(Trainer):
         if found is not None:
             state = checkpoint.load(self.engine, found, self.true_rows).state
         elif self.is_rank0:  # the seed starts again: remove the model of an earlier attempt
-            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            remove_own(self.folder, "model")
         device = self.suite.device
         self.sums = LossSums(1, self.suite.ranks, device, state.interval)  # of this epoch
         return state
@@ -306,13 +314,11 @@ class SeedRun(Trainer):
             if predictions.scores:
                 scores[split] = predictions.scores
             if self.is_rank0:
-                write_predictions(
-                    self.folder / f"predictions-{split}.tsv",
-                    self.task,
-                    self.splits.examples[split],
-                    predictions.values,
-                    predictions.logits,
+                examples = self.splits.examples[split]
+                table = predictions_table(
+                    self.task, examples, predictions.values, predictions.logits
                 )
+                write_bytes(self.folder / f"predictions-{split}.tsv", table)
         if self.config.train.keep != "none" and self.config.train.select == "last":
             self._save_model(state, scores)
         return scores
@@ -385,9 +391,8 @@ class SeedRun(Trainer):
         }
 
     def _write_result(self, result: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "result.json", result)
-        shutil.rmtree(self.folder / "ckpt", ignore_errors=True)
+        remove_own(self.folder, "ckpt")
         prune_models(self.suite.out / self.task.name, self.config.train.keep)
         write_report(self.suite.out)
         scores = [
@@ -410,4 +415,4 @@ def prune_models(folder: Path, keep: str) -> None:
     kept = {"all": done, "best": {best[0]} if best else set(), "none": set()}[keep]
     for seed, result in seeds.items():
         if result and seed not in kept:
-            shutil.rmtree(folder / f"seed-{seed}" / "model", ignore_errors=True)
+            remove_own(folder, f"seed-{seed}", "model")

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes
+from electra_ds.common.files import write_output
 from electra_ds.common.json_files import read_small
 from electra_ds.common.outputs import check_output_file
 from electra_ds.common.printable import printable, shortened
@@ -63,7 +63,7 @@ def write_submission(folder: Path, out: Path) -> list[str]:
             f"WARNING: no test predictions of {', '.join(filled)}: filled with a constant; their "
             "scores are meaningless"
         )
-    write_bytes(out, data.getvalue())
+    write_output(out, data.getvalue())
     return notes
 
 

@@ -12,6 +12,7 @@ from electra_ds.cluster.provenance import provenance
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, parse_record, read_json, write_json
+from electra_ds.common.own_folder import own_folder
 from electra_ds.common.printable import printable
 from electra_ds.config.loading import differences, parse_config
 from electra_ds.finetuning.config import FinetuneConfig, TaskOverrides
@@ -145,7 +146,7 @@ def write_or_compare(
                     f"{path}: earlier seeds were trained with other settings: {listed}; use "
                     "those, or choose another --out"
                 )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        own_folder(suite.out, *Path(name).parts[:-1])
         write_json(path, settings)
 
     on_rank0(compare_and_write)

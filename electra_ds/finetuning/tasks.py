@@ -11,11 +11,13 @@ from pydantic import model_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import read_json
+from electra_ds.common.names import check_relative
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section, machine, science
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.loading import parse_config
 from electra_ds.finetuning.examples import seen_labels
+from electra_ds.finetuning.lookalikes import check_labels
 from electra_ds.finetuning.metrics import METRICS, not_entity_tags
 
 Column = str | int
@@ -24,6 +26,7 @@ OWN_FILES = ("config.json", "report.json", "report.md", "submission.zip", "lock"
 # classification: one class for a text or a pair. regression: one number. token_classification: one
 # class for each word.
 TaskKind = Literal["classification", "regression", "token_classification"]
+DIAGNOSTIC = "../diagnostic/diagnostic.tsv"  # beside the folder of MNLI
 
 
 class Task(Section):
@@ -37,10 +40,10 @@ class Task(Section):
     )
     kind: TaskKind = science("classification", "what is predicted")
     splits: dict[str, str] = science(
-        ..., "train, valid..., test... -> a file, or a split of the dataset"
+        ..., "train, valid..., test... -> a file in `folder`, or a split of the dataset"
     )
     folder: str = machine(
-        ".", "folder of the files, relative to the description; or they are in --data"
+        ".", "folder of the files, beside the description or below it; or they are in --data"
     )
     dataset: str | None = science(
         None, "Hugging Face dataset, or a folder that `datasets` reads, instead of files"
@@ -93,6 +96,10 @@ class Task(Section):
                 raise ValueError(
                     f"splits.{printable(split)}: expected train, valid, valid_x, test or test_x"
                 )
+        if self.dataset is None:
+            for split, file in self.splits.items():
+                if (self.name, file) != ("mnli", DIAGNOSTIC):
+                    check_relative(file, f"splits.{split}", "a file in the folder of the task")
         if odd := [name for name in self.metrics if name not in METRICS[self.kind]]:
             raise ValueError(
                 f"metrics: {odd[0]!r} is not a metric of {self.kind}; there are "
@@ -147,7 +154,7 @@ _MNLI_FILES = {
     "valid_mismatched": "dev_mismatched.tsv",
     "test_matched": "test_matched.tsv",
     "test_mismatched": "test_mismatched.tsv",
-    "test_ax": "../diagnostic/diagnostic.tsv",
+    "test_ax": DIAGNOSTIC,
 }
 _COLA = ["source", "label", "star", "sentence"]
 _PAIR = {"text_a": "sentence1", "text_b": "sentence2"}
@@ -249,8 +256,19 @@ def _glue_folder(short: str, files: dict[str, str], data: Path | None) -> Path:
 
 
 def _user_task(path: Path, data: Path | None) -> Task:
-    """Return the task of a description. Its files are beside the description, or in `data`."""
+    """Return the task of a description. Its files are beside the description, or in `data`.
+
+    A description may come from another person, so it cannot name files at other places.
+    """
     values = read_json(path, "a task's description")
+    name = values.get("name", path.stem)
+    if isinstance(name, str) and name.split() not in ([], [name]):
+        origin = "" if "name" in values else ", from the name of the file,"
+        raise UserError(
+            f"{path}: name: {shortened(name)}{origin} has white space; expected letters, digits, "
+            "'_', '-' and '.', because it names the folder of the results; rename the file, or add "
+            f'"name": "{"-".join(name.split())}" to the description'
+        )
     task = parse_config({"name": path.stem} | values, str(path), Task)
     if task.name in GLUE:
         # Config, report and predict would treat a task of this name as the GLUE task.
@@ -262,6 +280,8 @@ def _user_task(path: Path, data: Path | None) -> Task:
         raise UserError(
             f"{path}: splits: found {', '.join(task.splits)}; expected at least train and valid"
         )
+    if task.folder != ".":
+        check_relative(task.folder, f"{printable(path)}: folder", "a folder beside the description")
     folder = path.parent / task.folder
     if data is not None and task.dataset is None:
         beside, there = folder / task.splits["train"], data / task.splits["train"]
@@ -292,6 +312,7 @@ def _filled(task: Task) -> Task:
         values["label_range"] = (labels[0], labels[-1])
     if task.kind != "regression" and task.labels is None:
         values["labels"] = seen_labels(task)
+        check_labels(values["labels"], task.name)
         if len(values["labels"]) < 2:
             raise UserError(
                 f"task {task.name}: the training split has the one label "
@@ -299,6 +320,11 @@ def _filled(task: Task) -> Task:
                 "expected at least two labels"
             )
     labels = values["labels"] or []
+    if task.kind == "token_classification" and (split := [x for x in labels if len(x.split()) > 1]):
+        raise UserError(
+            f"task {task.name}: the tag {shortened(split[0])} has white space inside; expected "
+            "tags without it, because files of predictions separate tags by spaces; rename it"
+        )
     if not task.metrics:
         values["metrics"] = _default_metrics(task.kind, labels)
     if "entity_f1" in task.metrics and (odd := not_entity_tags(labels)):

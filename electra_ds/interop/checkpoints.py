@@ -160,13 +160,17 @@ def check_run(config: RunConfig, weights: dict[str, Tensor], folder: Path) -> No
     Raises UserError for a config without the values of its data, and for weights that do not fit.
     """
     where = f"{folder}/meta.json"
+    if isinstance(config.model, FactoryConfig):
+        raise UserError(
+            f"{where}: model.factory is set, but the weights are those of the built-in encoder; "
+            "expected a config that fits them; for modules of your own use electra_ds.load"
+        )
     for key, value in (
         ("model.vocab_size", config.model.vocab_size),
         ("data.special_ids", config.data.special_ids),
     ):
         if value is None:
             raise UserError(f"{where}: {key} is missing; expected the config of a checkpoint")
-    assert not isinstance(config.model, FactoryConfig)
     check_layers(weights, "discriminator.layers.", config.model.num_layers, str(folder))
     if config.objective.has_generator and config.model.sharing != "all":
         check_layers(weights, "generator.layers.", config.generator.num_layers, str(folder))

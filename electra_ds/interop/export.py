@@ -23,7 +23,7 @@ from electra_ds.interop.hf_format import HfFormat, Role, part_names
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 from electra_ds.interop.model_card import Card, render_card
 from electra_ds.training.checkpoint import folder_of_model
-from electra_ds.training.metrics_file import read_metrics
+from electra_ds.training.metrics_file import metric_lines
 
 PURPOSES = {
     "detection": "A text encoder that electra_ds pretrained by replaced token detection (ELECTRA).",
@@ -110,14 +110,14 @@ def _run_facts(source: Checkpoint) -> dict[str, str]:
         "rows": f"{config.data.sequence_length} tokens",
     }
     metrics = run_folder / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.is_file() else []
-    held_out = [r for r in records if r.get("split") == "valid" and r.get("step", 0) <= state.step]
-    if held_out:
-        last = held_out[-1]
-        for key, value in last.items():
-            if isinstance(value, float):
-                text = f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
-                facts[f"held out at step {last['step']:,}, {key}"] = text
+    last: dict[str, Any] = {}  # evaluation up to the step of the checkpoint
+    for _, record in metric_lines(metrics) if metrics.is_file() else ():
+        if record["split"] == "valid" and record["step"] <= state.step:
+            last = record
+    for key, value in last.items():
+        if isinstance(value, float):
+            text = f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
+            facts[f"held out at step {last['step']:,}, {key}"] = text
     return facts
 
 
@@ -191,7 +191,9 @@ def _write_folder(folder: Path, content: Written, words: Tokenizer, max_length: 
     tensors = {name: value.contiguous() for name, value in content.tensors.items()}
     write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(value.numel() for value in tensors.values())
-    text = render_card(content.name, content.format, config, parameters, content.card)
+    card = content.card
+    card = card._replace(facts={**card.facts, "tokenizer": words.describe_options()})
+    text = render_card(content.name, content.format, config, parameters, card)
     write_bytes(folder / "README.md", text.encode())
     write_json(folder / "config.json", config)
     return (

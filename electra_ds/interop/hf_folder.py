@@ -1,5 +1,7 @@
 """Reading of Hugging Face model folders (config.json and weights) without running their code."""
 
+import os
+import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import is_lfs_pointer
+from electra_ds.common.files import is_lfs_pointer, open_regular
 from electra_ds.common.json_files import Record, read_json, read_record
 from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, shortened
@@ -25,6 +27,10 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# End of a zip: the zip64 record (its sign, bytes and offset of the directory), its locator (sign,
+# offset of the record) and the end record (sign, bytes and offset of the directory, comment length).
+TAIL = struct.Struct("<4s36xQQ4s4xQ4x4s8xLLH")
+END_BYTES = 22  # of the end record
 
 
 class Index(Record):
@@ -127,7 +133,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             start = file.read(64)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as weights ({error.strerror})") from None
@@ -183,13 +189,19 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
 
 def _check_stored(path: Path) -> None:
     """Raise UserError for a zip with compressed entries: their size in memory has no limit."""
-    if not zipfile.is_zipfile(path):
-        return  # the format of torch.save before torch 1.6
+    with open_regular(path) as file:
+        if file.read(4) != b"PK\x03\x04":  # the test of torch
+            return  # the format of torch.save before torch 1.6
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as weights ({error})") from None
+    if not _has_one_directory(path):
+        raise UserError(
+            f"{path}: cannot be read as weights (bytes before or after the archive); copy the file "
+            "again"
+        )
     total = sum(entry.file_size for entry in entries)
     is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
     if not is_stored or total > path.stat().st_size:
@@ -197,3 +209,25 @@ def _check_stored(path: Path) -> None:
             f"{path}: cannot be read as weights (a compressed archive); torch.save does not "
             "compress"
         )
+
+
+def _has_one_directory(path: Path) -> bool:
+    """Return whether a zip ends with its directory and the records of it, as torch.save writes it.
+
+    With other bytes before or after the archive, torch may read another directory than zipfile.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL.size))
+        tail = file.read()
+    if len(tail) < TAIL.size:
+        return False
+    sign64, length, offset, locator, record, end, short_length, short_offset, comment = TAIL.unpack(
+        tail
+    )
+    if end != b"PK\5\6" or comment:
+        return False
+    if locator != b"PK\6\7":
+        return short_offset + short_length == size - END_BYTES
+    start = size - TAIL.size
+    return sign64 == b"PK\6\6" and record == start and offset + length == start

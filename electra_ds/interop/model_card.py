@@ -87,14 +87,16 @@ def render_card(
 def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Card) -> list[str]:
     architecture = config["architectures"][0]
     texts = '"The first text.", "The second text."' if card.takes_pairs else '"A short text."'
+    if card.role == "token_classification" and not card.reads_cls:
+        texts = '"A short text .".split(), is_split_into_words=True'  # as in the training
     if card.role == "prediction":
         texts = 'f"A short {tokenizer.mask_token}."'
     return [
         "import torch",
         f"from transformers import AutoTokenizer, {architecture}",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
-        f"model = {architecture}.from_pretrained({json.dumps(name)}).eval()",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
+        f"model = {architecture}.from_pretrained({json.dumps(name, ensure_ascii=False)}).eval()",
         f'inputs = tokenizer({texts}, return_tensors="pt")',
         "with torch.no_grad():",
         "    logits = model(**inputs).logits",

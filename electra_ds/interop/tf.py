@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.json_files import read_small
 from electra_ds.interop.hf_electra import ElectraFormat
 
 ELECTRA = ElectraFormat()
+MAX_STATE_BYTES = 1 << 20  # of the file `checkpoint`
 # A variable has the name of Hugging Face's parameter, with "/" for "." and these changes.
 DIFFERENCES = {
     r"^generator_lm_head\.bias$": "generator_predictions.output_bias",
@@ -55,9 +57,8 @@ def find_tf(path: Path) -> Path | None:
         return path
     prefixes = {file.with_suffix("") for file in path.glob("*.index")}
     if (path / "checkpoint").is_file() and prefixes:
-        line = re.search(
-            r'model_checkpoint_path: "(.*)"', (path / "checkpoint").read_text(errors="replace")
-        )
+        text = read_small(path / "checkpoint", "the names of checkpoints", MAX_STATE_BYTES)
+        line = re.search(r'model_checkpoint_path: "(.*)"', text.decode(errors="replace"))
         named = {prefix for prefix in prefixes if line and prefix.name == Path(line[1]).name}
         prefixes = named or prefixes
     if len(prefixes) > 1:

@@ -62,9 +62,16 @@ def check_same_vocabulary(
     """
     if (found.kind, found.names) != (own.kind, own.names):
         differ = sum(a != b for a, b in zip(found.names, own.names, strict=False))
+        found_size = f"{found.kind} of {found.vocab_size:,} entries"
+        own_size = f"{own.kind} of {own.vocab_size:,} entries"
+        difference = (
+            f"it is {found_size}, that of the model is {own_size}"
+            if found_size != own_size
+            else f"{differ:,} of {own.vocab_size:,} entries differ"
+        )
         raise UserError(
-            f"{place}: its vocabulary is not that of the model ({own_place}): {differ:,} of "
-            f"{own.vocab_size:,} entries differ; prepare the data with the model's tokenizer"
+            f"{place}: its vocabulary is not that of the model ({own_place}): {difference}; "
+            "prepare the data with the model's tokenizer"
         )
     options = [{**each.options, "normalization": each.normalization} for each in (found, own)]
     if options[0] != options[1]:

@@ -1,5 +1,7 @@
 """Curves of one or several runs as a picture, drawn from metrics.jsonl only."""
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ PANELS = {
     "discriminator AUC, held out": "valid/disc_auc valid/fixed_auc",
     "generator, held out": "valid/mlm_accuracy valid/replaced_fraction",
 }
+# Warnings of matplotlib about characters that its font does not have, or does not join.
+FONT_WARNING = re.compile(r"Glyph .* missing|does not support")
 NAMES = {
     "disc_auc": "own generator",
     "fixed_auc": "fixed corruption",
@@ -28,8 +32,10 @@ NAMES = {
 }
 
 
-def plot(runs: list[Path], out: Path) -> None:
-    """Draw the curves of runs over tokens into `out` (png, svg, pdf).
+def plot(runs: list[Path], out: Path) -> str:
+    """Draw the curves of runs over tokens into `out` (png, svg, pdf); return a note, or "".
+
+    The note says that the font has no glyphs for the name of a run.
 
     runs: run folders. out: path of the picture. Raises UserError when a run has no metrics.jsonl,
     when `out` cannot be written, and when matplotlib (extra [plot]) is not installed.
@@ -66,7 +72,9 @@ def plot(runs: list[Path], out: Path) -> None:
         if axis.lines:
             axis.legend(fontsize=8)
     try:
-        figure.savefig(out, dpi=110)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure.savefig(out, dpi=110)
     except OSError as error:
         raise UserError(
             f"--out {printable(out)}: cannot be written ({error.strerror}); expected a file in a "
@@ -74,6 +82,23 @@ def plot(runs: list[Path], out: Path) -> None:
         ) from None
     finally:
         pyplot.close(figure)
+    return _font_note(caught)
+
+
+def _font_note(caught: list[warnings.WarningMessage]) -> str:
+    """Return a note if warnings are about glyphs of the font; show the other warnings."""
+    about_font = [w for w in caught if FONT_WARNING.search(str(w.message))]
+    for warning in caught:
+        if warning not in about_font:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    if not about_font:
+        return ""
+    return (
+        "the font of matplotlib lacks characters of the run names, or their shaping; the legend "
+        "shows boxes or separate letters for them; the curves are complete"
+    )
 
 
 def _label(run: Path) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from electra_ds.common.json_files import AnyRecord, Record, read_record, read_sm
 from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, printable_lines
 from electra_ds.common.urls import redacted
-from electra_ds.training.metrics_file import TRAIN, VALID, readable_metrics, summary
+from electra_ds.training.metrics_file import TRAIN, VALID, metric_lines, summary
 
 NEXT = {
     "training": "touch {out}/STOP saves and stops it, touch {out}/SAVE saves",
@@ -93,7 +94,7 @@ def status(out: Path) -> dict[str, Any]:
     heartbeat = _read(out / "heartbeat.json", _Heartbeat, missing, expected=False)
     checkpoint = _checkpoint(out / "ckpt", missing)
     train, provenance = config.train, config.provenance or _Provenance()
-    last = {record["split"]: record for record in _records(out / "metrics.jsonl", missing)}
+    last = _last_records(out / "metrics.jsonl", missing)
     owner, is_gone = owner_of(out)
     silence = _age(heartbeat.time.timestamp()) if heartbeat else None
     errors = _errors(out, missing, owner if is_gone else "", provenance.host or "")
@@ -126,7 +127,9 @@ def status(out: Path) -> dict[str, Any]:
         "failures_in_a_row": failures.in_a_row,
         "last_error": next((e.facts() for e in [*errors, *failures.errors[::-1]]), None),
         "missing": missing,
-        "next": NEXT["refused" if is_refused else state].format(out=out, at=at, limit=limit),
+        "next": NEXT["refused" if is_refused else state].format(
+            out=shlex.quote(str(out)), at=at, limit=limit
+        ),
     }
 
 
@@ -208,13 +211,17 @@ def _read(
     return None
 
 
-def _records(path: Path, missing: list[str]) -> list[dict]:
+def _last_records(path: Path, missing: list[str]) -> dict[str, dict[str, Any]]:
+    """The last record of each split in metrics.jsonl, before the first damaged line."""
+    last: dict[str, dict[str, Any]] = {}
     try:
-        records, problem = readable_metrics(path)
+        for _, record in metric_lines(path):
+            last[record["split"]] = record
     except FileNotFoundError:
-        records, problem = [], f"{path.name}: not there"
-    missing += [problem] if problem else []
-    return records
+        missing.append(f"{path.name}: not there")
+    except UserError as error:
+        missing.append(str(error))
+    return last
 
 
 def _checkpoint(folder: Path, missing: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import time
@@ -19,10 +20,16 @@ from torch import Tensor
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.files import apply_umask, fsync_folder, sha256_file, write_bytes
 from electra_ds.common.json_files import write_json
+from electra_ds.common.own_folder import remove_own
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, STEP, VERSION, Weights, latest
 from electra_ds.training.collectives import Votes, fail_on_all_ranks
 from electra_ds.training.state import TrainingState
+
+# Names in OUT/ckpt that a killed save or prune leaves. Earlier versions named no attempt.
+STALE = re.compile(
+    rf"\.({STEP.pattern}|{FINAL})((\.[0-9a-f]{{8}})?\.tmp|\.old)|\.latest\.[0-9a-f]{{12}}\.tmp"
+)
 
 
 class PendingCheckpoint:
@@ -313,13 +320,13 @@ def _owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
 
 def _replace_folder(temporary: Path, target: Path) -> None:
     fsync_folder(temporary)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
+    folder, old = target.parent, f".{target.name}.old"
+    remove_own(folder, old)
+    if os.path.lexists(target):
+        os.rename(target, folder / old)
     os.rename(temporary, target)
-    fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    fsync_folder(folder)
+    remove_own(folder, old)
 
 
 def rename_final(engine: Weights, final: Path, step: int) -> None:
@@ -335,12 +342,14 @@ def rename_final(engine: Weights, final: Path, step: int) -> None:
 def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
     """Remove the checkpoints that the rules do not keep. Returns the names removed.
 
-    `final` and the newest two are always kept. Steps after `newest` are left over from before a
-    return to an older checkpoint. They are kept until the run overwrites them.
+    `final`, the newest two, and a folder without meta.json are always kept. Steps after `newest`
+    are left over from before a return to an older checkpoint. They are kept until the run
+    overwrites them.
 
     newest: the step just saved.
     """
-    steps = sorted(int(path.name) for path in folder.iterdir() if STEP.fullmatch(path.name))
+    names = filter(STEP.fullmatch, os.listdir(folder))
+    steps = sorted(int(name) for name in names if (folder / name / "meta.json").exists())
     up_to_newest = [step for step in steps if step <= newest]
     later = steps[len(up_to_newest) :]
     kept = {*up_to_newest[-rules.keep_last :], *later, *rules.keep_steps}
@@ -348,19 +357,20 @@ def prune(folder: Path, rules: CheckpointConfig, newest: int) -> list[str]:
         kept |= {step for step in steps if step % rules.keep_every == 0}
     removed = [str(step) for step in steps if step not in kept]
     for name in removed:
-        trash = folder / f".{name}.old"
-        shutil.rmtree(trash, ignore_errors=True)  # left by a crash
+        trash = f".{name}.old"
+        remove_own(folder, trash)  # left by a crash
         with contextlib.suppress(OSError):  # a folder that cannot be removed is kept
             # The rename comes first, so that a reader never sees half of a checkpoint.
-            os.rename(folder / name, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+            os.rename(folder / name, folder / trash)
+        remove_own(folder, trash)
     return removed
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove temporary files of a killed save or prune. Called on rank 0 before any save."""
-    for path in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
-        if path.is_file():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove temporary files of a killed save or prune. Called on rank 0 before any save.
+
+    Only names of this module are removed: OUT/ckpt may be a link to a folder with other files.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for name in filter(STALE.fullmatch, os.listdir(folder)):
+            remove_own(folder, name)

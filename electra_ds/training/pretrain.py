@@ -18,7 +18,7 @@ from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
-from electra_ds.common.urls import is_url, redacted
+from electra_ds.common.urls import redacted
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
@@ -72,11 +72,11 @@ class AttemptOptions:
             raise UserError(f"--max-minutes {minutes}: expected a number of minutes, 0 or more")
 
 
-def check_out(out: Path, data: str | Path, init_from: Path | None = None) -> None:
+def check_out(out: Path, init_from: Path | None = None) -> None:
     """Check the path of the run folder, before anything is written to it.
 
     Raises UserError when it is no folder or a folder of prepared data, for a new run in the folder
-    of a model or of finetune, and for one below its data or the run that its weights come from.
+    of a model or of finetune, and for one below the run that its weights come from.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {printable(out)}: is a file; expected a folder for the run")
@@ -89,9 +89,9 @@ def check_out(out: Path, data: str | Path, init_from: Path | None = None) -> Non
     if is_taken and not (out / "ckpt").exists():
         raise UserError(f"--out {printable(out)}: {found.phrase}; give the run a folder of its own")
     if not (out / "config.json").exists():
-        source = None if is_url(str(data)) else Path(data)
-        started_from = folder_of_model(init_from) if init_from else None
-        check_outside(out, "--out", {"--data": source, "--init-from": started_from})
+        is_model = init_from is not None and found_at(init_from).kind in ("run", "checkpoint")
+        started_from = folder_of_model(init_from) if init_from and is_model else None
+        check_outside(out, "--out", {"--init-from": started_from})
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def pretrain(
     torchrun 0).
     Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
-    check_out(out, data, options.init_from)  # before an error file is written into it
+    check_out(out, options.init_from)  # before an error file is written into it
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:

@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from electra_ds.common.files import write_bytes
+from electra_ds.common.errors import UserError
+from electra_ds.common.files import replacing
 from electra_ds.common.json_files import set_aside
+from electra_ds.common.own_folder import open_to_append, own_folder
 from electra_ds.common.printable import printable_lines
 from electra_ds.common.urls import redacted
-from electra_ds.training.metrics_file import SCHEMA, TRAIN, readable_metrics, summary
+from electra_ds.training.metrics_file import SCHEMA, TRAIN, metric_lines, summary
 
 TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard tags that are not SPLIT/KEY
 
@@ -58,12 +60,12 @@ class RunLogger(Logger):
     def __init__(
         self, out: Path, step: int, total_steps: int, total_epochs: float | None, tensorboard: bool
     ):
-        """Open the files. Raises OSError when a file cannot be written.
+        """Open the files. Raises OSError when a file cannot be written, UserError for a link.
 
         step: last step that is kept in the log; later records of an earlier attempt are removed.
         """
         note = _remove_later_records(out / "metrics.jsonl", step)
-        self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115 (see __exit__)
+        self._file = open_to_append(out / "metrics.jsonl")
         self._unwritten = b""
         self._total_steps = total_steps
         self._writer: Any = None
@@ -71,7 +73,7 @@ class RunLogger(Logger):
             from torch.utils.tensorboard import SummaryWriter
 
             threading.excepthook = _except_tensorboard
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+            self._writer = SummaryWriter(str(own_folder(out, "tensorboard")), purge_step=step + 1)
         self._console = Console(soft_wrap=True)
         if note:
             self.say(note)
@@ -193,14 +195,18 @@ class RunLogger(Logger):
 def _remove_later_records(path: Path, step: int) -> str:
     """Rewrite metrics.jsonl up to a step. A damaged file is set aside, and its readable lines are
     kept. Returns a line that says so, or ""."""
-    records: list[dict[str, Any]] = []
     note = ""
-    if path.is_dir() or (path.exists() and path.stat().st_size):
-        records, note = readable_metrics(path)
-    if note:
-        note = f"{note}; {set_aside(path)}; the {len(records)} records before the damage are kept"
-    kept = [SCHEMA, *(record for record in records if record["step"] <= step)]
-    write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    count = 0
+    with replacing(path) as file:
+        file.write((json.dumps(SCHEMA) + "\n").encode())
+        if path.is_dir() or (path.exists() and path.stat().st_size):
+            try:
+                for line, record in metric_lines(path):
+                    count += 1
+                    if record["step"] <= step:
+                        file.write(line)
+            except UserError as error:
+                note = f"{error}; {set_aside(path)}; the {count} records before the damage are kept"
     return note
 
 

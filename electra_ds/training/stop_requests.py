@@ -1,6 +1,7 @@
 """Requests to stop or to save: signals, a time limit, files touched in the run folder."""
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class StopRequests:
         self._began = began
         self._max_minutes = max_minutes
         self._looked_at: dict[str, float] = {}
+        self._kept: set[str] = set()  # files that could not be removed
 
     def should_stop(self) -> bool:
         """Return whether this rank asks to save and stop. Adds to `reasons`."""
@@ -40,12 +42,20 @@ class StopRequests:
         return self._take_file("SAVE")
 
     def _take_file(self, name: str) -> bool:
-        """Return whether OUT/name exists, and remove it. Rank 0 checks once per LOOK_SECONDS."""
+        """Return whether OUT/name exists, and remove it. Rank 0 checks once per LOOK_SECONDS.
+
+        A folder is no request. A file that cannot be removed is one request.
+        """
         now = time.monotonic()
         if not self._is_rank0 or now - self._looked_at.get(name, -math.inf) < LOOK_SECONDS:
             return False
         self._looked_at[name] = now
-        found = (self._out / name).exists()
-        if found:
-            (self._out / name).unlink(missing_ok=True)
-        return found
+        path = self._out / name
+        is_request = os.path.lexists(path) and (path.is_symlink() or not path.is_dir())
+        if not is_request or name in self._kept:
+            return False
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # one request, not one per second
+            self._kept.add(name)
+        return True

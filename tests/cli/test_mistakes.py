@@ -214,7 +214,6 @@ def test_a_wrong_path_is_one_message(electra_ds, places, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("verb", "place"),
     [
-        ("pretrain", "data/new"),
         ("pretrain", "run/new"),
         ("finetune", "run"),
         ("finetune", "run/ckpt/new"),

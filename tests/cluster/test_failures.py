@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from running import CPU, read_json, run_cli
 
-from electra_ds.cluster.failures import count_failures, record_error
+from electra_ds.cluster.failures import MAX_FAILURES, count_failures, record_error
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.folder_lock import Lock
 from electra_ds.training import checkpoint
@@ -87,6 +87,22 @@ def test_a_folder_in_place_of_a_record_is_set_aside(tmp_path: Path) -> None:
     for name in ("restarts.json", "error-rank-0.json"):
         (tmp_path / name).mkdir()
     assert len(count_failures(tmp_path, 5, 3, "")) == 2
+
+
+def test_the_largest_accepted_counts_are_counted_on(tmp_path: Path) -> None:
+    text = f'{{"failures": {MAX_FAILURES}, "in_a_row": {MAX_FAILURES}, "step": {MAX_FAILURES}}}'
+    (tmp_path / "restarts.json").write_text(text)
+    record_error(tmp_path, 0, RunFailure("a"))
+    assert count_failures(tmp_path, 5, 0, "") == []
+    found = read_json(tmp_path / "restarts.json")
+    assert (found["failures"], found["in_a_row"]) == (MAX_FAILURES, MAX_FAILURES)
+    assert count_failures(tmp_path, 5, 0, "") == []  # the written file is read again
+
+
+def test_an_error_file_is_ascii(tmp_path: Path) -> None:
+    """launch/common.sh prints no other bytes."""
+    record_error(tmp_path, 0, RunFailure("caf\u00e9 \u202e \x9b31m"), host="h\u00f6st")
+    assert (tmp_path / "error-rank-0.json").read_bytes().isascii()
 
 
 def test_an_error_file_holds_no_secret_and_no_control_character(tmp_path: Path) -> None:

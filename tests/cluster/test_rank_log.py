@@ -15,17 +15,39 @@ def test_messages_before_the_log_file_is_open_are_not_printed(module: str) -> No
 
 
 FULL_DISK = """
-import sys
+import resource, signal, sys
 from pathlib import Path
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.rank_log import open_log
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 open_log(Path(sys.argv[1]), Ranks(0, 1, 0, 1, "none"))
 """
 
 
 def test_a_log_on_a_full_disk_causes_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "rank-0.log").symlink_to("/dev/full")
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.returncode == 0 and done.stderr == ""
+    assert (tmp_path / "log" / "rank-0.log").read_text() == ""
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from electra_ds.cluster.launchers import Ranks
+from electra_ds.cluster.rank_log import LOG, open_log
+open_log(Path(sys.argv[1]), Ranks(0, 1, 0, 1, "none"))
+LOG.error("caf\u00e9")
+"""
+
+
+def test_a_log_is_continued_and_never_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "rank-0.log").symlink_to(tmp_path / "victim")
+    for count in (1, 2):
+        subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], check=True)
+        text = (tmp_path / "log" / "rank-0.log").read_text(encoding="utf-8")
+        assert text.count("rank 0 of 1") == text.count("caf\u00e9") == count
+    assert (tmp_path / "victim").read_text() == "precious"

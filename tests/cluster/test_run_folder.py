@@ -1,5 +1,7 @@
 """The run folder: shared by all ranks, cleared at a start; its marks, config and errors."""
 
+import os
+
 import pytest
 from running import read_json
 
@@ -15,8 +17,9 @@ def single_rank(value):
 
 
 def test_opening_a_run_folder_removes_only_leftovers_of_an_earlier_attempt(tmp_path):
-    stale = ["stopped.0", "stopped.3", "STOP", "SAVE", ".config.json.1f.tmp"]
+    stale = ["stopped.0", "stopped.3", "STOP", "SAVE", ".config.json.0123456789ab.tmp"]
     kept = ["done", "metrics.jsonl", "config.json", "restarts.json", "lock", "heartbeat.json"]
+    kept += [".notes.tmp", "stopped.txt"]  # of others
     for name in (*stale, *kept):
         (tmp_path / name).write_text("x")
     (tmp_path / "ckpt").mkdir()
@@ -82,3 +85,34 @@ def test_an_error_is_recorded_and_a_missing_folder_raises_no_second_one(tmp_path
     found = read_json(tmp_path / "error-rank-3.json")
     assert (found["rank"], found["error"]) == (3, "UserError: why")
     failures.record_error(tmp_path / "nowhere", 3, UserError("why"))
+
+
+@pytest.mark.parametrize("name", ["log", "tensorboard", "tokenizer"])
+def test_a_folder_of_a_run_that_is_a_link_out_of_it_is_refused(tmp_path, name):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=f"{name}: a symbolic link leads to .*other"):
+        run_folder.open_folder(tmp_path / "run", 0, single_rank)
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / "ckpt").symlink_to(tmp_path / "other")  # checkpoints on another disk
+    (tmp_path / "alias").symlink_to(tmp_path / "run")
+    run_folder.open_folder(tmp_path / "alias", 0, single_rank)
+
+
+def test_files_of_a_run_replace_links_and_fifos(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    for name in (".nonce", "config.json", "stopped.0", "error-rank-3.json"):
+        for make in (lambda path: path.symlink_to(tmp_path / "victim"), os.mkfifo):
+            out = tmp_path / "run" / name / make.__name__.strip("<>")
+            out.mkdir(parents=True)
+            make(out / name)
+            run_folder.open_folder(out, 0, single_rank)
+            config = load_run("tiny").with_data(
+                600, SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4), 32
+            )
+            run_folder.write_config(out, config, "abc")
+            run_folder.finish(out, False, {})
+            failures.record_error(out, 3, UserError("why"))
+            assert (out / name).is_file() and not (out / name).is_symlink()
+    assert (tmp_path / "victim").read_text() == "precious"

@@ -78,3 +78,17 @@ def test_an_exported_fine_tuned_model_is_told_apart(tmp_path):
     for name in ("ElectraForSequenceClassification", "ElectraForTokenClassification"):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
         assert "an exported fine-tuned model" in found_at(tmp_path).phrase
+
+
+def test_checkpoints_without_permission_are_not_said_to_be_absent(tmp_path, monkeypatch):
+    write(tmp_path, "ckpt/5/meta.json")
+    listed = os.listdir
+
+    def listdir(folder):
+        if str(folder).endswith("ckpt"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    found = found_at(tmp_path)
+    assert found.kind == "run" and "that cannot be read" in found.phrase

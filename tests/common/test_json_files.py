@@ -10,6 +10,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import (
     MAX_DEPTH,
     Record,
+    _parts,
     parse_strictly,
     read_json,
     read_record,
@@ -99,3 +100,29 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     sizes = Sizes(rows=3, parts=(1, 2))
     write_json(tmp_path / "x.json", sizes.model_dump())
     assert read_record(tmp_path / "x.json", Sizes, "a record of sizes") == sizes
+
+
+def test_the_number_of_values_is_limited_before_parsing(monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    for text in ("[" + "{}," * 300 + "0]", '{"a":' * 300, "[" * 600, '["a",' * 300):
+        with pytest.raises(ValueError, match="more than 256 values"):
+            parse_strictly(text, max_values=256)
+    monkeypatch.undo()
+    assert len(parse_strictly("[" + "0," * 254 + "0]", max_values=256)) == 255
+    marks = "[{,:" * 300 + '\\"[{,:\\\\' * 300  # marks in a string are no values
+    assert parse_strictly(f'{{"{marks}": 1}}', max_values=256)
+
+
+def test_the_parts_of_a_value_have_their_depths():
+    value = {"a": [1, {"b": []}], "c": None}
+    found = [(part, depth) for part, depth in _parts(value) if not isinstance(part, (dict, list))]
+    assert found == [("a", 1), (1, 2), ("b", 3), ("c", 1), (None, 1)]
+
+
+def test_letters_are_written_as_they_are_and_every_value_is_read_again(tmp_path):
+    values = {"\u0e44\u0e17\u0e22": "\u0430 \u202e \u2028 \U0001f600"}
+    write_json(tmp_path / "x.json", values)
+    assert "\u0e44\u0e17\u0e22" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "x.json", "values") == values
+    write_json(tmp_path / "x.json", {"name": "\udcff"})  # of a file name that is not UTF-8
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"name": "\udcff"}

@@ -1,18 +1,26 @@
 """Output paths: refused before the work, written whole or not at all."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from electra_ds.common.errors import RunFailure, UserError
-from electra_ds.common.files import write_bytes
+from electra_ds.common.files import write_output
 from electra_ds.common.outputs import (
     check_output_file,
     check_output_folder,
     check_outside,
     new_folder,
 )
+
+
+@pytest.fixture
+def no_replace(monkeypatch):
+    """No file is renamed: a test of root that fails would replace a device of the machine."""
+    monkeypatch.setattr(os, "replace", lambda *paths: pytest.fail(f"os.replace{paths}"))
 
 
 def test_a_new_folder_appears_whole(tmp_path):
@@ -101,13 +109,23 @@ def test_an_unreadable_input_is_not_said_to_be_unwritable(tmp_path):
         raise PermissionError(13, "Permission denied", read)
 
 
-def test_devices_and_pipes_are_written_as_they_are(tmp_path):
+def test_outputs_that_are_devices_or_pipes_are_written_as_they_are(tmp_path, no_replace):
     check_output_file(Path(os.devnull), "--out")
-    write_bytes(os.devnull, b"x")
-    assert not Path(os.devnull).is_file()
+    write_output(os.devnull, b"x")
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     check_output_file(tmp_path / "pipe", "--out")
-    write_bytes(tmp_path / "pipe", b"content")
+    write_output(tmp_path / "pipe", b"content")
     assert os.read(reader, 99) == b"content" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_output("/dev/full", b"x")
+    assert caught.value.filename == "/dev/full"
+
+
+def test_an_output_at_a_redirected_stream_is_written_into_its_file(tmp_path):
+    code = "import os; from electra_ds.common.files import write_output; os.replace = None; "
+    code += "write_output('/dev/stdout', b'x')"
+    with open(tmp_path / "file", "wb") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert (tmp_path / "file").read_bytes() == b"x"

@@ -1,5 +1,8 @@
 """Tokenizers: ids equal to the reference, no special ids from text, equal ids after saving."""
 
+import json
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,12 +132,71 @@ def test_a_vocabulary_with_upper_case_letters_is_cased(tmp_path):
     assert load_tokenizer(tmp_path).options["lowercase"] is True
 
 
+@pytest.mark.parametrize("entry", ["café", "##й", "ά", "が", "한국"])
+def test_an_entry_with_an_accent_shows_that_accents_are_kept(tmp_path, entry):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, entry]), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.options == {"lowercase": True, "strip_accents": False}
+    assert not tokenizer.unreachable_names()
+    text = entry.removeprefix("##")
+    assert entry.startswith("##") or tokenizer.tokens(tokenizer.encode_batch([text])[0]) == [entry]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    stated = load_tokenizer(tmp_path)  # BERT strips accents where it lower-cases
+    assert stated.options["strip_accents"] and stated.unreachable_names() == [entry]
+
+
 def test_offsets_cover_the_words(vocabulary, sentencepiece):
     text = "Hello w\u00f6rld, the fox"
     for tokenizer in (load_tokenizer(vocabulary), sentencepiece):
         ids, offsets = tokenizer.encode_with_offsets(text)
         assert ids == tokenizer.encode_batch([text])[0]
         assert "".join(text[a:b] for a, b in offsets).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", ["wordpiece", "stripped", "unigram", "bpe"])
+def test_offsets_are_whole_words_without_spaces(tmp_path, form, kind):
+    """Marks that are composed with their letter or stripped belong to its token."""
+    words = ["café", "мой", "việt", "naïve", "λόγος", "नमस्ते"]
+    (tmp_path / "t.txt").write_text("\n".join([" ".join(words)] * 50))
+    options = {"kind": "wordpiece", "strip_accents": True} if kind == "stripped" else {"kind": kind}
+    tokenizer = train_tokenizer([str(tmp_path)], tmp_path / ".v", vocab_size=120, **options)
+    text = unicodedata.normalize(form, "  ".join(words) + " ")
+    ids, spans = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode_batch([text])[0]
+    parts = [text[start:end] for start, end in spans]
+    assert "".join(parts) == text.replace(" ", "")
+    starts = tokenizer.begins_word()[ids]
+    assert starts.sum() >= len(words) and not any(part != part.strip() for part in parts)
+
+
+INVISIBLE = "\xad\u061c\u200e\u200f\u202a\u202e\u2060\u2066\u2069"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
+def test_invisible_characters_of_the_layout_do_not_change_the_ids(tmp_path, kind):
+    (tmp_path / "t.txt").write_text("hyphenated words of \u200f\u0633\u0644\u0627\u0645\n" * 40)
+    tokenizer = train_tokenizer([str(tmp_path)], tmp_path / ".v", kind=kind, vocab_size=90)
+    plain = tokenizer.encode_batch(["hyphenated"])
+    assert tokenizer.encode_batch([f"hyph{c}enated" for c in INVISIBLE]) == plain * len(INVISIBLE)
+    assert not any(c in name for name in tokenizer.names for c in INVISIBLE)
+    joined = tokenizer.normalize("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645")
+    assert "\u200c" in joined  # BERT's cleaning deletes it afterwards
+
+
+def test_a_folder_with_an_earlier_form_keeps_its_ids(tmp_path):
+    (tmp_path / "t.txt").write_text("hyphenated words\n" * 40)
+    new = train_tokenizer([str(tmp_path)], tmp_path / ".v", kind="unigram", vocab_size=90)
+    assert new.normalization == "nfkc_visible_lower"
+    options = (tmp_path / ".v" / "options.json").read_text()
+    old = {"normalization": "nfkc_lower"}
+    (tmp_path / ".v" / "options.json").write_text(
+        json.dumps(json.loads(options) | old | {"fingerprint": None})
+    )
+    old = load_tokenizer(tmp_path / ".v")
+    assert old.fingerprint != new.fingerprint
+    assert old.encode_batch(["hyph\xadenated"]) != old.encode_batch(["hyphenated"])
+    assert old.encode_batch(["hyphenated"]) == new.encode_batch(["hyphenated"])
 
 
 def test_decode_returns_readable_text_with_special_tokens(vocabulary, sentencepiece):

@@ -270,7 +270,7 @@ def test_any_content_is_read_or_refused(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize(
-    ("options", "unreachable"), [({}, ["für", "が"]), ({"strip_accents": False}, [])]
+    ("options", "unreachable"), [({"strip_accents": True}, ["für", "が"]), ({}, [])]
 )
 def test_entries_that_no_text_gives_are_named(tmp_path, options, unreachable):
     file = tmp_path / "vocab.txt"

@@ -120,12 +120,3 @@ def test_only_the_files_of_the_manifest_are_copied(data: Path, tmp_path: Path) -
     (tmp_path / "T" / "vocab.txt").unlink()
     copy_tokenizer(source.manifest.tokenizer, source.tokenizer, tmp_path / "T")
     assert os.access(tmp_path / "T" / "vocab.txt", os.R_OK)
-
-
-def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
-    write_bytes("/dev/null", b"x")
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_bytes("/dev/full", b"x")
-    assert caught.value.filename == "/dev/full"
-    assert Path("/dev/null").is_char_device() and Path("/dev/full").is_char_device()
-    write_bytes(tmp_path / ("x" * 250), b"x")  # the longest names have temporary ones

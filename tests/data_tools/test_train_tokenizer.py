@@ -85,7 +85,7 @@ def test_rare_characters_keep_a_small_model_equal_to_its_export(tmp_path, kind):
 @pytest.mark.parametrize(
     ("text", "stripped", "said"),
     [
-        (LATIN, True, "100.0% of the letters are Latin, Greek or Cyrillic"),
+        (LATIN, True, "100.0% of the letters are Latin or Greek"),
         (JAPANESE, False, "most of them KATAKANA"),
         (HINDI, False, "most of them DEVANAGARI"),
         (KOREAN, False, "most of them HANGUL"),
@@ -177,13 +177,16 @@ def test_the_commands_print_choices_and_shares(tmp_path):
         16,
     )
 
-    guessed = run_cli(
-        *prepare, "--tokenizer", tmp_path / "vocab.txt", "--out", tmp_path / "a"
-    ).stdout
-    assert (
-        "lower case, accents stripped" in guessed and "guessed: no entry has a capital" in guessed
-    )
-    assert "WARNING: [UNK]: 100.00% of the tokens, most frequent: " in guessed
+    vocabulary = ("--tokenizer", tmp_path / "vocab.txt", "--out")
+    guessed = run_cli(*prepare, *vocabulary, tmp_path / "g").stdout
+    assert "lower case, accents kept" in guessed
+    assert "guessed: no entry has a capital, and some entries have accents" in guessed
+    assert "\n[UNK]: 0.00% of the tokens\n" in guessed
+
+    stripped = run_cli(*prepare, *vocabulary, tmp_path / "a", "--strip-accents").stdout
+    assert "lower case, accents stripped" in stripped
+    assert "WARNING: 3 entries have accents or capitals" in stripped
+    assert "WARNING: [UNK]: 100.00% of the tokens, 100.00% of the characters, most" in stripped
     unknowns = read_manifest(tmp_path / "a").unknowns
     assert unknowns.found == unknowns.tokens
 

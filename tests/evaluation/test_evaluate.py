@@ -274,6 +274,12 @@ def test_every_token_has_a_probability_and_its_span_in_the_text(detector):
     assert all(0 < score.probability < 1 for score in found)
 
 
+def test_words_above_the_limit_of_wordpiece_are_noted(detector):
+    assert detector.note(detector("x" * 100 + " a word")) == ""
+    note = detector.note(detector("x" * 101 + " a word " + "y" * 200))
+    assert note.startswith("2 words of more than 100 characters")
+
+
 def test_a_long_text_is_scored_in_independent_rows(detector):
     first, second = "the cook cooked a big meal", "for his sister ."  # rows of 8 hold 6 tokens
     whole = [score.probability for score in detector(f"{first} {second}")]

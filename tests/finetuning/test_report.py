@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from electra_ds.common.errors import UserError
 from electra_ds.finetuning.report import COLUMNS, PUBLISHED, write_report
+from electra_ds.finetuning.seed import check_seed_folder, prune_models
 from electra_ds.finetuning.submit import FILES, write_submission
+from electra_ds.finetuning.suite_files import write_or_compare
+from electra_ds.finetuning.tasks import Task
 
 
 def write_seed(folder, task, seed, scores=None, status="done", selected="last"):
@@ -221,3 +226,38 @@ def test_a_score_whose_sums_are_infinite_is_refused(tmp_path):
         write_seed(tmp_path, "own", seed, {"valid": {"accuracy": score}})
     with pytest.raises(UserError, match=r"result\.json: scores\.valid\.accuracy = 1e\+307"):
         write_report(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ own folders
+
+
+def test_models_are_not_removed_through_a_link(tmp_path):
+    scores = {"valid": {"accuracy": 0.9}}
+    write_seed(tmp_path / "dir", "t", 0, scores)
+    other = write_seed(tmp_path / "other", "t", 1, {"valid": {"accuracy": 0.1}})
+    (other / "model").mkdir()
+    (tmp_path / "dir" / "t" / "seed-1").symlink_to(other)
+    own = write_seed(tmp_path / "dir", "t", 2, {"valid": {"accuracy": 0.2}})
+    (own / "model").symlink_to(other / "model")
+    write_seed(tmp_path / "dir", "t", 3, {"valid": {"accuracy": 0.3}}).joinpath("model").mkdir()
+    prune_models(tmp_path / "dir" / "t", "best")
+    assert (other / "model").is_dir()
+    assert not any(path.is_symlink() for path in own.iterdir())
+    assert not (tmp_path / "dir" / "t" / "seed-3" / "model").exists()
+
+
+@pytest.mark.parametrize("place", ["t", "t/seed-1", "t/seed-1/ckpt", "t/seed-1/model"])
+def test_a_folder_of_a_suite_that_is_a_link_out_of_it_is_refused(tmp_path, monkeypatch, place):
+    monkeypatch.setattr("electra_ds.finetuning.suite_files.on_rank0", lambda function: function())
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "dir" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "other")
+    task = Task(name="t", splits={"train": "x"})
+    with pytest.raises(UserError, match=r"a symbolic link leads to .*other"):
+        check_seed_folder(tmp_path / "dir", task, 1)
+    check_seed_folder(tmp_path / "new", task, 1)
+    if place == "t":
+        with pytest.raises(UserError, match=r"a symbolic link leads to .*other"):
+            write_or_compare(SimpleNamespace(out=tmp_path / "dir"), "t/task.json", {}, list)
+    assert not os.listdir(tmp_path / "other")

@@ -122,7 +122,7 @@ def test_notes_count_shares():
     constant = [example._replace(label=1.0) for example in examples]
     assert "the same label" in split_notes(task, "valid", constant, encoded, special)[-1]
     assert length_note(128, {"train": 32}, 32) == length_note(128, {"train": 90}, None) == []
-    assert "train has longer examples" in length_note(128, {"train": 33, "valid": 9}, 32)[0]
+    assert "examples of train are longer" in length_note(128, {"train": 33, "valid": 9}, 32)[0]
 
 
 @pytest.mark.parametrize("kind", ["classification", "token_classification"])

@@ -1,6 +1,7 @@
 """Files of tasks as people have them: hidden labels, blank lines, odd names, foreign datasets."""
 
 import json
+import os
 import re
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from electra_ds.common.errors import UserError
 from electra_ds.finetuning.examples import Example, outside_range, read_examples, read_file
 from electra_ds.finetuning.metrics import entities
-from electra_ds.finetuning.predict import write_predictions
-from electra_ds.finetuning.tasks import Task, load_task, task_names
+from electra_ds.finetuning.predict import predictions_table
+from electra_ds.finetuning.tasks import DIAGNOSTIC, Task, load_task, task_names
 
 GOOD = "sentence\tlabel\nx\ta\ny\tb\n"
 TAGS = {"kind": "token_classification", "text_a": "words", "label": "tags"}
@@ -85,7 +86,83 @@ def test_tags_of_bioes_are_scored_and_other_tags_are_refused_before_the_training
         )
 
 
+def rows_with(*labels):
+    return jsonl(*({"sentence": "x", "label": label} for label in labels))
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("café", "cafe\u0301"),
+        ("pos", "pos\u200f"),
+        ("a b", "a\u00a0 b"),
+        ("O", "\u041e"),
+        ("o\u2060", "\u03bf"),
+        ("x", "x\ufe0f"),
+    ],
+)
+def test_labels_that_look_equal_are_refused_with_both_written_out(own_task, one, two):
+    with pytest.raises(UserError, match="look equal") as caught:
+        own_task({"a.jsonl": rows_with(one, two, "other")})
+    assert ascii(one) in str(caught.value) and ascii(two) in str(caught.value)
+    task = own_task({"a.jsonl": rows_with(one, two)}, labels=[one, two])  # listed on purpose
+    assert task.labels == [one, two]
+
+
+def test_labels_that_differ_to_the_eye_are_accepted(own_task):
+    labels = [
+        "A",
+        "a",
+        "\u0411",
+        "б",
+        "e",
+        "é",
+        "1",
+        "\u2460",
+        "ти",
+        "Ти",
+        "\u0e01\u0e34",
+        "\u0e01",
+    ]
+    assert own_task({"a.jsonl": rows_with(*labels)}).labels == sorted(labels)
+
+
+@pytest.mark.parametrize("tag", ["\u0412-x", "\u041e", "\u0406-x", "\u200eB-x"])
+def test_a_tag_that_only_looks_like_one_of_bio_is_refused(own_task, tag):
+    rows = jsonl({"words": ["a", "b"], "tags": [tag, "E-y"]})
+    with pytest.raises(UserError, match="looks like one of BIO") as caught:
+        own_task({"a.jsonl": rows}, **TAGS)
+    assert ascii(tag) in str(caught.value)
+    own = jsonl({"words": ["a", "b"], "tags": ["NOUN", "\u0413\u041b"]})
+    assert own_task({"a.jsonl": own}, **TAGS).main_metric == "token_accuracy"
+
+
+def test_a_tag_with_a_space_is_refused(own_task):
+    rows = jsonl({"words": ["a", "b"], "tags": ["B PER", "O"]})
+    for labels in (None, ["B PER", "O"]):
+        with pytest.raises(UserError, match=r"tag 'B PER' has white space inside"):
+            own_task({"a.jsonl": rows}, labels=labels, **TAGS)
+    assert own_task({"a.jsonl": rows_with("B PER", "O")}).labels == ["B PER", "O"]  # no tags
+
+
 # -------------------------------------------------------------------------------------------- names
+
+
+def test_a_file_name_with_a_space_needs_a_key_name(own_task, tmp_path):
+    own_task({"a.tsv": GOOD})
+    spaced = tmp_path / "Мои отзывы.json"
+    spaced.write_text((tmp_path / "own.json").read_text())
+    with pytest.raises(UserError, match=r'rename the file, or add "name": "Мои-отзывы"'):
+        load_task(str(spaced), None)
+    assert own_task({"a.tsv": GOOD}, name="Мои-отзывы").name == "Мои-отзывы"
+    assert own_task({"a.tsv": GOOD}, name="\u0e17\u0e35\u0e48").name  # letters with marks
+
+
+def test_a_column_in_another_unicode_form_is_suggested(own_task):
+    rows = jsonl({"cafe\u0301": "x", "cafes": "x", "label": "a"})
+    with pytest.raises(UserError, match="another Unicode form") as caught:
+        read_examples(own_task({"a.jsonl": rows}, text_a="café", labels=["a", "b"]), "train")
+    assert ascii("cafe\u0301") in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -127,15 +204,15 @@ def test_files_beside_the_description_and_in_data_are_ambiguous(own_task, tmp_pa
         load_task(str(tmp_path / "own.json"), tmp_path / "data")
 
 
-def test_keys_and_labels_with_tabs_stay_in_their_cells(own_task, tmp_path):
+def test_keys_and_labels_with_tabs_stay_in_their_cells(own_task):
     rows = jsonl(
         {"sentence": "x", "label": "a\tb", "id": "1\n2"},
         {"sentence": "y", "label": "\x1b[31m", "id": "3\u2028"},
     )
     task = own_task({"a.jsonl": rows}, index="id")
     examples = read_examples(task, "train")
-    write_predictions(tmp_path / "p.tsv", task, examples, [0, 1], [[0.0, 1.0], [1.0, 0.0]])
-    lines = (tmp_path / "p.tsv").read_text().split("\n")
+    table = predictions_table(task, examples, [0, 1], [[0.0, 1.0], [1.0, 0.0]])
+    lines = table.decode().split("\n")
     assert len(lines) == 4 and all(len(line.split("\t")) == 4 for line in lines[:3])
     assert "\x1b" not in "".join(lines) and len("".join(lines).splitlines()) == 1
 
@@ -183,12 +260,22 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "gzip": ({"a.tsv": b"\x1f\x8b\x08\x00" + bytes(9)}, {}, "compressed with gzip"),
     "parquet": ({"a.jsonl": b"PAR1" + bytes(9)}, {}, "it is Parquet"),
     "UTF-16": ({"a.tsv": GOOD.encode("utf-16")}, {}, "it is UTF-16"),
+    "windows-1251": ({"a.tsv": GOOD.encode() + "да\ta\n".encode("cp1251")}, {}, "windows-1251"),
+    "semicolons": (
+        {"a.csv": GOOD.replace("\t", ";")},
+        {},
+        "a.csv:1: found one column, 'sentence;label'; expected columns separated by ','; the line "
+        "looks separated by ';'",
+    ),
+    "tabs in csv": ({"a.csv": GOOD}, {}, 'give the task "format": "tsv"'),
+    "commas in tsv": ({"a.tsv": GOOD.replace("\t", ",")}, {}, 'give the task "format": "csv"'),
+    "suffix": ({"a.txt": GOOD}, {}, ".json (one object per line)"),
     "pointer": (
         {"a.tsv": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"},
         {},
         "is a Git LFS pointer",
     ),
-    "NUL": ({"a.tsv": GOOD}, {"splits": {"train": "a\0.tsv", "valid": "a.tsv"}}, "null byte"),
+    "NUL": ({"a.tsv": GOOD}, {"splits": {"train": "a\0.tsv", "valid": "a.tsv"}}, "plain file name"),
     "boolean number": (
         {"a.jsonl": jsonl({"sentence": "x", "label": True})},
         {"kind": "regression"},
@@ -203,6 +290,33 @@ def test_a_mistake_in_a_file_is_named(own_task, name):
     with pytest.raises(UserError, match=re.escape(part)) as caught:
         read_examples(own_task(files, **values), "train")
     assert len(str(caught.value)) < 500
+
+
+def test_a_fifo_among_the_files_is_refused_without_waiting(own_task, tmp_path):
+    task = own_task({"a.tsv": GOOD, "b.tsv": GOOD})
+    (tmp_path / "a.tsv").unlink()
+    os.mkfifo(tmp_path / "a.tsv")
+    with pytest.raises(UserError, match=r"a\.tsv: not a regular file; expected a file of examples"):
+        read_examples(task, "train")
+
+
+def test_a_description_names_only_files_in_its_folder(own_task, tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "s.tsv").write_text(GOOD)
+    outside = ("../private/s.tsv", f"{tmp_path}/private/s.tsv", "a/../../s.tsv", "~/../s.tsv", "")
+    for file in (*outside, DIAGNOSTIC):
+        with pytest.raises(UserError, match=r"splits\.valid: .*plain file name"):
+            own_task({"a.tsv": GOOD}, splits={"train": "a.tsv", "valid": file})
+    for folder in ("..", "../x", str(tmp_path / "private"), "x/../.."):
+        with pytest.raises(UserError, match=r"own\.json: folder: .*plain file name"):
+            own_task({"s.tsv": GOOD}, folder=folder)
+    own_task({"s.tsv": GOOD}, folder="private")
+    described = tmp_path / "described"
+    described.mkdir()
+    splits = {"train": "s.tsv", "valid": "s.tsv"}
+    (described / "own.json").write_text(json.dumps({"splits": splits}))
+    task = load_task(str(described / "own.json"), tmp_path / "private")  # --data names any folder
+    assert read_examples(task, "train")
 
 
 # ----------------------------------------------------------------------------------------- datasets
@@ -254,3 +368,20 @@ def test_a_dataset_is_read_without_its_other_columns(own_task, tmp_path):
     (tmp_path / "set" / "train.jsonl").write_text(jsonl(*rows)[:-9])
     with pytest.raises(UserError, match="dataset set, split train"):
         load_task(str(tmp_path / "own.json"), None)
+
+
+def test_a_dataset_without_the_columns_of_the_task_is_refused_before_a_row_is_read(
+    own_task, tmp_path
+):
+    """Reading row 0 would open the URL of its image."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    import pyarrow
+    from pyarrow import parquet
+
+    features = datasets.Features({"picture": datasets.Image(), "texte": datasets.Value("string")})
+    row = {"picture": [{"path": "http://192.0.2.1/x.png", "bytes": None}], "texte": ["x"]}
+    table = pyarrow.Table.from_pydict(row, features.arrow_schema)
+    (tmp_path / "set").mkdir()
+    parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    with pytest.raises(UserError, match=r"no column 'text'; did you mean 'texte'\?; found pic"):
+        own_task({}, dataset="set", splits={"train": "train", "valid": "train"}, text_a="text")

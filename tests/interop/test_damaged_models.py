@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -13,12 +14,15 @@ from running import read_json, run_cli
 from safetensors.torch import load_file, save_file
 
 from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.evaluation.detect import Detector
 from electra_ds.interop import export as export_module
+from electra_ds.interop.checkpoints import read_checkpoint
 from electra_ds.interop.export import export
 from electra_ds.interop.hf_folder import read_tensors
 from electra_ds.interop.import_weights import import_weights
 from electra_ds.interop.load_model import load, load_objective, load_pretrained
+from electra_ds.interop.vocabularies import check_same_vocabulary
 
 QKV = "discriminator.layers.0.qkv.weight"
 
@@ -271,6 +275,35 @@ def test_damaged_and_foreign_weight_files_are_explained_without_advice_to_load_t
         read_tensors(tmp_path / "m")
 
 
+def test_no_compressed_archive_is_inflated(tmp_path, monkeypatch):
+    """With bytes before or after an archive, torch and zipfile may read different directories."""
+    torch.save({"x": torch.ones(400)}, tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    assert read_tensors(pickled(tmp_path, good))["x"].sum() == 400
+    with (
+        zipfile.ZipFile(tmp_path / "good") as source,
+        zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for entry in source.infolist():
+            archive.writestr(entry.filename, source.read(entry))
+    with zipfile.ZipFile(tmp_path / "bomb", "a") as archive:
+        archive.comment = good  # the end of the file is that of a plain archive
+    commented = (tmp_path / "bomb").read_bytes()
+    bomb = commented[: -len(good)]
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("inflated"))
+    for content in (bomb, bomb + b"PK\5\6", commented, bomb + good, good + b"x", good + good):
+        with pytest.raises(UserError, match=r"pytorch_model\.bin: cannot be read as weights"):
+            read_tensors(pickled(tmp_path, content))
+
+
+def test_a_fifo_among_the_weights_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "part.safetensors")
+    index = {"weight_map": {"x": "part.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="not a regular file"):
+        read_tensors(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("index", "part"),
     [
@@ -392,3 +425,22 @@ def test_a_card_escapes_what_files_contain(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert not any(bad in card for bad in ("\x1b", "<script>", "secret", "\n# heading", "a|b"))
     assert read_json(tmp_path / "out" / "config.json")["id2label"]["0"] == "a|b"
+
+
+def test_weights_of_the_built_in_encoder_with_a_factory_in_the_config_are_refused(tmp_path):
+    run_folders.pretrained(tmp_path)
+    folder = tmp_path / "ckpt" / "final"
+    factory = {"model": {"factory": "x:y"}, "generator": None}
+    change(folder, nothing, lambda config: config.update(factory))
+    with pytest.raises(UserError, match="weights are those of the built-in encoder"):
+        read_checkpoint(folder)
+
+
+def test_a_vocabulary_that_begins_another_is_told_apart_by_its_size(tmp_path):
+    words = [*run_folders.VOCABULARY]
+    tokenizers = []
+    for number in (590, 600):
+        (tmp_path / "vocab.txt").write_text("\n".join(words[:number]) + "\n")
+        tokenizers.append(load_tokenizer(tmp_path))
+    with pytest.raises(UserError, match=r"it is wordpiece of 590 entries, .* of 600 entries"):
+        check_same_vocabulary(tokenizers[0], "data", tokenizers[1], "model")

@@ -309,6 +309,8 @@ def test_an_exported_fine_tuned_model_has_equal_logits(name, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("first token" in card) == (name == "many classes")
     assert "| base model | run O, step 7 |" in card and "| valid, accuracy | 0.5000 |" in card
+    assert ("is_split_into_words=True" in card) == (name == "token_classification")
+    assert "| tokenizer | wordpiece, 600 entries, lower case, accents stripped, " in card
     shown = ", ".join(labels) if run_folders.TASKS[name]["labels"] else "a number from 1 to 5"
     assert f"| labels | {shown} |" in card
     printed = run_card(tmp_path / "out").strip()
@@ -371,7 +373,7 @@ def test_load_pretrained_refuses_other_folders_and_tokenizers(tmp_path):
     for seed in ("seed-3", "seed-5"):
         run_folders.fine_tuned(tmp_path / "rte" / seed, "classification")
     kinds = "expected a run folder .*OUT/ckpt/STEP.*DIR/TASK/seed-N.*Hugging Face folder"
-    several = "models of 2 seeds; name one, such as .*rte/seed-3"
+    several = "models of 2 seeds; give one, such as .*rte/seed-3"
     for path, part in (("rte", several), ("nothing", kinds)):
         with pytest.raises(UserError, match=part):
             load_pretrained(tmp_path / path)

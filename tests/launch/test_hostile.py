@@ -18,6 +18,7 @@ import pytest
 from running import ROOT
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.urls import redacted
 from electra_ds.config.loading import load_run
 
 COMMANDS = (
@@ -463,11 +464,64 @@ def test_a_hostfile_that_is_no_file_is_refused(sandbox: Sandbox) -> None:
         "https://user:hunter2/hunter3@host/D",
         "https://user:hunter2@host/D#sig=hunter3",
         "https://user:hunter2@host/D;token=hunter3",
+        "https://user:hunter1@hunter2@host/D",
+        "https://hunter1@hunter2:80@host/D",
     ],
 )
 def test_printed_commands_show_no_secret(sandbox: Sandbox, url: str) -> None:
     sandbox.run("local.sh", "tiny", "--data", url, "--out", "out")
     assert "hunter" not in sandbox.output + sandbox.errors and "***@host/D" in sandbox.output
+
+
+FUNCTION = """
+set -u
+source "$1/common.sh"
+shift
+"$@"
+"""
+
+
+def call(sandbox: Sandbox, *words: str, **variables: str) -> str:
+    """The output, on both streams, of a function of common.sh; it ends within seconds."""
+    done = subprocess.run(
+        ["bash", "-c", FUNCTION, "x", str(sandbox.launch), *words],
+        env=sandbox.environ | variables,
+        input=variables.get("input", "").encode(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
+    return done.stdout.decode(errors="surrogateescape")
+
+
+def test_users_and_passwords_are_hidden_as_in_python(sandbox: Sandbox) -> None:
+    parts = ["a", "b.c", ":", "@", "/", "?x=1", "&n=1", "#", ":80", "p@q", "-", "?"]
+    urls = ["https://" + "".join(sandbox.dice.choices(parts, k=6)) for _ in range(300)]
+    urls += ["https://user:first@second@host/D", "https://h/package@1.0/x", "s3://K:S/T@bucket"]
+    text = "\n".join(urls)
+    assert call(sandbox, "redacted", input=text) == redacted(text)
+
+
+def test_error_files_are_printed_without_control_characters(sandbox: Sandbox) -> None:
+    out = sandbox.folder / "out"
+    out.mkdir()
+    (out / "error-rank-0.json").write_text('{"error": "lost \x1b[1m \x9b31m \u202e evil \x7f"}')
+    (out / "error-rank-\u202e1.json").write_text("second https://me:hunter2@host")
+    printed = call(sandbox, "judge", "1", out=str(out), stopped="none", was_done="")
+    assert "lost" in printed and "second https://***@host" in printed
+    assert printed.isascii() and all(char.isprintable() or char == "\n" for char in printed)
+
+
+def test_error_files_that_are_no_regular_files_are_left_out(sandbox: Sandbox) -> None:
+    out = sandbox.folder / "out"
+    out.mkdir()
+    os.mkfifo(out / "error-rank-0.json")
+    (sandbox.folder / "foreign").write_text("foreign")
+    (out / "error-rank-1.json").symlink_to(sandbox.folder / "foreign")
+    (out / "error-rank-2.json").mkdir()
+    (out / "error-rank-3.json").write_text("third")
+    printed = call(sandbox, "judge", "1", out=str(out), stopped="none", was_done="")
+    assert "third" in printed and "foreign" not in printed and "failed (exit code 1" in printed
 
 
 def test_no_module_is_imported_from_the_current_folder(sandbox: Sandbox) -> None:

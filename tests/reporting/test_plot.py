@@ -32,3 +32,14 @@ def test_a_plot_needs_only_metrics_and_shows_every_held_out_point(tmp_path, monk
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.jsonl here"):
         plot([tmp_path], tmp_path / "curves.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_the_font_lacks_give_one_note_and_no_warning(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("\u0e44\u0e17\u0e22", "\u0639\u0631\u0628\u064a", "plain"):
+        (tmp_path / name).mkdir()
+        log_run(tmp_path / name, range(1, 6))
+    runs = sorted(tmp_path.iterdir())
+    assert plot(runs[:1], tmp_path / "a.png") == ""
+    assert "lacks characters of the run names" in plot(runs, tmp_path / "b.png")

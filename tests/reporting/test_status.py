@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -229,3 +230,14 @@ def test_latest_names_no_folder_elsewhere(out):
 def test_a_run_without_a_launcher_says_so(out):
     facts = status(out) | {"launcher": "none", "nodes": ["here"]}
     assert lines(facts)["ranks"] == "1, no launcher, on here"
+
+
+def test_printed_commands_quote_the_run_folder(tmp_path):
+    folder = tmp_path / "мой прогон; $HOME 'x'"
+    folder.mkdir()
+    command = status(folder)["next"]
+    assert shlex.split(command)[-1] == str(folder)
+    (folder / "done").touch()
+    assert shlex.split(status(folder)["next"].partition(" --data")[0])[-1] == str(folder)
+    with Lock(folder, lambda read: read()):
+        assert f"touch {shlex.quote(str(folder))}/STOP" in status(folder)["next"]

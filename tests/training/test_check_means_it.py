@@ -108,20 +108,22 @@ def test_limits_out_of_range_are_refused(options):
 
 def test_a_run_is_not_written_into_prepared_data_or_a_file(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds prepared data"):
-        check_out(data, data)
+        check_out(data)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        check_out(tmp_path / "file", data)
-    check_out(tmp_path / "new", data)
+        check_out(tmp_path / "file")
+    check_out(tmp_path / "new")
 
 
-def test_a_new_run_is_not_written_below_what_it_reads(data: Path, tmp_path: Path) -> None:
+def test_a_new_run_is_not_written_below_the_run_it_starts_from(tmp_path: Path) -> None:
     (tmp_path / "earlier" / "ckpt" / "5").mkdir(parents=True)
     started_from = tmp_path / "earlier"
-    for out in (data / "run", started_from / "next"):
+    for path in (started_from, started_from / "ckpt", started_from / "ckpt" / "5"):
+        (started_from / "ckpt" / "5" / "meta.json").touch()
         with pytest.raises(UserError, match="lies in the folder that the command reads"):
-            check_out(out, data, started_from)
-        assert not out.exists()
-    check_out(tmp_path / "new", "s3://bucket/data", started_from)
+            check_out(started_from / "next", path)
+    assert not (started_from / "next").exists()
+    check_out(tmp_path / "new", started_from)
+    check_out(tmp_path / "new", tmp_path)  # no run: the error that follows says so
     (started_from / "config.json").touch()  # a repeated command resumes the run in its --out
-    check_out(started_from, data, started_from)
+    check_out(started_from, started_from)

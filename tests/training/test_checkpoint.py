@@ -15,6 +15,7 @@ from electra_ds.common.files import sha256_file
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.checkpoint import MOMENTS
+from electra_ds.training.state import TrainingState
 
 
 def save(folder, name="1000", weights=None, progress=PROGRESS):
@@ -351,10 +352,41 @@ def test_a_run_that_resumed_earlier_keeps_what_it_saves(tmp_path):
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    for name in ("10", ".13.tmp", ".5.old"):
+    for name in ("10", ".13.tmp", ".13.0123abcd.tmp", ".final.0123abcd.tmp", ".5.old"):
         (tmp_path / name).mkdir()
+    (tmp_path / ".latest.0123456789ab.tmp").write_text("10")
     checkpointer.remove_stale(tmp_path)
     assert names(tmp_path) == ["10"]
+    checkpointer.remove_stale(tmp_path / "none")
+
+
+def test_foreign_files_in_a_folder_of_checkpoints_are_kept(tmp_path):
+    """OUT/ckpt may be a link to a folder on another disk, with other files."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ckpt").symlink_to(tmp_path / "disk")
+    foreign = [".cfg.old", ".notes.tmp", ".bashrc.old", "1", "notes"]
+    for name in foreign:
+        (tmp_path / "disk" / name).mkdir()
+    folder = tmp_path / "ckpt"
+    checkpointer.remove_stale(folder)
+    for step in (2, 3, 4):
+        checkpointer.save(FakeWeights(), folder, str(step), TrainingState(step), CONFIG, PADDED)
+    assert checkpointer.prune(folder, CheckpointConfig(), 4) == ["2"]
+    assert names(folder) == sorted([*foreign, "3", "4", "latest"])
+
+
+def test_a_checkpoint_that_is_a_link_is_replaced_and_pruned_without_its_target(tmp_path):
+    checkpointer.save(FakeWeights(), tmp_path / "other", "1", TrainingState(1), CONFIG, PADDED)
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    for name in ("1", "2", "latest", ".3.old"):
+        (folder / name).symlink_to(tmp_path / "other" / ("latest" if name == "latest" else "1"))
+    for step in (2, 3, 4):
+        checkpointer.save(FakeWeights(), folder, str(step), TrainingState(step), CONFIG, PADDED)
+    assert checkpointer.prune(folder, CheckpointConfig(), 4) == ["1", "2"]
+    assert names(folder) == ["3", "4", "latest"]
+    assert (tmp_path / "other" / "latest").read_text() == "1\n"
+    checkpoint.load(FakeWeights(), tmp_path / "other" / "1", PADDED)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ import json
 import math
 import os
 import sys
+import tracemalloc
 
 import pytest
 from logged_run import log_run, train_values
 
+from electra_ds.common import json_files
 from electra_ds.common.errors import UserError
-from electra_ds.training.metrics_file import SCHEMA, TIMED, read_metrics
+from electra_ds.training import metrics_file
+from electra_ds.training.metrics_file import SCHEMA, TIMED, metric_lines, read_metrics
 from electra_ds.training.run_logger import RunLogger
 
 
@@ -110,6 +113,52 @@ def test_a_file_of_another_kind_is_set_aside_at_a_resume(tmp_path):
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         log_run(tmp_path, [4], start=3)
         assert steps_of(tmp_path) == [4]
+
+
+def test_a_log_larger_than_any_limit_is_cut_back_line_by_line(tmp_path, monkeypatch):
+    log_run(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    schema, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(schema + lines[0] * 20_000 + b"".join(lines))
+    size = path.stat().st_size
+    monkeypatch.setattr(json_files, "read_small", lambda *_: pytest.fail("read as a whole"))
+    tracemalloc.start()
+    for _ in metric_lines(path):
+        pass
+    RunLogger(tmp_path, 2, 100, 1.0, tensorboard=False).__exit__()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 3_000_000 and peak < size / 3
+    assert steps_of(tmp_path) == [1] * 20_001 + [2]
+
+
+def test_a_line_without_an_end_takes_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_file, "MAX_LINE_BYTES", 1000)
+    log_run(tmp_path, range(1, 3))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(UserError, match="line 4 has more than 1,000 bytes"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    log_run(tmp_path, [3], start=2)
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_metrics_and_tensorboard_do_not_leave_the_run_folder(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("precious")
+    for name in ("link", "fifo"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link" / "metrics.jsonl").symlink_to(tmp_path / "victim" / "file")
+    os.mkfifo(tmp_path / "fifo" / "metrics.jsonl")
+    for name in ("link", "fifo"):
+        log_run(tmp_path / name, [1])
+        assert steps_of(tmp_path / name) == [1]
+    pytest.importorskip("tensorboard")
+    (tmp_path / "link" / "tensorboard").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="symbolic link"):
+        log_run(tmp_path / "link", [2], start=1, tensorboard=True)
+    assert (tmp_path / "victim" / "file").read_text() == "precious"
+    assert os.listdir(tmp_path / "victim") == ["file"]
 
 
 def test_a_line_says_that_a_run_trains_before_its_first_log_line(tmp_path, capsys):

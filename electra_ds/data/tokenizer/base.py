@@ -85,7 +85,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the ids of one text, and the (start, end) characters of each token in the text."""
+        """Return the ids of one text, and the (start, end) characters of each token in the text.
+
+        A span has no white space before the token, and includes the combining marks after it, also
+        those that the normalization composes with a letter or removes. The span of a token that
+        consists of white space is empty.
+        """
 
     @abstractmethod
     def begins_word(self) -> np.ndarray:
@@ -134,21 +139,27 @@ class Tokenizer(ABC):
             parts += self.tokens(run) if is_special else [self._decode_plain(run)]
         return " ".join(parts)
 
-    def describe(self) -> str:
-        """Describe kind, size and options in one line; say which options were guessed."""
+    def describe_options(self) -> str:
+        """Describe kind, size and options in one line."""
         parts = [self.kind, f"{self.vocab_size:,} entries"]
         if "lowercase" in self.options:
             parts.append("lower case" if self.options["lowercase"] else "case kept")
             stripped = self.options["strip_accents"]
             parts.append("accents stripped" if stripped else "accents kept")
         parts.append(f"normalization {self.normalization}")
-        line = ", ".join(parts)
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """Like `describe_options`; say which options were guessed, and name unreachable entries."""
+        line = self.describe_options()
         if self.guessed:
             line += (
                 "; guessed: no entry has a capital"
                 if self.options["lowercase"]
-                else ("; guessed: an entry has a capital")
+                else "; guessed: an entry has a capital"
             )
+            if self.options["lowercase"] and not self.options["strip_accents"]:
+                line += ", and some entries have accents"
             line += "; --lowercase, --strip-accents and --normalization set them"
         if unreachable := self.unreachable_names():
             shown = ", ".join(map(printable, unreachable[:3])) + ", ..." * (len(unreachable) > 3)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, read_small
 from electra_ds.common.printable import printable
@@ -22,7 +23,7 @@ from electra_ds.data.tokenizer.hugging_face import (
 )
 from electra_ds.data.tokenizer.normalization import Form
 from electra_ds.data.tokenizer.sentencepiece import SentencePiece
-from electra_ds.data.tokenizer.wordpiece import WordPiece
+from electra_ds.data.tokenizer.wordpiece import WordPiece, without_accents
 
 VOCABULARY_FILES = (
     "vocab.txt",
@@ -31,7 +32,6 @@ VOCABULARY_FILES = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
-LFS_POINTER = b"version https://git-lfs"
 
 
 class StoredOptions(Record):
@@ -62,8 +62,9 @@ def load_tokenizer(
     The options of a vocab.txt are read from options.json in its folder, where a missing
     `normalization` means nfc. Without options.json, they are read from tokenizer_config.json and
     tokenizer.json. An option that no file states is set by the argument. Without an argument, text
-    is lower-cased if no entry has an upper-case letter, accents are stripped if text is
-    lower-cased, and the normalization is none, as in BERT's own code.
+    is lower-cased if no entry has an upper-case letter, accents are stripped if text is lower-cased
+    and no entry has an accent, and the normalization is none, as in BERT's own code. If a file
+    states `lowercase` alone, accents are stripped if text is lower-cased, as in BERT.
 
     Raises UserError when the vocabulary is missing, malformed, or lacks a special token, and when
     an argument contradicts a file.
@@ -79,7 +80,7 @@ def load_tokenizer(
         content, stated = read_tokenizer_json(file)
         return _wordpiece(content, stated, chosen, file, file)
     content = read_small(file, "a vocabulary")
-    if content.startswith(LFS_POINTER):
+    if is_lfs_pointer(content):
         raise UserError(
             f"{printable(file)}: is a Git LFS pointer, not the vocabulary; run: git lfs pull"
         )
@@ -182,7 +183,11 @@ def _wordpiece(
             )
     known = stated.or_else(chosen)
     lowercase = _is_lower_case(content) if known.lowercase is None else known.lowercase
-    strip_accents = lowercase if known.strip_accents is None else known.strip_accents
+    strip_accents = known.strip_accents
+    if strip_accents is None:
+        # No text could reach an entry with an accent, so such an entry shows that they are kept.
+        is_bare = stated.lowercase is None
+        strip_accents = lowercase and not (is_bare and _has_accents(content))
     tokenizer = WordPiece(
         content,
         {"lowercase": lowercase, "strip_accents": strip_accents},
@@ -217,5 +222,16 @@ def _checked(tokenizer: Tokenizer, ours: StoredOptions | None, folder: Path) -> 
 
 def _is_lower_case(content: bytes) -> bool:
     """Return whether no entry of a vocab.txt has an upper-case letter, special tokens excepted."""
-    text = re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")
+    text = _entries(content)
     return text == text.lower()
+
+
+def _has_accents(content: bytes) -> bool:
+    """Return whether stripping of accents changes an entry of a vocab.txt."""
+    text = _entries(content)
+    return without_accents(text) != text
+
+
+def _entries(content: bytes) -> str:
+    """Return the entries of a vocab.txt in lines, without special tokens."""
+    return re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")

@@ -6,6 +6,9 @@ The tokenizer applies it, so that every verb and the exported tokenizer give a t
     nfkc        line ends, tabs, U+1680 and U+2581 become spaces, control characters are removed,
                 then Unicode NFKC
     nfkc_lower  as nfkc, then lower case
+    nfkc_visible, nfkc_visible_lower
+                as nfkc and nfkc_lower, without soft hyphens, marks of the direction of writing, and
+                word joiners; the zero-width joiner and non-joiner stay
     none        no change, for vocabularies of other programs
 
 All forms replace surrogates by U+FFFD first. NFC, NFKC and lower case are computed as in the
@@ -21,7 +24,7 @@ import unicodedata
 from functools import cache
 from typing import Any, Literal, get_args
 
-Form = Literal["nfc", "nfkc", "nfkc_lower", "none"]
+Form = Literal["nfc", "nfkc", "nfkc_lower", "nfkc_visible", "nfkc_visible_lower", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 # Characters at which str.splitlines() divides a text.
 _LINE_ENDS = "\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029"
@@ -29,9 +32,13 @@ _LINE_ENDS = "\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029"
 _OTHER_SPACES = "\t\u1680\u2581"
 # Control characters except \x09 to \x0d, zero-width space, byte order mark, U+FFFD.
 _CONTROL = "\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\ufeff\ufffd"
+# Format characters that change how a text is shown, but not its words: soft hyphen, marks of the
+# direction of writing, word joiner. U+200C and U+200D distinguish words, as in Persian and Hindi.
+_INVISIBLE = "\xad\u061c\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069"
 LINE_ENDS = re.compile(f"[{_LINE_ENDS}]")
 SPACES = re.compile(f"[{_LINE_ENDS}{_OTHER_SPACES}]")
 CONTROL = re.compile(f"[{_CONTROL}]")
+INVISIBLE = re.compile(f"[{_INVISIBLE}]")
 # Halves of UTF-16 pairs. Python also uses them for bytes of the command line that are not UTF-8.
 SURROGATES = re.compile("[\ud800-\udfff]")
 # Texts with the same lower case in Python and in the library. In Python, the lower case of the
@@ -52,16 +59,18 @@ def normalize(text: str, form: Form) -> str:
     if not text.isprintable():
         text = without_surrogates(text)
     elif text.isascii():
-        return text.lower() if form == "nfkc_lower" else text
+        return text.lower() if form.endswith("_lower") else text
     if form == "none":
         return text
     if not text.isprintable() or "\u1680" in text or "\u2581" in text:
         text = (LINE_ENDS if form == "nfc" else SPACES).sub(" ", text)
         text, _ = without_control(text)
+        if form.startswith("nfkc_visible"):
+            text = INVISIBLE.sub("", text)
     elif "\ufffd" in text:
         text = text.replace("\ufffd", "")
     text = _composed(text, form)
-    return _composed(_lower(text), form) if form == "nfkc_lower" else text
+    return _composed(_lower(text), form) if form.endswith("_lower") else text
 
 
 def without_surrogates(text: str) -> str:
@@ -104,12 +113,13 @@ def native_steps(form: Form) -> list[Any]:
     if form == "none":
         return []
     spaces = _LINE_ENDS if form == "nfc" else _LINE_ENDS + _OTHER_SPACES
+    deleted = _CONTROL + (_INVISIBLE if form.startswith("nfkc_visible") else "")
     steps = [
         normalizers.Replace(Regex(f"[{_escaped(spaces)}]"), " "),
-        normalizers.Replace(Regex(f"[{_escaped(_CONTROL)}]"), ""),
+        normalizers.Replace(Regex(f"[{_escaped(deleted)}]"), ""),
         _native("NFC" if form == "nfc" else "NFKC"),
     ]
-    if form == "nfkc_lower":  # lower case may give characters that NFKC composes
+    if form.endswith("_lower"):  # lower case may give characters that NFKC composes
         steps += [_native("Lowercase"), _native("NFKC")]
     return steps
 
@@ -138,3 +148,20 @@ def aligner(form: Form) -> Any:
     characters.normalizer = normalizers.Sequence(native_steps(form))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
     return characters
+
+
+def whole_characters(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans of tokens without leading white space and with trailing combining marks.
+
+    text: not normalized. spans: (start, end) of each token in it, in order. A mark that belongs to
+    the next token stays there.
+    """
+    result = []
+    starts = [start for start, _ in spans] + [len(text)]
+    for (start, end), limit in zip(spans, starts[1:], strict=True):
+        while start < end and (text[start].isspace() or text[start] == "\u2581"):
+            start += 1
+        while start < end < limit and unicodedata.category(text[end])[0] == "M":
+            end += 1
+        result.append((start, end))
+    return result

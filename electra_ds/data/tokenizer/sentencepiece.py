@@ -12,7 +12,12 @@ import numpy as np
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer.base import Tokenizer
-from electra_ds.data.tokenizer.normalization import Form, aligner, without_surrogates
+from electra_ds.data.tokenizer.normalization import (
+    Form,
+    aligner,
+    whole_characters,
+    without_surrogates,
+)
 
 
 class SentencePiece(Tokenizer):
@@ -31,7 +36,7 @@ class SentencePiece(Tokenizer):
         """Load a model.
 
         content: bytes of the .model file. options: {}, because a SentencePiece has none.
-        source: name of the file in messages. normalization: nfc, nfkc or nfkc_lower.
+        source: name of the file in messages. normalization: any form but none.
         Raises UserError for a file that is not a SentencePiece model, for another normalization,
         and when a special token is missing or is not a control symbol.
         """
@@ -46,7 +51,7 @@ class SentencePiece(Tokenizer):
             ) from None
         super().__init__(content, names, options, source, normalization)
         if normalization == "none":
-            raise UserError(f"{source}: normalization = 'none'; expected nfc, nfkc or nfkc_lower")
+            raise UserError(f"{source}: normalization = 'none'; expected another one")
         for role, i in self.special_ids.model_dump().items():
             if role != "unk" and not self._model.is_control(i):
                 raise UserError(
@@ -64,12 +69,12 @@ class SentencePiece(Tokenizer):
         text = without_surrogates(text)
         normalized = self.normalize(text)
         encoding = self._model.encode(normalized, return_type="offset_mapping")
-        spans = [tuple(span) for span in encoding["offsets"]]
+        spans: list[tuple[int, int]] = [tuple(span) for span in encoding["offsets"]]
         if normalized != text:
             # (start, end) in `text` of each character of `normalized`
             characters = aligner(self.normalization).encode(text).offsets
             spans = [_original_span(span, characters) for span in spans]
-        return list(encoding["ids"]), spans
+        return list(encoding["ids"]), whole_characters(text, spans)
 
     def begins_word(self) -> np.ndarray:
         return np.array([name.startswith("\u2581") for name in self.names])

@@ -17,8 +17,14 @@ import numpy as np
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
-from electra_ds.data.tokenizer.normalization import Form, native_steps, without_surrogates
+from electra_ds.data.tokenizer.normalization import (
+    Form,
+    native_steps,
+    whole_characters,
+    without_surrogates,
+)
 
+MAX_WORD_CHARACTERS = 100  # of a normalized word; BERT makes a longer one a single [UNK]
 MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
 # A larger mean length of the "words" indicates a script without spaces; such a text is tokenized
 # as a whole.
@@ -78,7 +84,12 @@ class WordPiece(Tokenizer):
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self.fast.encode(without_surrogates(text), add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return encoding.ids, whole_characters(text, encoding.offsets)
+
+    def words(self, text: str) -> list[str]:
+        """Return the words of a normalized text, as BERT cleans and splits it."""
+        cleaned = self._fast.normalizer.normalize_str(text)
+        return [word for word, _ in self._fast.pre_tokenizer.pre_tokenize_str(cleaned)]
 
     def begins_word(self) -> np.ndarray:
         return np.array([not name.startswith("##") for name in self.names])
@@ -93,8 +104,7 @@ class WordPiece(Tokenizer):
     def _changes(self, name: str) -> bool:
         text = name.lower() if self.options["lowercase"] else name
         if self.options["strip_accents"]:
-            text = unicodedata.normalize("NFD", text)
-            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+            return without_accents(text) != name
         return unicodedata.normalize("NFC", text) != unicodedata.normalize("NFC", name)
 
     def unknown_parts(self, text: str) -> list[str]:
@@ -124,6 +134,14 @@ class WordPiece(Tokenizer):
         # To strip accents, BERT decomposes the text, so the ids are the same with and without NFC.
         is_decomposed = self.normalization == "none" and self.options["strip_accents"]
         return {} if is_decomposed else super()._other_normalization()
+
+
+def without_accents(text: str) -> str:
+    """Return a text decomposed (Unicode NFD), without combining marks, as BERT strips accents."""
+    if text.isascii():
+        return text
+    decomposed = unicodedata.normalize("NFD", text)
+    return "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
 
 
 def _entries(content: bytes, source: str, count: int | None) -> tuple[bytes, list[str]]:
@@ -191,7 +209,9 @@ def _fast_tokenizer(
     from tokenizers import models, normalizers, pre_tokenizers
 
     fast = tokenizers.Tokenizer(
-        models.WordPiece(vocabulary, unk_token=unknown, max_input_chars_per_word=100)
+        models.WordPiece(
+            vocabulary, unk_token=unknown, max_input_chars_per_word=MAX_WORD_CHARACTERS
+        )
     )
     bert = normalizers.BertNormalizer(
         clean_text=True,
