@@ -25,8 +25,8 @@ from electra_ds.training.engine import Engine, start
 IDS = SpecialIds(pad=0, unk=100, cls=101, sep=102, mask=103)
 
 
-def packed_batch(config: RunConfig) -> Batch:
-    """A micro-batch of random ids; each row holds two documents."""
+def packed_batch(config: RunConfig, documents: int = 2) -> Batch:
+    """A micro-batch of random ids; each row holds documents of equal lengths."""
     rows, length = config.train.micro_batch_size, config.data.sequence_length
     k = max_masked_positions(config.objective.mask_prob, length)
     positions = torch.arange(length).expand(rows, -1)
@@ -36,8 +36,8 @@ def packed_batch(config: RunConfig) -> Batch:
     return Batch(
         input_ids,
         torch.zeros_like(input_ids),
-        (positions >= length // 2).long() + 1,
-        positions % (length // 2),
+        positions // (length // documents) + 1,
+        positions % (length // documents),
         masked_positions,
         torch.ones(rows, k),
         uniforms > 0.85,
@@ -85,12 +85,16 @@ def predicted_memory(config: RunConfig, engine: Engine, world_size: int) -> tupl
     return states, predicted.peak
 
 
-def engine_memory(config: RunConfig, ranks: Ranks, device: torch.device) -> dict[str, list[int]]:
+def engine_memory(
+    config: RunConfig, ranks: Ranks, device: torch.device, batch: Batch | None = None
+) -> dict[str, list[int]]:
     """[measured, predicted] bytes of the model states and of a step's peak.
 
-    Rank 0 predicts for all ranks; the others return 0 in its place.
+    Rank 0 predicts for all ranks; the others return 0 in its place. batch: of each micro-batch;
+    by default `packed_batch`.
     """
-    made, batch = [], packed_batch(config)
+    made = []
+    batch = packed_batch(config) if batch is None else batch
 
     def make() -> None:
         module = build_objective(config, seed=0)
