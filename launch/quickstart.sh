@@ -3,12 +3,12 @@
 # one resume, evaluate on held-out rows, detect a replaced word.
 #   bash launch/quickstart.sh                       on the docstrings of the installed Python packages
 #   bash launch/quickstart.sh --input 'my/*.txt'    on your own text
-# Options: --input PATTERN (default builtin:docs), --out FOLDER (default runs/quickstart), --steps N (default 7000)
+# Options: --input PATTERN (default builtin:docs), --out FOLDER (default runs/quickstart), --steps N (default 4000)
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-input=builtin:docs out=runs/quickstart steps=7000
+input=builtin:docs out=runs/quickstart steps=4000
 while [ $# -gt 0 ]; do
     case "$1" in
         --input) input=${2:?--input needs a value}; shift 2 ;;
@@ -28,7 +28,7 @@ run() { echo "+ $*"; "$@"; }
 train() {
     local port
     port=$(python -c 'from electra_ds.common.processes import free_port; print(free_port())')
-    run deepspeed --num_gpus 2 --master_port "$port" --no_local_rank --module electra_ds pretrain tiny \
+    run deepspeed --num_gpus 2 --master_port "$port" --no_local_rank --module electra_ds pretrain modern-tiny \
         --data "$out/data" --out "$out/run" --engine zero1 --set train.total_steps="$steps" "$@" || [ $? -eq 85 ]
 }
 
@@ -36,7 +36,7 @@ say "1/6 train a vocabulary on $input"
 [ -e "$out/tokenizer/options.json" ] ||
     run electra-ds train-tokenizer --input "$input" --vocab-size 8192 --out "$out/tokenizer"
 say "2/6 write shards"
-run electra-ds prepare --input "$input" --tokenizer "$out/tokenizer" --out "$out/data" --sequence-length 32 \
+run electra-ds prepare --input "$input" --tokenizer "$out/tokenizer" --out "$out/data" --sequence-length 64 \
     --valid-fraction 0.02 --workers 2
 if [ ! -e "$out/run/done" ]; then
     say "3/6 pretrain on 2 ranks with ZeRO-1, and stop after half of the steps"
