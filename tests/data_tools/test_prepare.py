@@ -358,7 +358,7 @@ def test_settings_of_the_packing_may_change_until_packing_begins(corpus, tmp_pat
 def test_a_folder_with_other_files_is_refused_and_not_changed(corpus, tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match=rf"holds {name} but no prepare\.json"):
+    with pytest.raises(UserError, match=rf"found {name} but no prepare\.json"):
         run(corpus, tmp_path)
     assert (tmp_path / name / "thesis.txt").read_text() == "years"
 
