@@ -19,7 +19,10 @@ class RowReader(Protocol):
     dtype: np.dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the token ids of [n] row numbers, [n, S] unsigned."""
+        """Return the token ids of [n] row numbers, [n, S] unsigned.
+
+        Raises IndexError for a row number out of range.
+        """
 
 
 class RowOrder(Protocol):
@@ -33,3 +36,14 @@ class RowOrder(Protocol):
 
         A run resumes only from a checkpoint with equal parameters.
         """
+
+
+def row_numbers(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return [n] row numbers of a reader as int64. count: rows of the reader.
+
+    Raises IndexError for a number out of range, since numpy would count a negative one from the end.
+    """
+    rows = np.asarray(rows, np.int64)
+    if len(rows) and not (rows.min() >= 0 and rows.max() < count):
+        raise IndexError(f"row numbers {rows.min()}..{rows.max()}, expected 0..{count - 1}")
+    return rows
