@@ -19,7 +19,7 @@ from electra_ds.common.section import Section
 from electra_ds.common.urls import url_name
 from electra_ds.config.loading import parse_config
 from electra_ds.data import philox
-from electra_ds.data.rows import RowOrder, RowReader, row_numbers
+from electra_ds.data.rows import RowOrder, RowReader, sort_rows
 from electra_ds.data.shard_format import Manifest, SplitInfo
 
 VERSION = 1  # of the order
@@ -224,7 +224,7 @@ class MixtureReader:
 
         Raises IndexError for a row number out of range.
         """
-        rows = row_numbers(rows, self.rows)
+        sort_rows(rows, self.rows)  # checks the range
         sources = np.searchsorted(self.starts, rows, side="right") - 1
         gathered = np.empty((len(rows), self.sequence_length), self.dtype)
         for source, (start, reader) in enumerate(zip(self.starts, self.readers, strict=True)):

@@ -23,7 +23,7 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.json_files import MAX_BYTES
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import file_system, redacted
-from electra_ds.data.rows import row_numbers
+from electra_ds.data.rows import sort_rows
 from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, padded, shard_file
 from electra_ds.data.shard_reader import SplitIndex
 
@@ -219,9 +219,9 @@ class RemoteReader(SplitIndex):
 
         Raises IndexError for a row number out of range.
         """
-        rows = row_numbers(rows, self.rows)
-        ascending = np.argsort(rows)
-        chunks = np.searchsorted(self.chunk_starts, rows[ascending], side="right") - 1
+        rows = np.asarray(rows, np.int64)
+        ascending, sorted_rows = sort_rows(rows, self.rows)
+        chunks = np.searchsorted(self.chunk_starts, sorted_rows, side="right") - 1
         needed = {chunk: ascending[here] for chunk, here in runs(chunks)}
         self._fetch([chunk for chunk in needed if chunk not in self._chunks])
         gathered = np.empty((len(rows), self.sequence_length), self.dtype)

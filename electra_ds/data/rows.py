@@ -38,12 +38,15 @@ class RowOrder(Protocol):
         """
 
 
-def row_numbers(rows: np.ndarray, count: int) -> np.ndarray:
-    """Return [n] row numbers of a reader as int64. count: rows of the reader.
+def sort_rows(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the order that sorts [n] row numbers, the sorted row numbers), int64.
 
+    count: rows of the reader
     Raises IndexError for a number out of range, since numpy would count a negative one from the end.
     """
     rows = np.asarray(rows, np.int64)
-    if len(rows) and not (rows.min() >= 0 and rows.max() < count):
-        raise IndexError(f"row numbers {rows.min()}..{rows.max()}, expected 0..{count - 1}")
-    return rows
+    ascending = np.argsort(rows)
+    rows = rows[ascending]
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < count):
+        raise IndexError(f"row numbers {rows[0]}..{rows[-1]}, expected 0..{count - 1}")
+    return ascending, rows
