@@ -45,7 +45,12 @@ class Record(BaseModel):
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline; atomic as `write_bytes`."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return `value` as indented JSON with a final newline."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: str | Path, what: str, kinds: type | tuple[type, ...] = dict) -> Any:
