@@ -36,7 +36,7 @@ class SourceConfig(Section):
     name:   name in metrics; by default the name of the folder or of the MIX.json
     """
 
-    data: str
+    data: str = Field(min_length=1)
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)
     name: str | None = Field(None, pattern="^[^/]+$", max_length=100)
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.outputs import check_output_file
 from electra_ds.common.printable import printable
 from electra_ds.training.metrics_file import read_metrics
 
@@ -45,6 +46,7 @@ def plot(runs: list[Path], out: Path) -> None:
         import matplotlib
     except ImportError:
         raise UserError("plot needs matplotlib: pip install 'electra_ds[plot]'") from None
+    check_output_file(out, "--out")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

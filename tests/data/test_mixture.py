@@ -267,6 +267,7 @@ def test_a_temperature_reduces_the_share_of_large_sources():
             [*weighted(de=1), {"data": "../folders/de/", "weight": 1}],
             r"different names, found \['de'\]",
         ),
+        ([{"data": "", "weight": 1, "name": "x"}], r"sources\.0\.data = .*at least 1 character"),
         ([{"data": ".", "weight": 1}], r"different names, found \[''\]"),
         ([{"data": "de", "weight": 1, "name": "a/b"}], r"sources\.0\.name = \"a/b\""),
         (weighted(nowhere=1), r"nowhere/manifest\.json: not found"),

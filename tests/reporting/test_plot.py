@@ -1,5 +1,7 @@
 """Plots of metrics."""
 
+import os
+
 import pytest
 from logged_run import log_run, valid_values
 
@@ -31,4 +33,13 @@ def test_a_plot_needs_only_metrics_and_shows_every_held_out_point(tmp_path, monk
 
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.jsonl here"):
+        plot([tmp_path], tmp_path / "curves.png")
+
+
+def test_a_pipe_in_the_place_of_the_picture_is_refused(tmp_path):
+    """Opening it would wait for a reader."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 1}\n')
+    os.mkfifo(tmp_path / "curves.png")
+    with pytest.raises(UserError, match=r"--out .*curves\.png: is a named pipe"):
         plot([tmp_path], tmp_path / "curves.png")
