@@ -28,7 +28,7 @@ from electra_ds.common.json_files import MAX_BYTES, read_small
 from electra_ds.common.names import check_inside
 from electra_ds.common.outputs import check_output_folder
 from electra_ds.common.printable import printable, shortened
-from electra_ds.common.urls import file_system, read_bounded, redacted
+from electra_ds.common.urls import file_system, read_bounded, redacted, what_to_check
 from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import (
     MANIFEST,
@@ -58,6 +58,7 @@ class Location:
 
     name:   as given, without secrets, for messages
     folder: path of a local folder, None for a URL
+    advice: what a user can check when a URL fails
     """
 
     def __init__(self, given: str) -> None:
@@ -65,6 +66,7 @@ class Location:
         self._system, root = file_system(given)
         self._root = root.rstrip("/")
         self.folder = Path(root) if isinstance(self._system, LocalFileSystem) else None
+        self.advice = "" if self.folder else f"; {what_to_check(given)}"
 
     @contextmanager
     def _run_failures(self, name: str) -> Iterator[None]:
@@ -75,8 +77,8 @@ class Location:
             raise
         except Exception as error:  # each file system raises its own types
             raise RunFailure(
-                f"{self.name}/{name}: {redacted(str(error)) or type(error).__name__}; the same "
-                "command resumes from what is copied"
+                f"{self.name}/{name}: {redacted(str(error)) or type(error).__name__}{self.advice}; "
+                "the same command resumes from what is copied"
             ) from error
 
     def read(self, name: str, limit: int = MAX_BYTES) -> bytes | None:
@@ -152,7 +154,9 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = ignore
     target = Location(to)
     content = origin.read("manifest.json")
     if content is None:
-        raise UserError(f"{origin.name}/manifest.json: not found; expected {MANIFEST}")
+        raise UserError(
+            f"{origin.name}/manifest.json: not found; expected {MANIFEST}{origin.advice}"
+        )
     manifest = parse_manifest(content, f"{origin.name}/manifest.json")
     files = [*_small_files(origin, manifest), *_shards(manifest)]
     with ThreadPoolExecutor(workers) as threads:
