@@ -27,6 +27,7 @@ from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import MAX_BYTES, read_small
 from electra_ds.common.names import check_inside
 from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.own_folder import remove_temporary_files
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.urls import file_system, read_bounded, redacted, what_to_check
 from electra_ds.data.data_tokenizer import load_data_tokenizer
@@ -296,7 +297,8 @@ def _copy(
     Raises RunFailure when the disk has too little free space for the shards.
     """
     if target.folder:
-        _remove_temporary_files(target.folder)
+        for names in ((), ("shards",), ("tokenizer",)):  # the folders with files of a copy
+            remove_temporary_files(target.folder, *names)
         _check_free_space(target, target.folder, files)
     copied = 0
     done = 0
@@ -307,12 +309,6 @@ def _copy(
         done += 0 if file.is_small else file.bytes
         progress("copy", done, total)
     return copied
-
-
-def _remove_temporary_files(folder: Path) -> None:
-    """Remove the files that a killed copy left."""
-    for temporary in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        temporary.unlink(missing_ok=True)  # the heartbeat thread may rename its own file meanwhile
 
 
 def _check_free_space(target: Location, folder: Path, files: list[File]) -> None:

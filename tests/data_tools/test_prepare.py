@@ -194,7 +194,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(corpus, tmp_path, at):
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
     if (tmp_path / "data" / "shards").exists():  # missing if the run stopped in its first stage
-        (tmp_path / "data" / "shards" / ".stale.1.tmp").write_text("left by a kill")
+        (tmp_path / "data" / "shards" / ".stale.0123456789ab.tmp").write_text("left by a kill")
     run(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 

@@ -130,7 +130,7 @@ def test_one_of_several_processes_copies_and_if_it_is_killed_another_continues(
         "the first has no heartbeat",
     )
     assert [other.poll() for other in others] == [None, None]
-    (tmp_path / "to/shards/.train-000001.tar.00.tmp").write_text("cut short by the kill")
+    (tmp_path / "to/shards/.train-000001.tar.0123456789ab.tmp").write_text("cut short by the kill")
     damaged = tmp_path / "to/shards/train-000000.tar"
     damaged.write_bytes(bytes(damaged.stat().st_size))
     first.kill()
@@ -417,3 +417,13 @@ def test_a_missing_package_is_named_for_its_protocol(monkeypatch: pytest.MonkeyP
     for protocol, package in (("gs", "gcsfs"), ("hf", "electra_ds[hf]"), ("s3", "[remote]")):
         with pytest.raises(UserError, match=rf"pip install .*{re.escape(package)}"):
             stage(f"{protocol}://a/b", "to")
+
+
+def test_temporary_files_behind_a_link_are_kept(made, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".x.0123456789ab.tmp").write_text("of another program")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / ".cache").symlink_to(other)
+    stage(str(made), str(tmp_path / "to"))
+    assert len(list(other.iterdir())) == 1
