@@ -171,6 +171,16 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+def test_a_file_in_the_place_of_a_row_names_the_option_for_files(verb: Verb, here: Path) -> None:
+    code, error = verb("inspect", "D", "--source", "b.txt")
+    assert code == 2 and "ROW = 'b.txt'; expected a row number" in error
+    assert "--input names the files" in error
+    code, error = verb("inspect", "D", "--input", "a.txt")
+    assert (
+        code == 2 and "b.txt: not among the files of --input; give with --input the file" in error
+    )
+
+
 @pytest.mark.parametrize(("start", "option"), OPTIONS, ids=lambda part: str(part)[:30])
 def test_a_wrong_number_is_one_message(verb: Verb, here: Path, start, option, monkeypatch) -> None:
     monkeypatch.setattr(workers, "GRACE", 1)

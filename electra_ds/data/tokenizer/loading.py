@@ -22,16 +22,9 @@ from electra_ds.data.tokenizer.hugging_face import (
     read_tokenizer_json,
 )
 from electra_ds.data.tokenizer.normalization import Form
+from electra_ds.data.tokenizer.saving import VOCABULARY_FILES, next_vocabulary
 from electra_ds.data.tokenizer.sentencepiece import SentencePiece
 from electra_ds.data.tokenizer.wordpiece import WordPiece, without_accents
-
-VOCABULARY_FILES = (
-    "vocab.txt",
-    "spm.model",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-)
 
 
 class StoredOptions(Record):
@@ -99,6 +92,8 @@ def load_tokenizer(
 def _vocabulary_file(path: Path) -> Path:
     names = (*VOCABULARY_FILES, TOKENIZER_JSON)
     if path.is_dir():
+        if interrupted := next_vocabulary(path):
+            return interrupted
         for name in names:
             if (path / name).is_file():
                 return path / name
