@@ -265,9 +265,10 @@ def _check_bad_lines(markers: list[dict], max_bad_fraction: float) -> dict[str, 
     if bad.total() > max_bad_fraction * lines:
         locations = [location for marker in markers for location in marker["places"]]
         counts = ", ".join(f"{kind}: {count}" for kind, count in sorted(bad.items()))
+        encoding = " (convert the files to UTF-8 by iconv)" if bad["not UTF-8"] else ""
         raise UserError(
             f"{bad.total()} of {lines} lines cannot be read ({counts}); expected at most the share "
-            f"{max_bad_fraction}; correct them or raise --max-bad-fraction; the first: "
+            f"{max_bad_fraction}; correct them{encoding} or raise --max-bad-fraction; the first: "
             f"{'; '.join(locations[:LOCATIONS])}"
         )
     return dict(sorted(bad.items()))

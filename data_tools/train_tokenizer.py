@@ -20,6 +20,8 @@ from data_tools.pipeline.clean import clean_lines
 from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.printable import printable, shortened
+from electra_ds.common.urls import redacted
 from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
 from electra_ds.data.tokenizer.normalization import Form
 
@@ -69,7 +71,8 @@ def train_tokenizer(
     form: Form = "nfc"
     if kind != "wordpiece":
         form = "nfkc_lower" if lowercase else "nfkc"
-    lines = _lines(inputs, format, text_field, form, progress)
+    tally = Tally()
+    lines = _lines(inputs, format, text_field, form, progress, tally)
     tokenizer: Tokenizer
     characters: Counter[str] = Counter()
     if kind == "wordpiece":
@@ -88,6 +91,8 @@ def train_tokenizer(
         content = _train_sentencepiece(_counted(lines, characters), kind, vocab_size, characters)
         tokenizer = SentencePiece(content, {}, "the new model", form)
     progress("train", 1, 1)
+    if tally.bad:
+        say(f"WARNING: {_unreadable(tally)}; they are left out")
     say(Uncovered.of(tokenizer, characters).describe())
     try:
         tokenizer.save(out)
@@ -111,26 +116,44 @@ def _check_settings(out: Path, kind: str, vocab_size: int, strip_accents: bool |
 
 
 def _lines(
-    inputs: Sequence[str], format: str, text_field: str, form: Form, progress: Progress
+    inputs: Sequence[str],
+    format: str,
+    text_field: str,
+    form: Form,
+    progress: Progress,
+    tally: Tally,
 ) -> Iterator[str]:
-    """Yield the normalized lines of all inputs; UserError when there is none."""
+    """Yield the normalized lines of all inputs; UserError when there is none.
+
+    tally: counts the lines that are read
+    """
     plan = make_plan(inputs, format=format)
     total = sum(source.size for source in plan.sources)
     has_text = False
     on_progress = running_total(lambda done: progress("read", done, total))
     for source in plan.sources:
         for text in documents(
-            source, 0, source.size, text_field=text_field, tally=Tally(), on_progress=on_progress
+            source, 0, source.size, text_field=text_field, tally=tally, on_progress=on_progress
         ):
             lines, _ = clean_lines(text.replace(UNKNOWN, ""), form)
             has_text = has_text or bool(lines)
             yield from lines
     if not has_text:
+        problem = f" ({_unreadable(tally)})" if tally.bad else ""
         raise UserError(
-            f"{', '.join(inputs)}: found no text; expected documents to train a vocabulary on "
-            f"(JSONL: in the field {text_field!r})"
+            f"{printable(redacted(', '.join(inputs)))}: found no text{problem}; expected documents "
+            f"in UTF-8 to train a vocabulary on (JSONL: in the field {shortened(text_field)})"
         )
     progress("train", 0, 1)
+
+
+def _unreadable(tally: Tally) -> str:
+    """Describe the lines that could not be read."""
+    counts = ", ".join(f"{kind}: {count:,}" for kind, count in sorted(tally.bad.items()))
+    return (
+        f"{tally.bad.total():,} of {tally.lines:,} lines cannot be read ({counts}), the first: "
+        f"{tally.locations[0]}"
+    )
 
 
 def _count_words(lines: Iterator[str]) -> Counter[str]:

@@ -242,6 +242,8 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     Raises UserError when it is missing, malformed, or of another format or version.
     """
     path = Path(data_dir) / "manifest.json"
+    if Path(data_dir).is_file():
+        raise UserError(f"{printable(data_dir)}: is a file; expected a data folder")
     return parse_manifest(read_small(path, MANIFEST), path)
 
 
