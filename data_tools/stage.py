@@ -90,7 +90,12 @@ class Location:
         content = None
         with self._run_failures(name), suppress(FileNotFoundError, NotADirectoryError):
             if self.folder is not None:
-                (self.folder / name).stat()
+                try:
+                    (self.folder / name).stat()
+                except (FileNotFoundError, NotADirectoryError):
+                    return None
+                except OSError:  # explained by read_small
+                    pass
                 return read_small(self.folder / name, "a file of a data folder", limit)
             try:
                 content = read_bounded(self._system, f"{self._root}/{name}", limit)
@@ -155,6 +160,8 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = ignore
     target = Location(to)
     content = origin.read("manifest.json")
     if content is None:
+        if origin.folder and origin.folder.is_file():
+            raise UserError(f"{origin.name}: is a file; expected a data folder")
         raise UserError(
             f"{origin.name}/manifest.json: not found; expected {MANIFEST}{origin.advice}"
         )

@@ -341,6 +341,12 @@ def stats(
     )
     if html:
         check_output_file(html, "--html")
+        is_inside = html.resolve().is_relative_to(data.resolve())
+        if is_inside and html.is_file() and html.suffix not in (".html", ".htm"):
+            raise UserError(
+                f"--html {printable(html)}: is a file of the data folder and would be overwritten; "
+                "choose another file"
+            )
     with contextlib.nullcontext(lambda *_: None) if as_json else console_progress() as progress:
         facts = stats(data, running_total(lambda done: progress("read", done, total)))
     if html:

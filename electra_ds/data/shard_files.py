@@ -81,9 +81,11 @@ class ShardFiles:
         return self.open[shard]
 
     def _unreadable(self, shard: int, error: OSError) -> UserError:
+        advice = "copy this shard again"
+        if isinstance(error, PermissionError):
+            advice = "give this user the right to read it"
         return UserError(
-            f"{printable(self.paths[shard])}: cannot be read ({error.strerror}); copy this shard "
-            "again"
+            f"{printable(self.paths[shard])}: cannot be read ({error.strerror}); {advice}"
         )
 
     def _check_size(self, shard: int, descriptor: _Descriptor) -> None:

@@ -251,6 +251,36 @@ def test_a_damaged_file_of_a_data_folder_is_one_message(verb: Verb, here: Path, 
     assert not failures, "\n".join(map(str, failures))
 
 
+def test_a_file_in_the_place_of_a_data_folder_is_said_to_be_one(verb: Verb, here: Path) -> None:
+    for words in (("verify", "a.txt"), ("stats", "D/manifest.json"), ("inspect", "a.txt")):
+        code, error = verb(*words)
+        assert code == 2 and f"{words[1]}: is a file; expected a data folder" in error
+    code, error = verb("stage", "a.txt", "--to", "new")
+    assert code == 2 and "a.txt: is a file; expected a data folder" in error
+    for path in ("pipe", "loop", "link"):
+        code, error = verb(*PREPARE, "--input", "a.txt", "--out", "new", "--tokenizer", path)
+        assert code == 2 and f"{path}: is a pipe, a device or a link to nothing" in error
+    code, error = verb("stage", "loop", "--to", "new")
+    assert code == 2 and "loop/manifest.json: cannot be read" in error
+
+
+def test_the_report_of_stats_does_not_replace_a_file_of_the_data(verb: Verb, here: Path) -> None:
+    before = (here / "D" / "manifest.json").read_bytes()
+    code, error = verb("stats", "D", "--html", "D/manifest.json")
+    assert code == 2 and "is a file of the data folder and would be overwritten" in error
+    assert (here / "D" / "manifest.json").read_bytes() == before
+    for _ in range(2):
+        assert verb("stats", "D", "--html", "D/report.html")[0] == 0
+
+
+def test_lines_that_are_not_utf_8_are_counted_by_train_tokenizer(verb: Verb, here: Path) -> None:
+    (here / "latin.txt").write_bytes("caf\xe9\n\n".encode("latin-1") * 3)
+    code, error = verb(*TRAIN, "--input", "latin.txt", "--out", "new/T")
+    assert code == 2 and "found no text (3 of 3 lines cannot be read (not UTF-8: 3)" in error
+    code, said = verb(*TRAIN, "--input", "latin.txt", "--input", "a.txt", "--out", "new/T")
+    assert code == 0 and "WARNING: 3 of" in said and "latin.txt: byte 0: not UTF-8" in said
+
+
 def test_a_damaged_marker_is_made_again(here: Path) -> None:
     options = dict(sequence_length=16, valid_fraction=0, units=here / "U")
     whole = prepare(["a.txt"], here / "T", here / "whole", **options)

@@ -177,7 +177,7 @@ def test_errors_are_one_line_with_the_location(made: Path, web: Web, tmp_path: P
             run_to,
             f"{tmp_path}/manifest.json: not found; expected a data folder's manifest",
         ),
-        (str(made / "manifest.json"), run_to, f"{made}/manifest.json/manifest.json: not found"),
+        (str(made / "manifest.json"), run_to, f"{made}/manifest.json: is a file; expected a data"),
         (web.url + "/none", run_to, f"{web.url}/none/manifest.json: not found"),
         ("s4://x/y", run_to, "s4://x/y: this kind of URL is not opened"),
         (str(made), web.url + "/new", f"{web.url}/new/"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -104,8 +105,10 @@ def _vocabulary_file(path: Path) -> Path:
             f"{', '.join(names)}"
         )
     if not path.is_file():
+        is_there = os.path.lexists(path)
+        problem = "is a pipe, a device or a link to nothing" if is_there else "not found"
         raise UserError(
-            f"{printable(path)}: not found; expected a vocab.txt, an spm .model file or a folder "
+            f"{printable(path)}: {problem}; expected a vocab.txt, an spm .model file or a folder "
             "with one of them"
         )
     return path
