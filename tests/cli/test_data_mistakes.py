@@ -273,14 +273,6 @@ def test_the_report_of_stats_does_not_replace_a_file_of_the_data(verb: Verb, her
         assert verb("stats", "D", "--html", "D/report.html")[0] == 0
 
 
-def test_lines_that_are_not_utf_8_are_counted_by_train_tokenizer(verb: Verb, here: Path) -> None:
-    (here / "latin.txt").write_bytes("caf\xe9\n\n".encode("latin-1") * 3)
-    code, error = verb(*TRAIN, "--input", "latin.txt", "--out", "new/T")
-    assert code == 2 and "found no text (3 of 3 lines cannot be read (not UTF-8: 3)" in error
-    code, said = verb(*TRAIN, "--input", "latin.txt", "--input", "a.txt", "--out", "new/T")
-    assert code == 0 and "WARNING: 3 of" in said and "latin.txt: byte 0: not UTF-8" in said
-
-
 def test_a_damaged_marker_is_made_again(here: Path) -> None:
     options = dict(sequence_length=16, valid_fraction=0, units=here / "U")
     whole = prepare(["a.txt"], here / "T", here / "whole", **options)
