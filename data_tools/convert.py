@@ -196,6 +196,7 @@ def _read_records(source: Source) -> Iterator[tuple[int, Record]]:
         if len(data) < size + 4 or data[size:] != struct.pack("<I", masked_crc):
             raise UserError(
                 f"{source.name}: record {number}: damaged or cut short; copy the file again"
+                f"{'' if number else ', if it is a TFRecord of google-research/electra'}"
             )
         return data[:size]
 

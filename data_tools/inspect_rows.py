@@ -134,8 +134,8 @@ def source_reader(
     ]
     if missing := [source.name for source in sources if not source.path]:
         raise UserError(
-            f"{missing[0]}: not among the files of --input; expected the inputs that `prepare` was "
-            "given"
+            f"{missing[0]}: not among the files of --input; give with --input the file or folder "
+            "that `prepare` read under this name"
         )
 
     def read_unit(unit: int) -> Iterator[SourceDocument]:

@@ -135,10 +135,10 @@ def prepare(
         if units is not None:
             check_output_folder(job.units, "--units")
     try:
-        claim_folder(job.out / "prepare.json", wanted=job.record, fixed=job.unit_record)
+        _claim_folders(job)
         if not (job.out / "manifest.json").exists():
-            claim_folder(job.units / "plan.json", wanted=job.unit_record, fixed=job.unit_record)
             with Lock(job.work), Lock(job.units), pool(workers, ranks) as run:
+                _claim_folders(job, locked=True)
                 _make_folders(job)
                 _run_stages(job, run, read_unit, max_bad_fraction, progress)
         shutil.rmtree(job.work, ignore_errors=True)
@@ -186,6 +186,16 @@ def _plan_job(
         unit_record=unit_record,
         record=unit_record | settings.packing_record(),
     )
+
+
+def _claim_folders(job: Job, *, locked: bool = False) -> None:
+    """Mark the folders with the settings; UserError when they hold data of other settings.
+
+    locked: whether the locks are held
+    """
+    claim_folder(job.out / "prepare.json", job.record, job.unit_record, job.units, locked)
+    if not (job.out / "manifest.json").exists():
+        claim_folder(job.units / "plan.json", job.unit_record, job.unit_record, job.units, locked)
 
 
 def _make_folders(job: Job) -> None:

@@ -27,8 +27,9 @@ from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import MAX_BYTES, read_small
 from electra_ds.common.names import check_inside
 from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.own_folder import remove_temporary_files
 from electra_ds.common.printable import printable, shortened
-from electra_ds.common.urls import file_system, read_bounded, redacted
+from electra_ds.common.urls import file_system, read_bounded, redacted, what_to_check
 from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import (
     MANIFEST,
@@ -58,6 +59,7 @@ class Location:
 
     name:   as given, without secrets, for messages
     folder: path of a local folder, None for a URL
+    advice: what a user can check when a URL fails
     """
 
     def __init__(self, given: str) -> None:
@@ -65,6 +67,7 @@ class Location:
         self._system, root = file_system(given)
         self._root = root.rstrip("/")
         self.folder = Path(root) if isinstance(self._system, LocalFileSystem) else None
+        self.advice = "" if self.folder else f"; {what_to_check(given)}"
 
     @contextmanager
     def _run_failures(self, name: str) -> Iterator[None]:
@@ -75,8 +78,8 @@ class Location:
             raise
         except Exception as error:  # each file system raises its own types
             raise RunFailure(
-                f"{self.name}/{name}: {redacted(str(error)) or type(error).__name__}; the same "
-                "command resumes from what is copied"
+                f"{self.name}/{name}: {redacted(str(error)) or type(error).__name__}{self.advice}; "
+                "the same command resumes from what is copied"
             ) from error
 
     def read(self, name: str, limit: int = MAX_BYTES) -> bytes | None:
@@ -87,7 +90,12 @@ class Location:
         content = None
         with self._run_failures(name), suppress(FileNotFoundError, NotADirectoryError):
             if self.folder is not None:
-                (self.folder / name).stat()
+                try:
+                    (self.folder / name).stat()
+                except (FileNotFoundError, NotADirectoryError):
+                    return None
+                except OSError:  # explained by read_small
+                    pass
                 return read_small(self.folder / name, "a file of a data folder", limit)
             try:
                 content = read_bounded(self._system, f"{self._root}/{name}", limit)
@@ -152,7 +160,11 @@ def stage(source: str, to: str, *, workers: int = 4, progress: Progress = ignore
     target = Location(to)
     content = origin.read("manifest.json")
     if content is None:
-        raise UserError(f"{origin.name}/manifest.json: not found; expected {MANIFEST}")
+        if origin.folder and origin.folder.is_file():
+            raise UserError(f"{origin.name}: is a file; expected a data folder")
+        raise UserError(
+            f"{origin.name}/manifest.json: not found; expected {MANIFEST}{origin.advice}"
+        )
     manifest = parse_manifest(content, f"{origin.name}/manifest.json")
     files = [*_small_files(origin, manifest), *_shards(manifest)]
     with ThreadPoolExecutor(workers) as threads:
@@ -292,7 +304,8 @@ def _copy(
     Raises RunFailure when the disk has too little free space for the shards.
     """
     if target.folder:
-        _remove_temporary_files(target.folder)
+        for names in ((), ("shards",), ("tokenizer",)):  # the folders with files of a copy
+            remove_temporary_files(target.folder, *names)
         _check_free_space(target, target.folder, files)
     copied = 0
     done = 0
@@ -303,12 +316,6 @@ def _copy(
         done += 0 if file.is_small else file.bytes
         progress("copy", done, total)
     return copied
-
-
-def _remove_temporary_files(folder: Path) -> None:
-    """Remove the files that a killed copy left."""
-    for temporary in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        temporary.unlink(missing_ok=True)  # the heartbeat thread may rename its own file meanwhile
 
 
 def _check_free_space(target: Location, folder: Path, files: list[File]) -> None:

@@ -34,6 +34,8 @@ from data_tools.pipeline.clean import clean_lines
 from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.printable import printable, shortened
+from electra_ds.common.urls import redacted
 from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
 from electra_ds.data.tokenizer.normalization import Form
 
@@ -166,9 +168,10 @@ def _lines(
             yield from lines
     check_bad_lines(tally, max_bad_fraction)
     if not has_text:
+        problem = f" (lines that cannot be read: {described(tally.bad)})" if tally.bad else ""
         raise UserError(
-            f"{', '.join(inputs)}: found no text; expected documents to train a vocabulary on "
-            f"(JSONL: in the field {text_field!r})"
+            f"{printable(redacted(', '.join(inputs)))}: found no text{problem}; expected documents "
+            f"in UTF-8 to train a vocabulary on (JSONL: in the field {shortened(text_field)})"
         )
     progress("train", 0, 1)
 

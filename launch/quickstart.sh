@@ -24,7 +24,7 @@ make_environment ""
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 
 say() { printf '\n== %s\n' "$*"; }
-run() { echo "+ $*"; "$@"; }
+run() { printf '+'; printf ' %q' "$@"; echo; "$@"; }
 train() {
     local port
     port=$(python -c 'from electra_ds.common.processes import free_port; print(free_port())')

@@ -17,6 +17,23 @@ _OBJECT = re.compile(rb"\{\s*(\"|\}\s*$)")  # other text with braces: wiki templ
 _NOT_LINES = (".json", ".parquet", ".arrow", ".tar", ".zip")  # extensions of files without lines
 _TAR_MAGIC = slice(257, 262)  # bytes of the first tar header
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# First bytes of files that are not text, and what they are.
+SIGNATURES = {
+    b"%PDF-": "a PDF; extract its text",
+    b"PK\x03\x04": "a zip archive, as .docx and .epub are; unpack it or extract its text",
+    b"\xd0\xcf\x11\xe0": "an Office document; extract its text",
+    b"\x1f\x8b": "compressed by gzip; add .gz to its name",
+    b"BZh": "compressed by bzip2; add .bz2 to its name",
+    b"\xfd7zXZ\0": "compressed by xz; add .xz to its name",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; add .zst to its name",
+}
+# Byte order marks of other encodings than UTF-8. That of UTF-32 begins with that of UTF-16.
+ENCODINGS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 
 
 def detect_format(name: str, head: bytes, wanted: str = "auto") -> str:
@@ -37,9 +54,24 @@ def detect_format(name: str, head: bytes, wanted: str = "auto") -> str:
             f"{name}: not a tar; --format webdataset expects tars only; prepare this file "
             "separately, and train on both data folders with --data MIX.json"
         )
+    if wanted != "tfrecord":
+        _check_encoding(name, head)
     if wanted != "auto":
         return wanted
+    for signature, kind in SIGNATURES.items():
+        if head.startswith(signature):
+            raise UserError(f"{name}: not text but {kind}, or leave the file out")
     return _detect_lines(name, head)
+
+
+def _check_encoding(name: str, head: bytes) -> None:
+    """Raise UserError when the first bytes are a mark of an encoding other than UTF-8."""
+    for mark, encoding in ENCODINGS.items():
+        if head.startswith(mark):
+            raise UserError(
+                f"{name}: not text in UTF-8 but in {encoding}; convert it: iconv -f {encoding} "
+                "-t UTF-8"
+            )
 
 
 def _is_object(line: bytes) -> bool:

@@ -18,7 +18,11 @@ def read_jsonl(
     source: Source, content: BufferedReader, start: int, end: int, text_field: str, tally: Tally
 ) -> Iterator[str]:
     """Yield the field `text_field` of each line. Lines without it are counted as bad."""
+    is_rest = False  # whether the line continues a line that is too long
     for offset, line in read_lines(content, start, LONGEST_LINE):
+        was_rest, is_rest = is_rest, not line.endswith(b"\n")
+        if was_rest:
+            continue
         if offset >= end:
             return
         if not line.strip():

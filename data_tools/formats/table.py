@@ -8,6 +8,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from data_tools.formats.arrow_sizes import DeclaredSizes
 from data_tools.formats.detect import ARROW
 from data_tools.formats.source import Source, Tally, texts_of_value
 from data_tools.inputs.streams import COMPRESSED, check_expansion
@@ -56,14 +57,17 @@ def read_table(
         if kind == "parquet":
             schema, batches = _parquet_batches(source.name, content, start, end, text_field)
         else:
-            schema, batches = _arrow_batches(content)
+            schema, batches = _arrow_batches(source.name, content)
         _check_column(source.name, schema, text_field)
+        read = 0
         for offset, batch in batches:
-            column = batch.column(text_field).cast(pyarrow.large_binary())
-            column.validate(full=True)  # offsets of a damaged file may point outside
-            for value in column:
+            for value in _bytes_values(batch.column(text_field)):
                 tally.lines += 1
-                yield from texts_of_value(value.as_py(), source, offset, text_field, tally)
+                text = value.as_py()
+                read += len(text or b"")
+                if read > source.size:
+                    check_expansion(source.name, source.size, read)
+                yield from texts_of_value(text, source, offset, text_field, tally)
     except UserError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
@@ -128,17 +132,73 @@ def _parquet_batches(
     return table.schema_arrow, batches
 
 
-def _arrow_batches(content: BufferedReader) -> tuple[Any, Batches]:
-    """Return (schema, batches) of an arrow file or stream."""
+def _arrow_batches(name: str, content: BufferedReader) -> tuple[Any, Batches]:
+    """Return (schema, batches) of an arrow file or stream.
+
+    Before a batch is read, UserError is raised if it would need too much memory.
+    """
     from pyarrow import ArrowInvalid, ipc
 
+    sizes = DeclaredSizes(name, content)
     if content.peek(len(ARROW[0])).startswith(ARROW[0]):
+        positions = sizes.batches()
         table = ipc.open_file(content)
-        batches = map(table.get_batch, range(table.num_record_batches))
+        return table.schema, _file_batches(table, content, sizes, positions)
+    content.seek(-8, os.SEEK_END)
+    if content.read() != ARROW[1] + bytes(4):  # pyarrow accepts a stream without an end mark
+        raise ArrowInvalid("the stream has no end mark")
+    content.seek(0)
+    sizes.check_next()
+    table = ipc.open_stream(content)
+    return table.schema, _stream_batches(table, content, sizes)
+
+
+def _file_batches(
+    table: Any, content: BufferedReader, sizes: DeclaredSizes, positions: list[int]
+) -> Batches:
+    if len(positions) != table.num_record_batches:
+        raise ValueError("its footer has other batches")
+    for number, position in enumerate(positions):
+        sizes.check_batch(position)
+        batch = table.get_batch(number)
+        yield content.tell(), batch
+
+
+def _stream_batches(table: Any, content: BufferedReader, sizes: DeclaredSizes) -> Batches:
+    while True:
+        sizes.check_next()
+        try:
+            batch = table.read_next_batch()
+        except StopIteration:
+            return
+        yield content.tell(), batch
+
+
+def _bytes_values(column: Any) -> Any:
+    """Return a column of text as an array of bytes, without a copy of its values.
+
+    A copy could be much larger, since dictionaries and views can name a long value many times.
+    Raises ArrowInvalid when an offset or an index points outside, as in damaged files.
+    """
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        values = _without_encoding(column.dictionary)
+        column = pyarrow.DictionaryArray.from_arrays(column.indices, values)
     else:
-        content.seek(-8, os.SEEK_END)
-        if content.read() != ARROW[1] + bytes(4):  # pyarrow accepts a stream without an end mark
-            raise ArrowInvalid("the stream has no end mark")
-        content.seek(0)
-        table = batches = ipc.open_stream(content)
-    return table.schema, ((content.tell(), batch) for batch in batches)
+        column = _without_encoding(column)
+    column.validate(full=True)
+    return column
+
+
+def _without_encoding(column: Any) -> Any:
+    """Return an array of text as one of bytes, which need not be UTF-8; no copy."""
+    import pyarrow
+
+    kinds = {
+        "string": pyarrow.binary(),
+        "large_string": pyarrow.large_binary(),
+        "string_view": pyarrow.binary_view(),
+    }
+    kind = str(column.type)
+    return column.view(kinds[kind]) if kind in kinds else column

@@ -15,9 +15,10 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from data_tools.inputs.streams import fingerprint, open_input
+from electra_ds.common.dataset_cards import check_folder_cards, check_hub_cards
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import is_url, redacted
+from electra_ds.common.urls import redacted
 
 DATASET = "dataset:"
 _OPTIONS = {"config", "split", "revision"}
@@ -100,8 +101,11 @@ def _open_split(
     import datasets
 
     is_folder = os.path.isdir(name)
+    # Before `datasets` reads any file or URL that the card names.
     if is_folder:
-        _check_card(name)
+        check_folder_cards(name)
+    else:
+        revision = check_hub_cards(name, revision)
     builder = datasets.load_dataset_builder(name, config, revision=revision)
     files = builder.config.data_files or {}
     root = f"{os.path.normpath(name)}/" if is_folder else f"hf://datasets/{name}@"
@@ -112,41 +116,8 @@ def _open_split(
     return files[split], rows
 
 
-def _check_card(folder: str) -> None:
-    """Raise UserError when README.md names files outside of the dataset's folder, or URLs.
-
-    The library would read these files, and request these URLs, already to list the files.
-    """
-    from huggingface_hub import metadata_load
-
-    card = os.path.join(folder, "README.md")
-    if not os.path.isfile(card):
-        return
-    try:
-        metadata = metadata_load(card)
-    except Exception as error:  # errors of YAML, of encodings
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise UserError(f"{printable(card)}: its metadata cannot be read ({reason})") from None
-    left = [metadata.get("configs") if isinstance(metadata, dict) else None]
-    seen = set()  # YAML may repeat one value many times
-    while left:
-        part = left.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        if isinstance(part, dict):
-            left += [part.get("data_files"), part.get("data_dir"), part.get("path")]
-            left += [value for value in part.values() if isinstance(value, dict | list)]
-        elif isinstance(part, list):
-            left += part
-        elif isinstance(part, str) and (
-            is_url(part) or os.path.isabs(part) or ".." in part.split("/")
-        ):
-            raise _leaves_folder(folder, part)
-
-
 def _leaves_folder(name: str, file: str) -> UserError:
     return UserError(
-        f"{DATASET}{printable(name)}: its README.md names {printable(redacted(file))[:200]}, which "
-        "is not in the dataset; expected paths inside of its folder"
+        f"{DATASET}{printable(name)}: a split has {printable(redacted(file))[:200]}, which is not in "
+        "the dataset; expected paths inside of its folder"
     )

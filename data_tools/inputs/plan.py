@@ -6,6 +6,7 @@ machine, the order of the arguments and the number of processes do not change it
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -188,12 +189,17 @@ def _expand(given: str, left_out: LeftOut) -> list[str]:
             files = _remote_files(given)
         else:
             path = os.path.expanduser(given)
-            if os.path.lexists(path):
+            if _is_there(path):
                 left_out.check(path)
                 matches = [path]
             else:
                 matches = _glob(path, left_out)
             files = _local_files(matches, left_out)
+    if not files and os.path.isdir(os.path.expanduser(given)):
+        raise UserError(
+            f"{printable(given)}: no input file in this folder; files of outputs, hidden files and "
+            f"{', '.join(sorted(METADATA_FILES))} are not read"
+        )
     if not files:
         raise UserError(
             f"{printable(redacted(given))}: no such file, and no file matches it; expected text, "
@@ -202,6 +208,19 @@ def _expand(given: str, left_out: LeftOut) -> list[str]:
             f"{DATASET}NAME or {BUILTIN}{other_form_of_file(given)}"
         )
     return files
+
+
+def _is_there(path: str) -> bool:
+    """Whether a path exists, also as a link to nothing. OSError when its folder cannot be read."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a pattern may be long
+            return False
+        raise
+    return True
 
 
 def _glob(pattern: str, left_out: LeftOut) -> list[str]:

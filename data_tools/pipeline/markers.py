@@ -81,13 +81,20 @@ def finished(
     return found.model_dump(mode="json") if whole else None
 
 
-def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) -> None:
+def claim_folder(
+    marker: Path, wanted: dict[str, Any], fixed: dict[str, Any], units: Path, locked: bool = False
+) -> None:
     """Write the marker of a new folder, or compare an existing marker with the wanted settings.
 
     marker: file in the folder with its settings
     wanted: all settings of this call
     fixed:  the part of `wanted` that is written to a new folder. The caller writes the other
             settings later; they may change until then.
+    units:  folder of the tokenized units
+    locked: whether the caller holds the lock of the folder
+    Different settings are replaced if the folder has no shard and no finished unit has a document,
+    as after an attempt that ended at an unreadable input or a wrong --text-field. That attempt may
+    still be active, so only a call with `locked` replaces them; other calls accept them.
     Raises UserError when the folder has files but no marker, and when settings differ.
     """
     folder = marker.parent
@@ -108,11 +115,27 @@ def claim_folder(marker: Path, wanted: dict[str, Any], fixed: dict[str, Any]) ->
         for key in sorted({*stored, *fixed})
         if stored.get(key) != wanted.get(key)
     ]
-    if differences:
+    if not differences:
+        return
+    has_shards = any((folder / "shards").glob("*.tar"))
+    if has_shards or (folder / "manifest.json").exists() or _has_documents(units):
         raise UserError(
             f"{folder} holds other data ({'; '.join(differences)}); choose another folder or "
             "remove this one"
         )
+    if locked:
+        write_json(marker, fixed)
+
+
+def _has_documents(units: Path) -> bool:
+    """Whether a finished unit in a folder has a document. A damaged marker counts as one that has."""
+    for marker in units.glob("unit-*.json"):
+        try:
+            if read_record(marker, UnitMarker, "a marker of finished work").documents:
+                return True
+        except UserError:
+            return True
+    return False
 
 
 def _difference(stored: Any, wanted: Any) -> str:

@@ -10,8 +10,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, printable_lines
 
+TEXTS = ("text", "original")  # parameters with texts, which may be empty
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
@@ -26,7 +28,35 @@ class Verbs(typer.core.TyperGroup):
             raise RuntimeError("unexpected end of a file") from error
 
 
-app = typer.Typer(
+class Verb(typer.core.TyperCommand):
+    """A verb. It refuses empty values, which would be the current folder in the place of a path."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the verb; UserError for an empty one."""
+        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.get_params(ctx):
+            value = given.get(parameter.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if "" in values and parameter.name not in TEXTS:
+                metavar = getattr(parameter, "metavar", None) or parameter.opts[0].upper()
+                is_option = parameter.opts[0].startswith("-")
+                name = max(parameter.opts, key=len) if is_option else metavar.rstrip(".")
+                raise UserError(
+                    f"{name} is an empty string, as an unset variable in a shell gives; expected "
+                    "a value"
+                )
+        return super().parse_args(ctx, args)
+
+
+class App(typer.Typer):
+    """An application of verbs."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        """Register a function as a `Verb`; as `typer.Typer.command`."""
+        return super().command(name, **{"cls": Verb, **options})
+
+
+app = App(
     name="electra-ds",
     cls=Verbs,
     no_args_is_help=True,

@@ -22,8 +22,10 @@ from electra_ds.cli.options import (
     TextField,
 )
 from electra_ds.common.errors import UserError
-from electra_ds.common.printable import printable
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.urls import file_system, is_url, redacted
+
+MOST_DIGITS = 18  # of a row number
 
 if TYPE_CHECKING:
     from electra_ds.data.shard_format import Manifest
@@ -339,6 +341,12 @@ def stats(
     )
     if html:
         check_output_file(html, "--html")
+        is_inside = html.resolve().is_relative_to(data.resolve())
+        if is_inside and html.is_file() and html.suffix not in (".html", ".htm"):
+            raise UserError(
+                f"--html {printable(html)}: is a file of the data folder and would be overwritten; "
+                "choose another file"
+            )
     with contextlib.nullcontext(lambda *_: None) if as_json else console_progress() as progress:
         facts = stats(data, running_total(lambda done: progress("read", done, total)))
     if html:
@@ -355,7 +363,7 @@ def stats(
 def inspect(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder that `prepare` wrote.")],
     rows: Annotated[
-        list[int] | None, typer.Argument(metavar="ROW", help="Row numbers (default: 0 1 2).")
+        list[str] | None, typer.Argument(metavar="ROW", help="Row numbers (default: 0 1 2).")
     ] = None,
     split: Annotated[str, typer.Option(help="train or valid.")] = "train",
     source: Annotated[
@@ -369,5 +377,15 @@ def inspect(
     """Show rows as text, with document boundaries."""
     from data_tools.inspect_rows import describe_rows
 
-    for line in describe_rows(data, split, rows or range(3), source=source, inputs=input or ()):
+    numbers = [_row_number(row) for row in rows or ("0", "1", "2")]
+    for line in describe_rows(data, split, numbers, source=source, inputs=input or ()):
         print(printable(line))
+
+
+def _row_number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > MOST_DIGITS:
+        raise UserError(
+            f"ROW = {shortened(text)}; expected a row number, 0 or more; --source has no value, "
+            "and --input names the files that `prepare` read"
+        )
+    return int(text)

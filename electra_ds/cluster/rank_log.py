@@ -1,6 +1,5 @@
 """Log file of a rank: OUT/log/rank-N.log."""
 
-import contextlib
 import faulthandler
 import io
 import logging
@@ -8,7 +7,6 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import TextIO
 
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.provenance import package_version
@@ -21,15 +19,14 @@ LOG.propagate = False
 LOG.addHandler(logging.NullHandler())  # without a handler early messages would go to stderr
 
 
-class _QuietHandler(logging.StreamHandler[TextIO]):
+class _QuietFileHandler(logging.FileHandler):
+    def _open(self) -> io.TextIOWrapper:
+        """Open the file. A link or a FIFO at its path is set aside."""
+        file = io.BufferedWriter(open_to_append(Path(self.baseFilename)))
+        return io.TextIOWrapper(file, "utf-8", write_through=True)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore errors: a full disk is reported by the next checkpoint, not for each line."""
-
-    def close(self) -> None:
-        """Close the stream."""
-        with contextlib.suppress(OSError):
-            self.stream.close()
-        super().close()
 
 
 def open_log(out: Path, ranks: Ranks) -> None:
@@ -40,13 +37,13 @@ def open_log(out: Path, ranks: Ranks) -> None:
     when OUT/log is a link out of OUT.
     """
     path = own_folder(out, "log") / f"rank-{ranks.rank}.log"
-    file = io.BufferedWriter(open_to_append(path))
-    handler = _QuietHandler(io.TextIOWrapper(file, "utf-8", write_through=True))
+    handler = _QuietFileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
         old.close()
     LOG.addHandler(handler)
+    assert handler.stream is not None  # opened by the constructor
     faulthandler.enable(handler.stream)
     faulthandler.register(signal.SIGUSR2, handler.stream)
     place = f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}"

@@ -54,11 +54,19 @@ def write_json(path: str | Path, value: Any) -> None:
 
     Letters of all scripts are written as they are. Raises ValueError for NaN and infinities.
     """
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return `value` as indented JSON with a final newline.
+
+    Letters of all scripts are written as they are. Raises ValueError for NaN and infinities.
+    """
     try:
         content = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # surrogates, in a name of a file that is not UTF-8
         content = json.dumps(value, indent=2, allow_nan=False).encode()
-    write_bytes(path, content + b"\n")
+    return content + b"\n"
 
 
 def read_json(

@@ -11,16 +11,25 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.files import fsync_folder, is_device
 from electra_ds.common.printable import printable
 
+# Open files of this process, which may be pipes, such as those of `>(command)` in bash.
+STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
+
 
 def check_output_file(path: Path, option: str, inputs: tuple[Path | None, ...] = ()) -> None:
     """Check that a file can be written at `path`. Creates its folder.
 
     option: the option that holds the path, for messages. inputs: files that the command reads.
-    Raises UserError when `path` is a folder or one of `inputs`, or its folder cannot be written.
+    Raises UserError when `path` is a folder, a named pipe, a socket, a disk or one of `inputs`, or
+    when its folder cannot be written. Character devices and open files of this process are accepted.
     """
     with _explained(path, option, "a file"):
         if path.is_dir():
             raise UserError(f"{option} {printable(path)}: is a folder; expected a file")
+        if path.exists() and not (path.is_file() or _is_stream(path)):
+            raise UserError(
+                f"{option} {printable(path)}: is a named pipe, a socket or a disk, where writing "
+                "could wait for ever or destroy data; expected a file, /dev/stdout or /dev/null"
+            )
         for read in inputs:
             if read is not None and path.exists() and read.exists() and path.samefile(read):
                 raise UserError(
@@ -106,6 +115,11 @@ def _publish(unfinished: Path, path: Path) -> None:
         for child in sorted(unfinished.iterdir()):
             shutil.move(child, path / child.name)
     fsync_folder(path.parent)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is a character device, or a standard stream or open file of this process."""
+    return path.is_char_device() or str(path).startswith(STREAMS)
 
 
 def _try_writing(folder: Path, name: str) -> None:

@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.files import TEMPORARY
 from electra_ds.common.json_files import set_aside
 from electra_ds.common.printable import printable
 
@@ -56,6 +57,18 @@ def open_to_append(path: Path) -> FileIO:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
     return open(path, "ab", buffering=0, opener=opener)
+
+
+def remove_temporary_files(folder: Path, *names: str) -> None:
+    """Remove the temporary files that killed writes left in folder/NAME/...; other files are kept.
+
+    Nothing is removed in a folder to which a link leads out of `folder`.
+    """
+    if not is_own(folder, *names):
+        return
+    for path in folder.joinpath(*names).glob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)  # a heartbeat thread may rename its own file meanwhile
 
 
 def remove_own(folder: Path, *names: str) -> None:

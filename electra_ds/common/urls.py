@@ -13,6 +13,24 @@ from electra_ds.common.printable import printable
 # commands over ssh or mount archives.
 PROTOCOLS = ("file", "gs", "hf", "http", "https", "memory", "s3")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*://\S*")
+# Packages that open a protocol; fsspec itself opens the other ones.
+PACKAGES = {
+    "gs": "gcsfs",
+    "hf": "'electra_ds[hf]'",
+    "http": "'electra_ds[remote]'",
+    "https": "'electra_ds[remote]'",
+    "s3": "'electra_ds[remote]'",
+}
+CREDENTIALS = {
+    "gs": "`gcloud auth application-default login`",
+    "hf": "HF_TOKEN or `hf auth login`",
+    "s3": "`aws configure` or AWS_ACCESS_KEY_ID",
+}
+# Forms of the place of a data folder.
+FOLDER_FORMS = (
+    "a folder, https://HOST/FOLDER, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or "
+    "hf://datasets/OWNER/NAME/FOLDER"
+)
 SECRET = re.compile(
     r"(?i)\b([\w.-]*(?:token|key|secret|signature|sig|password|passwd|pwd|credential|auth|session)"
     r"[\w.-]*=)[^&\s;#'\"]*"
@@ -71,10 +89,24 @@ def file_system(place: str) -> tuple[Any, str]:
         options = {"client_kwargs": client_options()} if is_http else {}
         return fsspec.core.url_to_fs(place, **options)
     except (ImportError, ValueError) as error:
+        is_missing = isinstance(error, ImportError) and protocol in PACKAGES
+        install = f"; pip install {PACKAGES[protocol]}" if is_missing else ""
         raise UserError(
-            f"{redacted(place)}: {redacted(str(error))}; expected the path or the URL of a "
-            "folder (http, s3: pip install 'electra_ds[remote]')"
+            f"{redacted(place)}: {redacted(str(error))}; expected {FOLDER_FORMS}{install}"
         ) from None
+
+
+def what_to_check(place: str) -> str:
+    """What a user can check when the URL of a data folder cannot be read or written."""
+    protocol = protocol_of(place)
+    credentials = f" ({CREDENTIALS[protocol]})" if protocol in CREDENTIALS else ""
+    text = f"check the URL, the network and the credentials{credentials}; expected {FOLDER_FORMS}"
+    if protocol == "hf":
+        text += (
+            " that `prepare` wrote; a dataset of texts is an input of `prepare` instead: --input "
+            "dataset:OWNER/NAME"
+        )
+    return text
 
 
 def read_bounded(system: Any, path: str, limit: int) -> bytes:

@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import sha256_file, write_bytes
+from electra_ds.common.files import sha256_file
 from electra_ds.common.json_files import read_small
 from electra_ds.common.own_folder import own_folder
 from electra_ds.common.printable import printable
 from electra_ds.data.shard_format import TokenizerInfo
 from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
+from electra_ds.data.tokenizer.saving import OPTIONS, is_saved, save_files
 
 _checked: set[tuple[str, ...]] = set()  # files that agree with a fingerprint, to check them once
 
@@ -57,16 +58,20 @@ def copy_tokenizer(info: TokenizerInfo, tokenizer: Path, folder: Path) -> None:
     """Copy the tokenizer's files of a data folder, and no other files, into `folder`.
 
     info: that of the manifest. tokenizer: the folder DATA/tokenizer, which may be read-only. The
-    copies have the mode of new files; equal copies are left as they are. Raises UserError when a
-    file cannot be read or `folder` is a link out of its parent, OSError when it cannot be written.
+    copies have the mode of new files; equal copies are left as they are. An interrupted copy leaves
+    the former files or the new ones. Raises UserError when a file cannot be read or `folder` is a
+    link out of its parent, OSError when it cannot be written.
     """
-    for name in info.files:
-        content = read_small(tokenizer.parent / name, "a file of the tokenizer")
-        target = folder / Path(name).name
-        with contextlib.suppress(OSError):
-            if target.is_file() and target.read_bytes() == content:
-                continue
-        own_folder(folder.parent, folder.name)
-        with contextlib.suppress(OSError):  # earlier versions copied the mode of the folder, too
-            os.chmod(folder, folder.stat().st_mode | 0o700)
-        write_bytes(target, content)
+    names = {Path(name).name: name for name in info.files}
+    contents = {
+        name: read_small(tokenizer.parent / path, "a file of the tokenizer")
+        for name, path in names.items()
+    }
+    options = contents.pop(OPTIONS)
+    ((name, content),) = contents.items()
+    if is_saved(folder, name, content, options):
+        return
+    own_folder(folder.parent, folder.name)
+    with contextlib.suppress(OSError):  # earlier versions copied the mode of the folder, too
+        os.chmod(folder, folder.stat().st_mode | 0o700)
+    save_files(folder, name, content, options)

@@ -19,7 +19,7 @@ from electra_ds.common.section import Section
 from electra_ds.common.urls import url_name
 from electra_ds.config.loading import parse_config
 from electra_ds.data import philox
-from electra_ds.data.rows import RowOrder, RowReader
+from electra_ds.data.rows import RowOrder, RowReader, sort_rows
 from electra_ds.data.shard_format import Manifest, SplitInfo
 
 VERSION = 1  # of the order
@@ -36,7 +36,7 @@ class SourceConfig(Section):
     name:   name in metrics; by default the name of the folder or of the MIX.json
     """
 
-    data: str
+    data: str = Field(min_length=1)
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)
     name: str | None = Field(None, pattern="^[^/]+$", max_length=100)
 
@@ -220,7 +220,11 @@ class MixtureReader:
         self.dtype = readers[0].dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the token ids of [n] row numbers, [n, T] of the stored type."""
+        """Return the token ids of [n] row numbers, [n, T] of the stored type.
+
+        Raises IndexError for a row number out of range.
+        """
+        sort_rows(rows, self.rows)  # checks the range
         sources = np.searchsorted(self.starts, rows, side="right") - 1
         gathered = np.empty((len(rows), self.sequence_length), self.dtype)
         for source, (start, reader) in enumerate(zip(self.starts, self.readers, strict=True)):

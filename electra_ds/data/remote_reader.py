@@ -23,6 +23,7 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.json_files import MAX_BYTES
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import file_system, redacted
+from electra_ds.data.rows import sort_rows
 from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, padded, shard_file
 from electra_ds.data.shard_reader import SplitIndex
 
@@ -214,10 +215,13 @@ class RemoteReader(SplitIndex):
         self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()  # chunk -> [n, S]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the token ids of [n] row numbers, [n, S] of the stored type."""
+        """Return the token ids of [n] row numbers, [n, S] of the stored type.
+
+        Raises IndexError for a row number out of range.
+        """
         rows = np.asarray(rows, np.int64)
-        ascending = np.argsort(rows)
-        chunks = np.searchsorted(self.chunk_starts, rows[ascending], side="right") - 1
+        ascending, sorted_rows = sort_rows(rows, self.rows)
+        chunks = np.searchsorted(self.chunk_starts, sorted_rows, side="right") - 1
         needed = {chunk: ascending[here] for chunk, here in runs(chunks)}
         self._fetch([chunk for chunk in needed if chunk not in self._chunks])
         gathered = np.empty((len(rows), self.sequence_length), self.dtype)

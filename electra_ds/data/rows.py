@@ -19,7 +19,10 @@ class RowReader(Protocol):
     dtype: np.dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the token ids of [n] row numbers, [n, S] unsigned."""
+        """Return the token ids of [n] row numbers, [n, S] unsigned.
+
+        Raises IndexError for a row number out of range.
+        """
 
 
 class RowOrder(Protocol):
@@ -33,3 +36,17 @@ class RowOrder(Protocol):
 
         A run resumes only from a checkpoint with equal parameters.
         """
+
+
+def sort_rows(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the order that sorts [n] row numbers, the sorted row numbers), int64.
+
+    count: rows of the reader
+    Raises IndexError for a number out of range, since numpy would count a negative one from the end.
+    """
+    rows = np.asarray(rows, np.int64)
+    ascending = np.argsort(rows)
+    rows = rows[ascending]
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < count):
+        raise IndexError(f"row numbers {rows[0]}..{rows[-1]}, expected 0..{count - 1}")
+    return ascending, rows

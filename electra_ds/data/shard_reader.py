@@ -3,9 +3,9 @@
 Dimensions: n rows, S sequence, F fragments.
 """
 
-import mmap
 import stat
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from electra_ds.common.arrays import runs
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
+from electra_ds.data.rows import sort_rows
+from electra_ds.data.shard_files import ShardFiles
 from electra_ds.data.shard_format import (
     FRAGMENT_FIELDS,
     NPY_HEADER,
@@ -27,7 +29,9 @@ from electra_ds.data.shard_format import (
     tar_header,
 )
 
-OPEN_SHARDS = 256  # shards mapped at a time; each map holds a file descriptor
+# Rows in memory. A window of the shuffled order has 4 MiB of rows of 128 tokens, 16 MiB of 512.
+CACHED_BYTES = 1 << 26
+FEW_ROWS = 4  # of a block, for which the rest of the block is not read
 TAR_SIZE_FIELD = slice(124, 135)  # octal digits in a USTAR header
 
 
@@ -143,22 +147,26 @@ class SplitIndex:
 
 
 class ShardReader(SplitIndex):
-    """The rows of one split on disk, by row number, through mmap.
+    """The rows of one split on disk, by row number.
 
     The constructor compares names and sizes of the files with the manifest. Headers and crc32 of a
     block are compared when it is first read. Damage raises UserError with shard and block. With
-    `check_files=False` the caller checks the files (`check_shard`).
+    `check_files=False` the caller checks the files (`check_shard`). The blocks that were read last
+    stay in memory, at most CACHED_BYTES of them.
     """
 
     def __init__(self, data_dir: str | Path, split: str, *, check_files: bool = True) -> None:
         super().__init__(data_dir, split, location=data_dir)
         self.data_dir = Path(data_dir)
-        self._files: dict[int, mmap.mmap] = {}  # shard -> its mapped file
-        self._maps: dict[int, np.ndarray] = {}  # shard -> [bytes] uint8
-        self._views: dict[int, np.ndarray] = {}  # block -> [n, S]
+        shards = self.info.shards
+        self._files = ShardFiles(
+            [self.data_dir / shard.file for shard in shards], [shard.bytes for shard in shards]
+        )
+        self._blocks: OrderedDict[int, np.ndarray] = OrderedDict()  # block -> [n, S], by last use
+        self._cached_bytes = 0
         self._checked = np.zeros(len(self.blocks), bool)
         if check_files:
-            for shard in range(len(self.info.shards)):
+            for shard in range(len(shards)):
                 self.check_shard(shard)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -167,32 +175,44 @@ class ShardReader(SplitIndex):
         Rows are gathered by block, so one call for many rows is faster than many calls. Raises
         IndexError for a row number out of range.
         """
-        rows = np.asarray(rows, np.int64)
-        ascending = np.argsort(rows)
-        rows = rows[ascending]
-        if len(rows) and not (rows[0] >= 0 and rows[-1] < self.rows):
-            raise IndexError(f"row numbers {rows[0]}..{rows[-1]}, expected 0..{self.rows - 1}")
+        ascending, rows = sort_rows(rows, self.rows)
         blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
         offsets = rows - self.block_starts[blocks]
         gathered = np.empty((len(rows), self.sequence_length), self.dtype)
         for block, here in runs(blocks):
-            self.block(block).take(offsets[here], axis=0, out=gathered[here], mode="clip")
+            self._gather(block, offsets[here], gathered[here])
         inverse = np.empty_like(ascending)
         inverse[ascending] = np.arange(len(ascending))
         return gathered.take(inverse, axis=0)
 
+    def _gather(self, block: int, offsets: np.ndarray, out: np.ndarray) -> None:
+        """Copy the rows of a block at [n] offsets to `out`, [n, S]."""
+        if block in self._blocks or len(offsets) > FEW_ROWS or not self._checked[block]:
+            self.block(block).take(offsets, axis=0, out=out, mode="clip")
+            return
+        shard, _, first, *_ = self.blocks[block].item()
+        for offset, row in zip(offsets.tolist(), out, strict=True):
+            self._files.read_into(shard, first + NPY_HEADER + offset * row.nbytes, row)
+
     def block(self, block: int) -> np.ndarray:
-        """Return a view of one block's rows, [n, S]; the first call checks headers and crc32."""
-        shard_bytes = self._map(block)
-        if block not in self._views:
-            _, rows, offset, size, _, _ = self.blocks[block].item()
-            if not self._checked[block]:
-                headers = shard_bytes[offset - TAR_BLOCK : offset + NPY_HEADER].tobytes()
-                self.check_ids(block, headers, shard_bytes[offset : offset + size].data)
-                self._checked[block] = True
-            array = shard_bytes[offset + NPY_HEADER : offset + size].view(self.dtype)
-            self._views[block] = array.reshape(rows, self.sequence_length)
-        return self._views[block]
+        """Return one block's rows, [n, S], read-only; the first call checks headers and crc32."""
+        if block in self._blocks:
+            self._blocks.move_to_end(block)
+            return self._blocks[block]
+        shard, rows, offset, size, _, _ = self.blocks[block].item()
+        content = self._files.read(shard, offset - TAR_BLOCK, TAR_BLOCK + size)
+        if not self._checked[block]:
+            self.check_ids(
+                block, content[: TAR_BLOCK + NPY_HEADER], memoryview(content)[TAR_BLOCK:]
+            )
+            self._checked[block] = True
+        array = np.frombuffer(content, self.dtype, offset=TAR_BLOCK + NPY_HEADER)
+        array = array.reshape(rows, self.sequence_length)
+        while self._blocks and self._cached_bytes + array.nbytes > CACHED_BYTES:
+            self._cached_bytes -= self._blocks.popitem(last=False)[1].nbytes
+        self._blocks[block] = array
+        self._cached_bytes += array.nbytes
+        return array
 
     def fragments(self, block: int) -> np.ndarray:
         """Return the document fragments of one block, [F, 6] int32, columns FRAGMENT_FIELDS.
@@ -200,21 +220,20 @@ class ShardReader(SplitIndex):
         `row` counts from the first row of the block. Raises UserError when a fragment is not inside
         its row.
         """
-        _, rows, offset, size, _, _ = self.blocks[block].item()
-        shard_bytes = self._map(block)
+        shard, rows, offset, size, _, _ = self.blocks[block].item()
         start = offset + padded(size)
-        header = shard_bytes[start : start + TAR_BLOCK].tobytes()
+        headers = self._files.read(shard, start, TAR_BLOCK + NPY_HEADER)
         try:
-            payload_size = int(header[TAR_SIZE_FIELD], 8)  # the header is compared below
+            payload_size = int(headers[TAR_SIZE_FIELD], 8)  # the header is compared below
         except ValueError:
             raise self.block_error(block, "no tar header where its fragments start") from None
         count = max(0, payload_size - NPY_HEADER) // (4 * len(FRAGMENT_FIELDS))
-        first = start + TAR_BLOCK + NPY_HEADER
-        self._check_headers(block, "pieces", shard_bytes[start:first].tobytes(), count)
-        values = shard_bytes[first : start + TAR_BLOCK + payload_size]
-        if len(values) != count * 4 * len(FRAGMENT_FIELDS):
+        self._check_headers(block, "pieces", headers, count)
+        size = payload_size - NPY_HEADER
+        if start + len(headers) + size > self.info.shards[shard].bytes:
             raise self.block_error(block, "the file ends inside its fragments")
-        fragments = values.view("<i4").reshape(count, len(FRAGMENT_FIELDS))
+        values = self._files.read(shard, start + len(headers), size)
+        fragments = np.frombuffer(values, "<i4").reshape(count, len(FRAGMENT_FIELDS))
         row, column, length, *source = fragments.astype(np.int64).T
         inside = (row >= 0) & (row < rows)
         inside &= (column > 0) & (length > 0) & (column + length <= self.sequence_length)
@@ -255,40 +274,5 @@ class ShardReader(SplitIndex):
             )
             raise UserError(
                 f"{printable(path)}: found {size} bytes, expected {info.bytes} as in the manifest; {where}; "
-                "copy this shard again"
-            )
-
-    def _map(self, block: int) -> np.ndarray:
-        """Return the bytes of the shard that holds `block`, [bytes] uint8.
-
-        When OPEN_SHARDS shards are mapped, all maps and views are dropped first. Raises UserError
-        when the file cannot be read or was truncated.
-        """
-        shard = int(self.blocks["shard"][block])
-        if shard not in self._maps:
-            if len(self._maps) >= OPEN_SHARDS:
-                self._maps.clear()
-                self._files.clear()
-                self._views.clear()
-            path = self.data_dir / shard_file(self.split, shard)
-            try:
-                with open(path, "rb") as file:
-                    self._files[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:  # ValueError: an empty file
-                raise UserError(
-                    f"{printable(path)}: cannot be read ({error}); copy this shard again"
-                ) from None
-            self._maps[shard] = np.frombuffer(self._files[shard], np.uint8)
-        self._check_size(shard)
-        return self._maps[shard]
-
-    def _check_size(self, shard: int) -> None:
-        """Raise UserError when a mapped shard was truncated; reading it would end the process."""
-        expected = self.info.shards[shard].bytes
-        size = self._files[shard].size()
-        if size < expected:
-            raise UserError(
-                f"{printable(self.data_dir / shard_file(self.split, shard))}: {size} bytes now, "
-                f"expected {expected} as in the manifest; it was truncated after it was opened; "
                 "copy this shard again"
             )

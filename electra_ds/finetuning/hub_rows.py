@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from electra_ds.common.dataset_cards import check_folder_cards, check_hub_cards
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.suggestions import nearest
-from electra_ds.common.urls import is_url
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.rows import Row
     from electra_ds.finetuning.tasks import Task
-
-CARDS = ("README.md", ".huggingface.yaml")
-# The expression of huggingface_hub, so that both read the same part of a card.
-FRONT_MATTER = re.compile(r"^\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
 
 
 def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
@@ -26,7 +21,7 @@ def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
 
     dataset: a folder, relative to that of the task, or a name on the hub. Class numbers become the
     names of the dataset's ClassLabel; -1 and -100 become None. Raises UserError when the dataset
-    cannot be read, and when the card of a local dataset names files outside its folder.
+    cannot be read, and when its card names files outside the dataset.
     """
     try:
         import datasets
@@ -37,12 +32,17 @@ def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
     local = Path(task.folder, dataset)
     source = f"dataset {dataset}, split {task.splits[split]}"
     is_local = local.exists()
-    if is_local:
-        _check_card(local)
+    name = str(local) if is_local else dataset
     try:
+        # Before `datasets` reads any file or URL that the card names.
+        if is_local:
+            check_folder_cards(local)
+        revision = None if is_local else check_hub_cards(dataset)
         table = datasets.load_dataset(
-            str(local) if is_local else dataset, task.dataset_config, split=task.splits[split]
+            name, task.dataset_config, split=task.splits[split], revision=revision
         )
+    except UserError:
+        raise
     except Exception as error:  # from datasets, pyarrow, huggingface_hub or the file system
         raise UserError(f"{source}: {_reason(error)}") from None
     table = _needed_columns(task, table, source)
@@ -114,64 +114,3 @@ def _label_names(names: list[str], label: Any, where: str) -> str | list[str] | 
             )
     found = [names[number] for number in numbers]
     return found if isinstance(label, list) else found[0]
-
-
-def _check_card(folder: Path) -> None:
-    """Raise UserError when the card of a local dataset names files outside its folder.
-
-    `datasets` reads every path and requests every URL in the card's `data_files`.
-    """
-    for name in CARDS:
-        path = folder / name
-        if path.is_file():
-            for place in _places(_front_matter(path)):
-                outside = is_url(place) or place.startswith(("/", "~")) or "\\" in place
-                if outside or ".." in place.split("/"):
-                    raise UserError(
-                        f"{printable(path)}: data_files or data_dir = {shortened(place)} leads out "
-                        "of the folder; expected files inside the folder"
-                    )
-
-
-def _front_matter(path: Path) -> Any:
-    """Return the YAML front matter of a card, or the content of a YAML file; None if empty."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".md":
-            found = FRONT_MATTER.search(text)
-            text = found[1] if found else ""
-        return yaml.safe_load(text)
-    except OSError:
-        raise
-    except Exception as error:  # PyYAML raises many types for invalid tags, such as `!!int ""`
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{printable(path)}: its YAML cannot be read ({reason}); correct or remove it"
-        ) from None
-
-
-def _places(card: Any) -> list[str]:
-    """Return all paths in `data_files` and `data_dir` below `configs` of a dataset card."""
-    configs = card.get("configs") if isinstance(card, dict) else None
-    stack = [
-        config[key]
-        for config in (configs if isinstance(configs, list) else [])
-        if isinstance(config, dict)
-        for key in ("data_files", "data_dir")
-        if key in config
-    ]
-    places = []
-    seen: set[int] = set()  # nested YAML aliases can repeat a value exponentially many times
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str):
-            places.append(value)
-        elif id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, dict):
-                stack += [part for key, part in value.items() if key != "split"]
-            elif isinstance(value, list):
-                stack += value
-    return places

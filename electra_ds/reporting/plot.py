@@ -9,6 +9,7 @@ import numpy as np
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import found_at
+from electra_ds.common.outputs import check_output_file
 from electra_ds.common.printable import printable
 from electra_ds.training.metrics_file import read_metrics
 
@@ -56,6 +57,7 @@ def plot(runs: list[Path], out: Path) -> str:
         import matplotlib
     except ImportError:
         raise UserError("plot needs matplotlib: pip install 'electra_ds[plot]'") from None
+    check_output_file(out, "--out")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

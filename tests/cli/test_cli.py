@@ -118,6 +118,36 @@ def test_wrong_usage_is_exit_code_2_with_the_usage(electra_ds, words):
     assert code == 2 and "Usage:" in err and "Traceback" not in err
 
 
+VALUES = [
+    (name, option)
+    for name, command in typer.main.get_command(cli.app).commands.items()
+    for parameter in command.params
+    for option in parameter.opts[:1]
+    if not getattr(parameter, "is_flag", False) and parameter.name not in ("text", "original")
+]
+
+
+@pytest.mark.parametrize(("name", "option"), VALUES)
+def test_an_empty_value_is_refused_and_is_not_the_current_folder(
+    electra_ds, monkeypatch, tmp_path, name, option
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    forms = [[option, ""], [f"{option}="]] if option.startswith("-") else [[""]]
+    if option in ("rows", "--workers"):
+        forms = [["D", *form] for form in forms]
+    for form in forms:
+        code, out, err = electra_ds(name, *form)
+        assert code == 2 and "is an empty string, as an unset variable" in err, (form, out, err)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_the_current_folder_and_an_empty_text_are_accepted(electra_ds, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "manifest.json: not found" in electra_ds("verify", ".")[2]
+    assert "no checkpoint here" in electra_ds("detect", "nowhere", "")[2]
+
+
 @pytest.mark.parametrize(("error", "code"), [(UserError("why"), 2), (RunFailure("why"), 1)])
 def test_an_error_names_its_rank_if_there_are_several(electra_ds, monkeypatch, error, code):
     def fail():

@@ -171,6 +171,16 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+def test_a_file_in_the_place_of_a_row_names_the_option_for_files(verb: Verb, here: Path) -> None:
+    code, error = verb("inspect", "D", "--source", "b.txt")
+    assert code == 2 and "ROW = 'b.txt'; expected a row number" in error
+    assert "--input names the files" in error
+    code, error = verb("inspect", "D", "--input", "a.txt")
+    assert (
+        code == 2 and "b.txt: not among the files of --input; give with --input the file" in error
+    )
+
+
 @pytest.mark.parametrize(("start", "option"), OPTIONS, ids=lambda part: str(part)[:30])
 def test_a_wrong_number_is_one_message(verb: Verb, here: Path, start, option, monkeypatch) -> None:
     monkeypatch.setattr(workers, "GRACE", 1)
@@ -239,6 +249,28 @@ def test_a_damaged_file_of_a_data_folder_is_one_message(verb: Verb, here: Path, 
             shutil.rmtree(here / "new", ignore_errors=True)
         shutil.rmtree("damaged")
     assert not failures, "\n".join(map(str, failures))
+
+
+def test_a_file_in_the_place_of_a_data_folder_is_said_to_be_one(verb: Verb, here: Path) -> None:
+    for words in (("verify", "a.txt"), ("stats", "D/manifest.json"), ("inspect", "a.txt")):
+        code, error = verb(*words)
+        assert code == 2 and f"{words[1]}: is a file; expected a data folder" in error
+    code, error = verb("stage", "a.txt", "--to", "new")
+    assert code == 2 and "a.txt: is a file; expected a data folder" in error
+    for path in ("pipe", "loop", "link"):
+        code, error = verb(*PREPARE, "--input", "a.txt", "--out", "new", "--tokenizer", path)
+        assert code == 2 and f"{path}: is a pipe, a device or a link to nothing" in error
+    code, error = verb("stage", "loop", "--to", "new")
+    assert code == 2 and "loop/manifest.json: cannot be read" in error
+
+
+def test_the_report_of_stats_does_not_replace_a_file_of_the_data(verb: Verb, here: Path) -> None:
+    before = (here / "D" / "manifest.json").read_bytes()
+    code, error = verb("stats", "D", "--html", "D/manifest.json")
+    assert code == 2 and "is a file of the data folder and would be overwritten" in error
+    assert (here / "D" / "manifest.json").read_bytes() == before
+    for _ in range(2):
+        assert verb("stats", "D", "--html", "D/report.html")[0] == 0
 
 
 def test_a_damaged_marker_is_made_again(here: Path) -> None:

@@ -32,12 +32,16 @@ def test_a_log_on_a_full_disk_causes_no_traceback(tmp_path: Path) -> None:
     assert (tmp_path / "log" / "rank-0.log").read_text() == ""
 
 
+# The watchdog finds the path of the log by its handler.
 OPEN = """
-import sys
+import logging, sys
 from pathlib import Path
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.cluster.rank_log import LOG, open_log
 open_log(Path(sys.argv[1]), Ranks(0, 1, 0, 1, "none"))
+assert [Path(h.baseFilename).name for h in LOG.handlers if isinstance(h, logging.FileHandler)] == [
+    "rank-0.log"
+]
 LOG.error("caf\u00e9")
 """
 

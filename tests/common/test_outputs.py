@@ -1,6 +1,7 @@
 """Output paths: refused before the work, written whole or not at all."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -109,15 +110,16 @@ def test_an_unreadable_input_is_not_said_to_be_unwritable(tmp_path):
         raise PermissionError(13, "Permission denied", read)
 
 
-def test_outputs_that_are_devices_or_pipes_are_written_as_they_are(tmp_path, no_replace):
+def test_character_devices_and_streams_are_written_as_they_are(tmp_path, no_replace):
     check_output_file(Path(os.devnull), "--out")
     write_output(os.devnull, b"x")
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    check_output_file(tmp_path / "pipe", "--out")
-    write_output(tmp_path / "pipe", b"content")
-    assert os.read(reader, 99) == b"content" and (tmp_path / "pipe").is_fifo()
+    assert not Path(os.devnull).is_file()
+    reader, writer = os.pipe()  # as `>(command)` in bash
+    check_output_file(Path(f"/dev/fd/{writer}"), "--out")
+    write_output(f"/dev/fd/{writer}", b"content")
+    assert os.read(reader, 99) == b"content"
     os.close(reader)
+    os.close(writer)
     with pytest.raises(OSError, match="No space left") as caught:
         write_output("/dev/full", b"x")
     assert caught.value.filename == "/dev/full"
@@ -129,3 +131,20 @@ def test_an_output_at_a_redirected_stream_is_written_into_its_file(tmp_path):
     with open(tmp_path / "file", "wb") as file:
         subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
     assert (tmp_path / "file").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_pipes_and_sockets_are_refused(tmp_path, is_link):
+    """Opening a pipe waits until another process reads it."""
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = os.open(tmp_path, os.O_RDONLY)
+        server.bind(f"/proc/self/fd/{folder}/socket")  # the full path may be too long
+        os.close(folder)
+        for name in ("pipe", "socket"):
+            path = tmp_path / name
+            if is_link:
+                path = tmp_path / f"{name}-link"
+                path.symlink_to(tmp_path / name)
+            with pytest.raises(UserError, match=r"--out .*is a named pipe, a socket or a disk"):
+                check_output_file(path, "--out")

@@ -5,7 +5,13 @@ import os
 import pytest
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.own_folder import open_to_append, own_folder, own_path, remove_own
+from electra_ds.common.own_folder import (
+    open_to_append,
+    own_folder,
+    own_path,
+    remove_own,
+    remove_temporary_files,
+)
 
 
 @pytest.fixture
@@ -64,3 +70,20 @@ def test_a_file_is_appended_to_and_everything_else_is_set_aside(folder, tmp_path
     assert {path.name for path in folder.glob("*.damaged")} == {
         f"{name}.damaged" for name in ("fifo", "file", "dangling", "inside")
     }
+
+
+def test_only_temporary_files_of_the_own_folder_are_removed(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in (own / "below", other):
+        folder.mkdir(parents=True)
+        for name in (".x.0123456789ab.tmp", ".notes.tmp", "x.0123456789ab.tmp"):
+            (folder / name).touch()
+    (own / "link").symlink_to(other)
+    (own / "below" / ".0123456789ab.tmp").mkdir()
+    remove_temporary_files(own)
+    remove_temporary_files(own, "link")
+    remove_temporary_files(own, "below")
+    remove_temporary_files(own, "missing")
+    assert len(list(other.iterdir())) == 3
+    left = {path.name for path in (own / "below").iterdir()}
+    assert left == {".notes.tmp", "x.0123456789ab.tmp", ".0123456789ab.tmp"}

@@ -7,10 +7,13 @@ and crc32), or by `verify` (bytes outside the rows).
 import io
 import os
 import re
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
+from running import CPU
 from shard_data import best_fit_rows, write_data
 
 from data_tools.verify import verify
@@ -207,12 +210,59 @@ def test_damage_is_an_error_with_shard_and_block(name, tmp_path):
     assert any(re.search(expected, problem) for problem in problems), problems
 
 
+READ_CUT = """
+import os, sys
+import numpy as np
+from electra_ds.common.errors import UserError
+from electra_ds.data.shard_reader import ShardReader
+
+data, use = sys.argv[1:]
+reader = ShardReader(data, "train")
+reader.read(np.arange(reader.rows))  # every block is checked
+reader._blocks.clear()
+path = reader.data_dir / "shards" / "train-000000.tar"
+uses = {
+    "one row": lambda: reader.read(np.array([100])),
+    "a block": lambda: reader.read(np.arange(96, 112)),
+    "block()": lambda: reader.block(6),
+    "fragments": lambda: reader.fragments(6),
+}
+# The file is cut when its size has been compared, at the last moment before it is read.
+for name in ("pread", "preadv"):
+    def cut(*arguments, original=getattr(os, name)):
+        os.truncate(path, 4096)
+        return original(*arguments)
+    setattr(os, name, cut)
+try:
+    print(uses[use]().sum())
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("use", ["one row", "a block", "block()", "fragments"])
+def test_a_shard_that_is_truncated_while_it_is_read_is_named(tmp_path, use):
+    """Reading a memory map beyond the end of the file would end the process with SIGBUS."""
+    write_data(tmp_path, [best_fit_rows(200, 32)])
+    done = subprocess.run(
+        [sys.executable, "-c", READ_CUT, tmp_path, use],
+        env=os.environ | CPU,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"train-000000\.tar: 4096 bytes now, expected \d+ .*truncated after it was opened",
+        done.stdout,
+    )
+
+
 def test_a_shard_that_becomes_shorter_while_it_is_read_is_named(tmp_path):
-    """Reading the map beyond the end of the file would end the process with SIGBUS."""
     reader = ShardReader(write_data(tmp_path, [best_fit_rows(200, 32)]), "train")
-    reader.read(np.arange(32))  # blocks 0 and 1 are open and checked
+    first = reader.read(np.arange(32))  # blocks 0 and 1 are in memory
     os.truncate(tmp_path / shard_file("train", 0), 4096)
-    for rows in (np.arange(16), np.arange(100, 116)):
+    assert np.array_equal(reader.read(np.arange(32)), first)
+    for rows in (np.arange(100, 116), np.array([199])):
         with pytest.raises(
             UserError,
             match=r"train-000000\.tar: 4096 bytes now, expected \d+ .*truncated after it was opened",

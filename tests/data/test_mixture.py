@@ -189,6 +189,16 @@ def test_a_mixture_of_one_source_equals_that_folder(folders):
         assert np.array_equal(found, expected)
 
 
+def test_a_row_number_out_of_range_is_an_error_with_the_range(folders):
+    """numpy counts a negative index from the end, so another row would be read."""
+    reader, _ = open_data(mixture(folders, weighted(de=3, ja=1))).training(7, 12)
+    assert len(reader.read(np.array([0, reader.rows - 1]))) == 2
+    assert len(reader.read(np.array([], np.int64))) == 0
+    for row in (-1, reader.rows):
+        with pytest.raises(IndexError, match=rf"expected 0\.\.{reader.rows - 1}"):
+            reader.read(np.array([3, row]))
+
+
 def test_ranks_and_restarts_read_the_same_batches(folders):
     data = open_data(mixture(folders, weighted(de=5, ja=1, en=2)))
     whole = stream(data, 20)
@@ -257,6 +267,7 @@ def test_a_temperature_reduces_the_share_of_large_sources():
             [*weighted(de=1), {"data": "../folders/de/", "weight": 1}],
             r"different names, found \['de'\]",
         ),
+        ([{"data": "", "weight": 1, "name": "x"}], r"sources\.0\.data = .*at least 1 character"),
         ([{"data": ".", "weight": 1}], r"different names, found \[''\]"),
         ([{"data": "de", "weight": 1, "name": "a/b"}], r"sources\.0\.name = \"a/b\""),
         (weighted(nowhere=1), r"nowhere/manifest\.json: not found"),
@@ -268,7 +279,7 @@ def test_a_temperature_reduces_the_share_of_large_sources():
         (weighted(**{"mixture.json": 1}), r"mixture\.json: it is a source of itself"),
         (
             [{"data": "mixture.json.bak", "weight": 1}],
-            r"mixture\.json\.bak/manifest\.json: not found",
+            r"mixture\.json\.bak: is a file; expected a data folder",
         ),
     ],
 )

@@ -126,6 +126,13 @@ def test_ranks_fetch_different_chunks_and_read_the_same_rows_as_one(web):
         assert np.array_equal(np.concatenate(rows_of_ranks, axis=1), expected)
 
 
+def test_a_row_number_out_of_range_is_an_error_with_the_range(web):
+    reader = open_data(web.url).reader("train")
+    for row in (-1, reader.rows):
+        with pytest.raises(IndexError, match=rf"expected 0\.\.{reader.rows - 1}"):
+            reader.read(np.array([row]))
+
+
 def test_a_resumed_run_does_not_fetch_the_chunks_of_consumed_rows(web):
     data = open_data(web.url)
     steps = steps_of(data, 104)

@@ -13,7 +13,7 @@ import pytest
 from shard_data import best_fit_rows, document_fragments, write_data
 
 from electra_ds.common.errors import UserError
-from electra_ds.data import shard_reader
+from electra_ds.data import shard_files, shard_reader
 from electra_ds.data.shard_format import (
     ids_dtype,
     npy_header,
@@ -42,17 +42,22 @@ def read_all(data):
 
 
 def test_rows_are_read_in_any_order(data, monkeypatch):
-    monkeypatch.setattr(shard_reader, "OPEN_SHARDS", 2)  # of three
+    monkeypatch.setattr(shard_files, "OPEN_SHARDS", 2)  # of three
+    monkeypatch.setattr(shard_reader, "CACHED_BYTES", 3 * 16 * 32 * 2)  # of three blocks of eight
     reader = ShardReader(data, "train")
     numbers = np.random.default_rng(0).integers(0, 91, 300)
     rows = reader.read(numbers)
     assert rows.dtype == np.uint16
     assert np.array_equal(rows, np.concatenate(ROWS)[numbers])
-    assert len(reader._maps) <= 2
-    assert set(reader.blocks["shard"][list(reader._views)]) <= set(reader._maps)
+    assert len(reader._files.open) == 2 and 1 <= len(reader._blocks) < 8
+    held = sum(array.nbytes for array in reader._blocks.values())
+    assert held == reader._cached_bytes <= shard_reader.CACHED_BYTES
+    for row in numbers[:40]:  # few rows of a block, which are read alone
+        assert np.array_equal(reader.read(np.array([row]))[0], np.concatenate(ROWS)[row])
     assert reader.read(np.array([], int)).shape == (0, 32)
-    with pytest.raises(IndexError):
-        reader.read(np.array([91]))
+    for row in (-1, 91):
+        with pytest.raises(IndexError, match=r"expected 0\.\.90"):
+            reader.read(np.array([5, row]))
 
 
 def test_fragments_are_read_by_block(data):

@@ -1,6 +1,9 @@
 """Files of tokenizers as people have them: vocab.txt, options.json, Hugging Face's JSON files."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +11,8 @@ from hypothesis import strategies as st
 
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
+from electra_ds.data.data_tokenizer import copy_tokenizer
+from electra_ds.data.shard_format import TokenizerInfo
 from electra_ds.data.tokenizer import WordPiece, load_tokenizer
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 
@@ -148,6 +153,104 @@ def test_wrong_options_are_described(tmp_path, key, value, message):
     (tmp_path / "options.json").write_text(json.dumps(options | {key: value}))
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+# ----------------------------------------------------------------------------- an interrupted save
+
+
+def states_of(monkeypatch, folder, save):
+    """Copies of a folder before and after each change of a name during `save`, in order."""
+    states = []
+
+    def watched(change):
+        def call(*arguments, **options):
+            states.append(shutil.copytree(folder, folder.parent / f"state-{len(states)}"))
+            change(*arguments, **options)
+            states.append(shutil.copytree(folder, folder.parent / f"state-{len(states)}"))
+
+        return call
+
+    folder.mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink", "rename"):
+            patch.setattr(os, name, watched(getattr(os, name)))
+        patch.setattr(Path, "unlink", watched(Path.unlink))
+        save(folder)
+    return states
+
+
+def loaded(folder):
+    """Fingerprint of the tokenizer in a folder; None without one."""
+    try:
+        return load_tokenizer(folder).fingerprint
+    except UserError as error:
+        assert "no vocabulary in this folder" in str(error), error
+        return None
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Tokenizers: two of WordPiece with other entries, one with other options, a SentencePiece."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "in.txt").write_text("the river is old .\n\nthe house of stone .\n\n" * 40)
+    first = load_tokenizer(write(folder, CONTENT))
+    longer = WordPiece((CONTENT + "house\n").encode(), first.options, "longer")
+    other = WordPiece(CONTENT.encode(), {"lowercase": True, "strip_accents": True}, "other")
+    (folder / "T").mkdir()
+    model = train_tokenizer([str(folder / "in.txt")], folder / "T", kind="unigram", vocab_size=64)
+    return {"first": first, "longer": longer, "options": other, "sentencepiece": model}
+
+
+@pytest.mark.parametrize("new", ["longer", "options", "sentencepiece"])
+@pytest.mark.parametrize("old", ["none", "vocab.txt alone", "first", "sentencepiece"])
+def test_an_interrupted_save_leaves_the_old_tokenizer_or_the_new_one(
+    tmp_path, monkeypatch, tokenizers, old, new
+):
+    folder = tmp_path / "T"
+    folder.mkdir()
+    if old == "vocab.txt alone":
+        write(folder, CONTENT)
+    elif old != "none":
+        tokenizers[old].save(folder)
+    before, after = loaded(folder), tokenizers[new].fingerprint
+    states = [loaded(state) for state in states_of(monkeypatch, folder, tokenizers[new].save)]
+    if before == after:
+        assert not states  # equal files are left as they are
+        return
+    change = states.index(after)
+    assert states == [before] * change + [after] * (len(states) - change)
+    assert loaded(folder) == after and not list(folder.glob(".*"))
+
+
+def test_a_save_after_an_interrupted_one_completes_it(tmp_path, monkeypatch, tokenizers):
+    folder = tmp_path / "T"
+    tokenizers["first"].save(folder)
+    states_of(monkeypatch, folder, tokenizers["longer"].save)
+    for number, state in enumerate(sorted(tmp_path.glob("state-*"))):
+        name = "longer" if number % 2 else "first"
+        tokenizers[name].save(state)
+        assert loaded(state) == tokenizers[name].fingerprint
+        assert load_tokenizer(state / "vocab.txt").fingerprint == loaded(state)
+
+
+def test_the_copy_of_a_tokenizer_into_a_run_is_whole_or_not_there(
+    tmp_path, monkeypatch, tokenizers
+):
+    tokenizer = tokenizers["longer"]
+    tokenizer.save(tmp_path / "data" / "tokenizer")
+    info = TokenizerInfo(
+        kind=tokenizer.kind,
+        sha256=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        special_ids=tokenizer.special_ids,
+    )
+    (tmp_path / "run").mkdir()
+    states = states_of(
+        monkeypatch,
+        tmp_path / "run",
+        lambda folder: copy_tokenizer(info, tmp_path / "data" / "tokenizer", folder),
+    )
+    assert {loaded(state) for state in states} == {None, tokenizer.fingerprint}
 
 
 # -------------------------------------------------------------------------------------- tokenizer.json

@@ -1,5 +1,6 @@
 """The files of an input that are read, and the messages for those that are not text."""
 
+import gzip
 import json
 import os
 import shutil
@@ -222,3 +223,50 @@ def test_names_that_are_not_utf8_or_move_the_cursor_are_printable(folder: Path) 
     assert "caf\\xe9\\x1b[2J.txt" in shown.stdout and "\x1b" not in shown.stdout + done.stdout
     record = json.loads((out / "prepare.json").read_text())
     assert record["files"][0][0] == "caf\\xe9\\x1b[2J.txt"
+
+
+# --------------------------------------------------------------------------- files that are not text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "the river\n".encode("utf-16"), "in UTF-16; convert it: iconv -f UTF-16"),
+        ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), "in UTF-16; convert it: iconv"),
+        ("a.txt", "the river\n".encode("utf-32"), "in UTF-32; convert it: iconv -f UTF-32"),
+        ("a.txt", "the river\n".encode("utf-16").replace(b"\xff\xfe", b"\xfe\xff", 1), "in UTF-16"),
+        ("a.pdf", b"%PDF-1.4\n1 0 obj\n", "a PDF; extract its text"),
+        ("a.docx", b"PK\x03\x04 word\n", "a zip archive, as .docx"),
+        ("a.txt", gzip.compress(b"the river\n"), "compressed by gzip; add .gz to its name"),
+    ],
+)
+def test_a_file_that_is_not_text_is_named_with_what_it_is(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{name}: not text .*{message}"):
+        make_plan([str(tmp_path / name)])
+
+
+def test_a_folder_without_inputs_and_an_unreadable_one_are_not_said_to_be_missing(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "README.md").write_text("a card")
+    with pytest.raises(UserError, match=r"no input file in this folder; .*README\.md"):
+        make_plan([str(tmp_path)])
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("data_tools.inputs.plan.os.lstat", denied)
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read .*Permission denied"):
+        make_plan([str(tmp_path / "a.txt")])
+
+
+def test_the_rest_of_a_line_that_is_too_long_is_no_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.formats.jsonl.LONGEST_LINE", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "' + "x" * 350 + '"}\n{"text": "two"}\n')
+    (source,), tally = make_plan([str(path)]).sources, Tally()
+    texts = documents(
+        source, 0, source.size, text_field="text", tally=tally, on_progress=lambda amount: None
+    )
+    assert list(texts) == ["one", "two"] and tally.lines == 3 and tally.bad.total() == 1

@@ -13,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import webdataset
@@ -332,11 +333,52 @@ def test_a_card_that_names_files_outside_of_the_dataset_is_refused(tmp_path, dat
         f"data_files:\n  - split: train\n    path: [{pattern}]",
     ):
         (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  {files}\n---\n")
-        with pytest.raises(UserError, match=r"README\.md names .* not in the dataset"):
+        with pytest.raises(UserError, match=r"README\.md: data_files .* leads out of the dataset"):
             make_plan([f"dataset:{folder}?config=all"])
     (folder / "README.md").write_text("---\nconfigs: [\n---\n")
-    with pytest.raises(UserError, match="metadata cannot be read"):
+    with pytest.raises(UserError, match="YAML cannot be read"):
         make_plan([f"dataset:{folder}?config=all"])
+
+
+CARDS = {
+    "README.md": "---\nconfigs:\n- config_name: all\n  data_files: {}\n---\n",
+    ".huggingface.yaml": "configs:\n- config_name: all\n  data_files: {}\n",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_on_the_hub_is_checked_before_datasets_reads_it(tmp_path, monkeypatch, card):
+    """A hub with one card; `datasets` may only be called for the commit that was checked."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    loaded = []
+
+    def download(self, name, file, *, repo_type, revision):
+        assert (name, repo_type, revision) == ("owner/set", "dataset", "c" * 40)
+        if file != card:
+            raise EntryNotFoundError("no such file")
+        return str(tmp_path / file)
+
+    def load(name, *_, revision=None, **__):
+        loaded.append((name, revision))
+        raise ConnectionError("the hub does not answer")
+
+    info = SimpleNamespace(sha="c" * 40)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision=None: info)
+    monkeypatch.setattr(HfApi, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    for place in ("http://127.0.0.1:9/a.parquet", "/etc/passwd", "../other/a.parquet"):
+        (tmp_path / card).write_text(CARDS[card].format(place))
+        with pytest.raises(UserError, match=rf"owner/set: {re.escape(card)}: .*leads out of the"):
+            make_plan(["dataset:owner/set"])
+    assert not loaded
+    (tmp_path / card).write_text(CARDS[card].format("a.parquet"))
+    with pytest.raises(UserError, match="the hub does not answer"):
+        make_plan(["dataset:owner/set"])
+    assert loaded == [("owner/set", "c" * 40)]
 
 
 def test_the_error_for_an_unreadable_dataset_names_it_and_its_code_does_not_run(

@@ -1,11 +1,13 @@
 """Small files with huge contents: memory is bounded, and the limit is an error with a way out."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -237,6 +239,117 @@ def test_a_column_that_grows_too_much_is_refused(tmp_path, monkeypatch):
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(UserError, match=r"^a\.parquet: .* content of more than"):
         read(tmp_path / "a.parquet")
+
+
+def arrow_bytes(kind, table, **options):
+    """An arrow file or stream; options: of the writer."""
+    import pyarrow
+
+    content = io.BytesIO()
+    write = getattr(pyarrow.ipc, f"new_{kind}")
+    with write(content, table.schema, options=pyarrow.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return content.getvalue()
+
+
+# Run with little address space: reads a file and prints the error, or the number of texts.
+READ_ARROW = """
+import resource, sys
+import pyarrow
+from data_tools.formats.documents import documents
+from data_tools.formats.source import Tally
+from data_tools.inputs.plan import make_plan
+from electra_ds.common.errors import UserError
+(source,) = make_plan([sys.argv[1]]).sources
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+texts = documents(
+    source, 0, source.size, text_field="text", tally=Tally(), on_progress=lambda amount: None
+)
+try:
+    print(sum(1 for _ in texts))
+except UserError as error:
+    print(error)
+"""
+
+
+def read_arrow(path):
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ARROW, path],
+        env=os.environ | CPU,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_a_compressed_buffer_that_declares_a_huge_size_is_refused(tmp_path, kind, codec):
+    """pyarrow allocates the size that stands before the compressed bytes."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    texts = ["b" * 1024] * 250
+    table = pyarrow.table({"id": range(250), "text": texts, "x": [1.5] * 250})
+    whole = arrow_bytes(kind, table, compression=codec)
+    path = tmp_path / "a.arrow"
+    path.write_bytes(whole)
+    assert read(path) == texts
+    magic = {"zstd": b"\x28\xb5\x2f\xfd", "lz4": b"\x04\x22\x4d\x18"}[codec]
+    size = struct.pack("<q", 100 * 1024) + magic
+    assert whole.count(size) == 2  # of three batches, the last one of 50 rows
+    for place in (whole.index(size), whole.rindex(size)):
+        for declared in (1 << 40, 1 << 62):
+            path.write_bytes(whole[:place] + struct.pack("<q", declared) + whole[place + 8 :])
+            assert re.match(
+                r"a\.arrow: .* content of more than .* bytes; expected", read_arrow(path)
+            )
+        path.write_bytes(whole[:place] + struct.pack("<q", -2) + whole[place + 8 :])
+        with pytest.raises(UserError, match=r"^a\.arrow: broken \(a buffer of -2 bytes"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_rows_without_buffers_and_repeated_values_are_bounded(tmp_path, monkeypatch, kind):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    path = tmp_path / "a.arrow"
+    monkeypatch.setattr(streams, "FREE", 1 << 22)
+    nothing = arrow_bytes(kind, pyarrow.table({"text": pyarrow.nulls(100)}))
+    path.write_bytes(nothing.replace(struct.pack("<q", 100), struct.pack("<q", 1 << 40)))
+    with pytest.raises(UserError, match=r"^a\.arrow: .* content of more than"):
+        read(path)
+    words = pyarrow.array(["c" * (1 << 20)])
+    _, view, *data = words.cast(pyarrow.string_view()).buffers()
+    repeated = pyarrow.py_buffer(view.to_pybytes()[:16] * 10_000)
+    views = pyarrow.Array.from_buffers(pyarrow.string_view(), 10_000, [None, repeated, *data])
+    for column in (
+        pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100_000, pyarrow.int8()), words),
+        views,
+    ):
+        path.write_bytes(arrow_bytes(kind, pyarrow.table({"text": column}), compression="zstd"))
+        monkeypatch.setattr(streams, "FREE", 1 << 22)
+        with pytest.raises(UserError, match=r"^a\.arrow: .* content of more than"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_any_damage_of_an_arrow_file_is_one_message(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    texts = pyarrow.array(["one", None, "three"] * 50).dictionary_encode()
+    table = pyarrow.table({"text": texts, "id": range(150)})
+    whole = arrow_bytes(kind, table, compression="zstd")
+    path = tmp_path / "a.arrow"
+    random.seed(0)
+    for _ in range(400):
+        content = bytearray(whole)
+        for _ in range(random.choice([1, 1, 4])):
+            place = random.randrange(8, len(content) - 8)
+            width = random.choice([1, 4, 8])
+            content[place : place + width] = random.choice(
+                [b"\xff" * width, bytes(width), random.randbytes(width)]
+            )
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            read(path)
 
 
 def test_a_record_that_claims_a_huge_size_is_refused(tmp_path):

@@ -194,7 +194,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(corpus, tmp_path, at):
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
     if (tmp_path / "data" / "shards").exists():  # missing if the run stopped in its first stage
-        (tmp_path / "data" / "shards" / ".stale.1.tmp").write_text("left by a kill")
+        (tmp_path / "data" / "shards" / ".stale.0123456789ab.tmp").write_text("left by a kill")
     run(corpus, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
@@ -354,11 +354,55 @@ def test_settings_of_the_packing_may_change_until_packing_begins(corpus, tmp_pat
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+@pytest.mark.parametrize("has_units_folder", [False, True])
+def test_settings_of_an_attempt_without_documents_do_not_count(corpus, tmp_path, has_units_folder):
+    """A function that fails, a wrong field and a damaged input; then the corrected command."""
+    source, data = tmp_path / "in.jsonl", tmp_path / "data"
+    source.write_text("".join(f"{json.dumps({'body': text_of(i)})}\n" for i in range(20)))
+    options = {"units": tmp_path / "units"} if has_units_folder else {}
+
+    def attempt(out, **settings):
+        plan = {"sequence_length": 16, "valid_fraction": 0, **options, **settings}
+        return prepare([str(source)], corpus / "tok", out, **plan)
+
+    with pytest.raises(UserError, match="keep = 'math:sqrt' raised TypeError"):
+        attempt(data, text_field="body", keep="math:sqrt")
+    with pytest.raises(UserError, match="no field 'text'"):
+        attempt(data)
+    with pytest.raises(UserError, match="no text in 1 input"):
+        attempt(data, max_bad_fraction=1)
+    whole = source.read_bytes()
+    source.write_bytes(whole.replace(b"body", b"bodo"))
+    with pytest.raises(UserError, match="no field 'body'"):
+        attempt(data, text_field="body")
+    source.write_bytes(whole)
+    attempt(data, text_field="body")
+    with pytest.raises(UserError, match=r"holds other data .*seed: found 0, expected 1"):
+        attempt(data, text_field="body", seed=1)
+    shutil.rmtree(tmp_path / "units", ignore_errors=True)
+    attempt(tmp_path / "once", text_field="body")
+    assert contents(data) == contents(tmp_path / "once")
+
+
+def test_settings_do_not_change_while_another_attempt_has_the_lock(corpus, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="raised TypeError"):
+        run(corpus, tmp_path, keep="math:sqrt")
+    before = (tmp_path / "prepare.json").read_bytes()
+
+    def held(self):
+        raise LockedOut("held by another process")
+
+    monkeypatch.setattr("data_tools.prepare.Lock.acquire", held)
+    with pytest.raises(LockedOut):
+        run(corpus, tmp_path)
+    assert (tmp_path / "prepare.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["work", "shards", "letter.txt"])
 def test_a_folder_with_other_files_is_refused_and_not_changed(corpus, tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match=rf"holds {name} but no prepare\.json"):
+    with pytest.raises(UserError, match=rf"found {name} but no prepare\.json"):
         run(corpus, tmp_path)
     assert (tmp_path / name / "thesis.txt").read_text() == "years"
 

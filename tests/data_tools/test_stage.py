@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from running import CPU, read_json, run_cli
 from small_corpus import contents
 from small_corpus import prepare_corpus as run
 
+from data_tools import stage as stage_module
 from data_tools.stage import stage
 from data_tools.verify import verify
 from electra_ds.common.errors import RunFailure, UserError
@@ -128,7 +130,7 @@ def test_one_of_several_processes_copies_and_if_it_is_killed_another_continues(
         "the first has no heartbeat",
     )
     assert [other.poll() for other in others] == [None, None]
-    (tmp_path / "to/shards/.train-000001.tar.00.tmp").write_text("cut short by the kill")
+    (tmp_path / "to/shards/.train-000001.tar.0123456789ab.tmp").write_text("cut short by the kill")
     damaged = tmp_path / "to/shards/train-000000.tar"
     damaged.write_bytes(bytes(damaged.stat().st_size))
     first.kill()
@@ -175,7 +177,7 @@ def test_errors_are_one_line_with_the_location(made: Path, web: Web, tmp_path: P
             run_to,
             f"{tmp_path}/manifest.json: not found; expected a data folder's manifest",
         ),
-        (str(made / "manifest.json"), run_to, f"{made}/manifest.json/manifest.json: not found"),
+        (str(made / "manifest.json"), run_to, f"{made}/manifest.json: is a file; expected a data"),
         (web.url + "/none", run_to, f"{web.url}/none/manifest.json: not found"),
         ("s4://x/y", run_to, "s4://x/y: this kind of URL is not opened"),
         (str(made), web.url + "/new", f"{web.url}/new/"),
@@ -342,6 +344,7 @@ def answering(head: bytes, body: Iterator[bytes]) -> Iterator[str]:
 
 PEAK = """
 import resource, sys
+from data_tools import stage as stage_module
 from data_tools.stage import stage
 from electra_ds.data import dataset, remote_reader
 remote_reader.RETRY_PAUSES = (0.01,)
@@ -384,3 +387,43 @@ def test_the_secrets_of_a_url_are_in_no_message(tmp_path: Path) -> None:
         with pytest.raises((UserError, RunFailure)) as caught:
             stage(url, str(tmp_path / "to"))
         assert "secret" not in str(caught.value) and "127.0.0.1" in str(caught.value)
+
+
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_an_unreadable_hub_folder_names_the_supported_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_missing: bool
+) -> None:
+    class Hub:
+        """The file system of a hub that does not answer, or that has no such file."""
+
+        def cat_file(self, *_: object, **__: object) -> bytes:
+            raise FileNotFoundError if is_missing else OSError("Name or service not known")
+
+    monkeypatch.setattr(stage_module, "file_system", lambda url: (Hub(), "datasets/o/n"))
+    with pytest.raises((UserError, RunFailure)) as caught:
+        stage("hf://datasets/o/n", str(tmp_path / "to"))
+    message = str(caught.value)
+    cause = "not found" if is_missing else "Name or service not known; check the URL, the network"
+    assert message.startswith(f"hf://datasets/o/n/manifest.json: {cause}")
+    for part in ("HF_TOKEN", "s3://BUCKET/FOLDER", "hf://datasets/OWNER/NAME/FOLDER", "--input"):
+        assert part in message
+
+
+def test_a_missing_package_is_named_for_its_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("no such package")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    for protocol, package in (("gs", "gcsfs"), ("hf", "electra_ds[hf]"), ("s3", "[remote]")):
+        with pytest.raises(UserError, match=rf"pip install .*{re.escape(package)}"):
+            stage(f"{protocol}://a/b", "to")
+
+
+def test_temporary_files_behind_a_link_are_kept(made, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".x.0123456789ab.tmp").write_text("of another program")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / ".cache").symlink_to(other)
+    stage(str(made), str(tmp_path / "to"))
+    assert len(list(other.iterdir())) == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -340,7 +341,7 @@ def test_a_dataset_card_cannot_name_files_elsewhere(own_task, tmp_path, files, c
     (tmp_path / "set" / "train.jsonl").write_text(jsonl({"sentence": "x", "label": "a"}))
     text = f"configs:\n- config_name: default\n  {files}\n"
     (tmp_path / "set" / card).write_text(f"---\n{text}---\n" if card == "README.md" else text)
-    with pytest.raises(UserError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="leads out of the dataset"):
         own_task({}, dataset="set", splits={"train": "train", "valid": "train"})
 
 
@@ -355,6 +356,23 @@ def test_a_dataset_card_that_is_not_yaml_is_named(own_task, tmp_path, value):
     (tmp_path / "set" / "README.md").write_text(f"---\ndate: {value}\n---\n")
     with pytest.raises(UserError, match=r"README\.md: its YAML cannot be read"):
         own_task({}, dataset="set", splits={"train": "train", "valid": "train"})
+
+
+def test_a_card_on_the_hub_is_checked_before_datasets_reads_it(own_task, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    from huggingface_hub import HfApi
+
+    card = tmp_path / "README.md"
+    card.write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: http://127.0.0.1:9/x\n---\n"
+    )
+    info = SimpleNamespace(sha="c" * 40)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision=None: info)
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda self, *_, **__: str(card))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match=r"owner/set: README\.md: .*leads out of the dataset"):
+        own_task({}, dataset="owner/set", splits={"train": "train", "valid": "train"})
 
 
 def test_a_dataset_is_read_without_its_other_columns(own_task, tmp_path):

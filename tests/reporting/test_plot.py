@@ -1,5 +1,7 @@
 """Plots of metrics."""
 
+import os
+
 import pytest
 from logged_run import log_run, valid_values
 
@@ -43,3 +45,12 @@ def test_names_that_the_font_lacks_give_one_note_and_no_warning(tmp_path):
     runs = sorted(tmp_path.iterdir())
     assert plot(runs[:1], tmp_path / "a.png") == ""
     assert "lacks characters of the run names" in plot(runs, tmp_path / "b.png")
+
+
+def test_a_pipe_in_the_place_of_the_picture_is_refused(tmp_path):
+    """Opening it would wait for a reader."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 1}\n')
+    os.mkfifo(tmp_path / "curves.png")
+    with pytest.raises(UserError, match=r"--out .*curves\.png: is a named pipe"):
+        plot([tmp_path], tmp_path / "curves.png")

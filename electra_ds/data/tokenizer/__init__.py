@@ -1,7 +1,8 @@
 """Tokenizers: WordPiece vocabularies and SentencePiece models with one interface."""
 
 from electra_ds.data.tokenizer.base import SPECIAL_NAMES, Tokenizer
-from electra_ds.data.tokenizer.loading import VOCABULARY_FILES, load_tokenizer
+from electra_ds.data.tokenizer.loading import load_tokenizer
+from electra_ds.data.tokenizer.saving import VOCABULARY_FILES
 from electra_ds.data.tokenizer.sentencepiece import SentencePiece
 from electra_ds.data.tokenizer.wordpiece import WordPiece
 

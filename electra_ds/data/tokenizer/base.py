@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.files import write_bytes
-from electra_ds.common.json_files import write_json
+from electra_ds.common.json_files import json_bytes
 from electra_ds.common.printable import printable
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.data.tokenizer.normalization import Form, normalize
+from electra_ds.data.tokenizer.saving import save_files
 
 # Role -> accepted spellings in a vocabulary; the first one is used by `train-tokenizer`.
 SPECIAL_NAMES = {
@@ -174,10 +174,10 @@ class Tokenizer(ABC):
         return []
 
     def save(self, folder: str | Path) -> None:
-        """Write the vocabulary file and options.json; `load_tokenizer(folder)` reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / self.file_name, self.content)
+        """Write the vocabulary file and options.json; `load_tokenizer(folder)` reads them.
+
+        An interrupted save leaves the former tokenizer of the folder, or the new one.
+        """
         options = {
             "kind": self.kind,
             "vocab_size": self.vocab_size,
@@ -186,7 +186,7 @@ class Tokenizer(ABC):
             "special_ids": self.special_ids.model_dump(),
             "fingerprint": self.fingerprint,
         }
-        write_json(folder / "options.json", options)
+        save_files(Path(folder), self.file_name, self.content, json_bytes(options))
 
     def _other_normalization(self) -> dict[str, str]:
         """Return the normalization as a part of the fingerprint: {} for NFC.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -22,16 +23,9 @@ from electra_ds.data.tokenizer.hugging_face import (
     read_tokenizer_json,
 )
 from electra_ds.data.tokenizer.normalization import Form
+from electra_ds.data.tokenizer.saving import VOCABULARY_FILES, next_vocabulary
 from electra_ds.data.tokenizer.sentencepiece import SentencePiece
 from electra_ds.data.tokenizer.wordpiece import WordPiece, without_accents
-
-VOCABULARY_FILES = (
-    "vocab.txt",
-    "spm.model",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-)
 
 
 class StoredOptions(Record):
@@ -99,6 +93,8 @@ def load_tokenizer(
 def _vocabulary_file(path: Path) -> Path:
     names = (*VOCABULARY_FILES, TOKENIZER_JSON)
     if path.is_dir():
+        if interrupted := next_vocabulary(path):
+            return interrupted
         for name in names:
             if (path / name).is_file():
                 return path / name
@@ -109,8 +105,10 @@ def _vocabulary_file(path: Path) -> Path:
             f"{', '.join(names)}"
         )
     if not path.is_file():
+        is_there = os.path.lexists(path)
+        problem = "is a pipe, a device or a link to nothing" if is_there else "not found"
         raise UserError(
-            f"{printable(path)}: not found; expected a vocab.txt, an spm .model file or a folder "
+            f"{printable(path)}: {problem}; expected a vocab.txt, an spm .model file or a folder "
             "with one of them"
         )
     return path
