@@ -20,6 +20,7 @@ from electra_ds.model.kernels.attention_mask import (
     packed_mask,
     with_cu_seqlens,
 )
+from electra_ds.model.kernels.rotary import rotary_tables
 from electra_ds.model.kernels.vocab_head import sample_tokens
 from electra_ds.training import checkpoint
 from electra_ds.training.metrics_file import TIMED, read_metrics
@@ -70,15 +71,16 @@ def train(
     device: str = DEVICE,
     stop: int | None = None,
     ranks: int = 1,
+    preset: str = "tiny",
 ) -> list[dict]:
-    """Train `tiny` for 60 steps in new processes; returns its training metrics without times.
+    """Train a preset for 60 steps in new processes; returns its training metrics without times.
 
     stop: the step at which the run saves and stops, with exit code 85.
     """
     command: list[object] = []
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "electra_ds", "pretrain", "tiny", "--data", data, "--out", out]
+    command += ["-m", "electra_ds", "pretrain", preset, "--data", data, "--out", out]
     command += ["--engine", engine]
     for setting in (*SETS, *sets):
         command += ["--set", setting]
@@ -123,12 +125,15 @@ def packed_rows(length: int = 96) -> torch.Tensor:
     return document_ids
 
 
-def make_mask(kind: str, document_ids: torch.Tensor, dtype: torch.dtype) -> PackedMask:
+def make_mask(
+    kind: str, document_ids: torch.Tensor, dtype: torch.dtype, window: int | None = None
+) -> PackedMask:
     """The attention structure on the device. kind: "varlen" passes cu_seqlens."""
     cu_seqlens = document_cu_seqlens(document_ids).to(DEVICE) if kind == "varlen" else None
-    mask = packed_mask(document_ids.to(DEVICE), dtype, cu_seqlens)
+    mask = packed_mask(document_ids.to(DEVICE), dtype, cu_seqlens, window=window)
     if IS_CUDA and kind == "varlen" and torch.cuda.get_device_capability() >= (8, 0):
-        assert len(cu_seqlens) == 5 or mask.cu_seqlens is not None
+        is_full = len(cu_seqlens) == 5 and window is None
+        assert is_full or mask.cu_seqlens is not None
     return mask
 
 
@@ -153,6 +158,32 @@ def test_every_backend_computes_the_formula(
     expected = value_and_grads(formula, qkv.float())
     atol = 1e-5 if dtype == torch.float32 else 0.02
     for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=atol)
+
+
+@pytest.mark.parametrize("window", [1, 8, 64, None])
+@pytest.mark.parametrize(
+    "rows", [packed_rows(), torch.ones(4, 96, dtype=torch.long)], ids=["packed", "full"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["varlen", "sdpa", "bmm"])
+def test_every_backend_computes_the_formula_with_a_window_and_rotary_positions(
+    kind: str, dtype: torch.dtype, rows: torch.Tensor, window: int | None
+) -> None:
+    if kind == "varlen" and dtype == torch.float32:
+        pytest.skip("flash attention is for half precision")
+    qkv = torch.randn(4, 96, 3 * 4 * 32, device=DEVICE, dtype=dtype)
+    position_ids = torch.arange(96, device=DEVICE).expand(4, -1)
+    rotary = rotary_tables(position_ids, 32, 500.0)
+    mask = make_mask(kind, rows, dtype, window)
+    backend = "auto" if kind == "varlen" else kind
+
+    def formula(qkv: torch.Tensor) -> torch.Tensor:
+        return written_out_attention(qkv, 4, rows.to(DEVICE), window, (position_ids, 500.0))
+
+    results = value_and_grads(lambda t: attention(t, 4, mask, backend=backend, rotary=rotary), qkv)
+    atol = 1e-4 if dtype == torch.float32 else 0.03
+    for a, b in zip(results, value_and_grads(formula, qkv.float()), strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.02, atol=atol)
 
 
@@ -218,6 +249,48 @@ def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------- training
+
+MODERN = ["model.local_attention=16"]  # a window smaller than a row of 32 tokens
+
+
+@needs_cuda
+@pytest.mark.parametrize("engine", ("zero0-fp32", "zero1-bf16", "zero1-fp16", "zero3-bf16"))
+def test_modernbert_learns_in_every_precision(data: Path, tmp_path: Path, engine: str) -> None:
+    curve = losses(train(data, tmp_path / "run", engine, *MODERN, preset="modern-tiny"))
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+
+
+@needs_cuda
+def test_modernbert_in_fp32_on_cuda_trains_like_a_cpu(data: Path, tmp_path: Path) -> None:
+    on_gpu, on_cpu = (
+        losses(
+            train(data, tmp_path / kind, "zero0-fp32", *MODERN, device=kind, preset="modern-tiny")
+        )
+        for kind in ("cuda", "cpu")
+    )
+    assert on_gpu[:20] == pytest.approx(on_cpu[:20], rel=1e-3)
+
+
+@pytest.mark.parametrize("option", ("train.compile=true", "train.activation_checkpointing=true"))
+def test_compiled_and_recomputed_layers_of_modernbert_train_like_plain_ones(
+    data: Path, tmp_path: Path, option: str
+) -> None:
+    with_option, plain = (
+        losses(train(data, tmp_path / name, "zero1-bf16", *MODERN, *sets, preset="modern-tiny"))
+        for name, sets in (("option", [option]), ("plain", []))
+    )
+    # Rounding changes a sampled token now and then.
+    assert with_option[:10] == pytest.approx(plain[:10], rel=3e-2)
+
+
+def test_a_deterministic_run_of_modernbert_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    sets = ["train.deterministic=true", *MODERN, "model.mlp_dropout=0.1"]
+    sets += ["model.attention_dropout=0.1"]
+    options = {"preset": "modern-tiny"}
+    records = train(data, tmp_path / "uninterrupted", "zero1-bf16", *sets, **options)
+    train(data, tmp_path / "resumed", "zero1-bf16", *sets, stop=20, **options)
+    assert train(data, tmp_path / "resumed", "zero1-bf16", *sets, **options) == records
+    assert is_bit_equal(tmp_path / "resumed", tmp_path / "uninterrupted")
 
 
 @needs_cuda

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.slow
 SETS = ["train.total_steps=20", "logging.every=1", "train.eval_every=0", "optimizer.warmup_steps=5"]
 
 
-def curve(data: Path, out: Path, engine: str, *sets: str) -> list[float]:
+def curve(data: Path, out: Path, engine: str, *sets: str, preset: str = "tiny") -> list[float]:
     options = [part for setting in (*SETS, *sets) for part in ("--set", setting)]
-    run_cli("pretrain", "tiny", "--data", data, "--out", out, "--engine", engine, *options)
+    run_cli("pretrain", preset, "--data", data, "--out", out, "--engine", engine, *options)
     return [
         record["loss"]
         for record in read_metrics(out / "metrics.jsonl")
@@ -60,9 +60,14 @@ def test_offloaded_adam_trains_like_the_fused_one(data: Path, tmp_path: Path) ->
     )
 
 
-def test_compiled_layers_train_like_plain_ones(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("preset", "sets"), [("tiny", []), ("modern-tiny", ["model.local_attention=16"])]
+)
+def test_compiled_layers_train_like_plain_ones(
+    data: Path, tmp_path: Path, preset: str, sets: list[str]
+) -> None:
     ours, theirs = (
-        curve(data, tmp_path / str(c), "zero1-fp32", f"train.compile={c}")
+        curve(data, tmp_path / c, "zero1-fp32", f"train.compile={c}", *sets, preset=preset)
         for c in ("true", "false")
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
@@ -80,14 +85,23 @@ def test_recomputed_layers_give_the_same_bits(data: Path, tmp_path: Path) -> Non
     assert recomputed == curve(data, tmp_path / "b", "zero1-fp32", *sets)
 
 
-def test_each_layer_is_compiled_once_per_packing_and_mode() -> None:
+@pytest.mark.parametrize(
+    ("architecture", "graphs"),
+    [
+        # Two encoders x (packed or not) x (training or evaluation).
+        ("electra", 8),
+        # Layers that differ: 3 in the discriminator (first, local, second global), 2 in the generator.
+        ("modernbert", 20),
+    ],
+)
+def test_each_layer_is_compiled_once_per_packing_and_mode(architecture: str, graphs: int) -> None:
     """There are no graph breaks, and other values in the same shapes compile nothing again."""
     import small_objective
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
     counters.clear()
-    module = small_objective.build(dropout=0.1)
+    module = small_objective.build(dropout=0.1, architecture=architecture)
     module.compile_layers()
     packed = small_objective.make_batch()
     full = packed._replace(document_ids=torch.ones_like(packed.document_ids))
@@ -102,8 +116,7 @@ def test_each_layer_is_compiled_once_per_packing_and_mode() -> None:
                 module.eval()(batch, Totals(12, 70))
         return counters["stats"]["unique_graphs"]
 
-    # Two encoders x (packed or not) x (training or evaluation).
-    assert pass_through() == pass_through() == 8
+    assert pass_through() == pass_through() == graphs
     assert not counters["graph_break"]
 
 
