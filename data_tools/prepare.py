@@ -225,6 +225,7 @@ def _run_stages(
     duplicates = sort_pairs(np.concatenate([exact, near]))
     split_tokens = _count_split_tokens(job, duplicates)
 
+    _check_blocks(job.settings, split_tokens)
     # From here on, the settings of the packing are fixed as well.
     write_json(job.out / "prepare.json", job.record)
     write_bytes(job.work / "duplicates.npy", npy_bytes(duplicates))
@@ -331,6 +332,20 @@ def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
             "them) or another --valid-fraction (0: none held out)"
         )
     return tokens
+
+
+def _check_blocks(settings: Settings, split_tokens: dict[str, int]) -> None:
+    """Raise UserError when a split would have more blocks than a reader accepts.
+
+    A part of the limit is left free for padding.
+    """
+    for split, tokens in split_tokens.items():
+        blocks = tokens // (settings.sequence_length * settings.block_rows)
+        if blocks > shard_format.MAX_BLOCKS // 2:
+            raise UserError(
+                f"block_rows = {settings.block_rows}: about {blocks:,} blocks in {split}; expected at "
+                f"most {shard_format.MAX_BLOCKS // 2:,}; set more rows in a block"
+            )
 
 
 def _shard_tasks(job: Job, split_tokens: dict[str, int]) -> list[ShardTask]:

@@ -362,3 +362,24 @@ def test_a_record_that_claims_a_huge_size_is_refused(tmp_path):
     (tmp_path / "a.tfrecord").write_bytes(size + struct.pack("<I", masked) + b"x" * 100)
     with pytest.raises(UserError, match=r"a\.tfrecord: record 0: .*bytes"):
         convert([str(tmp_path / "a.tfrecord")], tmp_path / "no-tokenizer", tmp_path / "out")
+
+
+def test_a_long_entry_of_a_parquet_dictionary_is_not_repeated_in_memory(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr("data_tools.formats.table.BATCH_BYTES", 1 << 20)
+    entry = "a" * (300 << 10)
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, "int32"), [entry])
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", store_schema=False)
+    sizes = []
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def measured(*arguments, **options):
+        for batch in iter_batches(*arguments, **options):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", measured)
+    assert read(tmp_path / "a.parquet") == [entry] * 64
+    assert 0 < max(sizes) < 1 << 20

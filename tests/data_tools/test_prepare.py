@@ -549,3 +549,13 @@ def test_best_fit_has_little_padding_and_concat_none(width):
     stream = concat(lengths, width)
     assert stream.rows == -(-(lengths.sum() + len(lengths)) // (width - 1))
     assert stream.fragments[:, 2].sum() == lengths.sum()
+
+
+def test_more_blocks_than_a_reader_accepts_are_refused_before_the_packing(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("electra_ds.data.shard_format.MAX_BLOCKS", 4)
+    with pytest.raises(UserError, match=r"block_rows = 1: about .* blocks in train"):
+        run(corpus, tmp_path / "data", block_rows=1)
+    monkeypatch.undo()
+    run(corpus, tmp_path / "data", block_rows=8)
