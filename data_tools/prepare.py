@@ -47,6 +47,7 @@ from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import write_json
 from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.own_folder import own_path, remove_temporary_files
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted
 from electra_ds.data import shard_format
@@ -130,6 +131,7 @@ def prepare(
         )
     check_share(max_bad_fraction)
     job = _plan_job(inputs, tokenizer, Path(out), units, Settings(**settings), progress)
+    _check_folders(job, units is not None)
     if not (job.out / "manifest.json").exists():
         check_output_folder(job.out, "--out")
         if units is not None:
@@ -188,6 +190,21 @@ def _plan_job(
     )
 
 
+def _check_folders(job: Job, has_units: bool) -> None:
+    """Raise UserError, before anything is written, for folders that would be mixed.
+
+    These are --units and --out inside each other, and links in --out that lead out of it.
+    """
+    out, units = job.out.resolve(), job.units.resolve()
+    if has_units and (units.is_relative_to(out) or out.is_relative_to(units)):
+        raise UserError(
+            f"--units {printable(job.units)} and --out {printable(job.out)}: one is inside the "
+            "other; choose separate folders"
+        )
+    for name in ("work", "work/units", "shards", "tokenizer"):
+        own_path(job.out, name)
+
+
 def _claim_folders(job: Job, *, locked: bool = False) -> None:
     """Mark the folders with the settings; UserError when they hold data of other settings.
 
@@ -202,8 +219,7 @@ def _make_folders(job: Job) -> None:
     """Make the folders, remove temporary files of an earlier run, and save the tokenizer."""
     for folder in (job.out, job.work, job.units, job.out / "shards"):
         folder.mkdir(exist_ok=True)
-        for temporary in folder.glob(".*.tmp"):
-            temporary.unlink(missing_ok=True)  # the heartbeat thread may rename its file meanwhile
+        remove_temporary_files(folder)
     job.tokenizer.save(job.out / "tokenizer")
 
 

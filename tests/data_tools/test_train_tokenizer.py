@@ -251,3 +251,9 @@ def test_the_vocabulary_of_data_runs_and_models_is_kept(tmp_path, owner):
                 train_tokenizer([str(tmp_path / "text.txt")], tmp_path / out, vocab_size=200)
         (folder / owner).unlink()
     assert load_tokenizer(tmp_path / "t").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_vocabulary_that_data_cannot_have_is_refused(tmp_path, kind):
+    with pytest.raises(UserError, match="vocab_size = 999999999; expected 64 to 16,777,216"):
+        trained(tmp_path, LATIN, kind=kind, vocab_size=999_999_999)
