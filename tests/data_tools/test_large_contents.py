@@ -383,3 +383,31 @@ def test_a_long_entry_of_a_parquet_dictionary_is_not_repeated_in_memory(tmp_path
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", measured)
     assert read(tmp_path / "a.parquet") == [entry] * 64
     assert 0 < max(sizes) < 1 << 20
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_the_members_of_an_archive_have_one_limit_together(tmp_path, monkeypatch, is_nested):
+    """A compressed archive of compressed members grows by the product of both factors."""
+    monkeypatch.setattr(streams, "FREE", 1 << 20)
+    member = gzip.compress(b"\n" * (1 << 18))
+
+    def packed(members: dict[str, bytes]) -> bytes:
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as tar:
+            for name, data in members.items():
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+        return content.getvalue()
+
+    for count in (3, 20):
+        if is_nested:
+            inner = {f"{i}.tar": packed({"a.jsonl.gz": member}) for i in range(count)}
+        else:
+            inner = {f"{i}.jsonl.gz": member for i in range(count)}
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(packed(inner)))
+        if count == 3:
+            assert read(tmp_path / "a.tar.gz") == []
+        else:
+            with pytest.raises(UserError, match=r"a\.tar\.gz: .* compressed bytes have a content"):
+                read(tmp_path / "a.tar.gz")
