@@ -411,3 +411,27 @@ def test_the_members_of_an_archive_have_one_limit_together(tmp_path, monkeypatch
         else:
             with pytest.raises(UserError, match=r"a\.tar\.gz: .* compressed bytes have a content"):
                 read(tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_the_limit_holds_for_files_of_a_dataset(tmp_path, monkeypatch, suffix):
+    pytest.importorskip("datasets")
+    from data_tools.inputs import hub
+
+    hub._open_split.cache_clear()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "small").mkdir()
+    (tmp_path / "large").mkdir()
+    pack = PACKERS[suffix]
+    (tmp_path / "small" / f"a.jsonl{suffix}").write_bytes(pack(b'{"text": "a text"}\n' * 3))
+    text = b'{"text": "' + b"a" * (20 << 20) + b'"}\n'
+    (tmp_path / "large" / f"a.jsonl{suffix}").write_bytes(pack(text))
+    monkeypatch.setattr(streams, "FREE", 1 << 20)
+    monkeypatch.setenv(streams.EXPANSION_VARIABLE, "20")
+    assert read_dataset(tmp_path / "small") == ["a text"] * 3
+    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: .* compressed bytes have a content"):
+        read_dataset(tmp_path / "large")
+
+
+def read_dataset(folder: Path) -> list[str]:
+    return read(f"dataset:{folder}")
