@@ -7,6 +7,7 @@ the same for any number of workers.
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
 import sys
@@ -195,7 +196,13 @@ def _check_folders(job: Job, has_units: bool) -> None:
 
     These are --units and --out inside each other, and links in --out that lead out of it.
     """
-    out, units = job.out.resolve(), job.units.resolve()
+    try:
+        # Path.resolve raises RuntimeError for a loop of links.
+        out, units = (Path(os.path.realpath(folder)) for folder in (job.out, job.units))
+    except ValueError as error:
+        raise UserError(
+            f"--out {printable(job.out)}, --units {printable(job.units)}: {error}; expected folders"
+        ) from None
     if has_units and (units.is_relative_to(out) or out.is_relative_to(units)):
         raise UserError(
             f"--units {printable(job.units)} and --out {printable(job.out)}: one is inside the "

@@ -41,7 +41,7 @@ VERSION: Literal[1] = 1
 MANIFEST = "a data folder's manifest (`prepare` writes it last; run `prepare` again to resume)"
 UNIGRAMS = "token counts of the training rows"
 SPLITS = ("train", "valid")
-# Blocks of a split, whose index is in memory: 256 MiB, for 10^12 tokens in rows of 512.
+# Blocks of a split. The index is in memory: 256 MiB, for 10^12 tokens in rows of 512.
 MAX_BLOCKS = 1 << 23
 MAX_VOCABULARY = 1 << 24  # entries; the largest published vocabularies have 2^20
 # A single surrogate of a byte that is not UTF-8, as JSON escapes it.
