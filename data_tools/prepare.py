@@ -7,6 +7,7 @@ the same for any number of workers.
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
 import sys
@@ -47,6 +48,7 @@ from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import write_json
 from electra_ds.common.outputs import check_output_folder
+from electra_ds.common.own_folder import own_path, remove_temporary_files
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted
 from electra_ds.data import shard_format
@@ -130,6 +132,7 @@ def prepare(
         )
     check_share(max_bad_fraction)
     job = _plan_job(inputs, tokenizer, Path(out), units, Settings(**settings), progress)
+    _check_folders(job, units is not None)
     if not (job.out / "manifest.json").exists():
         check_output_folder(job.out, "--out")
         if units is not None:
@@ -188,6 +191,27 @@ def _plan_job(
     )
 
 
+def _check_folders(job: Job, has_units: bool) -> None:
+    """Raise UserError, before anything is written, for folders that would be mixed.
+
+    These are --units and --out inside each other, and links in --out that lead out of it.
+    """
+    try:
+        # Path.resolve raises RuntimeError for a loop of links.
+        out, units = (Path(os.path.realpath(folder)) for folder in (job.out, job.units))
+    except ValueError as error:
+        raise UserError(
+            f"--out {printable(job.out)}, --units {printable(job.units)}: {error}; expected folders"
+        ) from None
+    if has_units and (units.is_relative_to(out) or out.is_relative_to(units)):
+        raise UserError(
+            f"--units {printable(job.units)} and --out {printable(job.out)}: one is inside the "
+            "other; choose separate folders"
+        )
+    for name in ("work", "work/units", "shards", "tokenizer"):
+        own_path(job.out, name)
+
+
 def _claim_folders(job: Job, *, locked: bool = False) -> None:
     """Mark the folders with the settings; UserError when they hold data of other settings.
 
@@ -202,8 +226,7 @@ def _make_folders(job: Job) -> None:
     """Make the folders, remove temporary files of an earlier run, and save the tokenizer."""
     for folder in (job.out, job.work, job.units, job.out / "shards"):
         folder.mkdir(exist_ok=True)
-        for temporary in folder.glob(".*.tmp"):
-            temporary.unlink(missing_ok=True)  # the heartbeat thread may rename its file meanwhile
+        remove_temporary_files(folder)
     job.tokenizer.save(job.out / "tokenizer")
 
 
@@ -225,6 +248,7 @@ def _run_stages(
     duplicates = sort_pairs(np.concatenate([exact, near]))
     split_tokens = _count_split_tokens(job, duplicates)
 
+    _check_blocks(job.settings, split_tokens)
     # From here on, the settings of the packing are fixed as well.
     write_json(job.out / "prepare.json", job.record)
     write_bytes(job.work / "duplicates.npy", npy_bytes(duplicates))
@@ -331,6 +355,20 @@ def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
             "them) or another --valid-fraction (0: none held out)"
         )
     return tokens
+
+
+def _check_blocks(settings: Settings, split_tokens: dict[str, int]) -> None:
+    """Raise UserError when a split would have more blocks than a reader accepts.
+
+    A part of the limit is left free for padding.
+    """
+    for split, tokens in split_tokens.items():
+        blocks = tokens // (settings.sequence_length * settings.block_rows)
+        if blocks > shard_format.MAX_BLOCKS // 2:
+            raise UserError(
+                f"block_rows = {settings.block_rows}: about {blocks:,} blocks in {split}; expected at "
+                f"most {shard_format.MAX_BLOCKS // 2:,}; set more rows in a block"
+            )
 
 
 def _shard_tasks(job: Job, split_tokens: dict[str, int]) -> list[ShardTask]:

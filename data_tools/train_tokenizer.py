@@ -36,6 +36,7 @@ from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.urls import redacted
+from electra_ds.data.shard_format import MAX_VOCABULARY
 from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
 from electra_ds.data.tokenizer.normalization import Form
 
@@ -132,8 +133,8 @@ def _check_settings(out: Path, kind: str, vocab_size: int, strip_accents: bool |
     check_vocabulary_folder(out, WordPiece if kind == "wordpiece" else SentencePiece)
     if kind not in KINDS:
         raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
-    if not 64 <= vocab_size < 1 << 31:
-        raise UserError(f"vocab_size = {vocab_size}; expected at least 64 and less than 2**31")
+    if not 64 <= vocab_size <= MAX_VOCABULARY:  # the libraries abort the process for larger ones
+        raise UserError(f"vocab_size = {vocab_size}; expected 64 to {MAX_VOCABULARY:,}")
     if strip_accents and kind != "wordpiece":
         raise UserError(
             f"strip_accents = True with kind = {kind!r}; SentencePiece models keep accents; leave "

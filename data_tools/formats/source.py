@@ -10,7 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.inputs.streams import COMPRESSED
+from data_tools.inputs.streams import COMPRESSED, Expansion
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 
@@ -34,6 +34,7 @@ class Source(NamedTuple):
     format: str
     digest: str  # of the first HEAD bytes
     depth: int = 0  # number of tars around a member
+    archive: Expansion | None = None  # of the outermost tar, for a member
 
     @property
     def is_stream(self) -> bool:

@@ -18,6 +18,7 @@ from electra_ds.common.suggestions import other_form
 from electra_ds.common.urls import is_url
 
 BATCH_ROWS = 256
+BATCH_BYTES = 1 << 26  # most memory of a batch of parquet, unless one row needs more
 TEXT_TYPES = {
     "string",
     "large_string",
@@ -118,16 +119,20 @@ def _parquet_batches(
         chunks = [group.column(i) for i in range(group.num_columns)]
         first = chunks[0].dictionary_page_offset or chunks[0].data_page_offset
         if start <= first < end:
-            groups.append((number, first))
+            rows = BATCH_ROWS
             for chunk in chunks:
                 if chunk.path_in_schema == column:
+                    # Dictionaries and prefixes can repeat the whole chunk in every row.
+                    largest = max(1, chunk.total_uncompressed_size)
+                    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
                     check_expansion(
                         name, chunk.total_compressed_size, chunk.total_uncompressed_size
                     )
+            groups.append((number, first, rows))
     batches = (
         (offset, batch)
-        for group, offset in groups
-        for batch in table.iter_batches(BATCH_ROWS, [group], [column], use_threads=False)
+        for group, offset, rows in groups
+        for batch in table.iter_batches(rows, [group], [column], use_threads=False)
     )
     return table.schema_arrow, batches
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 from data_tools.formats.detect import detect_format
 from data_tools.formats.jsonl import LONGEST_LINE
 from data_tools.formats.source import TO_THE_END, Reader, Source, Tally, as_text
-from data_tools.inputs.streams import HEAD, content_of
+from data_tools.inputs.streams import HEAD, Expansion, content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 
@@ -90,6 +90,7 @@ def _read_tar(
             f"{name}: tars inside tars, more than {DEEPEST} deep; expected fewer; unpack them"
         )
     has_text = wanted != "webdataset"
+    archive = source.archive or Expansion(name, source.size)
     try:
         with tarfile.open(fileobj=content, mode="r|", tarinfo=TarHeader) as tar:
             for header in iter(tar.next, None):
@@ -100,11 +101,13 @@ def _read_tar(
                 name = f"{source.name}/{as_text(header.name)}"
                 extracted = tar.extractfile(header)
                 assert isinstance(extracted, io.BufferedReader)
-                member = _text_member(name, content_of(extracted, name), wanted, text_field)
+                member = _text_member(
+                    name, content_of(extracted, name, archive), wanted, text_field
+                )
                 if member is None:
                     continue
                 has_text = True
-                inner = Source(name, "", header.size, member.format, "", source.depth + 1)
+                inner = Source(name, "", header.size, member.format, "", source.depth + 1, archive)
                 yield from read_member(
                     inner, member.content, 0, TO_THE_END, member.text_field, tally
                 )

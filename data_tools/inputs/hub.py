@@ -10,17 +10,18 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from data_tools.inputs.streams import fingerprint, open_input
+from data_tools.inputs.streams import content_of, fingerprint, open_input
 from electra_ds.common.dataset_cards import check_folder_cards, check_hub_cards
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted
 
 DATASET = "dataset:"
+COMPRESSIONS = {"gzip": ".gz", "bz2": ".bz2", "xz": ".xz", "zstd": ".zst"}  # names of fsspec
 _OPTIONS = {"config", "split", "revision"}
 
 
@@ -68,6 +69,8 @@ def read_shard(path: str, shard: int, text_field: str) -> Iterator[Any]:
             rows = rows.select_columns([text_field])
         for row in rows.shard(rows.num_shards, shard):
             yield row.get(text_field)
+    except UserError:
+        raise
     except ValueError as error:  # Arrow's errors are ValueErrors, too
         raise UserError(
             f"{DATASET}{name} shard {shard}: {' '.join(str(error).split())}; expected rows with a "
@@ -100,6 +103,7 @@ def _open_split(
     os.environ.setdefault("USE_TORCH", "0")  # else the library imports torch
     import datasets
 
+    _limit_expansion()
     is_folder = os.path.isdir(name)
     # Before `datasets` reads any file or URL that the card names.
     if is_folder:
@@ -114,6 +118,22 @@ def _open_split(
             raise _leaves_folder(name, file)
     rows = builder.as_streaming_dataset(split)
     return files[split], rows
+
+
+def _limit_expansion() -> None:
+    """Let fsspec, by which `datasets` opens compressed files, read them with the limit of inputs."""
+    from fsspec.compression import register_compression
+
+    for name, suffix in COMPRESSIONS.items():
+        register_compression(name, partial(_decompressed, suffix), (), force=True)
+
+
+def _decompressed(suffix: str, file: Any, mode: str = "rb", **_options: Any) -> Any:
+    """Return the content of a file that fsspec opened. suffix: of its compression"""
+    if not mode.startswith("r"):
+        raise ValueError(f"mode {mode!r}; compressed files are only read")
+    name = redacted(str(getattr(file, "path", None) or getattr(file, "name", "a file")))
+    return content_of(file, name if name.endswith(suffix) else f"{name}{suffix}")
 
 
 def _leaves_folder(name: str, file: str) -> UserError:

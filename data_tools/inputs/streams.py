@@ -53,10 +53,30 @@ def fingerprint(raw: BinaryIO) -> tuple[int, str]:
     return size, digest
 
 
-def content_of(raw: io.BufferedReader, name: str) -> io.BufferedReader:
-    """Return the content of an open file, decompressed if `name` has a compressed extension."""
+class Expansion:
+    """The bytes that the compressed members of an archive became, all of them together."""
+
+    def __init__(self, name: str, size: int) -> None:
+        """name, size: of the archive on disk"""
+        self.name = name
+        self.size = size
+        self.content = 0
+
+    def add(self, count: int) -> None:
+        """Count bytes of content. Raises UserError when they are too many for the archive."""
+        self.content += count
+        check_expansion(self.name, self.size, self.content)
+
+
+def content_of(
+    raw: io.BufferedReader, name: str, archive: Expansion | None = None
+) -> io.BufferedReader:
+    """Return the content of an open file, decompressed if `name` has a compressed extension.
+
+    archive: counts the content of a member of an archive
+    """
     if Path(name).suffix in COMPRESSED:
-        return io.BufferedReader(_Decompressed(raw, name), HEAD)
+        return io.BufferedReader(_Decompressed(raw, name, archive), HEAD)
     return raw
 
 
@@ -107,8 +127,9 @@ class _Decompressed(io.RawIOBase):
     content that is too large for its size. Memory holds about AT_ONCE bytes of the content.
     """
 
-    def __init__(self, raw: io.BufferedReader, name: str) -> None:
+    def __init__(self, raw: io.BufferedReader, name: str, archive: Expansion | None = None) -> None:
         self.raw = raw
+        self.archive = archive
         self.name = name
         self.suffix = Path(name).suffix
         self.stream: _Decompressor | None = None  # the decompressor of the current stream
@@ -156,6 +177,8 @@ class _Decompressed(io.RawIOBase):
         elif is_at_end and not self.pending:
             raise EOFError("the file ends inside its compressed stream")
         check_expansion(self.name, self.consumed, self.returned + len(self.pending))
+        if self.archive:
+            self.archive.add(len(self.pending))
         return True
 
     def _next_stream(self) -> bytes:

@@ -99,14 +99,17 @@ def claim_folder(
     """
     folder = marker.parent
     if not marker.exists():
-        if others := sorted(path.name for path in folder.glob("[!.]*")):
+        others = sorted(path.name for path in folder.glob("[!.]*"))
+        # Another `prepare` may have written the marker meanwhile; then the settings are compared.
+        if others and not marker.exists():
             raise UserError(
                 f"{folder}: found {others[0]} but no {marker.name}, so `prepare` did not make it; "
                 "expected a new or empty folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(marker, fixed)
-        return
+        if not others:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(marker, fixed)
+            return
     what = "the settings of an earlier `prepare`"
     stored = read_json(marker, what, max_values=MAX_VALUES_OF_DATA)
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the file

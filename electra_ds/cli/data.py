@@ -333,13 +333,14 @@ def stats(
     from data_tools.stats_html import html_page
     from data_tools.workers import console_progress, running_total
     from electra_ds.common.files import write_output
-    from electra_ds.common.outputs import check_output_file
+    from electra_ds.common.outputs import check_output_file, check_outside
     from electra_ds.data.shard_format import read_manifest
 
     total = sum(
         shard.bytes for split in read_manifest(data).splits.values() for shard in split.shards
     )
     if html:
+        check_outside(html, "--html", {"DATA": data})
         check_output_file(html, "--html")
         is_inside = html.resolve().is_relative_to(data.resolve())
         if is_inside and html.is_file() and html.suffix not in (".html", ".htm"):

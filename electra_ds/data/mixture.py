@@ -96,7 +96,8 @@ class MixtureConfig(Section):
         if self.temperature:
             weights = np.array(tokens) ** (1 / self.temperature)
         else:
-            weights = np.array([source.weight for source in self.sources])
+            weights = np.array([source.weight for source in self.sources], np.float64)
+        weights = weights / weights.max()  # the sum of large weights could overflow
         return weights / weights.sum()
 
 

@@ -41,6 +41,8 @@ VERSION: Literal[1] = 1
 MANIFEST = "a data folder's manifest (`prepare` writes it last; run `prepare` again to resume)"
 UNIGRAMS = "token counts of the training rows"
 SPLITS = ("train", "valid")
+# Blocks of a split. The index is in memory: 256 MiB, for 10^12 tokens in rows of 512.
+MAX_BLOCKS = 1 << 23
 MAX_VOCABULARY = 1 << 24  # entries; the largest published vocabularies have 2^20
 # A single surrogate of a byte that is not UTF-8, as JSON escapes it.
 NOT_UTF8 = re.compile(rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][cC]([89a-fA-F][0-9a-fA-F])")
@@ -223,6 +225,12 @@ class Manifest(Record):
         rows = sum(shard.rows for shard in split.shards)
         if rows != split.rows:
             return f"rows = {split.rows}; expected {rows}, the sum of its shards"
+        blocks = sum(-(-shard.rows // self.block_rows) for shard in split.shards)
+        if blocks > MAX_BLOCKS:
+            return (
+                f"{blocks:,} blocks of {self.block_rows} rows; expected at most {MAX_BLOCKS:,}, with "
+                "more rows in a block"
+            )
         if split.tokens + split.pad > split.rows * self.sequence_length:
             return (
                 f"tokens = {split.tokens} and pad = {split.pad}; expected at most "

@@ -37,7 +37,8 @@ def write_submission(folder: Path, out: Path) -> list[str]:
     predictions, which are filled with a constant. Raises UserError without writing when there are
     no predictions, and for predictions of other data than the official test set.
     """
-    check_output_file(out, "--out")
+    read = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".zip")
+    check_output_file(out, "--out", tuple(read))
     results = read_results(folder)
     notes = []
     filled = []

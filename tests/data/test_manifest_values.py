@@ -276,3 +276,17 @@ def test_another_tokenizer_than_that_of_the_rows_is_refused(data: Path, change) 
         with pytest.raises(UserError, match="tokenizer"):
             use(data)
     assert any("tokenizer" in problem for problem in verify(data))
+
+
+def test_the_memory_of_an_index_is_limited(whole, tmp_path):
+    """A reader asks for the memory of the index that the manifest describes."""
+    folder = shutil.copytree(whole, tmp_path / "data")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["block_rows"] = 1
+    split = content["splits"]["train"]
+    split["shards"] = split["shards"][:1]
+    split["rows"] = split["shards"][0]["rows"] = 1 << 40
+    split["shards"][0]["bytes"] = 1 << 52
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"blocks of 1 rows; expected at most 8,388,608"):
+        read_manifest(folder)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
 from electra_ds.data.data_tokenizer import copy_tokenizer
 from electra_ds.data.shard_format import TokenizerInfo
-from electra_ds.data.tokenizer import WordPiece, load_tokenizer
+from electra_ds.data.tokenizer import WordPiece, load_tokenizer, saving
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 
 ENTRIES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "river", "##s", "Old"]
@@ -381,3 +383,43 @@ def test_entries_that_no_text_gives_are_named(tmp_path, options, unreachable):
     tokenizer = load_tokenizer(file, **options)
     assert tokenizer.unreachable_names() == unreachable
     assert ("WARNING: 2 entries" in tokenizer.describe()) == bool(unreachable)
+
+
+def test_an_entry_whose_normalization_would_take_long_is_refused(tmp_path, monkeypatch):
+    """Unicode's order of a run of combining marks takes quadratic time."""
+    normalize = unicodedata.normalize
+    lengths = [0]
+
+    def measured(form, text):
+        lengths.append(len(text))
+        return normalize(form, text)
+
+    monkeypatch.setattr(unicodedata, "normalize", measured)
+    path = write(tmp_path, CONTENT + "a" + "\u0301\u0323" * 10_000 + "\n")
+    with pytest.raises(UserError, match=r"line 10 has 20,001 characters; expected .* 1,000"):
+        load_tokenizer(path)
+    assert max(lengths) < 2000
+
+
+def test_two_saves_at_the_same_time_leave_one_of_the_tokenizers(tmp_path, monkeypatch):
+    """The second save begins between the two files of the first one."""
+    first = load_tokenizer(write(tmp_path, CONTENT))
+    (tmp_path / "other").mkdir()
+    second = load_tokenizer(write(tmp_path / "other", CONTENT + "more\n"))
+    thread = threading.Thread(target=second.save, args=(tmp_path / "both",))
+    write_bytes = saving.write_bytes
+
+    def interleaved(path, data):
+        if path.name == saving.OPTIONS and not thread.ident:
+            thread.start()
+            thread.join(0.3)  # without the lock, it ends in this time
+        write_bytes(path, data)
+
+    monkeypatch.setattr(saving, "write_bytes", interleaved)
+    first.save(tmp_path / "both")
+    thread.join()
+    assert load_tokenizer(tmp_path / "both").fingerprint == second.fingerprint
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [
+        "options.json",
+        "vocab.txt",
+    ]

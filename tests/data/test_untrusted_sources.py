@@ -120,3 +120,9 @@ def test_only_the_files_of_the_manifest_are_copied(data: Path, tmp_path: Path) -
     (tmp_path / "T" / "vocab.txt").unlink()
     copy_tokenizer(source.manifest.tokenizer, source.tokenizer, tmp_path / "T")
     assert os.access(tmp_path / "T" / "vocab.txt", os.R_OK)
+
+
+def test_weights_whose_sum_overflows_keep_their_shares() -> None:
+    sources = [{"data": "a", "weight": 1.5e308}, {"data": "b", "weight": 0.5e308}]
+    weights = MixtureConfig.model_validate_json(json.dumps({"sources": sources})).weights([1, 1])
+    assert weights.tolist() == [0.75, 0.25]

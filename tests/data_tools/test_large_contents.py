@@ -362,3 +362,76 @@ def test_a_record_that_claims_a_huge_size_is_refused(tmp_path):
     (tmp_path / "a.tfrecord").write_bytes(size + struct.pack("<I", masked) + b"x" * 100)
     with pytest.raises(UserError, match=r"a\.tfrecord: record 0: .*bytes"):
         convert([str(tmp_path / "a.tfrecord")], tmp_path / "no-tokenizer", tmp_path / "out")
+
+
+def test_a_long_entry_of_a_parquet_dictionary_is_not_repeated_in_memory(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr("data_tools.formats.table.BATCH_BYTES", 1 << 20)
+    entry = "a" * (300 << 10)
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, "int32"), [entry])
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", store_schema=False)
+    sizes = []
+    iter_batches = parquet.ParquetFile.iter_batches
+
+    def measured(*arguments, **options):
+        for batch in iter_batches(*arguments, **options):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", measured)
+    assert read(tmp_path / "a.parquet") == [entry] * 64
+    assert 0 < max(sizes) < 1 << 20
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_the_members_of_an_archive_have_one_limit_together(tmp_path, monkeypatch, is_nested):
+    """A compressed archive of compressed members grows by the product of both factors."""
+    monkeypatch.setattr(streams, "FREE", 1 << 20)
+    member = gzip.compress(b"\n" * (1 << 18))
+
+    def packed(members: dict[str, bytes]) -> bytes:
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as tar:
+            for name, data in members.items():
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+        return content.getvalue()
+
+    for count in (3, 20):
+        if is_nested:
+            inner = {f"{i}.tar": packed({"a.jsonl.gz": member}) for i in range(count)}
+        else:
+            inner = {f"{i}.jsonl.gz": member for i in range(count)}
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(packed(inner)))
+        if count == 3:
+            assert read(tmp_path / "a.tar.gz") == []
+        else:
+            with pytest.raises(UserError, match=r"a\.tar\.gz: .* compressed bytes have a content"):
+                read(tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_the_limit_holds_for_files_of_a_dataset(tmp_path, monkeypatch, suffix):
+    pytest.importorskip("datasets")
+    from data_tools.inputs import hub
+
+    hub._open_split.cache_clear()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "small").mkdir()
+    (tmp_path / "large").mkdir()
+    pack = PACKERS[suffix]
+    (tmp_path / "small" / f"a.jsonl{suffix}").write_bytes(pack(b'{"text": "a text"}\n' * 3))
+    text = b'{"text": "' + b"a" * (20 << 20) + b'"}\n'
+    (tmp_path / "large" / f"a.jsonl{suffix}").write_bytes(pack(text))
+    monkeypatch.setattr(streams, "FREE", 1 << 20)
+    monkeypatch.setenv(streams.EXPANSION_VARIABLE, "20")
+    assert read_dataset(tmp_path / "small") == ["a text"] * 3
+    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: .* compressed bytes have a content"):
+        read_dataset(tmp_path / "large")
+
+
+def read_dataset(folder: Path) -> list[str]:
+    return read(f"dataset:{folder}")

@@ -20,11 +20,13 @@ from small_corpus import prepare_corpus as run
 from data_tools.inspect_rows import describe_rows, source_reader
 from data_tools.pipeline import units as units_module
 from data_tools.pipeline.dedup import HASHES_AT_ONCE
+from data_tools.pipeline.markers import claim_folder
 from data_tools.pipeline.pack import best_fit, concat
 from data_tools.prepare import prepare
 from data_tools.verify import verify
 from data_tools.workers import pool
 from electra_ds.common.errors import LockedOut, RunFailure, UserError
+from electra_ds.common.json_files import read_json, write_json
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 
@@ -549,3 +551,48 @@ def test_best_fit_has_little_padding_and_concat_none(width):
     stream = concat(lengths, width)
     assert stream.rows == -(-(lengths.sum() + len(lengths)) // (width - 1))
     assert stream.fragments[:, 2].sum() == lengths.sum()
+
+
+def test_more_blocks_than_a_reader_accepts_are_refused_before_the_packing(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("electra_ds.data.shard_format.MAX_BLOCKS", 4)
+    with pytest.raises(UserError, match=r"block_rows = 1: about .* blocks in train"):
+        run(corpus, tmp_path / "data", block_rows=1)
+    monkeypatch.undo()
+    run(corpus, tmp_path / "data", block_rows=8)
+
+
+def test_units_and_output_inside_each_other_are_refused_before_anything_is_written(
+    corpus, tmp_path
+):
+    for out, units in (("p", "p/units"), ("u/p", "u"), ("p", "p")):
+        with pytest.raises(UserError, match="one is inside the other"):
+            run(corpus, tmp_path / out, units=tmp_path / units)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["shards", "work", "tokenizer"])
+def test_a_link_out_of_the_output_is_refused_and_not_followed(corpus, tmp_path, name):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".x.0123456789ab.tmp").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=r"a symbolic link leads to .*remove the link"):
+        run(corpus, tmp_path / "data")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [".x.0123456789ab.tmp"]
+
+
+def test_a_marker_that_another_command_just_wrote_is_compared(tmp_path, monkeypatch):
+    marker = tmp_path / "data" / "prepare.json"
+    glob = Path.glob
+
+    def late(folder, pattern):
+        if folder == marker.parent and not marker.exists():
+            write_json(marker, {"a": 1})
+        return glob(folder, pattern)
+
+    marker.parent.mkdir()
+    monkeypatch.setattr(Path, "glob", late)
+    claim_folder(marker, {"a": 1}, {"a": 1}, tmp_path / "units")
+    assert read_json(marker, "a marker") == {"a": 1}

@@ -13,6 +13,7 @@ from data_tools.prepare import prepare
 from data_tools.stats import stats, tables
 from data_tools.stats_html import html_page
 from electra_ds.cli import data as verbs
+from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.tokenizer import load_tokenizer
 
@@ -233,3 +234,13 @@ def test_a_folder_without_unknowns_and_a_text_of_unknown_words_have_a_report(fol
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     facts = stats(tmp_path / "data")
     assert facts["unknowns"] is None and "Zebra" not in html_page(facts, "data")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards/train-000000.tar", "new/page.html"])
+def test_the_page_is_not_written_into_the_data(folder, name):
+    before = sorted((path, path.stat().st_mtime_ns) for path in (folder / "data").rglob("*"))
+    with pytest.raises(UserError, match=r"--html .*lies in the folder that the command reads"):
+        verbs.stats(folder / "data", html=folder / "data" / name)
+    assert before == sorted(
+        (path, path.stat().st_mtime_ns) for path in (folder / "data").rglob("*")
+    )

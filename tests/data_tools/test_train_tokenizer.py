@@ -237,3 +237,23 @@ def test_the_commands_print_choices_and_shares(tmp_path):
     ).stdout
     assert "accents are kept: 100.0% of the letters" in trained
     assert "every character of the text is in the vocabulary" in trained
+
+
+@pytest.mark.parametrize("owner", ["manifest.json", "prepare.json", "metrics.jsonl", "config.json"])
+def test_the_vocabulary_of_data_runs_and_models_is_kept(tmp_path, owner):
+    tokenizer, _ = trained(tmp_path, LATIN)
+    (tmp_path / "text.txt").write_text("other text\n" * 40)
+    (tmp_path / "link").symlink_to(tmp_path / "t")
+    for folder in (tmp_path, tmp_path / "t"):
+        (folder / owner).touch()
+        for out in ("t", "link"):
+            with pytest.raises(UserError, match=rf"holds {owner}.*choose another folder"):
+                train_tokenizer([str(tmp_path / "text.txt")], tmp_path / out, vocab_size=200)
+        (folder / owner).unlink()
+    assert load_tokenizer(tmp_path / "t").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_vocabulary_that_data_cannot_have_is_refused(tmp_path, kind):
+    with pytest.raises(UserError, match="vocab_size = 999999999; expected 64 to 16,777,216"):
+        trained(tmp_path, LATIN, kind=kind, vocab_size=999_999_999)

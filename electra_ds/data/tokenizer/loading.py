@@ -25,7 +25,7 @@ from electra_ds.data.tokenizer.hugging_face import (
 from electra_ds.data.tokenizer.normalization import Form
 from electra_ds.data.tokenizer.saving import VOCABULARY_FILES, next_vocabulary
 from electra_ds.data.tokenizer.sentencepiece import SentencePiece
-from electra_ds.data.tokenizer.wordpiece import WordPiece, without_accents
+from electra_ds.data.tokenizer.wordpiece import MAX_ENTRY, WordPiece, without_accents
 
 
 class StoredOptions(Record):
@@ -231,5 +231,6 @@ def _has_accents(content: bytes) -> bool:
 
 
 def _entries(content: bytes) -> str:
-    """Return the entries of a vocab.txt in lines, without special tokens."""
-    return re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")
+    """Return the entries of a vocab.txt in lines, without special tokens and refused entries."""
+    text = re.sub(rb"(?m)^(\[\w+\]|<\w+>)\r?$", b"", content).decode("utf-8", "replace")
+    return "\n".join(line for line in text.split("\n") if len(line) <= MAX_ENTRY)

@@ -8,7 +8,9 @@ or the new one.
 """
 
 import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -34,9 +36,26 @@ def save_files(folder: Path, name: str, content: bytes, options: bytes) -> None:
     Other vocabularies of the folder, which would be read instead, are removed. OSError when a file
     cannot be written.
     """
-    if is_saved(folder, name, content, options):
-        return
     folder.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder):
+        if not is_saved(folder, name, content, options):
+            _replace_files(folder, name, content, options)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process saves to `folder`, if its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # also releases the lock
+
+
+def _replace_files(folder: Path, name: str, content: bytes, options: bytes) -> None:
+    """Write the files of a tokenizer; see `save_files`."""
     next_file = folder / _next_name(options, name)
     write_bytes(next_file, content)
     write_bytes(folder / OPTIONS, options)

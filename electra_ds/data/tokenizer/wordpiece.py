@@ -25,6 +25,7 @@ from electra_ds.data.tokenizer.normalization import (
 )
 
 MAX_WORD_CHARACTERS = 100  # of a normalized word; BERT makes a longer one a single [UNK]
+MAX_ENTRY = 1000  # characters of an entry; normalization of a run of marks takes quadratic time
 MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
 # A larger mean length of the "words" indicates a script without spaces; such a text is tokenized
 # as a whole.
@@ -160,6 +161,12 @@ def _entries(content: bytes, source: str, count: int | None) -> tuple[bytes, lis
     last = len(names)
     while last > (count or 0) and not names[last - 1]:
         last -= 1
+    for line, entry in enumerate(names, 1):
+        if len(entry) > MAX_ENTRY:
+            raise UserError(
+                f"{source}: line {line} has {len(entry):,} characters; expected entries of at most "
+                f"{MAX_ENTRY:,}"
+            )
     if last < len(names) or text.startswith("\ufeff"):
         content = "".join(f"{line}\n" for line in lines[:last]).encode()
     return content, names[:last]
