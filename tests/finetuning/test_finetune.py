@@ -350,7 +350,7 @@ def test_modernbert_has_equal_logits_and_gradients_padded_and_packed(tmp_path, k
 
 
 def test_modernbert_reads_a_pair_without_segments(tmp_path):
-    """Its two texts are told apart by [SEP] alone."""
+    """[SEP] alone separates its two texts."""
     model = run_folders.config(architecture="modernbert").model
     module = run_folders.drawn(Classifier(model, 3, per_token=False, regression=False))
     batch = collate(
