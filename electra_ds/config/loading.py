@@ -182,14 +182,13 @@ def _apply(values: Values, setting: str) -> None:
 def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
     lines: list[str] = []
     foreign: dict[str, list[str]] = {}  # other architecture -> keys that are fields of it
-    for details in error.errors():
-        problem: Values = dict(details)
+    for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
         is_unknown = problem["type"] == "extra_forbidden"
         if is_unknown and (other := _other_architecture(root, location)):
             foreign.setdefault(other, []).append(printable(".".join(location)))
         else:
-            lines.append(_line(problem, root))
+            lines.append(_line(dict(problem), root))
     own = next((name for name, schema in RUNS.items() if schema is root), "")
     lines += [_foreign_line(keys, other, own) for other, keys in foreign.items()]
     return f"{printable(where)}: " + "\n  ".join(lines)

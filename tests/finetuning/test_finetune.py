@@ -124,7 +124,7 @@ def test_a_seed_in_half_precision_has_the_scores_of_predict(suites, tmp_path):
     assert (tmp_path / "p.tsv").read_text() == (seed / "predictions-valid.tsv").read_text()
 
 
-@pytest.mark.parametrize("name", ["modern-whole/classes", "modern-words/words", "modern/pairs"])
+@pytest.mark.parametrize("name", ["modern-words/words", "modern/pairs"])
 def test_predict_of_modernbert_reads_the_saved_model(suites, tmp_path, name):
     seed = suites / "one" / name / "seed-0"
     run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "p.tsv")
@@ -356,7 +356,7 @@ def test_modernbert_has_equal_logits_and_gradients_padded_and_packed(tmp_path, k
 
 
 def test_modernbert_reads_a_pair_without_segments(tmp_path):
-    """Its two texts are told apart by [SEP] alone."""
+    """[SEP] alone separates its two texts."""
     model = run_folders.config(architecture="modernbert").model
     module = run_folders.drawn(Classifier(model, 3, per_token=False, regression=False))
     batch = collate(

@@ -1,11 +1,10 @@
 """The forward pass on CUDA tensors without data: no GPU is needed, but a CUDA build of torch.
 
-    PYTHON -m pytest tests/gpu/test_fake_cuda.py -m fake_cuda
+    python -m pytest tests/gpu/test_fake_cuda.py -m fake_cuda
 
-PYTHON is that of an environment with the CUDA build (`pip install torch` installs it) and the
-extra [test]. Devices and dtypes of every operation agree, flash attention over the documents is
-used where it serves, and the host reads nothing: a read of a tensor without data raises. Values,
-speed and the backward pass need a GPU (tests/gpu/test_cuda.py).
+docs/testing.md describes the environment. Devices and dtypes of every operation agree, flash
+attention over the documents is used where it serves, and the host reads nothing: a read of a tensor
+without data raises. Values, speed and the backward pass need a GPU (tests/gpu/test_cuda.py).
 """
 
 from collections import Counter
