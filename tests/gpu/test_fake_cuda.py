@@ -2,9 +2,9 @@
 
     python -m pytest tests/gpu/test_fake_cuda.py -m fake_cuda
 
-docs/testing.md describes the environment. Devices and dtypes of every operation agree, flash attention over the documents is
-used where it serves, and the host reads nothing: a read of a tensor without data raises. Values,
-speed and the backward pass need a GPU (tests/gpu/test_cuda.py).
+docs/testing.md describes the environment. Devices and dtypes of every operation agree, flash
+attention over the documents is used where it serves, and the host reads nothing: a read of a
+tensor without data raises. Values, speed and the backward pass need a GPU (test_cuda.py).
 """
 
 from collections import Counter
