@@ -164,7 +164,9 @@ def activation_bytes(config: RunConfig, precision: str) -> tuple[int, int]:
 
     Returns (without the gradients of parameters, with all of them). The numbers are those of the
     device kind of this machine: attention on a CPU keeps its probabilities, [B, heads, S, S] per
-    layer, and flash attention does not. Rows hold several documents.
+    layer (with a local window [B, heads, S, keys of the blocks around]), and flash attention does
+    not. Rows hold several documents, but attention is counted as if a row were one; long rows of
+    several documents need less on a CPU.
     """
     tracker = MemoryTracker(read_value=True)
     at_rest = _forward_backward(config, precision, device_here(), tracker)
