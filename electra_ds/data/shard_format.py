@@ -279,12 +279,10 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     Raises UserError when it is missing, malformed, or of another format or version.
     """
     path = Path(data_dir) / "manifest.json"
-    if Path(data_dir).is_file():
-        raise UserError(f"{printable(data_dir)}: is a file; expected a data folder")
     found = found_at(Path(data_dir))
     if found.kind not in ("data", "other", "unreadable"):
         raise UserError(
-            f"{printable(path)}: not found{found.clause}; expected a folder of `prepare`"
+            f"{printable(path)}: not found{found.clause}; expected a data folder of `prepare`"
         )
     return parse_manifest(read_small(path, MANIFEST), path)
 

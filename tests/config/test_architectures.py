@@ -58,7 +58,7 @@ def test_a_config_without_the_key_is_of_the_architecture_electra(tmp_path):
 
 @pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
 def test_a_written_config_keeps_its_architecture(preset):
-    run = load_run(preset).with_data(600, SPECIAL, 32)
+    run = load_run(preset, ["data.sequence_length=32"]).with_data(600, SPECIAL, 32)
     written = json.loads(json.dumps(run.model_dump(mode="json")))
     assert parse_run(written, "config.json") == run
     assert parse_config(written["model"], "meta.json", ModelConfig) == run.model
@@ -202,8 +202,8 @@ def test_a_row_longer_than_max_positions_is_refused():
 
 def test_rows_with_segments_are_refused():
     run = load_run("modern-tiny")
-    assert isinstance(run.model, ModernBertModelConfig) and run.with_data(600, SPECIAL, 32, 1)
+    assert isinstance(run.model, ModernBertModelConfig) and run.with_data(600, SPECIAL, 64, 1)
     with pytest.raises(UserError) as caught:
-        run.with_data(600, SPECIAL, 32, segments=2)
+        run.with_data(600, SPECIAL, 64, segments=2)
     assert "model.architecture = modernbert has no token types" in str(caught.value)
     assert "prepare the data with another --packing, such as best_fit" in str(caught.value)

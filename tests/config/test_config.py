@@ -20,6 +20,7 @@ from electra_ds.training import precision
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 PRESETS = {"electra": "tiny", "modernbert": "modern-tiny"}  # of each architecture
+LENGTH = ["data.sequence_length=32"]
 each_architecture = pytest.mark.parametrize("architecture", RUNS)
 
 
@@ -224,7 +225,7 @@ def test_a_file_without_a_json_object_is_refused(tmp_path, content):
 
 @each_architecture
 def test_a_resolved_config_is_a_valid_run_config(tmp_path, architecture):
-    run = load_run(PRESETS[architecture]).with_data(600, SPECIAL, 32)
+    run = load_run(PRESETS[architecture], LENGTH).with_data(600, SPECIAL, 32)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(run.model_dump(mode="json") | {"provenance": {"host": "x"}}))
     assert differences(run, load_run(str(path))) == ([], [])
@@ -302,7 +303,7 @@ def test_every_changed_field_is_reported_in_its_scope(architecture):
         value = changed(getattr(section, first), rest) if rest else "something else"
         return section.model_copy(update={first: value})
 
-    old = load_run(PRESETS[architecture]).with_data(600, SPECIAL, 32)
+    old = load_run(PRESETS[architecture], LENGTH).with_data(600, SPECIAL, 32)
     for name, info in fields(RUNS[architecture]):
         if name == "provenance":
             continue

@@ -75,7 +75,7 @@ def config(
         values["generator"] |= {"hidden_size": 24, "num_heads": 1}
     if sharing == "all":
         values["generator"] |= {key: values["model"][key] for key in values["generator"]}
-    values["data"] |= {"special_ids": IDS}
+    values["data"] |= {"sequence_length": 32, "special_ids": IDS}
     values["objective"]["kind"] = kind
     return parse_run(values, "test")
 

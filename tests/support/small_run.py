@@ -13,6 +13,8 @@ SMALL_MODEL = [
 ]
 # A global layer and a local one in both encoders; the window is smaller than a row of 32 tokens.
 SMALL_MODERN = [
+    "data.sequence_length=32",
+    "objective.mask_prob=0.16",
     "model.hidden_size=32",
     "model.ffn_size=24",
     "model.num_layers=2",
