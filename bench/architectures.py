@@ -1,4 +1,4 @@
-"""Comparison of the architectures `electra` and `modernbert` at equal parameters and equal FLOPs.
+"""Comparison of the architectures `electra` and `modernbert` at almost equal parameters and equal FLOPs.
 
     python bench/architectures.py --data D --out O --glue GLUE --steps 6000
     python bench/architectures.py --data D --out O --seeds 1 --set section.field=value
@@ -69,13 +69,23 @@ def measure(
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over the pretraining seeds of every number."""
-    keys = [key for key, value in results[0].items() if isinstance(value, (int, float))]
-    columns = {key: [result[key] for result in results] for key in keys}
-    return {
-        "mean": {key: statistics.mean(values) for key, values in columns.items()},
-        "deviation": {key: statistics.pstdev(values) for key, values in columns.items()},
+    """Mean and standard deviation over the pretraining seeds of every number.
+
+    A seed without a number, because its fine-tuning diverged, is left out of that number.
+    """
+    keys = dict.fromkeys(key for result in results for key in result)
+    columns = {key: [result[key] for result in results if key in result] for key in keys}
+    numbers = {
+        key: values
+        for key, values in columns.items()
+        if all(isinstance(value, (int, float)) for value in values)
     }
+    found = {"mean": {key: statistics.mean(values) for key, values in numbers.items()}}
+    if len(results) > 1:
+        found["deviation"] = {
+            key: statistics.stdev(values) for key, values in numbers.items() if len(values) > 1
+        }
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,15 +118,12 @@ def main() -> None:
         flops[architecture] = step_flops(config)
         parameters[architecture] = parameter_count(config).discriminator
     results: dict[str, dict[str, Any]] = {}
-    summaries = {}
     for architecture in SHAPES:
         steps = round(options.steps * flops["electra"] / flops[architecture])
         own = [measure(architecture, seed, steps, options) for seed in range(options.seeds)]
-        summaries[architecture] = summary(own)
         facts = {"parameters": parameters[architecture], "flops": steps * flops[architecture]}
         results |= {f"{architecture} {i}": result | facts for i, result in enumerate(own)}
-        results[f"{architecture} mean"] = summaries[architecture]["mean"] | facts
-        results[f"{architecture} deviation"] = summaries[architecture]["deviation"] | facts
+        results |= {f"{architecture} {name}": row for name, row in summary(own).items()}
     write_json(options.out / "architectures.json", results)
     table = format_table(results)
     write_bytes(options.out / "architectures.md", (table + "\n").encode())

@@ -36,15 +36,16 @@ from electra_ds.common.json_files import write_json
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from engine_memory import allocated
 
-CASES = {  # size, tokens per row, rows, bf16 autocast, recomputed layers
-    "small-bf16": ("small", 128, 64, True, False),
-    "small-fp32": ("small", 128, 64, False, False),
-    "small-512-bf16": ("small", 512, 16, True, False),
-    "small-512-bf16-recomputed": ("small", 512, 16, True, True),
-    "base-bf16": ("base", 128, 16, True, False),
-    "modern-bf16": ("modern-small", 128, 32, True, False),
-    "modern-fp32": ("modern-small", 128, 32, False, False),
-    "modern-1024-bf16": ("modern-small", 1024, 4, True, False),
+CASES = {  # size, tokens per row, rows, bf16 autocast, recomputed layers, documents of each row
+    "small-bf16": ("small", 128, 64, True, False, 1),
+    "small-fp32": ("small", 128, 64, False, False, 1),
+    "small-512-bf16": ("small", 512, 16, True, False, 1),
+    "small-512-bf16-recomputed": ("small", 512, 16, True, True, 1),
+    "base-bf16": ("base", 128, 16, True, False, 1),
+    "modern-bf16": ("modern-small", 128, 32, True, False, 1),
+    "modern-fp32": ("modern-small", 128, 32, False, False, 1),
+    "modern-bf16-1024": ("modern-small", 1024, 4, True, False, 3),
+    "modern-fp32-1024": ("modern-small", 1024, 4, False, False, 3),
 }
 CONTENDERS = {
     "ours": lambda ours: ours,
@@ -63,7 +64,7 @@ def status_bytes(key: str) -> int:
 
 def measure(case: str, name: str) -> dict[str, int]:
     """Bytes of one contender, measured in this process."""
-    size, length, rows, bf16, recomputed = CASES[case]
+    size, length, rows, bf16, recomputed, documents = CASES[case]
     torch.manual_seed(0)
     resident_before = status_bytes("VmRSS")
     contender = CONTENDERS[name](Ours(run_config(size, length, rows, 0.0)))
@@ -72,7 +73,7 @@ def measure(case: str, name: str) -> dict[str, int]:
     elif recomputed:
         for part in contender.module.values():
             part.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = random_batch(rows, length)
+    batch = random_batch(rows, length, documents)
     train_step(contender, batch, bf16)
     resident = status_bytes("VmHWM") - resident_before
     _, peak = allocated(lambda: train_step(contender, batch, bf16))

@@ -65,8 +65,8 @@ def main() -> None:
         steps = round(options.steps * flops["electra"] / flops[kind])
         settings = [*options.set, f"objective.kind={kind}", f"train.total_steps={steps}"]
         out = options.out / kind
-        results[kind] = pretrain(options.run, options.data, out, options.engine, settings)
         # The MLM loss is that of electra's generator, and of mlm's main encoder.
+        results[kind] = pretrain(options.run, options.data, out, options.engine, settings)
         results[kind] |= {"flops": steps * flops[kind]}
     if options.glue:
         for kind in KINDS:

@@ -3,8 +3,8 @@
 ours:     the objective with torch's fused AdamW, without DeepSpeed.
 HF:       the stock classes of the architecture (ElectraForMaskedLM and ElectraForPreTraining, or
           ModernBertForMaskedLM and ModernBertForTokenClassification) with one embedding module,
-          logits at every position, Gumbel sampling. Packed rows have a mask [B, S, S] for each kind
-          of layer.
+          logits at every position, Gumbel sampling. Packed rows of modernbert have a mask
+          [B, 1, S, S] for each kind of layer.
 tuned HF: the same with compiled layers and fused AdamW, and for `electra` eager attention.
 wrapper:  the electra-pytorch package around the classes of HF, for `electra` only. Install it with
           `pip install --no-deps electra-pytorch`, because it requires transformers 3.
@@ -50,10 +50,10 @@ except ImportError:
 Contender = Any
 
 
-def run_config(size: str, length: int, rows: int, dropout: float) -> RunConfig:
+def run_config(size: str, length: int, rows: int, dropout: float | None) -> RunConfig:
     """The shipped run `size` with rows of `length` tokens and one micro-batch of `rows` per step.
 
-    dropout: probability of all dropout layers. The vocabulary is BERT's.
+    dropout: probability of all dropout layers; None: those of the file. The vocabulary is BERT's.
     """
     settings = [
         f"data.sequence_length={length}",
@@ -62,7 +62,8 @@ def run_config(size: str, length: int, rows: int, dropout: float) -> RunConfig:
     ]
     sections = ("model", "generator")
     names = load_run(size).model.dropout_fields()
-    settings += [f"{section}.{name}={dropout}" for section in sections for name in names]
+    if dropout is not None:
+        settings += [f"{section}.{name}={dropout}" for section in sections for name in names]
     return load_run(size, settings).with_data(VOCAB_SIZE, SPECIAL_IDS, length)
 
 
@@ -101,8 +102,7 @@ class HuggingFace:
         self.window = getattr(discriminator.config, "sliding_window", None)
         if tuned:
             for part in self.module.values():
-                encoder = getattr(part.base_model, "encoder", part.base_model)
-                for layer in getattr(encoder, "layers", None) or encoder.layer:
+                for layer in layers_of(part):
                     layer.compile()
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=1e-4, eps=1e-6, fused=tuned or None
@@ -142,10 +142,10 @@ class HuggingFace:
         if self.window is None:  # electra
             return {"attention_mask": batch.document_ids, "token_type_ids": batch.segment_ids}
         ids = batch.document_ids
-        if bool((ids == 1).all()):
+        if batch.cu_seqlens is not None and len(batch.cu_seqlens) == len(ids) + 1:
             return {"attention_mask": ids, "position_ids": batch.position_ids}
         same = ids[:, None, :, None] == ids[:, None, None, :]  # [B, 1, S, S]
-        columns = torch.arange(ids.shape[1])
+        columns = torch.arange(ids.shape[1], device=ids.device)
         near = (columns[:, None] - columns).abs() <= self.window
         masks = {"full_attention": same, "sliding_attention": same & near}
         return {"attention_mask": masks, "position_ids": batch.position_ids}
@@ -178,6 +178,12 @@ class HuggingFace:
         mlm_loss = F.cross_entropy(masked_logits.float(), ids[is_masked])
         disc_loss = F.binary_cross_entropy_with_logits(logits[real], is_replaced[real])
         return mlm_loss + 50 * disc_loss
+
+
+def layers_of(part: nn.Module) -> nn.ModuleList:
+    """The layers of a stock class."""
+    encoder = getattr(part.base_model, "encoder", part.base_model)
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
 class LogitsOnly(nn.Module):

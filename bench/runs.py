@@ -72,11 +72,15 @@ def task_scores(task: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def format_table(results: dict[str, dict[str, Any]]) -> str:
     """The results as a markdown table, without the values of single seeds."""
-    first = next(iter(results.values()))
-    keys = [key for key, value in first.items() if not isinstance(value, list)]
+    keys = dict.fromkeys(
+        key
+        for values in results.values()
+        for key, value in values.items()
+        if not isinstance(value, list)
+    )
     lines = [f"| | {' | '.join(keys)} |", "|---" * (len(keys) + 1) + "|"]
     for name, values in results.items():
-        cells = (values[key] for key in keys)
+        cells = (values.get(key) for key in keys)
         texts = ("" if value is None else f"{value:.4g}" for value in cells)
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)

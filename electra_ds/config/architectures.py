@@ -4,9 +4,10 @@
 `generator` the sizes of the generator. Both have the architecture `model.architecture`.
 """
 
+import json
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from electra_ds.common.section import Section, science
 
@@ -79,13 +80,16 @@ class ModelConfig(EncoderConfig):
 
     def check_generator(self, generator: EncoderConfig) -> None:
         """Raise ValueError for a generator that does not fit `sharing`."""
-        if self.sharing == "all" and any(
-            getattr(self, name) != getattr(generator, name) for name in type(generator).model_fields
-        ):
-            raise ValueError(
-                "model.sharing = 'all' is one encoder: every field of generator must equal that "
-                "of model"
-            )
+        if self.sharing != "all":
+            return
+        for name in type(generator).model_fields:
+            own, other = getattr(self, name), getattr(generator, name)
+            if own != other:
+                raise ValueError(
+                    "model.sharing = 'all' is one encoder: every field of generator must equal "
+                    f"that of model, but {name} is {other} in generator and {own} in model: set "
+                    "equal values, or model.sharing = shared"
+                )
 
 
 # ------------------------------------------------------------------------------------- electra
@@ -169,36 +173,51 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
     attention_pattern: list[AttentionKind] = science(
         ["global", "local", "local"],
         "attention of the layers from the first one on, repeated; needs a global layer",
-        min_length=1,
         max_length=MAX_LAYERS,
     )
     local_attention: int = science(
         128,
-        "window of the local layers in tokens: half of it before a token, half after it",
-        ge=2,
+        "window of the local layers in tokens, even: half of it before a token, half after it",
         le=2 * MAX_WIDTH,
-        multiple_of=2,
     )
     global_theta: float = science(
-        160_000.0, "base of the rotary positions in global layers", gt=0, le=1e12
+        160_000.0, "base of the rotary positions in global layers, above 0", le=1e12
     )
     local_theta: float = science(
-        10_000.0, "base of the rotary positions in local layers", gt=0, le=1e12
+        10_000.0, "base of the rotary positions in local layers, above 0", le=1e12
     )
+
+    @field_validator("local_attention")
+    @classmethod
+    def _is_a_window(cls, value: int) -> int:
+        if value < 2 or value % 2:
+            raise ValueError(
+                f"{value}: expected an even number of at least 2, such as 128; for layers without "
+                'a window use model.attention_pattern = ["global"]'
+            )
+        return value
+
+    @field_validator("global_theta", "local_theta")
+    @classmethod
+    def _is_a_base(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError(f"{value}: expected a number above 0, such as 10000 or 160000")
+        return value
 
     @model_validator(mode="after")
     def _has_a_global_layer(self) -> "ModernBertModelConfig":
         if "global" not in self.layer_kinds(self.num_layers):
             raise ValueError(
-                f"attention_pattern = {self.attention_pattern} gives {self.num_layers} layers "
-                'without a global one: begin it with "global"'
+                f"attention_pattern = {json.dumps(self.attention_pattern)} gives "
+                f"{self.num_layers} layers without a global one; expected a list such as "
+                '["global", "local", "local"]'
             )
         return self
 
     def layer_kinds(self, num_layers: int) -> list[AttentionKind]:
         """The attention of each of num_layers layers."""
         pattern = self.attention_pattern
-        return [pattern[i % len(pattern)] for i in range(num_layers)]
+        return [pattern[i % len(pattern)] for i in range(num_layers)] if pattern else []
 
     @property
     def word_width(self) -> int:
@@ -219,8 +238,9 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
             )
         if "global" not in self.layer_kinds(generator.num_layers):
             raise ValueError(
-                f"attention_pattern = {self.attention_pattern} gives the generator's "
-                f'{generator.num_layers} layers no global one: begin it with "global"'
+                f"attention_pattern = {json.dumps(self.attention_pattern)} gives the generator's "
+                f"{generator.num_layers} layers no global one; expected a list such as "
+                '["global", "local", "local"]'
             )
 
 

@@ -240,7 +240,9 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """Config of a pretraining run (RUN.json), of any architecture. Its subclasses are read.
+    """Config of a pretraining run (RUN.json), of any architecture.
+
+    A file is read as the subclass of its architecture.
 
     engine: name or path of a DeepSpeed file, or its content as an object.
     """
@@ -381,7 +383,7 @@ class FactoryRun(RunConfig):
         return self
 
     def _check_segments(self, segments: int) -> None:
-        """The modules of a factory receive the segments, whatever their number."""
+        """Accept any number of segments."""
 
 
 # model.architecture -> the schema of a run with built-in encoders.

@@ -49,8 +49,8 @@ class Architecture(ABC):
         """Set the initial weight of a linear layer for model.init = normal. name: in its module."""
 
     @abstractmethod
-    def residual_scale(self, name: str) -> float:
-        """Return the factor of the initial weight of a linear layer for model.init = fan_in."""
+    def output_scale(self, name: str) -> float:
+        """Return the factor of the initial weight of a linear layer. name: in its module."""
 
     @abstractmethod
     def initialize_task_head(self, head: nn.Module, seed: int) -> None:

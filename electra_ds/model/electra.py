@@ -167,7 +167,7 @@ class ElectraArchitecture(Architecture):
         else:
             truncated_normal(linear.weight, self.model.init_std, generator)
 
-    def residual_scale(self, name: str) -> float:
+    def output_scale(self, name: str) -> float:
         return 1.0
 
     def initialize_task_head(self, head: nn.Module, seed: int) -> None:

@@ -16,8 +16,8 @@ def initialize(module: nn.Module, architecture: Architecture, seed: int | None =
 
     normal: truncated at two standard deviations, init_std for matrices and embedding_init_std for
             tables, with the exceptions of the architecture
-    fan_in: plain normal, 1 / sqrt(inputs) for matrices, times the factor of the architecture for
-            residual outputs, and embedding_init_std for tables
+    fan_in: plain normal, 1 / sqrt(inputs) for matrices, times the factor `output_scale` of the
+            architecture, and embedding_init_std for tables
 
     Rows that pad the word table are 0 and take no random numbers, so that the padding does not
     change other weights. With a seed, the random numbers come from a separate generator.
@@ -27,7 +27,7 @@ def initialize(module: nn.Module, architecture: Architecture, seed: int | None =
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
             if is_fan_in:
-                std = part.in_features**-0.5 * architecture.residual_scale(name)
+                std = part.in_features**-0.5 * architecture.output_scale(name)
                 part.weight.normal_(0, std, generator=generator)
             else:
                 architecture.initialize_linear(name, part, generator)

@@ -179,11 +179,11 @@ class ModernBertArchitecture(Architecture):
         self.model = model
 
     def embeddings(self, sizes: EncoderConfig, embedding_size: int) -> Embeddings:
-        assert isinstance(sizes, ModernBertEncoderConfig)
+        assert isinstance(sizes, ModernBertEncoderConfig) and embedding_size == sizes.hidden_size
         return Embeddings(known_vocab_size(self.model), sizes, self.model.layer_norm_eps)
 
     def encoder(self, sizes: EncoderConfig, embedding_size: int) -> Encoder:
-        assert isinstance(sizes, ModernBertEncoderConfig)
+        assert isinstance(sizes, ModernBertEncoderConfig) and embedding_size == sizes.hidden_size
         return Encoder(sizes, self.model)
 
     def masked_lm_head(self, sizes: EncoderConfig, embedding_size: int) -> MaskedLMHead:
@@ -205,19 +205,22 @@ class ModernBertArchitecture(Architecture):
     def initialize_linear(
         self, name: str, linear: nn.Linear, generator: torch.Generator | None
     ) -> None:
-        """As transformers: residual outputs and the dense layer of a head get init_std / sqrt(2 L),
-        L layers of the discriminator; the last layer of a head gets 1 / sqrt(H)."""
-        last = name.rpartition(".")[2]
-        std = self.model.init_std
-        if last in ("classify", "copy_gate"):
+        """Truncated normal of init_std times `output_scale`; 1 / sqrt(H) for the last layer of a head.
+
+        These are the values of transformers for the discriminator.
+        """
+        std = self.model.init_std * self.output_scale(name)
+        if name.rpartition(".")[2] in ("classify", "copy_gate"):
             std = self.model.hidden_size**-0.5
-        elif last in ("out", "ffn_out", "dense"):
-            std *= self.residual_scale(name)
         truncated_normal(linear.weight, std, generator)
 
-    def residual_scale(self, name: str) -> float:
-        is_residual = name.rpartition(".")[2] in ("out", "ffn_out", "dense")
-        return (2 * self.model.num_layers) ** -0.5 if is_residual else 1.0
+    def output_scale(self, name: str) -> float:
+        """1 / sqrt(2 L) for the outputs of attention and feed-forward, and dense layers of heads.
+
+        L is the number of layers of the discriminator, in the generator as well.
+        """
+        is_scaled = name.rpartition(".")[2] in ("out", "ffn_out", "dense")
+        return (2 * self.model.num_layers) ** -0.5 if is_scaled else 1.0
 
     def initialize_task_head(self, head: nn.Module, seed: int) -> None:
-        """The head keeps the weights of `initialize`."""
+        """Do nothing: `initialize` has set the weights."""

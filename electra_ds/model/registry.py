@@ -1,5 +1,6 @@
 """The architecture of a model config."""
 
+from collections.abc import Callable
 from typing import Any
 
 from electra_ds.config.architectures import ModelConfig
@@ -7,7 +8,7 @@ from electra_ds.model.architecture import Architecture
 from electra_ds.model.electra import ElectraArchitecture
 from electra_ds.model.modernbert import ModernBertArchitecture
 
-ARCHITECTURES: dict[str, Any] = {
+ARCHITECTURES: dict[str, Callable[[Any], Architecture]] = {
     "electra": ElectraArchitecture,
     "modernbert": ModernBertArchitecture,
 }

@@ -153,13 +153,13 @@ def test_an_odd_width_of_a_head_is_refused():
 @pytest.mark.parametrize(
     ("setting", "part"),
     [
-        ("local_attention=0", "model.local_attention = 0: input should be greater than or"),
-        ("local_attention=-2", "model.local_attention = -2: input should be greater than or"),
-        ("local_attention=7", "model.local_attention = 7: input should be a multiple of 2"),
-        ("global_theta=0", "model.global_theta = 0: input should be greater than 0"),
-        ("local_theta=-1", "model.local_theta = -1: input should be greater than 0"),
+        ("local_attention=0", "model.local_attention: 0: expected an even number of at least 2, such as 128"),
+        ("local_attention=-2", "model.local_attention: -2: expected an even number"),
+        ("local_attention=7", "model.local_attention: 7: expected an even number"),
+        ("global_theta=0", "model.global_theta: 0.0: expected a number above 0, such as 10000"),
+        ("local_theta=-1", "model.local_theta: -1.0: expected a number above 0"),
         ("global_theta=inf", "model.global_theta = "),
-        ("attention_pattern=[]", "at least 1 item"),
+        ("attention_pattern=[]", "attention_pattern = [] gives 3 layers without a global one"),
         ('attention_pattern=["globl"]', "should be 'global' or 'local'"),
         ("attention_pattern=global", "model.attention_pattern = "),
     ],
@@ -171,7 +171,7 @@ def test_a_window_a_theta_or_a_pattern_out_of_range_is_refused(setting, part):
 @pytest.mark.parametrize(
     ("pattern", "part"),
     [
-        (["local"], "model: attention_pattern = ['local'] gives 3 layers without a global one"),
+        (["local"], 'model: attention_pattern = ["local"] gives 3 layers without a global one'),
         (["local"] * 3 + ["global"], "gives 3 layers without a global one"),
         # The third layer is global; the generator has two.
         (["local", "local", "global"], "gives the generator's 2 layers no global one"),
@@ -179,7 +179,7 @@ def test_a_window_a_theta_or_a_pattern_out_of_range_is_refused(setting, part):
 )
 def test_a_pattern_without_a_global_layer_is_refused(pattern, part):
     message = refusal("modern-tiny", f"model.attention_pattern={json.dumps(pattern)}")
-    assert part in message and 'begin it with "global"' in message
+    assert part in message and 'such as ["global", "local", "local"]' in message
 
 
 def test_shared_embeddings_need_equal_widths():
@@ -190,6 +190,7 @@ def test_shared_embeddings_need_equal_widths():
     assert untied.generator.hidden_size == 64
     message = refusal("modern-tiny", "model.sharing=all")  # other numbers of layers
     assert "model.sharing = 'all' is one encoder" in message
+    assert "num_layers is 2 in generator and 3 in model: set equal values" in message
     assert load_run("modern-tiny", ["model.sharing=all", "generator.num_layers=3"])
 
 

@@ -39,7 +39,8 @@ def attention(
     backend: "bmm" (batched products in one autograd function, the fastest on CPUs), "sdpa"
              (scaled_dot_product_attention), "varlen" (flash attention over cu_seqlens; needs
              mask.cu_seqlens), or "auto"
-    rotary:  tables by which queries and keys are rotated first
+    rotary:  cosines and sines [B, S, D / 2] by which queries and keys are rotated; None: they are
+             not rotated
     Returns [B, S, H] in the dtype of qkv.
     """
     if mask.runs is not None:
@@ -138,6 +139,8 @@ class _BmmAttention(torch.autograd.Function):
         size = width // 3 // num_heads
         heads = qkv.view(batch, length, 3, num_heads, size).permute(2, 0, 3, 1, 4).contiguous()
         if cos is not None and sin is not None:
+            if batch * length == 1:  # the view was contiguous, so that heads is not a copy
+                heads = heads.clone()
             rotate_(heads[:2], cos[:, None], sin[:, None])
         q, k, v = heads.view(3, batch * num_heads, length, size)
         scores = _scores(q, k)  # [B*N, S, S]

@@ -84,7 +84,7 @@ class PackedMask(NamedTuple):
     All fields None: every token attends to its whole row.
     """
 
-    # [B or 1, 1, S, S] in the compute dtype, added to the scores: -inf or 0
+    # [B or 1, 1, S queries, S keys] in the compute dtype, added to the scores: -inf or 0
     bias: Tensor | None = None
     cu_seqlens: Tensor | None = None  # as `document_cu_seqlens` returns it, on the device
     rows: list[int] | None = None  # on a CPU: the rows with a bias that is not 0
@@ -126,16 +126,20 @@ def packed_mask(
             return _local_mask_on_cpu(document_ids, dtype, window)
         return _global_mask_on_cpu(document_ids, dtype, None if is_compiled else cu_seqlens)
     if cu_seqlens is not None:
-        if window is None and len(cu_seqlens) == batch + 1:
+        is_one_document = len(cu_seqlens) == batch + 1  # in every row
+        if window is None and is_one_document:
             return PackedMask()
         if _has_varlen(document_ids.device, dtype, head_size):
             return PackedMask(cu_seqlens=cu_seqlens, window=window)
+        if is_one_document:
+            document_ids = document_ids[:1]
     return PackedMask(_bias(document_ids, dtype, window))
 
 
 def _global_mask_on_cpu(
     document_ids: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None
 ) -> PackedMask:
+    """The mask without a window. cu_seqlens: None excludes the computation by documents."""
     is_packed = (document_ids != 1).any(1).tolist()
     rows = [row for row, several_documents in enumerate(is_packed) if several_documents]
     if not rows:
@@ -151,6 +155,7 @@ def _global_mask_on_cpu(
 
 
 def _local_mask_on_cpu(document_ids: Tensor, dtype: torch.dtype, window: int) -> PackedMask:
+    """The mask with a window: blocks, or a bias where blocks would need more scores than rows."""
     length = document_ids.shape[1]
     size = max(SMALLEST_BLOCK, min(window, LARGEST_BLOCK))
     reach = -(-window // size)
@@ -164,12 +169,15 @@ def _bias(document_ids: Tensor, dtype: torch.dtype, window: int | None = None) -
     """Return [B, 1, S, S]: 0 where two tokens attend to each other, else -inf."""
     apart = document_ids[:, None, :, None] != document_ids[:, None, None, :]
     if window is not None:
-        positions = torch.arange(document_ids.shape[1], device=document_ids.device)
-        apart = apart | ((positions[:, None] - positions).abs() > window)
+        positions = torch.arange(
+            document_ids.shape[1], dtype=torch.int32, device=document_ids.device
+        )
+        apart |= (positions[:, None] - positions).abs() > window
     return torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill_(apart, -math.inf)
 
 
 def _blocks(document_ids: Tensor, dtype: torch.dtype, window: int, size: int, reach: int) -> Blocks:
+    """The blocks of document_ids [B, S]. size, reach: see `Blocks`. window: as in `packed_mask`."""
     batch, length = document_ids.shape
     tokens = batch * length
     count = -(-tokens // size)

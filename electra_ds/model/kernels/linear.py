@@ -42,8 +42,8 @@ class GeluLinear(Linear):
 class GegluLinear(Linear):
     """Linear layer of gelu(a) * b, where [a, b] = x (GEGLU: Shazeer 2020, section 2).
 
-    x has twice as many columns as the layer has inputs. Only x is kept for backward, which
-    recomputes the product.
+    x has twice as many columns as the layer has inputs. Without dropout and compilation, only x is
+    kept for backward, which recomputes the product.
     """
 
     def forward(self, x: Tensor, dropout_p: float = 0.0) -> Tensor:
