@@ -153,7 +153,10 @@ def test_an_odd_width_of_a_head_is_refused():
 @pytest.mark.parametrize(
     ("setting", "part"),
     [
-        ("local_attention=0", "model.local_attention: 0: expected an even number of at least 2, such as 128"),
+        (
+            "local_attention=0",
+            "model.local_attention: 0: expected an even number of at least 2, such as 128",
+        ),
         ("local_attention=-2", "model.local_attention: -2: expected an even number"),
         ("local_attention=7", "model.local_attention: 7: expected an even number"),
         ("global_theta=0", "model.global_theta: 0.0: expected a number above 0, such as 10000"),
