@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from data_tools.formats.detect import detect_format
@@ -34,6 +35,9 @@ from electra_ds.data.tokenizer import VOCABULARY_FILES
 
 Segment = tuple[int, int, int]  # (file, start, end) in bytes
 Unit = tuple[Segment, ...]  # several segments where files are small
+# Limits of a folder at a URL.
+MAX_REMOTE_FOLDERS = 10_000
+MAX_REMOTE_DEPTH = 32
 UNIT_BYTES = 32 << 20
 FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "webdataset", "tfrecord")
 # Files beside the data of a folder that hold no documents.
@@ -276,13 +280,31 @@ def _remote_files(given: str) -> list[str]:
             # A server may list files of other folders and of other servers.
             inside = [
                 file.removeprefix(f"{entry}/")
-                for file in system.find(entry)
+                for file in _files_below(system, entry)
                 if file.startswith(f"{entry}/") and ".." not in re.split("[/\\\\]", unquote(file))
             ]
             files += [f"{entry}/{name}" for name in inside if _is_input(name)]
         else:
             files.append(entry)
     return [system.unstrip_protocol(file) for file in files]
+
+
+def _files_below(system: Any, folder: str) -> list[str]:
+    """Return the files in a folder of a file system and in the folders below it, sorted.
+
+    UserError for more than MAX_REMOTE_FOLDERS folders, or MAX_REMOTE_DEPTH levels of them: a server
+    may invent folders without end.
+    """
+    files: list[str] = []
+    for count, (path, _, found) in enumerate(system.walk(folder, detail=True)):
+        depth = path.removeprefix(folder).count("/")
+        if count >= MAX_REMOTE_FOLDERS or depth > MAX_REMOTE_DEPTH:
+            raise UserError(
+                f"{printable(redacted(folder))}: more than {MAX_REMOTE_FOLDERS:,} folders, or "
+                f"{MAX_REMOTE_DEPTH} levels of them; give the folders with the texts one by one"
+            )
+        files += [info["name"] for info in found.values()]
+    return sorted(files)
 
 
 def _is_input(name: str) -> bool:

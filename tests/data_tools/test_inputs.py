@@ -462,6 +462,36 @@ def served(tmp_path):
     server.server_close()
 
 
+class EndlessFolders(SimpleHTTPRequestHandler):
+    """Two folders in every folder."""
+
+    def do_GET(self):
+        content = b'<a href="a/">a/</a> <a href="b/">b/</a>'
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("limits", [{}, {"MAX_REMOTE_FOLDERS": 9}], ids=["levels", "folders"])
+def test_a_server_with_folders_without_end_is_refused(monkeypatch, limits):
+    pytest.importorskip("aiohttp", reason="needs the extra [remote]")
+    for name, value in limits.items():
+        monkeypatch.setattr(f"data_tools.inputs.plan.{name}", value)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), EndlessFolders)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(UserError, match="32 levels of them; give the folders with the texts"):
+            make_plan([f"http://127.0.0.1:{server.server_port}/x/"])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 JOB = """
 import json, sys
 from data_tools.prepare import prepare
