@@ -83,8 +83,8 @@ def train_tokenizer(
                    share of the text that is not covered
     With little text the vocabulary is smaller than vocab_size; tokenizer.vocab_size is its size.
     Raises UserError for unknown settings, for inputs without text, for too many unreadable lines,
-    for a folder that cannot be
-    written, and for a size that SentencePiece cannot make; RunFailure when writing fails.
+    for a folder that cannot be written, and for a size that SentencePiece cannot make; RunFailure
+    when writing fails.
     """
     _check_settings(Path(out), kind, vocab_size, strip_accents)
     form: Form = "nfc"
@@ -113,19 +113,24 @@ def train_tokenizer(
     progress("train", 1, 1)
     if lowercase:
         facts.append(turkish_note(characters))
-    if tally.bad:
-        facts.append(
-            f"{tally.bad.total():,} of {tally.lines:,} lines cannot be read and are left out "
-            f"({described(tally.bad)}); the first: {tally.locations[0]}"
-        )
-    for fact in (*facts, Uncovered.of(tokenizer, characters).describe()):
-        if fact:
-            say(fact)
+    facts += [_unreadable(tally), Uncovered.of(tokenizer, characters).describe()]
+    for fact in filter(None, facts):
+        say(fact)
     try:
         tokenizer.save(out)
     except OSError as error:
         raise RunFailure(f"{out}: the vocabulary cannot be written: {error.strerror}") from None
     return tokenizer
+
+
+def _unreadable(tally: Tally) -> str:
+    """Return a sentence about the lines that were left out; "" if there are none."""
+    if not tally.bad:
+        return ""
+    return (
+        f"{tally.bad.total():,} of {tally.lines:,} lines cannot be read and are left out "
+        f"({described(tally.bad)}); the first: {tally.locations[0]}"
+    )
 
 
 def _check_settings(out: Path, kind: str, vocab_size: int, strip_accents: bool | None) -> None:
