@@ -190,8 +190,9 @@ def _message(error: ValidationError, where: str, root: type[BaseModel]) -> str:
         else:
             lines.append(_line(dict(problem), root))
     own = next((name for name, schema in RUNS.items() if schema is root), "")
-    lines += [_foreign_line(keys, other, own) for other, keys in foreign.items()]
-    return f"{printable(where)}: " + "\n  ".join(lines)
+    # First the cause: a config of another architecture also lacks fields of its own.
+    causes = [_foreign_line(keys, other, own) for other, keys in foreign.items()]
+    return f"{printable(where)}: " + "\n  ".join(causes + lines)
 
 
 def _foreign_line(keys: list[str], other: str, own: str) -> str:
@@ -219,6 +220,8 @@ def _line(problem: Values, root: type[BaseModel]) -> str:
     """Return the line of one of pydantic's problems: key, value found, value expected."""
     location = [str(part) for part in problem["loc"]]
     key, value = printable(".".join(location)), problem.get("input")
+    if key == "generator.architecture":
+        return f"{key}: unknown key; model.architecture is that of both encoders: leave it out"
     if problem["type"] == "extra_forbidden":
         known = _fields_at(root, location[:-1])
         suggestion = nearest(location[-1], known)

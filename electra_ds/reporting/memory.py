@@ -190,6 +190,10 @@ def _forward_backward(
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, torch.device(device):
         module.to_empty(device=device)
         batch = zero_batch(config)
+        if device == "cuda":  # full rows of one document, as flash attention takes them
+            rows, length = batch.input_ids.shape
+            starts = torch.arange(rows + 1, dtype=torch.int32) * length
+            batch = batch._replace(cu_seqlens=starts)
         at_rest = tracker.now
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(tracker.release_gradient)

@@ -249,12 +249,13 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             )
         return None
     meta = checkpoint.read_meta(found)
-    science, machine = differences(parse_run(meta.config, f"{found}/meta.json"), config)
+    old = parse_run(meta.config, f"{found}/meta.json")
+    science, machine = differences(old, config)
     if options.extend:
         lengths = ("train.total_steps:", "train.epochs:")
         science = [line for line in science if not line.startswith(lengths)]
     if science:
-        fits = not any(line.startswith("model.architecture:") for line in science)
+        fits = type(old) is type(config)  # the class of a config is that of its architecture
         raise UserError(
             f"{found} was trained with another config: {'; '.join(science)}. Use the old values"
             + (

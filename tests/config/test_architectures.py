@@ -21,6 +21,8 @@ from electra_ds.config.loading import (
     parse_run,
 )
 from electra_ds.config.schema import RUNS, ElectraRun, FactoryRun, ModernBertRun
+from electra_ds.interop.hf import FORMATS
+from electra_ds.model.registry import ARCHITECTURES
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -42,6 +44,11 @@ def test_a_preset_is_of_the_architecture_in_its_name(preset):
     assert type(run) is expected
     assert RUNS[run.model.architecture] is expected
     assert type(run.model) is MODELS[run.model.architecture]
+
+
+def test_every_architecture_has_a_schema_modules_and_a_stock_format():
+    formats = [form.architecture for form in FORMATS]
+    assert list(MODELS) == list(RUNS) == list(ARCHITECTURES) == formats
 
 
 def test_a_config_without_the_key_is_of_the_architecture_electra(tmp_path):
@@ -132,6 +139,21 @@ def test_a_field_of_the_other_architecture_is_refused_with_a_suggestion(preset, 
 def test_a_misspelled_field_is_compared_with_those_of_its_own_architecture():
     assert "did you mean 'local_attention'?" in refusal("modern-tiny", "model.local_atention=4")
     assert "local_attention" not in refusal("tiny", "model.local_atention=4")
+
+
+def test_the_generator_has_no_architecture_of_its_own():
+    message = refusal("tiny", "generator.architecture=electra")
+    assert "generator.architecture: unknown key; model.architecture is that of both" in message
+
+
+def test_fields_of_another_architecture_are_named_before_missing_fields():
+    values = json.loads(find_config("modern-tiny", "pretrain").read_text())
+    del values["model"]["architecture"]
+    with pytest.raises(UserError) as caught:
+        parse_run(values, "own.json")
+    first, *others = str(caught.value).split("\n")
+    assert "of the architecture modernbert, but model.architecture = electra" in first
+    assert any("model.embedding_size: missing" in line for line in others)
 
 
 def test_setting_the_architecture_of_a_preset_names_the_presets_of_the_other_one():
