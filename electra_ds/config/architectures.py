@@ -60,9 +60,10 @@ class ModelConfig(EncoderConfig):
     embedding_init_std: float = science(
         0.02, "standard deviation of the embedding tables", gt=0, le=100
     )
-    sharing: Literal["shared", "untied", "all"] = science(
+    sharing: Literal["shared", "untied", "all", "gdes"] = science(
         "shared",
-        "generator and discriminator share the embeddings, share nothing, or share the encoder",
+        "generator and discriminator share the embeddings, share nothing (untied), share the "
+        "encoder as well (all), or share the embeddings without the discriminator's gradient (gdes)",
     )
     vocab_size: int | None = science(
         None, "word table rows; filled from the data", ge=6, le=MAX_ROWS
@@ -229,7 +230,7 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
 
     def check_generator(self, generator: EncoderConfig) -> None:
         super().check_generator(generator)
-        if self.sharing == "shared" and generator.hidden_size != self.hidden_size:
+        if self.sharing in ("shared", "gdes") and generator.hidden_size != self.hidden_size:
             raise ValueError(
                 f"generator.hidden_size {generator.hidden_size} differs from model.hidden_size "
                 f"{self.hidden_size}; modernbert has no projection after the embeddings, so that "

@@ -270,9 +270,26 @@ class RunConfig(Section):
                 f"data.sequence_length {length} exceeds max_positions {most}: raise "
                 "model.max_positions, or use shorter rows"
             )
+        if self.model.sharing == "gdes":
+            self._check_gdes()
         if self.objective.has_generator:
             self.model.check_generator(self.generator)
         return self
+
+    def _check_gdes(self) -> None:
+        """Raise ValueError for an objective in which `gdes` has no meaning."""
+        objective = self.objective
+        if not (objective.detects and objective.has_generator):
+            reason = (
+                f"objective.kind = {objective.kind} trains no discriminator"
+                if not objective.detects
+                else f"objective.generator = {objective.generator} has no embeddings"
+            )
+            raise ValueError(
+                f"model.sharing = gdes, but {reason}; expected a discriminator that shares the "
+                "embeddings of a generator: set model.sharing = shared, or objective.kind = electra "
+                "and objective.generator = model"
+            )
 
     def accumulation(self, world_size: int) -> int:
         """Return the micro-batches per step and rank. Raises UserError as `accumulation` does."""

@@ -16,6 +16,7 @@ from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.parts import encoder_with_task_head
 from electra_ds.interop.vocabularies import tokenizer_of_model
 from electra_ds.model.build import build_objective
+from electra_ds.model.gdes import with_sums
 from electra_ds.model.weights import check_layers, check_state, shapes_of
 from electra_ds.training import checkpoint
 
@@ -96,7 +97,8 @@ class Checkpoint(NamedTuple):
     """A checkpoint of the built-in encoders with all its weights.
 
     model: sizes of the main encoder. weights: canonical name -> fp32 tensor on the CPU, without
-    padded rows; names and shapes agree with the config. run: the config of a pretraining run;
+    padded rows; names and shapes agree with the config. Deltas of model.sharing = "gdes" are
+    replaced by sums (embeddings.*). run: the config of a pretraining run;
     fine_tuned: the config of a fine-tuned model; one of the two is None.
     """
 
@@ -133,7 +135,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     folder = resolve_checkpoint(path)
     meta = checkpoint.read_meta(folder)
     weights = checkpoint.weights(folder)
-    if "embeddings.word.weight" not in weights:
+    if not {"embeddings.word.weight", "embedding_deltas.word.weight"} & weights.keys():
         raise UserError(
             f"{folder}: expected the built-in encoder (embeddings.*, discriminator.*), found "
             f"{', '.join(map(printable, sorted(weights)[:2]))}, ...; for modules of your own use "
@@ -143,7 +145,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if "task" not in meta.config:
         config = parse_run(meta.config, where)
         check_run(config, weights, folder)
-        return Checkpoint(folder, meta, config.model, weights, config, None)
+        return Checkpoint(folder, meta, config.model, with_sums(weights), config, None)
     tuned = parse_record(meta.config, f"{where}: config", FineTunedConfig)
     model = parse_config(tuned.model, where, ModelConfig)
     check_layers(weights, "discriminator.layers.", model.num_layers, str(folder))

@@ -30,6 +30,7 @@ from electra_ds.interop.hf_format import Head, HfFormat, joined
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.interop.vocabularies import checked_tokenizer
 from electra_ds.model.build import build_objective
+from electra_ds.model.gdes import name_of_sum, with_deltas
 from electra_ds.model.weights import (
     check_layers,
     check_state,
@@ -199,6 +200,8 @@ def _import(
     shapes = shapes_of(lambda: build_objective(imported), f"{source} with {run}")
     sources = [_with_generator(source, imported.generator) for source in foreign.sources]
     state, report = _convert(sources, shapes)
+    if imported.model.sharing == "gdes":
+        state = with_deltas(state)
     check_state(state, {name: shapes[name] for name in state}, str(source))
     report.warnings.extend(_run_notes(run, base, foreign.sizes))
     if tokenizer is not None:
@@ -262,6 +265,8 @@ def _check_sets(sets: Sequence[str], values: dict[str, Any], foreign: Foreign) -
         if not isinstance(stated, dict):
             continue  # the schema refuses it
         for name in [field] if field else list(decided):
+            if name == "sharing" and stated.get(name) == "gdes" and decided.get(name) != "all":
+                continue  # deltas are computed from the tables of both parts
             if name in decided and name not in foreign.free and stated.get(name) != decided[name]:
                 raise UserError(
                     f"--set {setting}: the imported weights have {section}.{name} = "
@@ -445,14 +450,19 @@ def _source(folder: Path, content: HfFolder, prefixes: Iterable[str], num_layers
 def _convert(
     sources: list[Source], parameters: Iterable[str]
 ) -> tuple[dict[str, Tensor], ImportReport]:
-    """(tensors taken from the sources, report). parameters: names of all parameters of the new model."""
+    """(tensors taken from the sources, report).
+
+    parameters: names of all parameters of the new model. Deltas (`model.gdes`) are taken as sums,
+    under the names of these.
+    """
     state: dict[str, Tensor] = {}
     report = ImportReport([], [], {}, [])
     used: dict[Path, set[str]] = {source.folder: set() for source in sources}
-    for name in parameters:
+    for parameter in parameters:
+        name = name_of_sum(parameter)
         source = next((source for source in sources if name.startswith(source.prefixes)), None)
         if source is None:
-            report.initialized.append(name)
+            report.initialized.append(parameter)
             continue
         foreign = source.foreign_names(name)
         missing = [key for key in foreign if key not in source.tensors]
@@ -461,12 +471,12 @@ def _convert(
                 f"{source.folder}: no tensor {missing[0]} for {name}; expected all encoder weights"
             )
         if missing:  # a head that this folder does not have
-            report.initialized.append(name)
+            report.initialized.append(parameter)
             continue
         used[source.folder].update(foreign)
         state[name] = joined([source.tensors[key] for key in foreign], name, str(source.folder))
         originals = ", ".join(source.original_names[key] for key in foreign)
-        report.loaded.append((f"{source.folder.name}: {originals}", name))
+        report.loaded.append((f"{source.folder.name}: {originals}", parameter))
     for source in sources:
         unexplained: dict[str, list[str]] = {}  # reason -> labels of tensors with their shapes
         for name in sorted(source.tensors.keys() - used[source.folder]):

@@ -3,6 +3,8 @@
 Dimensions: B rows, S tokens a row, E embedding size, H hidden size, V vocabulary size.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -87,18 +89,31 @@ def parts_of_objective(
 ) -> tuple[EncoderWithHead, EncoderWithHead | None]:
     """(discriminator, generator) that share the parameters of a built-in objective.
 
+    With model.sharing = "gdes" the discriminator's embeddings are sums, and parameters of their own.
     The generator is None if the objective trains none. A main encoder that predicts tokens has
     its language-modelling head; the copy gate of all_tokens_mlm is left out.
     """
     main_head = module.discriminator_head if module.objective.detects else module.mlm_head
-    discriminator = EncoderWithHead(module.embeddings, module.discriminator, main_head, pad_id)
+    embeddings = _summed(module) if module.sharing == "gdes" else module.embeddings
+    discriminator = EncoderWithHead(embeddings, module.discriminator, main_head, pad_id)
     if not module.objective.has_generator:
         return discriminator, None
-    untied = module.sharing == "untied"
-    embeddings = module.generator_embeddings if untied else module.embeddings
+    has_own = module.sharing in ("untied", "gdes")
+    embeddings = module.generator_embeddings if has_own else module.embeddings
     encoder = module.discriminator if module.sharing == "all" else module.generator
     generator = EncoderWithHead(embeddings, encoder, module.generator_head, pad_id)
     return discriminator, generator
+
+
+@torch.no_grad()
+def _summed(module: ElectraObjective) -> nn.Module:
+    """The discriminator's embeddings without deltas: each table is a sum."""
+    embeddings = copy.deepcopy(module.embedding_deltas)
+    embeddings.is_delta = False
+    pairs = zip(embeddings.tables(), module.generator_embeddings.tables(), strict=True)
+    for (table, _), (base, _) in pairs:
+        table.weight.add_(base.weight)
+    return embeddings
 
 
 def main_encoder(model: ModelConfig) -> nn.ModuleDict:

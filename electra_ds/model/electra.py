@@ -33,8 +33,7 @@ class Embeddings(EmbeddingsBase):
     def __init__(
         self, config: ElectraModelConfig, embedding_size: int, hidden_dropout: float
     ) -> None:
-        super().__init__(known_vocab_size(config), embedding_size)
-        self.dropout = hidden_dropout
+        super().__init__(known_vocab_size(config), embedding_size, hidden_dropout)
         self.position = nn.Embedding(config.max_positions, embedding_size)
         self.token_type = nn.Embedding(config.type_vocab_size, embedding_size)
         self.norm = nn.LayerNorm(embedding_size, config.layer_norm_eps)
@@ -43,9 +42,8 @@ class Embeddings(EmbeddingsBase):
         others = [(table, len(table.weight)) for table in (self.position, self.token_type)]
         return super().tables() + others
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor) -> Tensor:
-        x = self.word(input_ids) + self.token_type(segment_ids) + self.position(position_ids)
-        return dropout(self.norm(x), self.dropout, self.training)
+    def look_up(self, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.word(input_ids) + self.token_type(segment_ids) + self.position(position_ids)
 
 
 class Layer(nn.Module):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.architectures import ModelConfig
+from electra_ds.model.kernels.dropout import dropout
 from electra_ds.model.kernels.vocab_head import CHUNK
 
 
@@ -44,14 +45,41 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class EmbeddingsBase(nn.Module):
     """Interface of embeddings: input_ids [B, S] -> embedded rows [B, S, E].
 
-    A subclass has a constructor that calls this one, and `forward(input_ids, segment_ids,
-    position_ids)`, all [B, S] int64.
+    A subclass has a constructor that calls this one, and sets `norm` in it. With further tables it
+    overrides `tables` and `look_up`.
+
+    is_delta: the tables hold differences from those of other embeddings (`model.gdes`), at first 0.
     """
 
-    def __init__(self, vocab_size: int, embedding_size: int) -> None:
+    norm: nn.Module
+
+    def __init__(self, vocab_size: int, embedding_size: int, dropout: float) -> None:
         super().__init__()
         self.word = nn.Embedding(padded_size(vocab_size), embedding_size)
         self.true_rows = {"word.weight": vocab_size}
+        self.dropout = dropout
+        self.is_delta = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor,
+        position_ids: Tensor,
+        base: "EmbeddingsBase | None" = None,
+    ) -> Tensor:
+        """Return the normalized sum of the tables, with dropout.
+
+        input_ids, segment_ids, position_ids: [B, S] int64
+        base: embeddings with tables that are added, without a gradient
+        """
+        x = self.look_up(input_ids, segment_ids, position_ids)
+        if base is not None:
+            x = x + base.look_up(input_ids, segment_ids, position_ids).detach()
+        return dropout(self.norm(x), self.dropout, self.training)
+
+    def look_up(self, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the sum of the rows of all tables, [B, S, E]."""
+        return self.word(input_ids)
 
     def tables(self) -> list[tuple[nn.Embedding, int]]:
         """The embedding tables, each with its number of rows without padding."""
@@ -127,12 +155,14 @@ def encode(
     input_ids: Tensor,
     batch: EncoderInputs,
     positions: Tensor | None = None,
+    base: EmbeddingsBase | None = None,
 ) -> Tensor:
     """Embed and encode input_ids [B, S] with the segments, documents and positions of batch.
 
+    base: see `EmbeddingsBase.forward`.
     Returns hidden states [B, S, H], or [N, H] at positions [N] of the flattened batch.
     """
-    embedded = embeddings(input_ids, batch.segment_ids, batch.position_ids)
+    embedded = embeddings(input_ids, batch.segment_ids, batch.position_ids, base)
     return encoder(
         embedded,
         batch.document_ids,

@@ -19,7 +19,7 @@ def initialize(module: nn.Module, architecture: Architecture, seed: int | None =
     fan_in: plain normal, 1 / sqrt(inputs) for matrices, times the factor `output_scale` of the
             architecture, and embedding_init_std for tables
 
-    Rows that pad the word table are 0 and take no random numbers, so that the padding does not
+    Tables of deltas (`EmbeddingsBase.is_delta`) are 0. Rows that pad the word table are 0 and take no random numbers, so that the padding does not
     change other weights. With a seed, the random numbers come from a separate generator.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -47,6 +47,8 @@ def _initialize_tables(
     std = architecture.model.embedding_init_std
     for table, rows in embeddings.tables():
         table.weight.zero_()
+        if embeddings.is_delta:
+            continue
         if architecture.model.init == "fan_in":
             table.weight[:rows].normal_(0, std, generator=generator)
         else:

@@ -33,16 +33,14 @@ from electra_ds.model.kernels.rotary import Rotary, rotary_tables
 
 
 class Embeddings(EmbeddingsBase):
-    """Word embeddings, LayerNorm, dropout: [B, S] -> [B, S, H]."""
+    """Word embeddings, LayerNorm, dropout: [B, S] -> [B, S, H].
+
+    Segments and positions are not used: positions are applied in the layers.
+    """
 
     def __init__(self, vocab_size: int, sizes: ModernBertEncoderConfig, eps: float) -> None:
-        super().__init__(vocab_size, sizes.hidden_size)
-        self.dropout = sizes.embedding_dropout
+        super().__init__(vocab_size, sizes.hidden_size, sizes.embedding_dropout)
         self.norm = nn.LayerNorm(sizes.hidden_size, eps, bias=False)
-
-    def forward(self, input_ids: Tensor, segment_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """segment_ids and position_ids are not used: positions are applied in the layers."""
-        return dropout(self.norm(self.word(input_ids)), self.dropout, self.training)
 
 
 class Layer(nn.Module):

@@ -144,6 +144,7 @@ class ElectraObjective(Objective):
 
     - model.sharing = "untied": also generator_embeddings.*, as wide as the generator (as in the
       authors' code)
+    - model.sharing = "gdes": generator_embeddings.* and embedding_deltas.* instead of embeddings.*
     - model.sharing = "all": no generator.*; the discriminator's encoder is also the generator's
     - kinds with a main encoder that predicts tokens: mlm_head.* instead of discriminator_head.*
     - all_tokens_mlm: also copy_gate.*
@@ -162,7 +163,12 @@ class ElectraObjective(Objective):
         self.sharing = model.sharing
         architecture = architecture_of(model)
         width = model.word_width
-        self.embeddings = architecture.embeddings(model, width)
+        if model.sharing == "gdes":
+            self.generator_embeddings = architecture.embeddings(generator, width)
+            self.embedding_deltas = architecture.embeddings(model, width)
+            self.embedding_deltas.is_delta = True
+        else:
+            self.embeddings = architecture.embeddings(model, width)
         if objective.has_generator:
             if model.sharing == "untied":
                 width = generator.hidden_size
@@ -212,12 +218,16 @@ class ElectraObjective(Objective):
         """Embeddings, encoder and head that fill in [MASK]; for mlm those of the main encoder."""
         if self.objective.kind == "mlm":
             return self.embeddings, self.discriminator, self.mlm_head
-        embeddings = self.generator_embeddings if self.sharing == "untied" else self.embeddings
+        has_own = self.sharing in ("untied", "gdes")
+        embeddings = self.generator_embeddings if has_own else self.embeddings
         encoder = self.discriminator if self.sharing == "all" else self.generator
         return embeddings, encoder, self.generator_head
 
     def _encode(self, input_ids: Tensor, batch: Batch) -> Tensor:
         """Hidden states of the main encoder, [B, S, H]."""
+        if self.sharing == "gdes":
+            base = self.generator_embeddings
+            return encode(self.embedding_deltas, self.discriminator, input_ids, batch, base=base)
         return encode(self.embeddings, self.discriminator, input_ids, batch)
 
     def _masked_loss_inputs(self, batch: Batch, with_predictions: bool) -> dict[str, Any]:

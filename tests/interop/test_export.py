@@ -173,7 +173,8 @@ def assert_same_logits(module, folder: Path) -> None:
     ).logits
     assert float((module.discriminate(ids, batch) - found)[real].abs().max()) <= BOUND
     encoder = module.discriminator if module.sharing == "all" else module.generator
-    embeddings = module.generator_embeddings if module.sharing == "untied" else module.embeddings
+    has_own = module.sharing in ("untied", "gdes")
+    embeddings = module.generator_embeddings if has_own else module.embeddings
     ours = module.generator_head(encoder(embeddings(ids, types, positions), mask), embeddings.word)
     model = stock_model(folder / "generator", "AutoModelForMaskedLM")
     assert (
@@ -185,7 +186,7 @@ def assert_same_logits(module, folder: Path) -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
+@pytest.mark.parametrize("sharing", ["shared", "untied", "all", "gdes"])
 def test_an_exported_run_has_equal_logits(sharing, tmp_path):
     module = run_folders.pretrained(tmp_path / "run", sharing)
     export(tmp_path / "run", tmp_path / "out")
@@ -419,7 +420,7 @@ def equal_logits(a, b) -> bool:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
+@pytest.mark.parametrize("sharing", ["shared", "untied", "all", "gdes"])
 def test_load_returns_both_parts_of_a_run_and_of_its_export(sharing, tmp_path):
     module = run_folders.pretrained(tmp_path / "run", sharing)
     export(tmp_path / "run", tmp_path / "hf")
@@ -436,7 +437,11 @@ def test_load_returns_both_parts_of_a_run_and_of_its_export(sharing, tmp_path):
     positions, none = torch.arange(20).expand(3, -1), torch.zeros(3, 1)
     batch = Batch(ids, types, mask, positions, positions[:, :1], none, none > 0, none)
     expected, real = module.discriminate(ids, batch), mask > 0
-    assert torch.equal(run.discriminator(ids, types, mask)[real], expected[real])
+    found = run.discriminator(ids, types, mask)
+    if sharing == "gdes":  # sums of tables and sums of their rows are rounded differently
+        assert float((found - expected)[real].abs().max()) <= 10 * BOUND
+    else:
+        assert torch.equal(found[real], expected[real])
     assert run.generator(ids, types).shape == (3, 20, 600)
     assert run.discriminator.encode(ids).shape == (3, 20, 48)
 

@@ -16,6 +16,7 @@ from electra_ds.data.batch import Batch
 from electra_ds.interop.export import export
 from electra_ds.interop.import_weights import import_weights
 from electra_ds.interop.load_model import load_objective, load_pretrained
+from electra_ds.model.gdes import with_deltas, with_sums
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint
@@ -87,6 +88,19 @@ def test_export_then_import_is_bit_equal(sharing, tmp_path):
         sum(len(foreign.split(", ")) for foreign, _ in report.loaded) + len(report.unused)
         == tensors
     )
+
+
+def test_an_exported_pair_with_deltas_is_imported_with_sums_or_with_deltas(tmp_path):
+    state, folder = exported(tmp_path, "gdes")
+    _, sums = imported(folder, tmp_path / "sums", sets=["model.sharing=untied"])
+    assert read_json(tmp_path / "sums" / "config.json")["model"]["sharing"] == "untied"
+    assert equal(sums, with_sums(state))
+    report, deltas = imported(folder, tmp_path / "deltas", sets=["model.sharing=gdes"])
+    assert not report.initialized and deltas.keys() == state.keys()
+    for name, value in state.items():
+        rounding = 1e-6 if name.startswith("embedding_deltas.") else 0.0
+        assert float((deltas[name] - value).abs().max()) <= rounding, name
+    assert equal(with_sums(deltas), with_sums(with_deltas(with_sums(state))))
 
 
 @pytest.mark.parametrize("kind", ["mlm", "replace_mlm"])

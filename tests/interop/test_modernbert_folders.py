@@ -63,7 +63,7 @@ def assert_close(ours, theirs, mask) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
+@pytest.mark.parametrize("sharing", ["shared", "untied", "all", "gdes"])
 def test_an_exported_run_has_equal_logits_and_is_loaded(sharing, tmp_path):
     _, folder = exported(tmp_path, sharing)
     ids, mask, _ = run_folders.rows_with_padding()

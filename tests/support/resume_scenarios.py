@@ -159,7 +159,7 @@ def refused_resumes() -> None:
 def sharing() -> None:
     """Every way of sharing weights trains, saves and resumes at every stage."""
     same = ["generator.hidden_size=32", "generator.ffn_size=64", "model.num_layers=1"]
-    for kind, sizes in (("untied", []), ("all", same)):
+    for kind, sizes in (("untied", []), ("all", same), ("gdes", [])):
         sets = [f"model.sharing={kind}", "train.total_steps=6", *sizes]
         for stage in STAGES:
             finish(f"{kind}-full-z{stage}", f"zero{stage}-fp32", *sets)

@@ -207,7 +207,7 @@ def test_a_checkpoint_moves_between_world_sizes(outs: Path, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("sharing", ("untied", "all"))
+@pytest.mark.parametrize("sharing", ("untied", "all", "gdes"))
 def test_every_sharing_saves_and_resumes_at_every_stage(
     outs: Path, sharing: str, stage: int
 ) -> None:
