@@ -6,11 +6,11 @@ Public names are imported at their first use, so `import electra_ds` does not im
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from electra_ds.cli.api import pretrain
     from electra_ds.config.loading import load_run
     from electra_ds.evaluation.detect import Detector
     from electra_ds.interop.load_model import load
     from electra_ds.model.wrapper import Electra
-    from electra_ds.training.api import pretrain
 
 __all__ = ["Detector", "Electra", "load", "load_run", "pretrain"]
 _MODULES = {
@@ -18,7 +18,7 @@ _MODULES = {
     "Electra": "electra_ds.model.wrapper",
     "load": "electra_ds.interop.load_model",
     "load_run": "electra_ds.config.loading",
-    "pretrain": "electra_ds.training.api",
+    "pretrain": "electra_ds.cli.api",
 }
 
 

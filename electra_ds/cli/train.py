@@ -97,6 +97,13 @@ def pretrain(
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of a run or checkpoint.")
     ] = None,
+    generator_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run, checkpoint or Hugging Face folder with the weights of a frozen generator "
+            "(objective.generator = frozen)."
+        ),
+    ] = None,
 ) -> None:
     """Pretrain a model, or resume the run in --out.
 
@@ -109,9 +116,12 @@ def pretrain(
 
     config = load_run(run, sets or [], engine)
     ranks = find_ranks(expected_size=world_size)
+    from electra_ds.interop.frozen_generator import generator_reader
     from electra_ds.training.pretrain import AttemptOptions, pretrain
 
-    options = AttemptOptions(stop_at_step, max_minutes, extend, init_from)
+    options = AttemptOptions(
+        stop_at_step, max_minutes, extend, init_from, generator_reader(generator_from)
+    )
     leave(pretrain(config, data, out, ranks, options))
 
 

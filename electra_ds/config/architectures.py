@@ -79,13 +79,17 @@ class ModelConfig(EncoderConfig):
         """Number of token types; None for an architecture without token types."""
         raise NotImplementedError
 
+    def generator_width(self, generator: EncoderConfig) -> int:
+        """Width of the word table with which the generator embeds."""
+        return generator.hidden_size if self.sharing == "untied" else self.word_width
+
     def check_generator(self, generator: EncoderConfig) -> None:
         """Raise ValueError for a generator that does not fit `sharing`."""
         if self.sharing != "all":
             return
         for name in type(generator).model_fields:
             own, other = getattr(self, name), getattr(generator, name)
-            if own != other:
+            if own != other and other is not None:
                 raise ValueError(
                     "model.sharing = 'all' is one encoder: every field of generator must equal "
                     f"that of model, but {name} is {other} in generator and {own} in model: set "
@@ -105,6 +109,13 @@ class ElectraEncoderConfig(EncoderConfig):
 
 class ElectraGeneratorConfig(ElectraEncoderConfig):
     """Sizes of the generator's encoder, as integers and not as fractions of the discriminator."""
+
+    embedding_size: int | None = science(
+        None,
+        "width of its own tables with model.sharing = untied; null: hidden_size",
+        ge=1,
+        le=MAX_WIDTH,
+    )
 
 
 class ElectraModelConfig(ElectraEncoderConfig, ModelConfig):
@@ -127,6 +138,22 @@ class ElectraModelConfig(ElectraEncoderConfig, ModelConfig):
     @property
     def segments(self) -> int | None:
         return self.type_vocab_size
+
+    def generator_width(self, generator: EncoderConfig) -> int:
+        assert isinstance(generator, ElectraGeneratorConfig)
+        if self.sharing == "untied" and generator.embedding_size is not None:
+            return generator.embedding_size
+        return super().generator_width(generator)
+
+    def check_generator(self, generator: EncoderConfig) -> None:
+        super().check_generator(generator)
+        assert isinstance(generator, ElectraGeneratorConfig)
+        if generator.embedding_size is not None and self.sharing != "untied":
+            raise ValueError(
+                f"generator.embedding_size = {generator.embedding_size}, but model.sharing = "
+                f"{self.sharing} gives the generator the tables of the discriminator: leave it "
+                "out, or set model.sharing = untied"
+            )
 
 
 # ---------------------------------------------------------------------------------- modernbert

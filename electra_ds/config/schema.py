@@ -4,6 +4,7 @@ Scope `science`: the field changes what the model learns. A resume with another 
 Scope `machine`: all other fields. A resume with another value is allowed and reported.
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -51,8 +52,10 @@ class ObjectiveConfig(Section):
         "task of the main encoder: detect replaced tokens (electra; electra_15: at masked "
         "positions only), or predict tokens",
     )
-    generator: Literal["model", "uniform"] = science(
-        "model", "replacement tokens: sampled from the generator, or uniformly from the vocabulary"
+    generator: Literal["model", "frozen", "uniform"] = science(
+        "model",
+        "replacement tokens: sampled from the generator, which trains as well (model) or not "
+        "(frozen), or uniformly from the vocabulary",
     )
     disallow_correct: bool = science(False, "a replacement never equals the original")
     mask_prob: float = science(0.15, "share of the real tokens of a row that is masked", gt=0, lt=1)
@@ -74,6 +77,12 @@ class ObjectiveConfig(Section):
         ge=1e-3,
         le=1e3,
     )
+    temperature_decay: float | None = science(
+        None,
+        "share of the run in which temperature - 1 falls to 1/e (37 %); null: constant",
+        gt=0,
+        le=1e3,
+    )
 
     @model_validator(mode="after")
     def _mlm_replaces_nothing(self) -> "ObjectiveConfig":
@@ -90,8 +99,13 @@ class ObjectiveConfig(Section):
 
     @property
     def has_generator(self) -> bool:
-        """Whether a generator network trains beside the main encoder."""
-        return self.kind != "mlm" and self.generator == "model"
+        """Whether there is a generator network beside the main encoder."""
+        return self.kind != "mlm" and self.generator in ("model", "frozen")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the generator network does not train."""
+        return self.has_generator and self.generator == "frozen"
 
     @property
     def counts_all_tokens(self) -> bool:
@@ -100,11 +114,25 @@ class ObjectiveConfig(Section):
 
     @property
     def loss_weights(self) -> tuple[float, float]:
-        """Factors of mlm_loss and disc_loss in the total; 1 for a main encoder that predicts."""
+        """Factors of mlm_loss and disc_loss in the total.
+
+        1 for a main encoder that predicts tokens, 0 for a frozen generator.
+        """
+        gen_weight = 0.0 if self.is_frozen else self.gen_weight
         return (
-            1.0 if self.kind == "mlm" else self.gen_weight,
+            1.0 if self.kind == "mlm" else gen_weight,
             self.disc_weight if self.detects else 1.0,
         )
+
+    def temperature_at(self, progress: float) -> float:
+        """Return the temperature of sampling (Fast-ELECTRA, Dong et al. 2023, section 3.2).
+
+        It is 1 + (T - 1) exp(-u / tau) with T = temperature and tau = temperature_decay.
+        progress: u, the share of the run that is done, 0 to 1; math.inf gives the limit 1.
+        """
+        if self.temperature_decay is None:
+            return self.temperature
+        return 1 + (self.temperature - 1) * math.exp(-progress / self.temperature_decay)
 
 
 class DataConfig(Section):
@@ -272,6 +300,12 @@ class RunConfig(Section):
             )
         if self.model.sharing == "gdes":
             self._check_gdes()
+        if self.objective.is_frozen and self.model.sharing != "untied":
+            raise ValueError(
+                f"model.sharing = {self.model.sharing}, but objective.generator = frozen: a "
+                "generator that does not train shares nothing with the discriminator: set "
+                "model.sharing = untied"
+            )
         if self.objective.has_generator:
             self.model.check_generator(self.generator)
         return self
@@ -391,6 +425,11 @@ class FactoryRun(RunConfig):
             raise ValueError(
                 f"objective.kind {self.objective.kind} needs the built-in model; a factory's "
                 "discriminator detects replaced tokens: electra or electra_15"
+            )
+        if self.objective.is_frozen:
+            raise ValueError(
+                "objective.generator = frozen works with the built-in encoders only: set it to "
+                "model or uniform"
             )
         if self.train.compile or self.train.activation_checkpointing:
             raise ValueError(

@@ -161,13 +161,14 @@ class ElectraFormat(HfFormat):
         assert isinstance(model, ElectraModelConfig)
         sizes: EncoderConfig = model if generator is None else generator
         assert isinstance(sizes, ElectraEncoderConfig)
-        is_untied = generator is not None and model.sharing == "untied"
         return {
             "model_type": self.model_type,
             "architectures": [self.classes[role]],
             **{key: getattr(sizes, field) for field, key in SIZES.items()},
             **{key: getattr(model, field) for field, key in TABLES.items()},
-            "embedding_size": sizes.hidden_size if is_untied else model.embedding_size,
+            "embedding_size": model.embedding_size
+            if generator is None
+            else model.generator_width(generator),
             "initializer_range": model.init_std,
             **ONLY,
             "pad_token_id": special_ids.pad,

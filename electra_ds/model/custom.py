@@ -236,7 +236,7 @@ class FactoryObjective(Objective):
             batch.input_ids.gather(1, batch.masked_positions),
             batch.masked_weights,
             batch.uniforms,
-            temperature=options.temperature,
+            temperature=self.temperature,
             with_predictions=with_predictions,
             disallow_target=options.disallow_correct,
         )

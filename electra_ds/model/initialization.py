@@ -19,8 +19,9 @@ def initialize(module: nn.Module, architecture: Architecture, seed: int | None =
     fan_in: plain normal, 1 / sqrt(inputs) for matrices, times the factor `output_scale` of the
             architecture, and embedding_init_std for tables
 
-    Tables of deltas (`EmbeddingsBase.is_delta`) are 0. Rows that pad the word table are 0 and take no random numbers, so that the padding does not
-    change other weights. With a seed, the random numbers come from a separate generator.
+    Tables of deltas (`EmbeddingsBase.is_delta`) are 0. Rows that pad the word table are 0 and take
+    no random numbers, so that the padding does not change other weights. With a seed, the random
+    numbers come from a separate generator.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     is_fan_in = architecture.model.init == "fan_in"

@@ -5,6 +5,7 @@ Also the objectives that the paper compares with it (section 3.4).
 Dimensions: B rows, S sequence, K masked positions, V vocabulary, H hidden.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Objective(nn.Module):
         self.objective = objective
         self.special_ids = special_ids
         self.vocab_size = vocab_size
+        self.temperature = objective.temperature_at(math.inf)  # of the present forward
 
     def forward(
         self,
@@ -50,6 +52,7 @@ class Objective(nn.Module):
         totals: Totals = Totals(1.0, 1.0),
         *,
         with_counts: bool = False,
+        progress: float = math.inf,
         task: str = "losses",
     ) -> Losses | Tensor:
         """Return the losses of one micro-batch.
@@ -60,12 +63,15 @@ class Objective(nn.Module):
         totals: counts of the whole global batch; the sums over masked positions and over real
                 tokens are divided by them
         with_counts: also compute `Losses.counts`, the sums for the metrics
+        progress: share of the run that is done, for the temperature of sampling
+                (`ObjectiveConfig.temperature_at`); by default that at the end
         task:   "losses", or "discriminate" to return only the discriminator's logits [B, S] fp32 of
                 the unchanged batch.input_ids
         """
         if task == "discriminate":
             return self.discriminate(batch.input_ids, batch)
         options = self.objective
+        self.temperature = options.temperature_at(progress)
         drawn = self._draw(batch, with_predictions=with_counts)
         corrupted = scatter_tokens(
             batch.input_ids, batch.masked_positions, drawn.sampled, batch.masked_weights
@@ -126,7 +132,7 @@ class Objective(nn.Module):
     def _draw(self, batch: Batch, with_predictions: bool) -> HeadResult:
         """Return the generator's loss and samples, or uniform samples without a generator."""
         options = self.objective
-        if options.generator == "model":
+        if options.generator != "uniform":
             masked_ids = mask_input(batch, self.special_ids.mask)
             return self.generate(masked_ids, batch, with_predictions)
         originals = batch.input_ids.gather(1, batch.masked_positions)
@@ -170,8 +176,8 @@ class ElectraObjective(Objective):
         else:
             self.embeddings = architecture.embeddings(model, width)
         if objective.has_generator:
+            width = model.generator_width(generator)
             if model.sharing == "untied":
-                width = generator.hidden_size
                 self.generator_embeddings = architecture.embeddings(generator, width)
             if model.sharing != "all":
                 self.generator = architecture.encoder(generator, width)
@@ -184,17 +190,38 @@ class ElectraObjective(Objective):
         if objective.kind == "all_tokens_mlm":
             self.copy_gate = Linear(model.hidden_size, 1)
         initialize(self, architecture, seed)
+        if objective.is_frozen:
+            for part in self._frozen_parts().values():
+                part.requires_grad_(False)
+
+    def _frozen_parts(self) -> dict[str, nn.Module]:
+        """The modules of a frozen generator by name."""
+        names = ("generator_embeddings", "generator", "generator_head")
+        return {name: getattr(self, name) for name in names}
+
+    def set_generator_apart(self) -> nn.ModuleDict:
+        """Return the modules of a frozen generator, which are no children of this module afterwards.
+
+        `forward` uses them as before. DeepSpeed does not see their parameters: they have no
+        gradients, no moments and no shards. The caller moves them to the device and dtype.
+        """
+        parts = self._frozen_parts()
+        for name, part in parts.items():
+            delattr(self, name)
+            object.__setattr__(self, name, part)  # not registered as a child
+        return nn.ModuleDict(parts).eval()
 
     def generate(
         self, masked_ids: Tensor, batch: Batch, with_predictions: bool = False
     ) -> HeadResult:
         embeddings, encoder, head = self._generator_parts()
-        hidden = encode(embeddings, encoder, masked_ids, batch)
-        return head(
-            gather_positions(hidden, batch.masked_positions),
-            embeddings.word,
-            self._masked_loss_inputs(batch, with_predictions),
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.objective.is_frozen):
+            hidden = encode(embeddings, encoder, masked_ids, batch)
+            return head(
+                gather_positions(hidden, batch.masked_positions),
+                embeddings.word,
+                self._masked_loss_inputs(batch, with_predictions),
+            )
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
         return self.discriminator_head(self._encode(input_ids, batch))
@@ -236,7 +263,7 @@ class ElectraObjective(Objective):
             "targets": batch.input_ids.gather(1, batch.masked_positions),
             "weights": batch.masked_weights,
             "uniforms": batch.uniforms,
-            "temperature": self.objective.temperature,
+            "temperature": self.temperature,
             "with_predictions": with_predictions,
             "disallow_target": self.objective.disallow_correct,
         }

@@ -59,7 +59,9 @@ def memory(
     Bucket sizes are read from the run's own engine file at its stage, and from the shipped
     zeroN.json at the other stages.
     """
-    groups = parameter_groups(meta_model(config), 1.0)
+    module = meta_model(config)
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+    groups = parameter_groups(module, 1.0)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
     own = load_engine(config.engine).get("zero_optimization", {})
     needs = {}
@@ -68,9 +70,10 @@ def memory(
         for stage in stages:
             is_own = own.get("stage", 0) == stage
             zero = own if is_own else load_engine(f"zero{stage}")["zero_optimization"]
-            needs[stage, precision] = _at_stage(
-                stage, precision, sizes, config, world_size, zero, activations
-            )
+            need = _at_stage(stage, precision, sizes, config, world_size, zero, activations)
+            width = 2 if precision == PRECISIONS[2] else 4
+            # Every rank holds the weights of a frozen generator whole.
+            needs[stage, precision] = need._replace(states=need.states + width * frozen)
     return needs
 
 

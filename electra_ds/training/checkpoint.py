@@ -46,9 +46,11 @@ class Weights(Protocol):
 
     ranks: Any
     parameters: dict[str, Any]
+    frozen: dict[str, Tensor]
 
     def full_tensor(self, name: str, kind: str) -> Tensor: ...
     def set_full_tensor(self, name: str, kind: str, value: Tensor) -> None: ...
+    def set_frozen(self, name: str, value: Tensor) -> None: ...
     def shape(self, name: str) -> torch.Size: ...
     def all_gather_object(self, value: Any) -> list[Any]: ...
     def reset_moments(self, applied_steps: int) -> None: ...
@@ -285,7 +287,8 @@ def load(
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
     true_rows: parameter name -> rows without padding, for tensors padded in memory on the first axis.
-    weights_only: load no moments (they are set to zero), no step count and no loss scaler.
+    weights_only: load no moments (they are set to zero), no step count and no loss scaler. The
+        checkpoint may lack the frozen tensors; these keep their values.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """
     meta = read_meta(path)
@@ -297,6 +300,9 @@ def load(
     }
     kinds = ("master",) if weights_only else ("master", *MOMENTS)
     missing = {(name, kind) for name in expected for kind in kinds}
+    expected |= {name: tuple(value.shape) for name, value in engine.frozen.items()}
+    if not weights_only:
+        missing |= {(name, "master") for name in engine.frozen}
     for prefix in ("model",) if weights_only else ("model", "optim"):
         for key, value in tensors(path, meta, prefix):
             kind, _, name = ("master", "", key) if prefix == "model" else key.partition("/")
@@ -306,7 +312,10 @@ def load(
                     f"{printable(path)}: {printable(key)} has shape {tuple(value.shape)}, this "
                     f"run's model has {here}"
                 )
-            engine.set_full_tensor(name, kind, _pad(value, engine.shape(name)))
+            if name in engine.frozen:
+                engine.set_frozen(name, value)
+            else:
+                engine.set_full_tensor(name, kind, _pad(value, engine.shape(name)))
             missing.discard((name, kind))
     if missing:
         names = ", ".join(sorted({name for name, _ in missing}))

@@ -261,14 +261,14 @@ def _point_latest_at(checkpoint: Path) -> None:
 def _gather(
     engine: Weights, true_rows: dict[str, int], kinds: tuple[str, ...]
 ) -> dict[str, dict[str, Tensor]]:
-    """Gather each tensor on all ranks and copy it on its owner.
+    """Gather each tensor on all ranks and copy it on its owner. Rank 0 adds the frozen tensors.
 
     kinds: "master" and, to resume, the moments. Returns this rank's {"model": {name: tensor},
     "optim": {kind/name: tensor}}, fp32 on the CPU.
     """
     sizes = {name: engine.shape(name).numel() for name in engine.parameters}
     owners = _owners(sizes, engine.ranks.world_size)
-    weights: dict[str, Tensor] = {}
+    weights = dict(engine.frozen) if engine.ranks.rank == 0 else {}
     moments: dict[str, Tensor] = {}
     for name in engine.parameters:
         for kind in kinds:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from electra_ds.cluster.launchers import Ranks, check_address
 from electra_ds.common.errors import UserError
+from electra_ds.model.weights import load_true_state, true_state
 from electra_ds.training.collectives import ControlGroup, collective, gloo_group
 from electra_ds.training.optimizer import AdamW, make_state, parameter_groups
 from electra_ds.training.precision import EngineConfig, resolve_precision
@@ -183,6 +184,7 @@ class Engine:
 
     control: collectives on the CPU, beside those of the engine.
     parameters: canonical name -> parameter of the wrapped module (an empty tensor at stage 3).
+    frozen: canonical name -> fp32 tensor on the CPU, without padded rows, of `add_frozen`.
     """
 
     @collective
@@ -223,6 +225,8 @@ class Engine:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients twice
         self.optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         self.parameters = dict(self._engine.module.named_parameters())
+        self.frozen: dict[str, Tensor] = {}
+        self._frozen_modules = nn.ModuleDict()
         self._half_masters: dict[str, Any] = self._find_half_masters()
         self._scaler_before_refusal: dict[str, float] = {}
         self.reset_moments(0)
@@ -267,6 +271,22 @@ class Engine:
                 f"offload_optimizer: DeepSpeed's CPU Adam cannot be compiled or loaded ({first}); "
                 "it needs a C++ compiler and ninja: install both, or use an engine without offload"
             ) from error
+
+    def add_frozen(self, modules: nn.ModuleDict) -> None:
+        """Move modules that do not train to the device, in the dtype of the trained parameters.
+
+        Every rank holds them whole. Checkpoints contain their fp32 values.
+        """
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        enabled = (kind for kind in kinds if self.deepspeed_config.get(kind, {}).get("enabled"))
+        kind = next(enabled, None)
+        self.frozen = {name: value.float().clone() for name, value in true_state(modules).items()}
+        self._frozen_modules = modules.to(self.device, kinds[kind] if kind else torch.float32)
+
+    def set_frozen(self, name: str, value: Tensor) -> None:
+        """Set one tensor of the modules of `add_frozen`. value: fp32, without padded rows."""
+        self.frozen[name].copy_(value)
+        load_true_state(self._frozen_modules, {name: value}, partial=True)
 
     @collective
     def forward_backward(

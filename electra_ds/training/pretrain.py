@@ -4,11 +4,13 @@ import contextlib
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from electra_ds.cluster import failures, rank_log, run_folder, stop_signals
 from electra_ds.cluster.launchers import NO_LAUNCHER, Ranks
@@ -25,15 +27,21 @@ from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
-from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
-from electra_ds.model.objective import Objective
+from electra_ds.model.objective import ElectraObjective, Objective
 from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint, folder_of_model, tokenizer_of
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
-from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
+from electra_ds.training.collectives import (
+    ControlGroup,
+    destroy_process_groups,
+    fail_on_all_ranks,
+    is_collective,
+    on_rank0,
+)
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
@@ -51,6 +59,8 @@ class AttemptOptions:
     max_minutes: save and stop after this time.
     extend: continue a finished run with a larger train.total_steps.
     init_from: a run or checkpoint; a new run starts from its weights.
+    read_generator: returns the weights of a frozen generator by canonical name, for the config with
+        the values of the data and the tokenizer of the data.
     asked: reasons to stop at the next vote; signal handlers append to it.
     Raises UserError when stop_at_step or max_minutes is out of range.
     """
@@ -59,6 +69,7 @@ class AttemptOptions:
     max_minutes: float | None = None
     extend: bool = False
     init_from: Path | None = None
+    read_generator: Callable[[RunConfig, Tokenizer], dict[str, Tensor]] | None = None
     asked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -198,12 +209,22 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
             "offload_optimizer: loading DeepSpeed's CPU Adam; the first run on a machine compiles "
             "it, which takes minutes"
         )
-    engine = Engine(_objective(config), config, engine_config, attempt.ranks, device)
+    generator = _read_generator(attempt)
+    objective = _objective(config)
+    frozen = None
+    if config.objective.is_frozen:
+        assert isinstance(objective, ElectraObjective)
+        frozen = objective.set_generator_apart()
+    engine = Engine(objective, config, engine_config, attempt.ranks, device)
+    if frozen is not None:
+        engine.add_frozen(frozen)
     nodes = run_folder.open_folder(out, attempt.ranks.rank, engine.all_gather_object)
     rank_log.open_log(out, attempt.ranks)
     on_rank0(lambda: remove_stale(out / "ckpt"))
     _check_same_data(attempt.data.source, engine, nodes)
     resumed = _resume(attempt, engine)
+    if generator is not None:
+        _set_generator(attempt, engine, generator, is_new=resumed is None)
     on_rank0(lambda: _write_description(attempt, nodes))
     is_complete = _train(attempt, engine, resumed)
     lock.release()  # before the engine closes: rank 0 may fail when another rank ends first
@@ -224,6 +245,52 @@ def _objective(config: RunConfig) -> Objective:
     if config.train.compile:
         objective.compile_layers()
     return objective
+
+
+def _read_generator(attempt: Attempt) -> dict[str, Tensor] | None:
+    """The weights of --generator-from; None without the option. Collective.
+
+    Raises UserError on every rank when the option does not fit the objective, when it is missing in
+    a new run with a frozen generator, and when the weights do not fit.
+    """
+    read, config = attempt.options.read_generator, attempt.config
+    if read is not None and not config.objective.is_frozen:
+        raise UserError(
+            f"--generator-from: objective.generator = {config.objective.generator} uses no weights "
+            "of another generator: leave the option out, or set objective.generator=frozen and "
+            "model.sharing=untied"
+        )
+    if read is None:
+        is_new = checkpoint.latest_on_rank0(attempt.out / "ckpt") is None
+        if config.objective.is_frozen and is_new and attempt.options.init_from is None:
+            raise UserError(
+                "objective.generator = frozen: a new run needs the weights of the generator: give "
+                "--generator-from with a run, a checkpoint or a Hugging Face folder"
+            )
+        return None
+    control = ControlGroup(attempt.ranks)
+    with fail_on_all_ranks(control.all_gather_object, "--generator-from"):
+        weights = read(config, load_tokenizer(attempt.data.source.tokenizer))
+    return weights
+
+
+def _set_generator(
+    attempt: Attempt, engine: Engine, weights: dict[str, Tensor], is_new: bool
+) -> None:
+    """Set the frozen generator of a new run; compare it with that of a resumed one."""
+    if is_new:
+        for name, value in weights.items():
+            engine.set_frozen(name, value)
+        return
+    differing = [
+        name for name, value in weights.items() if not torch.equal(value, engine.frozen[name])
+    ]
+    if differing:
+        raise UserError(
+            f"--generator-from: {len(differing)} tensors differ from those of the generator in "
+            f"{printable(attempt.out)} ({differing[0]}, ...): leave the option out to resume, or "
+            "choose another --out"
+        )
 
 
 # ----------------------------------------------------------------------------------- resuming

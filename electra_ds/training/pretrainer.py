@@ -121,7 +121,10 @@ class Pretrainer(Trainer):
 
     def forward_options(self, state: TrainingState) -> dict[str, Any]:
         """Return the options of the forward pass: with_counts in steps that are logged."""
-        return {"with_counts": self._is_logged(state.step + 1)}
+        return {
+            "with_counts": self._is_logged(state.step + 1),
+            "progress": state.step / self.schedule.total_steps,
+        }
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.logging.every == 0 or step == self.schedule.total_steps

@@ -1,8 +1,8 @@
 """model.sharing = gdes: the discriminator embeds with the generator's tables, without a gradient."""
 
 import pytest
-import torch
 import small_objective
+import torch
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run

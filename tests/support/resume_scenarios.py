@@ -18,6 +18,7 @@ from small_run import CUT, STAGES
 from web import served
 
 from electra_ds.config.engine_files import load_engine
+from electra_ds.interop.frozen_generator import generator_reader
 from electra_ds.training import checkpointer
 from electra_ds.training.engine import Engine
 
@@ -165,6 +166,37 @@ def sharing() -> None:
             finish(f"{kind}-full-z{stage}", f"zero{stage}-fp32", *sets)
             stop(f"{kind}-z{stage}", f"zero{stage}-fp32", *sets, at=3)
             finish(f"{kind}-z{stage}", f"zero{stage}-fp32", *sets)
+
+
+def frozen() -> None:
+    """A frozen generator of the finished run full-z0 trains, saves and resumes at every stage."""
+    sets = [
+        "objective.generator=frozen",
+        "objective.temperature=2",
+        "objective.temperature_decay=0.3",
+        "model.sharing=untied",
+        "generator.embedding_size=24",
+        "train.total_steps=6",
+    ]
+    reader = generator_reader(here.outs / "full-z0")
+    for stage in STAGES:
+        engine = f"zero{stage}-fp32"
+        finish(f"frozen-full-z{stage}", engine, *sets, read_generator=reader)
+        stop(f"frozen-z{stage}", engine, *sets, at=3, read_generator=reader)
+        finish(f"frozen-z{stage}", engine, *sets)
+    refused = {
+        "missing": train("frozen-refused", "zero1-fp32", *sets),
+        "trained": train("frozen-refused", "zero1-fp32", read_generator=reader),
+        "other": train(
+            "frozen-z1",
+            "zero1-fp32",
+            *sets,
+            "train.total_steps=8",
+            extend=True,
+            read_generator=generator_reader(here.outs / "gdes-full-z0"),
+        ),
+    }
+    note("frozen", refused)
 
 
 # ----------------------------------------------------------------------------------------- kill -9

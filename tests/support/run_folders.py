@@ -49,6 +49,7 @@ class SingleProcessWeights:
 
     def __init__(self, state: dict[str, torch.Tensor]):
         self.parameters = state
+        self.frozen: dict[str, torch.Tensor] = {}
 
     def full_tensor(self, name: str, kind: str) -> torch.Tensor:
         return self.parameters[name]
@@ -74,7 +75,8 @@ def config(
     if is_modern and sharing == "untied":
         values["generator"] |= {"hidden_size": 24, "num_heads": 1}
     if sharing == "all":
-        values["generator"] |= {key: values["model"][key] for key in values["generator"]}
+        equal = values["generator"].keys() - {"embedding_size"}
+        values["generator"] |= {key: values["model"][key] for key in equal}
     values["data"] |= {"sequence_length": 32, "special_ids": IDS}
     values["objective"]["kind"] = kind
     return parse_run(values, "test")

@@ -33,6 +33,7 @@ from modern_scenarios import modern, modern_kinds, modern_on_one_rank, modern_re
 from resume_scenarios import (
     evaluated,
     from_one_to_two,
+    frozen,
     interrupted,
     killed,
     mixed,
@@ -75,6 +76,7 @@ PHASES = {  # ranks, scenarios
             bad_losses,
             signals_and_files,
             sharing,
+            frozen,
             modern,
             modern_refused,
         ),
@@ -101,6 +103,8 @@ PHASES = {  # ranks, scenarios
     # Runs of one architecture, for work on it.
     "modern": (2, (modern, modern_refused, modern_kinds)),
     "modern-one": (1, (modern_on_one_rank, needed_memory)),
+    # Ways in which generator and discriminator depend on each other, for work on these.
+    "generators": (2, (uninterrupted, sharing, frozen)),
     "never-waits": (1, (never_waits,)),
 }
 GRACE_SECONDS = 2.0  # for the other ranks, when one has failed

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cost import step_traffic
 from modern_scenarios import MODERN_STEPS, RESUMED
 from run_results import curve, distance, is_bit_equal
@@ -213,6 +214,30 @@ def test_every_sharing_saves_and_resumes_at_every_stage(
 ) -> None:
     assert is_bit_equal(outs / f"{sharing}-z{stage}", outs / f"{sharing}-full-z{stage}")
     assert distance(outs / f"{sharing}-full-z{stage}", outs / f"{sharing}-full-z0") < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_frozen_generator_keeps_its_weights_and_the_run_resumes(outs: Path, stage: int) -> None:
+    run = outs / f"frozen-full-z{stage}"
+    assert is_bit_equal(outs / f"frozen-z{stage}", run)
+    assert distance(run, outs / "frozen-full-z0") < 1e-5
+    source = checkpoint.weights(outs / "full-z0" / "ckpt" / "final")
+    found = checkpoint.weights(run / "ckpt" / "final")
+    for name, value in found.items():
+        if name.startswith("generator"):
+            shared = name.replace("generator_embeddings.", "embeddings.")
+            assert torch.equal(value, source[shared]), name
+    assert not torch.equal(
+        found["discriminator_head.dense.weight"], source["discriminator_head.dense.weight"]
+    )
+
+
+def test_weights_of_a_generator_that_do_not_fit_the_run_are_refused(outs: Path) -> None:
+    found = noted(outs, "frozen")
+    assert found == noted(outs, "frozen", 1)
+    assert "a new run needs the weights of the generator: give --generator-from" in found["missing"]
+    assert "objective.generator = model uses no weights of another generator" in found["trained"]
+    assert "24 tensors differ from those of the generator in" in found["other"]
 
 
 def test_old_checkpoints_are_pruned_and_no_temporary_file_is_left(outs: Path) -> None:

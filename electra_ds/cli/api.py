@@ -10,6 +10,7 @@ from electra_ds.cluster.launchers import find_ranks
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
+from electra_ds.interop.frozen_generator import generator_reader
 from electra_ds.training.pretrain import AttemptOptions
 from electra_ds.training.pretrain import pretrain as pretrain_ranks
 
@@ -27,6 +28,7 @@ def pretrain(
     max_minutes: float | None = None,
     extend: bool = False,
     init_from: str | Path | None = None,
+    generator_from: str | Path | None = None,
 ) -> int:
     """Pretrain, or resume the unfinished run in `out`.
 
@@ -42,6 +44,8 @@ def pretrain(
     max_minutes: save and return after this time.
     extend: continue a finished run with a larger train.total_steps.
     init_from: a run or a checkpoint; a new run starts from its weights.
+    generator_from: a run, a checkpoint or a Hugging Face folder with the weights of a frozen
+        generator (objective.generator = frozen).
 
     Returns the exit code of the command line: 0 if the schedule is complete, 85 if the run is saved
     and stopped. Under torchrun it is 0 in both cases, because torchrun restarts after any other
@@ -67,7 +71,9 @@ def pretrain(
             "groups of the first run: start a new process (in a notebook, restart the kernel)"
         )
     weights = None if init_from is None else Path(init_from)
-    options = AttemptOptions(stop_at_step, max_minutes, extend, weights)
+    options = AttemptOptions(
+        stop_at_step, max_minutes, extend, weights, generator_reader(generator_from)
+    )
     with _restored_process():
         code = pretrain_ranks(config, data, Path(out), find_ranks(), options)
     _has_run = True
