@@ -179,6 +179,9 @@ class TrainConfig(Section):
         ge=0,
         le=1e9,
     )
+    on_collapse: Literal["say", "stop"] = machine(
+        "say", "when the verdict becomes `collapsed`: print what helps, or end the run as well"
+    )
     max_skipped_steps: int = machine(
         20, "skipped steps in a row (fp16 overflow, bad losses) that do not end the run", ge=1
     )
@@ -267,6 +270,24 @@ class LoggingConfig(Section):
     tensorboard: bool = machine(True, "write OUT/tensorboard")
 
 
+class VerdictConfig(Section):
+    """Limits of the word about learning: warming up, on the plateau, learning, collapsed."""
+
+    window: int = machine(10, "log lines over which the metrics are averaged", ge=1, le=10**6)
+    learning_gain: float = machine(
+        0.04,
+        "learning: disc_gain is at least this share of the entropy of the base rate",
+        gt=0,
+        lt=1,
+    )
+    collapsed_rms: float = machine(
+        0.01, "collapsed: hidden_rms, the spread of the hidden states, is below this", ge=0, le=1e3
+    )
+    collapsed_std: float = machine(
+        0.01, "collapsed: logit_std, the spread of the logits, is below this", ge=0, le=1e3
+    )
+
+
 class RunConfig(Section):
     """Config of a pretraining run (RUN.json), of any architecture.
 
@@ -283,6 +304,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    verdict: VerdictConfig = VerdictConfig()
     engine: str | dict[str, Any] = machine(
         "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object"
     )

@@ -3,6 +3,7 @@
 Dimensions: B rows, S sequence, K masked positions.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class Counts(NamedTuple):
     true_positive: Tensor
     false_positive: Tensor
     false_negative: Tensor
+    hidden_square: Tensor  # of the discriminator's centred hidden states, mean over H, over tokens
     histogram: Tensor  # [2, BINS]: discriminator logits of original (row 0) and replaced tokens
 
     def to_vector(self) -> Tensor:
@@ -65,7 +67,12 @@ class Losses(NamedTuple):
 
 @torch.no_grad()
 def count(
-    batch: Batch, drawn: HeadResult, logits: Tensor, is_replaced: Tensor, counted: Tensor
+    batch: Batch,
+    drawn: HeadResult,
+    logits: Tensor,
+    is_replaced: Tensor,
+    counted: Tensor,
+    hidden: Tensor | None = None,
 ) -> Counts:
     """Return the sums for the metrics, on the device, in float64 (exact up to 2**53).
 
@@ -73,6 +80,7 @@ def count(
     logits:      [B, S] fp32 of the discriminator; zeros without one
     is_replaced: [B, S] bool
     counted:     [B, S]; a token counts where it is above 0
+    hidden:      [B, S, H] last hidden states of the discriminator; None where they are not known
     """
     weights = batch.masked_weights.double()
     is_counted = (counted > 0).double()
@@ -88,8 +96,21 @@ def count(
         true_positive=(label * prediction).sum(),
         false_positive=((1 - label) * prediction).sum(),
         false_negative=(label * (1 - prediction)).sum(),
+        hidden_square=centred_square(hidden, is_counted),
         histogram=histogram(logits, is_replaced, is_counted),
     )
+
+
+def centred_square(hidden: Tensor | None, weights: Tensor) -> Tensor:
+    """Return sum_i w_i mean((h_i - m)^2) with m the weighted mean of h, 0-d fp64; NaN without h.
+
+    hidden: [B, S, H] float. weights: [B, S] fp64.
+    """
+    if hidden is None:
+        return weights.new_full((), math.nan)
+    h, w = hidden.float().flatten(0, 1), weights.float().view(-1, 1)
+    mean = (w * h).sum(0) / w.sum().clamp(min=1.0)
+    return (w * (h - mean).square()).mean(1).sum().double()
 
 
 def histogram(logits: Tensor, is_replaced: Tensor, weights: Tensor) -> Tensor:

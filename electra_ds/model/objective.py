@@ -45,6 +45,7 @@ class Objective(nn.Module):
         self.special_ids = special_ids
         self.vocab_size = vocab_size
         self.temperature = objective.temperature_at(math.inf)  # of the present forward
+        self.hidden: Tensor | None = None  # [B, S, H], set by `discriminate` for the metrics
 
     def forward(
         self,
@@ -69,7 +70,9 @@ class Objective(nn.Module):
                 the unchanged batch.input_ids
         """
         if task == "discriminate":
-            return self.discriminate(batch.input_ids, batch)
+            logits = self.discriminate(batch.input_ids, batch)
+            self.hidden = None
+            return logits
         options = self.objective
         self.temperature = options.temperature_at(progress)
         drawn = self._draw(batch, with_predictions=with_counts)
@@ -89,7 +92,11 @@ class Objective(nn.Module):
         disc_loss = nll / (totals.token_count if options.counts_all_tokens else totals.masked_count)
         gen_weight, disc_weight = options.loss_weights
         total = gen_weight * mlm_loss + disc_weight * disc_loss
-        counts = count(batch, drawn, logits.detach(), is_replaced, counted) if with_counts else None
+        counts = None
+        if with_counts:
+            hidden = None if self.hidden is None else self.hidden.detach()
+            counts = count(batch, drawn, logits.detach(), is_replaced, counted, hidden)
+        self.hidden = None  # its memory is free before backward needs memory
         return Losses(total, mlm_loss.detach(), disc_loss.detach(), counts)
 
     def generate(
@@ -224,7 +231,8 @@ class ElectraObjective(Objective):
             )
 
     def discriminate(self, input_ids: Tensor, batch: Batch) -> Tensor:
-        return self.discriminator_head(self._encode(input_ids, batch))
+        self.hidden = self._encode(input_ids, batch)
+        return self.discriminator_head(self.hidden)
 
     def predict(self, corrupted: Tensor, batch: Batch) -> Tensor:
         hidden = self._encode(corrupted, batch)

@@ -20,6 +20,7 @@ from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, printable_lines
 from electra_ds.common.urls import redacted
 from electra_ds.training.metrics_file import TRAIN, VALID, metric_lines, summary
+from electra_ds.training.verdict import Verdict
 
 NEXT = {
     "training": "touch {out}/STOP saves and stops it, touch {out}/SAVE saves",
@@ -117,6 +118,7 @@ def status(out: Path) -> dict[str, Any]:
         "eta_seconds": _eta(total_steps, step, rate) if state == "training" else None,
         "train": last.get("train", {}),
         "valid": last.get("valid", {}),
+        "verdict": str(Verdict.of_record(last.get("train", {})) or ""),
         "checkpoint": checkpoint,
         "owner": owner,
         "heartbeat_age": silence,
@@ -177,6 +179,7 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
         "ETA": _span(facts["eta_seconds"]),
         "training": _metrics(facts["train"], TRAIN),
         "held out": _metrics(facts["valid"], VALID),
+        "verdict": facts["verdict"],
         "checkpoint": f"{saved['name']}, step {saved['step']:,}, {_span(saved['age'])} ago"
         if saved
         else "",

@@ -1,6 +1,5 @@
 """Evaluation of held-out rows: losses, rates, and detection of a fixed corruption."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +15,14 @@ from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import MaskingRecipe
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.losses import BINS, COUNTS_SIZE, Counts, histogram
-from electra_ds.training.metrics import auc, metrics_of_kind, rates, share
+from electra_ds.training.metrics import (
+    auc,
+    average_precision,
+    entropy,
+    metrics_of_kind,
+    rates,
+    share,
+)
 
 SUMMED_KEYS = ("tokens", "chosen")  # metrics that are sums, not means
 
@@ -141,20 +147,20 @@ def _metrics(
     hits = float(fixed[1, half:].sum())
     false_alarms = float(fixed[0, half:].sum())
     misses = float(fixed[1, :half].sum())
+    disc_loss = disc / (tokens if counts_all_tokens else masked)
+    base_rate_loss = entropy(own["replaced_fraction"])
     return {
         "mlm_loss": mlm / masked,
         "unigram_loss": unigram / masked,
-        "disc_loss": disc / (tokens if counts_all_tokens else masked),
-        "base_rate_loss": _entropy(own["replaced_fraction"]),
+        "mlm_gain": (unigram - mlm) / masked,
+        "disc_loss": disc_loss,
+        "base_rate_loss": base_rate_loss,
+        "disc_gain": base_rate_loss - disc_loss,
         **own,
         "fixed_auc": auc(fixed),
+        "fixed_ap": average_precision(fixed),
         "fixed_precision": share(hits, hits + false_alarms),
         "fixed_recall": share(hits, hits + misses),
         "tokens": tokens,
         "chosen": masked,
     }
-
-
-def _entropy(probability: float) -> float:
-    """Return the binary entropy in nats: the loss of a constant prediction of this probability."""
-    return -sum(p * math.log(p) for p in (probability, 1 - probability) if p > 0)

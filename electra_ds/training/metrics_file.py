@@ -19,11 +19,11 @@ MAX_LINE_BYTES = 1 << 26
 # Keys that depend on the speed of the machine. Bitwise comparisons of runs ignore them.
 TIMED = frozenset({"tokens_per_second", "data_wait_share", "seconds", "checkpoint_pause_seconds"})
 # Console lines. `summary` splits them at two blanks and drops the parts with an unknown metric.
-TRAIN = "mlm {mlm_loss:.3f}  disc {disc_loss:.4f}"
+TRAIN = "mlm {mlm_loss:.3f}  disc {disc_loss:.4f}  gain {disc_gain:.4f}"
 VALID = (
     "mlm {mlm_loss:.3f} (unigram {unigram_loss:.3f})  accuracy {mlm_accuracy:.3f}  "
     "replaced {replaced_fraction:.3f}  disc {disc_loss:.4f}  base rate {base_rate_loss:.4f}  "
-    "AUC {disc_auc:.3f}  fixed-corruption AUC {fixed_auc:.3f}"
+    "gain {disc_gain:.4f}  AUC {disc_auc:.3f}  fixed-corruption AUC {fixed_auc:.3f}"
 )
 
 

@@ -43,12 +43,14 @@ from electra_ds.training.collectives import (
     on_rank0,
 )
 from electra_ds.training.engine import Engine, start
+from electra_ds.training.metrics_file import metric_lines
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
 from electra_ds.training.run_plan import TrainingData, plan, plan_warnings
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
+from electra_ds.training.verdict import VerdictTracker
 
 
 @dataclass(frozen=True)
@@ -468,6 +470,20 @@ def _open_logger(attempt: Attempt, step: int) -> Logger:
     return opened[0] if opened else Logger()
 
 
+def _verdict(attempt: Attempt, step: int) -> VerdictTracker:
+    """The verdict after the log lines up to a step. Collective."""
+    config = attempt.config
+    tracker = VerdictTracker(config.verdict, config.optimizer.warmup_steps)
+
+    def replayed() -> dict[str, Any]:
+        records = (record for _, record in metric_lines(attempt.out / "metrics.jsonl"))
+        tracker.add_all(records, step)
+        return tracker.state()
+
+    tracker.set_state(on_rank0(replayed))
+    return tracker
+
+
 def _pretrainer(
     attempt: Attempt,
     engine: Engine,
@@ -479,6 +495,7 @@ def _pretrainer(
     options, total_steps = attempt.options, attempt.total_steps
     last_step = min(total_steps, options.stop_at_step or total_steps)
     is_rank0 = attempt.ranks.rank == 0
+    verdict = _verdict(attempt, state.step)
     return Pretrainer(
         attempt.config,
         engine,
@@ -490,6 +507,7 @@ def _pretrainer(
         logger,
         StopRequests(attempt.out, is_rank0, options.asked, attempt.began, options.max_minutes),
         attempt.lock,
+        verdict,
         state,
         attempt.began,
     )

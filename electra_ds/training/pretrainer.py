@@ -20,13 +20,14 @@ from electra_ds.training.checkpointer import Checkpointer
 from electra_ds.training.engine import Engine, StepResult
 from electra_ds.training.held_out import evaluate_sources
 from electra_ds.training.loss_sums import LossSums
-from electra_ds.training.metrics import metrics_of_kind, rates
+from electra_ds.training.metrics import entropy, metrics_of_kind, rates
 from electra_ds.training.run_logger import Logger
 from electra_ds.training.schedule import learning_rate
 from electra_ds.training.spike_guard import SpikeGuard
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 from electra_ds.training.trainer import Trainer
+from electra_ds.training.verdict import ADVICE, COLLAPSED, VerdictTracker
 
 FIRST_LINE_SECONDS = 60.0  # after the first step, without a log line
 WAIT_SHARE = 0.05  # share of the time waiting for data above which a warning is printed
@@ -67,6 +68,7 @@ class Pretrainer(Trainer):
         logger: Logger,
         requests: StopRequests,
         lock: Lock,
+        verdict: VerdictTracker,
         state: TrainingState,
         began: float,
     ):
@@ -78,6 +80,7 @@ class Pretrainer(Trainer):
         schedule: learning rates and the last step of this attempt.
         requests: of this rank, to save or to stop.
         lock: of the run folder; held while this object is used.
+        verdict: with the log lines up to `state`.
         state: the state at the start.
         began: `time.monotonic()` at the start of the attempt.
         """
@@ -96,6 +99,8 @@ class Pretrainer(Trainer):
         self.refuses = self.guard.refuses if config.train.spike_factor else None
         self.sums = LossSums(2, engine.ranks, engine.device, state.interval)  # mlm, disc
         self.timing = Timing(time.perf_counter())
+        self.verdict = verdict
+        self._advised: set[str] = set()  # words of which the advice was printed
         self._is_first_attempt = True
         self._says_running = True  # until the first log line of this attempt
         checkpointer.on_commit = self._record_pause
@@ -299,11 +304,13 @@ class Pretrainer(Trainer):
         timing, now = self.timing, time.perf_counter()
         seconds = now - timing.began
         gen_weight, disc_weight = self.config.objective.loss_weights
+        of_counts = rates(counts)
         values = {
             "loss": (gen_weight * mlm + disc_weight * disc) / steps,
             "mlm_loss": mlm / steps,
             "disc_loss": disc / steps,
-            **rates(counts),
+            "disc_gain": entropy(of_counts["replaced_fraction"]) - disc / steps,
+            **of_counts,
             "lr": lr,
             "grad_norm": float(result.grad_norm),
             "loss_scale": result.loss_scale,
@@ -318,7 +325,14 @@ class Pretrainer(Trainer):
         steps_left = self.schedule.total_steps - state.step
         seconds_left = seconds / timing.attempts * steps_left
         values = metrics_of_kind(values, self.config.objective)
-        self.logger.train(state.step, values, seconds_left)
+        is_new = self.verdict.add(state.step, values)
+        text = ""
+        if self.config.objective.detects:
+            values |= self.verdict.verdict.to_metrics()
+            text = str(self.verdict.verdict)
+        self.logger.train(state.step, values, seconds_left, text)
+        if is_new:
+            self._report_verdict(state.step)
         if values["data_wait_share"] > WAIT_SHARE:
             self.logger.say(
                 f"WARNING: rank {int(waits.argmax())} waited for data in "
@@ -327,6 +341,21 @@ class Pretrainer(Trainer):
             )
         self.sums.reset()
         self.timing = Timing(now)
+
+    def _report_verdict(self, step: int) -> None:
+        """Print what helps, once for each word. Raises RunFailure on every rank to end the run."""
+        verdict = self.verdict.verdict
+        advice = ADVICE.get(verdict.word)
+        if advice is None:
+            return
+        if verdict.word not in self._advised:
+            self.logger.say(f"step {step}  {verdict.word}: {advice}")
+            self._advised.add(verdict.word)
+        if verdict.word == COLLAPSED and self.config.train.on_collapse == "stop":
+            raise RunFailure(
+                f"step {step}: {verdict.word} (train.on_collapse = stop): {advice}; last "
+                f"checkpoint: {self.checkpointer.last_checkpoint()}"
+            )
 
     def _gather_interval(self, losses: list[Losses]) -> tuple[Tensor, Counts, Tensor, float]:
         """Return sums over all ranks: losses and steps [3], counts, wait seconds, tokens.

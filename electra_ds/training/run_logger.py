@@ -32,8 +32,8 @@ class Logger:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def train(self, step: int, values: dict[str, float], seconds_left: float) -> None:
-        """Log one interval of training."""
+    def train(self, step: int, values: dict[str, float], seconds_left: float, verdict: str) -> None:
+        """Log one interval of training. verdict: about learning; "" if there is none."""
 
     def valid(self, step: int, values: dict[str, float]) -> None:
         """Log one held-out evaluation; metrics of a mixture's sources are called source/metric."""
@@ -101,13 +101,14 @@ class RunLogger(Logger):
         self._file.close()
         self._tensorboard(lambda writer: writer.close())
 
-    def train(self, step: int, values: dict[str, float], seconds_left: float) -> None:
-        """Log one interval of training."""
+    def train(self, step: int, values: dict[str, float], seconds_left: float, verdict: str) -> None:
+        """Log one interval of training. verdict: about learning; "" if there is none."""
         self._record(step, "train", values)
         self.say(
             f"step {step}  {summary(values, TRAIN)}  lr {values['lr']:.2e}  "
             f"norm {values['grad_norm']:.2f}  {values['tokens_per_second']:,.0f} tokens/s  "
             f"epoch {values['epoch']:.2f}{self._epochs}  ETA {_duration(seconds_left)}"
+            + (f"  {verdict}" if verdict else "")
         )
 
     def valid(self, step: int, values: dict[str, float]) -> None:

@@ -110,7 +110,7 @@ def test_another_vocabulary_is_refused(tmp_path):
     run = tmp_path / "run"
     run_folders.pretrained(run)
     (tmp_path / "other").mkdir()
-    entries = run_folders.VOCABULARY[:-1] + ["other"]
+    entries = [*run_folders.VOCABULARY[:-1], "other"]
     (tmp_path / "other" / "vocab.txt").write_text("".join(f"{entry}\n" for entry in entries))
     message = refusal(run, frozen_config("electra"), load_tokenizer(tmp_path / "other"))
     assert "--data: its vocabulary is not that of the model" in message

@@ -43,5 +43,5 @@ def test_samples_are_those_of_the_temperature_at_the_progress(architecture):
 
 @pytest.mark.parametrize("value", ["0", "-0.1", "nan"])
 def test_a_decay_that_is_not_positive_is_refused(value):
-    with pytest.raises(UserError, match="objective.temperature_decay"):
+    with pytest.raises(UserError, match=r"objective\.temperature_decay"):
         load_run("tiny", [f"objective.temperature_decay={value}"])

@@ -55,6 +55,7 @@ from step_scenarios import (
     slow_reader,
     traffic,
 )
+from verdict_scenarios import verdicts
 
 from electra_ds.common.processes import free_port
 from electra_ds.training.collectives import destroy_process_groups
@@ -92,6 +93,7 @@ PHASES = {  # ranks, scenarios
             single_rank,
             streamed_on_one_rank,
             half_precision_overflow,
+            verdicts,
         ),
     ),
     "two-again": (2, (from_one_to_two, resumed_after_kills)),
@@ -105,6 +107,7 @@ PHASES = {  # ranks, scenarios
     "modern-one": (1, (modern_on_one_rank, needed_memory)),
     # Ways in which generator and discriminator depend on each other, for work on these.
     "generators": (2, (uninterrupted, sharing, frozen)),
+    "verdicts": (1, (verdicts,)),
     "never-waits": (1, (never_waits,)),
 }
 GRACE_SECONDS = 2.0  # for the other ranks, when one has failed

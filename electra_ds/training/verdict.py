@@ -1,0 +1,140 @@
+"""A word about how the detection of replaced tokens learns, from the metrics of the log lines.
+
+The word is a function of metrics that are equal on every rank, so every rank computes the same one.
+A resumed run continues with the records of metrics.jsonl.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from electra_ds.config.schema import VerdictConfig
+
+WARMING_UP, PLATEAU, LEARNING, COLLAPSED = "warming up", "on the plateau", "learning", "collapsed"
+WORDS = (WARMING_UP, PLATEAU, LEARNING, COLLAPSED)  # `verdict` in metrics.jsonl is an index
+NEEDED = ("disc_gain", "disc_loss", "logit_std")  # metrics of a log line
+ADVICE = {
+    PLATEAU: "the discriminator uses little more than the frequencies of the tokens. Small post-LN "
+    "models stay here for millions of tokens; what shortens it: model.init = fan_in with "
+    "model.embedding_init_std = 0.2, optimizer.beta2 = 0.98, shorter rows, a modern-* preset",
+    COLLAPSED: "the discriminator gives nearly the same probability to every token. What helps: "
+    "start again, or from an earlier checkpoint with --init-from, with a lower optimizer.peak_lr, "
+    "a longer optimizer.warmup_steps, a smaller generator, or model.init = fan_in",
+}
+
+
+class Verdict(NamedTuple):
+    """The word, and the step of the log line since which it holds."""
+
+    word: str
+    since: int
+
+    def __str__(self) -> str:
+        if self.word in (PLATEAU, COLLAPSED):
+            return f"{self.word} since step {self.since:,}"
+        return self.word
+
+    def to_metrics(self) -> dict[str, float]:
+        """The verdict as metrics of a log line."""
+        return {"verdict": float(WORDS.index(self.word)), "verdict_since": float(self.since)}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "Verdict | None":
+        """The verdict in a record of metrics.jsonl; None without a valid one."""
+        index, since = record.get("verdict"), record.get("verdict_since")
+        if not isinstance(index, (int, float)) or not isinstance(since, (int, float)):
+            return None
+        if index not in range(len(WORDS)):
+            return None
+        return cls(WORDS[int(index)], int(since))
+
+
+class Sample(NamedTuple):
+    """One log line: disc_gain as a share of the base-rate entropy, and two spreads.
+
+    hidden_rms is NaN for encoders of the user.
+    """
+
+    gain: float
+    hidden_rms: float
+    logit_std: float
+
+
+class VerdictTracker:
+    """The verdict after each log line.
+
+    Until the warmup is over and the window is full, it is "warming up", unless the gain is that of
+    learning. Then the means over the window decide: "collapsed" for hidden states or logits that
+    are nearly equal for all tokens, or when the gain is lost again; "learning" above the least
+    gain; otherwise "on the plateau".
+    """
+
+    def __init__(self, options: VerdictConfig, warmup_steps: int) -> None:
+        self.options = options
+        self.warmup_steps = warmup_steps
+        self.verdict = Verdict(WARMING_UP, 0)
+        self._window: deque[Sample] = deque(maxlen=options.window)
+        self._best_gain = 0.0
+
+    def add(self, step: int, values: Mapping[str, Any]) -> bool:
+        """Take the metrics of a log line into account. Returns whether the word has changed.
+
+        Lines without the metrics of a discriminator change nothing.
+        """
+        if (sample := _sample(values)) is None:
+            return False
+        self._window.append(sample)
+        word = self._word(step)
+        is_new = word != self.verdict.word
+        if is_new:
+            self.verdict = Verdict(word, step)
+        return is_new
+
+    def add_all(self, records: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Take records of a metrics.jsonl up to a step into account, except held-out ones."""
+        for record in records:
+            if record["split"] == "train" and record["step"] <= step:
+                self.add(record["step"], record)
+
+    def state(self) -> dict[str, Any]:
+        """The state as JSON values, for `set_state` on other ranks."""
+        window = [[None if math.isnan(x) else x for x in sample] for sample in self._window]
+        return {"verdict": list(self.verdict), "best_gain": self._best_gain, "window": window}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that `state` returned."""
+        self.verdict = Verdict(*state["verdict"])
+        self._best_gain = state["best_gain"]
+        self._window.clear()
+        for values in state["window"]:
+            self._window.append(Sample(*(math.nan if x is None else x for x in values)))
+
+    def _word(self, step: int) -> str:
+        options, window = self.options, self._window
+        is_full = len(window) == options.window
+        gain = sum(sample.gain for sample in window) / len(window)
+        if is_full:
+            self._best_gain = max(self._best_gain, gain)
+        if is_full and gain >= options.learning_gain:
+            return LEARNING
+        if not is_full or step <= self.warmup_steps:
+            return WARMING_UP
+        hidden_rms = sum(sample.hidden_rms for sample in window) / len(window)
+        logit_std = sum(sample.logit_std for sample in window) / len(window)
+        is_flat = hidden_rms < options.collapsed_rms or logit_std < options.collapsed_std
+        is_lost = self._best_gain >= options.learning_gain and gain < options.learning_gain / 4
+        return COLLAPSED if is_flat or is_lost else PLATEAU
+
+
+def _sample(values: Mapping[str, Any]) -> Sample | None:
+    """The sample of a log line; None if it lacks a metric, or a metric has no value."""
+    numbers = [values.get(key) for key in NEEDED]
+    if any(number is None or not math.isfinite(number) for number in numbers):
+        return None
+    gain, loss, logit_std = map(float, numbers)  # type: ignore[arg-type]
+    base_rate = gain + loss
+    if base_rate <= 0:  # no token was replaced
+        return None
+    rms = values.get("hidden_rms")
+    return Sample(gain / base_rate, math.nan if rms is None else float(rms), logit_std)

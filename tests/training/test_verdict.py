@@ -1,0 +1,184 @@
+"""The verdict about learning: of real runs, and of log lines that are written out.
+
+The runs are those of tests/support/verdict_scenarios.py.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from run_results import curve
+from running import read_json
+
+from electra_ds.config.schema import VerdictConfig
+from electra_ds.model.losses import BINS, centred_square, histogram
+from electra_ds.reporting.status import lines, status
+from electra_ds.training.metrics import average_precision, deviation
+from electra_ds.training.verdict import (
+    COLLAPSED,
+    LEARNING,
+    PLATEAU,
+    WARMING_UP,
+    Verdict,
+    VerdictTracker,
+)
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(
+    ("run", "word"),
+    [("learning", LEARNING), ("plateau", PLATEAU), ("rate", COLLAPSED), ("head", COLLAPSED)],
+)
+def test_a_run_has_the_word_of_what_happens_to_it(outs: Path, run: str, word: str) -> None:
+    out = outs / f"verdict-{run}"
+    train = [record for record in curve(out) if record["split"] == "train"]
+    words = [Verdict.of_record(record).word for record in train]
+    assert words[0] == WARMING_UP and set(words[10:]) == {word}
+    since = train[-1]["verdict_since"]
+    assert 10 < since <= 48 and {r["verdict_since"] for r in train if r["step"] >= since} == {since}
+    text = f"{word} since step {since:.0f}" if word in (PLATEAU, COLLAPSED) else word
+    assert status(out)["verdict"] == text == lines(status(out))["verdict"]
+    line = (outs / "one.log").read_text().split(f"resuming {out}")[0]
+    assert text in line
+
+
+def test_the_verdict_of_a_resumed_run_is_that_of_the_whole_one(outs: Path) -> None:
+    assert curve(outs / "verdict-resumed") == curve(outs / "verdict-learning")
+
+
+def test_a_collapse_ends_the_run_if_asked_and_says_what_helps(outs: Path) -> None:
+    found = read_json(outs / "verdict-stop-0.json")
+    assert found.startswith("RunFailure: step 40: collapsed (train.on_collapse = stop)")
+    assert "lower optimizer.peak_lr" in found and "longer optimizer.warmup_steps" in found
+
+
+def test_advice_is_printed_once(outs: Path) -> None:
+    log = (outs / "one.log").read_text()
+    first = log.index("step 40  collapsed: the discriminator gives nearly the same probability")
+    run = log[first : log.index("finished at step", first)]
+    assert run.count("What helps: start again") == 1
+
+
+def test_no_other_run_of_the_scenarios_is_called_collapsed(outs: Path) -> None:
+    words = {}
+    for path in outs.glob("*/metrics.jsonl"):
+        run = path.parent
+        found = [Verdict.of_record(record) for record in curve(run) if record["split"] == "train"]
+        if any(verdict is not None and verdict.word == COLLAPSED for verdict in found):
+            words[run.name] = True
+    assert set(words) == {"verdict-rate", "verdict-head", "verdict-stop"}
+
+
+# ------------------------------------------------------------------------------------------- lines
+
+
+def line(gain: float, hidden_rms: float = 0.6, logit_std: float = 1.0) -> dict[str, float]:
+    """The metrics of a log line. gain: a share of the base-rate entropy of 0.4."""
+    return {
+        "disc_gain": 0.4 * gain,
+        "disc_loss": 0.4 - 0.4 * gain,
+        "hidden_rms": hidden_rms,
+        "logit_std": logit_std,
+    }
+
+
+def words(samples: list[dict[str, float]], warmup_steps: int = 0, **options) -> list[str]:
+    """The verdict after each line, at steps 1, 2, ..."""
+    tracker = VerdictTracker(VerdictConfig(window=3, **options), warmup_steps)
+    found = []
+    for step, values in enumerate(samples, 1):
+        tracker.add(step, values)
+        found.append(str(tracker.verdict))
+    return found
+
+
+def test_it_warms_up_until_the_window_is_full_and_the_warmup_is_over():
+    plateau = [line(0.01)] * 5
+    assert words(plateau) == ["warming up"] * 2 + ["on the plateau since step 3"] * 3
+    assert words(plateau, warmup_steps=4) == ["warming up"] * 4 + ["on the plateau since step 5"]
+    assert words([line(0.1)] * 4, warmup_steps=9)[-1] == "learning"
+
+
+def test_means_over_the_window_decide():
+    assert words([line(g) for g in (0.0, 0.0, 0.12)])[-1] == "learning"
+    assert words([line(g) for g in (0.0, 0.0, 0.11)])[-1] == "on the plateau since step 3"
+
+
+@pytest.mark.parametrize("flat", [{"hidden_rms": 1e-4}, {"logit_std": 0.0}])
+def test_equal_states_or_logits_of_all_tokens_are_a_collapse(flat):
+    found = words([line(0.1)] * 3 + [line(0.0, **flat)] * 4)
+    assert found[2] == "learning" and found[-1].startswith("collapsed since step")
+
+
+def test_a_lost_gain_is_a_collapse():
+    found = words([line(0.2)] * 3 + [line(0.005)] * 4)
+    assert found[-1] == "collapsed since step 6"  # the window has lost the lines that learned
+
+
+def test_a_run_that_learns_again_is_not_collapsed():
+    assert words([line(0.2)] * 3 + [line(0.0)] * 4 + [line(0.2)] * 3)[-1] == "learning"
+
+
+def test_encoders_without_known_hidden_states_have_a_verdict():
+    assert words([line(0.01, hidden_rms=math.nan)] * 3)[-1] == "on the plateau since step 3"
+
+
+@pytest.mark.parametrize("key", ["disc_gain", "disc_loss", "logit_std"])
+def test_lines_without_a_metric_change_nothing(key):
+    without, null = line(0.01), line(0.01) | {key: None}
+    del without[key]
+    assert words([without, null, line(0.01) | {key: math.nan}] * 3)[-1] == "warming up"
+
+
+def test_the_state_is_carried_to_other_ranks():
+    tracker = VerdictTracker(VerdictConfig(window=3), 0)
+    records = [line(0.2, hidden_rms=math.nan) | {"step": s, "split": "train"} for s in range(1, 6)]
+    tracker.add_all(records, step=4)
+    other = VerdictTracker(VerdictConfig(window=3), 0)
+    other.set_state(tracker.state())
+    assert other.verdict == tracker.verdict == Verdict(LEARNING, 3)
+    for step in range(5, 9):
+        assert other.add(step, line(0.0)) == tracker.add(step, line(0.0))
+    assert other.verdict == tracker.verdict and other.verdict.word == COLLAPSED
+
+
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def test_the_average_precision_is_that_of_its_definition():
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 50), torch.rand(4, 50) < 0.2
+    logits += label  # replaced tokens have larger logits
+    found = average_precision(histogram(logits, label, torch.ones(4, 50)))
+    order = (logits.flatten() / (40 / BINS)).floor().argsort(descending=True)
+    hits = label.flatten()[order].double()
+    precision = hits.cumsum(0) / torch.arange(1, 201)
+    assert found == pytest.approx(float((precision * hits).sum() / hits.sum()), abs=0.01)
+
+
+def test_the_average_precision_without_information_is_the_share_of_replaced_tokens():
+    label = torch.arange(100).view(4, 25) < 17
+    assert average_precision(histogram(torch.zeros(4, 25), label, torch.ones(4, 25))) == 0.17
+    none = torch.zeros(4, 25, dtype=torch.bool)
+    assert math.isnan(average_precision(histogram(torch.zeros(4, 25), none, torch.ones(4, 25))))
+
+
+def test_the_spread_of_logits_is_their_standard_deviation():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 500) * 2 - 1
+    found = deviation(histogram(logits, logits > 0, torch.ones(4, 500)))
+    assert found == pytest.approx(float(logits.std(unbiased=False)), abs=0.01)
+    assert deviation(histogram(torch.full((2, 3), -1.7), logits[:2, :3] > 0, torch.ones(2, 3))) == 0
+
+
+def test_the_spread_of_hidden_states_is_that_of_the_counted_tokens():
+    torch.manual_seed(0)
+    hidden, weights = torch.randn(2, 5, 8), torch.tensor([[1.0] * 5, [1.0] * 2 + [0.0] * 3])
+    counted = torch.cat([hidden[0], hidden[1, :2]])
+    expected = (counted - counted.mean(0)).square().mean(1).sum()
+    assert float(centred_square(hidden, weights.double())) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+    assert math.isnan(float(centred_square(None, weights.double())))
