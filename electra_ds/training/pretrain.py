@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,26 @@ from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
 from electra_ds.common.urls import redacted
-from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
-from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import Objective
 from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint
-from electra_ds.training.checkpoint import find_checkpoint, folder_of_model, tokenizer_of
+from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
-from electra_ds.training.collectives import destroy_process_groups, is_collective, on_rank0
+from electra_ds.training.collectives import (
+    ControlGroup,
+    destroy_process_groups,
+    is_collective,
+    on_rank0,
+)
 from electra_ds.training.engine import Engine, start
+from electra_ds.training.init_from import find_source
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
@@ -106,6 +110,7 @@ class Attempt:
     lock: Lock
     began: float  # time.monotonic()
     total_steps: int
+    init_from: Path | None = None  # the checkpoint that --init-from stands for, in a new run
 
     def print(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -174,6 +179,8 @@ def pretrain_on_ranks(
     attempt = Attempt(
         planned.config, planned.data, out, ranks, options, held, began, planned.total_steps
     )
+    if options.init_from and checkpoint.latest_on_rank0(out / "ckpt") is None:
+        attempt = replace(attempt, init_from=_find_source(attempt))  # before O is made
     try:
         held.acquire()
         return _run(attempt, planned.engine, device)
@@ -240,9 +247,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
         if options.init_from is not None:
-            source = find_checkpoint(options.init_from)
-            _check_same_architecture(source, config)
-            _check_same_vocabulary(source, attempt.data.source.tokenizer)
+            source = attempt.init_from or _find_source(attempt)
             checkpoint.load(engine, source, rows, weights_only=True)
             attempt.print(
                 f"weights of {source}; the schedule and the position in the data start at 0"
@@ -278,29 +283,14 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     return meta.state
 
 
-def _check_same_architecture(source: Path, config: RunConfig) -> None:
-    """Raise UserError when the weights of a checkpoint are of another architecture."""
-    theirs = parse_run(checkpoint.read_meta(source).config, f"{source}/meta.json").model
-    if isinstance(theirs, ModelConfig) and isinstance(config.model, ModelConfig):
-        name, own = theirs.architecture, config.model.architecture
-        if name != own:
-            raise UserError(
-                f"--init-from {printable(source)}: model.architecture = {name}, but {own} in this "
-                f"run: its weights do not fit; expected a run of {own}, or start from a config of "
-                f"{name}"
-            )
-
-
-def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:
-    """Raise UserError when the vocabularies of checkpoint and data differ, also at equal size."""
-    tokenizer = tokenizer_of(checkpoint_path)
-    if not tokenizer.is_dir() or not data_tokenizer.is_dir():
-        return
-    if load_tokenizer(tokenizer).names != load_tokenizer(data_tokenizer).names:
-        raise UserError(
-            f"--init-from {checkpoint_path}: its vocabulary ({tokenizer}) is not that of the data "
-            f"({data_tokenizer}); prepare the data with {tokenizer}"
-        )
+def _find_source(attempt: Attempt) -> Path:
+    assert attempt.options.init_from is not None
+    return find_source(
+        attempt.options.init_from,
+        attempt.config,
+        attempt.data.source.tokenizer,
+        ControlGroup(attempt.ranks).all_gather_object,
+    )
 
 
 def _count_failures(out: Path, limit: int, silent: str) -> list[str]:

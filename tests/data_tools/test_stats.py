@@ -244,3 +244,17 @@ def test_the_page_is_not_written_into_the_data(folder, name):
     assert before == sorted(
         (path, path.stat().st_mtime_ns) for path in (folder / "data").rglob("*")
     )
+
+
+def test_a_page_replaces_a_file_without_permissions_and_no_folder(folder, tmp_path):
+    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "page.html").chmod(0)
+    verbs.stats(folder / "data", html=tmp_path / "page.html")
+    assert "<svg" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UserError, match=r"--html .*folder\.html: is a folder; expected a file$"):
+        verbs.stats(folder / "data", html=tmp_path / "folder.html")
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(UserError, match=r"--html .*cannot be written .*Too many levels"):
+        verbs.stats(folder / "data", html=loop / "page.html")
