@@ -21,11 +21,12 @@ import numpy as np
 
 from data_tools.formats.source import Source, Tally
 from data_tools.inputs.plan import make_plan, readable, unit_size
-from data_tools.inputs.streams import content_of, open_input
+from data_tools.inputs.streams import open_input
 from data_tools.pipeline.units import REMOVED, EncodedDocument, UnitTask, UnitWriter, finished_unit
 from data_tools.pipeline.unknowns import Unknowns
 from data_tools.prepare import prepare
 from data_tools.workers import OnProgress
+from electra_ds.common.decompression import content_of
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import Manifest, ids_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from electra_ds.common.printable import word_shown
 from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import read_manifest
 from electra_ds.data.shard_reader import ShardReader
@@ -207,7 +208,7 @@ def _vocabulary_rows(facts: dict[str, Any]) -> Rows:
     """Use of the vocabulary, and unknown words."""
     vocabulary = facts["vocabulary"]
     unseen = vocabulary["entries"] - vocabulary["seen"]
-    named = " ".join(vocabulary["never_seen"]) + " ..." * (unseen > NEVER_SEEN)
+    named = " ".join(map(word_shown, vocabulary["never_seen"])) + " ..." * (unseen > NEVER_SEEN)
     rows: Rows = [
         ("entries, special ones left out", f"{vocabulary['entries']:,}"),
         ("never seen", f"{unseen:,}: {named}"),
@@ -215,7 +216,9 @@ def _vocabulary_rows(facts: dict[str, Any]) -> Rows:
     for n, share in vocabulary["covered"].items():
         rows.append((f"the {int(n):,} most frequent", f"{share:.2%} of tokens"))
     if unknowns := facts["unknowns"]:
-        words = ", ".join(f"{word} {count:,}" for word, count in unknowns["words"].items())
+        words = ", ".join(
+            f"{word_shown(word)} {count:,}" for word, count in unknowns["words"].items()
+        )
         examined = f"{unknowns['looked_at']:,} of {unknowns['found']:,} examined"
         rows.append(("unknown words", f"{examined}: {words}"))
     return rows

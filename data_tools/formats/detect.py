@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from data_tools.inputs.streams import COMPRESSED
+from electra_ds.common.decompression import COMPRESSED
 from electra_ds.common.errors import UserError
 
 # First bytes of arrow files, and of arrow streams.

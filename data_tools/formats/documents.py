@@ -17,7 +17,8 @@ from data_tools.formats.table import read_table
 from data_tools.formats.tar import tar_reader
 from data_tools.formats.text import read_text, read_wiki, read_wikitext
 from data_tools.inputs import docstring_corpus, hub
-from data_tools.inputs.streams import content_of, fingerprint, open_input
+from data_tools.inputs.streams import fingerprint, open_input
+from electra_ds.common.decompression import content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import is_url, redacted

@@ -10,7 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.inputs.streams import COMPRESSED, Expansion
+from electra_ds.common.decompression import COMPRESSED, Expansion
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 

@@ -8,11 +8,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from data_tools.formats.arrow_sizes import DeclaredSizes
 from data_tools.formats.detect import ARROW
 from data_tools.formats.source import Source, Tally, texts_of_value
-from data_tools.inputs.streams import COMPRESSED, check_expansion
+from electra_ds.common.arrow_sizes import DeclaredSizes
+from electra_ds.common.decompression import COMPRESSED, check_expansion
 from electra_ds.common.errors import UserError
+from electra_ds.common.parquet_sizes import check_chunk
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.suggestions import other_form
 from electra_ds.common.urls import is_url
@@ -119,22 +120,24 @@ def _parquet_batches(
         chunks = [group.column(i) for i in range(group.num_columns)]
         first = chunks[0].dictionary_page_offset or chunks[0].data_page_offset
         if start <= first < end:
-            rows = BATCH_ROWS
-            for chunk in chunks:
-                if chunk.path_in_schema == column:
-                    # Dictionaries and prefixes can repeat the whole chunk in every row.
-                    largest = max(1, chunk.total_uncompressed_size)
-                    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
-                    check_expansion(
-                        name, chunk.total_compressed_size, chunk.total_uncompressed_size
-                    )
-            groups.append((number, first, rows))
-    batches = (
-        (offset, batch)
-        for group, offset, rows in groups
-        for batch in table.iter_batches(rows, [group], [column], use_threads=False)
-    )
-    return table.schema_arrow, batches
+            groups.append((number, first, [x for x in chunks if x.path_in_schema == column]))
+    return table.schema_arrow, _group_batches(name, content, table, groups, column)
+
+
+def _group_batches(
+    name: str,
+    content: BufferedReader,
+    table: Any,
+    groups: list[tuple[int, int, list[Any]]],
+    column: str,
+) -> Batches:
+    """Yield the batches of row groups. groups: (number, offset, chunks of the column) of each."""
+    for number, offset, chunks in groups:
+        # Dictionaries and prefixes can repeat the whole chunk in every row.
+        largest = max([1, *(check_chunk(name, content, chunk) for chunk in chunks)])
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+        for batch in table.iter_batches(rows, [number], [column], use_threads=False):
+            yield offset, batch
 
 
 def _arrow_batches(name: str, content: BufferedReader) -> tuple[Any, Batches]:

@@ -14,8 +14,9 @@ from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from data_tools.inputs.streams import content_of, fingerprint, open_input
+from data_tools.inputs.streams import fingerprint, open_input
 from electra_ds.common.dataset_cards import check_folder_cards, check_hub_cards
+from electra_ds.common.decompression import content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted

@@ -25,7 +25,8 @@ from data_tools.inputs import docstring_corpus
 from data_tools.inputs.braces import expand_braces
 from data_tools.inputs.docstring_corpus import BUILTIN
 from data_tools.inputs.hub import DATASET, find_shards
-from data_tools.inputs.streams import COMPRESSED, HEAD, content_of, fingerprint, open_input
+from data_tools.inputs.streams import HEAD, fingerprint, open_input
+from electra_ds.common.decompression import COMPRESSED, content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.printable import printable

@@ -7,10 +7,15 @@ import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
-from electra_ds.common.printable import printable
+from electra_ds.common.printable import printable, word_shown
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.data.tokenizer.normalization import nfc
-from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS, WordPiece, without_accents
+from electra_ds.data.tokenizer.wordpiece import (
+    MAX_WORD_CHARACTERS,
+    NO_SPACES,
+    WordPiece,
+    without_accents,
+)
 
 # Scripts in which marks are accents. In Cyrillic they make letters of their own, such as \u0439.
 ACCENTED = ("LATIN", "GREEK")
@@ -23,13 +28,8 @@ MERGED = 0.0025
 WARN = 0.01  # share of unknown characters above which a command warns
 SHOWN = 10  # characters in a message
 TURKISH = 0.001  # share of the letters \u0131 and \u0130 above which text counts as Turkish
-SHOWN_OF_WORD = 20  # characters of a long word in a message
 # Normalization makes a word at most this much longer: it divides a Hangul syllable into 3 letters.
 LONGER = 3
-NO_SPACES = (
-    "WordPiece does not suit scripts without spaces between words, such as Thai; train a "
-    "vocabulary with --kind unigram"
-)
 
 _WORD = re.compile(r"(?:[^\W\d_]|[\u0300-\u036f])+")  # letters, also with combining marks
 
@@ -225,8 +225,3 @@ class LongWords(NamedTuple):
             f"{word_shown(self.first)}"
         )
         return f"WARNING: {line}; {NO_SPACES}" if share > WARN else line
-
-
-def word_shown(word: str) -> str:
-    """Return a word for a message: printable, and with its first characters only if it is long."""
-    return printable(word[:SHOWN_OF_WORD]) + "..." * (len(word) > SHOWN_OF_WORD)

@@ -1,6 +1,7 @@
 """The command line application, tables on the terminal, and exit codes."""
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ import typer
 import typer.core
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.printable import printable, printable_lines
+from electra_ds.common.printable import json_text, printable, printable_lines
 
 TEXTS = ("text", "original")  # parameters with texts, which may be empty
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
@@ -108,6 +109,16 @@ def print_table(title: str, head: Sequence[str], rows: Iterable[Iterable[str]]) 
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
     console.print(f"\n{printable(title)}", table, sep="\n")
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print a value as JSON, without characters that a terminal interprets."""
+    text = json_text(value, indent)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, indent=indent)  # only ASCII
+    print(text)
 
 
 def progress_line(what: str) -> Callable[[int, int], None]:

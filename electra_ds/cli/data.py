@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from electra_ds.cli.console import app, print_table
+from electra_ds.cli.console import app, print_json, print_table
 from electra_ds.cli.options import (
     BadFraction,
     Format,
@@ -211,8 +211,9 @@ def _print_splits(out: str | Path, manifest: "Manifest") -> None:
 
 def _print_unknowns(manifest: "Manifest") -> None:
     """Print the share of [UNK] in the input, if it is on record; warn of a large one."""
-    from data_tools.pipeline.characters import NO_SPACES, SHOWN, WARN, word_shown
-    from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS
+    from data_tools.pipeline.characters import SHOWN, WARN
+    from electra_ds.common.printable import word_shown
+    from electra_ds.data.tokenizer.wordpiece import LONG_WORDS
 
     unknowns = manifest.unknowns
     if unknowns is None or unknowns.share is None:
@@ -226,7 +227,7 @@ def _print_unknowns(manifest: "Manifest") -> None:
     if max(unknowns.share, of_characters or 0.0) > WARN:
         is_long = 2 * (unknowns.long_characters or 0) > (unknowns.unknown_characters or 0)
         advice = (
-            f"words of more than {MAX_WORD_CHARACTERS} characters become one [UNK]: {NO_SPACES}"
+            LONG_WORDS
             if is_long
             else "compare the vocabulary, --lowercase, --strip-accents and --normalization with "
             "the text"
@@ -327,8 +328,6 @@ def stats(
 
     They cover documents, lengths, vocabulary coverage, unknown words and removed documents.
     """
-    import json
-
     from data_tools.stats import stats, tables
     from data_tools.stats_html import html_page
     from data_tools.workers import console_progress, running_total
@@ -354,7 +353,7 @@ def stats(
         write_output(html, html_page(facts, str(data)).encode())
         print(f"{printable(html)}: written", file=sys.stderr)
     if as_json:
-        print(json.dumps(facts))
+        print_json(facts)
         return
     for title, head, rows in tables(facts):
         print_table(title, head, rows)

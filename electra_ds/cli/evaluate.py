@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from electra_ds.cli.console import app, progress_line
+from electra_ds.cli.console import app, print_json, progress_line
 from electra_ds.cli.options import Data, Model, TrustCode
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
@@ -33,7 +33,6 @@ def evaluate(
 
     AUC, precision and recall of the detection of replaced tokens are included.
     """
-    import json
     import math
 
     from rich.cells import cell_len
@@ -45,7 +44,7 @@ def evaluate(
     values = evaluate_checkpoint(model, data, max_rows, trust_code, progress)
     if as_json:  # a value without a definition, such as an AUC without replaced tokens, is null
         known = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        print(json.dumps(known, indent=2, allow_nan=False))
+        print_json(known, indent=2)
         return
     print(printable(redacted(f"{find_checkpoint(model)}, held-out rows of {data}")))
     names = {key: printable(key) for key in values}  # a mixture names its sources
@@ -78,8 +77,6 @@ def detect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show for each token how likely it was replaced."""
-    import json
-
     from electra_ds.evaluation.detect import Detector
     from electra_ds.evaluation.detect_table import align, table
 
@@ -109,7 +106,7 @@ def detect(
         if before is not None:
             for value, other in zip(values, align(scores, before), strict=True):
                 value["original"] = other._asdict() if other else None
-        print(json.dumps(values, indent=1, ensure_ascii=False))
+        print_json(values, indent=1)
         return
     for line in table(scores, threshold, before):
         print(line)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from electra_ds.cli.console import app, leave, print_table
+from electra_ds.cli.console import app, leave, print_json, print_table
 from electra_ds.cli.options import Data, Engine, Run, Sets
 
 if TYPE_CHECKING:
@@ -134,14 +134,12 @@ def status(
 
     It covers step, ETA, losses, checkpoint, owner, failures, and the command to use next.
     """
-    import json
-
     from electra_ds.common.printable import printable
     from electra_ds.reporting.status import lines, status
 
     for facts in map(status, runs):
         if as_json:
-            print(json.dumps(facts))
+            print_json(facts)
         else:
             print_table(printable(facts["out"]), (), lines(facts).items())
 

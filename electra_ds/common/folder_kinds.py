@@ -1,11 +1,14 @@
 """What a path is, for the message of a command that expected another kind of folder."""
 
+import contextlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import parse_strictly, read_small
 from electra_ds.common.printable import printable
 
@@ -40,6 +43,24 @@ class Found(NamedTuple):
     def clause(self) -> str:
         """The phrase as a part of a message: ": PHRASE", or empty."""
         return f": {self.phrase}" if self.phrase else ""
+
+
+@contextlib.contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Raise the OSError of a block that looks into a path as a UserError.
+
+    pathlib raises it for a folder without permission and for a name that is too long. expected: at
+    the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = printable(path if error.filename is None else error.filename)
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"{printable(path)}: cannot be read ({where}: {reason}); expected {expected}; check "
+            "the path and its permissions"
+        ) from None
 
 
 def found_at(path: Path) -> Found:

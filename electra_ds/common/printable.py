@@ -1,5 +1,6 @@
 """Escapes for text from files and URLs that is printed to terminals, logs and tables."""
 
+import json
 import re
 import unicodedata
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 ESCAPED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Format characters that words of natural languages need: zero-width non-joiner and joiner.
 KEPT = "\u200c\u200d"
+SHOWN_OF_WORD = 20  # characters of a long word in a message
 PLAIN = re.compile(r"[ -~]*")
+OTHER_THAN_ASCII = re.compile(r"[^ -~\n]+")  # a line feed in a text of JSON is escaped already
 
 
 def printable(value: str | Path) -> str:
@@ -22,6 +25,23 @@ def printable(value: str | Path) -> str:
     """
     text = str(value)
     return text if PLAIN.fullmatch(text) else "".join(map(_escaped, text))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON for a terminal or a file; `json.loads` gives the value again.
+
+    Letters of all scripts are written as they are. What `printable` escapes is escaped as JSON
+    (`\\u001b`), as are surrogates.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return OTHER_THAN_ASCII.sub(_escaped_as_json, text)
+
+
+def _escaped_as_json(found: re.Match[str]) -> str:
+    text = found.group()
+    if text.isprintable():
+        return text
+    return "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in text)
 
 
 def printable_lines(text: str) -> str:
@@ -47,6 +67,11 @@ def shortened(value: Any, limit: int = 80) -> str:
         )
     text = printable(text)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def word_shown(word: str) -> str:
+    """Return a word for a message: printable, and with its first characters only if it is long."""
+    return printable(word[:SHOWN_OF_WORD]) + "..." * (len(word) > SHOWN_OF_WORD)
 
 
 def _escaped(character: str) -> str:

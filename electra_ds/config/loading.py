@@ -1,6 +1,7 @@
 """Reading of config files: presets by name, `--set`, errors with suggestions, differences."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -8,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import parse_strictly, read_json
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section
@@ -44,17 +46,32 @@ def find_config(name: str, kind: str) -> Path:
     """Return the path of a shipped config of a kind; a path is returned unchanged.
 
     name: a path contains "/" or ends in ".json".
-    Raises UserError with the known names and the most similar one when the name is unknown.
+    Raises UserError with the known names and the most similar one when the name is unknown, and for
+    a folder.
     """
-    if name.endswith(".json") or "/" in name:
-        return Path(name)
     names = config_names(kind)
     if name in names:
         return config_folder(kind) / f"{name}.json"
+    if os.path.isdir(name):
+        hint = _config_of(Path(name)) if kind == "pretrain" else ""
+        raise UserError(f"{printable(name)}: is a folder; expected a {kind} config{hint}")
+    if name.endswith(".json") or "/" in name:
+        return Path(name)
     raise UserError(
         f"no {kind} config named {shortened(name)}{nearest(name, names)}; there are {', '.join(names)}; "
         "or give a path (x.json)"
     )
+
+
+def _config_of(folder: Path) -> str:
+    """Return where the run config of a folder is, as a part of a message; "" if it has none."""
+    found = found_at(folder)
+    is_checkpoint = found.kind == "checkpoint"
+    above = list(folder.resolve().parents)[:2] if is_checkpoint else []  # OUT/ckpt/STEP
+    for run in (folder, *above):
+        if found.kind in ("run", "checkpoint", "other") and (run / "config.json").is_file():
+            return f"{found.clause}: give {printable(run / 'config.json')}"
+    return found.clause
 
 
 def load_run(name: str, sets: Sequence[str] = (), engine: str | None = None) -> RunConfig:

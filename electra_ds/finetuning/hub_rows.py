@@ -10,6 +10,7 @@ from electra_ds.common.dataset_cards import check_folder_cards, check_hub_cards
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.suggestions import nearest
+from electra_ds.finetuning.dataset_files import load_limited
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.rows import Row
@@ -21,10 +22,11 @@ def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
 
     dataset: a folder, relative to that of the task, or a name on the hub. Class numbers become the
     names of the dataset's ClassLabel; -1 and -100 become None. Raises UserError when the dataset
-    cannot be read, and when its card names files outside the dataset.
+    cannot be read, when its card names files outside the dataset, and when a file would become too
+    large.
     """
     try:
-        import datasets
+        import datasets  # noqa: F401 (its absence is an error of the user)
     except ImportError:
         raise UserError(
             f"task {task.name} reads a dataset: pip install 'electra_ds[hf]', or give files"
@@ -38,9 +40,8 @@ def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
         if is_local:
             check_folder_cards(local)
         revision = None if is_local else check_hub_cards(dataset)
-        table = datasets.load_dataset(
-            name, task.dataset_config, split=task.splits[split], revision=revision
-        )
+        builder = load_limited(name, task.dataset_config, revision)
+        table = builder.as_dataset(split=task.splits[split])
     except UserError:
         raise
     except Exception as error:  # from datasets, pyarrow, huggingface_hub or the file system

@@ -4,8 +4,9 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from electra_ds.common.printable import printable
-from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.common.printable import word_shown
+from electra_ds.data.tokenizer import Tokenizer, WordPiece
+from electra_ds.data.tokenizer.wordpiece import LONG_WORDS, MAX_WORD_CHARACTERS
 from electra_ds.finetuning.batches import Encoded
 from electra_ds.finetuning.examples import Example, outside_range
 from electra_ds.finetuning.tasks import Task
@@ -13,7 +14,6 @@ from electra_ds.finetuning.tasks import Task
 SHARE = 0.01  # of unknown tokens, or of examples without tokens; above it a note is given
 MAX_EXAMINED = 1000  # examples with [UNK] that are tokenized again to find the words
 SHOWN = 5  # words in a note
-SHOWN_CHARACTERS = 24  # of each of them
 
 
 def split_notes(
@@ -34,11 +34,10 @@ def split_notes(
     tokens = counts.total() - counts[special_ids.cls] - counts[special_ids.sep]
     unknown = counts[special_ids.unk] / max(1, tokens)
     notes = []
-    if unknown > SHARE:
-        notes.append(
-            f"{split}: {100 * unknown:.1f} % of the tokens are [UNK], most frequent: "
-            f"{_unknown_words(examples, encoded, tokenizer)}; the vocabulary of the model does not "
-            "fit these texts"
+    if unknown:
+        words = _unknown_words(examples, encoded, tokenizer)
+        notes += _unknown_note(
+            f"{split}: {100 * unknown:.1f} %", unknown, words, examples, tokenizer
         )
     empty = sum(len(example.ids) <= 2 for example in encoded) / max(1, len(encoded))
     if empty > SHARE:
@@ -56,22 +55,52 @@ def split_notes(
     return notes
 
 
+def _unknown_note(
+    start: str,
+    unknown: float,
+    words: Counter[str],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+) -> list[str]:
+    """Return the note on unknown tokens; [] if their share is small.
+
+    start: of the note. unknown: share of the tokens. words: what became [UNK] -> occurrences. Words
+    above the limit of WordPiece are few tokens of many characters.
+    """
+    characters = sum(
+        len(text) - text.count(" ") for example in examples for text in _texts(example)
+    )
+    lengths = {word: len(word) * count for word, count in words.items()}
+    is_wordpiece = isinstance(tokenizer, WordPiece)
+    long = sum(lengths[word] for word in words if is_wordpiece and len(word) > MAX_WORD_CHARACTERS)
+    share = min(1.0, sum(lengths.values()) / max(1, characters))
+    is_long = 2 * long > sum(lengths.values())
+    if unknown <= SHARE and not (is_long and share > SHARE):
+        return []
+    first = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+    named = " ".join(word_shown(word) for word, _ in first) or "words without a character"
+    of_characters = f", {100 * share:.1f} % of the characters" if is_long else ""
+    advice = LONG_WORDS if is_long else "the vocabulary of the model does not fit these texts"
+    return [f"{start} of the tokens are [UNK]{of_characters}, most frequent: {named}; {advice}"]
+
+
 def _unknown_words(
     examples: Sequence[Example], encoded: Sequence[Encoded], tokenizer: Tokenizer
-) -> str:
-    """The most frequent words that become [UNK] in the first examples with some, printable."""
+) -> Counter[str]:
+    """The words that become [UNK] in the first examples with some, with their occurrences."""
     unk = tokenizer.special_ids.unk
     found = (example for example, row in zip(examples, encoded, strict=False) if unk in row.ids)
     words: Counter[str] = Counter()
     for example in itertools.islice(found, MAX_EXAMINED):
-        texts = [example.text_a] if isinstance(example.text_a, str) else example.text_a
-        for text in [*texts, example.text_b or ""]:
+        for text in _texts(example):
             words.update(tokenizer.unknown_parts(tokenizer.normalize(text)))
-    shown = [
-        f"{word[:SHOWN_CHARACTERS]}..." if len(word) > SHOWN_CHARACTERS else word
-        for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
-    ]
-    return " ".join(map(printable, shown)) or "words without a character"
+    return words
+
+
+def _texts(example: Example) -> list[str]:
+    """The texts of an example, or its words."""
+    texts = [example.text_a] if isinstance(example.text_a, str) else example.text_a
+    return [*texts, example.text_b or ""]
 
 
 def is_constant(examples: Sequence[Example]) -> bool:

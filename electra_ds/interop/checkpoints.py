@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import reading
 from electra_ds.common.json_files import Record, parse_record
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import ModelConfig
@@ -32,11 +33,12 @@ def resolve_checkpoint(path: Path) -> Path:
     path: one of the folders in CHECKPOINTS, except a Hugging Face folder.
     Raises UserError when there is none, and when `path` contains the models of several seeds.
     """
-    models = sorted(
-        meta.parent
-        for pattern in ("model/meta.json", "seed-*/model/meta.json")
-        for meta in path.glob(pattern)
-    )
+    with reading(path, CHECKPOINTS):
+        models = sorted(
+            meta.parent
+            for pattern in ("model/meta.json", "seed-*/model/meta.json")
+            for meta in path.glob(pattern)
+        )
     if len(models) > 1:
         raise UserError(
             f"{path}: contains the models of {len(models)} seeds; give one, such as "

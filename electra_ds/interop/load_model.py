@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import reading
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.checkpoints import (
+    CHECKPOINTS,
     check_run,
     read_checkpoint,
     resolve_checkpoint,
@@ -63,13 +65,15 @@ class ModelSource(NamedTuple):
 def resolve_model(path: Path) -> ModelSource:
     """The checkpoint or the Hugging Face folders that a MODEL argument stands for.
 
-    A single Hugging Face folder counts as "discriminator". Raises UserError when there is neither.
+    A single Hugging Face folder counts as "discriminator". Raises UserError when there is neither,
+    and when the path cannot be read.
     """
-    if is_hf_folder(path):
-        return ModelSource(None, {"discriminator": path})
-    parts = {part: path / part for part in ("discriminator", "generator")}
-    if hf := {part: folder for part, folder in parts.items() if is_hf_folder(folder)}:
-        return ModelSource(None, hf)
+    with reading(path, CHECKPOINTS):
+        if is_hf_folder(path):
+            return ModelSource(None, {"discriminator": path})
+        parts = {part: path / part for part in ("discriminator", "generator")}
+        if hf := {part: folder for part, folder in parts.items() if is_hf_folder(folder)}:
+            return ModelSource(None, hf)
     return ModelSource(resolve_checkpoint(path), {})
 
 

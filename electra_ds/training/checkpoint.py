@@ -9,6 +9,7 @@ A checkpoint folder is complete, because it is renamed to its name after its fil
 files are safetensors and JSON, so reading them executes no code.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
-from electra_ds.common.folder_kinds import found_at
+from electra_ds.common.folder_kinds import found_at, reading
 from electra_ds.common.json_files import Record, parse_record, read_json, read_small
 from electra_ds.common.printable import printable, shortened
 from electra_ds.config.schema import MAX_STEPS
@@ -162,14 +163,15 @@ def find_checkpoint(path: Path, expected: str = DEFAULT_EXPECTATION) -> Path:
     """Return the latest checkpoint of a run folder or of its ckpt folder, or `path` if it is one.
 
     expected: description of the accepted folders, for the error message.
-    Raises UserError when there is no checkpoint.
+    Raises UserError when there is no checkpoint, and when the folder cannot be read.
     """
-    for folder in (path, path / "ckpt"):
-        if (folder / "meta.json").exists():
-            return folder
-        newest = latest(folder)
-        if newest is not None:
-            return newest
+    with reading(path, expected):
+        for folder in (path, path / "ckpt"):
+            if (folder / "meta.json").exists():
+                return folder
+            newest = latest(folder)
+            if newest is not None:
+                return newest
     clause = found_at(path).clause
     raise UserError(f"{printable(path)}: no checkpoint here{clause}; expected {expected}")
 
@@ -255,20 +257,40 @@ def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str
     for name in sorted(meta.files):
         if not name.startswith(prefix):
             continue
-        try:
-            with safe_open(path / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    value = file.get_tensor(key)
-                    if value.dtype != torch.float32:
-                        raise UserError(
-                            f"{printable(path / name)}: {printable(key)} has type {value.dtype}; "
-                            "expected float32, as checkpoints hold it"
-                        )
-                    yield key, value
-        except SafetensorError as error:
-            raise UserError(
-                f"{path / name}: not a safetensors file ({error}); use an older checkpoint"
-            ) from None
+        with _reading_tensors(path / name) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                value = file.get_tensor(key)
+                if value.dtype != torch.float32:
+                    raise UserError(
+                        f"{printable(path / name)}: {printable(key)} has type {value.dtype}; "
+                        "expected float32, as checkpoints hold it"
+                    )
+                yield key, value
+
+
+def shapes(path: Path, meta: Meta) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights by canonical name, from the headers of the files.
+
+    Raises UserError when a file is not a safetensors file.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name in sorted(meta.files):
+        if name.startswith("model"):
+            with _reading_tensors(path / name) as file:
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    return found
+
+
+@contextlib.contextmanager
+def _reading_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises UserError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(
+            f"{printable(path)}: not a safetensors file ({error}); use an older checkpoint"
+        ) from None
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -276,9 +298,10 @@ def weights(path: Path) -> dict[str, Tensor]:
 
     The files are checked by size and sha256. Raises UserError when one is missing or damaged.
     """
-    meta = read_meta(path)
-    check_content(path, meta)
-    return dict(tensors(path, meta))
+    with reading(path, "the files of a checkpoint"):
+        meta = read_meta(path)
+        check_content(path, meta)
+        return dict(tensors(path, meta))
 
 
 def load(

@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,27 @@ from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
 from electra_ds.common.urls import redacted
-from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
 from electra_ds.data.dataset import Data, open_data
 from electra_ds.data.loader import Loader, consumed_rows_from_state
-from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import ElectraObjective, Objective
 from electra_ds.model.weights import true_rows
-from electra_ds.training import checkpoint
-from electra_ds.training.checkpoint import find_checkpoint, folder_of_model, tokenizer_of
+from electra_ds.training import checkpoint, generator_from
+from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
 from electra_ds.training.collectives import (
     ControlGroup,
     destroy_process_groups,
-    fail_on_all_ranks,
     is_collective,
     on_rank0,
 )
 from electra_ds.training.engine import Engine, start
+from electra_ds.training.init_from import find_source
 from electra_ds.training.metrics_file import metric_lines
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
@@ -119,6 +118,8 @@ class Attempt:
     lock: Lock
     began: float  # time.monotonic()
     total_steps: int
+    init_from: Path | None = None  # the checkpoint that --init-from stands for, in a new run
+    generator: dict[str, Tensor] | None = None  # the weights of --generator-from
 
     def print(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -187,12 +188,29 @@ def pretrain_on_ranks(
     attempt = Attempt(
         planned.config, planned.data, out, ranks, options, held, began, planned.total_steps
     )
+    attempt = _with_sources(attempt)  # before O is made
     try:
         held.acquire()
         return _run(attempt, planned.engine, device)
     finally:
         if lock is None:
             held.release()
+
+
+def _with_sources(attempt: Attempt) -> Attempt:
+    """The attempt with what --init-from and --generator-from stand for. Collective."""
+    options, source = attempt.options, attempt.init_from
+    is_new = checkpoint.latest_on_rank0(attempt.out / "ckpt") is None
+    if options.init_from and is_new:
+        source = _find_source(attempt)
+    generator = generator_from.read_weights(
+        options.read_generator,
+        attempt.config,
+        attempt.data.source.tokenizer,
+        ControlGroup(attempt.ranks).all_gather_object,
+        needs_weights=is_new and source is None,
+    )
+    return replace(attempt, init_from=source, generator=generator)
 
 
 def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) -> int:
@@ -211,7 +229,6 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
             "offload_optimizer: loading DeepSpeed's CPU Adam; the first run on a machine compiles "
             "it, which takes minutes"
         )
-    generator = _read_generator(attempt)
     objective = _objective(config)
     frozen = None
     if config.objective.is_frozen:
@@ -225,8 +242,8 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     on_rank0(lambda: remove_stale(out / "ckpt"))
     _check_same_data(attempt.data.source, engine, nodes)
     resumed = _resume(attempt, engine)
-    if generator is not None:
-        _set_generator(attempt, engine, generator, is_new=resumed is None)
+    if attempt.generator is not None:
+        generator_from.set_weights(engine, attempt.generator, out, is_new=resumed is None)
     on_rank0(lambda: _write_description(attempt, nodes))
     is_complete = _train(attempt, engine, resumed)
     lock.release()  # before the engine closes: rank 0 may fail when another rank ends first
@@ -249,52 +266,6 @@ def _objective(config: RunConfig) -> Objective:
     return objective
 
 
-def _read_generator(attempt: Attempt) -> dict[str, Tensor] | None:
-    """The weights of --generator-from; None without the option. Collective.
-
-    Raises UserError on every rank when the option does not fit the objective, when it is missing in
-    a new run with a frozen generator, and when the weights do not fit.
-    """
-    read, config = attempt.options.read_generator, attempt.config
-    if read is not None and not config.objective.is_frozen:
-        raise UserError(
-            f"--generator-from: objective.generator = {config.objective.generator} uses no weights "
-            "of another generator: leave the option out, or set objective.generator=frozen and "
-            "model.sharing=untied"
-        )
-    if read is None:
-        is_new = checkpoint.latest_on_rank0(attempt.out / "ckpt") is None
-        if config.objective.is_frozen and is_new and attempt.options.init_from is None:
-            raise UserError(
-                "objective.generator = frozen: a new run needs the weights of the generator: give "
-                "--generator-from with a run, a checkpoint or a Hugging Face folder"
-            )
-        return None
-    control = ControlGroup(attempt.ranks)
-    with fail_on_all_ranks(control.all_gather_object, "--generator-from"):
-        weights = read(config, load_tokenizer(attempt.data.source.tokenizer))
-    return weights
-
-
-def _set_generator(
-    attempt: Attempt, engine: Engine, weights: dict[str, Tensor], is_new: bool
-) -> None:
-    """Set the frozen generator of a new run; compare it with that of a resumed one."""
-    if is_new:
-        for name, value in weights.items():
-            engine.set_frozen(name, value)
-        return
-    differing = [
-        name for name, value in weights.items() if not torch.equal(value, engine.frozen[name])
-    ]
-    if differing:
-        raise UserError(
-            f"--generator-from: {len(differing)} tensors differ from those of the generator in "
-            f"{printable(attempt.out)} ({differing[0]}, ...): leave the option out to resume, or "
-            "choose another --out"
-        )
-
-
 # ----------------------------------------------------------------------------------- resuming
 
 
@@ -309,9 +280,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
         if options.init_from is not None:
-            source = find_checkpoint(options.init_from)
-            _check_same_architecture(source, config)
-            _check_same_vocabulary(source, attempt.data.source.tokenizer)
+            source = attempt.init_from or _find_source(attempt)
             checkpoint.load(engine, source, rows, weights_only=True)
             attempt.print(
                 f"weights of {source}; the schedule and the position in the data start at 0"
@@ -348,29 +317,15 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     return meta.state
 
 
-def _check_same_architecture(source: Path, config: RunConfig) -> None:
-    """Raise UserError when the weights of a checkpoint are of another architecture."""
-    theirs = parse_run(checkpoint.read_meta(source).config, f"{source}/meta.json").model
-    if isinstance(theirs, ModelConfig) and isinstance(config.model, ModelConfig):
-        name, own = theirs.architecture, config.model.architecture
-        if name != own:
-            raise UserError(
-                f"--init-from {printable(source)}: model.architecture = {name}, but {own} in this "
-                f"run: its weights do not fit; expected a run of {own}, or start from a config of "
-                f"{name}"
-            )
-
-
-def _check_same_vocabulary(checkpoint_path: Path, data_tokenizer: Path) -> None:
-    """Raise UserError when the vocabularies of checkpoint and data differ, also at equal size."""
-    tokenizer = tokenizer_of(checkpoint_path)
-    if not tokenizer.is_dir() or not data_tokenizer.is_dir():
-        return
-    if load_tokenizer(tokenizer).names != load_tokenizer(data_tokenizer).names:
-        raise UserError(
-            f"--init-from {checkpoint_path}: its vocabulary ({tokenizer}) is not that of the data "
-            f"({data_tokenizer}); prepare the data with {tokenizer}"
-        )
+def _find_source(attempt: Attempt) -> Path:
+    assert attempt.options.init_from is not None
+    return find_source(
+        attempt.options.init_from,
+        attempt.config,
+        attempt.data.source.tokenizer,
+        ControlGroup(attempt.ranks).all_gather_object,
+        needs_generator=attempt.options.read_generator is None,
+    )
 
 
 def _count_failures(out: Path, limit: int, silent: str) -> list[str]:

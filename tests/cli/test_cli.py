@@ -41,6 +41,12 @@ def test_every_verb_and_option_has_a_help_text(electra_ds, verb):
         assert parameter.help, f"{verb}: {parameter.name} has no help"
 
 
+def test_one_function_prints_json():
+    """It escapes what a terminal interprets."""
+    for path in (ROOT / "electra_ds" / "cli").glob("*.py"):
+        assert path.name == "console.py" or "json.dumps" not in path.read_text(), path
+
+
 def test_the_list_of_verbs_has_a_whole_sentence_for_each(electra_ds):
     _, out, _ = electra_ds("--help")
     for verb in VERBS:

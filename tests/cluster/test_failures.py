@@ -182,8 +182,10 @@ cli.main()
 def test_the_error_is_recorded_before_the_lock_is_released(data: Path, tmp_path: Path) -> None:
     """A launcher that ends the process in between would leave a folder without a failure."""
     out = tmp_path / "run"
+    (out / "ckpt").mkdir(parents=True)
+    (out / "ckpt" / "latest").write_text("no checkpoint")
     run = ["pretrain", "tiny", "--data", data, "--out", out, "--engine", "zero0-fp32"]
-    command = [sys.executable, "-c", NOTE_LOCK, *map(str, run), "--init-from", str(tmp_path)]
+    command = [sys.executable, "-c", NOTE_LOCK, *map(str, run)]
     done = subprocess.run(
         command, env=os.environ | CPU, capture_output=True, text=True, timeout=300
     )

@@ -533,3 +533,36 @@ def test_a_spike_factor_of_at_most_1_is_refused():
     with pytest.raises(UserError, match=r"spike_factor = 1\.0 makes average losses spikes"):
         load_run("tiny", ["train.spike_factor=1"])
     load_run("tiny", ["train.spike_factor=1.5"])
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "message"),
+    [
+        (
+            ["ckpt/latest", "ckpt/5/meta.json", "config.json"],
+            "x",
+            ": it is a run: give x/config.json",
+        ),
+        (["ckpt/latest", "ckpt/5/meta.json", "config.json"], "x/ckpt", "give .*/x/config.json$"),
+        (["ckpt/latest", "ckpt/5/meta.json", "config.json"], "x/ckpt/5", "give .*/x/config.json$"),
+        (["config.json", "model.safetensors"], "./x", "it is a Hugging Face folder .*import"),
+        (["config.json"], "x", "expected a pretrain config: give x/config.json$"),
+        (["manifest.json"], "x", "it is a folder of prepared data$"),
+        ([], "x.json", "expected a pretrain config: it is an empty folder$"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_config_is_named(tmp_path, monkeypatch, files, given, message):
+    monkeypatch.chdir(tmp_path)
+    Path(given).mkdir(parents=True)
+    for name in files:
+        path = Path("x", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(UserError, match=rf"is a folder; .*{message}"):
+        load_run(given)
+
+
+def test_the_name_of_a_preset_is_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    assert load_run("tiny") == load_run(str(loading.find_config("tiny", "pretrain")))

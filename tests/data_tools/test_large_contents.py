@@ -22,9 +22,10 @@ from running import CPU
 from data_tools.formats import tar as tar_format
 from data_tools.formats.documents import documents
 from data_tools.formats.source import Tally
-from data_tools.inputs import streams
 from data_tools.inputs.plan import make_plan
+from electra_ds.common import decompression
 from electra_ds.common.errors import UserError
+from electra_ds.common.parquet_sizes import check_chunk, page_header
 
 PACKERS = {
     ".gz": gzip.compress,
@@ -103,20 +104,20 @@ def test_a_small_file_with_a_huge_content_takes_little_memory_and_time(tmp_path,
     assert int(peak) < 250 and time.monotonic() - start < 60, done.stdout
     if name != "a.txt.gz":  # gzip packs at most 1,032 bytes into one
         assert "expected at most 1,000 times as many" in message[0]
-        assert streams.EXPANSION_VARIABLE in message[0]
+        assert decompression.EXPANSION_VARIABLE in message[0]
 
 
 def test_the_factor_may_be_raised(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "FREE", 1000)
+    monkeypatch.setattr(decompression, "FREE", 1000)
     (tmp_path / "a.txt.bz2").write_bytes(bz2.compress(b"a" * 500_000))
     with pytest.raises(UserError, match="compressed bytes have a content of more than"):
         read(tmp_path / "a.txt.bz2")
-    monkeypatch.setenv(streams.EXPANSION_VARIABLE, "100000")
+    monkeypatch.setenv(decompression.EXPANSION_VARIABLE, "100000")
     assert len(read(tmp_path / "a.txt.bz2")[0]) == 500_000
     for value in ("0", "x", "-1", "1e9", "", "9" * 30):
-        monkeypatch.setenv(streams.EXPANSION_VARIABLE, value)
+        monkeypatch.setenv(decompression.EXPANSION_VARIABLE, value)
         with pytest.raises(
-            UserError, match=f"{streams.EXPANSION_VARIABLE} = .*expected an integer"
+            UserError, match=f"{decompression.EXPANSION_VARIABLE} = .*expected an integer"
         ):
             read(tmp_path / "a.txt.bz2")
 
@@ -124,19 +125,19 @@ def test_the_factor_may_be_raised(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
 def test_the_content_does_not_depend_on_the_parts(tmp_path, monkeypatch, suffix, at_once):
-    monkeypatch.setattr(streams, "AT_ONCE", at_once)
-    monkeypatch.setattr(streams, "HEAD", 50)
-    monkeypatch.setattr(streams, "ZSTD_INPUT", 13)
+    monkeypatch.setattr(decompression, "AT_ONCE", at_once)
+    monkeypatch.setattr(decompression, "INPUT", 50)
+    monkeypatch.setattr(decompression, "ZSTD_INPUT", 13)
     words = random.Random(0).choices(["old", "river", "stone", "zzzz" * 50], k=800)
     content = " ".join(words).encode()
     pack = PACKERS[suffix]
     packed = pack(content[:1500]) + pack(b"") + bytes(8) + pack(content[1500:])
     raw = io.BufferedReader(io.BytesIO(packed))
-    assert streams.content_of(raw, f"a{suffix}").read() == content
+    assert decompression.content_of(raw, f"a{suffix}").read() == content
     for cut in (5, len(packed) // 3, len(packed) - 2):
         raw = io.BufferedReader(io.BytesIO(packed[:cut]))
         with pytest.raises(UserError, match=rf"^a{suffix}: broken after byte \d+"):
-            streams.content_of(raw, f"a{suffix}").read()
+            decompression.content_of(raw, f"a{suffix}").read()
 
 
 # -------------------------------------------------------------------------------------------- tars
@@ -195,7 +196,7 @@ def test_headers_of_tars_do_not_ask_for_memory_or_time(tmp_path, kind):
 
 
 def test_a_tar_of_bz2_with_a_huge_member_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "FREE", 1 << 22)
+    monkeypatch.setattr(decompression, "FREE", 1 << 22)
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:bz2") as tar:
         tar.addfile(header(size=1 << 27), io.BytesIO(b"a" * (1 << 27)))
@@ -234,7 +235,7 @@ def test_a_column_that_grows_too_much_is_refused(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
     from pyarrow import parquet
 
-    monkeypatch.setattr(streams, "FREE", 1 << 20)
+    monkeypatch.setattr(decompression, "FREE", 1 << 20)
     table = pyarrow.table({"text": ["a" * (1 << 24)]})
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(UserError, match=r"^a\.parquet: .* content of more than"):
@@ -312,7 +313,7 @@ def test_a_compressed_buffer_that_declares_a_huge_size_is_refused(tmp_path, kind
 def test_rows_without_buffers_and_repeated_values_are_bounded(tmp_path, monkeypatch, kind):
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
     path = tmp_path / "a.arrow"
-    monkeypatch.setattr(streams, "FREE", 1 << 22)
+    monkeypatch.setattr(decompression, "FREE", 1 << 22)
     nothing = arrow_bytes(kind, pyarrow.table({"text": pyarrow.nulls(100)}))
     path.write_bytes(nothing.replace(struct.pack("<q", 100), struct.pack("<q", 1 << 40)))
     with pytest.raises(UserError, match=r"^a\.arrow: .* content of more than"):
@@ -326,7 +327,7 @@ def test_rows_without_buffers_and_repeated_values_are_bounded(tmp_path, monkeypa
         views,
     ):
         path.write_bytes(arrow_bytes(kind, pyarrow.table({"text": column}), compression="zstd"))
-        monkeypatch.setattr(streams, "FREE", 1 << 22)
+        monkeypatch.setattr(decompression, "FREE", 1 << 22)
         with pytest.raises(UserError, match=r"^a\.arrow: .* content of more than"):
             read(path)
 
@@ -388,7 +389,7 @@ def test_a_long_entry_of_a_parquet_dictionary_is_not_repeated_in_memory(tmp_path
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_the_members_of_an_archive_have_one_limit_together(tmp_path, monkeypatch, is_nested):
     """A compressed archive of compressed members grows by the product of both factors."""
-    monkeypatch.setattr(streams, "FREE", 1 << 20)
+    monkeypatch.setattr(decompression, "FREE", 1 << 20)
     member = gzip.compress(b"\n" * (1 << 18))
 
     def packed(members: dict[str, bytes]) -> bytes:
@@ -426,8 +427,8 @@ def test_the_limit_holds_for_files_of_a_dataset(tmp_path, monkeypatch, suffix):
     (tmp_path / "small" / f"a.jsonl{suffix}").write_bytes(pack(b'{"text": "a text"}\n' * 3))
     text = b'{"text": "' + b"a" * (20 << 20) + b'"}\n'
     (tmp_path / "large" / f"a.jsonl{suffix}").write_bytes(pack(text))
-    monkeypatch.setattr(streams, "FREE", 1 << 20)
-    monkeypatch.setenv(streams.EXPANSION_VARIABLE, "20")
+    monkeypatch.setattr(decompression, "FREE", 1 << 20)
+    monkeypatch.setenv(decompression.EXPANSION_VARIABLE, "20")
     assert read_dataset(tmp_path / "small") == ["a text"] * 3
     with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: .* compressed bytes have a content"):
         read_dataset(tmp_path / "large")
@@ -435,3 +436,101 @@ def test_the_limit_holds_for_files_of_a_dataset(tmp_path, monkeypatch, suffix):
 
 def read_dataset(folder: Path) -> list[str]:
     return read(f"dataset:{folder}")
+
+
+# ------------------------------------------------------------------------------- pages of Parquet
+
+
+def varint(number: int) -> bytes:
+    """An integer of Thrift's compact protocol."""
+    number = number << 1
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def page_of(size: int) -> bytes:
+    """A page of Parquet with one value of about `size` equal characters, compressed by zstd."""
+    content = zstandard.compress(struct.pack("<I", size - 4) + b"a" * (size - 4))
+
+    def integers(*numbers: int) -> bytes:
+        return b"".join(b"\x15" + varint(number) for number in numbers)
+
+    values = integers(1, 0, 3, 3) + b"\0"  # one value, PLAIN, levels as RLE
+    return integers(0, size, len(content)) + b"\x2c" + values + b"\0" + content
+
+
+@pytest.mark.parametrize("size", [1 << 20, 1 << 16])
+def test_pages_that_hold_more_than_their_chunk_declares_are_refused(tmp_path, monkeypatch, size):
+    """pyarrow allocates what the header of a page declares, for all pages of a batch."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    from pyarrow import parquet
+
+    pages = page_of(size) * 20
+    letters = random.Random(0)
+    texts = ["".join(letters.choices("0123456789abcdef", k=2000)) for _ in range(20)]
+    schema = pyarrow.schema([pyarrow.field("text", pyarrow.string(), nullable=False)])
+    path = tmp_path / "a.parquet"
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    parquet.write_table(pyarrow.table({"text": texts}, schema=schema), path, **options)
+    chunk = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    assert len(pages) < chunk.total_compressed_size
+    content = bytearray(path.read_bytes())
+    content[chunk.data_page_offset : chunk.data_page_offset + len(pages)] = pages
+    path.write_bytes(content)
+    monkeypatch.setattr(decompression, "FREE", 1 << 21)
+    if size == 1 << 16:
+        assert read(path) == ["a" * (size - 4)] * 20
+        return
+    monkeypatch.setattr(
+        parquet.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("was read")
+    )
+    with pytest.raises(UserError, match=r"^a\.parquet: .* content of more than"):
+        read(path)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_the_pages_of_a_chunk_have_the_size_of_its_metadata(tmp_path, version, is_dictionary):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    from pyarrow import parquet
+
+    texts = [None, *(f"text {i % 700} of the file" for i in range(20_000))]
+    parquet.write_table(
+        pyarrow.table({"id": range(20_001), "text": texts}),
+        tmp_path / "a.parquet",
+        data_page_version=version,
+        use_dictionary=is_dictionary,
+        data_page_size=10_000,
+        row_group_size=9_000,
+        write_page_checksum=True,
+    )
+    metadata = parquet.ParquetFile(tmp_path / "a.parquet").metadata
+    content = (tmp_path / "a.parquet").read_bytes()
+    assert metadata.num_row_groups == 3
+    for number in range(3):
+        chunk = metadata.row_group(number).column(1)
+        whole = io.BufferedReader(io.BytesIO(content))
+        assert check_chunk("a", whole, chunk) == chunk.total_uncompressed_size
+        start = chunk.data_page_offset
+        sizes = []
+        while sum(values for *_, values, _ in sizes) < chunk.num_values:
+            sizes.append(page_header(content[start:]))
+            start += sizes[-1].compressed + sizes[-1].length
+        assert len(sizes) > 1 or is_dictionary
+        for cut in range(chunk.data_page_offset, chunk.data_page_offset + sizes[0].length):
+            with pytest.raises(ValueError, match=r"the header of a page|not in the file"):
+                check_chunk("a", io.BufferedReader(io.BytesIO(content[:cut])), chunk)
+
+
+def test_any_damage_of_a_page_header_is_an_error_or_harmless():
+    header = page_of(1000)[:40]
+    random.seed(0)
+    for _ in range(3000):
+        content = bytearray(header)
+        for _ in range(random.choice([1, 1, 4])):
+            content[random.randrange(len(content))] = random.choice([0, 255, random.randrange(256)])
+        with contextlib.suppress(ValueError):
+            assert min(page_header(bytes(content))) >= 0

@@ -225,10 +225,10 @@ def test_a_folder_without_unknowns_and_a_text_of_unknown_words_have_a_report(fol
     )
     facts = stats(tmp_path / "data")
     assert facts["splits"]["train"]["unknown"] == 1 and facts["vocabulary"]["seen"] == 0
-    assert facts["unknowns"]["words"] == {
-        "Zebra": 1,
-        "x" * 100: 1,
-    } and f"Zebra 1, {'x' * 100} 1" in html_page(facts, "data")
+    assert facts["unknowns"]["words"] == {"Zebra": 1, "x" * 100: 1}
+    rows = [row for table in tables(facts) for row in table.rows]
+    for shown in (html_page(facts, "data"), str(rows)):
+        assert f"Zebra 1, {'x' * 20}... 1" in shown and "x" * 21 not in shown
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     del manifest["unknowns"]
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
@@ -244,3 +244,17 @@ def test_the_page_is_not_written_into_the_data(folder, name):
     assert before == sorted(
         (path, path.stat().st_mtime_ns) for path in (folder / "data").rglob("*")
     )
+
+
+def test_a_page_replaces_a_file_without_permissions_and_no_folder(folder, tmp_path):
+    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "page.html").chmod(0)
+    verbs.stats(folder / "data", html=tmp_path / "page.html")
+    assert "<svg" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UserError, match=r"--html .*folder\.html: is a folder; expected a file$"):
+        verbs.stats(folder / "data", html=tmp_path / "folder.html")
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(UserError, match=r"--html .*loop.*: cannot be written"):
+        verbs.stats(folder / "data", html=loop / "page.html")

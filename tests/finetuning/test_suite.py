@@ -10,6 +10,7 @@ import run_folders
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.data.tokenizer.wordpiece import LONG_WORDS
 from electra_ds.finetuning import suite_files
 from electra_ds.finetuning.batches import Encoded, encode
 from electra_ds.finetuning.config import TaskOverrides, load_finetune
@@ -136,11 +137,31 @@ def test_the_note_on_unknown_tokens_names_printable_words(tmp_path, kind):
     encoded = encode(both, task, tokenizer, 128)
     (note,) = split_notes(task, "train", both, [*encoded, *encoded], tokenizer)
     named = note.partition("most frequent: ")[2].partition(";")[0].split(" ")
-    assert named[0] == "\u6f22" and "q9" * 12 + "..." in named and note.isprintable()
+    assert named[0] == "\u6f22" and "q9" * 10 + "..." in named and note.isprintable()
     assert ("zz9" in named) == is_text and "aa" not in named and "\u202e" not in note
     unseen = [Example("0", "" if is_text else ["\x00"], None, label)]
     row = [Encoded([2, 1, 3], 3, 0)]
     assert "words without a character" in split_notes(task, "train", unseen, row, tokenizer)[0]
+
+
+@pytest.mark.parametrize("length", [100, 101])
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_the_note_on_unknown_tokens_names_the_limit_of_wordpiece(tmp_path, kind, length):
+    """One [UNK] of 101 characters is a small share of 150 tokens, and a large one of the text."""
+    tokenizer = load_tokenizer(run_folders.vocabulary(tmp_path))
+    words = [*["aa"] * 150, "a" * length]
+    is_text = kind == "classification"
+    task = Task(name="t", kind=kind, splits={"train": "x"}, labels=["O", "X"])
+    text, label = (" ".join(words), 0) if is_text else (words, [0] * len(words))
+    examples = [Example("0", text, None, label)]
+    notes = split_notes(task, "train", examples, encode(examples, task, tokenizer, 512), tokenizer)
+    if length == 100:
+        assert not any("WordPiece" in note for note in notes)
+    else:
+        (note,) = notes
+        assert LONG_WORDS in note and "words of more than 100 characters" in note
+        assert "0.7 % of the tokens are [UNK], 25.2 % of the characters" in note
+        assert "a" * 20 + "..." in note and "a" * 21 not in note
 
 
 def test_a_seed_without_an_applied_step_or_with_nan_has_diverged(tmp_path):

@@ -370,7 +370,7 @@ def test_a_card_on_the_hub_is_checked_before_datasets_reads_it(own_task, tmp_pat
     monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, revision=None: info)
     monkeypatch.setattr(HfApi, "hf_hub_download", lambda self, *_, **__: str(card))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("was read"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("was read"))
     with pytest.raises(UserError, match=r"owner/set: README\.md: .*leads out of the dataset"):
         own_task({}, dataset="owner/set", splits={"train": "train", "valid": "train"})
 

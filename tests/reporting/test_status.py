@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -150,6 +151,12 @@ def test_the_verb_prints_tables_or_json_and_imports_no_torch(out, tmp_path):
     assert done.stdout.count("80, step 80") == 2 and "rows [133, 1] of [/data]" in done.stdout
     found = [json.loads(line) for line in run_cli("status", out, "--json").stdout.splitlines()]
     assert [facts["state"] for facts in found] == ["failed"]
+    named = tmp_path / "r\u00e9sum\u00e9\x9b\u202e"
+    shutil.copytree(out, named)
+    for encoding, name in (("utf-8", "r\u00e9sum\u00e9"), ("ascii", r"r\u00e9sum\u00e9")):
+        done = run_cli("status", named, "--json", PYTHONIOENCODING=encoding)
+        assert name + r"\u009b\u202e" in done.stdout
+        assert json.loads(done.stdout)["out"] == str(named)
     nowhere = run_cli("status", tmp_path / "nowhere", check=False)
     assert nowhere.returncode == 2 and "no run folder here" in nowhere.stderr
     script = (

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 from scenario_tools import (
     SAVED,
@@ -17,9 +18,10 @@ from scenario_tools import (
 from small_run import CUT, STAGES
 from web import served
 
+from electra_ds.common.errors import UserError
 from electra_ds.config.engine_files import load_engine
 from electra_ds.interop.frozen_generator import generator_reader
-from electra_ds.training import checkpointer
+from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.engine import Engine
 
 
@@ -151,9 +153,20 @@ def refused_resumes() -> None:
         (here.outs / "refused" / "restarts.json").write_text(json.dumps(failures))
     found["restarts"] = train("refused", "zero1-fp32", "train.max_restarts=2")
     found["machine"] = train("refused", "zero1-fp32", "logging.every=2")
+    read_meta = checkpoint.read_meta
     found["init_from"] = train(
         "init-from", "zero2-fp32", "optimizer.peak_lr=0.001", init_from=here.outs / "full-z0"
     )
+    with mock.patch.object(Engine, "__init__", side_effect=AssertionError("was built")):
+        sources = {"missing": here.outs / f"nowhere-{here.rank}", "shape": here.outs / "full-z0"}
+        for kind, source in sources.items():
+            width = "generator.ffn_size=48"
+            ended = train(f"init-{kind}", "zero2-fp32", width, init_from=source)
+            found[f"init_{kind}"] = [ended, (here.outs / f"init-{kind}").exists()]
+        if here.rank == 1:  # a node without the folder
+            checkpoint.read_meta = mock.Mock(side_effect=UserError("no folder here"))
+        found["init_one"] = train("init-one", "zero2-fp32", init_from=here.outs / "full-z0")
+        checkpoint.read_meta = read_meta
     note("refused", found)
 
 

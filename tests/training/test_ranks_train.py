@@ -261,6 +261,18 @@ def test_init_from_loads_only_weights(outs: Path) -> None:
     assert first["mlm_loss"] < curve(outs / "one")[0]["mlm_loss"] - 0.1
 
 
+@pytest.mark.parametrize("rank", (0, 1))
+def test_a_mistake_in_init_from_ends_all_ranks_before_an_engine_and_a_folder(
+    outs: Path, rank: int
+) -> None:
+    found = noted(outs, "refused", rank)
+    message, is_made = found["init_missing"]
+    assert "nowhere-0: no checkpoint here: it does not exist" in message and not is_made
+    message, is_made = found["init_shape"]
+    assert "--init-from" in message and "has shape" in message and not is_made
+    assert "rank 1: no folder here" in found["init_one"]
+
+
 # ----------------------------------------------------------------------- refusals, stops, failures
 
 

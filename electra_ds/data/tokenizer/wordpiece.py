@@ -25,6 +25,11 @@ from electra_ds.data.tokenizer.normalization import (
 )
 
 MAX_WORD_CHARACTERS = 100  # of a normalized word; BERT makes a longer one a single [UNK]
+NO_SPACES = (
+    "WordPiece does not suit scripts without spaces between words, such as Thai; train a "
+    "vocabulary with --kind unigram"
+)
+LONG_WORDS = f"words of more than {MAX_WORD_CHARACTERS} characters become one [UNK]: {NO_SPACES}"
 MAX_ENTRY = 1000  # characters of an entry; normalization of a run of marks takes quadratic time
 MAX_CACHED_WORDS = 500_000  # about 100 MB; a full cache is cleared
 # A larger mean length of the "words" indicates a script without spaces; such a text is tokenized

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from io import BufferedReader
 
-from data_tools.inputs.streams import check_expansion
+from electra_ds.common.decompression import check_expansion
 
 CONTINUATION = 0xFFFFFFFF
 FOOTER_END = 10  # bytes: int32 size of the footer, "ARROW1"
@@ -107,6 +107,13 @@ class DeclaredSizes:
             kind = 0
             while kind != RECORD_BATCH and position < self.size:
                 kind, position = self._check_message(position)
+
+    def check_stream(self) -> None:
+        """Check all messages of a stream."""
+        with _Restored(self.content):
+            position = self.content.tell()
+            while position < self.size:
+                _, position = self._check_message(position)
 
     def _check_message(self, position: int) -> tuple[int, int]:
         """Check the message at a position; return (kind, position after it)."""

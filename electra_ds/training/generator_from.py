@@ -1,0 +1,71 @@
+"""The weights of --generator-from, of a frozen generator, on every rank."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.printable import printable
+from electra_ds.config.schema import RunConfig
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.training.collectives import fail_on_all_ranks
+from electra_ds.training.engine import Engine
+
+Reader = Callable[[RunConfig, Tokenizer], dict[str, Tensor]]
+
+
+def read_weights(
+    read: Reader | None,
+    config: RunConfig,
+    data_tokenizer: Path,
+    all_gather_object: Callable[[Any], list[Any]],
+    *,
+    needs_weights: bool,
+) -> dict[str, Tensor] | None:
+    """Return the weights of --generator-from; None without the option. Collective.
+
+    read: see `AttemptOptions.read_generator`. data_tokenizer: folder of the tokenizer of the data.
+    needs_weights: whether a frozen generator has no weights yet: a new run without --init-from.
+    Raises UserError on every rank when the option does not fit the objective, when it is missing,
+    and when the weights do not fit.
+    """
+    options = config.objective
+    if read is None:
+        if options.is_frozen and needs_weights:
+            raise UserError(
+                "objective.generator = frozen: a new run needs the weights of the generator: give "
+                "--generator-from with a run, a checkpoint or a Hugging Face folder"
+            )
+        return None
+    if not options.is_frozen:
+        raise UserError(
+            f"--generator-from: objective.generator = {options.generator} uses no weights of "
+            "another generator: leave the option out, or set objective.generator=frozen and "
+            "model.sharing=untied"
+        )
+    with fail_on_all_ranks(all_gather_object, "reading the generator"):
+        weights = read(config, load_tokenizer(data_tokenizer))
+    return weights
+
+
+def set_weights(engine: Engine, weights: dict[str, Tensor], out: Path, is_new: bool) -> None:
+    """Set the frozen generator of a new run; compare it with that of a resumed one.
+
+    out: the run folder, for the message. Raises UserError when the weights differ.
+    """
+    if is_new:
+        for name, value in weights.items():
+            engine.set_frozen(name, value)
+        return
+    differing = [
+        name for name, value in weights.items() if not torch.equal(value, engine.frozen[name])
+    ]
+    if differing:
+        raise UserError(
+            f"--generator-from: {len(differing)} tensors differ from those of the generator in "
+            f"{printable(out)} ({differing[0]}, ...): leave the option out to resume, or choose "
+            "another --out"
+        )

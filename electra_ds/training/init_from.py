@@ -1,0 +1,113 @@
+"""Checks of --init-from, the weights of another run with which a new run starts.
+
+They come before the engine is built and before the run folder is made.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
+from electra_ds.common.printable import printable
+from electra_ds.config.architectures import ModelConfig
+from electra_ds.config.loading import parse_run
+from electra_ds.config.schema import FactoryConfig, RunConfig
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.model.build import build_objective
+from electra_ds.model.weights import shapes_of
+from electra_ds.training import checkpoint
+from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
+from electra_ds.training.collectives import fail_on_all_ranks, on_rank0
+
+
+def find_source(
+    given: Path,
+    config: RunConfig,
+    data_tokenizer: Path,
+    all_gather_object: Callable[[Any], list[Any]],
+    *,
+    needs_generator: bool,
+) -> Path:
+    """Return the checkpoint that `given` stands for, on every rank. Collective.
+
+    given: a run or a checkpoint. config: of the new run, with the values of its data.
+    data_tokenizer: folder of the tokenizer of the data.
+    needs_generator: whether it must have a generator; with --generator-from it need not.
+    Raises UserError on every rank when a rank does not find the checkpoint, and when its weights or
+    its vocabulary do not fit. The weights of a model.factory are compared when they are loaded.
+    """
+    source = Path(
+        on_rank0(lambda: str(_checked_source(given, config, data_tokenizer, needs_generator)))
+    )
+    with fail_on_all_ranks(all_gather_object, f"--init-from {printable(given)}"):
+        checkpoint.read_meta(source)
+    return source
+
+
+def _checked_source(
+    given: Path, config: RunConfig, data_tokenizer: Path, needs_generator: bool
+) -> Path:
+    """The checkpoint of `given`, after it was compared with the new run."""
+    name = f"--init-from {printable(given)}"
+    try:
+        source = find_checkpoint(given)
+        meta = checkpoint.read_meta(source)
+        if "task" in meta.config:
+            raise UserError(
+                f"{printable(source)}{found_at(source).clause}; expected a pretraining run"
+            )
+        theirs = parse_run(meta.config, f"{source}/meta.json").model
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if isinstance(theirs, ModelConfig) and isinstance(config.model, ModelConfig):
+        _check_architecture(name, theirs.architecture, config.model.architecture)
+    _check_vocabulary(name, source, data_tokenizer)
+    if not isinstance(config.model, FactoryConfig):
+        expected = shapes_of(partial(build_objective, config), "the config of this run")
+        found = checkpoint.shapes(source, meta)
+        if not needs_generator:
+            absent = {key for key in expected.keys() - found if key.startswith("generator")}
+            expected = {key: shape for key, shape in expected.items() if key not in absent}
+        _check_shapes(name, found, expected)
+    return source
+
+
+def _check_architecture(name: str, theirs: str, own: str) -> None:
+    if theirs != own:
+        raise UserError(
+            f"{name}: model.architecture = {theirs}, but {own} in this run: its weights do not "
+            f"fit; expected a run of {own}, or start from a config of {theirs}"
+        )
+
+
+def _check_vocabulary(name: str, source: Path, data_tokenizer: Path) -> None:
+    """Raise UserError when the vocabularies of checkpoint and data differ, also at equal size."""
+    tokenizer = tokenizer_of(source)
+    if not tokenizer.is_dir() or not data_tokenizer.is_dir():
+        return
+    if load_tokenizer(tokenizer).names != load_tokenizer(data_tokenizer).names:
+        raise UserError(
+            f"{name}: its vocabulary ({printable(tokenizer)}) is not that of the data "
+            f"({printable(data_tokenizer)}); prepare the data with {printable(tokenizer)}"
+        )
+
+
+def _check_shapes(
+    name: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+    for key, shape in expected.items():
+        if key in found and found[key] != shape:
+            raise UserError(
+                f"{name}: {printable(key)} has shape {found[key]}, this run's model has {shape}; "
+                "use the sizes of its config"
+            )
+    for keys, what in ((expected.keys() - found, "has no"), (found.keys() - expected, "has")):
+        if keys:
+            first = ", ".join(map(printable, sorted(keys)[:3]))
+            both = "this run's model has them" if what == "has no" else "this run's model has not"
+            raise UserError(
+                f"{name}: {what} {first} ({len(keys)} tensors), but {both}; use the objective, the "
+                "sharing and the sizes of its config"
+            )
