@@ -24,9 +24,16 @@ def set_options(settings: Sequence[str]) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
 
 
-def pretrain(run: str, data: Path, out: Path, engine: str, settings: Sequence[str]) -> dict:
-    """Pretrain, or resume; returns the metrics at the end."""
-    options = ("--data", data, "--out", out, "--engine", engine)
+def pretrain(
+    run: str,
+    data: Path,
+    out: Path,
+    engine: str,
+    settings: Sequence[str],
+    more: Sequence[object] = (),
+) -> dict:
+    """Pretrain, or resume; returns the metrics at the end. more: further options of the verb."""
+    options = ("--data", data, "--out", out, "--engine", engine, *more)
     call("pretrain", run, *options, *set_options(settings))
     last_of_split = {record["split"]: record for record in read_metrics(out / "metrics.jsonl")}
     train, valid = last_of_split["train"], last_of_split["valid"]
@@ -37,6 +44,7 @@ def pretrain(run: str, data: Path, out: Path, engine: str, settings: Sequence[st
         "mlm_loss": valid["mlm_loss"],
         "mlm_accuracy": valid["mlm_accuracy"],
         "fixed_auc": valid.get("fixed_auc"),
+        "disc_gain": valid.get("disc_gain"),
     }
 
 
