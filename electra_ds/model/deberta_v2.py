@@ -49,7 +49,7 @@ class Embeddings(EmbeddingsBase):
 class Relative(NamedTuple):
     """Embeddings of the relative positions of a micro-batch.
 
-    embeddings: [R, H] in the compute dtype, those rows of the table that the rows of tokens need.
+    embeddings: [R, H] in the compute dtype: those of all distances, or the whole table.
     rows:       [2 S - 1] int64, the row of each distance from S - 1 down to 1 - S; None: they are
                 the embeddings themselves.
     """
@@ -151,18 +151,15 @@ class Encoder(EncoderBase):
         return x
 
     def _relative(self, length: int, device: torch.device, dtype: torch.dtype) -> Relative:
-        """The embeddings of the distances in rows of `length` tokens.
-
-        The rows are known on the host, so that nothing waits for the device.
-        """
-        rows = distance_rows(length, self.buckets, self.max_positions)
-        is_listed = 2 * length - 1 <= self.buckets + 1  # each distance has a row of its own
-        used = rows if is_listed else torch.arange(rows[-1], rows[0] + 1, device="cpu")
-        table = self.relative(used.to(device, non_blocking=True))
-        embeddings = self.relative_norm(table).to(dtype)
-        if is_listed:
-            return Relative(embeddings, None)
-        return Relative(embeddings, (rows - rows[-1]).to(device, non_blocking=True))
+        """The embeddings of the distances in rows of `length` tokens."""
+        rows = None
+        if 2 * length - 1 <= self.buckets + 1:  # each distance has a row of its own
+            used = torch.arange(self.buckets + length - 1, self.buckets - length, -1, device=device)
+        else:
+            used = torch.arange(2 * self.buckets, device=device)
+            rows = distance_rows(length, self.buckets, self.max_positions)
+            rows = rows.to(device, non_blocking=True)
+        return Relative(self.relative_norm(self.relative(used)).to(dtype), rows)
 
 
 class DebertaV2Architecture(Architecture):

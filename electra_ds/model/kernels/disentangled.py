@@ -225,9 +225,7 @@ def _gradients(
     _add_gradients(dscores.transpose(2, 3), run.k, run.position_q, change.k, change.position_q)
 
 
-def _add_gradients(
-    dscores: Tensor, x: Tensor, table: Tensor, dx: Tensor, dtable: Tensor
-) -> None:
+def _add_gradients(dscores: Tensor, x: Tensor, table: Tensor, dx: Tensor, dtable: Tensor) -> None:
     """Add the gradients of x and table for that of `_products`, by blocks."""
     heads, count, length, _ = x.shape
     matrix, size = x, 0
