@@ -195,7 +195,8 @@ def _scores(run: _Run) -> Tensor:
     for tokens, distances in _blocks(length):
         products = _products(run.k[:, :, tokens], run.position_q[:, distances])
         scores[..., tokens] += products.transpose(2, 3)
-    _batched(scores).baddbmm_(_batched(run.q), _batched(run.k).transpose(1, 2))
+    flat = _batched(scores)
+    torch.baddbmm(flat, _batched(run.q), _batched(run.k).transpose(1, 2), out=flat)
     return scores
 
 
