@@ -50,8 +50,8 @@ class Relative(NamedTuple):
     """Embeddings of the relative positions of a micro-batch.
 
     embeddings: [R, H] in the compute dtype: those of all distances, or the whole table.
-    rows:       [2 S - 1] int64, the row of each distance from S - 1 down to 1 - S; None: they are
-                the embeddings themselves.
+    rows:       [2 L - 1] int64, the row of each distance from L - 1 down to 1 - L, for documents of
+                up to L tokens; None: they are the embeddings themselves.
     """
 
     embeddings: Tensor
@@ -94,7 +94,7 @@ class Layer(nn.Module):
         embeddings = dropout(relative.embeddings, self.dropout, self.training)
         qkv, of_positions = self.qkv(x, embeddings)
         if relative.rows is not None:
-            of_positions = of_positions.index_select(0, relative.rows)  # [2 S - 1, 2H]
+            of_positions = of_positions.index_select(0, relative.rows)  # [2 L - 1, 2H]
         attention_dropout = self.attention_dropout if self.training else 0.0
         attended = disentangled_attention(
             qkv, of_positions, self.num_heads, mask, attention_dropout
@@ -136,7 +136,6 @@ class Encoder(EncoderBase):
     ) -> Tensor:
         dtype = compute_dtype(x)
         x = x.to(dtype)
-        relative = self._relative(document_ids.shape[1], x.device, dtype)
         mask = packed_mask(
             document_ids,
             dtype,
@@ -145,13 +144,17 @@ class Encoder(EncoderBase):
             is_compiled=self.layers_are_compiled,
             has_flash=False,
         )
+        longest = document_ids.shape[1]
+        if mask.runs is not None:
+            longest = max(size for _, size in mask.runs)
+        relative = self._relative(longest, x.device, dtype)
         for i, layer in enumerate(self.layers, 1):
             layer_positions = positions if i == len(self.layers) else None
             x = self.run_layer(layer, x, mask, relative, layer_positions)
         return x
 
     def _relative(self, length: int, device: torch.device, dtype: torch.dtype) -> Relative:
-        """The embeddings of the distances in rows of `length` tokens."""
+        """The embeddings of the distances in documents of up to `length` tokens."""
         rows = None
         if 2 * length - 1 <= self.buckets + 1:  # each distance has a row of its own
             used = torch.arange(self.buckets + length - 1, self.buckets - length, -1, device=device)

@@ -75,6 +75,18 @@ def test_a_mask_with_one_row_holds_for_all():
     assert_equal(disentangled_attention(qkv, positions, N, mask), expected, qkv, positions)
 
 
+def test_documents_need_the_distances_of_the_longest_one_only():
+    """A row of documents has no distance of its whole length."""
+    qkv, positions, document_ids = inputs(12)
+    document_ids[0, 5:] = 2
+    mask = by_documents(document_ids)
+    longest = max(size for _, size in mask.runs)
+    assert longest == 8
+    near = positions[12 - longest : 11 + longest]
+    ours = disentangled_attention(qkv, near, N, mask)
+    assert_equal(ours, plain(qkv, positions, document_ids), qkv, positions)
+
+
 @pytest.mark.parametrize("is_by_documents", [False, True])
 def test_dropout_of_the_probabilities(monkeypatch, is_by_documents):
     """The factors of dropout enter the values and the gradients."""

@@ -52,8 +52,8 @@ def disentangled_attention(
     """Attention within documents, whose scores include the products with relative positions.
 
     qkv:       [B, S, 3H] any float dtype, the projections for query, key and value side by side
-    positions: [2 S - 1, 2H] the projections for query and key of the distances from S - 1 down to
-               1 - S
+    positions: [2 M - 1, 2H] the projections for query and key of the distances from M - 1 down to
+               1 - M, where M is S, or with mask.runs at least the longest document
     num_heads: divides H
     mask:      the tokens that each token attends to, from `packed_mask` without flash attention
     dropout:   on the probabilities; 0 outside training
@@ -93,8 +93,8 @@ class _Attention(torch.autograd.Function):
         ctx.runs, ctx.shape = runs or [(batch, length)], qkv.shape
         heads = qkv.view(batch * length, 3, num_heads, -1).permute(1, 2, 0, 3)
         heads = heads.clone(memory_format=torch.contiguous_format)  # [3, N, T, D]
-        tables = positions.view(2 * length - 1, 2, num_heads, -1).permute(1, 2, 0, 3)
-        tables = torch.stack([tables[0].flip(1), tables[1]])  # [2, N, 2 S - 1, D]
+        tables = positions.view(len(positions), 2, num_heads, -1).permute(1, 2, 0, 3)
+        tables = torch.stack([tables[0].flip(1), tables[1]])  # [2, N, 2 M - 1, D]
         scale = 1 / math.sqrt(3 * heads.shape[-1])
         heads[0].mul_(scale)
         tables[0].mul_(scale)
@@ -135,11 +135,11 @@ class _Attention(torch.autograd.Function):
         dtables[0].mul_(scale)
         dpositions = torch.stack([dtables[0].flip(1), dtables[1]]).permute(2, 0, 1, 3)
         dqkv = dheads.permute(2, 0, 1, 3).reshape(ctx.shape)
-        return dqkv, dpositions.reshape(dpositions.shape[0], -1).to(tables.dtype), *[None] * 5
+        return dqkv, dpositions.reshape(len(dpositions), -1).to(tables.dtype), *[None] * 5
 
 
 def _runs(heads: Tensor, tables: Tensor, runs: list[tuple[int, int]]) -> Iterator[_Run]:
-    """The runs of heads [3, N, T, D] and tables [2, N, 2 S - 1, D]; `runs`: (C, L) of each."""
+    """The runs of heads [3, N, T, D] and tables [2, N, 2 M - 1, D]; `runs`: (C, L) of each."""
     num_heads, _, width = heads.shape[1:]
     middle = tables.shape[2] // 2  # the distance 0
     start = 0
