@@ -401,6 +401,44 @@ def test_a_discriminator_of_microsoft_is_imported_with_its_generator(tmp_path):
     assert accounted(report) == tensors
 
 
+def test_a_sentencepiece_file_of_deberta_gets_its_mask_token(tmp_path):
+    """The file has no [MASK]; DeBERTa's programs give it the id after the last piece."""
+    import sentencepiece
+
+    words = [f"{a}{b}{c}" for a in "abcde" for b in "fghij" for c in "klmno"]
+    (tmp_path / "text").write_text("\n".join(f"{x} {y}" for x in words[:60] for y in words[60:]))
+    pieces = dict(pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]")
+    numbers = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=48,
+        minloglevel=2,
+        **pieces,
+        **numbers,
+    )
+    tensors = microsoft(tmp_path / "v3", "mask_predictions.")
+    (tmp_path / "v3" / "vocab.txt").unlink()
+    (tmp_path / "spm.model").rename(tmp_path / "v3" / "spm.model")
+    path = tmp_path / "v3" / "config.json"
+    path.write_text(json.dumps(read_json(path) | {"vocab_size": 80}))  # padded, as Microsoft's
+    name = "deberta.embeddings.word_embeddings.weight"
+    save_file(tensors | {name: tensors[name][:80].clone()}, path.with_name("model.safetensors"))
+    found = load_pretrained(tmp_path / "v3")
+    assert found.tokenizer.vocab_size == 49 and found.tokenizer.special_ids.mask == 48
+    assert found.tokenizer.special_ids.cls == 1
+    assert found.state["embeddings.word.weight"].shape == (49, 64)
+    sets = [*SETS, "generator.hidden_size=64"]
+    import_weights(tmp_path / "v3", tmp_path / "i", "deberta-tiny", sets)
+    stock = sentencepiece.SentencePieceProcessor(str(tmp_path / "v3" / "spm.model"))
+    (ids,) = load_pretrained(tmp_path / "i").tokenizer.encode_batch(["afk bgl"])
+    assert list(ids) == stock.encode("afk bgl")
+    export(tmp_path / "i", tmp_path / "hf")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf" / "discriminator")
+    assert fast("afk [MASK] bgl")["input_ids"].count(48) == 1
+    assert list(fast("afk")) == ["input_ids", "attention_mask"]
+
+
 def test_a_discriminator_of_microsoft_alone_starts_the_main_encoder(tmp_path):
     main = microsoft(tmp_path / "v3", "mask_predictions.")
     sets = [*SETS, "generator.hidden_size=64"]

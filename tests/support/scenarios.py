@@ -113,7 +113,7 @@ PHASES = {  # ranks, scenarios
     "modern": (2, (modern, modern_refused, modern_kinds)),
     "modern-one": (1, (modern_on_one_rank, needed_memory)),
     "deberta": (2, (deberta, deberta_kinds)),
-    "deberta-one": (1, (deberta_on_one_rank,)),
+    "deberta-one": (1, (deberta_on_one_rank, needed_memory)),
     "never-waits": (1, (never_waits,)),
 }
 GRACE_SECONDS = 2.0  # for the other ranks, when one has failed
