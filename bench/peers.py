@@ -3,7 +3,7 @@
 ours:     the objective with torch's fused AdamW, without DeepSpeed.
 HF:       the stock classes of the architecture (ElectraForMaskedLM and ElectraForPreTraining,
           ModernBertForMaskedLM and ModernBertForTokenClassification, or DebertaV2ForMaskedLM and
-          DebertaV2ForSequenceClassification, whose head is applied to every token) with one
+          DebertaV2ForSequenceClassification with its head applied to every token) with one
           embedding module, logits at every position, Gumbel sampling. Packed rows of modernbert
           have a mask [B, 1, S, S] for each kind of layer.
 tuned HF: the same with compiled layers and fused AdamW, and for `electra` eager attention.

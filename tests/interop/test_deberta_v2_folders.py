@@ -511,7 +511,7 @@ REFUSED = {
         "model_type = 'deberta'; expected 'electra' or .*'deberta-v2'; use a model of such",
     ),
 }
-MISSING = {  # keys whose default in the stock class is not supported
+MISSING = {  # keys for which the default of the stock class is not supported
     "relative_attention": "relative_attention = False; only True",
     "share_att_key": "share_att_key = False; only True",
     "norm_rel_ebd": "norm_rel_ebd = 'none'; only",

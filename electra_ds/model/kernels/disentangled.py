@@ -21,7 +21,7 @@ from torch import Tensor
 from electra_ds.model.kernels.attention_mask import PackedMask
 from electra_ds.model.kernels.dropout import dropout_factors
 
-BLOCK = 64  # tokens whose products with positions are computed together
+BLOCK = 64  # tokens for which the products with positions are computed together
 
 
 def distance_rows(length: int, buckets: int, max_positions: int) -> Tensor:
@@ -49,7 +49,7 @@ def disentangled_attention(
     mask: PackedMask = PackedMask(),
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention within documents, whose scores include the products with relative positions.
+    """Attention within documents, with the products with relative positions in its scores.
 
     qkv:       [B, S, 3H] any float dtype, the projections for query, key and value side by side
     positions: [2 M - 1, 2H] the projections for query and key of the distances from M - 1 down to
