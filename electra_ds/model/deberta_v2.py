@@ -30,7 +30,7 @@ from electra_ds.model.initialization import truncated_normal
 from electra_ds.model.kernels.attention_mask import PackedMask, packed_mask
 from electra_ds.model.kernels.disentangled import disentangled_attention, distance_rows
 from electra_ds.model.kernels.dropout import dropout
-from electra_ds.model.kernels.linear import GeluLinear, Linear, linear
+from electra_ds.model.kernels.linear import GeluLinear, Linear, linear_and_part
 
 
 class Embeddings(EmbeddingsBase):
@@ -66,9 +66,11 @@ class QkvLinear(Linear):
 
     def forward(self, x: Tensor, relative: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """x [B, S, H], relative [R, H] -> [B, S, 3H], [R, 2H]."""
-        both = 2 * self.in_features
-        positions = linear(relative, self.weight[:both], self.bias[:both])
-        return linear(x, self.weight, self.bias), positions
+        dtype = compute_dtype(x)
+        query_and_key = 2 * self.in_features
+        return linear_and_part(
+            x.to(dtype), relative.to(dtype), self.weight, self.bias, query_and_key
+        )
 
 
 class Layer(nn.Module):

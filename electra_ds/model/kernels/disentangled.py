@@ -163,12 +163,15 @@ def _blocks(length: int) -> list[tuple[slice, slice]]:
 def _diagonals(matrix: Tensor, size: int) -> Tensor:
     """The scores [N, C, size, L] in the products [N, C * size, L + size - 1] with the distances.
 
-    The result is a view: its element (i, j) is element (i, j - i + size - 1) of a matrix.
+    The result is a view: its element (i, j) is element (i, j - i + size - 1) of a matrix, which is
+    found one place earlier in each row of the flattened matrix.
     """
     heads, tokens, width = matrix.shape
-    shape = heads, tokens // size, size, width - size + 1
-    strides = tokens * width, size * width, width - 1, 1
-    return matrix.as_strided(shape, strides, matrix.storage_offset() + size - 1)
+    if size == 1:
+        return matrix.view(heads, tokens, 1, width)
+    flat = matrix.view(heads, tokens // size, size * width)
+    rows = flat[..., size - 1 : size * width - 1].view(heads, -1, size, width - 1)
+    return rows[..., : width - size + 1]
 
 
 def _products(x: Tensor, table: Tensor) -> Tensor:
