@@ -62,7 +62,11 @@ def test_offloaded_adam_trains_like_the_fused_one(data: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("preset", "sets"),
-    [("tiny", []), ("modern-tiny", ["model.local_attention=16"]), ("deberta-tiny", [])],
+    [
+        ("tiny", []),
+        ("modern-tiny", ["data.sequence_length=32", "model.local_attention=16"]),
+        ("deberta-tiny", ["data.sequence_length=32", "model.position_buckets=8"]),
+    ],
 )
 def test_compiled_layers_train_like_plain_ones(
     data: Path, tmp_path: Path, preset: str, sets: list[str]
