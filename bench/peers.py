@@ -1,10 +1,11 @@
 """Contenders of the comparisons: this project's objective, and the same model in other code.
 
 ours:     the objective with torch's fused AdamW, without DeepSpeed.
-HF:       the stock classes of the architecture (ElectraForMaskedLM and ElectraForPreTraining, or
-          ModernBertForMaskedLM and ModernBertForTokenClassification) with one embedding module,
-          logits at every position, Gumbel sampling. Packed rows of modernbert have a mask
-          [B, 1, S, S] for each kind of layer.
+HF:       the stock classes of the architecture (ElectraForMaskedLM and ElectraForPreTraining,
+          ModernBertForMaskedLM and ModernBertForTokenClassification, or DebertaV2ForMaskedLM and
+          DebertaV2ForSequenceClassification with its head applied to every token) with one
+          embedding module, logits at every position, Gumbel sampling. Packed rows of modernbert
+          have a mask [B, 1, S, S] for each kind of layer.
 tuned HF: the same with compiled layers and fused AdamW, and for `electra` eager attention.
 wrapper:  the electra-pytorch package around the classes of HF, for `electra` only. Install it with
           `pip install --no-deps electra-pytorch`, because it requires transformers 3.
@@ -118,7 +119,8 @@ class HuggingFace:
         )
         kind = getattr(transformers, options["architectures"][0])
         config = kind.config_class(**options)
-        is_eager = tuned and form.architecture == "electra"
+        # DeBERTa-v2 has no other attention than the eager one.
+        is_eager = form.architecture == "deberta_v2" or (tuned and form.architecture == "electra")
         config._attn_implementation = "eager" if is_eager else "sdpa"
         module = kind(config)
         unused = module.load_state_dict(form.to_hf(true_state(ours.module), part), strict=False)
@@ -171,13 +173,21 @@ class HuggingFace:
             drawn = (masked_logits.float() + noise).argmax(-1)  # [M]
             corrupted = ids.clone()
             corrupted[is_masked] = drawn if samples is None else samples.flatten()
-        discriminator_output = self.module["discriminator"](corrupted, **inputs)
         real = document_ids > 0
-        logits = discriminator_output.logits.float().view(ids.shape)
+        logits = token_logits(self.module["discriminator"], corrupted, inputs).float()
+        logits = logits.view(ids.shape)
         is_replaced = (corrupted != ids).float()
         mlm_loss = F.cross_entropy(masked_logits.float(), ids[is_masked])
         disc_loss = F.binary_cross_entropy_with_logits(logits[real], is_replaced[real])
         return mlm_loss + 50 * disc_loss
+
+
+def token_logits(discriminator: nn.Module, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The logits of every token, B * S numbers."""
+    if not hasattr(discriminator, "pooler"):
+        return discriminator(ids, **inputs).logits
+    hidden = discriminator.base_model(ids, **inputs).last_hidden_state
+    return discriminator.classifier(discriminator.pooler(hidden.flatten(0, 1)[:, None]))
 
 
 def layers_of(part: nn.Module) -> nn.ModuleList:

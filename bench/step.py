@@ -59,6 +59,7 @@ WRAPPER_SMALL_BF16 = (2.8, 3.3, 3.7)
 TUNED_SMALL_BF16 = (1.5, 1.8, 2.0)
 MODERN = {"HF": (1.5, 1.8), "tuned HF": (1.5, 1.8)}
 MODERN_PACKED = {"HF": (1.5, 2.0), "tuned HF": (1.5, 2.0)}
+DEBERTA = {"HF": (1.5, 1.8), "tuned HF": (1.5, 1.8)}
 CASES = {
     "small-bf16": Case(
         "small",
@@ -84,6 +85,8 @@ CASES = {
     "modern-fp32": Case("modern-small", 128, 16, False, 0.0, MODERN),
     "modern-bf16-1024": Case("modern-small", 1024, 2, True, 0.0, MODERN_PACKED, documents=3),
     "modern-fp32-1024": Case("modern-small", 1024, 2, False, 0.0, MODERN_PACKED, documents=3),
+    "deberta-bf16": Case("deberta-v3-small", 128, 16, True, 0.0, DEBERTA),
+    "deberta-fp32": Case("deberta-v3-small", 128, 16, False, 0.0, DEBERTA),
 }
 # Goals for the share of the FLOP rate of one large matrix product.
 CEILING_GOALS = {"small-bf16-64": (0.55, 0.65, 0.75), "small-fp32-64": (0.60, 0.70)}

@@ -44,7 +44,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_corpus.write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.fixture(params=["electra", "modernbert"])
+@pytest.fixture(params=["electra", "modernbert", "deberta_v2"])
 def build(request: pytest.FixtureRequest) -> Callable[..., ElectraObjective]:
     """`small_objective.build` of each architecture."""
     return functools.partial(small_objective.build, architecture=request.param)

@@ -40,7 +40,8 @@ def import_(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="Hugging Face folder of ELECTRA, BERT or ModernBERT, or TensorFlow checkpoint.",
+            help="Hugging Face folder of ELECTRA, BERT, ModernBERT or DeBERTa-v2, or a TensorFlow "
+            "checkpoint.",
         ),
     ],
     out: Annotated[
@@ -50,7 +51,7 @@ def import_(
         str | None,
         typer.Option(
             help="Preset or RUN.json with the values that the weights do not determine (default: "
-            "small, or modern-small for ModernBERT)."
+            "small, modern-small for ModernBERT, deberta-v3-small for DeBERTa-v2)."
         ),
     ] = None,
     generator: Annotated[

@@ -17,6 +17,7 @@ from electra_ds.common.section import Section, science
 MAX_WIDTH = 2**16  # of a layer or a table
 MAX_LAYERS = 1024
 MAX_ROWS = 2**24  # of a table, and of a batch
+KNOWN = "electra (BERT's), modernbert or deberta_v2"  # values of model.architecture
 
 
 class EncoderConfig(Section):
@@ -96,6 +97,16 @@ class ModelConfig(EncoderConfig):
                     "equal values, or model.sharing = shared"
                 )
 
+    def _check_equal_widths(self, generator: EncoderConfig) -> None:
+        """Raise ValueError where both encoders share embeddings and differ in width."""
+        if self.sharing in ("shared", "gdes") and generator.hidden_size != self.hidden_size:
+            raise ValueError(
+                f"generator.hidden_size {generator.hidden_size} differs from model.hidden_size "
+                f"{self.hidden_size}; {self.architecture} has no projection after the embeddings, "
+                "so that shared embeddings need equal widths: change generator.hidden_size, or set "
+                "model.sharing = untied"
+            )
+
 
 # ------------------------------------------------------------------------------------- electra
 
@@ -122,7 +133,7 @@ class ElectraModelConfig(ElectraEncoderConfig, ModelConfig):
     """BERT's post-LN encoder with learned positions, as in ELECTRA."""
 
     architecture: Literal["electra"] = science(
-        "electra", "encoder of discriminator and generator: electra (BERT's), or modernbert"
+        "electra", f"encoder of discriminator and generator: {KNOWN}"
     )
     embedding_size: int = science(
         ..., "width of the word, position and token-type tables", ge=1, le=MAX_WIDTH
@@ -192,7 +203,7 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
     """ModernBERT's pre-LN encoder: rotary positions, gated feed-forward, local attention."""
 
     architecture: Literal["modernbert"] = science(
-        "modernbert", "encoder of discriminator and generator: electra (BERT's), or modernbert"
+        "modernbert", f"encoder of discriminator and generator: {KNOWN}"
     )
     max_positions: int = science(
         8192, "longest row; a limit only, because there is no position table", ge=1, le=MAX_WIDTH
@@ -257,13 +268,7 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
 
     def check_generator(self, generator: EncoderConfig) -> None:
         super().check_generator(generator)
-        if self.sharing in ("shared", "gdes") and generator.hidden_size != self.hidden_size:
-            raise ValueError(
-                f"generator.hidden_size {generator.hidden_size} differs from model.hidden_size "
-                f"{self.hidden_size}; modernbert has no projection after the embeddings, so that "
-                "shared embeddings need equal widths: change generator.hidden_size, or set "
-                "model.sharing = untied"
-            )
+        self._check_equal_widths(generator)
         if "global" not in self.layer_kinds(generator.num_layers):
             raise ValueError(
                 f"attention_pattern = {json.dumps(self.attention_pattern)} gives the generator's "
@@ -272,9 +277,78 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
             )
 
 
+# ---------------------------------------------------------------------------------- deberta_v2
+
+
+class DebertaV2EncoderConfig(EncoderConfig):
+    """Sizes of one encoder of the architecture `deberta_v2`."""
+
+    hidden_dropout: float = science(
+        0.1, "dropout after embeddings, relative embeddings and sublayers", ge=0, lt=1
+    )
+    attention_dropout: float = science(0.1, "dropout on attention probabilities", ge=0, lt=1)
+
+
+class DebertaV2GeneratorConfig(DebertaV2EncoderConfig):
+    """Sizes of the generator's encoder, as integers and not as fractions of the discriminator."""
+
+
+class DebertaV2ModelConfig(DebertaV2EncoderConfig, ModelConfig):
+    """DeBERTa's post-LN encoder with disentangled attention and relative positions."""
+
+    architecture: Literal["deberta_v2"] = science(
+        "deberta_v2", f"encoder of discriminator and generator: {KNOWN}"
+    )
+    max_positions: int = science(
+        512,
+        "longest row, and the distance at which the last bucket of positions begins",
+        ge=1,
+        le=MAX_WIDTH,
+    )
+    position_buckets: int = science(
+        256,
+        "buckets of relative positions in each direction, even; the table has twice as many rows",
+        le=MAX_WIDTH,
+    )
+    layer_norm_eps: float = science(1e-7, "epsilon of every LayerNorm", gt=0, le=1)
+
+    @field_validator("position_buckets")
+    @classmethod
+    def _is_a_number_of_buckets(cls, value: int) -> int:
+        if value < 2 or value % 2:
+            raise ValueError(
+                f"{value}: expected an even number of at least 2, such as 256: one half are single "
+                "distances, the other half logarithmic steps"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _buckets_fit_positions(self) -> "DebertaV2ModelConfig":
+        if self.max_positions - 1 <= self.position_buckets // 2:
+            raise ValueError(
+                f"max_positions {self.max_positions} is too small for position_buckets "
+                f"{self.position_buckets}; expected at least {self.position_buckets // 2 + 2}: "
+                "raise max_positions, or use fewer buckets"
+            )
+        return self
+
+    @property
+    def word_width(self) -> int:
+        return self.hidden_size
+
+    @property
+    def segments(self) -> int | None:
+        return None
+
+    def check_generator(self, generator: EncoderConfig) -> None:
+        super().check_generator(generator)
+        self._check_equal_widths(generator)
+
+
 # model.architecture -> the section `model`.
 MODELS: dict[str, type[ModelConfig]] = {
     "electra": ElectraModelConfig,
     "modernbert": ModernBertModelConfig,
+    "deberta_v2": DebertaV2ModelConfig,
 }
 DEFAULT_ARCHITECTURE = "electra"  # of a config without model.architecture

@@ -15,6 +15,8 @@ from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
     MAX_ROWS,
     MAX_WIDTH,
+    DebertaV2GeneratorConfig,
+    DebertaV2ModelConfig,
     ElectraGeneratorConfig,
     ElectraModelConfig,
     EncoderConfig,
@@ -433,6 +435,13 @@ class ModernBertRun(RunConfig):
     generator: ModernBertGeneratorConfig
 
 
+class DebertaV2Run(RunConfig):
+    """Config of a run with the architecture `deberta_v2`."""
+
+    model: DebertaV2ModelConfig
+    generator: DebertaV2GeneratorConfig
+
+
 class FactoryRun(RunConfig):
     """Config of a run with user-defined encoders (model.factory)."""
 
@@ -465,7 +474,11 @@ class FactoryRun(RunConfig):
 
 
 # model.architecture -> the schema of a run with built-in encoders.
-RUNS: dict[str, type[RunConfig]] = {"electra": ElectraRun, "modernbert": ModernBertRun}
+RUNS: dict[str, type[RunConfig]] = {
+    "electra": ElectraRun,
+    "modernbert": ModernBertRun,
+    "deberta_v2": DebertaV2Run,
+}
 
 
 def accumulation(train: Any, world_size: int) -> int:

@@ -44,7 +44,9 @@ class HfFormat(ABC):
     has_token_types: ClassVar[bool]  # whether the stock classes take token_type_ids
     predicting_folder_starts_both: ClassVar[bool]  # in an import; otherwise it is a generator
     discriminator_alone_shares: ClassVar[bool]  # its embeddings, in an import, whatever --run says
-    detection_logits: ClassVar[str]  # Python code: logits of the tokens of the first text
+    # Python code of cards: the call of a discriminator, and the logits of the first text's tokens
+    detection_call: ClassVar[str] = "model(**inputs).logits"
+    detection_logits: ClassVar[str]
     sizes_text: ClassVar[str]  # template for the card; its fields are keys of config.json
     default_run: ClassVar[str]  # preset for an import
     sizes: ClassVar[frozenset[str]]  # fields of `model` and `generator` that a config.json holds

@@ -44,6 +44,12 @@ REASONS = (  # pattern of foreign tensors that have no counterpart -> the reason
     (r"adam_[mv]$|(^|[/.])global_step$|^Adam|(beta[12])_power$", "optimizer state"),
     (r"position_ids$|token_type_ids$", "a buffer, not a weight"),
     (r"pooler", "pooler: ELECTRA has none"),
+    (
+        r"^mask_predictions\.",
+        "Microsoft's head that detects replaced tokens: it adds the state of [CLS] and a LayerNorm; "
+        "a head of our form is initialized",
+    ),
+    (r"^deberta\.embeddings\.position_embeddings", "position table: position_biased_input = false"),
     (r"seq_relationship", "head of next-sentence prediction"),
     (r"^(classifier|qa_outputs|summary|sequence_summary)\b", "head of a task"),
 )
@@ -143,10 +149,11 @@ def import_weights(
 ) -> ImportReport:
     """Write `out` as a run folder at step 0, for `pretrain out/config.json --init-from out`.
 
-    source: a Hugging Face folder of ELECTRA or ModernBERT (discriminator or generator), a folder
-        that contains `discriminator` and `generator`, a BERT folder or one of ModernBertForMaskedLM
-        (it initializes both encoders), or a TensorFlow checkpoint of the authors' code (heads =
-        hidden / 64, or from `config`, or from a config.json beside the checkpoint).
+    source: a Hugging Face folder of ELECTRA, ModernBERT or DeBERTa-v2 (discriminator or generator),
+        a folder that contains `discriminator` and `generator`, a BERT folder, one of
+        ModernBertForMaskedLM or a DeBERTa-v2 with a head that predicts tokens (these initialize
+        both encoders), or a TensorFlow checkpoint of the authors' code (heads = hidden / 64, or
+        from `config`, or from a config.json beside the checkpoint).
     run, sets: the run config for everything that the weights do not determine, such as the sizes of
         a part that is missing; None: the preset `default_run` of the format of `source`.
     generator: the generator's folder, when it is not beside the discriminator.
@@ -434,7 +441,8 @@ def _with_generator(source: Source, generator: EncoderConfig) -> Source:
         return source
     layers = range(min(generator.num_layers, own.num_layers))
     taken = [f"generator.layers.{i}." for i in layers]
-    taken += ["generator.final_norm.", "generator_head.", "generator_embeddings."]
+    taken += ["generator.final_norm.", "generator.relative.", "generator.relative_norm."]
+    taken += ["generator_head.", "generator_embeddings."]
     return source._replace(prefixes=(*source.prefixes, *taken))
 
 

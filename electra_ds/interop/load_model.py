@@ -6,8 +6,9 @@ A MODEL is the path of one of these:
     OUT/ckpt/STEP                  a checkpoint
     DIR/TASK, DIR/TASK/seed-N,     a fine-tuned model; DIR/TASK must hold the model of one seed
     DIR/TASK/seed-N/model
-    a Hugging Face folder          config.json and weights of an ELECTRA or ModernBERT model, or
-                                   discriminator/ and generator/ in it, as `export` writes it
+    a Hugging Face folder          config.json and weights of an ELECTRA, ModernBERT or DeBERTa-v2
+                                   model, or discriminator/ and generator/ in it, as `export`
+                                   writes it
 
 `load` returns both parts of a model for use in Python, `load_objective` the module that is trained,
 `load_pretrained` the main encoder for fine-tuning, `read_checkpoint` plain tensors.

@@ -99,7 +99,7 @@ def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Ca
         f"model = {architecture}.from_pretrained({json.dumps(name, ensure_ascii=False)}).eval()",
         f'inputs = tokenizer({texts}, return_tensors="pt")',
         "with torch.no_grad():",
-        "    logits = model(**inputs).logits",
+        f"    logits = {form.detection_call if card.role == 'detection' else 'model(**inputs).logits'}",
         _reading_code(form, config, card),
     ]
 

@@ -1,7 +1,8 @@
 """Interface of embeddings and encoders, for all architectures.
 
 The objectives and fine-tuning use an encoder only through `encode` and the interfaces
-`EmbeddingsBase` and `EncoderBase`. model/electra.py and model/modernbert.py implement them.
+`EmbeddingsBase` and `EncoderBase`. model/electra.py, model/modernbert.py and model/deberta_v2.py
+implement them.
 
 Dimensions: B rows, S sequence, H hidden, E embedding, V vocabulary, N selected positions.
 """
@@ -99,6 +100,10 @@ class EncoderBase(nn.Module):
         super().__init__()
         self.recompute_layers = False  # activation checkpointing: less memory, the same results
         self.layers_are_compiled = False
+
+    def tables(self) -> list[tuple[nn.Embedding, int]]:
+        """The embedding tables inside the encoder, as in `EmbeddingsBase.tables`."""
+        return []
 
     def forward(
         self,

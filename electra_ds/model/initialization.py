@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from electra_ds.model.architecture import Architecture
-from electra_ds.model.encoder import EmbeddingsBase
+from electra_ds.model.encoder import EmbeddingsBase, EncoderBase
 from electra_ds.model.heads import MaskedLMHead
 
 
@@ -34,7 +34,7 @@ def initialize(module: nn.Module, architecture: Architecture, seed: int | None =
                 architecture.initialize_linear(name, part, generator)
             if part.bias is not None:
                 part.bias.zero_()
-        elif isinstance(part, EmbeddingsBase):
+        elif isinstance(part, EmbeddingsBase | EncoderBase):
             _initialize_tables(part, architecture, generator)
         elif isinstance(part, nn.LayerNorm):
             part.reset_parameters()
@@ -43,12 +43,14 @@ def initialize(module: nn.Module, architecture: Architecture, seed: int | None =
 
 
 def _initialize_tables(
-    embeddings: EmbeddingsBase, architecture: Architecture, generator: torch.Generator | None
+    part: EmbeddingsBase | EncoderBase,
+    architecture: Architecture,
+    generator: torch.Generator | None,
 ) -> None:
     std = architecture.model.embedding_init_std
-    for table, rows in embeddings.tables():
+    for table, rows in part.tables():
         table.weight.zero_()
-        if embeddings.is_delta:
+        if isinstance(part, EmbeddingsBase) and part.is_delta:
             continue
         if architecture.model.init == "fan_in":
             table.weight[:rows].normal_(0, std, generator=generator)

@@ -8,6 +8,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
     MODELS,
+    DebertaV2ModelConfig,
     ElectraModelConfig,
     ModelConfig,
     ModernBertModelConfig,
@@ -20,11 +21,19 @@ from electra_ds.config.loading import (
     parse_config,
     parse_run,
 )
-from electra_ds.config.schema import RUNS, ElectraRun, FactoryRun, ModernBertRun
+from electra_ds.config.schema import RUNS, DebertaV2Run, ElectraRun, FactoryRun, ModernBertRun
 from electra_ds.interop.hf import FORMATS
 from electra_ds.model.registry import ARCHITECTURES
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+
+
+PRESETS_OF = {
+    "electra": "electra (base, large, small, small++, tiny)",
+    "modernbert": "modernbert (modern-base, modern-large, modern-small, modern-tiny)",
+    "deberta_v2": "deberta_v2 (deberta-tiny, deberta-v3-base, deberta-v3-large, deberta-v3-small, "
+    "deberta-v3-xsmall)",
+}
 
 
 def refusal(name, *settings):
@@ -40,7 +49,8 @@ def refusal(name, *settings):
 @pytest.mark.parametrize("preset", config_names("pretrain"))
 def test_a_preset_is_of_the_architecture_in_its_name(preset):
     run = load_run(preset)
-    expected = ModernBertRun if preset.startswith("modern-") else ElectraRun
+    kinds = {"modern": ModernBertRun, "deberta": DebertaV2Run}
+    expected = kinds.get(preset.partition("-")[0], ElectraRun)
     assert type(run) is expected
     assert RUNS[run.model.architecture] is expected
     assert type(run.model) is MODELS[run.model.architecture]
@@ -63,7 +73,7 @@ def test_a_config_without_the_key_is_of_the_architecture_electra(tmp_path):
     assert parse_config(values["model"], "old", ModelConfig) == old.model
 
 
-@pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
+@pytest.mark.parametrize("preset", ["tiny", "modern-tiny", "deberta-tiny"])
 def test_a_written_config_keeps_its_architecture(preset):
     run = load_run(preset, ["data.sequence_length=32"]).with_data(600, SPECIAL, 32)
     written = json.loads(json.dumps(run.model_dump(mode="json")))
@@ -78,10 +88,13 @@ def test_a_factory_has_no_architecture():
     assert type(parse_run(values, "own.json")) is FactoryRun
 
 
-def test_two_architectures_differ_in_one_line_of_each_scope_and_section():
-    science, _ = differences(load_run("tiny"), load_run("modern-tiny"))
+@pytest.mark.parametrize(
+    ("preset", "name"), [("modern-tiny", "modernbert"), ("deberta-tiny", "deberta_v2")]
+)
+def test_two_architectures_differ_in_one_line_of_each_scope_and_section(preset, name):
+    science, _ = differences(load_run("tiny"), load_run(preset))
     of_model = [line for line in science if line.startswith(("model.", "generator."))]
-    assert of_model == ["model.architecture: electra -> modernbert"]
+    assert of_model == [f"model.architecture: electra -> {name}"]
 
 
 def test_the_layers_repeat_the_pattern():
@@ -90,12 +103,13 @@ def test_the_layers_repeat_the_pattern():
     assert model.layer_kinds(1) == ["global"]
 
 
-@pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
+@pytest.mark.parametrize("preset", ["tiny", "modern-tiny", "deberta-tiny"])
 def test_dropout_fields_are_all_probabilities_of_dropout(preset):
     run = load_run(preset)
     expected = {
         "electra": {"hidden_dropout", "attention_dropout"},
         "modernbert": {"embedding_dropout", "attention_dropout", "mlp_dropout"},
+        "deberta_v2": {"hidden_dropout", "attention_dropout"},
     }[run.model.architecture]
     assert set(run.model.dropout_fields()) == set(run.generator.dropout_fields()) == expected
 
@@ -107,7 +121,8 @@ def test_dropout_fields_are_all_probabilities_of_dropout(preset):
     ("name", "part"),
     [
         ("modernbrt", 'model.architecture = "modernbrt": unknown architecture; did you mean'),
-        ("deberta", "there are electra, modernbert"),
+        ("deberta", "did you mean 'deberta_v2'?; there are electra, modernbert, deberta_v2"),
+        ("bert", "there are electra, modernbert, deberta_v2"),
         ("3", "model.architecture = 3: unknown architecture; there are"),
         ("null", "model.architecture = null: unknown architecture"),
         ("{}", "unknown architecture; there are electra, modernbert"),
@@ -126,14 +141,21 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(name, part):
         ("modern-tiny", "model.embedding_size", "electra"),
         ("modern-tiny", "model.type_vocab_size", "electra"),
         ("modern-tiny", "generator.hidden_dropout", "electra"),
+        ("tiny", "model.position_buckets", "deberta_v2"),
+        ("modern-tiny", "model.position_buckets", "deberta_v2"),
+        ("deberta-tiny", "model.embedding_size", "electra"),
+        ("deberta-tiny", "model.type_vocab_size", "electra"),
+        ("deberta-tiny", "model.local_attention", "modernbert"),
+        ("deberta-tiny", "generator.mlp_dropout", "modernbert"),
     ],
 )
 def test_a_field_of_the_other_architecture_is_refused_with_a_suggestion(preset, key, other):
     message = refusal(preset, f"{key}=4")
-    assert f"{key}: a field of the architecture {other}, but model.architecture = " in message
+    own = load_run(preset).model.architecture
+    assert f"{key}: a field of the architecture {other}, but model.architecture = {own}" in message
     assert "leave it out, or start from a config of one architecture: " in message
-    assert "electra (base, large, small, small++, tiny)" in message
-    assert "modernbert (modern-base, modern-large, modern-small, modern-tiny)" in message
+    for name in (own, other):
+        assert PRESETS_OF[name] in message
 
 
 def test_a_misspelled_field_is_compared_with_those_of_its_own_architecture():
@@ -217,6 +239,40 @@ def test_shared_embeddings_need_equal_widths():
     assert "model.sharing = 'all' is one encoder" in message
     assert "num_layers is 2 in generator and 3 in model: set equal values" in message
     assert load_run("modern-tiny", ["model.sharing=all", "generator.num_layers=3"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("position_buckets=0", "model.position_buckets: 0: expected an even number of at least 2"),
+        ("position_buckets=-1", "model.position_buckets: -1: expected an even number of at least"),
+        ("position_buckets=7", "model.position_buckets: 7: expected an even number of at least 2"),
+        ("position_buckets=many", "model.position_buckets = "),
+        ("position_buckets=1022", "too small for position_buckets 1022; expected at least 513"),
+        ("max_positions=17", "max_positions 17 is too small for position_buckets 32; expected at"),
+        ("layer_norm_eps=0", "model.layer_norm_eps = "),
+        ("hidden_dropout=1", "model.hidden_dropout = "),
+        ("num_heads=3", "hidden_size 128 is not a multiple of num_heads 3"),
+        ("hidden_size=0", "model.hidden_size = "),
+    ],
+)
+def test_buckets_and_sizes_out_of_range_are_refused(setting, part):
+    assert part in refusal("deberta-tiny", f"model.{setting}")
+
+
+def test_deberta_v2_shares_embeddings_of_equal_widths_and_has_no_segments():
+    message = refusal("deberta-tiny", "generator.hidden_size=64")
+    assert "deberta_v2 has no projection after the embeddings" in message
+    assert "model.sharing = untied" in message
+    assert load_run("deberta-tiny", ["generator.hidden_size=64", "model.sharing=untied"])
+    assert "is one encoder" in refusal("deberta-tiny", "model.sharing=all")
+    assert load_run("deberta-tiny", ["model.sharing=all", "generator.num_layers=3"])
+    run = load_run("deberta-tiny")
+    assert isinstance(run.model, DebertaV2ModelConfig) and run.with_data(600, SPECIAL, 64, 1)
+    with pytest.raises(UserError) as caught:
+        run.with_data(600, SPECIAL, 64, segments=2)
+    assert "model.architecture = deberta_v2 has no token types" in str(caught.value)
+    assert "exceeds max_positions 512" in refusal("deberta-tiny", "data.sequence_length=513")
 
 
 def test_a_row_longer_than_max_positions_is_refused():

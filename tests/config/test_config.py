@@ -19,7 +19,11 @@ from electra_ds.config.schema import RUNS, RunConfig
 from electra_ds.training import precision
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
-PRESETS = {"electra": "tiny", "modernbert": "modern-tiny"}  # of each architecture
+PRESETS = {  # of each architecture
+    "electra": "tiny",
+    "modernbert": "modern-tiny",
+    "deberta_v2": "deberta-tiny",
+}
 LENGTH = ["data.sequence_length=32"]
 each_architecture = pytest.mark.parametrize("architecture", RUNS)
 
@@ -208,7 +212,7 @@ def test_the_engine_argument_overrides_the_file():
 def test_an_unknown_name_is_refused_with_the_list_of_names():
     message = refusal("smal")
     assert "did you mean 'small'?" in message
-    assert "; there are base, large, modern-base, " in message and "small++, tiny; " in message
+    assert "; there are base, deberta-tiny, " in message and "small++, tiny; " in message
     assert "nowhere.json: not found" in refusal("nowhere.json")
     with pytest.raises(UserError, match="did you mean 'zero1'"):
         load_engine("zerol1")

@@ -47,11 +47,12 @@ def test_labels_that_depend_on_single_words_are_learned(suites):
     assert scores(suites / "one" / "classes")["accuracy"] > 0.9
     assert scores(suites / "one" / "pairs")["pearson"] > 0.8
     assert scores(suites / "one" / "words")["entity_f1"] > 0.9
-    assert scores(suites / "one" / "modern")["pearson"] > 0.8  # pairs without segments
+    for name in ("modern", "deberta"):
+        assert scores(suites / "one" / name)["pearson"] > 0.8  # pairs without segments
 
 
 def test_two_ranks_fine_tune_like_one(suites):
-    for name in ("classes", "pairs", "words", "modern"):
+    for name in ("classes", "pairs", "words", "modern", "deberta"):
         one, two = suites / "one" / name, suites / "two" / name
         assert result(one)["train_loss"] == pytest.approx(result(two)["train_loss"], rel=1e-4), name
         assert scores(one) == pytest.approx(scores(two), abs=1e-3), name
@@ -60,7 +61,7 @@ def test_two_ranks_fine_tune_like_one(suites):
             for folder in (one, two)
         ]
         predicted = [[line.split("\t")[1] for line in lines[1:-1]] for lines in texts]
-        if name in ("pairs", "modern"):
+        if name in ("pairs", "modern", "deberta"):
             predicted = [np.round(np.array(cells, float), 2).tolist() for cells in predicted]
         assert predicted[0] == predicted[1]
 
@@ -73,7 +74,10 @@ def test_seeds_differ_and_the_model_of_the_best_seed_is_kept(suites):
     assert kept == [f"seed-{report['tasks']['classes']['best_seed']}"]
 
 
-@pytest.mark.parametrize("names", [("classes", "cut"), ("modern-whole", "modern-cut")])
+@pytest.mark.parametrize(
+    "names",
+    [("classes", "cut"), ("modern-whole", "modern-cut"), ("deberta-whole", "deberta-cut")],
+)
 def test_an_interrupted_seed_resumes_bit_for_bit(suites, names):
     whole, cut = (suites / "one" / name / "classes" / "seed-0" for name in names)
     for split in ("valid", "test"):
@@ -85,7 +89,7 @@ def test_an_interrupted_seed_resumes_bit_for_bit(suites, names):
     assert not (cut / "ckpt").exists()
 
 
-@pytest.mark.parametrize("prefix", ["", "modern-"])
+@pytest.mark.parametrize("prefix", ["", "modern-", "deberta-"])
 def test_packed_and_padded_batches_train_alike(suites, prefix):
     padded, packed = (suites / "one" / f"{prefix}{name}" for name in ("padded", "packed"))
     assert result(padded)["train_loss"] == pytest.approx(result(packed)["train_loss"], rel=1e-5)
@@ -134,6 +138,14 @@ def test_predict_of_modernbert_reads_the_saved_model(suites, tmp_path, name):
     # train.dropout is every dropout of the architecture.
     dropout = {value for key, value in model.items() if key.endswith("_dropout")}
     assert dropout == {0.0 if name == "modern/pairs" else 0.1}
+
+
+def test_predict_of_deberta_v2_reads_the_saved_model(suites, tmp_path):
+    seed = suites / "one" / "deberta" / "pairs" / "seed-0"
+    run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "p.tsv")
+    assert (tmp_path / "p.tsv").read_text() == (seed / "predictions-valid.tsv").read_text()
+    model = read_json(seed / "model/meta.json")["config"]["model"]
+    assert (model["architecture"], model["position_buckets"]) == ("deberta_v2", 8)
 
 
 def test_predict_writes_the_predictions_of_finetune_and_scores_labelled_files(suites, tmp_path):
@@ -293,7 +305,7 @@ def stock_classifier(module: Classifier, model, kind: str) -> torch.nn.Module:
     return stock
 
 
-@pytest.mark.parametrize("architecture", ["electra", "modernbert"])
+@pytest.mark.parametrize("architecture", ["electra", "modernbert", "deberta_v2"])
 @pytest.mark.parametrize("kind", ["classification", "regression", "token_classification"])
 def test_padded_and_packed_batches_and_the_stock_class_agree_in_logits_and_gradients(
     tmp_path, kind, architecture
@@ -355,9 +367,10 @@ def test_modernbert_has_equal_logits_and_gradients_padded_and_packed(tmp_path, k
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
 
 
-def test_modernbert_reads_a_pair_without_segments(tmp_path):
+@pytest.mark.parametrize("architecture", ["modernbert", "deberta_v2"])
+def test_an_encoder_without_token_types_reads_a_pair_without_segments(tmp_path, architecture):
     """[SEP] alone separates its two texts."""
-    model = run_folders.config(architecture="modernbert").model
+    model = run_folders.config(architecture=architecture).model
     module = run_folders.drawn(Classifier(model, 3, per_token=False, regression=False))
     batch = collate(
         random_examples("classification", words_tokenizer(tmp_path)), 0, "classification"
@@ -401,7 +414,12 @@ def test_predictions_do_not_depend_on_batching(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "field"), [("electra", "hidden_dropout"), ("modernbert", "mlp_dropout")]
+    ("architecture", "field"),
+    [
+        ("electra", "hidden_dropout"),
+        ("modernbert", "mlp_dropout"),
+        ("deberta_v2", "hidden_dropout"),
+    ],
 )
 def test_dropout_is_applied_before_the_head(tmp_path, architecture, field):
     config = run_folders.config(architecture=architecture).model
@@ -477,6 +495,21 @@ def test_learning_rates_of_modernbert_count_the_last_norm_to_the_top_layer():
         0.25: {"discriminator.layers.1"},
         0.125: {"discriminator.layers.0"},
         0.0625: {"embeddings"},
+    }
+
+
+def test_learning_rates_of_deberta_v2_count_the_relative_table_to_the_embeddings():
+    model = run_folders.config(architecture="deberta_v2").model  # of three layers
+    module = Classifier(model, 3, per_token=False, regression=False)
+    scale = layerwise(model.num_layers, 0.5)
+    of_tables = {
+        name.rpartition(".")[0] for name, _ in module.named_parameters() if scale(name) == 0.5**4
+    }
+    assert of_tables == {
+        "embeddings.word",
+        "embeddings.norm",
+        "discriminator.relative",
+        "discriminator.relative_norm",
     }
 
 

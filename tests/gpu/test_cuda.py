@@ -251,42 +251,56 @@ def test_batches_are_copied_from_pinned_memory(data: Path) -> None:
 # ----------------------------------------------------------------------------------- training
 
 MODERN = ["model.local_attention=16"]  # a window smaller than a row of 32 tokens
+DEBERTA = ["model.position_buckets=8"]  # fewer buckets than distances in a row of 32 tokens
+OTHERS = pytest.mark.parametrize(
+    ("preset", "sizes"), [("modern-tiny", MODERN), ("deberta-tiny", DEBERTA)]
+)
 
 
 @needs_cuda
+@OTHERS
 @pytest.mark.parametrize("engine", ("zero0-fp32", "zero1-bf16", "zero1-fp16", "zero3-bf16"))
-def test_modernbert_learns_in_every_precision(data: Path, tmp_path: Path, engine: str) -> None:
-    curve = losses(train(data, tmp_path / "run", engine, *MODERN, preset="modern-tiny"))
+def test_other_architectures_learn_in_every_precision(
+    data: Path, tmp_path: Path, engine: str, preset: str, sizes: list[str]
+) -> None:
+    curve = losses(train(data, tmp_path / "run", engine, *sizes, preset=preset))
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
 
 
 @needs_cuda
-def test_modernbert_in_fp32_on_cuda_trains_like_a_cpu(data: Path, tmp_path: Path) -> None:
+@OTHERS
+def test_other_architectures_in_fp32_on_cuda_train_like_a_cpu(
+    data: Path, tmp_path: Path, preset: str, sizes: list[str]
+) -> None:
     on_gpu, on_cpu = (
-        losses(
-            train(data, tmp_path / kind, "zero0-fp32", *MODERN, device=kind, preset="modern-tiny")
-        )
+        losses(train(data, tmp_path / kind, "zero0-fp32", *sizes, device=kind, preset=preset))
         for kind in ("cuda", "cpu")
     )
     assert on_gpu[:20] == pytest.approx(on_cpu[:20], rel=1e-3)
 
 
+@OTHERS
 @pytest.mark.parametrize("option", ("train.compile=true", "train.activation_checkpointing=true"))
-def test_compiled_and_recomputed_layers_of_modernbert_train_like_plain_ones(
-    data: Path, tmp_path: Path, option: str
+def test_compiled_and_recomputed_layers_of_other_architectures_train_like_plain_ones(
+    data: Path, tmp_path: Path, option: str, preset: str, sizes: list[str]
 ) -> None:
     with_option, plain = (
-        losses(train(data, tmp_path / name, "zero1-bf16", *MODERN, *sets, preset="modern-tiny"))
+        losses(train(data, tmp_path / name, "zero1-bf16", *sizes, *sets, preset=preset))
         for name, sets in (("option", [option]), ("plain", []))
     )
     # Rounding changes a sampled token now and then.
     assert with_option[:10] == pytest.approx(plain[:10], rel=3e-2)
 
 
-def test_a_deterministic_run_of_modernbert_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
-    sets = ["train.deterministic=true", *MODERN, "model.mlp_dropout=0.1"]
-    sets += ["model.attention_dropout=0.1"]
-    options = {"preset": "modern-tiny"}
+@OTHERS
+def test_a_deterministic_run_of_other_architectures_resumes_bit_for_bit(
+    data: Path, tmp_path: Path, preset: str, sizes: list[str]
+) -> None:
+    from electra_ds.config.loading import load_run
+
+    sets = ["train.deterministic=true", *sizes]
+    sets += [f"model.{name}=0.1" for name in load_run(preset).model.dropout_fields()]
+    options = {"preset": preset}
     records = train(data, tmp_path / "uninterrupted", "zero1-bf16", *sets, **options)
     train(data, tmp_path / "resumed", "zero1-bf16", *sets, stop=20, **options)
     assert train(data, tmp_path / "resumed", "zero1-bf16", *sets, **options) == records

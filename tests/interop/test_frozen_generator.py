@@ -13,7 +13,7 @@ from electra_ds.interop.load_model import load
 from electra_ds.model.build import build_objective
 from electra_ds.model.weights import load_true_state
 
-ARCHITECTURES = ("electra", "modernbert")
+ARCHITECTURES = ("electra", "modernbert", "deberta_v2")
 
 
 def frozen_config(architecture, **generator):

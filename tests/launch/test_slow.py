@@ -61,7 +61,12 @@ def test_offloaded_adam_trains_like_the_fused_one(data: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("preset", "sets"), [("tiny", []), ("modern-tiny", ["model.local_attention=16"])]
+    ("preset", "sets"),
+    [
+        ("tiny", []),
+        ("modern-tiny", ["data.sequence_length=32", "model.local_attention=16"]),
+        ("deberta-tiny", ["data.sequence_length=32", "model.position_buckets=8"]),
+    ],
 )
 def test_compiled_layers_train_like_plain_ones(
     data: Path, tmp_path: Path, preset: str, sets: list[str]
@@ -93,6 +98,7 @@ def test_recomputed_layers_give_the_same_bits(data: Path, tmp_path: Path) -> Non
         # Both encoders have equal widths. The first layer has one LayerNorm less. In packed rows all
         # other layers have a mask of one shape; in full rows only the local ones have a mask.
         ("modernbert", 10),
+        ("deberta_v2", 4),  # both encoders have equal widths
     ],
 )
 def test_each_layer_is_compiled_once_per_packing_and_mode(architecture: str, graphs: int) -> None:

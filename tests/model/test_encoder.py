@@ -225,9 +225,9 @@ def test_compiled_layers_are_not_recompiled_for_other_lengths_of_documents(monke
             for part in (module, plain)
         )
         torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
-    # One graph for all layers of electra. modernbert: the first layer, which has no LayerNorm before
-    # its attention, the local layers, and the other global layer.
-    expected = 1 if hasattr(module.discriminator, "project") else 3
+    # One graph for all layers of electra and deberta_v2. modernbert: the first layer, which has no
+    # LayerNorm before its attention, the local layers, and the other global layer.
+    expected = 3 if hasattr(module.discriminator, "kinds") else 1
     assert len(compiled) == expected
     torch.compiler.reset()
 
@@ -249,6 +249,51 @@ def test_compiled_layers_have_no_graph_break_and_the_gradients_of_plain_ones(bui
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()
+
+
+def deberta(**options):
+    model, generator = small_objective.deberta_configs()
+    sizes = {"vocab_size": 30_000, "init": "normal", "embedding_init_std": 0.02}
+    sizes |= {"position_buckets": 200, "max_positions": 512}
+    model = model.model_copy(update=sizes | options)
+    return true_state(ElectraObjective(model, generator, ObjectiveConfig(), IDS, seed=1))
+
+
+def test_the_initialization_of_deberta_v2_is_a_truncated_normal_everywhere():
+    state = deberta()
+    for name, value in state.items():
+        if name.endswith("bias"):
+            assert not value.any(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        else:
+            assert float(value.abs().max()) <= 0.04, name
+            if value.numel() > 2000:
+                assert float(value.std()) == pytest.approx(0.02 * 0.8796, rel=0.1), name
+    assert "discriminator.relative.weight" in state and "generator.relative.weight" in state
+    assert not any("position" in name or "token_type" in name for name in state)
+    tables = deberta(init="fan_in", embedding_init_std=0.2)
+    assert float(tables["discriminator.relative.weight"].std()) == pytest.approx(0.2, rel=0.05)
+    assert float(tables["discriminator.layers.0.out.weight"].std()) == pytest.approx(
+        48**-0.5, rel=0.1
+    )
+
+
+def test_dropout_of_deberta_v2_is_applied_to_the_relative_embeddings_of_each_layer(monkeypatch):
+    module = small_objective.build(dropout=0.3, architecture="deberta_v2")
+    seen = []
+    monkeypatch.setattr(
+        "electra_ds.model.deberta_v2.dropout",
+        lambda x, p, training: seen.append((tuple(x.shape), p, training)) or x,
+    )
+    inputs = Inputs.of_documents(20)
+    for training in (True, False):
+        module.train(training)
+        seen.clear()
+        encode(module.embeddings, module.discriminator, inputs.input_ids, inputs)
+        embeddings = ((1, 20, 48), 0.3, training)
+        layer = [((16, 48), 0.3, training), embeddings, embeddings]  # relative, then sublayers
+        assert seen == [embeddings, *layer * 3]
 
 
 def test_local_and_global_layers_have_their_own_window_and_rotary_positions(monkeypatch):

@@ -9,7 +9,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.model.weights import true_state
 from electra_ds.training.optimizer import parameter_groups
 
-ARCHITECTURES = ("electra", "modernbert")
+ARCHITECTURES = ("electra", "modernbert", "deberta_v2")
 PARTS = ("generator_embeddings.", "generator.", "generator_head.")
 
 

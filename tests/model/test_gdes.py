@@ -9,7 +9,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.model.gdes import with_deltas, with_sums
 from electra_ds.model.weights import true_state
 
-ARCHITECTURES = ("electra", "modernbert")
+ARCHITECTURES = ("electra", "modernbert", "deberta_v2")
 
 
 def build(architecture, sharing="gdes", **objective):

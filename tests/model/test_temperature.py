@@ -25,7 +25,7 @@ def test_without_a_decay_it_is_constant():
     assert {objective.temperature_at(u) for u in (0.0, 0.3, 1.0, math.inf)} == {0.5}
 
 
-@pytest.mark.parametrize("architecture", ["electra", "modernbert"])
+@pytest.mark.parametrize("architecture", ["electra", "modernbert", "deberta_v2"])
 def test_samples_are_those_of_the_temperature_at_the_progress(architecture):
     """Only the detection depends on the samples, so equal samples give equal losses."""
     batch = small_objective.make_batch(rows=16, length=32, masked=10)

@@ -50,7 +50,9 @@ def fields_with_default(section, prefix=""):
 
 def test_the_shipped_files_are_those_that_the_docs_name():
     modern = {"modern-base", "modern-large", "modern-small", "modern-tiny"}
-    assert set(PRESETS) == {"base", "large", "small", "small++", "tiny"} | modern
+    deberta = {f"deberta-v3-{size}" for size in ("xsmall", "small", "base", "large")}
+    electra = {"base", "large", "small", "small++", "tiny"}
+    assert set(PRESETS) == electra | modern | deberta | {"deberta-tiny"}
     assert ENGINES == ["zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"]
 
 
@@ -104,6 +106,11 @@ def test_a_single_rank_overlaps_nothing_at_stages_1_and_2(engine):
         ("modern-small", 26_918_785, 32_113_723),
         ("modern-base", 134_363_905, 170_090_299),
         ("modern-large", 375_510_017, 499_162_939),
+        ("deberta-tiny", 4_526_977, 4_979_259),
+        ("deberta-v3-xsmall", 33_360_385, 44_383_675),
+        ("deberta-v3-small", 66_955_777, 89_236_795),
+        ("deberta-v3-base", 109_483_009, 153_027_643),
+        ("deberta-v3-large", 335_142_913, 487_906_107),
     ],
 )
 def test_check_reports_the_parameters_of_every_size(preset, discriminator, joint):
@@ -120,6 +127,23 @@ def test_a_modern_encoder_has_the_parameters_of_the_published_model(preset, enco
     run = load_run(preset, ["model.vocab_size=50368"])
     width = run.model.hidden_size
     head = width * width + width + width + 1  # dense, norm, classify
+    assert parameter_count(run).discriminator == encoder + head
+
+
+@pytest.mark.parametrize(
+    ("preset", "encoder"),
+    [
+        ("deberta-v3-xsmall", 70_682_112),
+        ("deberta-v3-small", 141_304_320),
+        ("deberta-v3-base", 183_831_552),
+        ("deberta-v3-large", 434_012_160),
+    ],
+)
+def test_a_deberta_encoder_has_the_parameters_of_the_stock_class(preset, encoder):
+    """With the vocabulary of DeBERTaV3 and without the head: DebertaV2Model has as many."""
+    run = load_run(preset, ["model.vocab_size=128100"])
+    width = run.model.hidden_size
+    head = width * width + width + width + 1  # dense, classify
     assert parameter_count(run).discriminator == encoder + head
 
 
@@ -201,7 +225,7 @@ def test_model_states_shrink_with_the_stage_and_the_ranks():
         assert states == sorted(states, reverse=True)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
+@pytest.mark.parametrize("preset", ["tiny", "modern-tiny", "deberta-tiny"])
 def test_activations_grow_with_the_rows_and_recomputation_reduces_them(preset):
     def needs(*sets):
         run = load_run(preset, ["data.sequence_length=128", *sets])

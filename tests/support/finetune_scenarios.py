@@ -143,6 +143,7 @@ def fine_tuned() -> None:
     if here.rank == 0 and not base().exists():
         run_folders.pretrained(base() / "model")
         run_folders.pretrained(base() / "modern", architecture="modernbert")
+        run_folders.pretrained(base() / "deberta", architecture="deberta_v2")
         write_tasks(base() / "tasks")
     wait_for_ranks()
     engines = {1: ("zero0-fp32", "zero1-fp32"), 2: ("zero2-fp32", "zero3-fp32")}
@@ -150,8 +151,8 @@ def fine_tuned() -> None:
     run("classes", "classes", seeds=2)
     run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
     run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
-    modern = {"model": "modern", "peak_lr": 1e-3, "epochs": 1.0, "dropout": 0.0}
-    run("modern", "pairs", words_engine, **modern)
+    for name in ("modern", "deberta"):
+        run(name, "pairs", words_engine, model=name, peak_lr=1e-3, epochs=1.0, dropout=0.0)
 
 
 def fine_tuned_in_other_ways() -> None:
@@ -174,3 +175,12 @@ def fine_tuned_modern() -> None:
     run("modern-whole", "classes", model="modern")
     interrupted("modern-cut", "classes", model="modern")
     run("modern-words", "words", model="modern", epochs=1.0)
+
+
+def fine_tuned_deberta() -> None:
+    """Encoders of the architecture deberta_v2: packed, padded, interrupted."""
+    alike = {"model": "deberta", "epochs": 1.0, "dropout": 0.0}
+    for batching in ("padded", "packed"):
+        run(f"deberta-{batching}", "classes", batching=batching, **alike)
+    run("deberta-whole", "classes", model="deberta")
+    interrupted("deberta-cut", "classes", model="deberta")

@@ -39,6 +39,23 @@ MODERN_SIZES = {
     ),
     "generator": dict(hidden_size=48, num_layers=2, num_heads=2, ffn_size=40),
 }
+# Of the architecture deberta_v2: fewer buckets than distances in a row.
+DEBERTA_SIZES = {
+    "model": dict(
+        hidden_size=48,
+        num_layers=3,
+        num_heads=2,
+        ffn_size=80,
+        max_positions=40,
+        position_buckets=8,
+    ),
+    "generator": dict(hidden_size=48, num_layers=2, num_heads=2, ffn_size=80),
+}
+OF_ARCHITECTURE = {  # preset, sizes
+    "electra": ("tiny", SIZES),
+    "modernbert": ("modern-tiny", MODERN_SIZES),
+    "deberta_v2": ("deberta-tiny", DEBERTA_SIZES),
+}
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
@@ -67,12 +84,12 @@ class SingleProcessWeights:
 def config(
     sharing: str = "shared", kind: str = "electra", architecture: str = "electra"
 ) -> RunConfig:
-    is_modern = architecture == "modernbert"
-    values = load_run("modern-tiny" if is_modern else "tiny").model_dump(mode="json")
-    for section, sizes in (MODERN_SIZES if is_modern else SIZES).items():
+    preset, sections = OF_ARCHITECTURE[architecture]
+    values = load_run(preset).model_dump(mode="json")
+    for section, sizes in sections.items():
         values[section] |= sizes
     values["model"] |= {"sharing": sharing, "vocab_size": 600}
-    if is_modern and sharing == "untied":
+    if architecture != "electra" and sharing == "untied":
         values["generator"] |= {"hidden_size": 24, "num_heads": 1}
     if sharing == "all":
         equal = values["generator"].keys() - {"embedding_size"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from small_run import CUT, SMALL_MODEL, SMALL_MODERN, STEPS
+from small_run import CUT, SMALL_DEBERTA, SMALL_MODEL, SMALL_MODERN, STEPS
 
 from electra_ds.cluster import stop_signals
 from electra_ds.cluster.launchers import Ranks, find_ranks
@@ -35,7 +35,11 @@ SHORT = [
     "logging.tensorboard=false",
 ]
 SMALL = [*SMALL_MODEL, *SHORT]
-SIZES = {"tiny": SMALL_MODEL, "modern-tiny": SMALL_MODERN}  # preset -> settings of a small model
+SIZES = {  # preset -> settings of a small model
+    "tiny": SMALL_MODEL,
+    "modern-tiny": SMALL_MODERN,
+    "deberta-tiny": SMALL_DEBERTA,
+}
 SAVED = "checkpoint.every=5"
 STOPPED = (0, 85)  # exit codes of a run that stopped as asked: under torchrun, under others
 

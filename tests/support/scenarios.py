@@ -19,8 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 (the first optimizer would import it in every rank)
+from deberta_scenarios import deberta, deberta_kinds, deberta_on_one_rank
 from disk_scenarios import full_disk, quota_of_one_rank, read_only_disk, uninterrupted_on_disk
-from finetune_scenarios import fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern
+from finetune_scenarios import (
+    fine_tuned,
+    fine_tuned_deberta,
+    fine_tuned_in_other_ways,
+    fine_tuned_modern,
+)
 from kind_scenarios import kinds, own_encoders
 from loss_scenarios import (
     bad_losses,
@@ -80,6 +86,7 @@ PHASES = {  # ranks, scenarios
             frozen,
             modern,
             modern_refused,
+            deberta,
         ),
     ),
     "one": (
@@ -87,6 +94,7 @@ PHASES = {  # ranks, scenarios
         (
             on_one_rank,
             modern_on_one_rank,
+            deberta_on_one_rank,
             spike_on_one_rank,
             lost_folder,
             needed_memory,
@@ -97,14 +105,19 @@ PHASES = {  # ranks, scenarios
         ),
     ),
     "two-again": (2, (from_one_to_two, resumed_after_kills)),
-    "finetune-one": (1, (fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern)),
+    "finetune-one": (
+        1,
+        (fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern, fine_tuned_deberta),
+    ),
     "finetune-two": (2, (fine_tuned,)),
-    "kinds": (2, (kinds, own_encoders, modern_kinds)),
+    "kinds": (2, (kinds, own_encoders, modern_kinds, deberta_kinds)),
     "disk": (2, (uninterrupted_on_disk, full_disk, quota_of_one_rank, read_only_disk)),
     "memory": (2, (needed_memory,)),
     # Runs of one architecture, for work on it.
     "modern": (2, (modern, modern_refused, modern_kinds)),
     "modern-one": (1, (modern_on_one_rank, needed_memory)),
+    "deberta": (2, (deberta, deberta_kinds)),
+    "deberta-one": (1, (deberta_on_one_rank, needed_memory)),
     # Ways in which generator and discriminator depend on each other, for work on these.
     "generators": (2, (uninterrupted, sharing, frozen)),
     "verdicts": (1, (verdicts,)),

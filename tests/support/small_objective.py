@@ -4,6 +4,8 @@ import torch
 
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
+    DebertaV2GeneratorConfig,
+    DebertaV2ModelConfig,
     ElectraGeneratorConfig,
     ElectraModelConfig,
     ModernBertGeneratorConfig,
@@ -26,8 +28,7 @@ def build(
     **objective,
 ) -> ElectraObjective:
     """An objective with small encoders; `objective`: its config."""
-    configs = electra_configs if architecture == "electra" else modernbert_configs
-    model, generator = configs(dropout, vocab_size, sharing)
+    model, generator = CONFIGS[architecture](dropout, vocab_size, sharing)
     return ElectraObjective(model, generator, ObjectiveConfig(**objective), IDS, seed=1)
 
 
@@ -81,6 +82,38 @@ def modernbert_configs(dropout: float = 0.0, vocab_size: int = VOCAB, sharing: s
         **sizes,
     )
     return model, generator
+
+
+def deberta_configs(dropout: float = 0.0, vocab_size: int = VOCAB, sharing: str = "shared"):
+    """Encoders of three and two layers, with more distances in a row of 20 tokens than buckets.
+
+    48 wide; with sharing = untied the generator is 24 wide.
+    """
+    sizes = dict(num_heads=2, ffn_size=64, hidden_dropout=dropout, attention_dropout=dropout)
+    model = DebertaV2ModelConfig(
+        hidden_size=48,
+        num_layers=3,
+        max_positions=40,
+        position_buckets=8,
+        vocab_size=vocab_size,
+        init="fan_in",
+        embedding_init_std=0.5,
+        sharing=sharing,
+        **sizes,
+    )
+    generator = DebertaV2GeneratorConfig(
+        hidden_size=24 if sharing == "untied" else 48,
+        num_layers=3 if sharing == "all" else 2,
+        **sizes,
+    )
+    return model, generator
+
+
+CONFIGS = {
+    "electra": electra_configs,
+    "modernbert": modernbert_configs,
+    "deberta_v2": deberta_configs,
+}
 
 
 def make_batch(

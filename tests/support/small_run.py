@@ -23,3 +23,15 @@ SMALL_MODERN = [
     "generator.ffn_size=16",
     "generator.num_layers=2",
 ]
+# Fewer buckets than distances in a row of 32 tokens.
+SMALL_DEBERTA = [
+    "data.sequence_length=32",
+    "objective.mask_prob=0.16",
+    "model.hidden_size=32",
+    "model.ffn_size=48",
+    "model.num_layers=2",
+    "model.position_buckets=8",
+    "generator.hidden_size=32",
+    "generator.ffn_size=32",
+    "generator.num_layers=1",
+]

@@ -42,6 +42,10 @@ MODERN_MEMORY = {  # of modern-tiny: settings, and (stage, precision) of its eng
         [(3, "fp32")],
     ),
 }
+DEBERTA_MEMORY = {  # of deberta-tiny, as MODERN_MEMORY
+    "disentangled": (("model.attention_dropout=0.1",), [(0, "bf16"), (1, "fp32")]),
+    "disentangled recomputed": (("train.activation_checkpointing=true",), [(2, "autocast")]),
+}
 
 
 class Collectives(TorchDispatchMode):
@@ -163,12 +167,13 @@ def needed_memory() -> None:
             engine = {"zero_optimization": zero} | precision
             config = known_run("tiny", engine, length, rows, *micro_batches, *sets)
             found[f"{case} z{stage} {kind}"] = engine_memory(config, here.ranks, here.device)
-    for case, (sets, engines) in MODERN_MEMORY.items():
-        for stage, kind in engines:
-            zero = load_engine(f"zero{stage}-fp32")["zero_optimization"] | buckets
-            engine = {"zero_optimization": zero} | precisions[kind]
-            config = known_run("modern-tiny", engine, 128, 8, *micro_batches, *sets)
-            found[f"{case} z{stage} {kind}"] = engine_memory(config, here.ranks, here.device)
+    for preset, cases_of in (("modern-tiny", MODERN_MEMORY), ("deberta-tiny", DEBERTA_MEMORY)):
+        for case, (sets, engines) in cases_of.items():
+            for stage, kind in engines:
+                zero = load_engine(f"zero{stage}-fp32")["zero_optimization"] | buckets
+                engine = {"zero_optimization": zero} | precisions[kind]
+                config = known_run(preset, engine, 128, 8, *micro_batches, *sets)
+                found[f"{case} z{stage} {kind}"] = engine_memory(config, here.ranks, here.device)
     note(f"memory-of-{here.world_size}", found)
 
 

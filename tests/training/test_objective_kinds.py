@@ -95,6 +95,7 @@ def test_no_tensor_holds_the_logits_of_the_whole_batch(kind, monkeypatch, build)
     [
         ("tiny", 128 * 128 + 128 + 128 + 1, 128 * 128 + 128 + 2 * 128 + 101),
         ("modern-tiny", 128 * 128 + 128 + 128 + 1, 128 * 128 + 128 + 101),
+        ("deberta-tiny", 128 * 128 + 128 + 128 + 1, 128 * 128 + 3 * 128 + 101),
     ],
 )
 def test_parameters_are_counted_kind_by_kind(preset, binary_head, mlm_head):
@@ -273,9 +274,10 @@ def test_a_kind_trains_and_resumes_at_another_stage(kind_runs, data, kind):
             Detector.load(kind_runs / f"{kind}-whole")
 
 
+@pytest.mark.parametrize("name", ["modern", "deberta"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_of_modernbert_trains_resumes_and_is_evaluated(kind_runs, data, kind):
-    run = kind_runs / f"modern-{kind}"
+def test_a_kind_of_other_architectures_trains_resumes_and_is_evaluated(kind_runs, data, kind, name):
+    run = kind_runs / f"{name}-{kind}"
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["split"] == "train"] == [
         *range(1, MODERN_STEPS + 1)
     ]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cost import step_traffic
+from deberta_scenarios import DEBERTA_STEPS
+from deberta_scenarios import RESUMED as DEBERTA_RESUMED
 from modern_scenarios import MODERN_STEPS, RESUMED
 from run_results import curve, distance, is_bit_equal
 from running import read_json
@@ -546,6 +548,43 @@ def test_weights_of_another_architecture_are_refused_in_one_line(outs: Path, ran
     assert "start from its weights with --init-from" in found["window"]
 
 
+# -------------------------------------------------------------------------------------- deberta_v2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deberta_v2_on_two_ranks_trains_like_one_and_resumes_bit_for_bit(
+    outs: Path, stage: int
+) -> None:
+    full, cut = outs / f"deberta-full-z{stage}", outs / f"deberta-cut-z{stage}"
+    assert len(of_split(outs, "deberta-one", "train")) == DEBERTA_STEPS
+    assert distance(full, outs / "deberta-one") < 1e-5
+    assert is_bit_equal(cut, full)
+    assert curve(cut) == curve(full)
+
+
+@pytest.mark.parametrize("name", DEBERTA_RESUMED)
+def test_deberta_v2_resumes_bit_for_bit_in_other_ways(outs: Path, name: str) -> None:
+    full, cut = outs / f"deberta-{name}-full", outs / f"deberta-{name}-cut"
+    assert is_bit_equal(cut, full)
+    assert curve(cut) == curve(full)
+    assert distance(full, outs / "deberta-one") > 1e-3
+
+
+def test_recomputed_layers_of_deberta_v2_train_bit_for_bit(outs: Path) -> None:
+    assert is_bit_equal(outs / "deberta-recomputed-full", outs / "deberta-dropout-full")
+
+
+def test_a_checkpoint_of_deberta_v2_moves_to_one_rank(outs: Path) -> None:
+    assert distance(outs / "deberta-for-one", outs / "deberta-one") < 1e-5
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_deberta_v2_trains_in_bf16(outs: Path, stage: int) -> None:
+    fp32 = of_split(outs, "deberta-one", "train")
+    bf16 = of_split(outs, f"deberta-bf16-z{stage}", "train")
+    assert [r["mlm_loss"] for r in bf16] == pytest.approx([r["mlm_loss"] for r in fp32], rel=0.05)
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
@@ -554,7 +593,7 @@ def test_check_predicts_the_model_states_and_the_peak_of_a_step(
     outs: Path, world_size: int
 ) -> None:
     ranks = [noted(outs, f"memory-of-{world_size}", rank) for rank in range(world_size)]
-    assert len(ranks[0]) == 16
+    assert len(ranks[0]) == 19
     for case, of_rank0 in ranks[0].items():
         measured = max(found[case]["states"][0] for found in ranks)
         assert 0 <= measured - of_rank0["states"][1] < 16, case  # bytes: a few of DeepSpeed's

@@ -12,7 +12,7 @@ from pydantic import Field
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.folder_kinds import found_at
-from electra_ds.common.json_files import Record, read_record, read_small
+from electra_ds.common.json_files import Record, read_json, read_record, read_small
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
 from electra_ds.data.tokenizer.hugging_face import (
@@ -24,7 +24,7 @@ from electra_ds.data.tokenizer.hugging_face import (
 )
 from electra_ds.data.tokenizer.normalization import Form
 from electra_ds.data.tokenizer.saving import VOCABULARY_FILES, next_vocabulary
-from electra_ds.data.tokenizer.sentencepiece import SentencePiece
+from electra_ds.data.tokenizer.sentencepiece import SentencePiece, with_mask_piece
 from electra_ds.data.tokenizer.wordpiece import MAX_ENTRY, WordPiece, without_accents
 
 
@@ -156,7 +156,17 @@ def _sentencepiece(
             f"{printable(file)}: normalization = {chosen.normalization}; expected {form}, which "
             "the model was trained with"
         )
+    if not ours and _is_of_deberta(file.parent):
+        content = with_mask_piece(content)
     return SentencePiece(content, {}, printable(file), form)
+
+
+def _is_of_deberta(folder: Path) -> bool:
+    """Return whether a folder holds a DeBERTa model of another program."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    return read_json(file, "the config.json of a model").get("model_type") == "deberta-v2"
 
 
 def _wordpiece(

@@ -19,6 +19,19 @@ from electra_ds.data.tokenizer.normalization import (
     without_surrogates,
 )
 
+# A field of the file's protobuf message: one more piece [MASK] with score 0 and type CONTROL.
+# Fields of two messages in one file are those of one message.
+MASK_PIECE = b"\x0a\x06[MASK]\x15\x00\x00\x00\x00\x18\x03"
+MASK_FIELD = b"\x0a" + bytes([len(MASK_PIECE)]) + MASK_PIECE
+
+
+def with_mask_piece(content: bytes) -> bytes:
+    """Return the content of a .model file with [MASK] as its last piece, if it lacks one.
+
+    The files of DeBERTa lack it: their programs give [MASK] the id after the last piece.
+    """
+    return content if MASK_PIECE[:8] in content else content + MASK_FIELD
+
 
 class SentencePiece(Tokenizer):
     """A SentencePiece model; its special tokens are control symbols."""

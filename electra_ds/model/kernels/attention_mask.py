@@ -103,6 +103,7 @@ def packed_mask(
     *,
     window: int | None = None,
     is_compiled: bool = False,
+    has_flash: bool = True,
 ) -> PackedMask:
     """Return the attention structure of document_ids [B, S].
 
@@ -117,6 +118,7 @@ def packed_mask(
     window:      tokens before and after a token that it attends to; None: the whole document
     is_compiled: whether the layers are compiled. Lengths of documents are then not passed as Python
                  numbers, because these would cause a compilation for every batch.
+    has_flash:   whether the attention may be computed by the flash kernel, which takes no scores
     """
     batch, length = document_ids.shape
     if window is not None and window >= length - 1:
@@ -129,7 +131,7 @@ def packed_mask(
         is_one_document = len(cu_seqlens) == batch + 1  # in every row
         if window is None and is_one_document:
             return PackedMask()
-        if _has_varlen(document_ids.device, dtype, head_size):
+        if has_flash and _has_varlen(document_ids.device, dtype, head_size):
             return PackedMask(cu_seqlens=cu_seqlens, window=window)
         if is_one_document:
             document_ids = document_ids[:1]

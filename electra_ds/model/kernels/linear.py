@@ -155,6 +155,46 @@ class _GegluLinearFunction(torch.autograd.Function):
         return dx, dweight, dbias  # autograd casts them to the dtypes of the parameters
 
 
+def linear_and_part(
+    x: Tensor, other: Tensor, weight: Tensor, bias: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return linear(x, weight, bias), and linear(other, ...) with the first rows of both.
+
+    x [..., I] and other [M, I] have one dtype, that of the results. The gradient of the weight is
+    made once, instead of a second one with zeros for the other rows.
+    """
+    if torch.compiler.is_compiling():
+        return linear(x, weight, bias), linear(other, weight[:rows], bias[:rows])
+    return _LinearAndPart.apply(x, other, weight, bias, rows)
+
+
+class _LinearAndPart(torch.autograd.Function):
+    """linear_and_part, in the dtype of x; autocast has no effect on backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, other: Tensor, weight: Tensor, bias: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        ctx.save_for_backward(x, other, weight)
+        ctx.rows = rows
+        return product(x, weight, bias), product(other, weight[:rows], bias[:rows])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, other_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, other, weight = ctx.saved_tensors
+        rows = ctx.rows
+        flat_grad = grad.reshape(-1, grad.shape[-1])  # [M, O]
+        dx = product(flat_grad, weight.T).view(x.shape)
+        dother = product(other_grad, weight[:rows].T)
+        dweight = _outer_product(flat_grad, x.reshape(-1, x.shape[-1]))
+        dweight[:rows] += _outer_product(other_grad, other)
+        dbias = flat_grad.sum(0)
+        dbias[:rows] += other_grad.sum(0)
+        return dx, dother, dweight, dbias, None  # autograd casts them to the parameters' dtypes
+
+
 def _outer_product(grad: Tensor, x: Tensor) -> Tensor:
     """Return grad [M, O] transposed times x [M, I].
 
