@@ -151,12 +151,6 @@ def _check_settings(
         raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
     if not 64 <= vocab_size <= MAX_VOCABULARY:  # the libraries abort the process for larger ones
         raise UserError(f"vocab_size = {vocab_size}; expected 64 to {MAX_VOCABULARY:,}")
-    least = len(SPECIALS) + 256
-    if kind == "byte_bpe" and vocab_size < least:
-        raise UserError(
-            f"vocab_size = {vocab_size}; expected {least} or more, because byte_bpe has an entry "
-            "for each special token and each byte"
-        )
     if lowercase and kind == "byte_bpe":
         raise UserError(
             "lowercase = True with kind = 'byte_bpe'; byte_bpe keeps the case; leave --lowercase "
@@ -167,6 +161,12 @@ def _check_settings(
         raise UserError(
             f"strip_accents = True with kind = {kind!r}; {keeper} accents; leave --strip-accents "
             "out, or use --kind wordpiece"
+        )
+    least = len(SPECIALS) + 256
+    if kind == "byte_bpe" and vocab_size < least:
+        raise UserError(
+            f"vocab_size = {vocab_size}; expected {least} or more, because byte_bpe has an entry "
+            "for each special token and each byte"
         )
 
 

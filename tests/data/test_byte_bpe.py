@@ -15,7 +15,7 @@ from data_tools.pipeline.clean import clean_lines
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import UNKNOWN
-from electra_ds.data.masking import class_changes
+from electra_ds.data.masking import MaskingRecipe, class_changes, select_masked_positions
 from electra_ds.data.tokenizer import ByteBpe, byte_bpe, load_tokenizer
 from electra_ds.data.tokenizer.byte_alphabet import (
     LETTER,
@@ -197,6 +197,27 @@ def test_words_are_the_parts_of_the_pre_tokenizer(tokenizer, text):
     if "[unused3]" not in text:
         assert starts == [0, *expected]
     assert len(spans) == len(ids) > len(starts) > 5
+
+
+def test_whole_words_are_masked(tokenizer):
+    ids, starts = starts_of(tokenizer, "the old river, and(island) walked word3 été \U0001f9ea!")
+    special = tokenizer.special_ids
+    row = np.array([[special.cls, *ids, special.sep]])
+    recipe = MaskingRecipe(
+        *("best_fit", special, 0.4, 1.0, 7, "whole_word"),
+        *(tokenizer.begins_word(), tokenizer.edge_classes()),
+    )
+    words = [set(part) for part in np.split(np.arange(1, len(ids) + 1), starts[1:])]
+    assert max(map(len, words)) > 1
+    changes = set()  # (number of a word that is masked, next word that is not), and the reverse
+    for seed in range(300):
+        bits = np.random.default_rng(seed).integers(0, 2**32, row.shape, np.uint32)
+        positions, used = select_masked_positions(row, recipe, bits)
+        masked = set(positions[0][used[0]].tolist())
+        assert sum(bool(word & masked) and not word <= masked for word in words) <= 1
+        full = [word <= masked for word in words]
+        changes |= {(i, full[i]) for i in range(len(words) - 1) if full[i] != full[i + 1]}
+    assert len(changes) == 2 * (len(words) - 1)  # neighbours are masked independently
 
 
 def test_marks_and_parts_of_characters_stay_in_their_word(trained):

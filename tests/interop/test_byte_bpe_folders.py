@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from running import read_json, run_cli
 from stock_tokenizer import SPECIAL, TEXT, stock_tokenizer
 
+from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
+from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.interop.export import export
 from electra_ds.interop.hf_tokenizer import write_tokenizer
@@ -212,6 +214,39 @@ def test_data_is_prepared_with_a_stock_folder(stock, tmp_path):
     assert manifest.unknowns.found == 0
     shown = run_cli("inspect", tmp_path / "d", *range(manifest.splits["train"].rows)).stdout
     assert lines[0] in shown and "Ġ" not in shown
+
+
+def test_rows_have_the_ids_of_the_cleaned_documents(stock, tmp_path):
+    documents = [
+        "the old\n  river\n\n\tan été  island \r\n\x00 e\u0301 \u200b",
+        "\n 😀👍 \n",
+        "[MASK] a",
+    ]
+    lines = [json.dumps({"text": text}) for text in documents]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    prepare([str(tmp_path / "text.jsonl")], stock, tmp_path / "d", valid_fraction=0)
+    tokenizer = load_tokenizer(stock)
+    reader = ShardReader(tmp_path / "d", "train")
+    rows, found = reader.block(0), []
+    for row, start, length, *_ in reader.fragments(0).tolist():
+        found.append(rows[row, start : start + length].tolist())
+    cleaned = ["the old\nriver\nan été  island\n\x00 \u00e9 \u200b", "😀👍", "[MASK] a"]
+    auto = transformers.AutoTokenizer.from_pretrained(stock)
+    expected = tokenizer.encode_batch(cleaned)
+    assert sorted(found) == sorted(expected)
+    assert expected[:2] == auto(cleaned[:2], add_special_tokens=False)["input_ids"]
+
+
+def test_the_card_of_tags_gives_words_with_their_spaces(tmp_path):
+    run_folders.fine_tuned(tmp_path / "seed-0", "token_classification", "modernbert")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}x{i * i} {i}" * 9 for i in range(200)))
+    (tmp_path / "seed-0" / "tokenizer" / "vocab.txt").unlink()
+    out = tmp_path / "seed-0" / "tokenizer"
+    train_tokenizer([str(tmp_path / "text.txt")], out, kind="byte_bpe", vocab_size=600)
+    export(tmp_path / "seed-0", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'tokenizer("A short text .", return_tensors="pt")' in card
+    assert "| tokenizer | byte_bpe, 600 entries, normalization nfc |" in card
 
 
 def test_a_stock_folder_with_another_tokenizer_is_refused(stock, tmp_path):
