@@ -80,6 +80,17 @@ def test_the_word_cache_returns_the_ids_of_whole_texts(tokenizer, texts):
     )
 
 
+def test_a_space_may_be_a_token_of_its_own(tmp_path):
+    content = stock_tokenizer(tmp_path)
+    content["added_tokens"][-1]["content"] = " "
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(tmp_path)
+    (ids,) = tokenizer.encode_batch(["the old river"])
+    assert ids == tokenizer.fast.encode("the old river").ids
+    assert ids.count(content["added_tokens"][-1]["id"]) == 2
+
+
 def test_a_full_cache_is_cleared_and_returns_the_same_ids(trained, monkeypatch):
     expected = trained.encode_batch(TEXT.split("\n"))
     monkeypatch.setattr(byte_bpe, "MAX_CACHED_WORDS", 3)
@@ -183,7 +194,7 @@ def starts_of(tokenizer, text: str) -> tuple[list[int], list[int]]:
     "text",
     [
         "the old river, and(island) running walked word3 3 123 x1y22 a.b.c --old-- 12.5",
-        "東京 日本語 한국어.Привет мир! \U0001f9ea😀 island שלום",
+        "東京 日本語 한국어.Привет мир! \U0001f9ea😀 island שלום ωж ж7",
         "old\n\nriver\n island\t(old) [unused3] [river]",
     ],
 )

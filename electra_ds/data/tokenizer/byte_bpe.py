@@ -63,9 +63,6 @@ class ByteBpe(Tokenizer):
         # `fast` also normalizes; `_fast` expects a normalized text.
         self.fast = _fast_tokenizer(vocabulary, native_steps(form))
         self._fast = _fast_tokenizer(vocabulary, [])
-        # Texts that are tokens, but for two spaces or more.
-        texts = [t.content for t in vocabulary.texts if not re.fullmatch("  +", t.content)]
-        self._has_added = re.compile("|".join(map(re.escape, texts)) or "(?!)").search
         self._cache = _WordCache(self._whole, " ")
         self._first_cache = _WordCache(self._whole, "")
         # Between the lines of a document. The normalization `nfc` makes line ends spaces.
@@ -99,7 +96,7 @@ class ByteBpe(Tokenizer):
         """Return ids and spans. Tokens that are parts of one character have its span."""
         text = without_surrogates(text)
         encoding = self.fast.encode(text, add_special_tokens=False)
-        spans = whole_characters(text, encoding.offsets)
+        spans = whole_characters(text, encoding.offsets, space="")
         # The last token of a character has the combining marks after it.
         for i in range(len(spans) - 2, -1, -1):
             (_, end), (next_start, next_end) = encoding.offsets[i], encoding.offsets[i + 1]
@@ -159,8 +156,8 @@ class ByteBpe(Tokenizer):
         """Return the ids of a normalized text as uint32 bytes."""
         words = text.split(" ")
         has_spaces = len(words) * MAX_MEAN_WORD_LENGTH >= len(text)
-        # The space is the only white space that is printable.
-        if not has_spaces or "  " in text or not text.isprintable() or self._has_added(text):
+        # The space is the only white space that is printable. Other added tokens have no space.
+        if not has_spaces or "  " in text or not text.isprintable():
             return self._whole(text)
         first = self._first_cache[words[0]]
         return first + b"".join(map(self._cache.__getitem__, words[1:]))

@@ -168,16 +168,18 @@ def aligner(form: Form) -> Any:
     return characters
 
 
-def whole_characters(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def whole_characters(
+    text: str, spans: list[tuple[int, int]], space: str = "\u2581"
+) -> list[tuple[int, int]]:
     """Return the spans of tokens without leading white space and with trailing combining marks.
 
     text: not normalized. spans: (start, end) of each token in it, in order. A mark that belongs to
-    the next token stays there.
+    the next token stays there. space: a character that counts as white space, or "".
     """
     result = []
     starts = [start for start, _ in spans] + [len(text)]
     for (start, end), limit in zip(spans, starts[1:], strict=True):
-        while start < end and (text[start].isspace() or text[start] == "\u2581"):
+        while start < end and (text[start].isspace() or text[start] == space):
             start += 1
         while start < end < limit and unicodedata.category(text[end])[0] == "M":
             end += 1
