@@ -1,6 +1,6 @@
 """Training of vocabularies.
 
-WordPiece is trained by Hugging Face tokenizers, unigram and bpe by SentencePiece.
+WordPiece and byte_bpe are trained by Hugging Face tokenizers, unigram and bpe by SentencePiece.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 from data_tools.formats.documents import documents
 from data_tools.formats.source import (
-    UNKNOWN,
     Tally,
     check_bad_lines,
     check_share,
@@ -35,20 +34,25 @@ from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.printable import printable, shortened
+from electra_ds.common.special_ids import UNKNOWN
 from electra_ds.common.urls import redacted
 from electra_ds.data.shard_format import MAX_VOCABULARY
-from electra_ds.data.tokenizer import SPECIAL_NAMES, SentencePiece, Tokenizer, WordPiece
+from electra_ds.data.tokenizer import SPECIAL_NAMES, ByteBpe, SentencePiece, Tokenizer, WordPiece
+from electra_ds.data.tokenizer.byte_bpe import byte_bpe_of
+from electra_ds.data.tokenizer.byte_bpe_file import MAX_ENTRY
 from electra_ds.data.tokenizer.normalization import Form
 
-KINDS = ("wordpiece", "unigram", "bpe")
+KINDS = ("wordpiece", "unigram", "bpe", "byte_bpe")
+CLASSES: dict[str, type[Tokenizer]] = {"wordpiece": WordPiece, "byte_bpe": ByteBpe}
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
 # WordPiece: share of the text that the characters of the vocabulary cover before words are joined.
 COVERAGE = 0.9999
 CHARACTERS = 0.75  # largest share of the entries that these characters take
-MIN_COUNT = 2  # least occurrences of a pair that WordPiece joins
+MIN_COUNT = 2  # least occurrences of a pair that WordPiece and byte_bpe join
 REPEATS = 1000  # most repetitions of a word in one text that is passed to the trainer
 MAX_SENTENCES = 5_000_000  # lines that SentencePiece samples
 SENTENCE_BYTES = 16384  # SentencePiece ignores longer lines, so they are cut at white space
+UNKNOWN_WITH_SPACES = re.compile(f" *{UNKNOWN} *")
 # Unigram: scores are multiples of 1 / SCORE_STEPS, so that their sums are exact in fp32, and the
 # library tokenizers, which adds in fp64, cuts words at the same places.
 SCORE_STEPS = 64
@@ -64,7 +68,7 @@ def train_tokenizer(
     *,
     kind: str = "wordpiece",
     vocab_size: int = 30522,
-    lowercase: bool = True,
+    lowercase: bool | None = None,
     strip_accents: bool | None = None,
     format: str = "auto",
     text_field: str = "text",
@@ -75,9 +79,10 @@ def train_tokenizer(
     """Train a vocabulary on the inputs, write it to the folder `out` and return the tokenizer.
 
     inputs:        as for `prepare`
-    kind:          wordpiece, or unigram or bpe (SentencePiece)
+    kind:          wordpiece, unigram or bpe (SentencePiece), or byte_bpe
+    lowercase:     None: true, for byte_bpe false. byte_bpe keeps the case
     strip_accents: None: for lower-cased text in Latin or Greek letters, if few words become equal
-                   to others without accents. SentencePiece models keep accents
+                   to others without accents. SentencePiece models and byte_bpe keep accents
     max_bad_fraction: share of unreadable lines above which UserError is raised
     say:           receives lines: the accents, words that are too long for WordPiece, and the
                    share of the text that is not covered
@@ -86,9 +91,10 @@ def train_tokenizer(
     for a folder that cannot be written, and for a size that SentencePiece cannot make; RunFailure
     when writing fails.
     """
-    _check_settings(Path(out), kind, vocab_size, strip_accents)
+    _check_settings(Path(out), kind, vocab_size, lowercase, strip_accents)
+    lowercase = kind != "byte_bpe" if lowercase is None else lowercase
     form: Form = "nfc"
-    if kind != "wordpiece":
+    if kind in ("unigram", "bpe"):
         form = "nfkc_visible_lower" if lowercase else "nfkc_visible"
     check_share(max_bad_fraction)
     tally = Tally()
@@ -106,6 +112,9 @@ def train_tokenizer(
         options = {"lowercase": lowercase, "strip_accents": strip_accents}
         tokenizer = WordPiece(content, options, "the new vocabulary")
         facts = [LongWords.of(tokenizer, words).describe()]
+    elif kind == "byte_bpe":
+        tokenizer = _train_byte_bpe(_counted(lines, characters), vocab_size)
+        facts = []
     else:
         content = _train_sentencepiece(_counted(lines, characters), kind, vocab_size, characters)
         tokenizer = SentencePiece(content, {}, "the new model", form)
@@ -133,17 +142,31 @@ def _unreadable(tally: Tally) -> str:
     )
 
 
-def _check_settings(out: Path, kind: str, vocab_size: int, strip_accents: bool | None) -> None:
+def _check_settings(
+    out: Path, kind: str, vocab_size: int, lowercase: bool | None, strip_accents: bool | None
+) -> None:
     """Raise UserError for settings that cannot be used, before the inputs are read."""
-    check_vocabulary_folder(out, WordPiece if kind == "wordpiece" else SentencePiece)
+    check_vocabulary_folder(out, CLASSES.get(kind, SentencePiece))
     if kind not in KINDS:
         raise UserError(f"kind = {kind!r}; expected one of {', '.join(KINDS)}")
     if not 64 <= vocab_size <= MAX_VOCABULARY:  # the libraries abort the process for larger ones
         raise UserError(f"vocab_size = {vocab_size}; expected 64 to {MAX_VOCABULARY:,}")
-    if strip_accents and kind != "wordpiece":
+    if lowercase and kind == "byte_bpe":
         raise UserError(
-            f"strip_accents = True with kind = {kind!r}; SentencePiece models keep accents; leave "
-            "--strip-accents out, or use --kind wordpiece"
+            "lowercase = True with kind = 'byte_bpe'; byte_bpe keeps the case; leave --lowercase "
+            "out, or use another --kind"
+        )
+    if strip_accents and kind != "wordpiece":
+        keeper = "byte_bpe keeps" if kind == "byte_bpe" else "SentencePiece models keep"
+        raise UserError(
+            f"strip_accents = True with kind = {kind!r}; {keeper} accents; leave --strip-accents "
+            "out, or use --kind wordpiece"
+        )
+    least = len(SPECIALS) + 256
+    if kind == "byte_bpe" and vocab_size < least:
+        raise UserError(
+            f"vocab_size = {vocab_size}; expected {least} or more, because byte_bpe has an entry "
+            "for each special token and each byte"
         )
 
 
@@ -169,7 +192,7 @@ def _lines(
         for text in documents(
             source, 0, source.size, text_field=text_field, tally=tally, on_progress=on_progress
         ):
-            lines, _ = clean_lines(text.replace(UNKNOWN, ""), form)
+            lines, _ = clean_lines(UNKNOWN_WITH_SPACES.sub(" ", text), form)
             has_text = has_text or bool(lines)
             yield from lines
     check_bad_lines(tally, max_bad_fraction)
@@ -274,6 +297,32 @@ def _fill(counts: Counter[str], inside: set[str], limit: int, needed: float) -> 
         covered += counts[character]
         kept.append(character)
     return [*sorted(kept), *(f"##{c}" for c in sorted(inside.intersection(kept)))]
+
+
+def _train_byte_bpe(lines: Iterator[str], vocab_size: int) -> ByteBpe:
+    """Return the tokenizer, which is the same for the same lines.
+
+    The trainer numbers the bytes in a fixed order and decides ties by these numbers.
+    """
+    from tokenizers import AddedToken, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_COUNT,
+        show_progress=False,
+        # [MASK] takes the place of a word and of the space before it.
+        special_tokens=[
+            AddedToken(name, lstrip=name == SPECIAL_NAMES["mask"][0], normalized=False)
+            for name in SPECIALS
+        ],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_ENTRY,
+    )
+    fast.train_from_iterator(lines, trainer)
+    return byte_bpe_of(fast, "nfc", "the new vocabulary")
 
 
 def _train_sentencepiece(

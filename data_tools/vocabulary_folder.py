@@ -10,7 +10,7 @@ from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer import VOCABULARY_FILES, Tokenizer
 
 # Files of a tokenizer of another program, which would be read beside the new vocabulary.
-FOREIGN_FILES = ("tokenizer.json", "tokenizer_config.json")
+FOREIGN_FILES = ("tokenizer_config.json",)
 # Files of prepared data, of runs and of models. Their tokenizers must stay the same.
 OWNERS = (
     "manifest.json",

@@ -14,8 +14,6 @@ from electra_ds.common.decompression import COMPRESSED, Expansion
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 
-# The <unk> of WikiText: a noncharacter that no text contains, so every vocabulary maps it to [UNK].
-UNKNOWN = "\ufdd0"
 LOCATIONS = 20  # most locations of bad lines that are kept for messages
 LONGEST = 4 << 20  # about the bytes of the longest document; longer texts become several documents
 TO_THE_END = 1 << 62  # end of the range that covers a whole stream

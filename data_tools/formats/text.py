@@ -12,7 +12,8 @@ from io import BufferedReader
 from itertools import chain
 
 from data_tools.formats.detect import WIKITEXT_TITLE
-from data_tools.formats.source import LONGEST, UNKNOWN, Source, Tally
+from data_tools.formats.source import LONGEST, Source, Tally
+from electra_ds.common.special_ids import UNKNOWN
 
 _LOOK_BACK = 4096  # bytes before a range that are read to see whether the line before it is blank
 _UTF8_CONTINUATION = 3  # most bytes of a character after its first one

@@ -56,11 +56,11 @@ OUTPUT_MARKS = (
     ("plan.json", "unit-000000.json"),
     ("options.json", "vocab.txt"),
     ("options.json", "spm.model"),
+    ("options.json", "tokenizer.json"),
 )
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "options.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
 )

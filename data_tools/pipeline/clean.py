@@ -27,14 +27,17 @@ def clean_lines(text: str, normalization: Form = "nfc") -> tuple[list[str], int]
     normalization: that of the tokenizer; the lines are normalized by it
     The lines have no leading and trailing white space, and empty lines are removed. With
     normalization none, the text is divided only at line feeds and carriage returns, because BERT's
-    own cleaning deletes most other line ends instead of treating them as white space.
+    own cleaning deletes most other line ends instead of treating them as white space. So is it with
+    nfc_only, where all other characters have tokens; control characters then stay, too.
     """
     lines = []
     removed = 0
-    parts = LINE_FEEDS.split(text) if normalization == "none" else text.splitlines()
+    keeps_all = normalization == "nfc_only"
+    is_divided_at_feeds = keeps_all or normalization == "none"
+    parts = LINE_FEEDS.split(text) if is_divided_at_feeds else text.splitlines()
     for part in parts:  # line by line, because most lines are ASCII and need little work
         line = part
-        if not part.isprintable() or "\ufffd" in part:
+        if not keeps_all and (not part.isprintable() or "\ufffd" in part):
             line, count = without_control(part)
             removed += count
         # Normalized after the removal: a control character may separate a letter from its accent.

@@ -245,7 +245,7 @@ def _token_ids(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return, for each document, (ids with a [SEP] after each line, ids without [SEP])."""
     lines = [line for text in texts for line in text]
-    ids, lengths = tokenizer.encode_normalized(lines)
+    ids, lengths = tokenizer.encode_lines(texts)
     unknowns.add(tokenizer, lines, ids, lengths)
     line_ends = np.cumsum(lengths)
     lines_before = np.cumsum([len(text) for text in texts])[:-1]  # at the ends of documents

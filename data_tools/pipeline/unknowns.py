@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from data_tools.formats.source import UNKNOWN
 from electra_ds.common.json_files import Record, read_record
+from electra_ds.common.special_ids import UNKNOWN
 from electra_ds.data.shard_format import UnknownWords
 from electra_ds.data.tokenizer import Tokenizer, WordPiece
 from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS
@@ -64,7 +64,7 @@ class Unknowns:
     ) -> None:
         """Count the unknown words of lines.
 
-        lines: normalized. ids [N], lengths [lines]: the result of `encode_normalized` for them.
+        lines: normalized. ids [N], lengths [lines]: the result of `encode_lines` for them.
         """
         positions = np.flatnonzero(ids == tokenizer.special_ids.unk)
         self.total += len(positions)

@@ -39,7 +39,10 @@ def train_tokenizer(
     vocab_size: Annotated[
         int, typer.Option(help="Number of entries, special tokens included.")
     ] = 30522,
-    lowercase: Annotated[bool, typer.Option(help="Lower-case the text.")] = True,
+    lowercase: Annotated[
+        bool | None,
+        typer.Option(help="Lower-case the text (default: yes; byte_bpe keeps the case)."),
+    ] = None,
     strip_accents: Annotated[
         bool | None,
         typer.Option(
@@ -53,7 +56,7 @@ def train_tokenizer(
     text_field: TextField = "text",
     max_bad_fraction: BadFraction = 0.001,
 ) -> None:
-    """Train a WordPiece or SentencePiece vocabulary on text."""
+    """Train a vocabulary on text: WordPiece, SentencePiece or byte-level BPE."""
     from data_tools.train_tokenizer import train_tokenizer
     from data_tools.workers import console_progress
 
@@ -81,7 +84,8 @@ def prepare(
     tokenizer: Annotated[
         Path,
         typer.Option(
-            help="vocab.txt, spm.model, or a folder with one of them or with a tokenizer.json."
+            help="vocab.txt, spm.model, tokenizer.json (byte-level BPE, or WordPiece as BERT's), or "
+            "a folder with one of them."
         ),
     ],
     out: Annotated[

@@ -62,8 +62,11 @@ NearDuplicates = Annotated[
     typer.Option(help="Drop documents with at least this similarity to an earlier one (0.5 to 1)."),
 ]
 Kind = Annotated[
-    Literal["wordpiece", "unigram", "bpe"],
-    typer.Option(help="WordPiece, or a SentencePiece model."),
+    Literal["wordpiece", "unigram", "bpe", "byte_bpe"],
+    typer.Option(
+        help="WordPiece; unigram, bpe: a SentencePiece model; byte_bpe: a byte-level BPE, as of "
+        "ModernBERT, which has no unknown characters."
+    ),
 ]
 Packing = Annotated[
     Literal["best_fit", "concat", "google"], typer.Option(help="How documents fill rows.")

@@ -1,6 +1,10 @@
-"""Ids of the special tokens."""
+"""Ids of the special tokens, and the character that stands for [UNK] in documents."""
 
 from electra_ds.common.section import Section, science
+
+# The <unk> of WikiText: a noncharacter that no text contains. `Tokenizer.encode_lines` makes it
+# [UNK].
+UNKNOWN = "\ufdd0"
 
 
 class SpecialIds(Section):

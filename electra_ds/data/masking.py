@@ -10,6 +10,7 @@ import numpy as np
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.schema import ObjectiveConfig
 from electra_ds.data.shard_format import Manifest
+from electra_ds.data.tokenizer.byte_alphabet import ONE_SPACE, UNKNOWN_CLASS
 
 COLUMN_BITS = np.uint64(24)  # low bits of a sorting key; the 32 random bits are above them
 MAX_SPAN_WORDS = 10  # SpanBERT, section 3.1
@@ -30,10 +31,15 @@ class MaskingRecipe(NamedTuple):
     seed: int
     masking: str = "token"  # or whole_word, span
     begins_word: np.ndarray | None = None  # [V] bool, of the tokenizer; not used by token masking
+    edge_classes: np.ndarray | None = None  # [2, V] uint8 of the tokenizer, or None
 
 
 def masking_recipe(
-    manifest: Manifest, objective: ObjectiveConfig, seed: int, begins_word: np.ndarray | None = None
+    manifest: Manifest,
+    objective: ObjectiveConfig,
+    seed: int,
+    begins_word: np.ndarray | None = None,
+    edge_classes: np.ndarray | None = None,
 ) -> MaskingRecipe:
     """Return the masking recipe of a run on these rows."""
     return MaskingRecipe(
@@ -44,6 +50,7 @@ def masking_recipe(
         seed,
         objective.masking,
         begins_word,
+        edge_classes,
     )
 
 
@@ -77,9 +84,10 @@ def select_masked_positions(
     priorities = random_bits
     if recipe.masking != "token":
         assert recipe.begins_word is not None
-        priorities = word_priorities(
-            random_bits, recipe.begins_word[ids], excluded, recipe.masking == "span"
-        )
+        begins_word = recipe.begins_word[ids]
+        if recipe.edge_classes is not None:
+            begins_word |= class_changes(ids, recipe.edge_classes)
+        priorities = word_priorities(random_bits, begins_word, excluded, recipe.masking == "span")
     wanted = np.rint(recipe.mask_prob * (ids != special.pad).sum(1))  # rounds halves to even
     k = np.minimum((~excluded).sum(1), np.clip(wanted, 1, slots))
     keys = (priorities.astype(np.uint64) << COLUMN_BITS) | np.arange(length, dtype=np.uint64)
@@ -88,6 +96,24 @@ def select_masked_positions(
     used = np.arange(slots) < k[:, None]
     columns = (smallest & np.uint64((1 << int(COLUMN_BITS)) - 1)).astype(np.int64)
     return np.sort(np.where(used, columns, length), axis=1) * used, used
+
+
+def class_changes(ids: np.ndarray, edge_classes: np.ndarray) -> np.ndarray:
+    """Return where the class of the characters changes before a token, [B, S] bool.
+
+    A token that begins inside a character, and one after a single space, is no change. A token that
+    ends inside a character has the class of the last token with a known class.
+
+    ids: [B, S]. edge_classes: [2, V] uint8, of the first and the last character; see
+    `byte_alphabet`.
+    """
+    first, last = edge_classes[0][ids], edge_classes[1][ids]
+    columns = np.where(last != UNKNOWN_CLASS, np.arange(ids.shape[1]), 0)
+    last = np.take_along_axis(last, np.maximum.accumulate(columns, axis=1), axis=1)
+    changes = np.zeros(ids.shape, bool)
+    before = last[:, :-1]
+    changes[:, 1:] = (first[:, 1:] != before) & (before != ONE_SPACE)
+    return changes & (first != UNKNOWN_CLASS)
 
 
 def word_priorities(

@@ -65,6 +65,13 @@ TAR_BLOCK = 512
 NPY_HEADER = 128  # bytes
 
 
+# Kind of a tokenizer -> name of its vocabulary file.
+VOCABULARY_OF_KIND = {
+    "wordpiece": "vocab.txt",
+    "sentencepiece": "spm.model",
+    "byte_bpe": "tokenizer.json",
+}
+
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Positive = Annotated[int, Field(ge=1, lt=1 << 53)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -73,7 +80,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class TokenizerInfo(Record):
     """The tokenizer that made the token ids. Its files are in DATA/tokenizer."""
 
-    kind: Literal["wordpiece", "sentencepiece"]
+    kind: Literal["wordpiece", "sentencepiece", "byte_bpe"]
     sha256: Sha256  # the tokenizer's fingerprint
     vocab_size: Annotated[int, Field(ge=len(SpecialIds.model_fields), le=MAX_VOCABULARY)]
     special_ids: SpecialIds
@@ -91,8 +98,7 @@ class TokenizerInfo(Record):
     @property
     def files(self) -> tuple[str, str]:
         """Paths of the tokenizer's files, relative to DATA."""
-        vocabulary = "vocab.txt" if self.kind == "wordpiece" else "spm.model"
-        return ("tokenizer/options.json", f"tokenizer/{vocabulary}")
+        return ("tokenizer/options.json", f"tokenizer/{VOCABULARY_OF_KIND[self.kind]}")
 
 
 class SourcePlan(Record):

@@ -79,7 +79,7 @@ def encode(
 def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Encode an example of words. The first token of a word gets its label, the others get -1."""
     special = tokenizer.special_ids
-    words = tokenizer.encode_batch(list(example.text_a))
+    words = tokenizer.encode_words(list(example.text_a))
     labels = example.label if isinstance(example.label, list) else [0] * len(words)
     ids: list[int] = []
     targets: list[int] = []

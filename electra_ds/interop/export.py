@@ -192,7 +192,10 @@ def _write_folder(folder: Path, content: Written, words: Tokenizer, max_length: 
     write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     parameters = sum(value.numel() for value in tensors.values())
     card = content.card
-    card = card._replace(facts={**card.facts, "tokenizer": words.describe_options()})
+    card = card._replace(
+        facts={**card.facts, "tokenizer": words.describe_options()},
+        has_spaces=words.kind == "byte_bpe",
+    )
     text = render_card(content.name, content.format, config, parameters, card)
     write_bytes(folder / "README.md", text.encode())
     write_json(folder / "config.json", config)

@@ -6,7 +6,7 @@ from typing import Any
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import write_json
-from electra_ds.data.tokenizer import Tokenizer, WordPiece
+from electra_ds.data.tokenizer import ByteBpe, Tokenizer, WordPiece
 from electra_ds.data.tokenizer.hugging_face import NORMALIZATION_KEY
 from electra_ds.data.tokenizer.normalization import native_steps
 
@@ -41,9 +41,11 @@ def write_tokenizer(
     (folder / "options.json").unlink()  # tokenizer_config.json has the same facts
     special = {role: tokenizer.names[i] for role, i in tokenizer.special_ids.model_dump().items()}
     special_tokens = {f"{role}_token": name for role, name in special.items()}
-    fast, config = _fast_tokenizer(tokenizer)
-    _add_special_tokens(fast, tokenizer, special)
-    write_bytes(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if not isinstance(tokenizer, ByteBpe):  # its vocabulary file is a complete tokenizer.json
+        fast, config = _fast_tokenizer(tokenizer)
+        _add_special_tokens(fast, tokenizer, special)
+        write_bytes(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
     config |= {
         NORMALIZATION_KEY: tokenizer.normalization,
         "model_max_length": max_length,

@@ -34,7 +34,8 @@ class Card(NamedTuple):
 
     purpose: one sentence. facts: title -> value, in the order of the table. role: of its class.
     takes_pairs: whether the input is a pair of texts. reads_cls: whether the logits of the first
-    token are those of the whole text.
+    token are those of the whole text. has_spaces: whether tokens of words have the space before the
+    word, as in byte_bpe.
     """
 
     purpose: str
@@ -42,6 +43,7 @@ class Card(NamedTuple):
     role: Role
     takes_pairs: bool = False
     reads_cls: bool = False
+    has_spaces: bool = False
 
 
 def render_card(
@@ -88,7 +90,9 @@ def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Ca
     architecture = config["architectures"][0]
     texts = '"The first text.", "The second text."' if card.takes_pairs else '"A short text."'
     if card.role == "token_classification" and not card.reads_cls:
-        texts = '"A short text .".split(), is_split_into_words=True'  # as in the training
+        # As in the training. AutoTokenizer would encode words of a list without their spaces.
+        words = '"A short text ."'
+        texts = words if card.has_spaces else f"{words}.split(), is_split_into_words=True"
     if card.role == "prediction":
         texts = 'f"A short {tokenizer.mask_token}."'
     return [

@@ -72,8 +72,9 @@ def plan_warnings(config: RunConfig, total_steps: int) -> list[str]:
 def _training_data(config: RunConfig, source: Data) -> TrainingData:
     train, objective = config.train, config.objective
     reader, row_order = source.training(train.seed, train.global_batch_size)
-    begins_word = None
+    begins_word = edge_classes = None
     if objective.masking != "token":
-        begins_word = load_tokenizer(source.tokenizer).begins_word()
-    recipe = masking_recipe(source.manifest, objective, train.seed, begins_word)
+        tokenizer = load_tokenizer(source.tokenizer)
+        begins_word, edge_classes = tokenizer.begins_word(), tokenizer.edge_classes()
+    recipe = masking_recipe(source.manifest, objective, train.seed, begins_word, edge_classes)
     return TrainingData(source, reader, row_order, recipe)

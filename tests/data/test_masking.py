@@ -11,8 +11,14 @@ from shard_data import SPECIAL, best_fit_rows, with_vocabulary
 
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.data.batch import make_batch
-from electra_ds.data.masking import SPAN_LENGTHS, MaskingRecipe, select_masked_positions
+from electra_ds.data.masking import (
+    SPAN_LENGTHS,
+    MaskingRecipe,
+    class_changes,
+    select_masked_positions,
+)
 from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.data.tokenizer.byte_alphabet import edge_classes
 from electra_ds.training.metrics_file import read_metrics
 
 VOCAB = 12
@@ -170,6 +176,22 @@ def test_words_by_spelling_are_the_words_of_the_text(tmp_path, kind):
     assert len(ids) > len(starts) == len(words)  # some words have several tokens
     spellings = ["".join(tokenizer.tokens(part)) for part in np.split(ids, starts[1:])]
     assert [word.replace("##", "").replace("\u2581", "") for word in spellings] == words
+
+
+def test_words_begin_where_the_class_of_the_characters_changes():
+    tokens = ["old", " river", "(", ").", "12", "\u00e9", " ", "\n"]
+    tokens = [*map(str.encode, tokens), b"\xe6", b"\xb0\xb4", b"\xf0\x9f", b"\x98\x80"]
+    classes = np.array([edge_classes(token) for token in tokens]).T
+    for row, begins in (
+        ([0, 0, 5, 1], [0, 0, 0, 1]),
+        ([0, 2, 3, 0, 4, 4, 0], [0, 1, 0, 1, 1, 0, 1]),
+        ([6, 0, 7, 0, 6, 4], [0, 0, 1, 1, 1, 0]),  # one space belongs to the word after it
+        ([8, 9, 0, 9, 4], [0, 0, 0, 0, 1]),  # a letter of two tokens
+        ([0, 10, 11, 3, 0], [0, 1, 0, 0, 1]),  # an emoji of two tokens
+        ([9, 0, 2], [0, 1, 1]),  # nothing is known of a character that began before the row
+    ):
+        ids = np.array([row, [3] * len(row)])
+        assert class_changes(ids, classes).tolist() == [begins, [0] * len(row)], row
 
 
 def test_a_run_uses_its_kind_of_masking_and_cannot_resume_with_another(tmp_path, data):

@@ -20,12 +20,13 @@ import webdataset
 from running import has_mpi, mpirun
 
 from data_tools.formats.documents import documents
-from data_tools.formats.source import UNKNOWN, Tally
+from data_tools.formats.source import Tally
 from data_tools.inputs.plan import make_plan
 from data_tools.inspect_rows import source_reader
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
 from electra_ds.common.errors import UserError
+from electra_ds.common.special_ids import UNKNOWN
 from electra_ds.data.shard_reader import ShardReader
 from electra_ds.data.tokenizer import load_tokenizer
 

@@ -117,6 +117,9 @@ def test_syllables_and_vowel_signs_are_entries(tmp_path):
         (dict(vocab_size=0), "vocab_size = 0"),
         (dict(vocab_size=2**40), "vocab_size = 1099511627776"),
         (dict(kind="bpe", strip_accents=True), "SentencePiece models keep accents"),
+        (dict(kind="byte_bpe", strip_accents=True), "byte_bpe keeps accents"),
+        (dict(kind="byte_bpe", lowercase=True), "byte_bpe keeps the case"),
+        (dict(kind="byte_bpe", vocab_size=260), "vocab_size = 260; expected 261 or more"),
         (
             dict(kind="bpe", vocab_size=64),
             r"could not make 64 entries: .* give --vocab-size \d+ or more",
@@ -253,7 +256,33 @@ def test_the_vocabulary_of_data_runs_and_models_is_kept(tmp_path, owner):
     assert load_tokenizer(tmp_path / "t").fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_byte_level_vocabulary_is_the_same_for_the_same_lines(tmp_path):
+    text = (
+        LATIN
+        + HINDI
+        + JAPANESE
+        + CHINESE[:4000]
+        + "".join(f"word{i} Word{i % 9}\n" for i in range(99))
+    )
+    first, said = trained(tmp_path, text, kind="byte_bpe", vocab_size=600)
+    assert said == ["every character of the text is in the vocabulary"]
+    run_cli(
+        *("train-tokenizer", "--input", tmp_path / "text.txt", "--out", tmp_path / "u"),
+        *("--kind", "byte_bpe", "--vocab-size", 600),
+    )
+    assert (tmp_path / "u" / "tokenizer.json").read_bytes() == first.content
+    assert first.vocab_size == 600 and first.options == {}
+    ids = first.encode_batch([text])[0]
+    assert first.special_ids.unk not in ids and first.decode(ids) == first.normalize(text)
+    assert len(ids) < 0.6 * len(text.encode())  # tokens of several bytes
+    assert first.encode_batch(["Word1"]) != first.encode_batch(["word1"])
+    least, _ = trained(tmp_path, "a", kind="byte_bpe", vocab_size=261)
+    assert least.vocab_size == 261 and not least.vocabulary.merges
+    with pytest.raises(UserError, match=r"holds tokenizer\.json, which would be read beside"):
+        trained(tmp_path, LATIN, kind="wordpiece")
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "byte_bpe"])
 def test_a_vocabulary_that_data_cannot_have_is_refused(tmp_path, kind):
     with pytest.raises(UserError, match="vocab_size = 999999999; expected 64 to 16,777,216"):
         trained(tmp_path, LATIN, kind=kind, vocab_size=999_999_999)

@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from running import run_cli
 from shard_data import SPECIAL, with_vocabulary
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
+from stock_tokenizer import stock_tokenizer
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
@@ -272,6 +273,21 @@ def test_every_token_has_a_probability_and_its_span_in_the_text(detector):
         ".",
     ]
     assert all(0 < score.probability < 1 for score in found)
+
+
+def test_tokens_of_bytes_are_shown_readably(tmp_path):
+    stock_tokenizer(tmp_path)
+    words = load_tokenizer(tmp_path)
+    config = load_run("tiny", [*SETTINGS, "data.sequence_length=32"]).with_data(
+        words.vocab_size, words.special_ids, 32
+    )
+    text = "the old \U0001f9ea caf\u00e9"
+    found = Detector(make_module(config), words, 32)(text)
+    parts = [(score.token, text[score.start : score.end]) for score in found]
+    assert parts[:2] == [("the", "the"), ("\u2581old", "old")]
+    assert parts[2] == ("\u2581\\xf0\\x9f", "\U0001f9ea") and parts[-1][1] == "caf\u00e9"
+    shown = "\n".join(table(found, 0.5))
+    assert "\ufffd" not in shown and "\u0120" not in shown and "\u2581old" in shown
 
 
 def test_words_above_the_limit_of_wordpiece_are_noted(detector):

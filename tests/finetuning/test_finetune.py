@@ -12,6 +12,7 @@ import torch
 from lock_owner import hold
 from running import CPU, ROOT, read_json, run_cli
 from small_tasks import WORDS
+from stock_tokenizer import stock_tokenizer
 
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.data.tokenizer import load_tokenizer
@@ -245,6 +246,17 @@ def test_the_first_token_of_a_word_has_its_label(tmp_path):
     (found,) = encode([Example("0", ["aaab", "ab"], None, [1, 0])], described, tokenizer, 20)
     assert tokenizer.tokens(found.ids) == ["[CLS]", "aa", "##ab", "ab", "[SEP]"]
     assert found.label == [-1, 1, -1, 0, -1]
+
+
+def test_words_of_a_byte_level_vocabulary_have_the_space_before_them(tmp_path):
+    stock_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    described = task("token_classification", labels=["O", "B-x"])
+    example = Example("0", ["old", "\U0001f9ea", "river"], None, [1, 0, 1])
+    (found,) = encode([example], described, tokenizer, 20)
+    whole = tokenizer.encode_batch(["old \U0001f9ea river"])[0]
+    assert found.ids[1:-1] == whole
+    assert found.label == [-1, 1, 0, *[-1] * (len(whole) - 3), 1, -1]
 
 
 def test_every_example_is_in_one_batch_of_an_epoch_and_epochs_differ():

@@ -37,7 +37,7 @@ SPECIAL_NAMES = {
 class Tokenizer(ABC):
     """Base class of tokenizers.
 
-    kind:        "wordpiece" or "sentencepiece"
+    kind:        "wordpiece", "sentencepiece" or "byte_bpe"
     file_name:   name of the vocabulary file that `save` writes
     names:       spelling of each id
     special_ids: ids of the special tokens
@@ -51,6 +51,7 @@ class Tokenizer(ABC):
     kind: str
     file_name: str
     guessed = False
+    unreachable_reason = "have accents or capitals, which the normalized text never has"
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class Tokenizer(ABC):
         self.normalization = normalization
         self.ids = {name: i for i, name in enumerate(self.names)}
         self.vocab_size = len(self.names)
-        self.special_ids = self._find_special_ids(source)
+        self.special_ids = find_special_ids(self.ids, source)
         recorded = [self.kind, {**options, **self._other_normalization()}]
         digest = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode())
         digest.update(content)
@@ -94,7 +95,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def begins_word(self) -> np.ndarray:
-        """Return whether each token begins a word, [V] bool; the others continue a word."""
+        """Return whether each token begins a word, [V] bool; the others continue a word.
+
+        With `edge_classes`, the others may begin a word, too.
+        """
 
     @abstractmethod
     def unknown_parts(self, text: str) -> list[str]:
@@ -108,6 +112,14 @@ class Tokenizer(ABC):
     def _decode_plain(self, ids: list[int]) -> str:
         """Return the readable text of ids, none of which is special."""
 
+    def edge_classes(self) -> np.ndarray | None:
+        """Return the classes of the first and last characters of each token, [2, V] uint8, or None.
+
+        A word also begins where the class changes; see `byte_alphabet`. None: only tokens of
+        `begins_word` begin a word.
+        """
+        return None
+
     def normalize(self, text: str) -> str:
         """Return a text in the normalization of this tokenizer, without surrogates."""
         return normalize(text, self.normalization)
@@ -119,6 +131,19 @@ class Tokenizer(ABC):
         """
         return self.encode_normalized([self.normalize(text) for text in texts])
 
+    def encode_lines(self, documents: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the concatenated ids of documents, [N] uint32, and the lengths of lines, int64.
+
+        documents: the lines of each, normalized, without white space at their ends. A tokenizer
+        for which white space is a token puts the end of a line before the next line. UNKNOWN
+        becomes [UNK].
+        """
+        return self.encode_normalized([line for lines in documents for line in lines])
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each word of a text of words with spaces between them."""
+        return self.encode_batch(words)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens."""
         if not len(texts):
@@ -127,7 +152,7 @@ class Tokenizer(ABC):
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """Return the vocabulary's spelling of each id."""
+        """Return a readable spelling of each id: that of the vocabulary, unless it spells bytes."""
         return [self.names[i] for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -164,8 +189,8 @@ class Tokenizer(ABC):
         if unreachable := self.unreachable_names():
             shown = ", ".join(map(printable, unreachable[:3])) + ", ..." * (len(unreachable) > 3)
             line += (
-                f"; WARNING: {len(unreachable):,} entries have accents or capitals, which the "
-                f"normalized text never has ({shown})"
+                f"; WARNING: {len(unreachable):,} entries {self.unreachable_reason}, so no text "
+                f"encodes to them ({shown})"
             )
         return line
 
@@ -196,20 +221,23 @@ class Tokenizer(ABC):
         """
         return {} if self.normalization == "nfc" else {"normalization": self.normalization}
 
-    def _find_special_ids(self, source: str) -> SpecialIds:
-        """Return the ids of the special tokens. Raises UserError when one is missing."""
-        found: dict[str, int] = {}
-        missing = []
-        for role, spellings in SPECIAL_NAMES.items():
-            ids = [self.ids[name] for name in spellings if name in self.ids]
-            if ids:
-                found[role] = ids[0]
-            else:
-                missing.append(spellings[0])
-        if missing:
-            raise UserError(
-                f"{source}: no {', '.join(missing)} among its {self.vocab_size} entries; expected "
-                "[PAD] [UNK] [CLS] [SEP] [MASK]; `electra-ds train-tokenizer` makes such a "
-                "vocabulary"
-            )
-        return SpecialIds(**found)
+
+def find_special_ids(ids: dict[str, int], source: str) -> SpecialIds:
+    """Return the ids of the special tokens of a vocabulary. Raises UserError when one is missing.
+
+    ids: entry -> id. source: name of the file in messages.
+    """
+    found: dict[str, int] = {}
+    missing = []
+    for role, spellings in SPECIAL_NAMES.items():
+        stated = [ids[name] for name in spellings if name in ids]
+        if stated:
+            found[role] = stated[0]
+        else:
+            missing.append(spellings[0])
+    if missing:
+        raise UserError(
+            f"{source}: no {', '.join(missing)} among its {len(ids)} entries; expected "
+            "[PAD] [UNK] [CLS] [SEP] [MASK]; `electra-ds train-tokenizer` makes such a vocabulary"
+        )
+    return SpecialIds(**found)

@@ -5,7 +5,6 @@ Only a WordPiece with the normalizer and the pre-tokenizer of BERT is supported.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from pydantic import ConfigDict
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import Record, parse_record, read_json, read_record
 from electra_ds.common.printable import printable, shortened
-from electra_ds.data.tokenizer.normalization import FORMS, Form, native_steps
+from electra_ds.data.tokenizer.normalization import FORMS, Form, steps_as_json
 
 TOKENIZER_JSON = "tokenizer.json"
 # Key of tokenizer_config.json that records the normalization of an exported tokenizer.
@@ -124,7 +123,7 @@ def read_tokenizer_json(file: Path) -> tuple[bytes, Options]:
         raise UserError(
             f"{printable(file)}: found a model of type {shortened(kind)} and a normalizer of type "
             f"{shortened(_type_of(content.get('normalizer')))}; expected WordPiece and "
-            f"BertNormalizer; otherwise {OTHERWISE}"
+            f"BertNormalizer, or BPE and NFC; otherwise {OTHERWISE}"
         )
     normalizer = _part(bert, _BertNormalizer, file, "normalizer")
     tokenizer = _part(content, _TokenizerJson, file, "")
@@ -159,18 +158,9 @@ def _divided(normalizer: Any) -> tuple[Form, dict | None]:
     steps = normalizer.get("normalizers") if _type_of(normalizer) == "Sequence" else None
     if isinstance(steps, list) and steps and _type_of(steps[-1]) == "BertNormalizer":
         for form in FORMS:
-            if form != "none" and steps[:-1] == _as_json(form):
+            if form != "none" and steps[:-1] == steps_as_json(form):
                 return form, steps[-1]
     return "none", None
-
-
-def _as_json(form: Form) -> list[dict]:
-    """Return the steps of a normalization in the format of tokenizer.json."""
-    from tokenizers import Tokenizer, models, normalizers
-
-    tokenizer = Tokenizer(models.WordPiece())
-    tokenizer.normalizer = normalizers.Sequence(native_steps(form))
-    return json.loads(tokenizer.to_str())["normalizer"]["normalizers"]
 
 
 def _vocabulary(tokenizer: _TokenizerJson) -> dict[str, int]:

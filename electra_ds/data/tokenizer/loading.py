@@ -12,9 +12,11 @@ from pydantic import Field
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.folder_kinds import found_at
-from electra_ds.common.json_files import Record, read_json, read_record, read_small
+from electra_ds.common.json_files import Record, parse_json, read_json, read_record, read_small
 from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer.base import Tokenizer
+from electra_ds.data.tokenizer.byte_bpe import ByteBpe
+from electra_ds.data.tokenizer.byte_bpe_file import check_tokenizer_config, is_byte_bpe
 from electra_ds.data.tokenizer.hugging_face import (
     TOKENIZER_JSON,
     Options,
@@ -31,7 +33,7 @@ from electra_ds.data.tokenizer.wordpiece import MAX_ENTRY, WordPiece, without_ac
 class StoredOptions(Record):
     """The content of options.json. A user may write one with lowercase and strip_accents only."""
 
-    kind: Literal["wordpiece", "sentencepiece"] | None = None
+    kind: Literal["wordpiece", "sentencepiece", "byte_bpe"] | None = None
     vocab_size: int | None = Field(None, ge=1, lt=1 << 31)
     lowercase: bool | None = None
     strip_accents: bool | None = None
@@ -48,10 +50,10 @@ def load_tokenizer(
     strip_accents: bool | None = None,
     normalization: Form | None = None,
 ) -> Tokenizer:
-    """Load a vocab.txt, a SentencePiece .model file, or a folder with one of them.
+    """Load a vocab.txt, a SentencePiece .model file, a tokenizer.json, or a folder with one of them.
 
-    A folder without these files may hold a tokenizer.json, if that is a WordPiece with BERT's
-    settings.
+    A tokenizer.json is read if it is a byte-level BPE, or a WordPiece with BERT's settings, and if
+    the folder has none of the other files.
 
     The options of a vocab.txt are read from options.json in its folder, where a missing
     `normalization` means nfc. Without options.json, they are read from tokenizer_config.json and
@@ -70,9 +72,8 @@ def load_tokenizer(
             f"{printable(path)}: cannot be read ({error.strerror}); expected a vocabulary"
         ) from None
     chosen = Options(lowercase, strip_accents, normalization)
-    if file.name == TOKENIZER_JSON:
-        content, stated = read_tokenizer_json(file)
-        return _wordpiece(content, stated, chosen, file, file)
+    if file.name.endswith(TOKENIZER_JSON):  # also the file of an interrupted save
+        return _tokenizer_json(file, chosen)
     content = read_small(file, "a vocabulary")
     if is_lfs_pointer(content):
         raise UserError(
@@ -91,25 +92,24 @@ def load_tokenizer(
 
 
 def _vocabulary_file(path: Path) -> Path:
-    names = (*VOCABULARY_FILES, TOKENIZER_JSON)
     if path.is_dir():
         if interrupted := next_vocabulary(path):
             return interrupted
-        for name in names:
+        for name in VOCABULARY_FILES:
             if (path / name).is_file():
                 return path / name
         inner = path / "tokenizer"
         hint = f"; its tokenizer is {printable(inner)}" if inner.is_dir() else found_at(path).clause
         raise UserError(
             f"{printable(path)}: no vocabulary in this folder{hint}; expected one of "
-            f"{', '.join(names)}"
+            f"{', '.join(VOCABULARY_FILES)}"
         )
     if not path.is_file():
         is_there = os.path.lexists(path)
         problem = "is a pipe, a device or a link to nothing" if is_there else "not found"
         raise UserError(
-            f"{printable(path)}: {problem}; expected a vocab.txt, an spm .model file or a folder "
-            "with one of them"
+            f"{printable(path)}: {problem}; expected a vocab.txt, an spm .model file, a "
+            "tokenizer.json or a folder with one of them"
         )
     return path
 
@@ -134,6 +134,30 @@ def _hugging_face_options(folder: Path) -> tuple[Path, Options]:
             file = folder / TOKENIZER_JSON
         stated = stated.or_else(other)
     return file, stated
+
+
+def _tokenizer_json(file: Path, chosen: Options) -> Tokenizer:
+    """Return the byte-level BPE or the WordPiece in a tokenizer.json."""
+    content = read_small(file, "a tokenizer of Hugging Face")
+    if is_lfs_pointer(content):
+        raise UserError(
+            f"{printable(file)}: is a Git LFS pointer, not the vocabulary; run: git lfs pull"
+        )
+    if not is_byte_bpe(parse_json(content, file, "a tokenizer of Hugging Face")):
+        entries, stated = read_tokenizer_json(file)
+        return _wordpiece(entries, stated, chosen, file, file)
+    tokenizer = ByteBpe(content, printable(file))
+    config = file.parent / "tokenizer_config.json"
+    ours = _read_options(file.parent)
+    if ours is None and config.is_file():
+        check_tokenizer_config(config, tokenizer.vocabulary, tokenizer.special_names)
+    for key, value in zip(Options._fields, chosen, strict=True):
+        if value is not None and not (key == "normalization" and value == tokenizer.normalization):
+            raise UserError(
+                f"{printable(file)}: {key} = {value}; expected no such option, because a "
+                "tokenizer.json contains its own normalization"
+            )
+    return _checked(tokenizer, ours, file.parent)
 
 
 def _sentencepiece(
@@ -214,11 +238,12 @@ def _checked(tokenizer: Tokenizer, ours: StoredOptions | None, folder: Path) -> 
     found: dict[str, Any] = {
         "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
+        "normalization": tokenizer.normalization,
         "special_ids": tokenizer.special_ids.model_dump(),
         "fingerprint": tokenizer.fingerprint,
     }
     for key, value in found.items():
-        recorded = getattr(ours, key)
+        recorded = getattr(ours, key) if key in ours.model_fields_set else None
         if recorded not in (None, value):
             raise UserError(
                 f"{printable(folder)}: options.json records {key} = {recorded}, but the vocabulary "

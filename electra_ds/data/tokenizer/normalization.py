@@ -2,6 +2,7 @@
 
 The tokenizer applies it, so that every verb and the exported tokenizer give a text the same ids.
 
+    nfc_only    Unicode NFC and nothing else, for byte-level vocabularies of other programs
     nfc         line ends become spaces, control characters are removed, then Unicode NFC
     nfkc        line ends, tabs, U+1680 and U+2581 become spaces, control characters are removed,
                 then Unicode NFKC
@@ -19,12 +20,15 @@ Python's own functions sort in quadratic time.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from functools import cache
 from typing import Any, Literal, get_args
 
-Form = Literal["nfc", "nfkc", "nfkc_lower", "nfkc_visible", "nfkc_visible_lower", "none"]
+Form = Literal[
+    "nfc", "nfkc", "nfkc_lower", "nfkc_visible", "nfkc_visible_lower", "none", "nfc_only"
+]
 FORMS: tuple[Form, ...] = get_args(Form)
 # Characters at which str.splitlines() divides a text.
 _LINE_ENDS = "\n\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029"
@@ -62,6 +66,8 @@ def normalize(text: str, form: Form) -> str:
         return text.lower() if form.endswith("_lower") else text
     if form == "none":
         return text
+    if form == "nfc_only":
+        return nfc(text)
     if not text.isprintable() or "\u1680" in text or "\u2581" in text:
         text = (LINE_ENDS if form == "nfc" else SPACES).sub(" ", text)
         text, _ = without_control(text)
@@ -112,6 +118,8 @@ def native_steps(form: Form) -> list[Any]:
 
     if form == "none":
         return []
+    if form == "nfc_only":
+        return [_native("NFC")]
     spaces = _LINE_ENDS if form == "nfc" else _LINE_ENDS + _OTHER_SPACES
     deleted = _CONTROL + (_INVISIBLE if form.startswith("nfkc_visible") else "")
     steps = [
@@ -122,6 +130,16 @@ def native_steps(form: Form) -> list[Any]:
     if form.endswith("_lower"):  # lower case may give characters that NFKC composes
         steps += [_native("Lowercase"), _native("NFKC")]
     return steps
+
+
+@cache
+def steps_as_json(form: Form) -> list[dict[str, Any]]:
+    """Return the steps of a form in the format of tokenizer.json."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    tokenizer = Tokenizer(models.WordPiece())
+    tokenizer.normalizer = normalizers.Sequence(native_steps(form))
+    return json.loads(tokenizer.to_str())["normalizer"]["normalizers"]
 
 
 def _escaped(characters: str) -> str:
@@ -150,16 +168,18 @@ def aligner(form: Form) -> Any:
     return characters
 
 
-def whole_characters(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def whole_characters(
+    text: str, spans: list[tuple[int, int]], space: str = "\u2581"
+) -> list[tuple[int, int]]:
     """Return the spans of tokens without leading white space and with trailing combining marks.
 
     text: not normalized. spans: (start, end) of each token in it, in order. A mark that belongs to
-    the next token stays there.
+    the next token stays there. space: a character that counts as white space, or "".
     """
     result = []
     starts = [start for start, _ in spans] + [len(text)]
     for (start, end), limit in zip(spans, starts[1:], strict=True):
-        while start < end and (text[start].isspace() or text[start] == "\u2581"):
+        while start < end and (text[start].isspace() or text[start] == space):
             start += 1
         while start < end < limit and unicodedata.category(text[end])[0] == "M":
             end += 1

@@ -26,6 +26,7 @@ VOCABULARY_FILES = (
     "spiece.model",
     "tokenizer.model",
     "sentencepiece.bpe.model",
+    "tokenizer.json",  # of a byte-level BPE, or of a WordPiece of another program
 )
 
 

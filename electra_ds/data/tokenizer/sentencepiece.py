@@ -49,7 +49,7 @@ class SentencePiece(Tokenizer):
         """Load a model.
 
         content: bytes of the .model file. options: {}, because a SentencePiece has none.
-        source: name of the file in messages. normalization: any form but none.
+        source: name of the file in messages. normalization: any form but none and nfc_only.
         Raises UserError for a file that is not a SentencePiece model, for another normalization,
         and when a special token is missing or is not a control symbol.
         """
@@ -63,8 +63,8 @@ class SentencePiece(Tokenizer):
                 f"{source}: not a SentencePiece model ({error}); expected an spm .model file"
             ) from None
         super().__init__(content, names, options, source, normalization)
-        if normalization == "none":
-            raise UserError(f"{source}: normalization = 'none'; expected another one")
+        if normalization in ("none", "nfc_only"):
+            raise UserError(f"{source}: normalization = {normalization!r}; expected another one")
         for role, i in self.special_ids.model_dump().items():
             if role != "unk" and not self._model.is_control(i):
                 raise UserError(
