@@ -36,6 +36,7 @@ COMMON = ("model.num_layers=4", "generator.num_layers=2")
 SHAPES = {
     "electra": ("tiny", ("model.ffn_size=512", "generator.ffn_size=512")),
     "modernbert": ("modern-tiny", ("model.ffn_size=344", "generator.ffn_size=344")),
+    "deberta_v2": ("deberta-tiny", ("model.ffn_size=512", "generator.ffn_size=512")),
 }
 RECIPE = (
     "model.init=fan_in",
