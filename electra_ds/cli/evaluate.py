@@ -31,20 +31,24 @@ def evaluate(
 ) -> None:
     """Show losses and accuracies on held-out rows.
 
-    AUC, precision and recall of the detection of replaced tokens are included.
+    AUC, precision and recall of the detection of replaced tokens are included, and a word about
+    it: learning, on the plateau, or collapsed.
     """
     import math
 
     from rich.cells import cell_len
 
+    from electra_ds.config.schema import VerdictConfig
     from electra_ds.evaluation.evaluate import evaluate_checkpoint
     from electra_ds.training.checkpoint import find_checkpoint
+    from electra_ds.training.verdict import word_of_evaluation
 
     progress = progress_line("rows")
     values = evaluate_checkpoint(model, data, max_rows, trust_code, progress)
+    verdict = word_of_evaluation(values, VerdictConfig())
     if as_json:  # a value without a definition, such as an AUC without replaced tokens, is null
         known = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        print_json(known, indent=2)
+        print_json(known | ({"verdict": verdict} if verdict else {}), indent=2)
         return
     print(printable(redacted(f"{find_checkpoint(model)}, held-out rows of {data}")))
     names = {key: printable(key) for key in values}  # a mixture names its sources
@@ -53,6 +57,8 @@ def evaluate(
         name = names[key] + " " * (width - cell_len(names[key]))
         is_count = key.endswith(("tokens", "chosen"))
         print(f"  {name} {value:,.0f}" if is_count else f"  {name} {value:.4f}")
+    if verdict:
+        print(f"  {'verdict':{width}} {verdict}")
 
 
 @app.command()

@@ -38,7 +38,7 @@ class Counts(NamedTuple):
     true_positive: Tensor
     false_positive: Tensor
     false_negative: Tensor
-    hidden_square: Tensor  # of the discriminator's centred hidden states, mean over H, over tokens
+    hidden_square: Tensor  # `centred_square` of the discriminator's last hidden states
     histogram: Tensor  # [2, BINS]: discriminator logits of original (row 0) and replaced tokens
 
     def to_vector(self) -> Tensor:
@@ -102,15 +102,21 @@ def count(
 
 
 def centred_square(hidden: Tensor | None, weights: Tensor) -> Tensor:
-    """Return sum_i w_i mean((h_i - m)^2) with m the weighted mean of h, 0-d fp64; NaN without h.
+    """Return sum_i w_i mean((h_i - m)^2), 0-d fp64, with m the mean of h in the row of i.
 
-    hidden: [B, S, H] float. weights: [B, S] fp64.
+    The mean of each row is subtracted, and not that of the batch, so that the result does not
+    depend on the division into batches. NaN without h.
+
+    hidden: [B, S, H] float. weights: [B, S] fp64, 0 or 1.
     """
     if hidden is None:
         return weights.new_full((), math.nan)
-    h, w = hidden.float().flatten(0, 1), weights.float().view(-1, 1)
-    mean = (w * h).sum(0) / w.sum().clamp(min=1.0)
-    return (w * (h - mean).square()).mean(1).sum().double()
+    total = weights.new_zeros(())
+    for row, weight in zip(hidden, weights, strict=True):  # row by row, to need little memory
+        h, w = row.float(), weight.float()[:, None]  # [S, H], [S, 1]
+        mean = (w * h).sum(0) / w.sum().clamp(min=1.0)
+        total += (w * (h - mean).square()).mean(1).sum()
+    return total
 
 
 def histogram(logits: Tensor, is_replaced: Tensor, weights: Tensor) -> Tensor:

@@ -112,19 +112,28 @@ class VerdictTracker:
 
     def _word(self, step: int) -> str:
         options, window = self.options, self._window
-        is_full = len(window) == options.window
-        gain = sum(sample.gain for sample in window) / len(window)
-        if is_full:
-            self._best_gain = max(self._best_gain, gain)
-        if is_full and gain >= options.learning_gain:
-            return LEARNING
-        if not is_full or step <= self.warmup_steps:
+        if len(window) < options.window:
             return WARMING_UP
-        hidden_rms = sum(sample.hidden_rms for sample in window) / len(window)
-        logit_std = sum(sample.logit_std for sample in window) / len(window)
-        is_flat = hidden_rms < options.collapsed_rms or logit_std < options.collapsed_std
-        is_lost = self._best_gain >= options.learning_gain and gain < options.learning_gain / 4
-        return COLLAPSED if is_flat or is_lost else PLATEAU
+        mean = Sample(*(sum(values) / len(window) for values in zip(*window, strict=True)))
+        self._best_gain = max(self._best_gain, mean.gain)
+        word = _word_of(mean, options)
+        if word != LEARNING and step <= self.warmup_steps:
+            return WARMING_UP
+        is_lost = self._best_gain >= options.learning_gain and mean.gain < options.learning_gain / 4
+        return COLLAPSED if word == PLATEAU and is_lost else word
+
+
+def word_of_evaluation(values: Mapping[str, Any], options: VerdictConfig) -> str | None:
+    """The word for the metrics of one evaluation, without a history; None without a discriminator."""
+    sample = _sample(values)
+    return None if sample is None else _word_of(sample, options)
+
+
+def _word_of(sample: Sample, options: VerdictConfig) -> str:
+    if sample.gain >= options.learning_gain:
+        return LEARNING
+    is_flat = sample.hidden_rms < options.collapsed_rms or sample.logit_std < options.collapsed_std
+    return COLLAPSED if is_flat else PLATEAU
 
 
 def _sample(values: Mapping[str, Any]) -> Sample | None:

@@ -31,6 +31,7 @@ class FakeWeights:
         }
         random = torch.Generator().manual_seed(seed)
         self.ranks = SimpleNamespace(rank=0, world_size=1)
+        self.frozen: dict[str, torch.Tensor] = {}
         self.parameters = dict(shapes)
         self.values = {
             (name, kind): torch.randn(shape, generator=random)

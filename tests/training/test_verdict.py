@@ -22,6 +22,7 @@ from electra_ds.training.verdict import (
     WARMING_UP,
     Verdict,
     VerdictTracker,
+    word_of_evaluation,
 )
 
 # ------------------------------------------------------------------------------------------- runs
@@ -132,6 +133,20 @@ def test_lines_without_a_metric_change_nothing(key):
     assert words([without, null, line(0.01) | {key: math.nan}] * 3)[-1] == "warming up"
 
 
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        (line(0.05), LEARNING),
+        (line(0.03), PLATEAU),
+        (line(0.03, logit_std=0.001), COLLAPSED),
+        (line(0.0, hidden_rms=0.001), COLLAPSED),
+        ({"mlm_loss": 3.0}, None),
+    ],
+)
+def test_one_evaluation_has_a_word_without_a_history(values, word):
+    assert word_of_evaluation(values, VerdictConfig()) == word
+
+
 def test_the_state_is_carried_to_other_ranks():
     tracker = VerdictTracker(VerdictConfig(window=3), 0)
     records = [line(0.2, hidden_rms=math.nan) | {"step": s, "split": "train"} for s in range(1, 6)]
@@ -173,12 +188,11 @@ def test_the_spread_of_logits_is_their_standard_deviation():
     assert deviation(histogram(torch.full((2, 3), -1.7), logits[:2, :3] > 0, torch.ones(2, 3))) == 0
 
 
-def test_the_spread_of_hidden_states_is_that_of_the_counted_tokens():
+def test_the_spread_of_hidden_states_is_that_of_the_counted_tokens_of_each_row():
     torch.manual_seed(0)
     hidden, weights = torch.randn(2, 5, 8), torch.tensor([[1.0] * 5, [1.0] * 2 + [0.0] * 3])
-    counted = torch.cat([hidden[0], hidden[1, :2]])
-    expected = (counted - counted.mean(0)).square().mean(1).sum()
-    assert float(centred_square(hidden, weights.double())) == pytest.approx(
-        float(expected), rel=1e-5
-    )
+    rows = (hidden[0], hidden[1, :2])
+    expected = sum(float((row - row.mean(0)).square().mean(1).sum()) for row in rows)
+    found = float(centred_square(hidden, weights.double()))
+    assert found == pytest.approx(expected, rel=1e-5)
     assert math.isnan(float(centred_square(None, weights.double())))
