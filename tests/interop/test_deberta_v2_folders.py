@@ -16,6 +16,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
 from electra_ds.evaluation.detect import Detector
 from electra_ds.interop.export import export
+from electra_ds.interop.hf_deberta_v2 import MICROSOFT_HEAD
 from electra_ds.interop.import_weights import import_weights
 from electra_ds.interop.load_model import load, load_objective, load_pretrained
 from electra_ds.model.weights import true_state
@@ -249,7 +250,12 @@ def masked_lm(folder: Path, **sizes) -> dict[str, torch.Tensor]:
 
 def microsoft(folder: Path, *heads: str, pickled: bool = False) -> dict[str, torch.Tensor]:
     """Write a folder as Microsoft's: their names, a position table that is not used; its tensors."""
-    tensors = masked_lm(folder, legacy=False)
+    names = {stock: theirs for theirs, stock in MICROSOFT_HEAD.items()}
+    tensors = {}
+    for name, tensor in masked_lm(folder).items():
+        for stock, theirs in names.items():
+            name = name.replace(stock, theirs)
+        tensors[name] = tensor
     extra = {
         "mask_predictions.dense.weight": torch.randn(64, 64),
         "mask_predictions.dense.bias": torch.randn(64),

@@ -196,6 +196,8 @@ def test_hidden_states_are_those_of_the_stock_encoder(sharing, rows):
 @pytest.mark.parametrize("part", ["discriminator", "generator"])
 @pytest.mark.parametrize("sharing", ["shared", "untied", "all"])
 def test_logits_are_equal_after_conversion_from_the_stock_class(sharing, part, legacy):
+    if not legacy and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 ties the dense layer of this head to the word table")
     model, generator, objective = pair(sharing)
     theirs, batch = stock(model, generator, part, legacy=legacy), batch_of(ROWS["padded"])
     for p in theirs.parameters():

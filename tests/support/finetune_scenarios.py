@@ -151,8 +151,8 @@ def fine_tuned() -> None:
     run("classes", "classes", seeds=2)
     run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
     run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
-    for name in ("modern", "deberta"):
-        run(name, "pairs", words_engine, model=name, peak_lr=1e-3, epochs=1.0, dropout=0.0)
+    for name, epochs in (("modern", 1.0), ("deberta", 2.0)):
+        run(name, "pairs", words_engine, model=name, peak_lr=1e-3, epochs=epochs, dropout=0.0)
 
 
 def fine_tuned_in_other_ways() -> None:
