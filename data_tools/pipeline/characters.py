@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
-from electra_ds.common.printable import printable
+from electra_ds.common.printable import counted, printable
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.data.tokenizer.normalization import nfc
 from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS, WordPiece, without_accents
@@ -159,9 +159,8 @@ class Uncovered(NamedTuple):
     def of(cls, tokenizer: Tokenizer, counts: Counter[str]) -> Uncovered:
         """Return the uncovered characters of a text. counts: character -> occurrences."""
         characters = [c for c in counts if not c.isspace()]
-        encoded = tokenizer.encode_batch(characters)
-        unk = tokenizer.special_ids.unk
-        unknown = {c: counts[c] for c, ids in zip(characters, encoded, strict=True) if unk in ids}
+        # The space that SentencePiece puts before a text may be [UNK] as well, so ids do not tell.
+        unknown = {c: counts[c] for c in characters if c in "".join(tokenizer.unknown_parts(c))}
         total = sum(counts[c] for c in characters)
         return cls(total, Counter(unknown), tokenizer.kind == "wordpiece")
 
@@ -178,7 +177,7 @@ class Uncovered(NamedTuple):
         become = "words with them become" if self.whole_words else "become"
         line = (
             f"{self.share:.2%} of the text's characters are not in the vocabulary, and {become} "
-            f"[UNK]: {len(self.unknown):,} different ones, most frequent {most}"
+            f"[UNK]: {counted(len(self.unknown), 'different one')}, most frequent {most}"
         )
         if self.share > WARN:
             # SentencePiece uses more entries for longer tokens, not for rare characters.
