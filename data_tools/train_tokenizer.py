@@ -164,7 +164,7 @@ def _lines(
     tally: counts the lines. Raises UserError at the end if there are no lines, or too many bad
     ones.
     """
-    plan = make_plan(inputs, format=format)
+    plan = make_plan(inputs, format=format, text_field=text_field)
     total = sum(source.size for source in plan.sources)
     has_text = False
     on_progress = running_total(lambda done: progress("read", done, total))

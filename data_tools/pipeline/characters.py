@@ -89,7 +89,8 @@ class Merged(NamedTuple):
         pairs = ", ".join(f"{printable(a)} and {printable(b)}" for a, b in self.examples)
         such = f", such as {pairs}" if pairs else ""
         return (
-            f"stripping makes {self.share:.2%} of the words ({self.distinct:,} different ones) "
+            f"stripping makes {self.share:.2%} of the words "
+            f"({counted(self.distinct, 'different one')}) "
             f"equal to a more frequent word{such}"
         )
 
@@ -219,8 +220,8 @@ class LongWords(NamedTuple):
             return ""
         share = self.inside / max(1, self.total)
         line = (
-            f"{share:.2%} of the text's characters are in {self.words:,} words of more than "
-            f"{MAX_WORD_CHARACTERS} characters, which become one [UNK] each, such as "
+            f"{share:.2%} of the text's characters are in {counted(self.words, 'word')} of more "
+            f"than {MAX_WORD_CHARACTERS} characters, which become one [UNK] each, such as "
             f"{word_shown(self.first)}"
         )
         return f"WARNING: {line}; {NO_SPACES}" if share > WARN else line
