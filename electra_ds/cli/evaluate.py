@@ -80,7 +80,7 @@ def detect(
     """Show for each token how likely it was replaced."""
     import json
 
-    from electra_ds.evaluation.detect import Detector
+    from electra_ds.evaluation.detect import Detector, TokenScore
     from electra_ds.evaluation.detect_table import align, table
 
     if threshold != threshold:  # NaN lies between all limits
@@ -105,10 +105,14 @@ def detect(
     scores = detector(text)
     before = detector(original) if original is not None else None
     if as_json:
-        values = [score._asdict() for score in scores]
+        values: list[dict] = [score._asdict() for score in scores]
         if before is not None:
-            for value, other in zip(values, align(scores, before), strict=True):
-                value["original"] = other._asdict() if other else None
+            nothing = dict.fromkeys(TokenScore._fields)
+            values = [
+                (score._asdict() if score else nothing)
+                | {"original": other._asdict() if other else None}
+                for score, other in align(scores, before)
+            ]
         print(json.dumps(values, indent=1, ensure_ascii=False))
         return
     for line in table(scores, threshold, before):
