@@ -11,6 +11,7 @@ import typer
 
 from electra_ds.cli.console import app, progress_line
 from electra_ds.cli.options import Data, Model, TrustCode
+from electra_ds.common.encodings import CONVERT
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted
@@ -99,7 +100,7 @@ def detect(
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{file or 'standard input'}: byte {error.start} is not UTF-8; convert it"
+                f"{file or 'standard input'}: byte {error.start} is not UTF-8; {CONVERT}"
             ) from None
     detector = Detector.load(model, tokenizer, trust_code)
     scores = detector(text)

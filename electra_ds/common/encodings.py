@@ -36,7 +36,10 @@ def _is_text(head: bytes, encoding: str) -> bool:
 
 
 def _decoded(head: bytes, encoding: str) -> str | None:
-    """Return the text of bytes whose last character may be cut; None for another encoding."""
+    """Return the text of bytes; None if they are of another encoding.
+
+    The last character may be cut.
+    """
     try:
         return codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:

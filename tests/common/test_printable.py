@@ -5,7 +5,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from electra_ds.common.printable import printable, printable_lines, shortened
+from electra_ds.common.printable import counted, printable, printable_lines, shortened
 
 
 @given(st.text())
@@ -30,3 +30,8 @@ def test_shortened_is_bounded():
     assert shortened("x" * 10**6) == "'" + "x" * 76 + "..."
     assert shortened(10**300).endswith("...") and len(shortened(10**300)) == 80
     assert shortened({"a": [0] * 10**6}) == "a dict of 1"
+
+
+def test_one_of_a_kind_is_singular():
+    found = [counted(number, "document") for number in (0, 1, 1234)]
+    assert found == ["0 documents", "1 document", "1,234 documents"]
