@@ -174,6 +174,7 @@ def _plan_job(
     plan = make_plan(
         inputs,
         format=settings.format,
+        text_field=settings.text_field,
         unit_bytes=settings.unit_bytes,
         outputs=outputs,
         vocabulary=vocabulary,
@@ -352,7 +353,8 @@ def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
             f"valid_fraction = {valid_fraction} of {documents:,} documents gives "
             f"{tokens['train']:,} training tokens and {tokens['valid']:,} held-out tokens; "
             "expected some of both; give more documents (in plain text a blank line separates "
-            "them) or another --valid-fraction (0: none held out)"
+            "them; carriage returns alone end no line) or another --valid-fraction (0: none held "
+            "out)"
         )
     return tokens
 

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,11 @@ from electra_ds.data.tokenizer.normalization import Form
 KINDS = ("wordpiece", "unigram", "bpe", "byte_bpe")
 CLASSES: dict[str, type[Tokenizer]] = {"wordpiece": WordPiece, "byte_bpe": ByteBpe}
 SPECIALS = [names[0] for names in SPECIAL_NAMES.values()]  # ids 0 to 4
-# WordPiece: share of the text that the characters of the vocabulary cover before words are joined.
+# Share of the text that single characters cover before entries go to longer tokens. Digits are
+# among these characters even if they are rarer, because every number with a lost digit is lost.
 COVERAGE = 0.9999
 CHARACTERS = 0.75  # largest share of the entries that these characters take
+SPACE = "\u2581"  # SentencePiece's symbol for a space, which begins every text
 MIN_COUNT = 2  # least occurrences of a pair that WordPiece and byte_bpe join
 REPEATS = 1000  # most repetitions of a word in one text that is passed to the trainer
 MAX_SENTENCES = 5_000_000  # lines that SentencePiece samples
@@ -184,7 +187,7 @@ def _lines(
     tally: counts the lines. Raises UserError at the end if there are no lines, or too many bad
     ones.
     """
-    plan = make_plan(inputs, format=format)
+    plan = make_plan(inputs, format=format, text_field=text_field)
     total = sum(source.size for source in plan.sources)
     has_text = False
     on_progress = running_total(lambda done: progress("read", done, total))
@@ -289,14 +292,20 @@ def _fill(counts: Counter[str], inside: set[str], limit: int, needed: float) -> 
     needed: occurrences that the characters cover together; rarer ones are left out
     """
     kept: list[str] = []
-    covered = 0
-    for character in in_order(counts):
+    for character in _needed(counts, needed):
         limit -= 2 if character in inside else 1
-        if limit < 0 or covered >= needed:
+        if limit < 0:
             break
-        covered += counts[character]
         kept.append(character)
     return [*sorted(kept), *(f"##{c}" for c in sorted(inside.intersection(kept)))]
+
+
+def _needed(counts: Counter[str], needed: float) -> list[str]:
+    """Return the most frequent characters with `needed` occurrences together, then other digits."""
+    characters = in_order(counts)
+    before = accumulate((counts[c] for c in characters), initial=0)
+    frequent = [c for c, covered in zip(characters, before, strict=False) if covered < needed]
+    return frequent + [c for c in characters[len(frequent) :] if c.isdecimal()]
 
 
 def _train_byte_bpe(lines: Iterator[str], vocab_size: int) -> ByteBpe:
@@ -350,6 +359,7 @@ def _train_sentencepiece(
             unk_piece="[UNK]",
             control_symbols=SPECIALS[2:],
             character_coverage=0.9995,
+            required_chars=SPACE,  # too rare for character_coverage in long lines without spaces
             input_sentence_size=MAX_SENTENCES,
             hard_vocab_limit=False,
             shuffle_input_sentence=True,
@@ -370,14 +380,23 @@ def _train_sentencepiece(
 
 
 def _completed(content: bytes, kind: str, vocab_size: int, characters: Counter[str]) -> bytes:
-    """Return a model with rare characters in the entries that stay free, and rounded scores."""
+    """Return a model with more single characters, and rounded scores.
+
+    Frequent characters and digits that the model lacks take the entries of its last longer tokens.
+    Rare characters take the entries that stay free.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
-    lowest = min(piece.score for piece in model.pieces)
     covered = {piece.piece for piece in model.pieces}
-    rare = [c for c in in_order(characters) if c not in covered and not c.isspace()]
-    for character in rare[: max(0, vocab_size - len(model.pieces))]:
+    counts = Counter({c: count for c, count in characters.items() if not c.isspace()})
+    limit = int(CHARACTERS * (vocab_size - len(SPECIALS))) - sum(len(name) == 1 for name in covered)
+    needed = [c for c in _needed(counts, COVERAGE * counts.total()) if c not in covered]
+    needed = needed[: max(0, limit)]
+    _remove_longer(model, len(model.pieces) + len(needed) - vocab_size)
+    rare = [c for c in in_order(counts) if c not in covered.union(needed)]
+    lowest = min(piece.score for piece in model.pieces)
+    for character in [*needed, *rare][: max(0, vocab_size - len(model.pieces))]:
         lowest -= 1 if kind == "bpe" else 0  # bpe orders its merges by the scores
         model.pieces.add(piece=character, score=lowest)
     if kind == "unigram":
@@ -385,6 +404,22 @@ def _completed(content: bytes, kind: str, vocab_size: int, characters: Counter[s
             piece.score = round(piece.score * SCORE_STEPS) / SCORE_STEPS
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString()
+
+
+def _remove_longer(model: Any, count: int) -> None:
+    """Remove the longer tokens with the lowest scores. In bpe, no other merge needs the last ones.
+
+    model: ModelProto. count: number of entries to remove; <= 0 removes none.
+    """
+    longer = [i for i, piece in enumerate(model.pieces) if _is_longer(piece)]
+    longer.sort(key=lambda i: (model.pieces[i].score, -i))
+    for i in sorted(longer[: max(0, count)], reverse=True):
+        del model.pieces[i]
+
+
+def _is_longer(piece: Any) -> bool:
+    """Whether an entry of a model is a token of several characters, and not a special one."""
+    return piece.type == piece.NORMAL and len(piece.piece) > 1
 
 
 def _cut(line: str) -> Iterator[str]:

@@ -205,15 +205,19 @@ def _serve_tasks(pipe: Pipe) -> None:
 
 @contextmanager
 def console_progress() -> Iterator[Progress]:
-    """Yield a `Progress` that draws one bar per stage on the terminal."""
+    """Yield a `Progress` that draws one bar per stage on the terminal, and nothing elsewhere."""
     from rich import progress as rich
+    from rich.console import Console
 
+    console = Console()
     with rich.Progress(
         rich.TextColumn("{task.description:12}"),
         rich.BarColumn(),
         rich.TaskProgressColumn(),
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
     ) as bars:
         tasks: dict[str, Any] = {}
 

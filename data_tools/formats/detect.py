@@ -7,13 +7,17 @@ import re
 from pathlib import Path
 
 from electra_ds.common.decompression import COMPRESSED
+from electra_ds.common.encodings import wide_encoding
 from electra_ds.common.errors import UserError
 
 # First bytes of arrow files, and of arrow streams.
 ARROW = (b"ARROW1\0\0", b"\xff\xff\xff\xff")
 # The title of a WikiText article; ` = = Title = = ` is the title of a section.
 WIKITEXT_TITLE = re.compile(rb"= (?!= ).*(?<! =) =")
+# The first line of an array of objects, or of an object that continues on later lines.
+_BEGINS_JSON = re.compile(rb"\s*(\[\s*(\{|$)|\{\s*$)")
 _OBJECT = re.compile(rb"\{\s*(\"|\}\s*$)")  # other text with braces: wiki templates, LaTeX
+_TABLES = (".csv", ".tsv")
 _NOT_LINES = (".json", ".parquet", ".arrow", ".tar", ".zip")  # extensions of files without lines
 _TAR_MAGIC = slice(257, 262)  # bytes of the first tar header
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -65,13 +69,34 @@ def detect_format(name: str, head: bytes, wanted: str = "auto") -> str:
 
 
 def _check_encoding(name: str, head: bytes) -> None:
-    """Raise UserError when the first bytes are a mark of an encoding other than UTF-8."""
-    for mark, encoding in ENCODINGS.items():
-        if head.startswith(mark):
-            raise UserError(
-                f"{name}: not text in UTF-8 but in {encoding}; convert it: iconv -f {encoding} "
-                "-t UTF-8"
-            )
+    """Raise UserError when the first bytes are those of UTF-16 or UTF-32."""
+    marked = (encoding for mark, encoding in ENCODINGS.items() if head.startswith(mark))
+    if encoding := next(marked, None) or wide_encoding(head):
+        raise UserError(
+            f"{name}: not text in UTF-8 but in {encoding}; convert it: iconv -f {encoding} -t UTF-8"
+        )
+
+
+def _check_table(name: str, suffix: str) -> None:
+    """Raise UserError for a CSV or TSV file by its suffix."""
+    if suffix in _TABLES:
+        raise UserError(
+            f"{name}: a table, which cannot be read; convert it to JSONL (one object per line) and "
+            "give the column of the text as --text-field, for example with pandas: read_csv(FILE"
+            + (", sep='\\t'" if suffix == ".tsv" else "")
+            + ").to_json('x.jsonl', orient='records', lines=True, force_ascii=False); if it is "
+            "plain text, set --format text; or leave the file out"
+        )
+
+
+def _check_json(name: str, first: bytes) -> None:
+    """Raise UserError if the first line begins a JSON value that continues on later lines."""
+    if begins := _BEGINS_JSON.match(first):
+        what, advice = ("an array", ".[]") if begins[0][:1] == b"[" else ("an object", ".")
+        raise UserError(
+            f"{name}: the file is one JSON value, {what} over its lines; expected JSONL, one "
+            f"object per line; convert it: jq -c '{advice}' FILE > x.jsonl"
+        )
 
 
 def _is_object(line: bytes) -> bool:
@@ -87,10 +112,14 @@ def _detect_lines(name: str, head: bytes) -> str:
     plain = Path(name)
     while plain.suffix in COMPRESSED:
         plain = plain.with_suffix("")
-    if plain.suffix in (".jsonl", ".ndjson"):
-        return "jsonl"
+    suffix = plain.suffix.lower()
+    _check_table(name, suffix)
     lines = head.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
     first = next((line for line in lines if line.strip()), b"")
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        _check_json(name, first)
+    if suffix in (".jsonl", ".ndjson"):
+        return "jsonl"
     if first.startswith((b"<doc ", b"<doc>")):
         return "wiki"
     if _OBJECT.match(first):
@@ -102,7 +131,7 @@ def _detect_lines(name: str, head: bytes) -> str:
                 f"{name}: its first line looks like a JSON object but is none; set --format jsonl "
                 "if the file has one object per line, or --format text if it is plain text"
             )
-    if plain.suffix in _NOT_LINES or b"\0" in first:
+    if suffix in _NOT_LINES or b"\0" in first:
         nul = first.find(b"\0")
         reason = f" (byte {nul} of its first line is NUL)" if nul >= 0 else ""
         raise UserError(

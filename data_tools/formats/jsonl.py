@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from io import BufferedReader
 
-from data_tools.formats.source import Source, Tally, texts_of_value
+from data_tools.formats.source import NO_FIELD, Source, Tally, texts_of_value
 from data_tools.formats.text import read_lines
 from electra_ds.common.printable import shortened
 from electra_ds.common.suggestions import other_form
 
+FIELDS_SHOWN = 10  # names of fields in a message
 LONGEST_LINE = 16 << 20  # bytes
 
 
@@ -37,9 +39,16 @@ def read_jsonl(
             tally.add_bad("not a JSON object", source, offset)
         elif text_field not in record:
             hint = other_form(text_field, record)
-            tally.add_bad(f"no field {shortened(text_field)}{hint}", source, offset)
+            kind = f"{NO_FIELD}{shortened(text_field)}{hint}"
+            tally.add_bad(kind, source, offset, _names(record))
         else:
             yield from texts_of_value(record[text_field], source, offset, text_field, tally)
+
+
+def _names(record: dict) -> str:
+    """Return the names of the first fields of an object."""
+    shown = ", ".join(shortened(name, 40) for name in itertools.islice(record, FIELDS_SHOWN))
+    return f"{shown or 'none'}{', ...' * (len(record) > FIELDS_SHOWN)}"
 
 
 def _error_class(line: bytes, error: Exception) -> str:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from electra_ds.common.decompression import COMPRESSED, Expansion
+from electra_ds.common.encodings import CONVERT
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 
-LOCATIONS = 20  # most locations of bad lines that are kept for messages
+LOCATIONS = 3  # most locations of bad lines that are kept for messages
 LONGEST = 4 << 20  # about the bytes of the longest document; longer texts become several documents
+NO_FIELD = "no field "  # beginning of the class of JSON lines without the text field
 TO_THE_END = 1 << 62  # end of the range that covers a whole stream
 
 
@@ -58,11 +60,15 @@ class Tally:
     bad: Counter[str] = field(default_factory=Counter)  # class -> unreadable lines
     locations: list[str] = field(default_factory=list)  # first bad lines: "file: byte n: class"
 
-    def add_bad(self, kind: str, source: Source, offset: int) -> None:
-        """Count a bad line and keep the location of the first ones."""
+    def add_bad(self, kind: str, source: Source, offset: int, found: str = "") -> None:
+        """Count a bad line and keep the location of the first ones.
+
+        found: what the line has instead, for the first location with a line of this class
+        """
         self.bad[kind] += 1
         if len(self.locations) < LOCATIONS:
-            self.locations.append(f"{source.name}: byte {offset}: {kind}")
+            found = f" (found {found})" if found and self.bad[kind] == 1 else ""
+            self.locations.append(f"{source.name}: byte {offset}: {kind}{found}")
 
 
 def check_share(max_bad_fraction: float) -> None:
@@ -76,22 +82,19 @@ def check_bad_lines(tally: Tally, max_bad_fraction: float) -> None:
     bad = tally.bad.total()
     if bad <= max_bad_fraction * tally.lines:
         return
-    encoding = (
-        "if they are in another encoding, such as windows-1251 or windows-1254, convert the files "
-        "to UTF-8 (iconv -f ENCODING -t utf-8); "
-        if tally.bad["not UTF-8"]
-        else ""
-    )
+    advice = f"if they are in another encoding: {CONVERT}; " if tally.bad["not UTF-8"] else ""
+    if any(kind.startswith(NO_FIELD) for kind in tally.bad):
+        advice += "give the field of the text as --text-field; "
     raise UserError(
-        f"{bad} of {tally.lines} lines cannot be read ({described(tally.bad)}); expected at most "
-        f"the share {max_bad_fraction}; {encoding}correct them or raise --max-bad-fraction; the "
+        f"{bad:,} of {tally.lines:,} lines cannot be read ({described(tally.bad)}); expected at "
+        f"most the share {max_bad_fraction}; {advice}correct them or raise --max-bad-fraction; the "
         f"first: {'; '.join(tally.locations[:LOCATIONS])}"
     )
 
 
 def described(bad: Counter[str]) -> str:
     """Return the counts of bad lines by class, as text."""
-    return ", ".join(f"{kind}: {count}" for kind, count in sorted(bad.items()))
+    return ", ".join(f"{kind}: {count:,}" for kind, count in sorted(bad.items()))
 
 
 # A reader of one format: (source, content, start, end, text field, tally) -> the texts of the

@@ -29,7 +29,7 @@ from data_tools.inputs.streams import HEAD, fingerprint, open_input
 from electra_ds.common.decompression import COMPRESSED, content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
-from electra_ds.common.printable import printable
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.suggestions import other_form_of_file
 from electra_ds.common.urls import file_system, is_url, redacted
 from electra_ds.data.tokenizer import VOCABULARY_FILES
@@ -41,6 +41,8 @@ MAX_REMOTE_FOLDERS = 10_000
 MAX_REMOTE_DEPTH = 32
 UNIT_BYTES = 32 << 20
 FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "webdataset", "tfrecord")
+TEXT_FIELD = "text"  # the default of --text-field
+WITHOUT_FIELDS = {"text", "text_file", "wikitext", "wiki", "docs"}  # formats
 # Files beside the data of a folder that hold no documents.
 METADATA_FILES = {
     "README.md",
@@ -95,6 +97,7 @@ def make_plan(
     inputs: Sequence[str],
     *,
     format: str = "auto",
+    text_field: str = TEXT_FIELD,
     unit_bytes: int = UNIT_BYTES,
     outputs: Sequence[str | Path] = (),
     vocabulary: Path | None = None,
@@ -102,6 +105,7 @@ def make_plan(
     """Find the files of the inputs and divide them into units.
 
     inputs:  files, folders, globs, brace patterns, URLs, dataset:NAME, builtin:docs
+    text_field: UserError for another one than TEXT_FIELD if no input has fields or columns
     outputs: folders of this command. They are left out where they lie in an input folder; so are
              data folders and tokenizers of earlier commands.
     vocabulary: file or folder of the tokenizer, which is left out in the same way
@@ -126,6 +130,13 @@ def make_plan(
     if not any(source.size for source in sources):
         raise UserError(
             f"{printable(redacted(', '.join(inputs)))}: all {len(sources)} input files are empty"
+        )
+    formats = {source.format for source in sources}
+    if text_field != TEXT_FIELD and formats <= WITHOUT_FIELDS:
+        raise UserError(
+            f"--text-field {shortened(text_field)}: the inputs are read as "
+            f"{', '.join(sorted(formats))}, which has no fields; leave --text-field out, or set "
+            "--format jsonl if the inputs are JSONL"
         )
     return Plan(tuple(sources), tuple(_divide(sources, unit_bytes)))
 

@@ -161,8 +161,8 @@ def _pack(task: ShardTask) -> PackedShard:
     if not len(table):
         raise UserError(
             f"shard {task.shard} of {task.shards} of split {task.split} has no document, because "
-            "the split has few and long documents; expected a blank line between documents, JSONL, "
-            "or <doc> blocks"
+            "the split has few and long documents; expected a blank line between documents "
+            "(carriage returns alone end no line), JSONL, or <doc> blocks"
         )
     special = task.special_ids
     line_lengths, document_lines = _line_lengths(table, stored, special)

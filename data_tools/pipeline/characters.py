@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
-from electra_ds.common.printable import printable, word_shown
+from electra_ds.common.printable import counted, printable, word_shown
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.data.tokenizer.normalization import nfc
 from electra_ds.data.tokenizer.wordpiece import (
@@ -89,7 +89,8 @@ class Merged(NamedTuple):
         pairs = ", ".join(f"{printable(a)} and {printable(b)}" for a, b in self.examples)
         such = f", such as {pairs}" if pairs else ""
         return (
-            f"stripping makes {self.share:.2%} of the words ({self.distinct:,} different ones) "
+            f"stripping makes {self.share:.2%} of the words "
+            f"({counted(self.distinct, 'different one')}) "
             f"equal to a more frequent word{such}"
         )
 
@@ -159,9 +160,8 @@ class Uncovered(NamedTuple):
     def of(cls, tokenizer: Tokenizer, counts: Counter[str]) -> Uncovered:
         """Return the uncovered characters of a text. counts: character -> occurrences."""
         characters = [c for c in counts if not c.isspace()]
-        encoded = tokenizer.encode_batch(characters)
-        unk = tokenizer.special_ids.unk
-        unknown = {c: counts[c] for c, ids in zip(characters, encoded, strict=True) if unk in ids}
+        # The space that SentencePiece puts before a text may be [UNK] as well, so ids do not tell.
+        unknown = {c: counts[c] for c in characters if c in "".join(tokenizer.unknown_parts(c))}
         total = sum(counts[c] for c in characters)
         return cls(total, Counter(unknown), tokenizer.kind == "wordpiece")
 
@@ -178,7 +178,7 @@ class Uncovered(NamedTuple):
         become = "words with them become" if self.whole_words else "become"
         line = (
             f"{self.share:.2%} of the text's characters are not in the vocabulary, and {become} "
-            f"[UNK]: {len(self.unknown):,} different ones, most frequent {most}"
+            f"[UNK]: {counted(len(self.unknown), 'different one')}, most frequent {most}"
         )
         if self.share > WARN:
             # SentencePiece uses more entries for longer tokens, not for rare characters.
@@ -220,8 +220,8 @@ class LongWords(NamedTuple):
             return ""
         share = self.inside / max(1, self.total)
         line = (
-            f"{share:.2%} of the text's characters are in {self.words:,} words of more than "
-            f"{MAX_WORD_CHARACTERS} characters, which become one [UNK] each, such as "
+            f"{share:.2%} of the text's characters are in {counted(self.words, 'word')} of more "
+            f"than {MAX_WORD_CHARACTERS} characters, which become one [UNK] each, such as "
             f"{word_shown(self.first)}"
         )
         return f"WARNING: {line}; {NO_SPACES}" if share > WARN else line

@@ -22,7 +22,7 @@ from electra_ds.cli.options import (
     TextField,
 )
 from electra_ds.common.errors import UserError
-from electra_ds.common.printable import printable, shortened
+from electra_ds.common.printable import counted, printable, shortened
 from electra_ds.common.urls import file_system, is_url, redacted
 
 MOST_DIGITS = 18  # of a row number
@@ -208,8 +208,9 @@ def _print_splits(out: str | Path, manifest: "Manifest") -> None:
     for name, split in manifest.splits.items():
         share = split.pad / (split.rows * manifest.sequence_length) if split.rows else 0.0
         print(
-            f"{printable(redacted(str(out)))} {name}: {split.documents:,} documents, {split.tokens:,} tokens, "
-            f"{split.rows:,} rows, padding {share:.2%}"
+            f"{printable(redacted(str(out)))} {name}: "
+            f"{counted(split.documents, 'document')}, {counted(split.tokens, 'token')}, "
+            f"{counted(split.rows, 'row')}, padding {share:.2%}"
         )
 
 

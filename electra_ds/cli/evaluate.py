@@ -11,6 +11,7 @@ import typer
 
 from electra_ds.cli.console import app, print_json, progress_line
 from electra_ds.cli.options import Data, Model, TrustCode
+from electra_ds.common.encodings import CONVERT
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.common.urls import redacted
@@ -83,7 +84,7 @@ def detect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show for each token how likely it was replaced."""
-    from electra_ds.evaluation.detect import Detector
+    from electra_ds.evaluation.detect import Detector, TokenScore
     from electra_ds.evaluation.detect_table import align, table
 
     if threshold != threshold:  # NaN lies between all limits
@@ -102,16 +103,20 @@ def detect(
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{file or 'standard input'}: byte {error.start} is not UTF-8; convert it"
+                f"{file or 'standard input'}: byte {error.start} is not UTF-8; {CONVERT}"
             ) from None
     detector = Detector.load(model, tokenizer, trust_code)
     scores = detector(text)
     before = detector(original) if original is not None else None
     if as_json:
-        values = [score._asdict() for score in scores]
+        values: list[dict] = [score._asdict() for score in scores]
         if before is not None:
-            for value, other in zip(values, align(scores, before), strict=True):
-                value["original"] = other._asdict() if other else None
+            nothing = dict.fromkeys(TokenScore._fields)
+            values = [
+                (score._asdict() if score else nothing)
+                | {"original": other._asdict() if other else None}
+                for score, other in align(scores, before)
+            ]
         print_json(values, indent=1)
         return
     for line in table(scores, threshold, before):

@@ -39,7 +39,7 @@ Format = Annotated[
     str,
     typer.Option(
         help="Input format: auto, text, text_file (one document per file), wikitext, wiki, jsonl, "
-        "webdataset."
+        "webdataset. CSV and TSV files are refused unless a format is set."
     ),
 ]
 TrustCode = Annotated[
@@ -48,7 +48,10 @@ TrustCode = Annotated[
 ]
 TextField = Annotated[
     str,
-    typer.Option(help="Field of JSONL, or column of a table; for webdataset: txt or json.FIELD."),
+    typer.Option(
+        help="Field of JSONL, or column of parquet, arrow or a dataset; for webdataset: txt or "
+        "json.FIELD. Plain text has none."
+    ),
 ]
 BadFraction = Annotated[
     float, typer.Option(help="Fail if a larger share of the lines cannot be read.")

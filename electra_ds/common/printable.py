@@ -78,3 +78,8 @@ def _escaped(character: str) -> str:
     if character in KEPT or unicodedata.category(character) not in ESCAPED:
         return character
     return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 document" or "1,234 documents". noun: singular of a noun with a plural in -s."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.printable import counted
 from electra_ds.data.batch import Batch
 from electra_ds.data.tokenizer import Tokenizer, WordPiece
 from electra_ds.data.tokenizer.wordpiece import MAX_WORD_CHARACTERS
@@ -118,8 +119,8 @@ class Detector:
         if not long:
             return ""
         return (
-            f"{long} words of more than {MAX_WORD_CHARACTERS} characters are one {unknown} each, "
-            "with one probability; WordPiece does not divide them; a text in a script without "
+            f"{counted(long, 'word')} of more than {MAX_WORD_CHARACTERS} characters: one {unknown} "
+            "each, with one probability; WordPiece does not divide them; a text in a script without "
             "spaces needs a model with a SentencePiece vocabulary"
         )
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from itertools import zip_longest
 
 from rich.cells import cell_len
 
@@ -22,20 +23,27 @@ def table(
     scores: what a Detector returns. Tokens with a probability of at least `threshold` are marked as
     replaced; below it, the highest one is marked as most suspicious. The mark is beside the
     probability. original: scores of the text before a change; tokens are aligned by their spelling
-    and shown in two more columns.
+    and shown in two more columns. A token of only one of the texts has a line with empty cells for
+    the other text.
     """
     highest = max(score.probability for score in scores)
-    heading = ["token", "replaced", ""]
-    rows = []
-    for score in scores:
+
+    def cells(score: TokenScore | None) -> list[str]:
+        return [printable(score.token), f"{score.probability:.4f}"] if score else ["", ""]
+
+    def mark(score: TokenScore | None) -> str:
+        if score is None:
+            return ""
         is_replaced = score.probability >= threshold
-        mark = MARKS[0] if is_replaced else MARKS[1] if score.probability == highest else ""
-        rows.append([printable(score.token), f"{score.probability:.4f}", mark])
-    if original is not None:
+        return MARKS[0] if is_replaced else MARKS[1] if score.probability == highest else ""
+
+    heading = ["token", "replaced", ""]
+    if original is None:
+        rows = [[*cells(score), mark(score)] for score in scores]
+    else:
         heading += ["original", "replaced"]
-        for row, other in zip(rows, align(scores, original), strict=True):
-            shown = [printable(other.token), f"{other.probability:.4f}"] if other else ["", ""]
-            row += shown
+        pairs = align(scores, original)
+        rows = [[*cells(score), mark(score), *cells(other)] for score, other in pairs]
     return _lines(heading, rows)
 
 
@@ -55,22 +63,26 @@ def _lines(heading: list[str], rows: list[list[str]]) -> list[str]:
     return [line(heading), rule, *map(line, rows)]
 
 
-def align(scores: list[TokenScore], original: list[TokenScore]) -> list[TokenScore | None]:
-    """For each score the token of the original text that corresponds to it, or None."""
+def align(
+    scores: list[TokenScore], original: list[TokenScore]
+) -> list[tuple[TokenScore | None, TokenScore | None]]:
+    """Pairs (token, token of the original text that corresponds to it), in the order of the texts.
+
+    All tokens of both texts are in a pair. One side is None for a token of only one of the texts.
+    """
     old, new = [score.token for score in original], [score.token for score in scores]
-    aligned: list[TokenScore | None] = [None] * len(new)
+    aligned: list[tuple[TokenScore | None, TokenScore | None]] = []
     i = j = 0  # of original and of scores
     while i < len(old) and j < len(new):
         is_last = i + WINDOW >= len(old) and j + WINDOW >= len(new)
         blocks = _blocks(old[i : i + WINDOW], new[j : j + WINDOW], is_last)
         for old_start, old_end, new_start, new_end in blocks:
-            for offset in range(min(old_end - old_start, new_end - new_start)):
-                aligned[j + new_start + offset] = original[i + old_start + offset]
-        if is_last:
-            break
+            aligned += zip_longest(
+                scores[j + new_start : j + new_end], original[i + old_start : i + old_end]
+            )
         _, i_end, _, j_end = blocks[-1]
         i, j = i + i_end, j + j_end
-    return aligned
+    return [*aligned, *zip_longest(scores[j:], original[i:])]
 
 
 def _blocks(old: list[str], new: list[str], is_last: bool) -> list[tuple[int, int, int, int]]:

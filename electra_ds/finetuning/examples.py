@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -170,8 +171,10 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
+        is_comma = isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value)
+        wanted = "a number with a decimal point, not a comma" if is_comma else "a number"
         raise UserError(
-            f"{where} is {shortened(value)}; expected a number; correct or remove the row"
+            f"{where} is {shortened(value)}; expected {wanted}; correct or remove the row"
         )
     return number
 
@@ -188,9 +191,14 @@ def _value(column: str | int, row: dict[str | int, Any], where: str) -> Any:
         )
     if key not in row:
         names = [printable(str(name)) for name in row]
+        quoted = (
+            "; quotes are literal in TSV: remove them, or save the file as CSV"
+            if f'"{column}"' in row
+            else ""
+        )
         raise UserError(
             f"{where}: no column {column!r}{nearest(str(column), names)}; found "
-            f"{', '.join(names)}; name the columns in the task, or correct the file"
+            f"{', '.join(names)}{quoted}; name the columns in the task, or correct the file"
         )
     return row[key]
 

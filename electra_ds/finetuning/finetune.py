@@ -28,7 +28,7 @@ from electra_ds.config.loading import differences, parse_config
 from electra_ds.finetuning.batches import encode, swapped
 from electra_ds.finetuning.config import FinetuneConfig
 from electra_ds.finetuning.examples import read_examples
-from electra_ds.finetuning.notes import length_note, split_notes
+from electra_ds.finetuning.notes import length_note, segments_note, split_notes
 from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.seed import (
     SeedRun,
@@ -203,6 +203,8 @@ def _read(suite: Suite, task: Task) -> Splits:
     longest = {split: max(len(x.ids) for x in rows) for split, rows in encoded.items()}
     trained = None if suite.random_init else suite.pretrained.trained_length
     notes += length_note(max_length, longest, trained)
+    segments = None if suite.random_init else suite.pretrained.trained_segments
+    notes += segments_note(task, segments)
     compared = [examples["train"], examples[task.valid_splits[0]]]
     digest = hashlib.sha256(json.dumps(compared).encode()).hexdigest()
 

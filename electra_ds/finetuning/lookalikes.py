@@ -1,11 +1,14 @@
-"""Labels that look equal but consist of different characters.
+"""Labels that look equal but consist of different characters, and spellings of one number.
 
-Such labels come from keyboards of two scripts, from Unicode forms, and from invisible characters.
+Such labels come from keyboards of two scripts, from Unicode forms, from invisible characters, and
+from programs that write 1 as 1.0.
 Each of them would become a class of its own.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
+from decimal import Decimal
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import shortened
@@ -35,13 +38,29 @@ def appearance(text: str) -> str:
     return " ".join(composed.translate(_SAME_SHAPE).split())
 
 
+def _number(label: str) -> str:
+    """Return the shortest spelling of a decimal number, such as 1 for 01 and 1.0; else the label."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?", label):
+        return label
+    return str(Decimal(label).normalize() + 0)  # + 0: no negative zero
+
+
 def check_labels(labels: Sequence[str], task: str) -> None:
-    """Raise UserError if two labels of a training split look equal.
+    """Raise UserError if two labels of a training split look equal, or are the same number.
 
     Also for a tag that looks like one of BIO or BIOES and is none. task: its name.
     """
     seen: dict[str, str] = {}
+    numbers: dict[str, str] = {}
     for label in labels:
+        other = numbers.setdefault(_number(label), label)
+        if other != label:
+            raise UserError(
+                f"task {task}: the labels {shortened(other)} and {shortened(label)} of the training "
+                "split are the same number in another spelling; write them alike (1 becomes 1.0 if "
+                "a program reads the column as decimal numbers); if they are two classes, list all "
+                "classes as `labels` of the task"
+            )
         other = seen.setdefault(appearance(label), label)
         if other != label:
             raise UserError(

@@ -14,6 +14,7 @@ from electra_ds.finetuning.tasks import Task
 SHARE = 0.01  # of unknown tokens, or of examples without tokens; above it a note is given
 MAX_EXAMINED = 1000  # examples with [UNK] that are tokenized again to find the words
 SHOWN = 5  # words in a note
+FEW_LABELS = 5  # up to this number, labels that occur once are no reason for a note
 
 
 def split_notes(
@@ -23,8 +24,8 @@ def split_notes(
     encoded: Sequence[Encoded],
     tokenizer: Tokenizer,
 ) -> list[str]:
-    """Return notes on one split: unknown tokens, texts without tokens, equal labels, labels out of
-    range.
+    """Return notes on one split: unknown tokens, texts without tokens, equal labels, labels that
+    occur once (train), labels out of range.
 
     encoded: `encode` of the examples; in train, those in the other order of a pair may follow.
     tokenizer: that of `encode`.
@@ -45,6 +46,7 @@ def split_notes(
     if is_constant(examples):
         what = "tags" if task.kind == "token_classification" else "label"
         notes.append(f"{split}: every example has the same {what}")
+    notes += _labels_note(task, split, examples)
     if odd := outside_range(task, list(examples)):
         low, high = task.label_range or (0.0, 1.0)
         share = 100 * len(odd) / len(examples)
@@ -107,6 +109,41 @@ def is_constant(examples: Sequence[Example]) -> bool:
     """Return whether at least two examples have labels, and all labels are equal."""
     labels = [example.label for example in examples if example.label is not None]
     return len(labels) > 1 and all(label == labels[0] for label in labels)
+
+
+def _labels_note(task: Task, split: str, examples: Sequence[Example]) -> list[str]:
+    """Return a note if most labels of the training split occur once, as texts do, else []."""
+    if split != "train" or task.kind == "regression":
+        return []
+    found = [
+        number
+        for example in examples
+        for number in (example.label if isinstance(example.label, list) else [example.label])
+    ]
+    labels = len(set(found))
+    if labels <= max(FEW_LABELS, len(found) / 2):
+        return []
+    what, where = (
+        ("tags", "words") if task.kind == "token_classification" else ("labels", "examples")
+    )
+    return [
+        f"{split}: {labels:,} different {what} in {len(found):,} {where}, so most of them occur "
+        f"once; check that label = {task.label!r} and text_a = {task.text_a!r} are not swapped"
+    ]
+
+
+def segments_note(task: Task, trained: int | None) -> list[str]:
+    """Return a note if the task has pairs, but pretraining trained one token type, else [].
+
+    trained: token types that the pretraining run trained, or None if it is not known.
+    """
+    if task.text_b is None or trained != 1:
+        return []
+    return [
+        "the task has pairs of texts, but the rows of the pretraining run had one segment: the "
+        "second texts start from a token type that the run did not train; for pairs, pretrain on "
+        "data of prepare --packing google"
+    ]
 
 
 def length_note(max_length: int, longest: Mapping[str, int], trained: int | None) -> list[str]:

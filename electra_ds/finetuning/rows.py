@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from electra_ds.common.encodings import CONVERT, wide_encoding
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer, open_regular
 from electra_ds.common.json_files import parse_strictly
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
 
 Row = tuple[str, dict[str | int, Any]]  # (location for messages, values by column)
+HEAD = 1 << 16  # bytes that show the encoding
 Lines = Iterator[tuple[int, list[str]]]  # (line number from 1, cells)
 # First bytes of files that are not text -> what the user can do.
 BINARY = {
@@ -96,14 +98,17 @@ def _read(path: Path) -> str:
     for start, advice in BINARY.items():
         if data.startswith(start):
             raise UserError(f"{path}: expected text in UTF-8, but {advice}")
+    if encoding := wide_encoding(data[:HEAD]):
+        raise UserError(
+            f"{path}: expected text in UTF-8, but it is {encoding}; try: iconv -f {encoding} "
+            "-t utf-8"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8; "
-            "convert it from its encoding, such as windows-1251, windows-1254 or latin1, to UTF-8 "
-            "(iconv -f ENCODING -t utf-8)"
+            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8; {CONVERT}"
         ) from None
 
 
@@ -200,14 +205,18 @@ def _jsonl(path: Path, text: str) -> Iterator[Row]:
             row = parse_strictly(line)
         except ValueError as error:
             raise UserError(
-                f"{path}:{number}: found {shortened(line, 60)} ({error}); expected one JSON object "
-                "per line"
+                f"{path}:{number}: found {shortened(line, 60)} ({error}); {_one_object(line)}"
             ) from None
         if not isinstance(row, dict):
-            raise UserError(
-                f"{path}:{number}: found {shortened(line, 60)}; expected one JSON object per line"
-            )
+            raise UserError(f"{path}:{number}: found {shortened(line, 60)}; {_one_object(line)}")
         yield f"{path}:{number}", row
+
+
+def _one_object(line: str) -> str:
+    """Describe what a line of JSONL has to be. line: a line that is none, perhaps of an array."""
+    expected = "expected one JSON object per line"
+    is_array = line.lstrip().startswith("[")
+    return f"{expected}; convert an array: jq -c '.[]' FILE > x.jsonl" if is_array else expected
 
 
 def _conll(path: Path, text: str) -> Iterator[Row]:

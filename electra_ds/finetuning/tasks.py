@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import read_json
+from electra_ds.common.json_files import parse_json, read_small
 from electra_ds.common.names import check_relative
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section, machine, science
@@ -260,7 +261,8 @@ def _user_task(path: Path, data: Path | None) -> Task:
 
     A description may come from another person, so it cannot name files at other places.
     """
-    values = read_json(path, "a task's description")
+    what = "a task's description"
+    values = parse_json(read_small(path, what).removeprefix(BOM_UTF8), path, what)
     name = values.get("name", path.stem)
     if isinstance(name, str) and name.split() not in ([], [name]):
         origin = "" if "name" in values else ", from the name of the file,"

@@ -126,6 +126,20 @@ class Checkpoint(NamedTuple):
         length = self.run.data.sequence_length if self.run else length
         return min(length or self.model.max_positions, self.model.max_positions)
 
+    def trained_segments(self) -> int | None:
+        """Return 1 if the run trained token type 0 alone, else the number of token types.
+
+        Rows with one segment give the other token types no gradient, so their second moments are 0.
+        None if it is not known: a model without token types or moments, or a fine-tuned model.
+        """
+        if self.run is None or self.model.segments is None or self.model.segments < 2:
+            return None
+        name = "exp_avg_sq/embeddings.token_type.weight"
+        for _, moment in checkpoint.tensors(self.folder, self.meta, "optim", only=name):
+            first, *others = moment.any(dim=-1).tolist()
+            return (self.model.segments if any(others) else 1) if first else None
+        return None
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the metadata and all weights of a run, a checkpoint or a fine-tuned model.

@@ -112,6 +112,7 @@ class Pretrained(NamedTuple):
     state: fp32 tensors without padded rows, named embeddings.* and discriminator.*.
     origin: a description of the source for reports.
     trained_length: tokens of a row in pretraining; None if it is not known.
+    trained_segments: token types that the pretraining run trained; None if it is not known.
     """
 
     model: ModelConfig
@@ -119,6 +120,7 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer
     origin: str
     trained_length: int | None = None
+    trained_segments: int | None = None
 
 
 def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
@@ -148,7 +150,8 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
     if found.run is not None and steps > 0:  # an imported model was pretrained elsewhere
         trained = found.run.data.sequence_length
     origin = f"{found.folder}, step {steps}"
-    return Pretrained(found.model, state, found.tokenizer(tokenizer), origin, trained)
+    words = found.tokenizer(tokenizer)
+    return Pretrained(found.model, state, words, origin, trained, found.trained_segments())
 
 
 class LoadedModel(NamedTuple):

@@ -249,9 +249,12 @@ def check_content(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> None
             )
 
 
-def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str, Tensor]]:
+def tensors(
+    path: Path, meta: Meta, prefix: str = "model", only: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, fp32 tensor on the CPU) of the `model` or `optim` files.
 
+    only: name of a tensor; the others are not read.
     Raises UserError when a file is not a safetensors file, or holds a tensor of another type.
     """
     for name in sorted(meta.files):
@@ -259,6 +262,8 @@ def tensors(path: Path, meta: Meta, prefix: str = "model") -> Iterator[tuple[str
             continue
         with _reading_tensors(path / name) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
+                if only not in (None, key):
+                    continue
                 value = file.get_tensor(key)
                 if value.dtype != torch.float32:
                     raise UserError(

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.common.printable import (
+    counted,
     json_text,
     printable,
     printable_lines,
@@ -59,3 +60,8 @@ def test_json_keeps_letters_of_all_scripts():
     escaped = "\x1b\x9b\x7f\u202e\u2066\ud800\u2028\U000e0041"
     expected = r"\u001b\u009b\u007f\u202e\u2066\ud800\u2028\udb40\udc41"
     assert json_text(escaped) == f'"{expected}"'
+
+
+def test_one_of_a_kind_is_singular():
+    found = [counted(number, "document") for number in (0, 1, 1234)]
+    assert found == ["0 documents", "1 document", "1,234 documents"]

@@ -156,7 +156,7 @@ def test_formats_are_detected_from_name_and_content(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.json", b'[{"text": "x"},\n'),
+        ("a.json", b'"text"\n'),
         ("b.tar.gz", gzip.compress(b"x.txt\0\0\0")),
         ("c", b"\x7fELF\0\0"),
         ("d.arrow", b"ARROW1"),

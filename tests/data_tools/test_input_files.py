@@ -11,12 +11,13 @@ from running import run_cli
 
 from data_tools.formats.detect import detect_format
 from data_tools.formats.documents import documents
-from data_tools.formats.source import Tally
+from data_tools.formats.source import Tally, check_bad_lines
 from data_tools.inputs.plan import make_plan
 from data_tools.inspect_rows import describe_rows
 from data_tools.prepare import prepare
 from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import verify
+from electra_ds.common.encodings import wide_encoding
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
 
@@ -270,3 +271,82 @@ def test_the_rest_of_a_line_that_is_too_long_is_no_line(tmp_path, monkeypatch):
         source, 0, source.size, text_field="text", tally=tally, on_progress=lambda amount: None
     )
     assert list(texts) == ["one", "two"] and tally.lines == 3 and tally.bad.total() == 1
+
+
+# ------------------------------------------------------------- tables, JSON values, other encodings
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_a_table_is_refused_unless_the_user_says_that_it_is_text(tmp_path: Path, name: str) -> None:
+    content = "id,text\n1,one two\n"
+    packed = gzip.compress(content.encode()) if name.endswith(".gz") else content.encode()
+    (tmp_path / name).write_bytes(packed)
+    with pytest.raises(UserError, match=rf"^{name}: a table.*JSONL.*--text-field.*--format text"):
+        make_plan([str(tmp_path)])
+    assert read(tmp_path / name, format="text") == [content.strip()]
+
+
+def test_a_text_field_without_an_input_that_has_fields_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    with pytest.raises(UserError, match="--text-field 'body': the inputs are read as text"):
+        make_plan([str(tmp_path)], text_field="body")
+    assert len(make_plan([str(tmp_path)]).sources) == 1
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}\n')
+    assert len(make_plan([str(tmp_path)], text_field="body").sources) == 2
+
+
+def test_the_text_field_of_each_command_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two\n" * 50)
+    given = ["--input", tmp_path / "a.txt", "--out", tmp_path / "t"]
+    run = run_cli("train-tokenizer", *given, "--text-field", "body", check=False)
+    assert run.returncode == 2 and "--text-field 'body'" in run.stderr
+    assert run_cli("train-tokenizer", *given, "--vocab-size", 80).returncode == 0
+    given = ["--input", tmp_path / "a.txt", "--tokenizer", tmp_path / "t", "--out", tmp_path / "d"]
+    run = run_cli("prepare", *given, "--text-field", "body", check=False)
+    assert run.returncode == 2 and "--text-field 'body'" in run.stderr
+    assert run.stdout.strip() == ""  # no bar, and no empty line for it
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("a.json", '[{"text": "one"}, {"text": "two"}]', r"an array.*jq -c '\.\[\]'"),
+        ("a.jsonl", '\n[\n  {\n    "text": "one"\n  }\n]\n', r"an array.*jq -c '\.\[\]'"),
+        ("a.json", '{\n  "text": "one"\n}\n', r"an object.*jq -c '\.'"),
+    ],
+)
+def test_one_json_value_over_the_lines_is_named(
+    tmp_path: Path, name: str, content: str, advice: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"^{name}: the file is one JSON value, {advice}"):
+        make_plan([str(tmp_path)])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", ["za\u017c\u00f3\u0142\u0107 1\n", "\u4e0a\u6d77 \u5317\u4eac\n"])
+def test_utf16_and_utf32_without_a_mark_are_named(tmp_path: Path, encoding: str, text: str) -> None:
+    (tmp_path / "a.txt").write_bytes((text * 20).encode(encoding))
+    wanted = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    for format in ("auto", "text"):
+        with pytest.raises(UserError, match=f"in {wanted}; convert it: iconv -f {wanted}"):
+            make_plan([str(tmp_path)], format=format)
+
+
+def test_bytes_that_are_no_utf16_are_not_named_so() -> None:
+    for content in (b"hello\0 world, hello\n", b"one\0two\n", bytes(range(256)), b"\0" * 40):
+        assert wide_encoding(content) is None
+
+
+def test_the_fields_of_lines_without_the_text_field_are_named_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "\u092a\u093e\u0920": "x"}\n' * 30)
+    tally = Tally()
+    (source,) = make_plan([str(tmp_path)]).sources
+    given = {"text_field": "text", "tally": tally, "on_progress": lambda amount: None}
+    assert list(documents(source, 0, source.size, **given)) == []
+    with pytest.raises(UserError) as caught:
+        check_bad_lines(tally, 0.001)
+    message = str(caught.value)
+    assert message.startswith("30 of 30 lines") and message.count("byte ") == 3
+    assert message.count("(found 'id', '\u092a\u093e\u0920')") == 1
+    assert "give the field of the text as --text-field" in message

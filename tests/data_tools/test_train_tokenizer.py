@@ -3,15 +3,17 @@
 import json
 import random
 import time
+from collections import Counter
 
 import pytest
 from running import run_cli
+from tokenizers import Tokenizer as Fast
 
 from data_tools.pipeline.characters import Uncovered
 from data_tools.train_tokenizer import SENTENCE_BYTES, _cut, train_tokenizer
 from electra_ds.common.errors import UserError
 from electra_ds.data.shard_format import read_manifest
-from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.data.tokenizer import SentencePiece, load_tokenizer
 from electra_ds.interop.hf_tokenizer import write_tokenizer
 
 IDEOGRAPHS = [chr(0x4E00 + i) for i in range(1500)]
@@ -67,14 +69,54 @@ def test_the_share_that_is_not_covered_is_that_of_the_characters(tmp_path, kind)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_rare_characters_keep_a_small_model_equal_to_its_export(tmp_path, kind):
-    from tokenizers import Tokenizer
+def test_a_text_begins_with_no_unknown_token_when_long_lines_have_no_spaces(tmp_path, kind):
+    line = "".join(RANDOM.choices(IDEOGRAPHS[:40], k=3000))
+    tokenizer, said = trained(tmp_path, f"{line}\n\n" * 20, kind=kind, vocab_size=300)
+    ids = tokenizer.encode_batch([f"{line[:5]} {line[5:9]}"])[0]
+    assert tokenizer.special_ids.unk not in ids and tokenizer.names[ids[0]].startswith("\u2581")
+    assert said[-1] == "every character of the text is in the vocabulary"
 
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_an_unknown_space_is_no_unknown_character(tmp_path, kind):
+    """Models of earlier versions and of other programs may lack the space."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    tokenizer, _ = trained(tmp_path, "ab ba " * 50, kind=kind, vocab_size=64)
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
+    kept = [piece for piece in model.pieces if "\u2581" not in piece.piece]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    without = SentencePiece(model.SerializeToString(), {}, "test", "nfkc_visible_lower")
+    assert without.encode_batch(["a"])[0][0] == without.special_ids.unk
+    assert Uncovered.of(without, Counter(a=3, b=2, q=1)).unknown == {"q": 1}
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
+def test_rare_digits_and_letters_keep_an_entry_when_all_entries_are_used(tmp_path, kind):
+    words = ["".join(RANDOM.choices("abcdefgh", k=5)) for _ in range(600)]
+    texts = [" ".join(RANDOM.choices(words, k=100)) for _ in range(200)]
+    texts[50] += " " + " ".join(["xyz"] * 20)  # 0.02 % of the characters each
+    texts[100] += " 7"  # less than 0.001 %
+    tokenizer, said = trained(tmp_path, "\n".join(texts), kind=kind, vocab_size=400)
+    assert tokenizer.vocab_size == 400
+    ids = tokenizer.encode_batch(["xyz 7 " + " ".join(words[:50])])[0]
+    assert tokenizer.special_ids.unk not in ids
+    assert said[-1] == "every character of the text is in the vocabulary"
+    write_tokenizer(tokenizer, tmp_path / "hf", 64)
+    fast = Fast.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    for text in texts[:60]:
+        ids = fast.encode(text, add_special_tokens=False).ids
+        assert ids == tokenizer.encode_batch([text])[0]
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_rare_characters_keep_a_small_model_equal_to_its_export(tmp_path, kind):
     text = LATIN * 20 + "".join(chr(0x3400 + i) for i in range(90)) + "\n"
     tokenizer, _ = trained(tmp_path, text, kind=kind, vocab_size=300)
     assert any("\u3400" <= name <= "\u3500" for name in tokenizer.names)
     write_tokenizer(tokenizer, tmp_path / "hf", 64)
-    fast = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    fast = Fast.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     for line in {*text.splitlines(), "-" * 200, "aaaaaaaa" * 50}:
         assert fast.encode(line, add_special_tokens=False).ids == tokenizer.encode_batch([line])[0]
 

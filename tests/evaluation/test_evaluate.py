@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import run_folders
 import torch
 from rich.cells import cell_len
 from running import run_cli
@@ -352,10 +353,48 @@ def test_the_table_marks_suspicious_tokens_and_aligns_the_original():
     assert heading.split() == ["token", "replaced", "original", "replaced"]
     assert [line.split()[-2:] for line in lines] == [
         ["the", "0.1000"],
+        ["sous", "0.3000"],
         ["cook", "0.2000"],
         ["cooked", "0.2500"],
     ]
-    assert lines[2].startswith("ate      0.7000  <- replaced  ")  # beside its probability
+    assert lines[1].startswith(" " * 10)  # the text has no token there
+    assert lines[3].startswith("ate      0.7000  <- replaced  ")  # beside its probability
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a b c d", "a d"),
+        ("a b c d", "c d"),
+        ("a b c d", "a b"),
+        ("a b c d", "a x d"),
+        ("a d", "a b c d"),
+        ("a b", "x"),
+        ("a", ""),
+        ("", "a"),
+    ],
+)
+def test_every_token_of_both_texts_is_in_the_alignment(old, new):
+    before = [TokenScore(word, i, i + 1, 0.1) for i, word in enumerate(old.split())]
+    after = [TokenScore(word, i, i + 1, 0.2) for i, word in enumerate(new.split())]
+    pairs = align(after, before)
+    assert [score for score, _ in pairs if score] == after
+    assert [other for _, other in pairs if other] == before
+    assert all(score or other for score, other in pairs)
+    if after:
+        _, _, *lines = table(after, 0.5, before)
+        assert len(lines) == len(pairs)
+        assert sum("0.1000" in line for line in lines) == len(before)
+
+
+def test_deleted_words_of_the_original_are_printed(tmp_path):
+    run_folders.pretrained(tmp_path)
+    given = ["detect", tmp_path, "aa ab ac", "--original", "aa ab ac ad ae"]
+    shown = run_cli(*given).stdout
+    assert "ad" in shown and "ae" in shown
+    values = json.loads(run_cli(*given, "--json").stdout)
+    assert [value["token"] for value in values[3:]] == [None, None]
+    assert [value["original"]["token"] for value in values[3:]] == ["ad", "ae"]
 
 
 def test_the_columns_of_the_table_do_not_depend_on_the_width_of_characters():
@@ -375,7 +414,8 @@ def test_long_texts_are_aligned_in_bounded_time():
     del new[100:130]  # the alignment has to shift
     new[5000:5000] = old[:40]
     began = time.monotonic()
-    pairs = list(zip(align(new, old), new, strict=True))
+    pairs = align(new, old)
     assert time.monotonic() - began < 30
-    same = [other is not None and other.start == score.start for other, score in pairs]
+    same = [other is not None and other.start == score.start for score, other in pairs if score]
+    assert len(same) == len(new) and [other for _, other in pairs if other] == old
     assert np.mean(same) > 0.97

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import run_folders
+import torch
 
 from electra_ds.cluster.launchers import Ranks
 from electra_ds.common.errors import UserError
@@ -23,6 +24,8 @@ from electra_ds.finetuning.seed import SeedRun, Suite
 from electra_ds.finetuning.submit import write_submission
 from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.load_model import load_pretrained
+from electra_ds.model.weights import true_state
+from electra_ds.training import checkpointer
 from electra_ds.training.state import TrainingState
 
 RANKS = Ranks(0, 1, 0, 1, "none")
@@ -124,6 +127,59 @@ def test_notes_count_shares():
     assert "the same label" in split_notes(task, "valid", constant, encoded, special)[-1]
     assert length_note(128, {"train": 32}, 32) == length_note(128, {"train": 90}, None) == []
     assert "examples of train are longer" in length_note(128, {"train": 33, "valid": 9}, 32)[0]
+
+
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_labels_of_which_most_occur_once_are_noted(kind):
+    special = SimpleNamespace(special_ids=SimpleNamespace(cls=2, sep=3, unk=1))
+    is_text = kind == "classification"
+    names = [str(i) for i in range(40)]
+    task = Task(name="t", kind=kind, splits={"train": "x"}, labels=names, text_a="a", label="b")
+
+    def notes(labels, split="train"):
+        labels = labels if is_text else [labels[:9], labels[9:]]
+        examples = [Example("0", "x" if is_text else ["x"], None, label) for label in labels]
+        encoded = [Encoded([2, 5, 3], 3, 0)] * len(examples)
+        return split_notes(task, split, examples, encoded, special)
+
+    (note,) = notes(list(range(40)))
+    assert "train: 40 different " in note and "label = 'b' and text_a = 'a'" in note
+    assert notes([*range(20), *range(20)]) == notes(list(range(40)), "valid") == []
+    assert len(notes([*range(21), *range(19)])) == 1
+    assert notes([0, 1, 2, 3]) == []  # a small trial
+
+
+@pytest.mark.parametrize("second", [0.0, 0.5])
+def test_pairs_of_a_run_whose_rows_had_one_segment_are_noted(suite, tmp_path, capsys, second):
+    run = run_folders.config()
+    state = true_state(run_folders.objective(run))
+    moment = torch.full_like(state["embeddings.token_type.weight"], 0.5)
+    moment[1] = second
+    weights = run_folders.SingleProcessWeights(state)
+    weights.full_tensor = lambda name, kind: (
+        moment if "token_type" in name and kind != "master" else state[name]
+    )
+    values = run.model_dump(mode="json")
+    checkpointer.save(weights, tmp_path / "run" / "ckpt", "final", TrainingState(7), values, {})
+    opened = suite(["own"], model=load_pretrained(tmp_path / "run"))
+    assert opened.pretrained.trained_segments == (2 if second else 1)
+    for task, is_noted in (
+        (own_task(tmp_path), False),
+        (own_task(tmp_path, text_b="sentence"), not second),
+    ):
+        (opened.out / "own" / "task.json").unlink(missing_ok=True)
+        _read(opened, task)
+        assert ("--packing google" in capsys.readouterr().out) == is_noted
+    opened = opened._replace(random_init=True)
+    (opened.out / "own" / "task.json").unlink()
+    _read(opened, task)
+    assert "--packing google" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("architecture", ["electra", "modernbert"])
+def test_segments_of_a_checkpoint_without_moments_are_not_known(tmp_path, architecture):
+    run_folders.pretrained(tmp_path / "run", architecture=architecture)
+    assert load_pretrained(tmp_path / "run").trained_segments is None
 
 
 @pytest.mark.parametrize("kind", ["classification", "token_classification"])

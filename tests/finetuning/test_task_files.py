@@ -110,6 +110,15 @@ def test_labels_that_look_equal_are_refused_with_both_written_out(own_task, one,
     assert task.labels == [one, two]
 
 
+@pytest.mark.parametrize(("one", "two"), [(1, 1.0), ("1", 1.0), (0, "00"), (-2, "-2.0"), (0, "-0")])
+def test_labels_that_are_one_number_in_two_spellings_are_refused(own_task, one, two):
+    with pytest.raises(UserError, match="are the same number in another spelling"):
+        own_task({"a.jsonl": rows_with(one, two, 7)})
+    listed = sorted({str(one), str(two)})
+    assert own_task({"a.jsonl": rows_with(one, two)}, labels=listed).labels == listed
+    assert own_task({"a.jsonl": rows_with(1, 1.5, 10, "1e1", "v1")}).labels
+
+
 def test_labels_that_differ_to_the_eye_are_accepted(own_task):
     labels = [
         "A",
@@ -261,6 +270,23 @@ MISTAKES = {  # name: files, values of the description, what the message holds
     "gzip": ({"a.tsv": b"\x1f\x8b\x08\x00" + bytes(9)}, {}, "compressed with gzip"),
     "parquet": ({"a.jsonl": b"PAR1" + bytes(9)}, {}, "it is Parquet"),
     "UTF-16": ({"a.tsv": GOOD.encode("utf-16")}, {}, "it is UTF-16"),
+    "UTF-16 without a mark": (
+        {"a.tsv": GOOD.encode("utf-16-le")},
+        {},
+        "it is UTF-16LE; try: iconv -f UTF-16LE",
+    ),
+    "an array": ({"a.json": '[{"sentence": "x", "label": 1}]\n'}, {}, "jq -c '.[]'"),
+    "an array over lines": ({"a.json": '[\n{"sentence": "x", "label": 1}\n]\n'}, {}, "jq -c '.[]'"),
+    "quoted header": (
+        {"a.tsv": '"sentence"\t"label"\n"x"\t"a"\n'},
+        {},
+        "quotes are literal in TSV",
+    ),
+    "decimal comma": (
+        {"a.tsv": "sentence\tlabel\nx\t3,50\n"},
+        {"kind": "regression"},
+        "is '3,50'; expected a number with a decimal point, not a comma",
+    ),
     "windows-1251": ({"a.tsv": GOOD.encode() + "да\ta\n".encode("cp1251")}, {}, "windows-1251"),
     "semicolons": (
         {"a.csv": GOOD.replace("\t", ";")},
@@ -291,6 +317,13 @@ def test_a_mistake_in_a_file_is_named(own_task, name):
     with pytest.raises(UserError, match=re.escape(part)) as caught:
         read_examples(own_task(files, **values), "train")
     assert len(str(caught.value)) < 500
+
+
+def test_a_byte_order_mark_before_a_description_is_ignored(own_task, tmp_path):
+    own_task({"a.tsv": GOOD})
+    (described,) = tmp_path.glob("*.json")
+    described.write_bytes(b"\xef\xbb\xbf" + described.read_bytes())
+    assert load_task(str(described), None).labels == ["a", "b"]
 
 
 def test_a_fifo_among_the_files_is_refused_without_waiting(own_task, tmp_path):
