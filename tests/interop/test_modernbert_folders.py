@@ -398,8 +398,8 @@ REFUSED = {
         "null without layer_types",
     ),
     "DeBERTa": (
-        {"model_type": "deberta-v2"},
-        "model_type = 'deberta-v2'; expected 'electra' or .*'modernbert'; use a model of such",
+        {"model_type": "deberta"},
+        "model_type = 'deberta'; expected 'electra' or .*'modernbert' or .*; use a model of such",
     ),
     "RoBERTa": ({"model_type": "roberta"}, "model_type = 'roberta'; expected 'electra' or"),
 }
