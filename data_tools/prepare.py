@@ -49,7 +49,7 @@ from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import write_json
 from electra_ds.common.outputs import check_output_folder
 from electra_ds.common.own_folder import own_path, remove_temporary_files
-from electra_ds.common.printable import printable
+from electra_ds.common.printable import counted, printable
 from electra_ds.common.urls import redacted
 from electra_ds.data import shard_format
 from electra_ds.data.shard_format import (
@@ -350,7 +350,7 @@ def _count_split_tokens(job: Job, duplicates: np.ndarray) -> dict[str, int]:
             tokens[split] += int(table["tokens"][selected].sum(dtype=np.int64))
     if not tokens["train"] or (valid_fraction and not tokens["valid"]):
         raise UserError(
-            f"valid_fraction = {valid_fraction} of {documents:,} documents gives "
+            f"valid_fraction = {valid_fraction} of {counted(documents, 'document')} gives "
             f"{tokens['train']:,} training tokens and {tokens['valid']:,} held-out tokens; "
             "expected some of both; give more documents (in plain text a blank line separates "
             "them; carriage returns alone end no line) or another --valid-fraction (0: none held "
