@@ -31,13 +31,16 @@ ZIP = b"PK\x03\x04"  # the test of torch
 ORDERED_DICT = "collections OrderedDict"
 # Functions that a pickle may call, with any arguments.
 REBUILDING = tuple(
-    f"torch._utils {name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+    f"torch._utils {name}"
+    for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
 )
 STORAGE = re.compile(r"torch(\.storage)? \w+Storage")
 OPCODES = frozenset(
-    """PROTO STOP GLOBAL REDUCE BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET MARK TUPLE
-    TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_DICT EMPTY_LIST SETITEM SETITEMS APPEND APPENDS NONE
-    NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING""".split()
+    {"PROTO", "STOP", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "MARK", "NONE", "NEWTRUE"}
+    | {"NEWFALSE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "EMPTY_TUPLE", "TUPLE"}
+    | {"TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND"}
+    | {"APPENDS", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
+    | {"SHORT_BINSTRING"}
 )
 
 

@@ -340,7 +340,12 @@ def test_a_url_in_the_place_of_a_local_path_is_refused_without_its_password(elec
 
 @pytest.mark.parametrize(
     "words",
-    [("URL",), ("stats", "missing", "URL"), ("stats", "https:/user:PW@host/x"), ("pretrain", "URL")],
+    [
+        ("URL",),
+        ("stats", "missing", "URL"),
+        ("stats", "https:/user:PW@host/x"),
+        ("pretrain", "URL"),
+    ],
 )
 def test_errors_of_arguments_hide_passwords(electra_ds, words):
     code, out, err = electra_ds(*(w.replace("URL", "https://user:PW@host/x") for w in words))
