@@ -151,7 +151,7 @@ def part_from_hf(model: ModelConfig, content: HfFolder, pad_id: int, where: str)
     """The encoder of one Hugging Face folder, with the head of pretraining that it contains.
 
     Arguments and UserError as in `encoder_from_hf`; UserError also for a head that predicts tokens
-    whose output matrix is not the word table. Heads of tasks are left out.
+    with an output matrix other than the word table. Heads of tasks are left out.
     """
     encoder_from_hf(model, content, where)
     modules = main_encoder(model)
