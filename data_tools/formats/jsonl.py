@@ -9,11 +9,14 @@ from io import BufferedReader
 
 from data_tools.formats.source import NO_FIELD, Source, Tally, texts_of_value
 from data_tools.formats.text import read_lines
+from electra_ds.common.json_files import check_count
 from electra_ds.common.printable import shortened
 from electra_ds.common.suggestions import other_form
 
 FIELDS_SHOWN = 10  # names of fields in a message
 LONGEST_LINE = 16 << 20  # bytes
+# Objects, arrays, keys and values of a line. Each takes up to 100 bytes of memory, of 3 of text.
+MOST_VALUES = 1 << 20
 
 
 def read_jsonl(
@@ -30,6 +33,9 @@ def read_jsonl(
         if not line.strip():
             continue
         tally.lines += 1
+        if not _has_few_values(line):
+            tally.add_bad(f"more than {MOST_VALUES:,} values", source, offset)
+            continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: also a number that is too long
@@ -49,6 +55,18 @@ def _names(record: dict) -> str:
     """Return the names of the first fields of an object."""
     shown = ", ".join(shortened(name, 40) for name in itertools.islice(record, FIELDS_SHOWN))
     return f"{shown or 'none'}{', ...' * (len(record) > FIELDS_SHOWN)}"
+
+
+def _has_few_values(line: bytes) -> bool:
+    """Return whether a line, which need not be JSON, has at most MOST_VALUES values."""
+    if len(line) <= MOST_VALUES:  # a mark before each value
+        return True
+    try:
+        # A byte of a longer UTF-8 character is no mark.
+        check_count(line.decode("latin-1"), MOST_VALUES)
+    except ValueError:
+        return False
+    return True
 
 
 def _error_class(line: bytes, error: Exception) -> str:

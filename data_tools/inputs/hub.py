@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from data_tools.inputs.streams import fingerprint, open_input
 from electra_ds.common.dataset_cards import check_folder_cards, check_hub_cards
+from electra_ds.common.dataset_features import check_not_decoded
 from electra_ds.common.decompression import content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
@@ -60,14 +61,15 @@ def find_shards(given: str) -> list[tuple[str, str, int, str, str]]:
 def read_shard(path: str, shard: int, text_field: str) -> Iterator[Any]:
     """Yield the text field of each row of a shard.
 
-    Raises UserError when the dataset or the field is missing or cannot be read; errors of the
-    network are raised as they are.
+    Raises UserError when the dataset or the field is missing or cannot be read, and before a row is
+    read for a field of images or files; errors of the network are raised as they are.
     """
     name, options = _parse(path)
     _, rows = _open_split(name, **options)
     try:
         if rows.column_names:  # else the columns are known only row by row
             rows = rows.select_columns([text_field])
+        check_not_decoded(rows.features or {}, [text_field], f"{DATASET}{printable(name)}")
         for row in rows.shard(rows.num_shards, shard):
             yield row.get(text_field)
     except UserError:

@@ -7,7 +7,6 @@ machine, the order of the arguments and the number of processes do not change it
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -16,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
 from data_tools.formats.detect import detect_format
 from data_tools.formats.source import Source, as_text
@@ -25,6 +22,7 @@ from data_tools.inputs import docstring_corpus
 from data_tools.inputs.braces import expand_braces
 from data_tools.inputs.docstring_corpus import BUILTIN
 from data_tools.inputs.hub import DATASET, find_shards
+from data_tools.inputs.matching import RemoteFolders, local_matches
 from data_tools.inputs.streams import HEAD, fingerprint, open_input
 from electra_ds.common.decompression import COMPRESSED, content_of
 from electra_ds.common.errors import UserError
@@ -36,9 +34,6 @@ from electra_ds.data.tokenizer import VOCABULARY_FILES
 
 Segment = tuple[int, int, int]  # (file, start, end) in bytes
 Unit = tuple[Segment, ...]  # several segments where files are small
-# Limits of a folder at a URL.
-MAX_REMOTE_FOLDERS = 10_000
-MAX_REMOTE_DEPTH = 32
 UNIT_BYTES = 32 << 20
 FORMATS = ("auto", "text", "text_file", "wikitext", "wiki", "jsonl", "webdataset", "tfrecord")
 TEXT_FIELD = "text"  # the default of --text-field
@@ -202,7 +197,11 @@ def _expand(given: str, left_out: LeftOut) -> list[str]:
             if len(names) > 1:
                 return [file for name in names for file in _expand(name, left_out)]
         if is_url(given):
-            files = _remote_files(given)
+            system, path = file_system(given)
+            files = [given]
+            if given.endswith("/") or "*" in given:
+                inside = RemoteFolders(system).files(path, is_folder=given.endswith("/"))
+                files = [system.unstrip_protocol(file) for file, name in inside if _is_input(name)]
         else:
             path = os.path.expanduser(given)
             if _is_there(path):
@@ -249,7 +248,7 @@ def _glob(pattern: str, left_out: LeftOut) -> list[str]:
             known[path] = is_left_out(os.path.dirname(path)) or left_out.has(path)
         return known[path]
 
-    return [match for match in glob.iglob(pattern, recursive=True) if not is_left_out(match)]
+    return [match for match in local_matches(pattern) if not is_left_out(match)]
 
 
 def _local_files(paths: Sequence[str], left_out: LeftOut) -> list[str]:
@@ -275,48 +274,6 @@ def _local_files(paths: Sequence[str], left_out: LeftOut) -> list[str]:
             inside = [os.path.join(real, name) for name in os.listdir(real) if _is_input(name)]
             left += [path for path in inside if not left_out.has(path)]
     return files
-
-
-def _remote_files(given: str) -> list[str]:
-    """Return the URLs of the files of a URL: a folder if it ends with a slash, a glob with `*`."""
-    system, path = file_system(given)
-    if given.endswith("/"):
-        entries = {path.rstrip("/"): {"type": "directory"}}
-    elif "*" in given:
-        entries = system.glob(path, detail=True)
-    else:
-        return [given]
-    files = []
-    for entry, info in entries.items():
-        if info["type"] == "directory":
-            # A server may list files of other folders and of other servers.
-            inside = [
-                file.removeprefix(f"{entry}/")
-                for file in _files_below(system, entry)
-                if file.startswith(f"{entry}/") and ".." not in re.split("[/\\\\]", unquote(file))
-            ]
-            files += [f"{entry}/{name}" for name in inside if _is_input(name)]
-        else:
-            files.append(entry)
-    return [system.unstrip_protocol(file) for file in files]
-
-
-def _files_below(system: Any, folder: str) -> list[str]:
-    """Return the files in a folder of a file system and in the folders below it, sorted.
-
-    UserError for more than MAX_REMOTE_FOLDERS folders, or MAX_REMOTE_DEPTH levels of them: a server
-    may invent folders without end.
-    """
-    files: list[str] = []
-    for count, (path, _, found) in enumerate(system.walk(folder, detail=True)):
-        depth = path.removeprefix(folder).count("/")
-        if count >= MAX_REMOTE_FOLDERS or depth > MAX_REMOTE_DEPTH:
-            raise UserError(
-                f"{printable(redacted(folder))}: more than {MAX_REMOTE_FOLDERS:,} folders, or "
-                f"{MAX_REMOTE_DEPTH} levels of them; give the folders with the texts one by one"
-            )
-        files += [info["name"] for info in found.values()]
-    return sorted(files)
 
 
 def _is_input(name: str) -> bool:

@@ -51,13 +51,13 @@ def main() -> None:
         leave(1, _message(str(error)))
     except OSError as error:
         if error.filename is None and error.errno not in OF_THE_MACHINE:
-            leave(1, printable_lines(traceback.format_exc()))
+            leave(1, redacted(printable_lines(traceback.format_exc())))
         leave(2 if error.errno in PATH_ERRORS else 1, _message(_reason(error)))
     except Exception as error:
         if _is_out_of_memory(error):
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             leave(1, _message(f"not enough memory ({first}); `check` shows what a run needs"))
-        leave(1, printable_lines(traceback.format_exc()))
+        leave(1, redacted(printable_lines(traceback.format_exc())))
 
 
 def _run() -> None:

@@ -5,17 +5,30 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 import typer.core
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import json_text, printable, printable_lines
+from electra_ds.common.urls import redacted
 
 TEXTS = ("text", "original")  # parameters with texts, which may be empty
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
+
+
+@contextlib.contextmanager
+def _redacted_usage() -> Iterator[None]:
+    """Remove the secrets of URLs from the errors of arguments, which click prints."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = redacted(message)  # type: ignore[attr-defined]
+        raise
 
 
 class Verbs(typer.core.TyperGroup):
@@ -24,29 +37,48 @@ class Verbs(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a verb. An EOFError keeps its traceback; click would print "Aborted!" only."""
         try:
-            return super().invoke(ctx)
+            with _redacted_usage():
+                return super().invoke(ctx)
         except EOFError as error:
             raise RuntimeError("unexpected end of a file") from error
 
 
 class Verb(typer.core.TyperCommand):
-    """A verb. It refuses empty values, which would be the current folder in the place of a path."""
+    """A verb.
+
+    It refuses empty values, which would be the current folder in the place of a path, and URLs in
+    the place of a local path.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the verb; UserError for an empty one."""
-        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        """Parse the arguments of the verb; UserError for an empty one, and for a URL as a path."""
+        with _redacted_usage():
+            given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        hints = get_type_hints(self.callback) if self.callback else {}
+        paths = {name for name, hint in hints.items() if Path in (hint, *get_args(hint))}
         for parameter in self.get_params(ctx):
             value = given.get(parameter.name)
             values = value if isinstance(value, (list, tuple)) else [value]
             if "" in values and parameter.name not in TEXTS:
-                metavar = getattr(parameter, "metavar", None) or parameter.opts[0].upper()
-                is_option = parameter.opts[0].startswith("-")
-                name = max(parameter.opts, key=len) if is_option else metavar.rstrip(".")
                 raise UserError(
-                    f"{name} is an empty string, as an unset variable in a shell gives; expected "
-                    "a value"
+                    f"{_shown_name(parameter)} is an empty string, as an unset variable in a shell "
+                    "gives; expected a value"
                 )
-        return super().parse_args(ctx, args)
+            urls = [text for text in values if isinstance(text, str) and "://" in text]
+            if urls and parameter.name in paths:
+                raise UserError(
+                    f"{_shown_name(parameter)} {printable(redacted(urls[0]))}: is a URL; expected a "
+                    "local path; download it first"
+                )
+        with _redacted_usage():
+            return super().parse_args(ctx, args)
+
+
+def _shown_name(parameter: Any) -> str:
+    """The name of an option or an argument in messages."""
+    if parameter.opts[0].startswith("-"):
+        return max(parameter.opts, key=len)
+    return (getattr(parameter, "metavar", None) or parameter.opts[0].upper()).rstrip(".")
 
 
 class App(typer.Typer):

@@ -143,7 +143,7 @@ def count_failures(out: Path, step: int, limit: int, silent: str) -> list[str]:
 def described(rank: int, error: str, host: str = "") -> AttemptError:
     """The error of a rank now, without control characters and without secrets of URLs."""
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    text = redacted(printable_lines(error[:MAX_ERROR_CHARACTERS]))[:MAX_ERROR_CHARACTERS]
+    text = printable_lines(redacted(error)[:MAX_ERROR_CHARACTERS])[:MAX_ERROR_CHARACTERS]
     return AttemptError(rank=rank, host=host or socket.gethostname(), time=now, error=text)
 
 

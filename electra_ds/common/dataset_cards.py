@@ -61,7 +61,7 @@ def _check_card(path: Path, name: str) -> None:
         outside = is_url(place) or os.path.isabs(place) or place.startswith("~") or "\\" in place
         if outside or ".." in place.split("/"):
             raise UserError(
-                f"{name}: data_files or data_dir = {redacted(shortened(place, 200))} leads out of "
+                f"{name}: data_files or data_dir = {shortened(redacted(place), 200)} leads out of "
                 "the dataset; expected files inside its folder"
             )
 

@@ -151,7 +151,7 @@ def parse_strictly(
     text = content.decode() if isinstance(content, bytes) else content
     if text.startswith("\ufeff"):
         raise ValueError("it starts with a byte order mark; save it as UTF-8 without one")
-    _check_count(text, max_values)
+    check_count(text, max_values)
     try:
         value = json.loads(
             text,
@@ -280,7 +280,7 @@ def _number(digits: str) -> float:
     return value
 
 
-def _check_count(text: str, max_values: int) -> None:
+def check_count(text: str, max_values: int) -> None:
     """Raise ValueError when a JSON text has more than `max_values` values, before it is parsed.
 
     A bracket, a comma or a colon outside of strings precedes each key and value.

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from electra_ds.common.bounded_http import client_options
 from electra_ds.common.errors import UserError
@@ -12,7 +12,9 @@ from electra_ds.common.printable import printable
 # Protocols that are opened. Some of the other protocols of fsspec execute templates, run shell
 # commands over ssh or mount archives.
 PROTOCOLS = ("file", "gs", "hf", "http", "https", "memory", "s3")
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+._-]*://\S*")
+# The place in a URL after its protocol. Path() makes one slash of two.
+START = re.compile(r":/+")
+RUN = re.compile(r"\S*")
 # Packages that open a protocol; fsspec itself opens the other ones.
 PACKAGES = {
     "gs": "gcsfs",
@@ -31,10 +33,12 @@ FOLDER_FORMS = (
     "a folder, https://HOST/FOLDER, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or "
     "hf://datasets/OWNER/NAME/FOLDER"
 )
-SECRET = re.compile(
-    r"(?i)\b([\w.-]*(?:token|key|secret|signature|sig|password|passwd|pwd|credential|auth|session)"
-    r"[\w.-]*=)[^&\s;#'\"]*"
-)
+# A text in which parameters are looked for: what follows a protocol or a question mark.
+PARAMETERS = re.compile(r"(?::/|\?)\S*")
+PARAMETER = re.compile(r"([^\s?&=;#/]+)=([^&\s]+)")
+SECRET_NAME = re.compile("(?i)token|key|secret|sig|pass|pwd|credential|auth|session|jwt|code")
+MOST_CREDENTIALS = 1 << 12  # characters of a user name and a password, which bounds the search
+SPELLINGS = 3  # levels of percent-encoding of the name of a parameter
 
 
 def is_url(place: str) -> bool:
@@ -134,17 +138,41 @@ def redacted(text: str) -> str:
 
     text: a URL, or a message or command line that contains URLs.
     """
-    return URL.sub(lambda match: _redacted_url(match.group()), text)
+    parts = []
+    position = 0
+    while start := START.search(text, position):
+        end = _end_of_credentials(text, start.end())
+        parts += [text[position : start.end()], "***@" if end else ""]
+        position = end or start.end()
+    without = "".join(parts) + text[position:]
+    return PARAMETERS.sub(lambda found: PARAMETER.sub(_redacted_parameter, found.group()), without)
 
 
-def _redacted_url(url: str) -> str:
-    head, slashes, rest = url.partition("://")
-    path = re.split(r"[?#]", rest, maxsplit=1)[0]
+def _end_of_credentials(text: str, begin: int) -> int:
+    """Return the position after the user name and the password of a URL, 0 without them.
+
+    begin: position after the protocol. Both may contain "@", "/" and blanks that are not escaped,
+    so they are taken to reach to the last "@" that can belong to them.
+    """
+    limit = min(len(text), begin + MOST_CREDENTIALS)
+    line_end = text.find("\n", begin, limit)
+    line_end = limit if line_end < 0 else line_end
+    run = RUN.match(text, begin, line_end)
+    assert run is not None
+    path = re.split(r"[?#]", run.group(), maxsplit=1)[0]
     authority = path.partition("/")[0]
-    # A password may contain unescaped "/" and "@", so everything before the last "@" is hidden.
+    user, _, password = authority.partition(":")
+    is_port = password.strip(":,;.)'\"").isdigit() or not password
+    if not is_port and "@" not in authority and not user.startswith("["):
+        return text.rfind("@", begin, line_end) + 1
     if "@" in path and ("@" in authority or ":" in authority):
-        authority = path.rpartition("@")[0] + "@"
-        head, rest = f"{head}{slashes}***@", rest[len(authority) :]
-    else:
-        head = f"{head}{slashes}"
-    return head + SECRET.sub(r"\1***", rest)
+        return begin + path.rindex("@") + 1
+    slash = text.find("/", begin, line_end)
+    return text.rfind("@", begin, line_end if slash < 0 else slash) + 1
+
+
+def _redacted_parameter(parameter: re.Match[str]) -> str:
+    name = parameter[1]
+    for _ in range(SPELLINGS):
+        name = unquote(name)
+    return f"{parameter[1]}=***" if SECRET_NAME.search(name) else parameter.group()

@@ -17,6 +17,10 @@ from electra_ds.common.section import Section, science
 MAX_WIDTH = 2**16  # of a layer or a table
 MAX_LAYERS = 1024
 MAX_ROWS = 2**24  # of a table, and of a batch
+# With a base below 1 the frequencies of rotary positions grow, up to the infinity of fp32.
+MIN_THETA = 1.0
+# A larger share of zeros leaves no signal, and 1 - p of the kernel may be rounded to 0.
+MAX_DROPOUT = 0.9
 KNOWN = "electra (BERT's), modernbert or deberta_v2"  # values of model.architecture
 
 
@@ -114,8 +118,12 @@ class ModelConfig(EncoderConfig):
 class ElectraEncoderConfig(EncoderConfig):
     """Sizes of one encoder of the architecture `electra`."""
 
-    hidden_dropout: float = science(0.1, "dropout after embeddings and sublayers", ge=0, lt=1)
-    attention_dropout: float = science(0.1, "dropout on attention probabilities", ge=0, lt=1)
+    hidden_dropout: float = science(
+        0.1, "dropout after embeddings and sublayers", ge=0, le=MAX_DROPOUT
+    )
+    attention_dropout: float = science(
+        0.1, "dropout on attention probabilities", ge=0, le=MAX_DROPOUT
+    )
 
 
 class ElectraGeneratorConfig(ElectraEncoderConfig):
@@ -179,11 +187,14 @@ class ModernBertEncoderConfig(EncoderConfig):
     the feed-forward layer has twice as many outputs.
     """
 
-    embedding_dropout: float = science(0.0, "dropout after the embeddings", ge=0, lt=1)
+    embedding_dropout: float = science(0.0, "dropout after the embeddings", ge=0, le=MAX_DROPOUT)
     attention_dropout: float = science(
-        0.0, "dropout on attention probabilities and on the output of attention", ge=0, lt=1
+        0.0,
+        "dropout on attention probabilities and on the output of attention",
+        ge=0,
+        le=MAX_DROPOUT,
     )
-    mlp_dropout: float = science(0.0, "dropout inside the feed-forward layer", ge=0, lt=1)
+    mlp_dropout: float = science(0.0, "dropout inside the feed-forward layer", ge=0, le=MAX_DROPOUT)
 
     @model_validator(mode="after")
     def _heads_are_even(self) -> "ModernBertEncoderConfig":
@@ -220,10 +231,10 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
         le=2 * MAX_WIDTH,
     )
     global_theta: float = science(
-        160_000.0, "base of the rotary positions in global layers, above 0", le=1e12
+        160_000.0, "base of the rotary positions in global layers, from 1 on", le=1e12
     )
     local_theta: float = science(
-        10_000.0, "base of the rotary positions in local layers, above 0", le=1e12
+        10_000.0, "base of the rotary positions in local layers, from 1 on", le=1e12
     )
 
     @field_validator("local_attention")
@@ -239,8 +250,8 @@ class ModernBertModelConfig(ModernBertEncoderConfig, ModelConfig):
     @field_validator("global_theta", "local_theta")
     @classmethod
     def _is_a_base(cls, value: float) -> float:
-        if value <= 0:
-            raise ValueError(f"{value}: expected a number above 0, such as 10000 or 160000")
+        if value < MIN_THETA:
+            raise ValueError(f"{value}: expected a number from 1 on, such as 10000 or 160000")
         return value
 
     @model_validator(mode="after")
@@ -284,9 +295,11 @@ class DebertaV2EncoderConfig(EncoderConfig):
     """Sizes of one encoder of the architecture `deberta_v2`."""
 
     hidden_dropout: float = science(
-        0.1, "dropout after embeddings, relative embeddings and sublayers", ge=0, lt=1
+        0.1, "dropout after embeddings, relative embeddings and sublayers", ge=0, le=MAX_DROPOUT
     )
-    attention_dropout: float = science(0.1, "dropout on attention probabilities", ge=0, lt=1)
+    attention_dropout: float = science(
+        0.1, "dropout on attention probabilities", ge=0, le=MAX_DROPOUT
+    )
 
 
 class DebertaV2GeneratorConfig(DebertaV2EncoderConfig):

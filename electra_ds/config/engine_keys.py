@@ -148,7 +148,8 @@ class FlopsProfilerKeys(Record):
     enabled: bool = False
     recompute_fwd_factor: float = Field(default=0.0, ge=0, le=10)
     profile_step: int = Field(default=1, ge=1, le=2**31)
-    module_depth: int = Field(default=-1, ge=-1, le=1000)
+    # All levels: a number above the depth of the model ends the run with a KeyError in DeepSpeed.
+    module_depth: Literal[-1] = -1
     top_modules: int = Field(default=1, ge=1, le=1000)
     detailed: bool = True
 

@@ -3,6 +3,7 @@
 Dimensions: B rows, S tokens a row.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,8 @@ class Detector:
         """Scores of every token of `text`, in order.
 
         A text longer than a row is split into consecutive rows, which are scored independently.
-        Raises UserError for a text without tokens, and for one that is not Unicode.
+        Raises UserError for a text without tokens, for one that is not Unicode, and when a
+        probability is not a number.
         """
         try:
             text.encode()
@@ -97,6 +99,11 @@ class Detector:
         probabilities: list[float] = []
         for start in range(0, len(rows), BATCH_ROWS):
             probabilities += self._score(rows[start : start + BATCH_ROWS])
+        if any(math.isnan(probability) for probability in probabilities):
+            raise UserError(
+                "the model gives no number for a token; expected finite logits: its weights are too "
+                "large or damaged; use another checkpoint"
+            )
         tokens = self.tokenizer.tokens(ids)
         return [
             TokenScore(token, *span, probability)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from electra_ds.common.section import Section, machine, science
+from electra_ds.config.architectures import MAX_DROPOUT
 from electra_ds.config.loading import load_config
 from electra_ds.config.schema import AdamConfig, accumulation
 
@@ -26,7 +27,10 @@ class FinetuneTrain(Section):
         "layout of a micro-batch: one padded row per example, or one row without padding",
     )
     dropout: float = science(
-        0.1, "dropout in the encoder and before the head, instead of pretraining's", ge=0, lt=1
+        0.1,
+        "dropout in the encoder and before the head, instead of pretraining's",
+        ge=0,
+        le=MAX_DROPOUT,
     )
     seed: int = science(
         0,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_ds.common.dataset_cards import check_folder_cards, check_hub_cards
+from electra_ds.common.dataset_features import check_not_decoded
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.suggestions import nearest
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
     """Yield the rows of one split, with the columns that the task reads.
 
-    dataset: a folder, relative to that of the task, or a name on the hub. Class numbers become the
+    dataset: a folder below that of the task, or a name on the hub. Class numbers become the
     names of the dataset's ClassLabel; -1 and -100 become None. Raises UserError when the dataset
     cannot be read, when its card names files outside the dataset, and when a file would become too
     large.
@@ -35,6 +36,11 @@ def dataset_rows(task: Task, dataset: str, split: str) -> Iterator[Row]:
     source = f"dataset {dataset}, split {task.splits[split]}"
     is_local = local.exists()
     name = str(local) if is_local else dataset
+    if not is_local and Path(dataset).exists():
+        raise UserError(
+            f"{source}: the current directory has a folder of this name, which would be read in the "
+            "place of the dataset on the hub; run the command in another directory"
+        )
     try:
         # Before `datasets` reads any file or URL that the card names.
         if is_local:
@@ -77,12 +83,7 @@ def _needed_columns(task: Task, table: Any, source: str) -> Any:
     )
     read = {task.text_a, task.text_b, task.label, task.index}
     names = [name for name in table.column_names if by_number or name in read]
-    for name in names:
-        if _is_decoded(table.features[name]):
-            raise UserError(
-                f"{source}: column {name!r} has images, sounds or documents; expected text, "
-                "numbers, or lists of them"
-            )
+    check_not_decoded(table.features, names, source)
     if not names:
         found = [printable(name) for name in table.column_names]
         raise UserError(
@@ -90,16 +91,6 @@ def _needed_columns(task: Task, table: Any, source: str) -> Any:
             f"{', '.join(found)}; name the columns in the task"
         )
     return table.select_columns(names)
-
-
-def _is_decoded(feature: Any) -> bool:
-    """Return whether `datasets` opens files or URLs to read a column of this type."""
-    if isinstance(feature, dict):
-        return any(map(_is_decoded, feature.values()))
-    if isinstance(feature, list):
-        return any(map(_is_decoded, feature))
-    inner = getattr(feature, "feature", None)
-    return hasattr(feature, "decode_example") or (inner is not None and _is_decoded(inner))
 
 
 def _label_names(names: list[str], label: Any, where: str) -> str | list[str] | None:

@@ -47,7 +47,9 @@ class Task(Section):
         ".", "folder of the files, beside the description or below it; or they are in --data"
     )
     dataset: str | None = science(
-        None, "Hugging Face dataset, or a folder that `datasets` reads, instead of files"
+        None,
+        "Hugging Face dataset, or a folder that `datasets` reads in `folder` or --data, instead of "
+        "files",
     )
     dataset_config: str | None = science(None, "name of the dataset's configuration")
     format: Literal["tsv", "csv", "jsonl", "conll"] | None = science(
@@ -97,6 +99,8 @@ class Task(Section):
                 raise ValueError(
                     f"splits.{printable(split)}: expected train, valid, valid_x, test or test_x"
                 )
+        if self.dataset not in (None, "."):
+            check_relative(self.dataset, "dataset", "a name on the hub or a folder of the task")
         if self.dataset is None:
             for split, file in self.splits.items():
                 if (self.name, file) != ("mnli", DIAGNOSTIC):
@@ -285,7 +289,10 @@ def _user_task(path: Path, data: Path | None) -> Task:
     if task.folder != ".":
         check_relative(task.folder, f"{printable(path)}: folder", "a folder beside the description")
     folder = path.parent / task.folder
-    if data is not None and task.dataset is None:
+    if data is not None and task.dataset is not None:
+        is_there = (data / task.dataset).exists() and not (folder / task.dataset).exists()
+        folder = data if is_there else folder
+    elif data is not None:
         beside, there = folder / task.splits["train"], data / task.splits["train"]
         if beside.is_file() and there.is_file() and not beside.samefile(there):
             raise UserError(

@@ -93,6 +93,7 @@ def _of_hf_folder(folder: Path, tokenizer: Tokenizer, own: Shapes) -> Found:
     form = content.format
     if "generator" not in form.heads(content.config, content.tensors):
         raise _no_generator(folder, "its class has no language-modelling head")
+    form.check_tied(content.config, content.tensors, str(folder))
     model, _ = form.parse(content.config, where=f"{folder}/config.json")
     check_layers(content.tensors, form.before_layer, model.num_layers, str(folder))
     names = [name for name in own if _layer(name) < model.num_layers]

@@ -17,6 +17,7 @@ from electra_ds.common.json_files import Record, parse_record
 from electra_ds.common.printable import shortened
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
+    MAX_DROPOUT,
     DebertaV2EncoderConfig,
     DebertaV2GeneratorConfig,
     DebertaV2ModelConfig,
@@ -115,8 +116,8 @@ class HfConfig(Record):
     max_position_embeddings: int = Field(512, ge=1, le=MAX_ROWS)
     position_buckets: int = Field(-1, ge=-1, le=MAX_ROWS)
     layer_norm_eps: float = Field(1e-7, gt=0)
-    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
-    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    hidden_dropout_prob: float = Field(0.1, ge=0, le=MAX_DROPOUT)
+    attention_probs_dropout_prob: float = Field(0.1, ge=0, le=MAX_DROPOUT)
 
 
 class DebertaV2Format(HfFormat):

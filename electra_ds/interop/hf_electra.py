@@ -14,6 +14,7 @@ from torch import Tensor
 from electra_ds.common.json_files import Record, parse_record
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
+    MAX_DROPOUT,
     ElectraEncoderConfig,
     ElectraGeneratorConfig,
     ElectraModelConfig,
@@ -97,8 +98,8 @@ class HfConfig(Record):
     num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
     num_attention_heads: int = Field(ge=1, le=MAX_WIDTH)
     intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
-    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
-    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    hidden_dropout_prob: float = Field(0.1, ge=0, le=MAX_DROPOUT)
+    attention_probs_dropout_prob: float = Field(0.1, ge=0, le=MAX_DROPOUT)
 
 
 class ElectraFormat(HfFormat):

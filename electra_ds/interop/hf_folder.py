@@ -1,13 +1,9 @@
 """Reading of Hugging Face model folders (config.json and weights) without running their code."""
 
-import os
-import struct
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,6 +16,7 @@ from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, shortened
 from electra_ds.interop.hf import LOADED_TYPES, format_of_type
 from electra_ds.interop.hf_format import HfFormat
+from electra_ds.interop.pickled_weights import read_pickled
 
 FILES = (
     "model.safetensors",
@@ -27,10 +24,6 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# End of a zip: the zip64 record (its sign, bytes and offset of the directory), its locator (sign,
-# offset of the record) and the end record (sign, bytes and offset of the directory, comment length).
-TAIL = struct.Struct("<4s36xQQ4s4xQ4x4s8xLLH")
-END_BYTES = 22  # of the end record
 
 
 class Index(Record):
@@ -143,7 +136,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read as weights (empty)")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _read_pickled(path)
+    return read_pickled(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -154,80 +147,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: cannot be read as weights ({reason}); copy the file again"
         ) from None
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a file of torch.save, which must be a dict of tensors.
-
-    The messages of torch.load are replaced, because they recommend weights_only=False.
-    """
-    _check_stored(path)
-    try:
-        tensors = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises exceptions of almost any type
-        raise UserError(
-            f"{path}: cannot be read as weights ({type(error).__name__}): it is damaged, has "
-            "another format, or contains objects other than tensors, which could run code; if you "
-            "trust it, convert it to safetensors"
-        ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
-    ):
-        raise UserError(
-            f"{path}: found values that are not tensors; expected a dict of tensors (a state_dict)"
-        )
-    size = path.stat().st_size
-    for name, value in tensors.items():
-        is_plain = value.layout == torch.strided and not value.is_quantized
-        if not is_plain or value.is_meta or value.numel() * value.element_size() > size:
-            raise UserError(
-                f"{path}: {printable(name)} is sparse, quantized, or larger than the file; "
-                "expected plain tensors"
-            )
-    return tensors
-
-
-def _check_stored(path: Path) -> None:
-    """Raise UserError for a zip with compressed entries: their size in memory has no limit."""
-    with open_regular(path) as file:
-        if file.read(4) != b"PK\x03\x04":  # the test of torch
-            return  # the format of torch.save before torch 1.6
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as weights ({error})") from None
-    if not _has_one_directory(path):
-        raise UserError(
-            f"{path}: cannot be read as weights (bytes before or after the archive); copy the file "
-            "again"
-        )
-    total = sum(entry.file_size for entry in entries)
-    is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not is_stored or total > path.stat().st_size:
-        raise UserError(
-            f"{path}: cannot be read as weights (a compressed archive); torch.save does not "
-            "compress"
-        )
-
-
-def _has_one_directory(path: Path) -> bool:
-    """Return whether a zip ends with its directory and the records of it, as torch.save writes it.
-
-    With other bytes before or after the archive, torch may read another directory than zipfile.
-    """
-    with open_regular(path) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL.size))
-        tail = file.read()
-    if len(tail) < TAIL.size:
-        return False
-    sign64, length, offset, locator, record, end, short_length, short_offset, comment = TAIL.unpack(
-        tail
-    )
-    if end != b"PK\5\6" or comment:
-        return False
-    if locator != b"PK\6\7":
-        return short_offset + short_length == size - END_BYTES
-    start = size - TAIL.size
-    return sign64 == b"PK\6\6" and record == start and offset + length == start

@@ -152,6 +152,30 @@ class HfFormat(ABC):
             state[name] = joined(chunks, name, f"Hugging Face {part}")
         return state
 
+    def check_tied(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+    ) -> None:
+        """Raise UserError unless the output matrix of the head that predicts tokens is the word
+        table, the only one that electra_ds has.
+
+        tensors: those of a folder with such a head, by their stock names.
+        """
+        table = tensors.get(self.word_table, tensors.get(self.word_table.removeprefix(self.prefix)))
+        matrix = tensors.get(self.output_matrix)
+        if matrix is None:
+            if config.get("tie_word_embeddings") is not False:
+                return
+            problem = "tie_word_embeddings = false, but the weights have no such matrix"
+        elif table is not None and torch.equal(matrix.float(), table.float()):
+            return
+        else:
+            problem = "it differs from the word table"
+        raise UserError(
+            f"{where}: {self.output_matrix}, the output matrix of the language-modelling head: "
+            f"{problem}; expected tied embeddings: use a model that was trained with them, or "
+            "`electra-ds import`, which leaves this matrix out"
+        )
+
 
 def part_names(names: Iterable[str], part: str) -> list[str]:
     """The names among our parameters that make up one part.

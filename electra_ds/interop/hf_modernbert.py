@@ -16,6 +16,8 @@ from electra_ds.common.json_files import Record, parse_record
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
+    MAX_DROPOUT,
+    MIN_THETA,
     AttentionKind,
     EncoderConfig,
     ModelConfig,
@@ -100,7 +102,7 @@ class Rope(Record):
 
     rope_type: str | None = None
     type: str | None = None  # an older name of rope_type
-    rope_theta: float | None = Field(None, gt=0)
+    rope_theta: float | None = Field(None, ge=MIN_THETA)
 
     @model_validator(mode="after")
     def _is_default(self) -> "Rope":
@@ -140,17 +142,19 @@ class HfConfig(Record):
     intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
     max_position_embeddings: int = Field(8192, ge=1, le=MAX_ROWS)
     norm_eps: float = Field(1e-5, gt=0)
-    embedding_dropout: float = Field(0.0, ge=0, lt=1)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    mlp_dropout: float = Field(0.0, ge=0, lt=1)
+    embedding_dropout: float = Field(0.0, ge=0, le=MAX_DROPOUT)
+    attention_dropout: float = Field(0.0, ge=0, le=MAX_DROPOUT)
+    mlp_dropout: float = Field(0.0, ge=0, le=MAX_DROPOUT)
     local_attention: int = Field(128, ge=2, le=MAX_ROWS)
+    # Half of local_attention. transformers sets local_attention by it if it is there.
+    sliding_window: int | None = Field(None, ge=1, le=MAX_ROWS // 2)
     layer_types: list[str] | None = None
     rope_parameters: RopeParameters | None = None
     rope_scaling: Rope | None = None
     # Keys of 4.x. null: of local_rope_theta the other theta, of the others no such value.
     global_attn_every_n_layers: int | None = Field(3, ge=1, le=MAX_ROWS)
-    global_rope_theta: float = Field(160_000.0, gt=0)
-    local_rope_theta: float | None = Field(10_000.0, gt=0)
+    global_rope_theta: float = Field(160_000.0, ge=MIN_THETA)
+    local_rope_theta: float | None = Field(10_000.0, ge=MIN_THETA)
 
     @model_validator(mode="after")
     def _names_known_layers(self) -> "HfConfig":
@@ -191,6 +195,13 @@ class HfConfig(Record):
         n = self.global_attn_every_n_layers
         assert n is not None
         return ["local" if i % n else "global" for i in range(self.num_hidden_layers)]
+
+    @property
+    def window(self) -> int:
+        """Tokens before a token, and after it, in the attention of a local layer."""
+        if self.sliding_window is not None:
+            return self.sliding_window
+        return self.local_attention // 2  # transformers rounds down
 
     @property
     def thetas(self) -> tuple[float, float]:
@@ -377,7 +388,7 @@ def _read(config: Mapping[str, Any], where: str) -> _Values:
     record = parse_record(dict(config), where, HfConfig)
     global_theta, local_theta = record.thetas
     values = record.model_dump() | {
-        "local_attention": record.local_attention // 2 * 2,  # transformers rounds half of it down
+        "local_attention": 2 * record.window,
         "global_rope_theta": global_theta,
         "local_rope_theta": local_theta,
     }

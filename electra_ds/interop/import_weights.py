@@ -516,6 +516,8 @@ def _report_unused(
         reason = "no parameter corresponds to it"
         if source is not first and name in first.tensors:
             reason = f"differs from that of {first.folder.name}, which is loaded"
+        elif source.format and name == source.format.output_matrix:
+            reason = "differs from the word table, which takes its place"
         shape = tuple(source.tensors[name].shape)
         unexplained.setdefault(reason, []).append(f"{label} {shape}")
     report.unused[label] = reason

@@ -150,7 +150,8 @@ def encoder_from_hf(model: ModelConfig, content: HfFolder, where: str) -> dict[s
 def part_from_hf(model: ModelConfig, content: HfFolder, pad_id: int, where: str) -> EncoderWithHead:
     """The encoder of one Hugging Face folder, with the head of pretraining that it contains.
 
-    Arguments and UserError as in `encoder_from_hf`. Heads of tasks are left out.
+    Arguments and UserError as in `encoder_from_hf`; UserError also for a head that predicts tokens
+    with an output matrix other than the word table. Heads of tasks are left out.
     """
     encoder_from_hf(model, content, where)
     modules = main_encoder(model)
@@ -161,6 +162,7 @@ def part_from_hf(model: ModelConfig, content: HfFolder, pad_id: int, where: str)
         head = architecture.discriminator_head()
         modules["discriminator_head"] = head
     elif "generator" in heads:
+        content.format.check_tied(content.config, content.tensors, where)
         head = architecture.masked_lm_head(model, model.word_width)
         modules["mlm_head"] = head
     state = content.format.from_hf(content.tensors, true_state(modules), "discriminator")

@@ -318,3 +318,35 @@ def test_a_table_loses_no_text_of_a_long_cell(capsys, monkeypatch, head, width):
     out = capsys.readouterr().out
     cells = "".join(line.split("\u2502")[2] for line in out.splitlines() if line[:1] == "\u2502")
     assert "".join(cells.split()) == "".join(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("stats", "URL"),
+        ("detect", "URL", "a text"),
+        ("import", "URL", "--out", "o"),
+        ("import", "missing", "--out", "URL"),
+        ("prepare", "--input", "missing", "--tokenizer", "URL", "--out", "o"),
+        ("stats", "missing", "--html=URL"),
+    ],
+)
+def test_a_url_in_the_place_of_a_local_path_is_refused_without_its_password(electra_ds, words):
+    given = [word.replace("URL", "https://user:PW@host/x") for word in words]
+    code, out, err = electra_ds(*given)
+    assert code == 2 and "https://***@host/x: is a URL; expected a local path" in err
+    assert "PW" not in out + err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("URL",),
+        ("stats", "missing", "URL"),
+        ("stats", "https:/user:PW@host/x"),
+        ("pretrain", "URL"),
+    ],
+)
+def test_errors_of_arguments_hide_passwords(electra_ds, words):
+    code, out, err = electra_ds(*(w.replace("URL", "https://user:PW@host/x") for w in words))
+    assert code == 2 and "PW" not in out + err

@@ -44,14 +44,37 @@ def test_local_folders_and_memory_are_opened(tmp_path):
         ("https://me:pw@host:80/a?x=1", "https://***@host:80/a?x=1"),
         ("s3://KEY:SE/CRET@bucket/d", "s3://***@bucket/d"),
         ("https://h/a?X-Amz-Signature=abc&n=2", "https://h/a?X-Amz-Signature=***&n=2"),
-        ("https://h/a?access_token=abc#token=d", "https://h/a?access_token=***#token=***"),
+        ("https://h/a?access_token=abc#token=d", "https://h/a?access_token=***"),
         ("pretrain --data https://u:p@h/x --out o", "pretrain --data https://***@h/x --out o"),
         ("http://u:12/34@h", "http://***@h"),
         ("http://u:p@s/w@host/x", "http://***@host/x"),
         ("https://h/package@1.0/x", "https://h/package@1.0/x"),
         ("no url, token=abc", "no url, token=abc"),
+        ("https:/me:pw@h/x is no folder", "https:/***@h/x is no folder"),
+        ("https://me:p w@h/x: refused", "https://***@h/x: refused"),
+        ("s3://KEY:SE/CR ET@bucket/x", "s3://***@bucket/x"),
+        ("https://me:p?w#s@h/x", "https://***@h/x"),
+        ("https://h/x: refused; write to a@b", "https://h/x: refused; write to a@b"),
+        ("https://h:80/x: refused; write to a@b", "https://h:80/x: refused; write to a@b"),
+        ("https://h/a?token=a;b'c\" and more", "https://h/a?token=*** and more"),
+        ("https://h/a?to%6ben=b&n=2", "https://h/a?to%6ben=***&n=2"),
+        ("https://h/a?to%256ben=b", "https://h/a?to%256ben=***"),
+        ("https://h/a b?token=c", "https://h/a b?token=***"),
     ],
 )
 def test_secrets_of_urls_are_replaced(text, expected):
     assert redacted(text) == expected
     assert redacted(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pass", "passphrase", "passwd", "pwd", "jwt", "code", "auth", "sig", "key", "credential"],
+)
+def test_secret_parameters_are_known_by_many_names(name):
+    assert redacted(f"https://h/a?n=1&{name}=abc") == f"https://h/a?n=1&{name}=***"
+
+
+def test_redaction_of_a_long_text_ends():
+    text = ":/a:b" * 40_000 + "@h"
+    assert redacted(text).endswith("***@h")

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
+    MAX_DROPOUT,
     MODELS,
     DebertaV2ModelConfig,
     ElectraModelConfig,
@@ -23,6 +25,7 @@ from electra_ds.config.loading import (
 )
 from electra_ds.config.schema import RUNS, DebertaV2Run, ElectraRun, FactoryRun, ModernBertRun
 from electra_ds.interop.hf import FORMATS
+from electra_ds.model.kernels.dropout import dropout_factors
 from electra_ds.model.registry import ARCHITECTURES
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -117,6 +120,17 @@ def test_dropout_fields_are_all_probabilities_of_dropout(preset):
 # ----------------------------------------------------------------------------------------- mistakes
 
 
+@pytest.mark.parametrize("preset", ["tiny", "modern-tiny"])
+def test_a_dropout_close_to_1_is_refused_and_the_largest_one_has_finite_factors(preset):
+    run = load_run(preset)
+    for section in ("model", "generator"):
+        for field in run.model.dropout_fields():
+            key = f"{section}.{field}"
+            assert key in refusal(preset, f"{key}=0.999999")
+            assert getattr(getattr(load_run(preset, [f"{key}=0.9"]), section), field) == 0.9
+    assert dropout_factors(torch.ones(100), MAX_DROPOUT).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [
@@ -203,8 +217,9 @@ def test_an_odd_width_of_a_head_is_refused():
         ),
         ("local_attention=-2", "model.local_attention: -2: expected an even number"),
         ("local_attention=7", "model.local_attention: 7: expected an even number"),
-        ("global_theta=0", "model.global_theta: 0.0: expected a number above 0, such as 10000"),
-        ("local_theta=-1", "model.local_theta: -1.0: expected a number above 0"),
+        ("global_theta=0", "model.global_theta: 0.0: expected a number from 1 on, such as 10000"),
+        ("local_theta=-1", "model.local_theta: -1.0: expected a number from 1 on"),
+        ("local_theta=1e-300", "model.local_theta: 1e-300: expected a number from 1 on"),
         ("global_theta=inf", "model.global_theta = "),
         ("attention_pattern=[]", "attention_pattern = [] gives 3 layers without a global one"),
         ('attention_pattern=["globl"]', "should be 'global' or 'local'"),

@@ -51,6 +51,7 @@ WRONG = [
     {"data_types": {"grad_accum_dtype": "bf16"}},
     {"communication_data_type": "int8"},
     {"steps_per_print": 0},
+    {"flops_profiler": {"enabled": True, "module_depth": 1000}},
     {"comms_logger": True},
     {"zero_optimization\x1b[31m": {}},
 ]

@@ -129,6 +129,20 @@ def test_long_texts_are_cut_and_long_lines_of_json_are_counted_as_bad(tmp_path, 
     assert tally.bad == {"longer than 1 MiB": 1}  # its other two parts are no lines
 
 
+def test_a_line_of_many_values_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl_format, "MOST_VALUES", 50)
+    marks = "[{,:" * 40  # inside of a string
+    lines = [
+        jsonl([marks]),
+        b'{"text": "many", "x": [' + b"{}," * 40 + b"{}]}\n",
+        b'{"text": "broken", "x": [' + b"[" * 60 + b"\n",
+        jsonl(["y"]),
+    ]
+    tally = Tally()
+    assert read(source_of(tmp_path / "a.jsonl", b"".join(lines)), tally=tally) == [marks, "y"]
+    assert tally.bad == {"more than 50 values": 2} and tally.lines == 4
+
+
 def test_formats_are_detected_from_name_and_content(tmp_path):
     found = {
         name: source_of(tmp_path / name, content).format

@@ -1,5 +1,6 @@
 """The files of an input that are read, and the messages for those that are not text."""
 
+import glob
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ from running import run_cli
 from data_tools.formats.detect import detect_format
 from data_tools.formats.documents import documents
 from data_tools.formats.source import Tally, check_bad_lines
+from data_tools.inputs.matching import local_matches
 from data_tools.inputs.plan import make_plan
 from data_tools.inspect_rows import describe_rows
 from data_tools.prepare import prepare
@@ -90,6 +92,30 @@ def test_links_that_double_in_every_folder_are_searched_once(tmp_path: Path) -> 
     (tmp_path / "d40").mkdir()
     (tmp_path / "d40/x.txt").write_text("x")
     assert names(tmp_path / "d0") == ["x.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "**", "**/", "**/**/x.txt", "*/**/x.*"])
+def test_links_to_a_folder_around_them_do_not_multiply_the_matches(tmp_path: Path, pattern) -> None:
+    (tmp_path / "F" / "sub").mkdir(parents=True)
+    for folder in (tmp_path / "F", tmp_path / "F" / "sub"):
+        (folder / "x.txt").write_text("x")
+        for name in "ab":
+            (folder / name).symlink_to(tmp_path / "F")
+    assert names(tmp_path / "F" / pattern) == ["sub/x.txt", "x.txt"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**", "**/*.txt", "**/", "a/**", "**/b/*", "**/**/*.txt", "a*/**/[x]*", "*/**", "[[]c]/**/x*"],
+)
+def test_patterns_match_what_glob_matches(tmp_path: Path, monkeypatch, pattern) -> None:
+    for name in ("x.txt", "a/x.txt", "a/b/x.md", "a/b/.hidden/x.txt", "a2/b/y.txt", "[c]/d/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    for given in (pattern, f"{tmp_path}/{pattern}"):
+        expected = {os.path.normpath(match) for match in glob.glob(given, recursive=True)}
+        assert {os.path.normpath(match) for match in local_matches(given)} == expected
 
 
 def test_another_vocabulary_in_the_folder_is_refused_before_the_training(folder: Path) -> None:

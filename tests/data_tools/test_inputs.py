@@ -341,6 +341,52 @@ def test_a_card_that_names_files_outside_of_the_dataset_is_refused(tmp_path, dat
         make_plan([f"dataset:{folder}?config=all"])
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dtype: image",
+        "dtype: audio",
+        "dtype: video",
+        "list: image",
+        "list:\n      list: image",
+        "struct:\n    - name: path\n      dtype: image",
+    ],
+)
+def test_a_column_that_a_card_declares_as_images_is_refused_before_a_row_is_read(
+    tmp_path, monkeypatch, kind
+):
+    """`datasets` requests the URLs in the rows of such a column."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(
+        json.dumps({"text": {"path": "http://192.0.2.1/x.png", "bytes": None}, "other": "x"}) + "\n"
+    )
+    (tmp_path / "set" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\ndataset_info:\n"
+        f"  features:\n  - name: text\n    {kind}\n  - name: other\n    dtype: string\n---\n"
+    )
+    for media in (datasets.Image, datasets.Audio, datasets.Video):
+        monkeypatch.setattr(media, "decode_example", lambda *_, **__: pytest.fail("was decoded"))
+    plan = make_plan([f"dataset:{tmp_path}/set"])
+    with pytest.raises(UserError, match="column 'text' has images, sounds or documents"):
+        read(plan)
+
+
+def test_a_column_of_images_beside_the_text_is_not_decoded(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    row = {"picture": {"path": "http://192.0.2.1/x.png", "bytes": None}, "text": "a text"}
+    (tmp_path / "set" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "set" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\ndataset_info:\n"
+        "  features:\n  - name: picture\n    dtype: image\n  - name: text\n    dtype: string\n---\n"
+    )
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    assert read(make_plan([f"dataset:{tmp_path}/set"])) == ["a text"]
+
+
 CARDS = {
     "README.md": "---\nconfigs:\n- config_name: all\n  data_files: {}\n---\n",
     ".huggingface.yaml": "configs:\n- config_name: all\n  data_files: {}\n",
@@ -478,16 +524,17 @@ class EndlessFolders(SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*", "*/b/**/x.txt"])
 @pytest.mark.parametrize("limits", [{}, {"MAX_REMOTE_FOLDERS": 9}], ids=["levels", "folders"])
-def test_a_server_with_folders_without_end_is_refused(monkeypatch, limits):
+def test_a_server_with_folders_without_end_is_refused(monkeypatch, limits, pattern):
     pytest.importorskip("aiohttp", reason="needs the extra [remote]")
     for name, value in limits.items():
-        monkeypatch.setattr(f"data_tools.inputs.plan.{name}", value)
+        monkeypatch.setattr(f"data_tools.inputs.matching.{name}", value)
     server = ThreadingHTTPServer(("127.0.0.1", 0), EndlessFolders)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(UserError, match="32 levels of them; give the folders with the texts"):
-            make_plan([f"http://127.0.0.1:{server.server_port}/x/"])
+            make_plan([f"http://127.0.0.1:{server.server_port}/x/{pattern}"])
     finally:
         server.shutdown()
         server.server_close()

@@ -167,7 +167,38 @@ def sparse_gnu() -> bytes:
     return bytes(block)
 
 
+def extended(kind: bytes, content: bytes) -> bytes:
+    """An extended header with its blocks."""
+    padded = content + bytes(-len(content) % 512)
+    return header("x", type=kind, size=len(content)).tobuf(tarfile.USTAR_FORMAT) + padded
+
+
 TARS = {
+    **{
+        f"extended headers of type {kind!r}": (extended(kind, content) * 2000, "headers in a row")
+        for kind, content in {
+            tarfile.GNUTYPE_LONGNAME: b"name\0",
+            tarfile.GNUTYPE_LONGLINK: b"name\0",
+            tarfile.XHDTYPE: b"9 a=bcde\n",
+            tarfile.XGLTYPE: b"9 a=bcde\n",
+        }.items()
+    },
+    "attributes of all members": (
+        b"".join(
+            extended(tarfile.XGLTYPE, b"30000 k%d=" % i + b"x" * 29990 + b"\n")
+            + header().tobuf(tarfile.USTAR_FORMAT)
+            for i in range(3)
+        ),
+        "at most 65,536 are read",
+    ),
+    "a long number": (
+        extended(tarfile.XHDTYPE, b"1000000 a=" + b"1" * 999_989 + b"\n"),
+        "damaged attributes",
+    ),
+    "attributes that overlap": (
+        extended(tarfile.XHDTYPE, b"2 " * 500_000 + b"="),
+        "damaged attributes",
+    ),
     "GNU sparse": (sparse_gnu(), "a sparse member"),
     "sparse 0.0": (sparse_pax("0.0"), "a sparse member"),
     "sparse 0.1": (sparse_pax("0.1"), "a sparse member"),
@@ -193,6 +224,17 @@ def test_headers_of_tars_do_not_ask_for_memory_or_time(tmp_path, kind):
     with pytest.raises(UserError, match=rf"^x\.tar\.gz.*{message}") as caught:
         read(tmp_path / "x.tar.gz")
     assert time.monotonic() - start < 5 and "\n" not in str(caught.value)
+
+
+def test_long_names_and_attributes_are_read(tmp_path):
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(
+            tmp_path / "x.tar", mode="w", format=form, pax_headers={"comment": "for all"}
+        ) as tar:
+            for number in range(20):
+                info = header(f"{'é' * 200}/{number}.txt", size=6, pax_headers={"own": "ö=1\n"})
+                tar.addfile(info, io.BytesIO(b"text%2d" % number))
+        assert read(tmp_path / "x.tar") == [f"text{number:2}" for number in range(20)]
 
 
 def test_a_tar_of_bz2_with_a_huge_member_is_refused(tmp_path, monkeypatch):

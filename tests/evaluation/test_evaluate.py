@@ -321,6 +321,14 @@ def test_a_text_that_is_not_unicode_is_refused(detector):
         detector("caf\udce9 the")
 
 
+def test_a_probability_that_is_no_number_is_not_returned(detector, monkeypatch):
+    monkeypatch.setattr(
+        detector, "module", lambda batch, task: torch.full(batch.input_ids.shape, float("nan"))
+    )
+    with pytest.raises(UserError, match="expected finite logits"):
+        detector("the cook")
+
+
 def test_a_text_without_tokens_is_refused(detector):
     for text in ("", "  \n"):
         with pytest.raises(UserError, match="holds no tokens"):

@@ -344,6 +344,9 @@ def test_a_description_names_only_files_in_its_folder(own_task, tmp_path):
     for folder in ("..", "../x", str(tmp_path / "private"), "x/../.."):
         with pytest.raises(UserError, match=r"own\.json: folder: .*plain file name"):
             own_task({"s.tsv": GOOD}, folder=folder)
+    for place in ("../private", str(tmp_path / "private"), "a/../../private", "file://x"):
+        with pytest.raises(UserError, match=r"dataset: .*plain file name"):
+            own_task({}, dataset=place, splits={"train": "train", "valid": "train"})
     own_task({"s.tsv": GOOD}, folder="private")
     described = tmp_path / "described"
     described.mkdir()
@@ -419,6 +422,29 @@ def test_a_dataset_is_read_without_its_other_columns(own_task, tmp_path):
     (tmp_path / "set" / "train.jsonl").write_text(jsonl(*rows)[:-9])
     with pytest.raises(UserError, match="dataset set, split train"):
         load_task(str(tmp_path / "own.json"), None)
+
+
+def test_a_dataset_in_data_is_read(own_task, tmp_path):
+    pytest.importorskip("datasets", reason="needs the extra [hf]")
+    (tmp_path / "elsewhere" / "set").mkdir(parents=True)
+    rows = [{"sentence": "x", "label": label} for label in "ab"]
+    (tmp_path / "elsewhere" / "set" / "train.jsonl").write_text(jsonl(*rows))
+    values = {"dataset": "set", "splits": {"train": "train", "valid": "train"}}
+    (tmp_path / "own.json").write_text(json.dumps(values))
+    task = load_task(str(tmp_path / "own.json"), tmp_path / "elsewhere")
+    assert len(read_examples(task, "train")) == 2
+
+
+def test_a_folder_of_the_current_directory_is_not_read_for_a_dataset(
+    own_task, tmp_path, monkeypatch
+):
+    """`datasets` takes a folder of the current directory for a name on the hub."""
+    datasets = pytest.importorskip("datasets", reason="needs the extra [hf]")
+    (tmp_path / "here" / "owner" / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match=r"dataset owner/set.*: the current directory has a folder"):
+        own_task({}, dataset="owner/set", splits={"train": "train", "valid": "train"})
 
 
 def test_a_dataset_without_the_columns_of_the_task_is_refused_before_a_row_is_read(

@@ -275,6 +275,56 @@ def test_damaged_and_foreign_weight_files_are_explained_without_advice_to_load_t
         read_tensors(tmp_path / "m")
 
 
+def archive_of(folder: Path, program: bytes) -> bytes:
+    """A file of torch.save with this pickle."""
+    writer = torch._C.PyTorchFileWriter(str(folder / "program"))
+    writer.write_record("data.pkl", program, len(program))
+    writer.write_record("byteorder", b"little", 6)
+    writer.write_end_of_file()
+    return (folder / "program").read_bytes()
+
+
+ENCODE = b"c_codecs\nencode\n"
+DICT = b"ccollections\nOrderedDict\n"
+PROGRAMS = {  # that torch.load(weights_only=True) runs; each could double its values many times
+    "hexadecimal": ENCODE + ENCODE + b"X\1\0\0\0aX\6\0\0\0latin1\x86RX\3\0\0\0hex\x86R.",
+    "copies": DICT + b"]\x85R.",
+    "copies of a memo": DICT + b"q\0)Rq\1h\0h\1\x85R.",
+    "attributes": DICT + b"q\0)R}bh\0)R}b\x86.",
+    "bytes": b"c__builtin__\nbytearray\n)R.",
+    "size": b"ctorch\nSize\n)R.",
+    "storage": b"ctorch.storage\nUntypedStorage\nK\x09\x85R.",
+    "many": b"]" * 2**20 + b".",
+    "underflow": b"R.",
+    "memo": b"h\0.",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("form", ["zip", "old"])
+def test_a_pickle_that_makes_other_values_than_tensors_is_not_run(
+    tmp_path, monkeypatch, name, form
+):
+    program = b"\x80\2" + PROGRAMS[name]
+    content = archive_of(tmp_path, program) if form == "zip" else program
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: cannot be read as weights"):
+        read_tensors(pickled(tmp_path, content))
+
+
+def test_a_pickle_of_parameters_and_one_of_an_old_torch_are_read(tmp_path):
+    module = torch.nn.Linear(3, 2)
+    state = module.state_dict() | {"own": torch.nn.Parameter(torch.ones(2))}
+    for is_zip in (True, False):
+        torch.save(state, tmp_path / "w", _use_new_zipfile_serialization=is_zip)
+        found = read_tensors(pickled(tmp_path, (tmp_path / "w").read_bytes()))
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+        torch.save(module.state_dict(), tmp_path / "w", _use_new_zipfile_serialization=is_zip)
+        found = read_tensors(pickled(tmp_path, (tmp_path / "w").read_bytes()))
+        assert torch.equal(found["weight"], module.weight)
+
+
 def test_no_compressed_archive_is_inflated(tmp_path, monkeypatch):
     """With bytes before or after an archive, torch and zipfile may read different directories."""
     torch.save({"x": torch.ones(400)}, tmp_path / "good")

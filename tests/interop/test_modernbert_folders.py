@@ -424,11 +424,18 @@ VALUES = {
     "num_hidden_layers": [3, 5, 10**7, 10**15],
     "intermediate_size": [0, 95, 10**15],
     "vocab_size": [10**15, "600", -1],
-    "mlp_dropout": [1.0, -0.1, "x"],
+    "mlp_dropout": [1.0, 0.999999, -0.1, "x"],
     "norm_eps": [0, "1e-5", None],
     "local_attention": [0, 1, "128", 10**12],
+    "sliding_window": [0, "64", 10**12],
     "layer_types": [[], "full_attention", {}, [1, 2, 3, 4], [["full_attention"]] * 4],
-    "rope_parameters": [[], "default", {"full_attention": 3}, {"full_attention": {"type": 3}}],
+    "rope_parameters": [
+        [],
+        "default",
+        {"full_attention": 3},
+        {"full_attention": {"type": 3}},
+        {"full_attention": {"rope_theta": 1e-300}},
+    ],
     "max_position_embeddings": [10**12, 0, 31],  # 31: the rows of the run have 32 tokens
     "architectures": [3],
     "model_type": [None, 3, ["modernbert"]],
@@ -453,12 +460,28 @@ def test_a_config_of_impossible_values_is_refused_or_read(key, tmp_path):
     assert not (tmp_path / "i").exists()
 
 
+@torch.no_grad()
+def test_a_sliding_window_has_the_meaning_of_transformers(tmp_path):
+    masked_lm(tmp_path / "stock")
+    path = tmp_path / "stock" / "config.json"
+    config = read_json(path)
+    ids, mask, _ = run_folders.rows_with_padding()
+    found = []
+    for value in (1, 3):
+        path.write_text(json.dumps(config | {"sliding_window": value}))
+        theirs = stock_model(tmp_path / "stock")
+        ours = load(tmp_path / "stock").generator(ids, None, mask)
+        assert_close(ours, theirs(ids, attention_mask=mask).logits, mask)
+        found.append(ours)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("key", ["global_rope_theta", "local_rope_theta"])
 def test_older_bases_of_impossible_values_are_refused(key, tmp_path):
     masked_lm(tmp_path / "stock")
     path = tmp_path / "stock" / "config.json"
     config = {k: v for k, v in read_json(path).items() if k != "rope_parameters"}
-    for value in (0, -1.0, "10000", 1e300):
+    for value in (0, -1.0, 1e-300, "10000", 1e300):
         path.write_text(json.dumps(config | {key: value}))
         for reader in readers(tmp_path / "i"):
             with pytest.raises(UserError, match=r"theta = "):
