@@ -39,19 +39,21 @@ def evaluate(
 
     from rich.cells import cell_len
 
-    from electra_ds.config.schema import VerdictConfig
+    from electra_ds.config.loading import parse_run
     from electra_ds.evaluation.evaluate import evaluate_checkpoint
-    from electra_ds.training.checkpoint import find_checkpoint
+    from electra_ds.training.checkpoint import find_checkpoint, read_meta
     from electra_ds.training.verdict import word_of_evaluation
 
     progress = progress_line("rows")
     values = evaluate_checkpoint(model, data, max_rows, trust_code, progress)
-    verdict = word_of_evaluation(values, VerdictConfig())
+    folder = find_checkpoint(model)
+    config = parse_run(read_meta(folder).config, f"{folder}/meta.json")
+    verdict = word_of_evaluation(values, config.verdict)
     if as_json:  # a value without a definition, such as an AUC without replaced tokens, is null
         known = {key: value if math.isfinite(value) else None for key, value in values.items()}
         print_json(known | ({"verdict": verdict} if verdict else {}), indent=2)
         return
-    print(printable(redacted(f"{find_checkpoint(model)}, held-out rows of {data}")))
+    print(printable(redacted(f"{folder}, held-out rows of {data}")))
     names = {key: printable(key) for key in values}  # a mixture names its sources
     width = max(24, *map(cell_len, names.values()))
     for key, value in values.items():

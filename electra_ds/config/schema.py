@@ -94,6 +94,26 @@ class ObjectiveConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> "ObjectiveConfig":
+        if self.temperature_decay is not None:
+            if not self.has_generator:
+                raise ValueError(
+                    f"temperature_decay = {self.temperature_decay}, but no tokens are sampled from "
+                    f"a generator (kind = {self.kind}, generator = {self.generator}): leave it out"
+                )
+            if self.temperature == 1:
+                raise ValueError(
+                    f"temperature_decay = {self.temperature_decay} has no effect, because "
+                    "temperature = 1 is its limit: set a temperature such as 2, or leave it out"
+                )
+        if self.is_frozen and self.gen_weight != 1:
+            raise ValueError(
+                f"gen_weight = {self.gen_weight} has no effect, because the generator is frozen: "
+                "leave it out"
+            )
+        return self
+
     @property
     def detects(self) -> bool:
         """Whether the main encoder detects replaced tokens; otherwise it predicts tokens."""
@@ -277,7 +297,7 @@ class VerdictConfig(Section):
 
     window: int = machine(10, "log lines over which the metrics are averaged", ge=1, le=10**6)
     learning_gain: float = machine(
-        0.04,
+        0.06,
         "learning: disc_gain is at least this share of the entropy of the base rate",
         gt=0,
         lt=1,
@@ -286,7 +306,7 @@ class VerdictConfig(Section):
         0.01, "collapsed: hidden_rms, the spread of the hidden states, is below this", ge=0, le=1e3
     )
     collapsed_std: float = machine(
-        0.01, "collapsed: logit_std, the spread of the logits, is below this", ge=0, le=1e3
+        0.05, "collapsed: logit_std, the spread of the logits, is below this", ge=0, le=1e3
     )
 
 

@@ -27,7 +27,7 @@ from electra_ds.training.spike_guard import SpikeGuard
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 from electra_ds.training.trainer import Trainer
-from electra_ds.training.verdict import ADVICE, COLLAPSED, VerdictTracker
+from electra_ds.training.verdict import COLLAPSED, VerdictTracker, advice
 
 FIRST_LINE_SECONDS = 60.0  # after the first step, without a log line
 WAIT_SHARE = 0.05  # share of the time waiting for data above which a warning is printed
@@ -299,7 +299,7 @@ class Pretrainer(Trainer):
 
         This waits for the device. Other steps do so only where DeepSpeed reads the gradient norm.
         """
-        sums, counts, waits, tokens = self._gather_interval(losses)
+        sums, counts, waits, tokens, last_disc = self._gather_interval(losses)
         mlm, disc, steps = sums.tolist()
         timing, now = self.timing, time.perf_counter()
         seconds = now - timing.began
@@ -309,7 +309,8 @@ class Pretrainer(Trainer):
             "loss": (gen_weight * mlm + disc_weight * disc) / steps,
             "mlm_loss": mlm / steps,
             "disc_loss": disc / steps,
-            "disc_gain": entropy(of_counts["replaced_fraction"]) - disc / steps,
+            # Both of the last step: the share of replaced tokens differs between steps.
+            "disc_gain": entropy(of_counts["replaced_fraction"]) - last_disc,
             **of_counts,
             "lr": lr,
             "grad_norm": float(result.grad_norm),
@@ -331,7 +332,7 @@ class Pretrainer(Trainer):
             values |= self.verdict.verdict.to_metrics()
             text = str(self.verdict.verdict)
         self.logger.train(state.step, values, seconds_left, text)
-        if is_new:
+        if is_new or self.verdict.verdict.word == COLLAPSED:
             self._report_verdict(state.step)
         if values["data_wait_share"] > WAIT_SHARE:
             self.logger.say(
@@ -344,29 +345,30 @@ class Pretrainer(Trainer):
 
     def _report_verdict(self, step: int) -> None:
         """Print what helps, once for each word. Raises RunFailure on every rank to end the run."""
-        verdict = self.verdict.verdict
-        advice = ADVICE.get(verdict.word)
-        if advice is None:
-            return
-        if verdict.word not in self._advised:
-            self.logger.say(f"step {step}  {verdict.word}: {advice}")
-            self._advised.add(verdict.word)
-        if verdict.word == COLLAPSED and self.config.train.on_collapse == "stop":
+        word = self.verdict.verdict.word
+        text = advice(word, self.config)
+        if text and word not in self._advised:
+            self.logger.say(f"step {step}  {word}: {text}")
+            self._advised.add(word)
+        if word == COLLAPSED and self.config.train.on_collapse == "stop":
             raise RunFailure(
-                f"step {step}: {verdict.word} (train.on_collapse = stop): {advice}; last "
-                f"checkpoint: {self.checkpointer.last_checkpoint()}"
+                f"step {step}: {word} (train.on_collapse = stop): {text}; last checkpoint: "
+                f"{self.checkpointer.last_checkpoint()}"
             )
 
-    def _gather_interval(self, losses: list[Losses]) -> tuple[Tensor, Counts, Tensor, float]:
-        """Return sums over all ranks: losses and steps [3], counts, wait seconds, tokens.
+    def _gather_interval(self, losses: list[Losses]) -> tuple[Tensor, Counts, Tensor, float, float]:
+        """Return sums over all ranks: losses and steps [3], counts, wait seconds, tokens, disc_loss.
 
-        The wait seconds are those of each rank, [world_size]. Collective.
+        The wait seconds are those of each rank, [world_size]; disc_loss is that of the last step.
+        Collective.
         """
         counts = sum(loss.counts.to_vector() for loss in losses if loss.counts is not None)
         assert isinstance(counts, Tensor)
-        times = [self.timing.wait_seconds, float(self.timing.tokens)]
-        timed = torch.tensor(times, dtype=torch.float64)
+        disc_loss = float(sum(loss.disc_loss for loss in losses))
+        numbers = [self.timing.wait_seconds, float(self.timing.tokens), disc_loss]
+        timed = torch.tensor(numbers, dtype=torch.float64)
         own = torch.cat([self.sums.values.cpu(), timed, counts.cpu()])
         per_rank = torch.stack(self.engine.control.all_gather(own))
         total = per_rank.sum(0)
-        return total[:3], Counts.from_vector(total[5:]), per_rank[:, 3], float(total[4])
+        counted = Counts.from_vector(total[6:])
+        return total[:3], counted, per_rank[:, 3], float(total[4]), float(total[5])

@@ -9,19 +9,15 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from electra_ds.config.schema import VerdictConfig
+from electra_ds.config.architectures import ModelConfig
+from electra_ds.config.schema import RunConfig, VerdictConfig
+from electra_ds.training.metrics import entropy
 
 WARMING_UP, PLATEAU, LEARNING, COLLAPSED = "warming up", "on the plateau", "learning", "collapsed"
 WORDS = (WARMING_UP, PLATEAU, LEARNING, COLLAPSED)  # `verdict` in metrics.jsonl is an index
-NEEDED = ("disc_gain", "disc_loss", "logit_std")  # metrics of a log line
-ADVICE = {
-    PLATEAU: "the discriminator uses little more than the frequencies of the tokens. Small post-LN "
-    "models stay here for millions of tokens; what shortens it: model.init = fan_in with "
-    "model.embedding_init_std = 0.2, optimizer.beta2 = 0.98, shorter rows, a modern-* preset",
-    COLLAPSED: "the discriminator gives nearly the same probability to every token. What helps: "
-    "start again, or from an earlier checkpoint with --init-from, with a lower optimizer.peak_lr, "
-    "a longer optimizer.warmup_steps, a smaller generator, or model.init = fan_in",
-}
+NEEDED = ("disc_gain", "replaced_fraction", "logit_std")  # metrics of a log line
+# A run that learns keeps the word until the gain is below this share of the limit.
+KEPT = 2 / 3
 
 
 class Verdict(NamedTuple):
@@ -64,10 +60,10 @@ class Sample(NamedTuple):
 class VerdictTracker:
     """The verdict after each log line.
 
-    Until the warmup is over and the window is full, it is "warming up", unless the gain is that of
-    learning. Then the means over the window decide: "collapsed" for hidden states or logits that
-    are nearly equal for all tokens, or when the gain is lost again; "learning" above the least
-    gain; otherwise "on the plateau".
+    The window takes the lines after the warmup, and until it is full the verdict is "warming up":
+    the samples of a generator that has just begun are easy to detect. Then the means over the
+    window decide: "learning" above the least gain; otherwise "collapsed" for hidden states or
+    logits that are nearly equal for all tokens, and "on the plateau" for others.
     """
 
     def __init__(self, options: VerdictConfig, warmup_steps: int) -> None:
@@ -75,17 +71,22 @@ class VerdictTracker:
         self.warmup_steps = warmup_steps
         self.verdict = Verdict(WARMING_UP, 0)
         self._window: deque[Sample] = deque(maxlen=options.window)
-        self._best_gain = 0.0
 
     def add(self, step: int, values: Mapping[str, Any]) -> bool:
         """Take the metrics of a log line into account. Returns whether the word has changed.
 
-        Lines without the metrics of a discriminator change nothing.
+        Lines of the warmup and lines without the metrics of a discriminator change nothing.
         """
-        if (sample := _sample(values)) is None:
+        sample = _sample(values)
+        if sample is None or step <= self.warmup_steps:
             return False
         self._window.append(sample)
-        word = self._word(step)
+        if len(self._window) < self.options.window:
+            return False
+        columns = zip(*self._window, strict=True)
+        mean = Sample(*(sum(column) / len(self._window) for column in columns))
+        kept = KEPT if self.verdict.word == LEARNING else 1.0
+        word = _word_of(mean, self.options, self.options.learning_gain * kept)
         is_new = word != self.verdict.word
         if is_new:
             self.verdict = Verdict(word, step)
@@ -100,37 +101,24 @@ class VerdictTracker:
     def state(self) -> dict[str, Any]:
         """The state as JSON values, for `set_state` on other ranks."""
         window = [[None if math.isnan(x) else x for x in sample] for sample in self._window]
-        return {"verdict": list(self.verdict), "best_gain": self._best_gain, "window": window}
+        return {"verdict": list(self.verdict), "window": window}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that `state` returned."""
         self.verdict = Verdict(*state["verdict"])
-        self._best_gain = state["best_gain"]
         self._window.clear()
         for values in state["window"]:
             self._window.append(Sample(*(math.nan if x is None else x for x in values)))
-
-    def _word(self, step: int) -> str:
-        options, window = self.options, self._window
-        if len(window) < options.window:
-            return WARMING_UP
-        mean = Sample(*(sum(values) / len(window) for values in zip(*window, strict=True)))
-        self._best_gain = max(self._best_gain, mean.gain)
-        word = _word_of(mean, options)
-        if word != LEARNING and step <= self.warmup_steps:
-            return WARMING_UP
-        is_lost = self._best_gain >= options.learning_gain and mean.gain < options.learning_gain / 4
-        return COLLAPSED if word == PLATEAU and is_lost else word
 
 
 def word_of_evaluation(values: Mapping[str, Any], options: VerdictConfig) -> str | None:
     """The word for the metrics of one evaluation, without a history; None without a discriminator."""
     sample = _sample(values)
-    return None if sample is None else _word_of(sample, options)
+    return None if sample is None else _word_of(sample, options, options.learning_gain)
 
 
-def _word_of(sample: Sample, options: VerdictConfig) -> str:
-    if sample.gain >= options.learning_gain:
+def _word_of(sample: Sample, options: VerdictConfig, least_gain: float) -> str:
+    if sample.gain >= least_gain:
         return LEARNING
     is_flat = sample.hidden_rms < options.collapsed_rms or sample.logit_std < options.collapsed_std
     return COLLAPSED if is_flat else PLATEAU
@@ -141,9 +129,38 @@ def _sample(values: Mapping[str, Any]) -> Sample | None:
     numbers = [values.get(key) for key in NEEDED]
     if any(number is None or not math.isfinite(number) for number in numbers):
         return None
-    gain, loss, logit_std = map(float, numbers)  # type: ignore[arg-type]
-    base_rate = gain + loss
+    gain, replaced_fraction, logit_std = map(float, numbers)  # type: ignore[arg-type]
+    base_rate = entropy(replaced_fraction) if 0 < replaced_fraction < 1 else 0.0
     if base_rate <= 0:  # no token was replaced
         return None
     rms = values.get("hidden_rms")
     return Sample(gain / base_rate, math.nan if rms is None else float(rms), logit_std)
+
+
+def advice(word: str, config: RunConfig) -> str:
+    """What helps against a plateau or a collapse, among what the config does not have yet."""
+    model, optimizer, hints = config.model, config.optimizer, []
+    is_fan_in = isinstance(model, ModelConfig) and model.init == "fan_in"
+    if word == PLATEAU:
+        text = (
+            "the discriminator uses little more than the frequencies of the tokens; post-LN "
+            "models of any size stay here for some time"
+        )
+        hints.append("more steps")
+        if optimizer.beta2 > 0.98:
+            hints.append("optimizer.beta2 = 0.98")
+        if isinstance(model, ModelConfig) and model.architecture != "modernbert":
+            hints.append("a modern-* preset")
+    elif word == COLLAPSED:
+        text = (
+            "the discriminator gives nearly the same probability to every token; it rarely "
+            "recovers. Start again, or from an earlier checkpoint with --init-from"
+        )
+        hints += ["a lower optimizer.peak_lr", "a longer optimizer.warmup_steps"]
+        if config.objective.has_generator:
+            hints.append("a smaller generator")
+    else:
+        return ""
+    if isinstance(model, ModelConfig) and not is_fan_in:
+        hints.append("model.init = fan_in with model.embedding_init_std = 0.2")
+    return f"{text}. What helps: {', '.join(hints)}"

@@ -45,3 +45,23 @@ def test_samples_are_those_of_the_temperature_at_the_progress(architecture):
 def test_a_decay_that_is_not_positive_is_refused(value):
     with pytest.raises(UserError, match=r"objective\.temperature_decay"):
         load_run("tiny", [f"objective.temperature_decay={value}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (["objective.kind=mlm", "objective.temperature=2"], "kind = mlm"),
+        (["objective.generator=uniform", "objective.temperature=2"], "generator = uniform"),
+        ([], "temperature = 1 is its limit"),
+    ],
+)
+def test_a_decay_without_an_effect_is_refused(settings, found):
+    with pytest.raises(UserError) as caught:
+        load_run("tiny", ["objective.temperature_decay=0.1", *settings])
+    assert "temperature_decay = 0.1" in str(caught.value) and found in str(caught.value)
+
+
+def test_the_weight_of_a_frozen_generator_is_refused():
+    with pytest.raises(UserError, match=r"gen_weight = 5\.0 has no effect, because the generator"):
+        sets = ["objective.generator=frozen", "model.sharing=untied", "objective.gen_weight=5"]
+        load_run("tiny", sets)
