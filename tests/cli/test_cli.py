@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -318,3 +319,17 @@ def test_a_table_loses_no_text_of_a_long_cell(capsys, monkeypatch, head, width):
     out = capsys.readouterr().out
     cells = "".join(line.split("\u2502")[2] for line in out.splitlines() if line[:1] == "\u2502")
     assert "".join(cells.split()) == "".join(words)
+
+
+def test_a_picture_of_check_is_refused_before_the_tables(electra_ds, tmp_path):
+    pytest.importorskip("matplotlib")
+    epochs = ("--set", "train.total_steps=null", "--set", "train.epochs=1")
+    for words, message in (
+        (("--plot", tmp_path / "rate.txt"), "--plot .*rate.txt: expected a file name that ends"),
+        (("--plot", tmp_path), "--plot .*: expected a file name that ends"),
+        (("--plot", tmp_path / "rate.png", *epochs), "train.epochs needs the data.*--data"),
+    ):
+        code, out, err = electra_ds("check", "tiny", *words)
+        assert code == 2 and re.search(message, err) and not out, err
+    code, out, _ = electra_ds("check", "tiny", "--plot", tmp_path / "rate.svg")
+    assert code == 0 and str(tmp_path / "rate.svg") in out and (tmp_path / "rate.svg").exists()
