@@ -13,6 +13,7 @@ from electra_ds.cli.options import Data, Engine, Run, Sets
 
 if TYPE_CHECKING:
     from electra_ds.config.schema import RunConfig
+    from electra_ds.reporting.check import Report
 
 
 @app.command()
@@ -27,6 +28,10 @@ def check(
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every value with its scope and meaning.")
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw the learning rate into this png, svg or pdf file."),
+    ] = None,
 ) -> None:
     """Show what a run needs, and report errors in its config."""
     from electra_ds.common.printable import printable
@@ -45,6 +50,8 @@ def check(
         open_data(data) if data is not None else None,
         load_run(run) if is_preset else None,
     )
+    if picture is not None:
+        _plot_schedule(report, picture)
     derived = [(line.key, line.value, line.meaning) for line in report.derived]
     print_table(f"{printable(run)} on {world_size} rank(s)", ("key", "value", "meaning"), derived)
     for line in report.warnings:
@@ -59,6 +66,15 @@ def check(
         print_table(f"values that {other} (--all shows every value)", Line._fields, report.changed)
     else:
         print(f"\nno values {other} (--all shows every value)")
+
+
+def _plot_schedule(report: "Report", picture: Path) -> None:
+    from electra_ds.reporting.plot import plot_schedule
+
+    config = report.config
+    total_steps = report.total_steps or config.total_steps(None)  # UserError: it needs --data
+    plot_schedule(config.optimizer, total_steps, picture)
+    print(picture)
 
 
 def _print_memory(config: "RunConfig", world_size: int) -> None:

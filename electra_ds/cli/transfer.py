@@ -1,4 +1,4 @@
-"""Verbs between formats: export, import.
+"""Verbs that write models: export, import, average.
 
 Each verb imports its modules in its own body, so that `--help` is fast.
 """
@@ -11,6 +11,7 @@ import typer
 
 from electra_ds.cli.console import app
 from electra_ds.cli.options import Model, Sets
+from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 
 
@@ -83,3 +84,48 @@ def import_(
         f"{out}: {len(report.loaded)} loaded, {len(report.initialized)} initialized, "
         f"{len(report.unused)} unused; {out}/import.json lists them"
     )
+
+
+@app.command()
+def average(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CKPT...", help="Checkpoints (O/ckpt/STEP) or run folders; at least two."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="New run folder, for evaluate, finetune, export and --init-from.")
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers separated by commas, one for each CKPT; they are divided by their sum "
+            "(default: equal weights)."
+        ),
+    ] = None,
+) -> None:
+    """Write the average of the weights of several checkpoints.
+
+    All must have the same architecture, sizes and tokenizer. OUT has the config of the first CKPT;
+    OUT/average.json lists the checkpoints.
+    """
+    from electra_ds.interop.average import average
+
+    averaged = average(models, out, None if weights is None else _numbers(weights))
+    for line in averaged.lines():
+        print(printable(line))
+    for part in averaged.checkpoints:
+        if part.differences:
+            print(printable(f"{part.path}: config differs: {'; '.join(part.differences)}"))
+    count = len(averaged.checkpoints)
+    print(printable(f"{out}: average of {count} checkpoints; {out}/average.json lists them"))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--weights {printable(text)}: expected numbers separated by commas, such as 1,1,2"
+        ) from None

@@ -245,7 +245,7 @@ class TrainConfig(Section):
 
 
 class AdamConfig(Section):
-    """Adam with decoupled weight decay and linear decay after warmup (ELECTRA, appendix A)."""
+    """Adam with decoupled weight decay (ELECTRA, appendix A)."""
 
     peak_lr: float = science(..., "learning rate at the end of warmup, before decay", gt=0, le=1e38)
     beta1: float = science(0.9, "decay of the first moment", ge=0, lt=1)
@@ -264,9 +264,53 @@ class AdamConfig(Section):
 
 
 class OptimizerConfig(AdamConfig):
-    """Adam with the schedule of pretraining: linear decay times linear warmup."""
+    """Adam with the schedule of pretraining (the formulas are in training/schedule.py)."""
 
     warmup_steps: int = science(..., "steps of the linear warmup", ge=0, le=MAX_STEPS)
+    schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = science(
+        "linear",
+        "learning rate after the warmup; linear: a decay over the whole run times the warmup; wsd: "
+        "stable until the last decay_steps",
+    )
+    final_lr_ratio: float = science(
+        0.0,
+        "share of peak_lr that linear, cosine and wsd reach at the end of the run",
+        ge=0,
+        le=1,
+    )
+    decay_steps: int | None = science(
+        None, "last steps of the run, in which wsd decays; null for the others", ge=1, le=MAX_STEPS
+    )
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = science(
+        None, "shape of the decay of wsd; null: linear"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_is_possible(self) -> "OptimizerConfig":
+        if self.schedule == "wsd" and self.decay_steps is None:
+            raise ValueError(
+                "schedule = wsd needs decay_steps, the number of steps of the decay at the end of "
+                "the run: set optimizer.decay_steps"
+            )
+        for name in ("decay_steps", "decay_shape"):
+            value = getattr(self, name)
+            if self.schedule != "wsd" and value is not None:
+                raise ValueError(
+                    f"{name} = {value}, but schedule = {self.schedule}; only wsd has a decay at "
+                    f"the end of the run: set optimizer.schedule = wsd, or leave {name} out"
+                )
+        if self.schedule in ("constant", "inverse_sqrt") and self.final_lr_ratio:
+            raise ValueError(
+                f"final_lr_ratio = {self.final_lr_ratio}, but schedule = {self.schedule} does not "
+                "depend on the length of the run: leave final_lr_ratio out, or use linear, cosine "
+                "or wsd"
+            )
+        if self.schedule == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError(
+                "schedule = inverse_sqrt, but warmup_steps = 0; the rate is peak_lr x "
+                "sqrt(warmup_steps / step): expected warmup_steps of at least 1"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -41,7 +41,7 @@ from electra_ds.training.checkpointer import Checkpointer
 from electra_ds.training.collectives import on_rank0
 from electra_ds.training.engine import Engine, StepResult
 from electra_ds.training.loss_sums import LossSums
-from electra_ds.training.schedule import learning_rate
+from electra_ds.training.schedule import linear
 from electra_ds.training.state import TrainingState
 from electra_ds.training.trainer import Trainer
 
@@ -225,7 +225,7 @@ class SeedRun(Trainer):
         """Return the learning rate: linear warmup and decay as a function of the applied steps."""
         options = self.config.optimizer
         warmup_steps = round(options.warmup_fraction * self.total_steps)
-        return learning_rate(options.peak_lr, warmup_steps, state.step, self.total_steps)
+        return linear(options.peak_lr, warmup_steps, state.step, self.total_steps)
 
     def snapshot(self, state: TrainingState) -> TrainingState:
         """Return the state with the loss sums of each rank in this epoch. Collective."""

@@ -18,7 +18,14 @@ from electra_ds.interop.parts import encoder_with_task_head
 from electra_ds.interop.vocabularies import tokenizer_of_model
 from electra_ds.model.build import build_objective
 from electra_ds.model.gdes import with_sums
-from electra_ds.model.weights import check_layers, check_state, shapes_of
+from electra_ds.model.weights import (
+    Shapes,
+    check_layers,
+    check_shapes,
+    check_state,
+    check_values,
+    shapes_of,
+)
 from electra_ds.training import checkpoint
 
 CHECKPOINTS = (
@@ -135,7 +142,7 @@ class Checkpoint(NamedTuple):
         if self.run is None or self.model.segments is None or self.model.segments < 2:
             return None
         name = "exp_avg_sq/embeddings.token_type.weight"
-        for _, moment in checkpoint.tensors(self.folder, self.meta, "optim", only=name):
+        for _, moment in checkpoint.tensors(self.folder, self.meta, "optim", only={name}):
             first, *others = moment.any(dim=-1).tolist()
             return (self.model.segments if any(others) else 1) if first else None
         return None
@@ -175,6 +182,17 @@ def check_run(config: RunConfig, weights: dict[str, Tensor], folder: Path) -> No
     """Compare the weights of a run of the built-in encoders with its config.
 
     weights: canonical name -> tensor. folder: the checkpoint, for messages.
+    Raises UserError as `check_run_shapes`, and for values that are not finite.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    check_run_shapes(config, shapes, folder)
+    check_values(weights, str(folder))
+
+
+def check_run_shapes(config: RunConfig, shapes: Shapes, folder: Path) -> None:
+    """Compare the shapes of the weights of a run of the built-in encoders with its config.
+
+    shapes: of the weights by canonical name. folder: the checkpoint, for messages.
     Raises UserError for a config without the values of its data, and for weights that do not fit.
     """
     where = f"{folder}/meta.json"
@@ -189,7 +207,7 @@ def check_run(config: RunConfig, weights: dict[str, Tensor], folder: Path) -> No
     ):
         if value is None:
             raise UserError(f"{where}: {key} is missing; expected the config of a checkpoint")
-    check_layers(weights, "discriminator.layers.", config.model.num_layers, str(folder))
+    check_layers(shapes, "discriminator.layers.", config.model.num_layers, str(folder))
     if config.objective.has_generator and config.model.sharing != "all":
-        check_layers(weights, "generator.layers.", config.generator.num_layers, str(folder))
-    check_state(weights, shapes_of(lambda: build_objective(config), where), str(folder))
+        check_layers(shapes, "generator.layers.", config.generator.num_layers, str(folder))
+    check_shapes(shapes, shapes_of(lambda: build_objective(config), where), str(folder))

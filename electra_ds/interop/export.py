@@ -12,6 +12,7 @@ from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.outputs import check_outside, new_folder
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.interop.average import average_of
 from electra_ds.interop.checkpoints import (
     Checkpoint,
     FineTunedConfig,
@@ -102,13 +103,16 @@ def _run_facts(source: Checkpoint) -> dict[str, str]:
     if (run_folder / "import.json").is_file():
         report = read_record(run_folder / "import.json", ImportSource, "an import's report")
         facts["base model"] = report.source
-    facts |= {
-        "objective": config.objective.kind,
-        "steps": f"{state.step:,}",
-        "tokens read": f"{state.tokens:,}",
-        "data": str(state.data.get("dataset_id", "unknown")),
-        "rows": f"{config.data.sequence_length} tokens",
-    }
+    facts["objective"] = config.objective.kind
+    if averaged := average_of(source.folder) if state.step == 0 else None:
+        facts["average of"] = "; ".join(averaged.lines())
+    else:
+        facts |= {
+            "steps": f"{state.step:,}",
+            "tokens read": f"{state.tokens:,}",
+            "data": str(state.data.get("dataset_id", "unknown")),
+        }
+    facts["rows"] = f"{config.data.sequence_length} tokens"
     metrics = run_folder / "metrics.jsonl"
     last: dict[str, Any] = {}  # evaluation up to the step of the checkpoint
     for _, record in metric_lines(metrics) if metrics.is_file() else ():

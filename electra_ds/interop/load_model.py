@@ -27,6 +27,7 @@ from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.interop.average import average_of
 from electra_ds.interop.checkpoints import (
     CHECKPOINTS,
     check_run,
@@ -146,12 +147,17 @@ def load_pretrained(path: Path, tokenizer: Path | None = None) -> Pretrained:
     prefixes = ("embeddings.", "discriminator.")
     state = {name: t for name, t in found.weights.items() if name.startswith(prefixes)}
     steps = found.meta.state.step
+    averaged = average_of(found.folder) if found.run is not None and steps == 0 else None
     trained = found.fine_tuned.trained_length if found.fine_tuned else None
-    if found.run is not None and steps > 0:  # an imported model was pretrained elsewhere
+    # An imported model, at step 0, was pretrained elsewhere.
+    if found.run is not None and (steps > 0 or (averaged and averaged.is_trained)):
         trained = found.run.data.sequence_length
     origin = f"{found.folder}, step {steps}"
-    words = found.tokenizer(tokenizer)
-    return Pretrained(found.model, state, words, origin, trained, found.trained_segments())
+    segments = found.trained_segments()
+    if averaged is not None:
+        origin = f"{found.folder}, average of {len(averaged.checkpoints)} checkpoints"
+        segments = averaged.trained_segments
+    return Pretrained(found.model, state, found.tokenizer(tokenizer), origin, trained, segments)
 
 
 class LoadedModel(NamedTuple):

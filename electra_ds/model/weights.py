@@ -1,6 +1,6 @@
 """Parameters by canonical name, without the rows that pad a table in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,17 @@ def check_state(state: Mapping[str, Tensor], shapes: Shapes, where: str) -> None
     where:  folder or file of the weights, for messages.
     UserError for missing and unknown names, other shapes, integers, and values that are not finite.
     """
-    missing, unknown = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    check_shapes({name: tuple(value.shape) for name, value in state.items()}, shapes, where)
+    check_values(state, where)
+
+
+def check_shapes(found: Shapes, shapes: Shapes, where: str) -> None:
+    """Compare the shapes of weights with those of the model that their config describes.
+
+    found, shapes: of the weights and of the model, by canonical name. where: as in `check_state`.
+    UserError for missing and unknown names and for other shapes.
+    """
+    missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or unknown:
         raise UserError(
             f"{where}: the weights do not fit the config: {len(missing)} tensors are missing "
@@ -82,10 +92,10 @@ def check_state(state: Mapping[str, Tensor], shapes: Shapes, where: str) -> None
             "the config that was saved with the weights"
         )
     for name, shape in shapes.items():
-        found = tuple(state[name].shape)
-        if found != shape:
-            raise UserError(f"{where}: {name} has shape {found}, but the config gives {shape}")
-    check_values(state, where)
+        if found[name] != shape:
+            raise UserError(
+                f"{where}: {name} has shape {found[name]}, but the config gives {shape}"
+            )
 
 
 def check_values(state: Mapping[str, Tensor], where: str) -> None:
@@ -104,7 +114,7 @@ def check_values(state: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def check_layers(names: Mapping[str, Tensor], part: str, count: int, where: str) -> None:
+def check_layers(names: Iterable[str], part: str, count: int, where: str) -> None:
     """Raise UserError unless `names` has the layers 0 to count - 1 of a part.
 
     part: what stands before the number of a layer, such as "discriminator.layers.". This check

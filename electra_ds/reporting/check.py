@@ -12,11 +12,12 @@ from pydantic.fields import FieldInfo
 from electra_ds.common.printable import printable
 from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
-from electra_ds.config.schema import RunConfig
+from electra_ds.config.schema import OptimizerConfig, RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
-from electra_ds.training.run_plan import plan, plan_warnings
+from electra_ds.training.run_plan import check_schedule, plan, plan_warnings
+from electra_ds.training.schedule import learning_rate
 
 
 class Line(NamedTuple):
@@ -35,6 +36,7 @@ class Report(NamedTuple):
     changed: the values that differ from the baseline.
     fields: every value of the config.
     config: the config, with the values that the data determines filled in.
+    total_steps: optimizer steps of the run; None with train.epochs and no data.
     warnings: lines that `pretrain` prints as well.
     """
 
@@ -42,6 +44,7 @@ class Report(NamedTuple):
     changed: list[Line]
     fields: list[Line]
     config: RunConfig
+    total_steps: int | None
     warnings: list[str]
 
 
@@ -55,26 +58,28 @@ def check(
 
     data: for epochs, the vocabulary and the shares of a mixture.
     baseline: the preset with which values are compared; None: the defaults of the schema.
-    Raises UserError for an engine that cannot be loaded, for data that does not fit the model, and
-    for a global batch that cannot be split over the ranks.
+    Raises UserError for an engine that cannot be loaded, for data that does not fit the model, for
+    a global batch that cannot be split over the ranks, and for a decay that is longer than the run.
     """
     load_engine(config.engine)
-    notes: list[str] = []
+    total_steps = config.train.total_steps
     if data is not None:
         planned = plan(config, data, world_size)
         config = planned.config.model_copy(update={"engine": config.engine})
-        notes = plan_warnings(config, planned.total_steps)
-    elif config.train.total_steps is not None:
-        notes = plan_warnings(config, config.train.total_steps)
+        total_steps = planned.total_steps
+    elif total_steps is not None:
+        check_schedule(config.optimizer, total_steps)
+    notes = [] if total_steps is None else plan_warnings(config, total_steps)
     derived = [
         *_step_lines(config, world_size),
         *_length_lines(config, data),
+        *_rate_lines(config.optimizer, total_steps),
         *_parameter_lines(config, parameter_count(config)),
     ]
     fields = list(_fields(config))
     known = {line.key: line.value for line in _fields(baseline)} if baseline else _defaults(config)
     changed = [line for line in fields if known.get(line.key) != line.value]
-    return Report(derived, changed, fields, config, notes)
+    return Report(derived, changed, fields, config, total_steps, notes)
 
 
 def _fields(section: BaseModel, prefix: str = "") -> Iterator[Line]:
@@ -140,6 +145,23 @@ def _length_lines(config: RunConfig, data: Data | None) -> Iterator[Line]:
             f"{source.share:.2%} (weight {source.weight:.6f}); has {source.rows:,} rows, "
             f"{source.tokens:,} tokens",
         )
+
+
+def _rate_lines(options: OptimizerConfig, total_steps: int | None) -> Iterator[Line]:
+    """The learning rate at the steps where the schedule changes; none without a known length."""
+    if total_steps is None:
+        return
+    meanings = {0: ["first step"]}
+    if 0 < options.warmup_steps < total_steps:
+        meanings.setdefault(options.warmup_steps, []).append("end of the warmup")
+    meanings.setdefault(total_steps // 2, []).append("middle of the run")
+    if options.decay_steps is not None:
+        meanings.setdefault(total_steps - options.decay_steps, []).append("start of the decay")
+    meanings.setdefault(total_steps - 1, []).append("last step")
+    for step, names in sorted(meanings.items()):
+        rate = learning_rate(options, step, total_steps)
+        meaning = f"learning rate after {step:,} steps ({options.schedule}): {', '.join(names)}"
+        yield _derived(f"lr({step:,})", f"{rate:.6g}", meaning)
 
 
 def _parameter_lines(config: RunConfig, parameters: ParameterCount) -> Iterator[Line]:

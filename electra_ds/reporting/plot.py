@@ -1,4 +1,4 @@
-"""Curves of one or several runs as a picture, drawn from metrics.jsonl only."""
+"""Pictures: curves of runs, drawn from metrics.jsonl only, and the learning rate of a config."""
 
 import re
 import warnings
@@ -11,8 +11,11 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.outputs import check_output_file
 from electra_ds.common.printable import printable
+from electra_ds.config.schema import OptimizerConfig
 from electra_ds.training.metrics_file import read_metrics
+from electra_ds.training.schedule import learning_rate
 
+MOST_POINTS = 1000  # evenly spaced steps of a drawn schedule
 FORMATS = (".png", ".svg", ".pdf")
 # title of a panel -> its curves as SPLIT/KEY, separated by spaces
 PANELS = {
@@ -48,19 +51,7 @@ def plot(runs: list[Path], out: Path) -> str:
                 f"{printable(run)}: no metrics.jsonl here{clause}; expected the folder of a run "
                 "that has logged steps"
             )
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(
-            f"--out {printable(out)}: expected a file name that ends with one of "
-            f"{', '.join(FORMATS)}"
-        )
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("plot needs matplotlib: pip install 'electra_ds[plot]'") from None
-    check_output_file(out, "--out")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _checked_pyplot(out, "--out")
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for run in runs:
         records = read_metrics(run / "metrics.jsonl")
@@ -76,15 +67,61 @@ def plot(runs: list[Path], out: Path) -> str:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise UserError(
-            f"--out {printable(out)}: cannot be written ({error.strerror}); expected a file in a "
-            "folder with write permission and free space"
-        ) from None
+            _save(figure, out, "--out")
     finally:
         pyplot.close(figure)
     return _font_note(caught)
+
+
+def plot_schedule(options: OptimizerConfig, total_steps: int, out: Path) -> None:
+    """Draw the learning rate of a run over its steps into `out` (png, svg, pdf).
+
+    Raises UserError when `out` cannot be written, and when matplotlib (extra [plot]) is not
+    installed.
+    """
+    pyplot = _checked_pyplot(out, "--plot")
+    warmup, decay = options.warmup_steps, options.decay_steps
+    corners = {0, warmup, total_steps - 1, *(() if decay is None else (total_steps - decay,))}
+    evenly = np.linspace(0, total_steps - 1, min(total_steps, MOST_POINTS)).astype(int).tolist()
+    steps = sorted(step for step in {*corners, *evenly} if step < total_steps)
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    try:
+        axis.plot(steps, [learning_rate(options, step, total_steps) for step in steps])
+        title = f"learning rate, schedule {options.schedule}, {total_steps:,} steps"
+        axis.set(title=title, xlabel="applied steps", ylabel="learning rate")
+        axis.grid(alpha=0.3)
+        _save(figure, out, "--plot")
+    finally:
+        pyplot.close(figure)
+
+
+def _checked_pyplot(out: Path, option: str) -> Any:
+    """Return matplotlib's pyplot, after the checks of the picture's path in `option`."""
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(
+            f"{option} {printable(out)}: expected a file name that ends with one of "
+            f"{', '.join(FORMATS)}"
+        )
+    try:
+        import matplotlib
+    except ImportError:
+        what = "plot" if option == "--out" else option
+        raise UserError(f"{what} needs matplotlib: pip install 'electra_ds[plot]'") from None
+    check_output_file(out, option)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, out: Path, option: str) -> None:
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise UserError(
+            f"{option} {printable(out)}: cannot be written ({error.strerror}); expected a file in a "
+            "folder with write permission and free space"
+        ) from None
 
 
 def _font_note(caught: list[warnings.WarningMessage]) -> str:

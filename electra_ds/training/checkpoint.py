@@ -12,7 +12,7 @@ files are safetensors and JSON, so reading them executes no code.
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -250,11 +250,11 @@ def check_content(path: Path, meta: Meta, part: int = 0, parts: int = 1) -> None
 
 
 def tensors(
-    path: Path, meta: Meta, prefix: str = "model", only: str | None = None
+    path: Path, meta: Meta, prefix: str = "model", only: Container[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, fp32 tensor on the CPU) of the `model` or `optim` files.
 
-    only: name of a tensor; the others are not read.
+    only: names of tensors; the others are not read.
     Raises UserError when a file is not a safetensors file, or holds a tensor of another type.
     """
     for name in sorted(meta.files):
@@ -262,7 +262,7 @@ def tensors(
             continue
         with _reading_tensors(path / name) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                if only not in (None, key):
+                if only is not None and key not in only:
                     continue
                 value = file.get_tensor(key)
                 if value.dtype != torch.float32:

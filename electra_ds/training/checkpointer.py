@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -238,16 +238,29 @@ def write_initial(folder: Path, state: dict[str, Tensor], config: dict[str, Any]
     config: the resolved config as JSON values.
     Raises OSError when a file cannot be written.
     """
-    weights = {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in state.items()
-    }
+    return write_initial_parts(folder, [state], 1, config)
+
+
+def write_initial_parts(
+    folder: Path, parts: Iterable[dict[str, Tensor]], count: int, config: dict[str, Any]
+) -> Path:
+    """As `write_initial`, with the weights in several files. One part is in memory at a time.
+
+    parts: `state` of `write_initial` in parts. count: the number of parts.
+    """
     target = folder / "0"
     temporary = folder / f".0.{secrets.token_hex(4)}.tmp"
     temporary.mkdir(parents=True)
     meta = {"format": FORMAT, "version": VERSION, **asdict(TrainingState())}
     meta |= {"scaler": {}, "world_size": 1, "config": config}
-    meta["files"] = _write({"model": weights}, temporary, Ranks(0, 1, 0, 1, "none"))
+    meta["files"] = {}
+    for index, part in enumerate(parts):
+        weights = {
+            name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name, tensor in part.items()
+        }
+        meta["files"] |= _write({"model": weights}, temporary, Ranks(index, count, 0, 1, "none"))
+        del part, weights  # before the next part is computed
     write_json(temporary / "meta.json", meta)
     _replace_folder(temporary, target)
     _point_latest_at(target)

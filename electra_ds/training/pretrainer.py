@@ -77,7 +77,7 @@ class Pretrainer(Trainer):
         batches: endless, from the position of `state`.
         held_out: name of a source -> its held-out rows.
         recipe: masking of the held-out rows.
-        schedule: learning rates and the last step of this attempt.
+        schedule: length of the run and the last step of this attempt.
         requests: of this rank, to save or to stop.
         lock: of the run folder; held while this object is used.
         verdict: with the log lines up to `state`.
@@ -136,9 +136,7 @@ class Pretrainer(Trainer):
 
     def learning_rate(self, state: TrainingState) -> float:
         """The learning rate after `state.step` applied steps."""
-        options = self.config.optimizer
-        total_steps = self.schedule.total_steps
-        return learning_rate(options.peak_lr, options.warmup_steps, state.step, total_steps)
+        return learning_rate(self.config.optimizer, state.step, self.schedule.total_steps)
 
     def snapshot(self, state: TrainingState) -> TrainingState:
         """The state with each rank's sums of the open interval. Collective."""

@@ -6,8 +6,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from electra_ds.common.errors import UserError
 from electra_ds.config.engine_files import load_engine
-from electra_ds.config.schema import RunConfig
+from electra_ds.config.schema import OptimizerConfig, RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import MaskingRecipe, masking_recipe
 from electra_ds.data.rows import RowOrder, RowReader
@@ -53,7 +54,29 @@ def plan(config: RunConfig, source: Data, world_size: int) -> Plan:
     config = config.model_copy(update={"engine": engine})
     config.accumulation(world_size)
     data = _training_data(config, source)
-    return Plan(config, engine, data, config.total_steps(data.reader.rows))
+    total_steps = config.total_steps(data.reader.rows)
+    check_schedule(config.optimizer, total_steps)
+    return Plan(config, engine, data, total_steps)
+
+
+def check_schedule(options: OptimizerConfig, total_steps: int) -> None:
+    """Raise UserError when the decay of a schedule is longer than the run after the warmup.
+
+    total_steps: of the run; with train.epochs it is known only with the data.
+    """
+    decay, warmup = options.decay_steps, options.warmup_steps
+    if decay is not None and decay + warmup > total_steps:
+        left = total_steps - warmup
+        fits = (
+            f"at most {left:,}, the steps after the warmup"
+            if left > 0
+            else "a warmup that is shorter than the run"
+        )
+        raise UserError(
+            f"optimizer.decay_steps = {decay:,}, but the run has {total_steps:,} steps, "
+            f"{warmup:,} of them warmup (optimizer.warmup_steps); expected {fits}: lower "
+            "decay_steps or warmup_steps, or make the run longer"
+        )
 
 
 def plan_warnings(config: RunConfig, total_steps: int) -> list[str]:

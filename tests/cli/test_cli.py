@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import run_folders
 import typer
 from factory_run import factory_run
 
@@ -27,7 +29,7 @@ def test_help_lists_the_verbs_in_the_order_of_their_use(electra_ds):
         *("check", "pretrain", "status", "plot"),
         *("evaluate", "detect"),
         *("finetune", "predict", "submit"),
-        *("export", "import"),
+        *("export", "import", "average"),
     ]
 
 
@@ -350,3 +352,35 @@ def test_a_url_in_the_place_of_a_local_path_is_refused_without_its_password(elec
 def test_errors_of_arguments_hide_passwords(electra_ds, words):
     code, out, err = electra_ds(*(w.replace("URL", "https://user:PW@host/x") for w in words))
     assert code == 2 and "PW" not in out + err
+
+
+def test_a_picture_of_check_is_refused_before_the_tables(electra_ds, tmp_path):
+    pytest.importorskip("matplotlib")
+    epochs = ("--set", "train.total_steps=null", "--set", "train.epochs=1")
+    for words, message in (
+        (("--plot", tmp_path / "rate.txt"), "--plot .*rate.txt: expected a file name that ends"),
+        (("--plot", tmp_path), "--plot .*: expected a file name that ends"),
+        (("--plot", tmp_path / "rate.png", *epochs), "train.epochs needs the data.*--data"),
+    ):
+        code, out, err = electra_ds("check", "tiny", *words)
+        assert code == 2 and re.search(message, err) and not out, err
+    code, out, _ = electra_ds("check", "tiny", "--plot", tmp_path / "rate.svg")
+    assert code == 0 and str(tmp_path / "rate.svg") in out and (tmp_path / "rate.svg").exists()
+
+
+def test_an_average_prints_its_checkpoints_and_refuses_text_as_weights(electra_ds, tmp_path):
+    for name in ("a", "b"):
+        run_folders.pretrained(tmp_path / name)
+    words = ("average", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "i")
+    for weights, message in (
+        ("1,x", "--weights 1,x: expected numbers separated by commas"),
+        ("1,", "--weights 1,: expected numbers"),
+        ("1", "1 weights for 2 checkpoints"),
+        ("-1,1", "--weights -1,1: their sum is 0"),
+    ):
+        code, _, err = electra_ds(*words, "--weights", weights)
+        assert code == 2 and message in err and not (tmp_path / "i").exists()
+    code, out, _ = electra_ds(*words, "--weights", "1,3")
+    first, second, last = out.splitlines()
+    assert code == 0 and first == f"0.25 x {tmp_path / 'a'}/ckpt/final, step 7"
+    assert second.startswith("0.75 x ") and "average of 2 checkpoints" in last

@@ -41,6 +41,7 @@ COMMANDS = {
     "submit": "SUITE --out NEW",
     "export": "RUN --tokenizer VOCABULARY --out NEW",
     "import": "FOREIGN --run tiny --tokenizer VOCABULARY --generator GENERATOR --out NEW",
+    "average": "RUN OTHER --weights 1,2 --out NEW",
 }
 INPUTS = (
     "missing",
@@ -65,6 +66,7 @@ OPTIONS = {
     "detect": ["--threshold"],
     "finetune": ["--seeds", "--set=train.epochs", "--set=train.max_length", "--set=train.seed"],
     "import": ["--set=model.hidden_dropout", "--set=train.seed", "--set=model.vocab_size"],
+    "average": ["--weights"],
 }
 
 
@@ -73,6 +75,7 @@ def places(tmp_path_factory):
     """Valid arguments by the names in COMMANDS."""
     root = tmp_path_factory.mktemp("places")
     run_folders.pretrained(root / "run")
+    run_folders.pretrained(root / "other")
     export(root / "run", root / "hf")
     run_folders.fine_tuned(root / "tuned" / "seed-0", "classification")
     (root / "data").mkdir()
@@ -97,6 +100,7 @@ def places(tmp_path_factory):
         "RUNFILE": "run.json",
         "ENGINE": "engine.json",
         "RUN": "run",
+        "OTHER": "other",
         "TEXT": "text.txt",
         "SUITEFILE": "suite.json",
         "TASK": "own.json",
@@ -222,6 +226,9 @@ def test_a_wrong_path_is_one_message(electra_ds, places, tmp_path, monkeypatch, 
         ("export", "run/new"),
         ("export", "run/ckpt/new/below"),
         ("export", "run/tokenizer/new"),
+        ("average", "run"),
+        ("average", "run/ckpt/new"),
+        ("average", "other/new"),
         ("import", "hf/discriminator/new"),
         ("import", "hf/generator/new"),
     ],
@@ -262,6 +269,7 @@ def test_an_output_does_not_mix_with_another_kind_of_folder(electra_ds, places, 
         ("finetune", "RUN"),
         ("export", "RUN"),
         ("import", "FOREIGN"),
+        ("average", "RUN"),
         ("status", "RUN"),
         ("plot", "RUN"),
         ("submit", "SUITE"),

@@ -20,7 +20,11 @@ from electra_ds.training.engine import zero_options
 PRESETS = config_names("pretrain")
 ENGINES = config_names("engine")
 # Fields that a preset leaves open: one of the two lengths, and values that are filled in later.
-OPEN = {"train.total_steps", "train.epochs", "model.vocab_size", "data.special_ids", "provenance"}
+OPEN = {
+    *("train.total_steps", "train.epochs", "model.vocab_size", "data.special_ids", "provenance"),
+    *("optimizer.decay_steps", "optimizer.decay_shape"),  # of the schedule wsd only
+    *("objective.temperature_decay", "generator.embedding_size"),  # null: no effect
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -304,3 +308,22 @@ def test_the_operations_of_local_layers_are_those_of_their_blocks(length, local_
     per_row = length * (encoder(run.model) + encoder(run.generator) + (width + 1) * width)
     per_row += masked * (width + 30528) * width
     assert step_flops(run) == pytest.approx(4 * 3 * 2 * per_row, rel=1e-4)
+
+
+def test_check_shows_the_rate_where_the_schedule_changes():
+    sets = ["optimizer.warmup_steps=10", "train.total_steps=101", "optimizer.peak_lr=0.5"]
+    decay = ["optimizer.schedule=wsd", "optimizer.decay_steps=51", "optimizer.final_lr_ratio=0.2"]
+
+    def shown(*more):
+        lines = check(load_run("tiny", [*sets, *more]), 1).derived
+        return {
+            line.key: (line.value, line.meaning) for line in lines if line.key.startswith("lr(")
+        }
+
+    found = shown(*decay)
+    assert list(found) == ["lr(0)", "lr(10)", "lr(50)", "lr(100)"]
+    assert [value for value, _ in found.values()] == ["0", "0.5", "0.5", "0.107843"]
+    assert found["lr(50)"][1].endswith("(wsd): middle of the run, start of the decay")
+    assert list(shown()) == ["lr(0)", "lr(10)", "lr(50)", "lr(100)"]
+    assert list(shown("optimizer.warmup_steps=0", "train.total_steps=1")) == ["lr(0)"]
+    assert not shown("train.total_steps=null", "train.epochs=1")  # without data

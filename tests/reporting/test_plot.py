@@ -6,8 +6,10 @@ import pytest
 from logged_run import log_run, valid_values
 
 from electra_ds.common.errors import UserError
-from electra_ds.reporting.plot import PANELS, plot
+from electra_ds.config.schema import OptimizerConfig
+from electra_ds.reporting.plot import PANELS, plot, plot_schedule
 from electra_ds.training.run_logger import RunLogger
+from electra_ds.training.schedule import learning_rate
 
 
 def test_a_plot_needs_only_metrics_and_shows_every_held_out_point(tmp_path, monkeypatch):
@@ -54,3 +56,20 @@ def test_a_pipe_in_the_place_of_the_picture_is_refused(tmp_path):
     os.mkfifo(tmp_path / "curves.png")
     with pytest.raises(UserError, match=r"--out .*curves\.png: is a named pipe"):
         plot([tmp_path], tmp_path / "curves.png")
+
+
+def test_a_drawn_schedule_has_its_corners(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(
+        pyplot.Axes, "plot", lambda _axis, x, y: drawn.append(dict(zip(x, y, strict=True)))
+    )
+    wsd = {"schedule": "wsd", "decay_steps": 1234}
+    options = OptimizerConfig(peak_lr=0.5, warmup_steps=777, **wsd)
+    plot_schedule(options, 100_000, tmp_path / "rate.png")
+    assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
+    (rates,) = drawn
+    assert {0, 777, 100_000 - 1234, 99_999} <= rates.keys() and len(rates) < 1010
+    assert all(rate == learning_rate(options, step, 100_000) for step, rate in rates.items())
+    plot_schedule(options, 2000, tmp_path / "short.png")
+    plot_schedule(OptimizerConfig(peak_lr=0.5, warmup_steps=9), 1, tmp_path / "one.png")

@@ -1,6 +1,4 @@
-"""The optimizer: Adam with and without bias correction, the schedule, the parameter groups."""
-
-import math
+"""The optimizer: Adam with and without bias correction, the parameter groups."""
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from electra_ds.training.optimizer import (
     make_state,
     parameter_groups,
 )
-from electra_ds.training.schedule import learning_rate
+from electra_ds.training.schedule import linear
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 # eps is as large as the gradients, so that its place (outside the root) matters.
@@ -53,7 +51,7 @@ def train(optimizer, module, rates, steps=slice(0, 20)):
         optimizer.step()
 
 
-RATES = [learning_rate(OPTIONS.peak_lr, OPTIONS.warmup_steps, step, 40) for step in range(20)]
+RATES = [linear(OPTIONS.peak_lr, OPTIONS.warmup_steps, step, 40) for step in range(20)]
 
 
 def test_adam_without_bias_correction_is_the_formula_written_out():
@@ -129,31 +127,6 @@ def test_the_moments_of_a_checkpoint_continue_exactly():
         assert second.state[parameter]["step"] == first.state[parameter]["step"]
     train(second, resumed, RATES, slice(8, 20))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-
-
-# ---------------------------------------------------------------------------------------- schedule
-
-
-def test_warmup_multiplies_the_linear_decay():
-    def rate_at(step):
-        return learning_rate(5e-4, 10_000, step, 1_000_000)
-
-    expected = {
-        0: 0.0,  # the first step changes nothing, as in the authors' code
-        1: 5e-4 * (1 - 1e-6) * 1e-4,
-        5_000: 5e-4 * 0.995 * 0.5,
-        10_000: 5e-4 * 0.99,
-        505_000: 5e-4 * 0.495,
-        999_999: 5e-4 * 1e-6,
-        1_000_000: 0.0,
-    }
-    for step, rate in expected.items():
-        assert math.isclose(rate_at(step), rate, rel_tol=1e-9, abs_tol=1e-18), step
-    assert max(expected, key=rate_at) == 10_000
-
-
-def test_the_rate_is_never_negative_and_warmup_may_be_none():
-    assert [learning_rate(1.0, 0, step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 # ------------------------------------------------------------------------------------------ groups
