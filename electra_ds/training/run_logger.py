@@ -32,7 +32,9 @@ class Logger:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def train(self, step: int, values: dict[str, float], seconds_left: float, verdict: str) -> None:
+    def train(
+        self, step: int, values: dict[str, float], seconds_left: float, verdict: str = ""
+    ) -> None:
         """Log one interval of training. verdict: about learning; "" if there is none."""
 
     def valid(self, step: int, values: dict[str, float]) -> None:
@@ -101,7 +103,9 @@ class RunLogger(Logger):
         self._file.close()
         self._tensorboard(lambda writer: writer.close())
 
-    def train(self, step: int, values: dict[str, float], seconds_left: float, verdict: str) -> None:
+    def train(
+        self, step: int, values: dict[str, float], seconds_left: float, verdict: str = ""
+    ) -> None:
         """Log one interval of training. verdict: about learning; "" if there is none."""
         self._record(step, "train", values)
         self.say(
