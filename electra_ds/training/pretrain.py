@@ -200,6 +200,9 @@ def pretrain_on_ranks(
 def _with_sources(attempt: Attempt) -> Attempt:
     """The attempt with what --init-from and --generator-from stand for. Collective."""
     options, source = attempt.options, attempt.init_from
+    reads = options.init_from or options.read_generator or attempt.config.objective.is_frozen
+    if not reads:
+        return attempt
     is_new = checkpoint.latest_on_rank0(attempt.out / "ckpt") is None
     if options.init_from and is_new:
         source = _find_source(attempt)
