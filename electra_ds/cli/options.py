@@ -7,7 +7,11 @@ import typer
 
 Run = Annotated[
     str,
-    typer.Argument(metavar="RUN", help="Preset (tiny, small, base, large, small++) or RUN.json."),
+    typer.Argument(
+        metavar="RUN",
+        help="Preset (tiny, small, base, large, small++, modern-* or deberta-*; see "
+        "docs/models.md) or RUN.json.",
+    ),
 ]
 Model = Annotated[
     Path,

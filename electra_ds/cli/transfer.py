@@ -10,14 +10,20 @@ from typing import Annotated
 import typer
 
 from electra_ds.cli.console import app
-from electra_ds.cli.options import Model, Sets
+from electra_ds.cli.options import Sets
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 
 
 @app.command()
 def export(
-    model: Model,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Run folder (its latest checkpoint), checkpoint or fine-tuned model.",
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(

@@ -34,13 +34,14 @@ CHECKPOINTS = (
 )
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def resolve_checkpoint(path: Path, expected: str = CHECKPOINTS) -> Path:
     """Return the folder with meta.json of a run, a checkpoint or a fine-tuned model.
 
-    path: one of the folders in CHECKPOINTS, except a Hugging Face folder.
+    path: one of the folders in CHECKPOINTS, except a Hugging Face folder. expected: description of
+    the accepted folders, for the error message.
     Raises UserError when there is none, and when `path` contains the models of several seeds.
     """
-    with reading(path, CHECKPOINTS):
+    with reading(path, expected):
         models = sorted(
             meta.parent
             for pattern in ("model/meta.json", "seed-*/model/meta.json")
@@ -51,7 +52,7 @@ def resolve_checkpoint(path: Path) -> Path:
             f"{path}: contains the models of {len(models)} seeds; give one, such as "
             f"{models[0].parent}"
         )
-    return models[0] if models else checkpoint.find_checkpoint(path, CHECKPOINTS)
+    return models[0] if models else checkpoint.find_checkpoint(path, expected)
 
 
 class FineTunedTrain(Record):
@@ -141,7 +142,8 @@ class Checkpoint(NamedTuple):
         """
         if self.run is None or self.model.segments is None or self.model.segments < 2:
             return None
-        name = "exp_avg_sq/embeddings.token_type.weight"
+        tables = "embedding_deltas" if self.run.model.sharing == "gdes" else "embeddings"
+        name = f"exp_avg_sq/{tables}.token_type.weight"
         for _, moment in checkpoint.tensors(self.folder, self.meta, "optim", only={name}):
             first, *others = moment.any(dim=-1).tolist()
             return (self.model.segments if any(others) else 1) if first else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.outputs import check_outside, new_folder
-from electra_ds.config.schema import RunConfig
+from electra_ds.config.schema import ObjectiveConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.average import average_of
 from electra_ds.interop.checkpoints import (
@@ -30,6 +30,8 @@ PURPOSES = {
     "detection": "A text encoder that electra_ds pretrained by replaced token detection (ELECTRA).",
     "prediction": "A text encoder that electra_ds pretrained by predicting tokens.",
     "generator": "The generator that electra_ds trained beside a text encoder; it predicts tokens.",
+    "frozen": "The generator with which electra_ds pretrained a text encoder; it predicts tokens. It "
+    "was frozen in the run: its weights come from another model.",
 }
 TUNED = "A text encoder that electra_ds fine-tuned on the task {name}."
 
@@ -72,7 +74,8 @@ def _export_run(source: Checkpoint, config: RunConfig, out: Path, words: Tokeniz
         role: Role = "detection" if detects and not is_generator else "prediction"
         sizes = config.generator if is_generator else None
         values = form.config(source.model, sizes, words.special_ids, role)
-        card = Card(PURPOSES["generator" if is_generator else role], facts, role)
+        of_generator = "frozen" if config.objective.is_frozen else "generator"
+        card = Card(PURPOSES[of_generator if is_generator else role], facts, role)
         written = Written(part, form, values, tensors, card)
         lines.append(_write_folder(out / part, written, words, source.max_length))
     return lines
@@ -103,7 +106,7 @@ def _run_facts(source: Checkpoint) -> dict[str, str]:
     if (run_folder / "import.json").is_file():
         report = read_record(run_folder / "import.json", ImportSource, "an import's report")
         facts["base model"] = report.source
-    facts["objective"] = config.objective.kind
+    facts |= {"objective": config.objective.kind, **_sampling_facts(config.objective)}
     if averaged := average_of(source.folder) if state.step == 0 else None:
         facts["average of"] = "; ".join(averaged.lines())
     else:
@@ -122,6 +125,19 @@ def _run_facts(source: Checkpoint) -> dict[str, str]:
         if isinstance(value, float):
             text = f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
             facts[f"held out at step {last['step']:,}, {key}"] = text
+    return facts
+
+
+def _sampling_facts(objective: ObjectiveConfig) -> dict[str, str]:
+    """Facts of the samples that differ from the default: a frozen generator, a temperature."""
+    facts = {"objective.generator": "frozen"} if objective.is_frozen else {}
+    temperature, decay = objective.temperature, objective.temperature_decay
+    if objective.has_generator and (temperature != 1 or objective.is_frozen):
+        changes = decay is not None and temperature != 1
+        change = (
+            f" at first, tends to 1 (objective.temperature_decay = {decay:g})" if changes else ""
+        )
+        facts["temperature"] = f"{temperature:g}{change}"
     return facts
 
 

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import EncoderConfig, ModelConfig, ModernBertModelConfig
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.checkpoints import read_checkpoint
-from electra_ds.interop.hf import format_of
-from electra_ds.interop.hf_folder import read_folder
+from electra_ds.interop.hf import format_of, format_of_type
+from electra_ds.interop.hf_folder import read_config, read_folder
 from electra_ds.interop.hf_format import part_names
 from electra_ds.interop.load_model import resolve_model
 from electra_ds.interop.vocabularies import check_same_vocabulary
@@ -26,17 +27,21 @@ from electra_ds.model.weights import Shapes, check_layers, check_state, shapes_o
 PARTS = ("generator_embeddings.", "generator.", "generator_head.")
 
 
+EXPECTED = (
+    "a run or checkpoint with a generator or of objective.kind = mlm, or a Hugging Face folder "
+    "with a language-modelling head"
+)
+
+
 class Found(NamedTuple):
-    """A generator as it was found.
+    """The sizes of a generator as it was found.
 
     model: the section `model` of its config. sizes: those of its encoder. width: of its word table.
-    weights: fp32 tensors with the names of a frozen generator.
     """
 
     model: ModelConfig
     sizes: EncoderConfig
     width: int
-    weights: dict[str, Tensor]
 
 
 def generator_reader(
@@ -56,55 +61,64 @@ def read_generator(path: Path, config: RunConfig, tokenizer: Tokenizer) -> dict[
     and for another vocabulary.
     """
     where = f"--generator-from {printable(path)}"
-    shapes = shapes_of(lambda: build_objective(config), where)
-    own = {name: shape for name, shape in shapes.items() if name.startswith(PARTS)}
-    source = resolve_model(path)
-    if source.checkpoint is None:
-        folder = source.hf.get("generator") or source.hf["discriminator"]
-        found = _of_hf_folder(folder, tokenizer, own)
-    else:
-        found = _of_checkpoint(source.checkpoint, tokenizer)
-    _check_sizes(found, config, where)
-    check_state(found.weights, own, where)
-    return found.weights
+    try:
+        shapes = shapes_of(lambda: build_objective(config), "the config of this run")
+        own = {name: shape for name, shape in shapes.items() if name.startswith(PARTS)}
+        weights = _read(path, config, tokenizer, own)
+        check_state(weights, own, str(path))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return weights
 
 
-def _of_checkpoint(folder: Path, tokenizer: Tokenizer) -> Found:
+def _read(path: Path, config: RunConfig, tokenizer: Tokenizer, own: Shapes) -> dict[str, Tensor]:
+    """`read_generator` without the comparison of shapes.
+
+    own: the shapes of the parameters of the generator in this run, by name.
+    """
+    if found_at(path).kind == "fine-tuned":
+        raise _no_generator("a fine-tuned model has a main encoder only")
+    source = resolve_model(path, EXPECTED)
+    if source.checkpoint is not None:
+        return _of_checkpoint(source.checkpoint, config, tokenizer)
+    folder = source.hf.get("generator") or source.hf["discriminator"]
+    return _of_hf_folder(folder, config, tokenizer, own)
+
+
+def _of_checkpoint(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
     found = read_checkpoint(folder)
     if found.run is None:
-        raise _no_generator(folder, "a fine-tuned model has a main encoder only")
+        raise _no_generator("a fine-tuned model has a main encoder only")
+    _check_architecture(found.model.architecture, config)
     objective = found.run.objective
     predicts = objective.kind == "mlm"
     if not predicts and not objective.has_generator:
-        raise _no_generator(folder, f"objective.generator = {objective.generator}")
+        raise _no_generator(f"objective.generator = {objective.generator}")
     check_same_vocabulary(tokenizer, "--data", found.tokenizer(), folder)
-    part = "discriminator" if predicts else "generator"
-    weights = {_frozen_name(name): found.weights[name] for name in part_names(found.weights, part)}
     sizes = found.model if predicts else found.run.generator
     width = found.model.word_width if predicts else found.model.generator_width(sizes)
-    return Found(found.model, sizes, width, weights)
+    _check_sizes(Found(found.model, sizes, width), config)
+    part = "discriminator" if predicts else "generator"
+    return {_frozen_name(name): found.weights[name] for name in part_names(found.weights, part)}
 
 
-def _of_hf_folder(folder: Path, tokenizer: Tokenizer, own: Shapes) -> Found:
-    """own: the shapes of the parameters of the generator in this run, by name."""
+def _of_hf_folder(
+    folder: Path, config: RunConfig, tokenizer: Tokenizer, own: Shapes
+) -> dict[str, Tensor]:
+    """The sizes are compared first: names and tensors are converted by those of this run."""
+    architecture = format_of_type(read_config(folder)["model_type"]).architecture
+    _check_architecture(architecture, config)
     words = load_tokenizer(folder)
     check_same_vocabulary(tokenizer, "--data", words, folder)
     content = read_folder(folder, words.vocab_size)
     form = content.format
     if "generator" not in form.heads(content.config, content.tensors):
-        raise _no_generator(folder, "its class has no language-modelling head")
+        raise _no_generator("its class has no language-modelling head")
     form.check_tied(content.config, content.tensors, str(folder))
     model, _ = form.parse(content.config, where=f"{folder}/config.json")
+    _check_sizes(Found(model, model, model.word_width), config)
     check_layers(content.tensors, form.before_layer, model.num_layers, str(folder))
-    names = [name for name in own if _layer(name) < model.num_layers]
-    weights = form.from_hf(content.tensors, names, "generator")
-    return Found(model, model, model.word_width, weights)
-
-
-def _layer(name: str) -> int:
-    """The number of the layer of a parameter; 0 for a parameter of no layer."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[1] == "layers" else 0
+    return form.from_hf(content.tensors, own, "generator")
 
 
 def _frozen_name(name: str) -> str:
@@ -115,22 +129,22 @@ def _frozen_name(name: str) -> str:
     return f"generator_embeddings.{rest}" if part.endswith("embeddings") else f"generator.{rest}"
 
 
-def _no_generator(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"--generator-from {printable(path)}: no generator here ({reason}); expected a run or "
-        "checkpoint with a generator or of objective.kind = mlm, or a Hugging Face folder with a "
-        "language-modelling head"
-    )
+def _no_generator(reason: str) -> UserError:
+    return UserError(f"no generator here ({reason}); expected {EXPECTED}")
 
 
-def _check_sizes(found: Found, config: RunConfig, where: str) -> None:
+def _check_architecture(theirs: str, config: RunConfig) -> None:
+    own = config.model.architecture
+    if theirs != own:
+        raise UserError(
+            f"model.architecture = {theirs}, but {own} in this run; expected a generator of the "
+            "same architecture"
+        )
+
+
+def _check_sizes(found: Found, config: RunConfig) -> None:
     """Raise UserError with the settings that fit, when sizes or mathematics differ."""
     own = config.model
-    if found.model.architecture != own.architecture:
-        raise UserError(
-            f"{where}: model.architecture = {found.model.architecture}, but {own.architecture} in "
-            "this run; expected a generator of the same architecture"
-        )
     form = format_of(own)
     compared = {
         f"generator.{name}": (getattr(found.sizes, name), getattr(config.generator, name))
@@ -139,8 +153,8 @@ def _check_sizes(found: Found, config: RunConfig, where: str) -> None:
     if "embedding_size" in form.tables:
         width = own.generator_width(config.generator)
         compared["generator.embedding_size"] = (found.width, width)
-    # A limit of the length where an import may change it, and the rows of a table elsewhere.
-    limits = form.free & {"max_positions"}
+    # A limit of the length alone, the rows of a table, or a distance on which logits depend.
+    limits = (form.free & {"max_positions"}) - form.effects.keys()
     for name in sorted(form.tables - limits - {"embedding_size", "vocab_size"}):
         compared[f"model.{name}"] = (getattr(found.model, name), getattr(own, name))
     if isinstance(own, ModernBertModelConfig) and isinstance(found.model, ModernBertModelConfig):
@@ -152,4 +166,4 @@ def _check_sizes(found: Found, config: RunConfig, where: str) -> None:
         texts = (f"{key} = {theirs}, but {ours} here" for key, (theirs, ours) in differing.items())
         sets = (f"{key}={json.dumps(theirs)}" for key, (theirs, _) in differing.items())
         options = " ".join(f"--set {shlex.quote(setting)}" for setting in sets)
-        raise UserError(f"{where}: {'; '.join(texts)}; add {options}")
+        raise UserError(f"{'; '.join(texts)}; add {options}")

@@ -6,7 +6,7 @@ applied to every token. Folders with Microsoft's names of heads can be imported.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -156,6 +156,10 @@ class DebertaV2Format(HfFormat):
     sizes = frozenset(SIZES)
     tables = frozenset(TABLES)
     free = frozenset({*DebertaV2EncoderConfig.dropout_fields(), "max_positions"})
+    effects: ClassVar[Mapping[str, str]] = {
+        "max_positions": "the buckets of distances change, so that the logits differ from those of "
+        "the imported model until the weights have been trained further"
+    }
 
     def foreign_names(self, name: str) -> tuple[str, ...]:
         """One name, or three for the fused qkv of a layer."""

@@ -51,7 +51,9 @@ class HfFormat(ABC):
     default_run: ClassVar[str]  # preset for an import
     sizes: ClassVar[frozenset[str]]  # fields of `model` and `generator` that a config.json holds
     tables: ClassVar[frozenset[str]]  # other fields of `model` that a config.json holds
-    free: ClassVar[frozenset[str]]  # those of both that the weights do not depend on
+    free: ClassVar[frozenset[str]]  # those of both that an import may change
+    # Free fields of `model` on which equal rows have other logits -> what a change of them does.
+    effects: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def foreign_names(self, name: str) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ REASONS = (  # pattern of foreign tensors that have no counterpart -> the reason
 ENCODERS = ("embeddings.", "discriminator.", "generator_embeddings.", "generator.")
 # The parameters of the main encoder's head of each kind.
 MAIN_HEADS: dict[Head, str] = {"discriminator": "discriminator_head.", "generator": "mlm_head."}
-GENERATOR = ("generator_embeddings.", "generator.", "generator_head.")
+TABLES = "generator_embeddings."
+GENERATOR = (TABLES, "generator.", "generator_head.")
 MOST_LISTED = 6  # tensors that one warning names; import.json lists all
 HEAD_WIDTH = 64  # hidden size of an attention head in the authors' TensorFlow models
 
@@ -107,7 +108,7 @@ class Source(NamedTuple):
 class Foreign(NamedTuple):
     """A foreign model: its sources, the folder of its vocabulary, and config fields by section.
 
-    free: the fields that the weights do not depend on; --set may change them.
+    free: the fields that do not determine the shapes of the weights; --set may change them.
     """
 
     vocabulary: Path
@@ -206,11 +207,13 @@ def _import(
     imported = _run_config(source, run, sets, foreign, words)
     shapes = shapes_of(lambda: build_objective(imported), f"{source} with {run}")
     sources = [_with_generator(source, imported.generator) for source in foreign.sources]
+    sources = _with_tables(sources, imported.model.sharing)
     state, report = _convert(sources, shapes)
     if imported.model.sharing == "gdes":
         state = with_deltas(state)
     check_state(state, {name: shapes[name] for name in state}, str(source))
     report.warnings.extend(_run_notes(run, base, foreign.sizes))
+    report.warnings.extend(_changed_notes(form, foreign, imported))
     if tokenizer is not None:
         report.warnings.extend(_vocabulary_notes(words, tokenizer, foreign.vocabulary))
     module = build_objective(imported, imported.train.seed)
@@ -272,13 +275,39 @@ def _check_sets(sets: Sequence[str], values: dict[str, Any], foreign: Foreign) -
         if not isinstance(stated, dict):
             continue  # the schema refuses it
         for name in [field] if field else list(decided):
-            if name == "sharing" and stated.get(name) == "gdes" and decided.get(name) != "all":
-                continue  # deltas are computed from the tables of both parts
+            if name == "sharing" and stated.get(name) in _other_sharings(foreign.sizes):
+                continue
             if name in decided and name not in foreign.free and stated.get(name) != decided[name]:
                 raise UserError(
                     f"--set {setting}: the imported weights have {section}.{name} = "
                     f"{decided[name]}, which cannot be changed; leave the setting out"
                 )
+
+
+def _other_sharings(sizes: dict[str, dict[str, Any]]) -> set[str]:
+    """The values of model.sharing that fit the tables of the weights beside their own.
+
+    With untied tables, shared takes those of the discriminator; the generator's are listed as
+    unused. Deltas (gdes) are computed from the tables of both parts.
+    """
+    model, generator = sizes["model"], sizes.get("generator")
+    sharing = model.get("sharing")
+    if sharing not in ("shared", "untied"):
+        return set()
+    width = model.get("embedding_size", model["hidden_size"])
+    if generator is None or generator["hidden_size"] != width:
+        return {"gdes"} if sharing == "shared" else set()
+    return {"shared", "untied", "gdes"}
+
+
+def _changed_notes(form: HfFormat, foreign: Foreign, imported: RunConfig) -> list[str]:
+    """A sentence for each free field with another value, where the logits depend on it."""
+    notes = []
+    for name, effect in form.effects.items():
+        theirs, own = foreign.sizes["model"].get(name), getattr(imported.model, name)
+        if theirs not in (None, own):
+            notes.append(f"model.{name} {theirs} -> {own}: {effect}")
+    return notes
 
 
 def _run_notes(run: str, base: RunConfig, sizes: dict[str, dict[str, Any]]) -> list[str]:
@@ -444,6 +473,26 @@ def _with_generator(source: Source, generator: EncoderConfig) -> Source:
     taken += ["generator.final_norm.", "generator.relative.", "generator.relative_norm."]
     taken += ["generator_head.", "generator_embeddings."]
     return source._replace(prefixes=(*source.prefixes, *taken))
+
+
+def _with_tables(sources: list[Source], sharing: str) -> list[Source]:
+    """The sources; without tables of a generator, the first one supplies its own for both parts.
+
+    The deltas of gdes are 0 then.
+    """
+    table = f"{TABLES}word.weight"
+    suppliers = [source for source in sources if TABLES in source.prefixes]
+    has_tables = any(set(each.foreign_names(table)) <= each.tensors.keys() for each in suppliers)
+    if has_tables or (sharing != "gdes" and not suppliers):
+        return sources
+    first, *others = sources
+
+    def of_main(name: str) -> tuple[str, ...]:
+        is_table = name.startswith(TABLES)
+        return first.foreign_names(name.removeprefix("generator_") if is_table else name)
+
+    prefixes = (*first.prefixes, TABLES)
+    return [first._replace(prefixes=prefixes, foreign_names=of_main), *others]
 
 
 def _source(folder: Path, content: HfFolder, prefixes: Iterable[str], num_layers: int) -> Source:

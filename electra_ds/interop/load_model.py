@@ -64,19 +64,20 @@ class ModelSource(NamedTuple):
     hf: dict[str, Path]
 
 
-def resolve_model(path: Path) -> ModelSource:
+def resolve_model(path: Path, expected: str = CHECKPOINTS) -> ModelSource:
     """The checkpoint or the Hugging Face folders that a MODEL argument stands for.
 
+    expected: description of the accepted folders, for the error message.
     A single Hugging Face folder counts as "discriminator". Raises UserError when there is neither,
     and when the path cannot be read.
     """
-    with reading(path, CHECKPOINTS):
+    with reading(path, expected):
         if is_hf_folder(path):
             return ModelSource(None, {"discriminator": path})
         parts = {part: path / part for part in ("discriminator", "generator")}
         if hf := {part: folder for part, folder in parts.items() if is_hf_folder(folder)}:
             return ModelSource(None, hf)
-    return ModelSource(resolve_checkpoint(path), {})
+    return ModelSource(resolve_checkpoint(path, expected), {})
 
 
 def load_objective(

@@ -310,13 +310,19 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 
 def load(
-    engine: Weights, path: Path, true_rows: dict[str, int], *, weights_only: bool = False
+    engine: Weights,
+    path: Path,
+    true_rows: dict[str, int],
+    *,
+    weights_only: bool = False,
+    skipped: tuple[str, ...] = (),
 ) -> Meta:
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
     true_rows: parameter name -> rows without padding, for tensors padded in memory on the first axis.
     weights_only: load no moments (they are set to zero), no step count and no loss scaler. The
         checkpoint may lack the frozen tensors; these keep their values.
+    skipped: prefixes of tensors of the checkpoint that are not loaded, whatever their shapes.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """
     meta = read_meta(path)
@@ -334,6 +340,8 @@ def load(
     for prefix in ("model",) if weights_only else ("model", "optim"):
         for key, value in tensors(path, meta, prefix):
             kind, _, name = ("master", "", key) if prefix == "model" else key.partition("/")
+            if name.startswith(skipped):
+                continue
             if kind not in kinds or expected.get(name) != tuple(value.shape):
                 here = expected.get(name, "no such parameter")
                 raise UserError(

@@ -11,7 +11,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
-from electra_ds.training.collectives import fail_on_all_ranks
+from electra_ds.training.collectives import fail_on_all_ranks, on_rank0
 from electra_ds.training.engine import Engine
 
 Reader = Callable[[RunConfig, Tokenizer], dict[str, Tensor]]
@@ -46,8 +46,16 @@ def read_weights(
             "another generator: leave the option out, or set objective.generator=frozen and "
             "model.sharing=untied"
         )
-    with fail_on_all_ranks(all_gather_object, "reading the generator"):
+    weights: dict[str, Tensor] | None = None
+
+    def read_here() -> None:
+        nonlocal weights
         weights = read(config, load_tokenizer(data_tokenizer))
+
+    on_rank0(read_here)  # its message stands alone: a mistake is the same on every rank
+    with fail_on_all_ranks(all_gather_object, "reading the generator"):
+        if weights is None:
+            read_here()
     return weights
 
 

@@ -16,10 +16,13 @@ from electra_ds.config.loading import parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
-from electra_ds.model.weights import shapes_of
+from electra_ds.model.weights import Shapes, shapes_of
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
 from electra_ds.training.collectives import fail_on_all_ranks, on_rank0
+
+# The parameters of a generator that shares nothing, which --generator-from gives.
+GENERATOR_PARTS = ("generator_embeddings.", "generator.", "generator_head.")
 
 
 def find_source(
@@ -34,7 +37,7 @@ def find_source(
 
     given: a run or a checkpoint. config: of the new run, with the values of its data.
     data_tokenizer: folder of the tokenizer of the data.
-    needs_generator: whether it must have a generator; with --generator-from it need not.
+    needs_generator: whether its generator is used; with --generator-from it is not compared.
     Raises UserError on every rank when a rank does not find the checkpoint, and when its weights or
     its vocabulary do not fit. The weights of a model.factory are compared when they are loaded.
     """
@@ -58,20 +61,58 @@ def _checked_source(
             raise UserError(
                 f"{printable(source)}{found_at(source).clause}; expected a pretraining run"
             )
-        theirs = parse_run(meta.config, f"{source}/meta.json").model
+        theirs = parse_run(meta.config, f"{source}/meta.json")
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    if isinstance(theirs, ModelConfig) and isinstance(config.model, ModelConfig):
-        _check_architecture(name, theirs.architecture, config.model.architecture)
+    if isinstance(theirs.model, ModelConfig) and isinstance(config.model, ModelConfig):
+        _check_architecture(name, theirs.model.architecture, config.model.architecture)
     _check_vocabulary(name, source, data_tokenizer)
     if not isinstance(config.model, FactoryConfig):
         expected = shapes_of(partial(build_objective, config), "the config of this run")
         found = checkpoint.shapes(source, meta)
         if not needs_generator:
-            absent = {key for key in expected.keys() - found if key.startswith("generator")}
-            expected = {key: shape for key, shape in expected.items() if key not in absent}
+            expected, found = _without_generator(expected), _without_generator(found)
+        if isinstance(theirs.model, ModelConfig) and expected.keys() != found.keys():
+            _check_sharing(name, given, theirs, config.model, needs_generator)
         _check_shapes(name, found, expected)
     return source
+
+
+def _without_generator(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if not name.startswith(GENERATOR_PARTS)}
+
+
+def _check_sharing(
+    name: str, given: Path, theirs: RunConfig, own: ModelConfig, needs_generator: bool
+) -> None:
+    """Raise UserError for another sharing, with the commands that convert the weights."""
+    assert isinstance(theirs.model, ModelConfig)
+    found, sharing = theirs.model.sharing, own.sharing
+    if found == sharing or not theirs.objective.has_generator:
+        return  # the objectives or the sizes differ
+    way = f"use a run of model.sharing = {sharing}, or set model.sharing = {found}"
+    if imported := _sharing_of_import(theirs, theirs.model, sharing, needs_generator):
+        way = (
+            f"to convert them, run `electra-ds export {printable(given)} --out H` and `electra-ds "
+            f"import H --out I --set model.sharing={imported}`, then give --init-from I"
+        )
+    raise UserError(
+        f"{name}: model.sharing = {found}, but {sharing} in this run: its weights do not fit; {way}"
+    )
+
+
+def _sharing_of_import(
+    theirs: RunConfig, model: ModelConfig, sharing: str, needs_generator: bool
+) -> str | None:
+    """The model.sharing with which an import of the exported run gives weights that fit `sharing`.
+
+    model: that of `theirs`. None if there is no such import.
+    """
+    is_as_wide = theirs.generator.hidden_size == model.word_width  # as an import needs for untied
+    if sharing == "untied" and not (is_as_wide or needs_generator):
+        sharing = "shared"  # the main encoder's tensors are the same
+    both = (model.sharing, sharing)
+    return None if "all" in both or ("untied" in both and not is_as_wide) else sharing
 
 
 def _check_architecture(name: str, theirs: str, own: str) -> None:

@@ -41,7 +41,7 @@ from electra_ds.training.collectives import (
     on_rank0,
 )
 from electra_ds.training.engine import Engine, start
-from electra_ds.training.init_from import find_source
+from electra_ds.training.init_from import GENERATOR_PARTS, find_source
 from electra_ds.training.metrics_file import metric_lines
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
@@ -284,7 +284,8 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     if found is None:
         if options.init_from is not None:
             source = attempt.init_from or _find_source(attempt)
-            checkpoint.load(engine, source, rows, weights_only=True)
+            skipped = () if attempt.generator is None else GENERATOR_PARTS
+            checkpoint.load(engine, source, rows, weights_only=True, skipped=skipped)
             attempt.print(
                 f"weights of {source}; the schedule and the position in the data start at 0"
             )

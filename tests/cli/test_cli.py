@@ -16,6 +16,7 @@ from electra_ds import cli
 from electra_ds.cli.console import print_table
 from electra_ds.cluster.stop_signals import stop_exit_code
 from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.config.loading import config_names
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = sorted(typer.main.get_command(cli.app).commands)
@@ -41,6 +42,20 @@ def test_every_verb_and_option_has_a_help_text(electra_ds, verb):
     assert command.help and command.help.splitlines()[0] in " ".join(out.split())
     for parameter in command.params:
         assert parameter.help, f"{verb}: {parameter.name} has no help"
+
+
+def test_the_help_of_run_names_every_preset():
+    command = typer.main.get_command(cli.app).commands["pretrain"]
+    (argument,) = [parameter for parameter in command.params if parameter.name == "run"]
+    for preset in config_names("pretrain"):
+        family = re.sub(r"-.*", "-*", preset)
+        assert re.search(rf"(?<![\w-]){re.escape(family)}(?![\w+])", argument.help), preset
+
+
+def test_the_help_of_export_names_fine_tuned_models():
+    command = typer.main.get_command(cli.app).commands["export"]
+    (argument,) = [parameter for parameter in command.params if parameter.name == "model"]
+    assert "fine-tuned model" in argument.help
 
 
 def test_one_function_prints_json():

@@ -150,10 +150,14 @@ def test_labels_of_which_most_occur_once_are_noted(kind):
 
 
 @pytest.mark.parametrize("second", [0.0, 0.5])
-def test_pairs_of_a_run_whose_rows_had_one_segment_are_noted(suite, tmp_path, capsys, second):
-    run = run_folders.config()
+@pytest.mark.parametrize("sharing", ["shared", "gdes"])
+def test_pairs_of_a_run_whose_rows_had_one_segment_are_noted(
+    suite, tmp_path, capsys, sharing, second
+):
+    run = run_folders.config(sharing)
     state = true_state(run_folders.objective(run))
-    moment = torch.full_like(state["embeddings.token_type.weight"], 0.5)
+    tables = "embedding_deltas" if sharing == "gdes" else "embeddings"
+    moment = torch.full_like(state[f"{tables}.token_type.weight"], 0.5)
     moment[1] = second
     weights = run_folders.SingleProcessWeights(state)
     weights.full_tensor = lambda name, kind: (

@@ -456,10 +456,30 @@ def test_a_discriminator_of_microsoft_alone_starts_the_main_encoder(tmp_path):
     assert torch.equal(state["discriminator.relative.weight"], table)
 
 
+@pytest.mark.parametrize("head", ["mask_predictions.", "lm_predictions."])
+def test_a_folder_of_microsoft_alone_starts_deltas_of_zero(head, tmp_path):
+    main = microsoft(tmp_path / "v3", head)
+    sets = [*SETS, "generator.hidden_size=64", "model.sharing=gdes"]
+    report = import_weights(tmp_path / "v3", tmp_path / "i", "deberta-tiny", sets)
+    weights = checkpoint.weights(find_checkpoint(tmp_path / "i"))
+    table = main["deberta.embeddings.word_embeddings.weight"]
+    assert torch.equal(weights["generator_embeddings.word.weight"], table)
+    assert not weights["embedding_deltas.word.weight"].any()
+    name = "v3: deberta.embeddings.word_embeddings.weight"
+    assert (name, "generator_embeddings.word.weight") in report.loaded
+    assert (name, "embedding_deltas.word.weight") in report.loaded
+    assert not any("embedding" in name for name in report.initialized)
+
+
 def test_max_positions_may_be_changed_and_sizes_not(tmp_path):
     masked_lm(tmp_path / "stock")
     longer = [*SETS, *LIKE_STOCK, "model.max_positions=4096"]
-    import_weights(tmp_path / "stock", tmp_path / "i", "deberta-tiny", longer)
+    report = import_weights(tmp_path / "stock", tmp_path / "i", "deberta-tiny", longer)
+    (warning,) = [text for text in report.warnings if "model.max_positions" in text]
+    assert "model.max_positions 64 -> 4096: the buckets of distances change" in warning
+    same = [*SETS, *LIKE_STOCK, "model.max_positions=64"]
+    report = import_weights(tmp_path / "stock", tmp_path / "same", "deberta-tiny", same)
+    assert not any("model.max_positions" in text for text in report.warnings)
     assert read_json(tmp_path / "i" / "config.json")["model"]["max_positions"] == 4096
     for setting in ("model.num_layers=7", "model.position_buckets=16"):
         with pytest.raises(UserError, match="which cannot be changed"):

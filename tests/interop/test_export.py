@@ -205,6 +205,25 @@ def run_card(folder: Path) -> str:
     return printed.getvalue()
 
 
+def test_the_cards_of_a_run_with_a_frozen_generator_say_so(tmp_path):
+    values = run_folders.frozen_config().model_dump(mode="json")
+    values["objective"] |= {"temperature": 2.0, "temperature_decay": 0.1}
+    run_folders.saved(tmp_path / "run", parse_run(values, "test"))
+    export(tmp_path / "run", tmp_path / "out")
+    parts = ("discriminator", "generator")
+    cards = [(tmp_path / "out" / part / "README.md").read_text() for part in parts]
+    assert "| objective.generator | frozen |" in cards[0]
+    assert (
+        "| temperature | 2 at first, tends to 1 (objective.temperature_decay = 0.1) |" in cards[0]
+    )
+    assert "It was frozen in the run" in cards[1] and "trained beside" not in cards[1]
+    run_folders.pretrained(tmp_path / "trained")
+    export(tmp_path / "trained", tmp_path / "other")
+    cards = [(tmp_path / "other" / part / "README.md").read_text() for part in parts]
+    assert "frozen" not in "".join(cards) and "trained beside" in cards[1]
+    assert "| temperature |" not in cards[0]
+
+
 def test_the_code_of_the_cards_of_a_run_runs_as_printed(tmp_path):
     run_folders.pretrained(tmp_path / "run")
     (tmp_path / "run" / "import.json").write_text('{"source": "bert-folder"}')

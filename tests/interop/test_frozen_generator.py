@@ -1,8 +1,11 @@
 """The weights of a frozen generator: from every kind of model, or one clear refusal."""
 
+import itertools
+
 import pytest
 import run_folders
 import torch
+from run_folders import frozen_config
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import parse_run
@@ -14,17 +17,6 @@ from electra_ds.model.build import build_objective
 from electra_ds.model.weights import load_true_state
 
 ARCHITECTURES = ("electra", "modernbert", "deberta_v2")
-
-
-def frozen_config(architecture, **generator):
-    """A run with a frozen generator. generator: changes of the section."""
-    values = run_folders.config(architecture=architecture).model_dump(mode="json")
-    values["objective"]["generator"] = "frozen"
-    values["model"]["sharing"] = "untied"
-    if architecture == "electra":
-        values["generator"]["embedding_size"] = 32
-    values["generator"] |= generator
-    return parse_run(values, "test")
 
 
 def words(run):
@@ -100,10 +92,74 @@ def test_other_mathematics_are_refused(tmp_path):
     assert """--set 'model.attention_pattern=["global", "local", "local"]'""" in message
 
 
-def test_another_architecture_is_refused(tmp_path):
-    run_folders.pretrained(tmp_path / "run", architecture="modernbert")
-    message = refusal(tmp_path / "run", frozen_config("electra"), words(tmp_path / "run"))
-    assert "model.architecture = modernbert, but electra in this run" in message
+def test_another_distance_of_the_last_bucket_is_refused(tmp_path):
+    """Buckets of distances depend on max_positions in deberta_v2, and nothing in modernbert."""
+    for architecture, is_refused in (("deberta_v2", True), ("modernbert", False)):
+        run = tmp_path / architecture
+        run_folders.pretrained(run, architecture=architecture)
+        folder = tmp_path / f"{architecture}-hf"
+        export(run, folder)
+        values = frozen_config(architecture).model_dump(mode="json")
+        values["model"]["max_positions"] = 64
+        config = parse_run(values, "test")
+        for path in (run, folder):
+            if is_refused:
+                message = refusal(path, config, words(run))
+                assert "model.max_positions = 40, but 64 here" in message
+                assert "--set model.max_positions=40" in message
+            else:
+                assert read_generator(path, config, words(run))
+
+
+@pytest.mark.parametrize(("theirs", "own"), list(itertools.permutations(ARCHITECTURES, 2)))
+def test_another_architecture_is_refused(theirs, own, tmp_path):
+    run = tmp_path / "run"
+    run_folders.pretrained(run, architecture=theirs)
+    export(run, tmp_path / "hf")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    for path in (run, tmp_path / "hf", tmp_path / "hf" / "generator"):
+        for tokenizer in (words(run), load_tokenizer(tmp_path / "other")):
+            message = refusal(path, frozen_config(own), tokenizer)
+            expected = f"model.architecture = {theirs}, but {own} in this run"
+            assert message.startswith(f"--generator-from {path}: {expected}")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_other_sizes_of_a_hugging_face_folder_are_refused(architecture, layers, tmp_path):
+    run = tmp_path / "run"
+    run_folders.pretrained(run, architecture=architecture)
+    export(run, tmp_path / "hf")
+    config = frozen_config(architecture, num_layers=layers, ffn_size=24)
+    ffn_size = run_folders.config(architecture=architecture).generator.ffn_size
+    message = refusal(tmp_path / "hf", config, words(run))
+    assert f"generator.num_layers = 2, but {layers} here" in message
+    assert f"--set generator.ffn_size={ffn_size} --set generator.num_layers=2" in message
+
+
+def test_another_width_of_the_tables_of_a_hugging_face_folder_is_refused(tmp_path):
+    run = tmp_path / "run"
+    run_folders.pretrained(run)
+    export(run, tmp_path / "hf")
+    config = frozen_config("electra", embedding_size=24)
+    message = refusal(tmp_path / "hf", config, words(run))
+    assert "generator.embedding_size = 32, but 24 here" in message
+
+
+def test_a_path_without_a_generator_is_refused_with_the_option(tmp_path):
+    (tmp_path / "empty").mkdir()
+    run_folders.vocabulary(tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    for name in ("empty", "nowhere", "x" * 300):
+        message = refusal(tmp_path / name, frozen_config("electra"), tokenizer)
+        assert message.startswith(f"--generator-from {tmp_path / name}: ")
+        assert "expected a run or checkpoint with a generator" in message
+        assert "Hugging Face folder" in message and "fine-tuned" not in message
+    for seed in range(2):
+        run_folders.fine_tuned(tmp_path / "tuned" / f"seed-{seed}", "classification")
+    message = refusal(tmp_path / "tuned", frozen_config("electra"), tokenizer)
+    assert "a fine-tuned model has a main encoder only" in message
 
 
 def test_another_vocabulary_is_refused(tmp_path):

@@ -20,7 +20,6 @@ from electra_ds.model.gdes import with_deltas, with_sums
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint
-from electra_ds.training.init_from import _check_vocabulary
 
 transformers = pytest.importorskip("transformers")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tf_reference"
@@ -279,18 +278,6 @@ def test_pretraining_starts_from_an_import(data, tmp_path):
     run_cli(*run, "--init-from", tmp_path / "i", *sets)
     # The learning rate of the first step is 0: the weights are still the imported ones.
     assert equal(checkpoint.weights(tmp_path / "o" / "ckpt" / "final"), state)
-
-
-@torch.no_grad()
-def test_weights_of_another_vocabulary_are_refused(tmp_path):
-    run_folders.pretrained(tmp_path / "o")
-    run_folders.vocabulary(tmp_path / "tokenizer")
-    final = tmp_path / "o" / "ckpt" / "final"
-    _check_vocabulary("--init-from", final, tmp_path / "tokenizer")
-    words = (tmp_path / "tokenizer" / "vocab.txt").read_text().replace("\naa\nab\n", "\nab\naa\n")
-    (tmp_path / "tokenizer" / "vocab.txt").write_text(words)
-    with pytest.raises(UserError, match=r"its vocabulary .* is not that of"):
-        _check_vocabulary("--init-from", final, tmp_path / "tokenizer")
 
 
 def test_an_imported_tensorflow_checkpoint_gives_the_logits_of_the_authors_code(tmp_path):

@@ -99,6 +99,17 @@ def config(
     return parse_run(values, "test")
 
 
+def frozen_config(architecture: str = "electra", **generator: Any) -> RunConfig:
+    """A run with a frozen generator. generator: changes of the section."""
+    values = config(architecture=architecture).model_dump(mode="json")
+    values["objective"]["generator"] = "frozen"
+    values["model"]["sharing"] = "untied"
+    if architecture == "electra":
+        values["generator"]["embedding_size"] = 32
+    values["generator"] |= generator
+    return parse_run(values, "test")
+
+
 @torch.no_grad()
 def drawn(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """The module with noise added to every parameter, in place; returned in eval mode."""
@@ -136,7 +147,11 @@ def pretrained(
     out: Path, sharing: str = "shared", kind: str = "electra", architecture: str = "electra"
 ) -> ElectraObjective:
     """Write a run folder with its vocabulary, as finetune and export read it; its module."""
-    run = config(sharing, kind, architecture)
+    return saved(out, config(sharing, kind, architecture))
+
+
+def saved(out: Path, run: RunConfig) -> ElectraObjective:
+    """Write a run folder of any config with its vocabulary; its module."""
     module = objective(run)
     save(out / "ckpt", "final", true_state(module), run.model_dump(mode="json"))
     (out / "ckpt" / "latest").write_text("final\n")

@@ -58,6 +58,20 @@ def test_loading_only_weights_keeps_the_initial_moments(saved):
     assert other.applied_steps == 0 and other.scaler == {"cur_scale": 4.0}
 
 
+def test_tensors_that_are_given_otherwise_are_skipped_whatever_their_shapes(saved):
+    """As those of a generator that --generator-from replaces."""
+    name = "layer.bias"
+    shapes = {key: shape for key, shape in FakeWeights().parameters.items() if key != name}
+    other = FakeWeights(seed=1, shapes=shapes)
+    other.frozen = {name: torch.ones(7, 2)}
+    with pytest.raises(UserError, match="bias has shape"):
+        checkpoint.load(other, saved[1], PADDED, weights_only=True)
+    checkpoint.load(other, saved[1], PADDED, weights_only=True, skipped=(name,))
+    stored = FakeWeights().values
+    assert all(torch.equal(other.values[key, "master"], stored[key, "master"]) for key in shapes)
+    assert torch.equal(other.frozen[name], torch.ones(7, 2))
+
+
 def test_padding_rows_are_not_stored_and_load_as_zeros(saved):
     stored = load_file(saved[1] / "model-00001-of-00001.safetensors")
     assert stored["word"].shape == (10, 4) and checkpoint.weights(saved[1])["word"].shape == (10, 4)
