@@ -103,7 +103,8 @@ class _Attention(torch.autograd.Function):
             scores = _scores(run)
             if bias is not None:
                 _add_bias(scores, bias, rows)
-            probs = torch.softmax(scores, -1)
+            # With a dtype: autocast on CUDA would return fp32, which backward cannot use.
+            probs = torch.softmax(scores, -1, dtype=scores.dtype)
             factors = dropout_factors(probs, dropout) if dropout else None
             out = torch.matmul(probs if factors is None else probs * factors, run.v)
             outputs.append(out.permute(1, 2, 0, 3).reshape(-1, width // 3))
