@@ -32,7 +32,6 @@ from electra_ds.model.kernels.disentangled import disentangled_attention, distan
 from electra_ds.model.kernels.dropout import dropout
 from electra_ds.model.kernels.linear import GeluLinear, Linear, linear_and_part
 
-
 MAX_KEPT = 64  # results of `rows_on`, of up to 16 bytes per token of the longest document
 _kept_rows: dict[tuple[int, int, int, torch.device], Tensor] = {}
 
