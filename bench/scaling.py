@@ -234,7 +234,7 @@ class ScalingModel:
         )
         self.hardware = NODES[kind]
         self.network = NETWORK_SHARE * self.hardware.network * adapters / NODE_GPUS
-        self.parameters = parameter_count(config).joint
+        self.parameters = parameter_count(config).trained
         row_flops = step_flops(config) / config.train.global_batch_size
         flops_per_second = step_flops(run_config(size, 128, 1, 0.0)) / 128
         flops_per_second *= TOKENS_PER_SECOND[kind][size]

@@ -71,9 +71,8 @@ def pretrain(
             "groups of the first run: start a new process (in a notebook, restart the kernel)"
         )
     weights = None if init_from is None else Path(init_from)
-    options = AttemptOptions(
-        stop_at_step, max_minutes, extend, weights, generator_reader(generator_from)
-    )
+    reader = generator_reader(generator_from)
+    options = AttemptOptions(stop_at_step, max_minutes, extend, weights, reader)
     with _restored_process():
         code = pretrain_ranks(config, data, Path(out), find_ranks(), options)
     _has_run = True

@@ -69,7 +69,8 @@ class ParameterCount(NamedTuple):
     """Numbers of parameters, without rows that pad the word table in memory."""
 
     discriminator: int  # main encoder with embeddings and head
-    joint: int  # both encoders
+    trained: int  # of the whole module
+    frozen: int  # of a generator that does not train
 
 
 def meta_model(config: RunConfig) -> Objective:
@@ -88,6 +89,8 @@ def meta_model(config: RunConfig) -> Objective:
 
 def parameter_count(config: RunConfig) -> ParameterCount:
     """Count the parameters of the main encoder with its head, and those of the whole module."""
-    sizes = {name: value.numel() for name, value in true_state(meta_model(config)).items()}
+    module = meta_model(config)
+    sizes = {name: value.numel() for name, value in true_state(module).items()}
     discriminator = sum(size for name, size in sizes.items() if not name.startswith("generator"))
-    return ParameterCount(discriminator, sum(sizes.values()))
+    frozen = sum(sizes[name] for name, p in module.named_parameters() if not p.requires_grad)
+    return ParameterCount(discriminator, sum(sizes.values()) - frozen, frozen)

@@ -32,6 +32,27 @@ from electra_ds.model.kernels.disentangled import disentangled_attention, distan
 from electra_ds.model.kernels.dropout import dropout
 from electra_ds.model.kernels.linear import GeluLinear, Linear, linear_and_part
 
+MAX_KEPT = 64  # results of `rows_on`, of up to 16 bytes per token of the longest document
+_kept_rows: dict[tuple[int, int, int, torch.device], Tensor] = {}
+
+
+def rows_on(length: int, buckets: int, max_positions: int, device: torch.device) -> Tensor:
+    """Return `distance_rows` on a device, [2 S - 1] int64. The last MAX_KEPT results are kept.
+
+    Without them, each forward of each encoder would compute the rows on the CPU and wait for their
+    copy. The result must not be changed.
+    """
+    key = (length, buckets, max_positions, device)
+    if key not in _kept_rows:
+        with torch.inference_mode(False):  # autograd cannot keep a tensor of inference mode
+            rows = distance_rows(length, buckets, max_positions).to(device)
+        if type(rows) is not Tensor:  # a fake tensor has no data
+            return rows
+        while len(_kept_rows) >= MAX_KEPT:
+            del _kept_rows[next(iter(_kept_rows))]
+        _kept_rows[key] = rows
+    return _kept_rows[key]
+
 
 class Embeddings(EmbeddingsBase):
     """Word embeddings, LayerNorm, dropout: [B, S] -> [B, S, H].
@@ -160,8 +181,7 @@ class Encoder(EncoderBase):
             used = torch.arange(self.buckets + length - 1, self.buckets - length, -1, device=device)
         else:
             used = torch.arange(2 * self.buckets, device=device)
-            rows = distance_rows(length, self.buckets, self.max_positions)
-            rows = rows.to(device, non_blocking=True)
+            rows = rows_on(length, self.buckets, self.max_positions, device)
         return Relative(self.relative_norm(self.relative(used)).to(dtype), rows)
 
 

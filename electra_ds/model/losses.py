@@ -14,6 +14,7 @@ from electra_ds.model.kernels.vocab_head import HeadResult
 
 BINS = 2000  # of the histogram of discriminator logits, which is used to compute the AUC
 LIMIT = 20.0  # the bins divide [-LIMIT, LIMIT]; larger logits are in the outer bins
+CHUNK = 2**22  # elements of hidden states that are squared at once
 
 
 class Totals(NamedTuple):
@@ -112,10 +113,11 @@ def centred_square(hidden: Tensor | None, weights: Tensor) -> Tensor:
     if hidden is None:
         return weights.new_full((), math.nan)
     total = weights.new_zeros(())
-    for row, weight in zip(hidden, weights, strict=True):  # row by row, to need little memory
-        h, w = row.float(), weight.float()[:, None]  # [S, H], [S, 1]
-        mean = (w * h).sum(0) / w.sum().clamp(min=1.0)
-        total += (w * (h - mean).square()).mean(1).sum()
+    rows = max(1, CHUNK // math.prod(hidden.shape[1:]))  # rows of a chunk, to need little memory
+    for h, w in zip(hidden.split(rows), weights.split(rows), strict=True):
+        h, w = h.float(), w.float()[:, :, None]  # [rows, S, H], [rows, S, 1]
+        mean = (w * h).sum(1, keepdim=True) / w.sum(1, keepdim=True).clamp(min=1.0)
+        total += (w * (h - mean).square()).mean(2).sum(1).double().sum()
     return total
 
 

@@ -172,4 +172,6 @@ def _parameter_lines(config: RunConfig, parameters: ParameterCount) -> Iterator[
     yield _derived(
         "discriminator", parameters.discriminator, "parameters of the main encoder and head"
     )
-    yield _derived("trained", parameters.joint, "parameters in all")
+    yield _derived("trained", parameters.trained, "trained parameters in all")
+    if parameters.frozen:
+        yield _derived("frozen", parameters.frozen, "parameters of the generator, not trained")

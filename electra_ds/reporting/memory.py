@@ -71,8 +71,11 @@ def memory(
             is_own = own.get("stage", 0) == stage
             zero = own if is_own else load_engine(f"zero{stage}")["zero_optimization"]
             need = _at_stage(stage, precision, sizes, config, world_size, zero, activations)
-            width = 2 if precision == PRECISIONS[2] else 4
-            # Every rank holds the weights of a frozen generator whole.
+            # Every rank holds the weights of a frozen generator whole. In half precision rank 0 has
+            # their fp32 values for checkpoints as well, in the memory of the host.
+            width = 4
+            if precision == PRECISIONS[2]:
+                width = 2 + 4 * (device_here() == "cpu")
             needs[stage, precision] = need._replace(states=need.states + width * frozen)
     return needs
 

@@ -43,7 +43,10 @@ DEFAULT_EXPECTATION = "a run folder (OUT), OUT/ckpt or OUT/ckpt/STEP"
 
 
 class Weights(Protocol):
-    """Interface of `engine.Engine` for saving and loading: full tensors, and collectives."""
+    """Interface of `engine.Engine` for saving and loading: full tensors, and collectives.
+
+    The values in `frozen` are saved from rank 0; on other ranks only their shapes are used.
+    """
 
     ranks: Any
     parameters: dict[str, Any]

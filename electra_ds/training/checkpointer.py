@@ -281,7 +281,9 @@ def _gather(
     """
     sizes = {name: engine.shape(name).numel() for name in engine.parameters}
     owners = _owners(sizes, engine.ranks.world_size)
-    weights = dict(engine.frozen) if engine.ranks.rank == 0 else {}
+    weights: dict[str, Tensor] = {}
+    if engine.ranks.rank == 0:  # they do not change, so tensors of the CPU are not copied
+        weights = {name: x.to("cpu", torch.float32) for name, x in engine.frozen.items()}
     moments: dict[str, Tensor] = {}
     for name in engine.parameters:
         for kind in kinds:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from electra_ds.cluster.launchers import Ranks, check_address
 from electra_ds.common.errors import UserError
-from electra_ds.model.weights import load_true_state, true_state
 from electra_ds.training.collectives import ControlGroup, collective, gloo_group
+from electra_ds.training.frozen_modules import FrozenModules
 from electra_ds.training.optimizer import AdamW, make_state, parameter_groups
 from electra_ds.training.precision import EngineConfig, resolve_precision
 
@@ -184,7 +184,8 @@ class Engine:
 
     control: collectives on the CPU, beside those of the engine.
     parameters: canonical name -> parameter of the wrapped module (an empty tensor at stage 3).
-    frozen: canonical name -> fp32 tensor on the CPU, without padded rows, of `add_frozen`.
+    frozen: canonical name -> tensor without padded rows, of `add_frozen`; in fp32 on rank 0, in the
+        dtype of the engine on other ranks.
     """
 
     @collective
@@ -226,7 +227,7 @@ class Engine:
         self.optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         self.parameters = dict(self._engine.module.named_parameters())
         self.frozen: dict[str, Tensor] = {}
-        self._frozen_modules = nn.ModuleDict()
+        self._frozen_modules: FrozenModules | None = None
         self._half_masters: dict[str, Any] = self._find_half_masters()
         self._scaler_before_refusal: dict[str, float] = {}
         self.reset_moments(0)
@@ -275,18 +276,20 @@ class Engine:
     def add_frozen(self, modules: nn.ModuleDict) -> None:
         """Move modules that do not train to the device, in the dtype of the trained parameters.
 
-        Every rank holds them whole. Checkpoints contain their fp32 values.
+        Every rank holds them whole. Checkpoints contain their fp32 values, which rank 0 keeps.
         """
         kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
         enabled = (kind for kind in kinds if self.deepspeed_config.get(kind, {}).get("enabled"))
         kind = next(enabled, None)
-        self.frozen = {name: value.float().clone() for name, value in true_state(modules).items()}
-        self._frozen_modules = modules.to(self.device, kinds[kind] if kind else torch.float32)
+        dtype = kinds[kind] if kind else torch.float32
+        is_saved = self.ranks.rank == 0
+        self._frozen_modules = FrozenModules(modules, self.device, dtype, is_saved=is_saved)
+        self.frozen = self._frozen_modules.values
 
     def set_frozen(self, name: str, value: Tensor) -> None:
         """Set one tensor of the modules of `add_frozen`. value: fp32, without padded rows."""
-        self.frozen[name].copy_(value)
-        load_true_state(self._frozen_modules, {name: value}, partial=True)
+        assert self._frozen_modules is not None
+        self._frozen_modules.set(name, value)
 
     @collective
     def forward_backward(
@@ -529,6 +532,7 @@ class Engine:
         self._engine = None
         self.optimizer = None  # type: ignore[assignment]
         self.parameters = {}
+        self.frozen, self._frozen_modules = {}, None
         self._half_masters = {}
         gc.collect()  # engine, optimizer and hooks refer to each other
         if self.device.type == "cuda":

@@ -60,16 +60,23 @@ def read_weights(
 
 
 def set_weights(engine: Engine, weights: dict[str, Tensor], out: Path, is_new: bool) -> None:
-    """Set the frozen generator of a new run; compare it with that of a resumed one.
+    """Set the frozen generator of a new run; compare it with that of a resumed one. Collective.
 
-    out: the run folder, for the message. Raises UserError when the weights differ.
+    weights: emptied here, because the attempt refers to them for the whole run.
+    out: the run folder, for the message.
+    Raises UserError on every rank when the weights of rank 0 differ.
     """
     if is_new:
-        for name, value in weights.items():
-            engine.set_frozen(name, value)
+        while weights:
+            engine.set_frozen(*weights.popitem())
         return
+    on_rank0(lambda: _compare(engine, weights, out))  # other ranks may have no fp32 values
+    weights.clear()
+
+
+def _compare(engine: Engine, weights: dict[str, Tensor], out: Path) -> None:
     differing = [
-        name for name, value in weights.items() if not torch.equal(value, engine.frozen[name])
+        name for name, value in weights.items() if not torch.equal(value, engine.frozen[name].cpu())
     ]
     if differing:
         raise UserError(

@@ -119,7 +119,7 @@ class Attempt:
     began: float  # time.monotonic()
     total_steps: int
     init_from: Path | None = None  # the checkpoint that --init-from stands for, in a new run
-    generator: dict[str, Tensor] | None = None  # the weights of --generator-from
+    generator: dict[str, Tensor] | None = None  # weights of --generator-from, emptied once set
 
     def print(self, text: str) -> None:
         """Print a line on rank 0."""

@@ -20,6 +20,7 @@ from electra_ds.model.kernels.attention_mask import (
     packed_mask,
     with_cu_seqlens,
 )
+from electra_ds.model.kernels.disentangled import disentangled_attention
 from electra_ds.model.kernels.rotary import rotary_tables
 from electra_ds.model.kernels.vocab_head import sample_tokens
 from electra_ds.training import checkpoint
@@ -212,6 +213,25 @@ def test_backward_of_packed_attention_uses_the_dropout_of_the_forward() -> None:
     torch.testing.assert_close(at_values, at_output, rtol=0.02, atol=1.0)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["bmm", "disentangled"])
+def test_attention_under_autocast_has_the_gradients_of_bf16(name: str, dropout: float) -> None:
+    """Autocast on CUDA computes softmax in fp32, but not in our functions."""
+    qkv = torch.randn(2, 70, 3 * 4 * 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.randn(139, 2 * 4 * 32, device=DEVICE, dtype=torch.bfloat16)
+    results = []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            if name == "bmm":
+                out = attention(qkv, 4, dropout=dropout, backend="bmm")
+            else:
+                out = disentangled_attention(qkv, positions, 4, dropout=dropout)
+        results.append((out, *torch.autograd.grad(out.float().sum(), qkv)))
+    for with_autocast, without in zip(*results, strict=True):
+        assert with_autocast.dtype == torch.bfloat16 and torch.equal(with_autocast, without)
+
+
 def test_sampled_tokens_equal_those_on_a_cpu() -> None:
     logits = torch.randn(64, 640)
     uniforms = torch.rand(64)
@@ -259,7 +279,9 @@ OTHERS = pytest.mark.parametrize(
 
 @needs_cuda
 @OTHERS
-@pytest.mark.parametrize("engine", ("zero0-fp32", "zero1-bf16", "zero1-fp16", "zero3-bf16"))
+@pytest.mark.parametrize(
+    "engine", ("zero0-fp32", "zero1-autocast", "zero1-bf16", "zero1-fp16", "zero3-bf16")
+)
 def test_other_architectures_learn_in_every_precision(
     data: Path, tmp_path: Path, engine: str, preset: str, sizes: list[str]
 ) -> None:
@@ -309,7 +331,7 @@ def test_a_deterministic_run_of_other_architectures_resumes_bit_for_bit(
 
 @needs_cuda
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
-@pytest.mark.parametrize("kind", ("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("kind", ("fp32", "autocast", "bf16", "fp16"))
 def test_every_precision_learns_at_every_stage(
     data: Path, tmp_path: Path, stage: int, kind: str
 ) -> None:

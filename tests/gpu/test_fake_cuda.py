@@ -4,7 +4,8 @@
 
 docs/testing.md describes the environment. Devices and dtypes of every operation agree, flash
 attention over the documents is used where it serves, and the host reads nothing: a read of a tensor
-without data raises. Values, speed and the backward pass need a GPU (tests/gpu/test_cuda.py).
+without data raises. Of the backward pass, the functions of the kernels run one by one. Values,
+speed and the whole backward pass need a GPU (tests/gpu/test_cuda.py).
 """
 
 from collections import Counter
@@ -58,6 +59,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
         torch._C._ensureCUDADeviceGuardSet()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    # torch.autocast("cuda") warns and has no effect without a device.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
 
 
 def config_of(architecture: str, kind: str = "electra") -> RunConfig:
@@ -135,6 +139,52 @@ def test_losses_are_computed_on_the_device(
         expected = 0
     assert operators.count["_flash_attention_forward"] == expected
     assert not operators.count["_local_scalar_dense"]
+
+
+def own_functions(loss: torch.Tensor) -> list[Any]:
+    """The autograd functions of the kernels in the graph of a loss."""
+    nodes, pending = {}, [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and id(node) not in nodes:
+            nodes[id(node)] = node
+            pending += [source for source, _ in node.next_functions]
+    return [node for node in nodes.values() if hasattr(node, "_forward_cls")]
+
+
+def gradients_of(node: Any) -> list[torch.Tensor]:
+    """A gradient without data for each output of an autograd function."""
+    return [
+        torch.empty(data.shape, dtype=data.dtype, device=data.device)
+        for data in node._input_metadata
+    ]
+
+
+@pytest.mark.parametrize("dropout", [True, False], ids=["dropout", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", PRESETS)
+def test_backward_functions_accept_what_forward_saved_under_autocast(
+    architecture: str, kind: str, dropout: bool
+) -> None:
+    """Forward runs under autocast, which computes softmax and others in fp32, backward does not."""
+    module = build_objective(config_of(architecture, kind), seed=0).train(dropout)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_cuda(module, torch.float32)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert ids(2, dtype=torch.bfloat16).softmax(0).dtype == torch.float32
+            losses = module(batch_of(2), Totals(76.0, 512.0), with_counts=True)
+        assert losses.total.dtype == torch.float32
+        found = own_functions(losses.total)
+        for node in found:
+            node.apply(*gradients_of(node))
+    names = {node._forward_cls.__name__ for node in found}
+    expected = {"electra": {"_LinearFunction"}, "modernbert": set()}
+    expected["deberta_v2"] = {"_LinearFunction", "_LinearAndPart", "_Attention"}
+    if kind != "uniform":
+        expected[architecture].add("_FusedHead")
+    if architecture == "modernbert" and not dropout:
+        expected[architecture].add("_GegluLinearFunction")
+    assert names == expected[architecture]
 
 
 @pytest.mark.parametrize("per_token", [False, True])

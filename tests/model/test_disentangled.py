@@ -11,6 +11,7 @@ import torch
 from electra_ds.model.kernels import disentangled
 from electra_ds.model.kernels.attention_mask import PackedMask, document_cu_seqlens, packed_mask
 from electra_ds.model.kernels.disentangled import disentangled_attention
+from electra_ds.model.kernels.dropout import dropout_factors, factors_of_kept
 
 N, D = 2, 4
 
@@ -98,6 +99,32 @@ def test_dropout_of_the_probabilities(monkeypatch, is_by_documents):
     ours = disentangled_attention(qkv, positions, N, mask, dropout=0.3)
     expected = plain(qkv, positions, whole, factors.transpose(0, 1))
     assert_equal(ours, expected, qkv, positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kept_elements_of_dropout_give_its_factors(monkeypatch, dtype):
+    """Off the CPU backward has bools only; compiled code on a CPU draws as other devices do."""
+    like = torch.zeros(50, 40, dtype=dtype)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    factors = dropout_factors(like, 0.3)
+    assert 0.2 < float((factors == 0).float().mean()) < 0.4
+    assert torch.equal(factors_of_kept(factors != 0, 0.3, dtype), factors)
+
+
+@pytest.mark.parametrize("is_by_documents", [False, True])
+def test_a_mask_of_bools_gives_the_gradients_of_the_factors(monkeypatch, is_by_documents):
+    qkv, positions, document_ids = inputs(10)
+    mask = by_documents(torch.ones_like(document_ids)) if is_by_documents else PackedMask()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # draws by factors_of_kept
+    results = []
+    for saves_bools in (False, True):
+        monkeypatch.setattr(disentangled, "_saves_bools", lambda device, to=saves_bools: to)
+        torch.manual_seed(0)
+        out = disentangled_attention(qkv, positions, N, mask, dropout=0.3)
+        saved = [x.dtype for x in out.grad_fn.saved_tensors]
+        assert (torch.bool in saved) == saves_bools
+        results.append((out, *torch.autograd.grad(out.sum(), (qkv, positions))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_bf16_is_close_to_fp32():

@@ -282,10 +282,11 @@ def test_the_initialization_of_deberta_v2_is_a_truncated_normal_everywhere():
 def test_dropout_of_deberta_v2_is_applied_to_the_relative_embeddings_of_each_layer(monkeypatch):
     module = small_objective.build(dropout=0.3, architecture="deberta_v2")
     seen = []
-    monkeypatch.setattr(
-        "electra_ds.model.deberta_v2.dropout",
-        lambda x, p, training: seen.append((tuple(x.shape), p, training)) or x,
-    )
+    for place in ("encoder", "deberta_v2"):
+        monkeypatch.setattr(
+            f"electra_ds.model.{place}.dropout",
+            lambda x, p, training: seen.append((tuple(x.shape), p, training)) or x,
+        )
     inputs = Inputs.of_documents(20)
     for training in (True, False):
         module.train(training)

@@ -34,7 +34,7 @@ def counted_once():
         counts = {}
 
         def counted(config):
-            key = repr((config.model, config.generator))
+            key = repr((config.model, config.generator, config.objective))
             counts[key] = counts.get(key) or parameter_count(config)
             return counts[key]
 
@@ -121,6 +121,18 @@ def test_check_reports_the_parameters_of_every_size(preset, discriminator, joint
     derived = {line.key: line.value for line in check(load_run(preset), 1).derived}
     assert (derived["discriminator"], derived["trained"]) == (f"{discriminator:,}", f"{joint:,}")
     assert derived["vocab_size"] == "30,522"
+
+
+def test_a_frozen_generator_is_counted_apart():
+    def rows(generator):
+        sets = ["model.sharing=untied", f"objective.generator={generator}"]
+        return {line.key: line.value for line in check(load_run("tiny", sets), 1).derived}
+
+    trained, frozen = rows("model"), rows("frozen")
+    assert "frozen" not in trained
+    assert frozen["discriminator"] == frozen["trained"] == trained["discriminator"]
+    counts = (int(x.replace(",", "")) for x in (frozen["frozen"], frozen["trained"]))
+    assert f"{sum(counts):,}" == trained["trained"]
 
 
 @pytest.mark.parametrize(

@@ -197,17 +197,18 @@ def frozen() -> None:
         finish(f"frozen-full-z{stage}", engine, *sets, read_generator=reader)
         stop(f"frozen-z{stage}", engine, *sets, at=3, read_generator=reader)
         finish(f"frozen-z{stage}", engine, *sets)
+    # In half precision only rank 0 has the fp32 values, which are saved and compared.
+    half = ("zero1-bf16", *sets)
+    finish("frozen-full-half", *half, read_generator=reader)
+    stop("frozen-half", *half, at=3, read_generator=reader)
+    finish("frozen-half", *half, read_generator=reader)
+    other = generator_reader(here.outs / "gdes-full-z0")
+    longer = {"extend": True, "read_generator": other}
     refused = {
         "missing": train("frozen-refused", "zero1-fp32", *sets),
         "trained": train("frozen-refused", "zero1-fp32", read_generator=reader),
-        "other": train(
-            "frozen-z1",
-            "zero1-fp32",
-            *sets,
-            "train.total_steps=8",
-            extend=True,
-            read_generator=generator_reader(here.outs / "gdes-full-z0"),
-        ),
+        "other": train("frozen-z1", "zero1-fp32", *sets, "train.total_steps=8", **longer),
+        "other_half": train("frozen-half", *half, "train.total_steps=8", **longer),
     }
     note("frozen", refused)
 

@@ -105,7 +105,9 @@ def test_parameters_are_counted_kind_by_kind(preset, binary_head, mlm_head):
             f"objective.generator={generator}",
             "model.vocab_size=101",
         ]
-        return parameter_count(load_run(preset, sets))
+        found = parameter_count(load_run(preset, sets))
+        assert found.frozen == 0
+        return found.discriminator, found.trained
 
     main, joint = count("electra")
     predicts = main - binary_head + mlm_head

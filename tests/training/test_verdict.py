@@ -10,9 +10,11 @@ import pytest
 import torch
 from run_results import curve
 from running import read_json
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import VerdictConfig
+from electra_ds.model import losses
 from electra_ds.model.losses import BINS, centred_square, histogram
 from electra_ds.reporting.status import lines, status
 from electra_ds.training.metrics import average_precision, deviation, entropy
@@ -222,3 +224,36 @@ def test_the_spread_of_hidden_states_is_that_of_the_counted_tokens_of_each_row()
     found = float(centred_square(hidden, weights.double()))
     assert found == pytest.approx(expected, rel=1e-5)
     assert math.isnan(float(centred_square(None, weights.double())))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations, and the elements of the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += 1
+        is_new = isinstance(result, torch.Tensor) and result._base is None
+        self.largest = max(self.largest, result.numel() if is_new else 0)
+        return result
+
+
+@pytest.mark.parametrize("limit", [1, 80, 100, 10**9])  # one, two, two and all rows of 40 elements
+def test_hidden_states_are_counted_in_chunks_of_rows(monkeypatch, limit):
+    """The operations do not grow with the rows, nor the memory beyond the limit."""
+    torch.manual_seed(0)
+    hidden, weights = torch.randn(7, 5, 8).bfloat16(), (torch.rand(7, 5) > 0.3).double()
+    weights[3] = 0
+    expected = sum(
+        centred_square(row[None], w[None]) for row, w in zip(hidden, weights, strict=True)
+    )
+    monkeypatch.setattr(losses, "CHUNK", limit)
+    with Operations() as found:
+        total = centred_square(hidden, weights)
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+    assert found.largest <= max(limit, 40)
+    chunks = -(-7 // max(1, limit // 40))
+    assert found.count <= 20 * chunks

@@ -252,7 +252,8 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 def _weighted(scores: Tensor, v: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the attended values [M, Q, D], the probabilities, and the factors of dropout."""
-    probs = torch.softmax(scores, -1)
+    # With a dtype: autocast on CUDA would return fp32, which backward, outside autocast, cannot use.
+    probs = torch.softmax(scores, -1, dtype=scores.dtype)
     factors = dropout_factors(probs, dropout) if dropout else None
     return torch.bmm(probs if factors is None else probs * factors, v), probs, factors
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from electra_ds.model.kernels.attention_mask import PackedMask
-from electra_ds.model.kernels.dropout import dropout_factors
+from electra_ds.model.kernels.dropout import dropout_factors, factors_of_kept
 
 BLOCK = 64  # tokens for which the products with positions are computed together
 
@@ -103,11 +103,14 @@ class _Attention(torch.autograd.Function):
             scores = _scores(run)
             if bias is not None:
                 _add_bias(scores, bias, rows)
-            probs = torch.softmax(scores, -1)
+            # With a dtype: autocast on CUDA would return fp32, which backward cannot use.
+            probs = torch.softmax(scores, -1, dtype=scores.dtype)
             factors = dropout_factors(probs, dropout) if dropout else None
             out = torch.matmul(probs if factors is None else probs * factors, run.v)
             outputs.append(out.permute(1, 2, 0, 3).reshape(-1, width // 3))
-            kept += [probs, factors]
+            is_bool = factors is not None and _saves_bools(qkv.device)
+            kept += [probs, factors != 0 if is_bool else factors]
+        ctx.dropout = dropout
         ctx.save_for_backward(heads, tables, *kept)
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return out.view(batch, length, -1)
@@ -129,13 +132,24 @@ class _Attention(torch.autograd.Function):
             count = shape[1] * shape[2]
             dout = grad[:, start : start + count].reshape(shape)
             start += count
-            _gradients(run, kept[2 * i], kept[2 * i + 1], dout, change)
+            probs, factors = kept[2 * i], kept[2 * i + 1]
+            if factors is not None and factors.dtype == torch.bool:
+                factors = factors_of_kept(factors, ctx.dropout, probs.dtype)
+            _gradients(run, probs, factors, dout, change)
         scale = 1 / math.sqrt(3 * width)
         dheads[0].mul_(scale)
         dtables[0].mul_(scale)
         dpositions = torch.stack([dtables[0].flip(1), dtables[1]]).permute(2, 0, 1, 3)
         dqkv = dheads.permute(2, 0, 1, 3).reshape(ctx.shape)
         return dqkv, dpositions.reshape(len(dpositions), -1).to(tables.dtype), *[None] * 5
+
+
+def _saves_bools(device: torch.device) -> bool:
+    """Whether the kept elements of dropout are saved instead of its factors, for less memory.
+
+    On a CPU the factors come from another computation, and the conversion takes time.
+    """
+    return device.type != "cpu"
 
 
 def _runs(heads: Tensor, tables: Tensor, runs: list[tuple[int, int]]) -> Iterator[_Run]:

@@ -27,7 +27,7 @@ def dropout_factors(like: Tensor, p: float) -> Tensor:
     2**-16, in the factor too, so that the mean is 1.
     """
     if like.device.type != "cpu" or torch.compiler.is_compiling():  # random_ would break the graph
-        return (torch.rand_like(like, dtype=torch.float32) >= p).to(like.dtype).div_(1 - p)
+        return factors_of_kept(torch.rand_like(like, dtype=torch.float32) >= p, p, like.dtype)
     dropped_levels = round(p * LEVELS)
     bits64 = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits16 = bits64.view(torch.int16)[: like.numel()].view(like.shape)
@@ -35,3 +35,8 @@ def dropout_factors(like: Tensor, p: float) -> Tensor:
     # bf16 step of Small.
     kept = bits16.ge_(dropped_levels - LEVELS // 2)
     return kept.to(like.dtype).mul_(LEVELS / (LEVELS - dropped_levels))
+
+
+def factors_of_kept(kept: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """Return 1 / (1 - p) where `kept` is True, else 0; equal to `dropout_factors` off the CPU."""
+    return kept.to(dtype).div_(1 - p)
