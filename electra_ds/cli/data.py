@@ -56,7 +56,7 @@ def train_tokenizer(
     text_field: TextField = "text",
     max_bad_fraction: BadFraction = 0.001,
 ) -> None:
-    """Train a vocabulary on text: WordPiece, SentencePiece or byte-level BPE."""
+    """Train a vocabulary on text, of one of four kinds."""
     from data_tools.train_tokenizer import train_tokenizer
     from data_tools.workers import console_progress
 
