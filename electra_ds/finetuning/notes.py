@@ -157,6 +157,6 @@ def length_note(max_length: int, longest: Mapping[str, int], trained: int | None
     splits = " and ".join(split for split, tokens in longest.items() if tokens > trained)
     return [
         f"train.max_length = {max_length}, but the model was pretrained on rows of {trained} "
-        f"tokens: examples of {splits} are longer, and their later positions start from untrained "
-        f"embeddings; --set train.max_length={trained} cuts them"
+        f"tokens: examples of {splits} are longer, and positions from {trained} on were not seen in "
+        f"pretraining; --set train.max_length={trained} cuts them"
     ]
