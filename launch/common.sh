@@ -16,11 +16,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" | redacted >&2; }
 show() { { printf '+'; printf ' %q' "$@"; echo; } | redacted; }
 redacted() { # hide user names, passwords and secret query values of URLs
-    # The same rules as electra_ds.common.urls.redacted. A password may contain "/" and "@", so all
-    # text before the last "@" is hidden.
-    sed -E -e 's|://[^/?#@[:space:]]*@([^?#[:space:]]*@)?|://***@|g' \
-        -e 's|://[^/?#:[:space:]]*:[^?#[:space:]]*@|://***@|g' -e \
-        's/([?&;#][A-Za-z0-9_.-]*(token|key|secret|sig|passw|pwd|credential|auth|session)[A-Za-z0-9_.-]*=)[^&;[:space:]\\]*/\1***/Ig'
+    # At least what electra_ds.common.urls.redacted hides: a password may contain "/", "?", "#" and "@",
+    # so all text before the last "@" of a word is hidden. printf %q writes a blank in it as "\ ".
+    sed -E -e 's#(:/+)([^[:space:]]|\\[[:space:]])*@#\1***@#g' -e \
+        's/([?&;#][A-Za-z0-9_.%-]*(token|key|secret|sig|pass|pwd|credential|auth|session|jwt|code)[A-Za-z0-9_.%-]*=)[^&[:space:]\\]*/\1***/Ig'
 }
 run() { show "$@"; "$@"; }
 

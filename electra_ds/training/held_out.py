@@ -15,10 +15,10 @@ from electra_ds.data.loader import evaluation_batches
 from electra_ds.data.masking import MaskingRecipe
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.losses import BINS, COUNTS_SIZE, Counts, histogram
+from electra_ds.training.entropy import entropy
 from electra_ds.training.metrics import (
     auc,
     average_precision,
-    entropy,
     metrics_of_kind,
     rates,
     share,

@@ -54,11 +54,6 @@ def deviation(histogram: Tensor) -> float:
     return math.sqrt(share(float((weights * (centres - mean).square()).sum()), total))
 
 
-def entropy(probability: float) -> float:
-    """Return the binary entropy in nats: the loss of a constant prediction of this probability."""
-    return -sum(p * math.log(p) for p in (probability, 1 - probability) if p > 0)
-
-
 def rates(counts: Counts) -> dict[str, float]:
     """Return {metric: value} of counts; NaN where a class is empty. Positive means replaced."""
     masked, tokens = float(counts.masked), float(counts.tokens)
@@ -78,7 +73,7 @@ def rates(counts: Counts) -> dict[str, float]:
         "disc_accuracy": share(tokens - false_positive - false_negative, tokens),
         "disc_accuracy_original": share(original - false_positive, original),
         "logit_std": deviation(counts.histogram),
-        "hidden_rms": math.sqrt(max(0.0, share(float(counts.hidden_square), tokens))),
+        "hidden_rms": math.sqrt(share(float(counts.hidden_square), tokens)),
     }
 
 

@@ -18,9 +18,10 @@ from electra_ds.data.masking import MaskingRecipe
 from electra_ds.model.losses import Counts, Losses, Totals
 from electra_ds.training.checkpointer import Checkpointer
 from electra_ds.training.engine import Engine, StepResult
+from electra_ds.training.entropy import entropy
 from electra_ds.training.held_out import evaluate_sources
 from electra_ds.training.loss_sums import LossSums
-from electra_ds.training.metrics import entropy, metrics_of_kind, rates
+from electra_ds.training.metrics import metrics_of_kind, rates
 from electra_ds.training.run_logger import Logger
 from electra_ds.training.schedule import learning_rate
 from electra_ds.training.spike_guard import SpikeGuard

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.schema import RunConfig, VerdictConfig
-from electra_ds.training.metrics import entropy
+from electra_ds.training.entropy import entropy
 
 WARMING_UP, PLATEAU, LEARNING, COLLAPSED = "warming up", "on the plateau", "learning", "collapsed"
 WORDS = (WARMING_UP, PLATEAU, LEARNING, COLLAPSED)  # `verdict` in metrics.jsonl is an index

@@ -421,7 +421,7 @@ def test_a_failed_export_or_import_leaves_nothing_and_can_be_repeated(
 
 def test_settings_that_the_weights_decide_are_refused_and_dropout_is_set(foreign, tmp_path):
     sets = ["data.sequence_length=32"]
-    for setting in ("model.num_layers=7", "model.sharing=untied", "generator.ffn_size=80"):
+    for setting in ("model.num_layers=7", "model.sharing=all", "generator.ffn_size=80"):
         with pytest.raises(UserError, match=f"--set {setting}: the imported weights have"):
             import_weights(foreign, tmp_path / "i", "tiny", [*sets, setting])
     import_weights(

@@ -598,7 +598,9 @@ def test_check_predicts_the_model_states_and_the_peak_of_a_step(
     assert len(ranks[0]) == 19
     for case, of_rank0 in ranks[0].items():
         measured = max(found[case]["states"][0] for found in ranks)
-        assert 0 <= measured - of_rank0["states"][1] < 16, case  # bytes: a few of DeepSpeed's
+        # A few bytes of DeepSpeed's; the rows of relative positions are cached.
+        allowed = 4096 if case.startswith("disentangled") else 16
+        assert 0 <= measured - of_rank0["states"][1] < allowed, case
         measured = max(found[case]["peak"][0] for found in ranks)
         # 0.7 to 11 % on two cores; 14 % for two ranks on one core, where gloo frees later.
         tolerance = 0.15 if world_size == 1 else 0.2

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import VerdictConfig
 from electra_ds.model import losses
-from electra_ds.model.losses import BINS, centred_square, histogram
+from electra_ds.model.losses import BINS, COUNTS_SIZE, Counts, centred_square, histogram
 from electra_ds.reporting.status import lines, status
-from electra_ds.training.metrics import average_precision, deviation, entropy
+from electra_ds.training.entropy import entropy
+from electra_ds.training.metrics import average_precision, deviation, rates
 from electra_ds.training.verdict import (
     COLLAPSED,
     LEARNING,
@@ -257,3 +258,10 @@ def test_hidden_states_are_counted_in_chunks_of_rows(monkeypatch, limit):
     assert found.largest <= max(limit, 40)
     chunks = -(-7 // max(1, limit // 40))
     assert found.count <= 20 * chunks
+
+
+def test_unknown_hidden_states_have_no_spread():
+    """An encoder of the user returns no hidden states; 0 would be a collapse."""
+    counts = Counts.from_vector(torch.ones(COUNTS_SIZE, dtype=torch.float64))
+    unknown = counts._replace(hidden_square=torch.tensor(math.nan, dtype=torch.float64))
+    assert math.isnan(rates(unknown)["hidden_rms"]) and rates(counts)["hidden_rms"] == 1.0
