@@ -20,6 +20,7 @@ from electra_ds.config.architectures import (
     EncoderConfig,
     ModelConfig,
 )
+from electra_ds.config.phases import phase_differences, phase_values
 from electra_ds.config.schema import RUNS, FactoryRun, RunConfig
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -137,7 +138,8 @@ def parse_config(values: Any, where: str, root: type[Config]) -> Config:
 
     A RunConfig is returned as the subclass of its model.architecture, or as a FactoryRun if it has
     model.factory; a ModelConfig as the subclass of its architecture.
-    where: name of the file in the error message. Raises UserError with all invalid keys.
+    where: name of the file in the error message. Raises UserError with all invalid keys, also for
+    a phase with values that do not fit the run.
     """
     schema: Any = root
     if root is RunConfig and isinstance(values, dict):
@@ -145,9 +147,30 @@ def parse_config(values: Any, where: str, root: type[Config]) -> Config:
     elif root is ModelConfig:
         schema = MODELS[_architecture(values, where, "architecture")]
     try:
-        return schema.model_validate(values)
+        config = schema.model_validate(values)
     except ValidationError as error:
         raise UserError(_message(error, where, schema)) from None
+    if isinstance(config, RunConfig):
+        phase_runs(config, where)
+    return config
+
+
+def phase_runs(config: RunConfig, where: str = "run config") -> list[RunConfig]:
+    """Return the config of each phase, a run config without phases.
+
+    That of a run without phases is the only one. where: as for `parse_config`. Raises UserError
+    with the phase and the field when the values of a phase do not fit the run.
+    """
+    if not config.phases:
+        return [config]
+    runs: list[RunConfig] = []
+    for phase, values in phase_values(config.model_dump(mode="json"), config.phases):
+        try:
+            runs.append(type(config).model_validate(values))
+        except ValidationError as error:
+            message = _message(error, f"{where}: phase {phase.name}", type(config))
+            raise UserError(message) from None
+    return runs
 
 
 def _run_schema(model: Any, where: str) -> type[RunConfig]:
@@ -304,7 +327,10 @@ def _compare(old: BaseModel, new: BaseModel, prefix: str, lines: dict[str, list[
         key = f"{prefix}{name}"
         tables = isinstance(before, dict) and isinstance(after, dict)
         sections = before | after if tables else {}
-        if isinstance(before, Section) and type(before) is type(after):
+        if key == "phases":
+            for scope, found in zip(lines, phase_differences(before, after), strict=True):
+                lines[scope] += found
+        elif isinstance(before, Section) and type(before) is type(after):
             _compare(before, after, f"{key}.", lines)
         elif isinstance(before, EncoderConfig) and isinstance(after, EncoderConfig):
             # Sections of two architectures: most fields of one have no counterpart in the other.

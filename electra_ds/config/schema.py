@@ -7,7 +7,7 @@ Scope `machine`: all other fields. A resume with another value is allowed and re
 import math
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.section import Section, machine, science
@@ -24,6 +24,7 @@ from electra_ds.config.architectures import (
     ModernBertGeneratorConfig,
     ModernBertModelConfig,
 )
+from electra_ds.config.phases import MAX_PHASES, PhaseConfig, check_names
 
 MAX_STEPS = 10**9
 MAX_SECONDS = 10**7  # 116 days
@@ -170,7 +171,10 @@ class TrainConfig(Section):
     """Length, batch sizes, seed, evaluation, faults, memory."""
 
     total_steps: int | None = science(
-        None, "optimizer steps of the whole schedule; or give epochs", ge=1, le=MAX_STEPS
+        None,
+        "optimizer steps of the whole schedule; or give epochs, or phases",
+        ge=1,
+        le=MAX_STEPS,
     )
     epochs: float | None = science(
         None, "passes over the training rows, instead of total_steps", gt=0, le=1e6
@@ -231,11 +235,6 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _is_possible(self) -> "TrainConfig":
-        if (self.total_steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"total_steps = {self.total_steps}, epochs = {self.epochs}: give total_steps or "
-                "epochs, exactly one, and set the other to null"
-            )
         if 0 < self.spike_factor <= 1:
             raise ValueError(
                 f"spike_factor = {self.spike_factor} makes average losses spikes; "
@@ -371,12 +370,41 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     verdict: VerdictConfig = VerdictConfig()
+    phases: list[PhaseConfig] = science(
+        [],
+        "parts of the run with their own length, data and values; [] for one part",
+        max_length=MAX_PHASES,
+    )
     engine: str | dict[str, Any] = machine(
         "zero1", "DeepSpeed file: a name in ds_configs/engine, a path, or an object"
     )
     provenance: Any = machine(
         None, "versions, commit, host and data of the run that wrote the file; ignored as input"
     )
+
+    @model_validator(mode="after")
+    def _length_is_given(self) -> "RunConfig":
+        total_steps, epochs = self.train.total_steps, self.train.epochs
+        check_names(self.phases)
+        if self.phases and (total_steps, epochs) != (None, None):
+            raise ValueError(
+                f"train.total_steps = {total_steps}, train.epochs = {epochs}, but the run has "
+                "phases, and the sum of their steps is its length: set both to null"
+            )
+        if not self.phases and (total_steps is None) == (epochs is None):
+            raise ValueError(
+                f"train: total_steps = {total_steps}, epochs = {epochs}: give total_steps or "
+                "epochs, exactly one, and set the other to null"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_phases(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The values as a dict; a run without phases is written as by versions without phases."""
+        values = serialize(self)
+        if not self.phases:
+            values.pop("phases", None)
+        return values
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -420,9 +448,18 @@ class RunConfig(Section):
     def total_steps(self, rows: int | None) -> int:
         """Return the number of optimizer steps of the schedule.
 
-        rows: rows of the training split, needed with train.epochs.
-        Raises UserError when train.epochs is set and `rows` is None.
+        rows: rows of the training split, needed with train.epochs; not used with phases.
+        Raises UserError when train.epochs is set and `rows` is None, and for phases with epochs:
+        their steps are known with their data only (`run_plan`).
         """
+        if self.phases:
+            steps = [phase.steps for phase in self.phases if phase.steps is not None]
+            if len(steps) < len(self.phases):
+                raise UserError(
+                    "phases with epochs need the data, because their steps depend on its rows: "
+                    "give --data"
+                )
+            return sum(steps)
         if self.train.total_steps is not None:
             return self.train.total_steps
         if rows is None:
