@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from electra_ds.cluster.launchers import find_ranks
@@ -19,7 +19,7 @@ _has_run = False
 
 def pretrain(
     config: str | Path | RunConfig,
-    data: str | Path,
+    data: str | Path | Mapping[str, str | Path],
     out: str | Path,
     *,
     engine: str | None = None,
@@ -36,13 +36,14 @@ def pretrain(
     mpirun each rank calls it with the same arguments.
 
     config: name of a preset, path of a RUN.json, or a RunConfig (then without engine and sets).
-    data: a data folder, its URL, or a MIX.json.
+    data: a data folder, its URL, or a MIX.json; of a run with phases also a mapping from the name
+        of the data of a phase to one of these.
     out: the run folder.
     engine: name or path of a DeepSpeed file; replaces the config's `engine`.
     sets: settings such as "train.seed=1", applied to the config in order.
     stop_at_step: save and return after this step.
     max_minutes: save and return after this time.
-    extend: continue a finished run with a larger train.total_steps.
+    extend: continue a finished run with a larger train.total_steps, or with longer or more phases.
     init_from: a run or a checkpoint; a new run starts from its weights.
     generator_from: a run, a checkpoint or a Hugging Face folder with the weights of a frozen
         generator (objective.generator = frozen).

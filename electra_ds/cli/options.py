@@ -21,6 +21,14 @@ Data = Annotated[
     str,
     typer.Option(help="Folder that `prepare` wrote, its URL, or a MIX.json of several folders."),
 ]
+DataOfRun = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        help="Folder that `prepare` wrote, its URL, or a MIX.json; in a run with phases also "
+        "NAME=D, once for each data of the phases.",
+    ),
+]
 Engine = Annotated[
     str | None,
     typer.Option(

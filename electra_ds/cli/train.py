@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from electra_ds.cli.console import app, leave, print_json, print_table
-from electra_ds.cli.options import Data, Engine, Run, Sets
+from electra_ds.cli.options import DataOfRun, Engine, Run, Sets
 
 if TYPE_CHECKING:
-    from electra_ds.config.schema import RunConfig
     from electra_ds.reporting.check import Report
 
 
@@ -22,7 +21,11 @@ def check(
     engine: Engine = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of ranks of the run.")] = 1,
     data: Annotated[
-        str | None, typer.Option(help="Prepared data, for epochs and the vocabulary.")
+        list[str] | None,
+        typer.Option(
+            help="Prepared data, for epochs and the vocabulary; of a run with phases also NAME=D, "
+            "once for each data."
+        ),
     ] = None,
     sets: Sets = None,
     show_all: Annotated[
@@ -37,8 +40,9 @@ def check(
     from electra_ds.common.printable import printable
     from electra_ds.config.loading import config_names, load_run
     from electra_ds.config.schema import FactoryRun
-    from electra_ds.data.dataset import open_data
+    from electra_ds.data.named_data import open_named
     from electra_ds.reporting.check import Line, check
+    from electra_ds.reporting.check_phases import PhaseLine
 
     is_preset = run in config_names("pretrain")
     config = load_run(run, sets or [], engine)
@@ -47,17 +51,19 @@ def check(
     report = check(
         config,
         world_size,
-        open_data(data) if data is not None else None,
+        open_named(data, config.phases) if data else None,
         load_run(run) if is_preset else None,
     )
     if picture is not None:
         _plot_schedule(report, picture)
     derived = [(line.key, line.value, line.meaning) for line in report.derived]
     print_table(f"{printable(run)} on {world_size} rank(s)", ("key", "value", "meaning"), derived)
+    if report.phases:
+        print_table("phases", PhaseLine._fields, report.phases)
     for line in report.warnings:
         print(line)
     if not isinstance(report.config, FactoryRun):  # the memory of a user's modules is not known
-        _print_memory(report.config, world_size)
+        _print_memory(report, world_size)
     if show_all:
         print_table("every value", Line._fields, report.fields)
         return
@@ -71,30 +77,36 @@ def check(
 def _plot_schedule(report: "Report", picture: Path) -> None:
     from electra_ds.reporting.plot import plot_schedule
 
-    config = report.config
-    total_steps = report.total_steps or config.total_steps(None)  # UserError: it needs --data
-    plot_schedule(config.optimizer, total_steps, picture)
+    if report.total_steps is None:
+        report.config.total_steps(None)  # UserError: it needs --data
+    plot_schedule(report.spans, picture)
     print(picture)
 
 
-def _print_memory(config: "RunConfig", world_size: int) -> None:
-    from electra_ds.reporting.memory import device_here, memory
+def _print_memory(report: "Report", world_size: int) -> None:
+    from electra_ds.reporting.check_phases import largest_memory
+    from electra_ds.reporting.memory import device_here
 
     head = ("ZeRO stage", "precision", "states", "buckets", "activations", "peak")
     rows = []
-    for (stage, name), need in memory(config, world_size).items():
+    phase, needs = largest_memory(report.runs, world_size)
+    for (stage, name), need in needs.items():
         sizes = (need.states, need.buckets, need.activations, need.peak)
         rows.append((str(stage), name, *(f"{size / 2**30:.3f}" for size in sizes)))
     on_gpu = device_here() == "cuda"
     where = "a GPU" if on_gpu else "a CPU (a GPU stores less for attention)"
-    title = f"GiB per rank (maximum), activations as on {where}, layers not compiled, no offload"
+    of_phase = f" in the phase {report.config.phases[phase].name}" if report.config.phases else ""
+    title = (
+        f"GiB per rank (maximum{of_phase}), activations as on {where}, layers not compiled, no "
+        "offload"
+    )
     print_table(title, head, rows)
 
 
 @app.command()
 def pretrain(
     run: Run,
-    data: Data,
+    data: DataOfRun,
     out: Annotated[Path, typer.Option(help="Run folder. An unfinished run in it is resumed.")],
     engine: Engine = None,
     sets: Sets = None,
@@ -108,7 +120,11 @@ def pretrain(
         float | None, typer.Option(help="Save after this many minutes and exit with code 85.")
     ] = None,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Continue a finished run with a larger total_steps.")
+        bool,
+        typer.Option(
+            "--extend",
+            help="Continue a finished run with a larger total_steps, or with longer or more phases.",
+        ),
     ] = False,
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of a run or checkpoint.")

@@ -26,6 +26,7 @@ SCHEDULE_FIELDS = (
 )
 # Fields of scope `machine` that a phase may set.
 MACHINE_FIELDS = ("train.micro_batch_size", "train.eval_every")
+THETAS = ("model.global_theta", "model.local_theta")
 # The fields that a phase may set. All others are those of the run in every phase.
 FIELDS = (
     "data.sequence_length",
@@ -37,8 +38,7 @@ FIELDS = (
     "objective.temperature",
     *(f"optimizer.{name}" for name in SCHEDULE_FIELDS),
     "optimizer.weight_decay",
-    "model.global_theta",
-    "model.local_theta",
+    *THETAS,
 )
 
 
@@ -46,7 +46,10 @@ class PhaseConfig(Section):
     """One phase of a run: its length, its data, and the values that it sets."""
 
     name: str = science(
-        ..., "lower-case letters, digits and -; in messages and metrics", pattern=NAME, max_length=64
+        ...,
+        "lower-case letters, digits and -; in messages and metrics",
+        pattern=NAME,
+        max_length=64,
     )
     steps: int | None = science(None, "optimizer steps; or give epochs", ge=1, le=10**9)
     epochs: float | None = science(
@@ -137,7 +140,8 @@ def phase_differences(
     Each is a text `phases.NAME.field: old -> new`. Phases after the last one that both have are
     `phases.NAME: not set -> ...`; other names or another order are one difference of the names.
     """
-    science_lines, machine_lines = [], []
+    science_lines: list[str] = []
+    machine_lines: list[str] = []
     common = min(len(before), len(after))
     names = [[phase.name for phase in phases] for phases in (before, after)]
     if names[0][:common] != names[1][:common]:
@@ -171,8 +175,11 @@ def is_extension(difference: str, before: Sequence[PhaseConfig]) -> bool:
     names = {f"phases.{phase.name}" for phase in before}
     if last is not None and key in (f"{last}.steps", f"{last}.epochs"):
         return True
-    return bool(before) and key not in names and change.startswith("not set -> ") and (
-        key.count(".") == 1
+    return (
+        bool(before)
+        and key not in names
+        and change.startswith("not set -> ")
+        and (key.count(".") == 1)
     )
 
 

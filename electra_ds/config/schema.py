@@ -24,7 +24,7 @@ from electra_ds.config.architectures import (
     ModernBertGeneratorConfig,
     ModernBertModelConfig,
 )
-from electra_ds.config.phases import MAX_PHASES, PhaseConfig, check_names
+from electra_ds.config.phases import MAX_PHASES, THETAS, PhaseConfig, check_names
 
 MAX_STEPS = 10**9
 MAX_SECONDS = 10**7  # 116 days
@@ -386,6 +386,14 @@ class RunConfig(Section):
     def _length_is_given(self) -> "RunConfig":
         total_steps, epochs = self.train.total_steps, self.train.epochs
         check_names(self.phases)
+        for phase in self.phases:
+            theta = next((key for key in phase.set if key in THETAS), None)
+            if theta and self.objective.is_frozen:
+                raise ValueError(
+                    f"phase {phase.name}: {theta}, but objective.generator = frozen: a generator "
+                    f"that does not train needs the bases that it was trained with; leave {theta} "
+                    "out, or set objective.generator = model"
+                )
         if self.phases and (total_steps, epochs) != (None, None):
             raise ValueError(
                 f"train.total_steps = {total_steps}, train.epochs = {epochs}, but the run has "
@@ -453,13 +461,13 @@ class RunConfig(Section):
         their steps are known with their data only (`run_plan`).
         """
         if self.phases:
-            steps = [phase.steps for phase in self.phases if phase.steps is not None]
-            if len(steps) < len(self.phases):
+            given = [phase.steps for phase in self.phases if phase.steps is not None]
+            if len(given) < len(self.phases):
                 raise UserError(
                     "phases with epochs need the data, because their steps depend on its rows: "
                     "give --data"
                 )
-            return sum(steps)
+            return sum(given)
         if self.train.total_steps is not None:
             return self.train.total_steps
         if rows is None:

@@ -108,7 +108,7 @@ class Loader:
 
         consumed_rows: position at which the next global batch starts
         """
-        return _data_state(self.reader, self.order) | {"position": consumed_rows}
+        return data_state(self.reader, self.order) | {"position": consumed_rows}
 
     def close(self) -> None:
         """Stop the thread and drop the batches that it prepared."""
@@ -165,7 +165,8 @@ class Loader:
         return micro_batch if self.transform is None else self.transform(micro_batch)
 
 
-def _data_state(reader: RowReader, row_order: RowOrder) -> dict[str, Any]:
+def data_state(reader: RowReader, row_order: RowOrder) -> dict[str, Any]:
+    """Return what the rows at all positions depend on, as JSON values: the data and the order."""
     return row_order.state() | {"dataset_id": reader.manifest.dataset_id}
 
 
@@ -174,7 +175,7 @@ def consumed_rows_from_state(state: dict[str, Any], reader: RowReader, row_order
 
     Raises UserError with every difference between the state and the data of this run.
     """
-    expected = _data_state(reader, row_order)
+    expected = data_state(reader, row_order)
     differences = [
         f"{key}: checkpoint {state.get(key)!r}, now {value!r}"
         for key, value in expected.items()

@@ -105,6 +105,12 @@ class EncoderBase(nn.Module):
         """The embedding tables inside the encoder, as in `EmbeddingsBase.tables`."""
         return []
 
+    def apply_phase(self, model: Any) -> None:
+        """Continue with the values of another phase that no parameter depends on.
+
+        model: the section `model` of the phase. Most encoders have no such value.
+        """
+
     def forward(
         self,
         x: Tensor,

@@ -90,10 +90,13 @@ class Encoder(EncoderBase):
         self.head_size = sizes.head_size
         self.kinds = model.layer_kinds(sizes.num_layers)
         self.window = model.local_attention // 2
-        self.thetas = {"global": model.global_theta, "local": model.local_theta}
+        self.apply_phase(model)
         eps = model.layer_norm_eps
         self.layers = nn.ModuleList(Layer(sizes, eps, i == 0) for i in range(sizes.num_layers))
         self.final_norm = nn.LayerNorm(sizes.hidden_size, eps, bias=False)
+
+    def apply_phase(self, model: ModernBertModelConfig) -> None:
+        self.thetas = {"global": model.global_theta, "local": model.local_theta}
 
     def forward(
         self,

@@ -120,6 +120,13 @@ class Objective(nn.Module):
         """Return the summed loss, 0-d, of predicting the original tokens of corrupted [B, S]."""
         raise NotImplementedError
 
+    def apply_phase(self, objective: ObjectiveConfig, model: Any) -> None:
+        """Continue with the values of another phase that no parameter depends on.
+
+        model: the section `model`, or the config of a factory, which has no such values.
+        """
+        self.objective = objective
+
     def recompute_layers(self, on: bool = True) -> None:
         """Turn activation checkpointing on or off for every layer of both encoders."""
         for part in self.modules():
@@ -200,6 +207,13 @@ class ElectraObjective(Objective):
         if objective.is_frozen:
             for part in self._frozen_parts().values():
                 part.requires_grad_(False)
+
+    def apply_phase(self, objective: ObjectiveConfig, model: Any) -> None:
+        super().apply_phase(objective, model)
+        # A frozen generator may be no child of this module.
+        for encoder in (self.discriminator, getattr(self, "generator", None)):
+            if encoder is not None:
+                encoder.apply_phase(model)
 
     def _frozen_parts(self) -> dict[str, nn.Module]:
         """The modules of a frozen generator by name."""

@@ -3,7 +3,7 @@
 The memory table is in `memory`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
@@ -12,12 +12,14 @@ from pydantic.fields import FieldInfo
 from electra_ds.common.printable import printable
 from electra_ds.common.section import Section
 from electra_ds.config.engine_files import load_engine
-from electra_ds.config.schema import OptimizerConfig, RunConfig
+from electra_ds.config.loading import phase_runs
+from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
-from electra_ds.training.run_plan import check_schedule, plan, plan_warnings
-from electra_ds.training.schedule import learning_rate
+from electra_ds.reporting.check_phases import PhaseLine, phase_lines, steps_of
+from electra_ds.training.phases import Phase, Span, spans
+from electra_ds.training.run_plan import check_schedules, plan, plan_warnings
 
 
 class Line(NamedTuple):
@@ -36,8 +38,11 @@ class Report(NamedTuple):
     changed: the values that differ from the baseline.
     fields: every value of the config.
     config: the config, with the values that the data determines filled in.
-    total_steps: optimizer steps of the run; None with train.epochs and no data.
+    total_steps: optimizer steps of the run; None with epochs and no data.
     warnings: lines that `pretrain` prints as well.
+    runs: the config of each phase; one for a run without phases.
+    spans: the schedule of each phase; empty if total_steps is None.
+    phases: a line for each phase; empty for a run without phases.
     """
 
     derived: list[Line]
@@ -46,45 +51,59 @@ class Report(NamedTuple):
     config: RunConfig
     total_steps: int | None
     warnings: list[str]
+    runs: list[RunConfig]
+    spans: list[Span]
+    phases: list[PhaseLine]
 
 
 def check(
     config: RunConfig,
     world_size: int,
-    data: Data | None = None,
+    data: Data | Mapping[str, Data] | None = None,
     baseline: RunConfig | None = None,
 ) -> Report:
     """Report on a run of `world_size` ranks.
 
-    data: for epochs, the vocabulary and the shares of a mixture.
+    data: for epochs, the vocabulary and the shares of a mixture; see `plan`.
     baseline: the preset with which values are compared; None: the defaults of the schema.
     Raises UserError for an engine that cannot be loaded, for data that does not fit the model, for
     a global batch that cannot be split over the ranks, and for a decay that is longer than the run.
     """
     load_engine(config.engine)
-    total_steps = config.train.total_steps
+    runs, names = phase_runs(config), [phase.name for phase in config.phases]
+    planned: list[Phase] = []
     if data is not None:
-        planned = plan(config, data, world_size)
-        config = planned.config.model_copy(update={"engine": config.engine})
-        total_steps = planned.total_steps
-    elif total_steps is not None:
-        check_schedule(config.optimizer, total_steps)
-    notes = [] if total_steps is None else plan_warnings(config, total_steps)
-    derived = [
-        *_step_lines(config, world_size),
-        *_length_lines(config, data),
-        *_rate_lines(config.optimizer, total_steps),
-        *_parameter_lines(config, parameter_count(config)),
-    ]
+        whole = plan(config, data, world_size)
+        planned = whole.phases
+        config = whole.config.model_copy(update={"engine": config.engine})
+        runs = [phase.config.model_copy(update={"engine": config.engine}) for phase in planned]
+    steps = steps_of(runs, planned)
+    schedules = spans(runs, config.phases, steps) if steps else []
+    check_schedules(schedules, names)
+    table = []
+    if config.phases:
+        table = list(phase_lines(config.phases, runs, schedules, planned, world_size))
+        derived = list(_whole_length_lines(runs, steps))
+    else:
+        derived = [
+            *_step_lines(config, world_size),
+            *_length_lines(config, planned),
+            *(_rate_lines(schedules[0]) if schedules else ()),
+        ]
+    derived += _parameter_lines(config, parameter_count(config))
     fields = list(_fields(config))
     known = {line.key: line.value for line in _fields(baseline)} if baseline else _defaults(config)
     changed = [line for line in fields if known.get(line.key) != line.value]
-    return Report(derived, changed, fields, config, total_steps, notes)
+    notes = plan_warnings(schedules, names)
+    total_steps = sum(steps) if steps else None
+    return Report(derived, changed, fields, config, total_steps, notes, runs, schedules, table)
 
 
 def _fields(section: BaseModel, prefix: str = "") -> Iterator[Line]:
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
+        if name == "phases":
+            value = ", ".join(phase.name for phase in value)  # the table of phases shows the rest
         if isinstance(value, Section):
             yield from _fields(value, f"{prefix}{name}.")
         elif info.description and isinstance(info.json_schema_extra, dict):
@@ -106,6 +125,8 @@ def _defaults(section: BaseModel, prefix: str = "") -> dict[str, str]:
         value = getattr(section, name)
         if isinstance(value, Section):
             defaults |= _defaults(value, f"{prefix}{name}.")
+        elif name == "phases":
+            defaults[name] = ""
         elif not info.is_required():
             defaults[f"{prefix}{name}"] = str(info.get_default(call_default_factory=True))
     return defaults
@@ -125,9 +146,10 @@ def _step_lines(config: RunConfig, world_size: int) -> Iterator[Line]:
     yield _derived("tokens_per_step", train.global_batch_size * length, "padding included")
 
 
-def _length_lines(config: RunConfig, data: Data | None) -> Iterator[Line]:
+def _length_lines(config: RunConfig, phases: list[Phase]) -> Iterator[Line]:
+    """Lines of a run without phases. phases: with data the only one, else empty."""
     train, length = config.train, config.data.sequence_length
-    rows = data.manifest.splits["train"].rows if data is not None else None
+    rows = phases[0].data.reader.rows if phases else None
     if not train.total_steps and not rows:
         return
     steps = config.total_steps(rows)
@@ -138,7 +160,7 @@ def _length_lines(config: RunConfig, data: Data | None) -> Iterator[Line]:
     yield _derived("tokens", seen_rows * length, "of the whole run, padding included")
     if rows:
         yield _derived("epochs", f"{seen_rows / rows:.3f}", f"over {rows:,} rows")
-    for name, source in (data.shares if data is not None else {}).items():
+    for name, source in (phases[0].data.source.shares if phases else {}).items():
         yield _derived(
             printable(f"source {name}"),
             f"{source.epochs(seen_rows):.2f} epochs",
@@ -147,10 +169,20 @@ def _length_lines(config: RunConfig, data: Data | None) -> Iterator[Line]:
         )
 
 
-def _rate_lines(options: OptimizerConfig, total_steps: int | None) -> Iterator[Line]:
-    """The learning rate at the steps where the schedule changes; none without a known length."""
-    if total_steps is None:
-        return
+def _whole_length_lines(runs: list[RunConfig], steps: list[int]) -> Iterator[Line]:
+    """Lines of a run with phases. steps: of each phase; empty if they are not known."""
+    if steps:
+        tokens = sum(
+            count * run.train.global_batch_size * run.data.sequence_length
+            for run, count in zip(runs, steps, strict=True)
+        )
+        yield _derived("total_steps", sum(steps), "optimizer steps of all phases")
+        yield _derived("tokens", tokens, "of the whole run, padding included")
+
+
+def _rate_lines(schedule: Span) -> Iterator[Line]:
+    """The learning rate at the steps where the schedule changes, in a run without phases."""
+    options, total_steps = schedule.options, schedule.steps
     meanings = {0: ["first step"]}
     if 0 < options.warmup_steps < total_steps:
         meanings.setdefault(options.warmup_steps, []).append("end of the warmup")
@@ -159,9 +191,8 @@ def _rate_lines(options: OptimizerConfig, total_steps: int | None) -> Iterator[L
         meanings.setdefault(total_steps - options.decay_steps, []).append("start of the decay")
     meanings.setdefault(total_steps - 1, []).append("last step")
     for step, names in sorted(meanings.items()):
-        rate = learning_rate(options, step, total_steps)
         meaning = f"learning rate after {step:,} steps ({options.schedule}): {', '.join(names)}"
-        yield _derived(f"lr({step:,})", f"{rate:.6g}", meaning)
+        yield _derived(f"lr({step:,})", f"{schedule.rate(step):.6g}", meaning)
 
 
 def _parameter_lines(config: RunConfig, parameters: ParameterCount) -> Iterator[Line]:

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.outputs import check_output_file
 from electra_ds.common.printable import printable
-from electra_ds.config.schema import OptimizerConfig
 from electra_ds.training.metrics_file import read_metrics
-from electra_ds.training.schedule import learning_rate
+from electra_ds.training.phases import Span
 
 MOST_POINTS = 1000  # evenly spaced steps of a drawn schedule
 FORMATS = (".png", ".svg", ".pdf")
@@ -73,26 +73,35 @@ def plot(runs: list[Path], out: Path) -> str:
     return _font_note(caught)
 
 
-def plot_schedule(options: OptimizerConfig, total_steps: int, out: Path) -> None:
+def plot_schedule(schedules: Sequence[Span], out: Path) -> None:
     """Draw the learning rate of a run over its steps into `out` (png, svg, pdf).
 
+    schedules: of each phase; a schedule of several phases may occur several times.
     Raises UserError when `out` cannot be written, and when matplotlib (extra [plot]) is not
     installed.
     """
     pyplot = _checked_pyplot(out, "--plot")
-    warmup, decay = options.warmup_steps, options.decay_steps
-    corners = {0, warmup, total_steps - 1, *(() if decay is None else (total_steps - decay,))}
-    evenly = np.linspace(0, total_steps - 1, min(total_steps, MOST_POINTS)).astype(int).tolist()
-    steps = sorted(step for step in {*corners, *evenly} if step < total_steps)
+    different = list({span.first_step: span for span in schedules}.values())
+    kinds = ", ".join(dict.fromkeys(span.options.schedule for span in different))
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
     try:
-        axis.plot(steps, [learning_rate(options, step, total_steps) for step in steps])
-        title = f"learning rate, schedule {options.schedule}, {total_steps:,} steps"
+        drawn = [(step, span.rate(step)) for span in different for step in _drawn_steps(span)]
+        axis.plot(*zip(*drawn, strict=True))
+        total_steps = sum(span.steps for span in different)
+        title = f"learning rate, schedule {kinds}, {total_steps:,} steps"
         axis.set(title=title, xlabel="applied steps", ylabel="learning rate")
         axis.grid(alpha=0.3)
         _save(figure, out, "--plot")
     finally:
         pyplot.close(figure)
+
+
+def _drawn_steps(span: Span) -> list[int]:
+    """Steps of the run at which a schedule is drawn: evenly spaced ones, and where it changes."""
+    warmup, decay, steps = span.options.warmup_steps, span.options.decay_steps, span.steps
+    corners = {0, warmup, steps - 1, *(() if decay is None else (steps - decay,))}
+    evenly = np.linspace(0, steps - 1, min(steps, MOST_POINTS)).astype(int).tolist()
+    return sorted(span.first_step + step for step in {*corners, *evenly} if step < steps)
 
 
 def _checked_pyplot(out: Path, option: str) -> Any:

@@ -319,6 +319,7 @@ def load(
     *,
     weights_only: bool = False,
     skipped: tuple[str, ...] = (),
+    moment_steps: int | None = None,
 ) -> Meta:
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
@@ -326,12 +327,14 @@ def load(
     weights_only: load no moments (they are set to zero), no step count and no loss scaler. The
         checkpoint may lack the frozen tensors; these keep their values.
     skipped: prefixes of tensors of the checkpoint that are not loaded, whatever their shapes.
+    moment_steps: steps since the moments were zero; None: all steps of the checkpoint.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """
     meta = read_meta(path)
     with fail_on_all_ranks(engine.all_gather_object, f"loading {path}"):
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
-    engine.reset_moments(0 if weights_only else meta.state.step)
+    steps = meta.state.step if moment_steps is None else moment_steps
+    engine.reset_moments(0 if weights_only else steps)
     expected = {
         name: _stored_shape(engine.shape(name), true_rows.get(name)) for name in engine.parameters
     }

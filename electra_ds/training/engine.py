@@ -3,6 +3,7 @@
 This is the only file that imports deepspeed. tests/training/test_ranks_train.py tests at every ZeRO
 stage the private names of DeepSpeed 0.19 that it uses:
 ops.__compatible_ops__, parameter._hp_mapping, engine.enable_backward_allreduce,
+engine._config (batch sizes) and optimizer.gradient_accumulation_steps (another phase),
 FP16_UnfusedOptimizer.fp16_groups and fp32_groups (stage 0),
 optimizer._hp_optimizer_states_linked and _lazy_init_hp_params_optimizer_state (stages 1 and 2),
 optimizer.fp32_partitioned_groups_flat and parameter_offload.FWD_MODULE_STACK (stage 3).
@@ -272,6 +273,24 @@ class Engine:
                 f"offload_optimizer: DeepSpeed's CPU Adam cannot be compiled or loaded ({first}); "
                 "it needs a C++ compiler and ninja: install both, or use an engine without offload"
             ) from error
+
+    def use(self, config: Any) -> None:
+        """Continue with the config of another phase: its batch sizes and its weight decay.
+
+        config: a RunConfig that differs in fields that a phase may set. Weights, moments and step
+        counts stay. The results are those of an engine that was made with this config.
+        """
+        self.config = config
+        self.accumulation = config.accumulation(self.ranks.world_size)
+        options = self._engine._config
+        options.train_batch_size = config.train.global_batch_size
+        options.train_micro_batch_size_per_gpu = config.train.micro_batch_size
+        options.gradient_accumulation_steps = self.accumulation
+        if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
+            self._engine.optimizer.gradient_accumulation_steps = self.accumulation
+        for group in self.optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = config.optimizer.weight_decay
 
     def add_frozen(self, modules: nn.ModuleDict) -> None:
         """Move modules that do not train to the device, in the dtype of the trained parameters.

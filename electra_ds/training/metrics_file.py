@@ -1,6 +1,7 @@
 """metrics.jsonl: schema, reader, one-line summaries.
 
-The first line names the schema; every other line is {"step", "split": "train" | "valid", metrics}.
+The first line names the schema; every other line is {"step", "split": "train" | "valid", metrics},
+in a run with phases with {"phase": its name}.
 """
 
 import re
@@ -97,9 +98,13 @@ def _wrong_part(record: Any) -> str:
         return f"step = {shortened(step)}, expected a number of steps"
     if split not in ("train", "valid"):
         return f"split = {shortened(split)}, expected train or valid"
+    if not isinstance(record.get("phase", ""), str):
+        return f"phase = {shortened(record['phase'])}, expected the name of a phase"
     for key, value in record.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key != "split" and not (value is None or (is_number and abs(value) < 1e300)):
+        if key not in ("split", "phase") and not (
+            value is None or (is_number and abs(value) < 1e300)
+        ):
             return f"{shortened(key)} = {shortened(value)}, expected a number or null"
     return ""
 

@@ -20,7 +20,7 @@ def parameter_groups(
 
     Vectors (fewer than two axes) are biases and LayerNorm weights. Frozen parameters are left out.
     lr_scale: parameter name -> factor of its learning rate. Each group has one factor, stored under
-        the key "lr_scale".
+        the key "lr_scale". The key "decays" is whether the group has weight decay.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
@@ -33,6 +33,7 @@ def parameter_groups(
                 "params": [],
                 "weight_decay": 0.0 if is_vector else weight_decay,
                 "lr_scale": scale,
+                "decays": not is_vector,
             },
         )
         group["params"].append(parameter)

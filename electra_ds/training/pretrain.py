@@ -22,10 +22,12 @@ from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
 from electra_ds.common.urls import redacted
 from electra_ds.config.loading import differences, parse_run
+from electra_ds.config.phases import is_extension
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
-from electra_ds.data.dataset import Data, open_data
-from electra_ds.data.loader import Loader, consumed_rows_from_state
+from electra_ds.data.dataset import Data
+from electra_ds.data.loader import Loader
+from electra_ds.data.named_data import Given, open_named
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
@@ -43,10 +45,19 @@ from electra_ds.training.collectives import (
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.init_from import GENERATOR_PARTS, find_source
 from electra_ds.training.metrics_file import metric_lines
+from electra_ds.training.phase_texts import begin_line, facts, how_to_extend
+from electra_ds.training.phases import (
+    Phase,
+    TrainingData,
+    applied_since_reset,
+    check_resume,
+    current_index,
+    entered,
+)
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
-from electra_ds.training.run_plan import TrainingData, plan, plan_warnings
+from electra_ds.training.run_plan import plan, plan_warnings
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 from electra_ds.training.verdict import VerdictTracker
@@ -58,7 +69,7 @@ class AttemptOptions:
 
     stop_at_step: save and stop after this step.
     max_minutes: save and stop after this time.
-    extend: continue a finished run with a larger train.total_steps.
+    extend: continue a finished run with a larger train.total_steps, or with longer or more phases.
     init_from: a run or checkpoint; a new run starts from its weights.
     read_generator: returns the weights of a frozen generator by canonical name, for the config with
         the values of the data and the tokenizer of the data.
@@ -108,10 +119,14 @@ def check_out(out: Path, init_from: Path | None = None) -> None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run: its config, data, run folder, ranks and options."""
+    """One start of a run: its config, data, run folder, ranks and options.
+
+    data: of the first phase. phases: a run without phases is one phase.
+    """
 
     config: RunConfig
     data: TrainingData
+    phases: list[Phase]
     out: Path
     ranks: Ranks
     options: AttemptOptions
@@ -129,9 +144,11 @@ class Attempt:
 
 
 def pretrain(
-    config: RunConfig, data: str | Path, out: Path, ranks: Ranks, options: AttemptOptions
+    config: RunConfig, data: Given, out: Path, ranks: Ranks, options: AttemptOptions
 ) -> int:
     """Initialize the process group, train, and destroy the process group. Called on every rank.
+
+    data: one value of --data, or those of the phases (`named_data.open_named`).
 
     Returns the exit code: 0 if the schedule is complete, 85 if the run is saved and stopped (under
     torchrun 0).
@@ -169,7 +186,7 @@ def pretrain(
 
 def pretrain_on_ranks(
     config: RunConfig,
-    data: str | Path,
+    data: Given,
     out: Path,
     ranks: Ranks,
     device: torch.device,
@@ -183,10 +200,18 @@ def pretrain_on_ranks(
     Returns the exit code; see `pretrain`. Raises UserError or RunFailure on every rank.
     """
     began = time.monotonic()
-    planned = plan(config, open_data(data), ranks.world_size)
+    planned = plan(config, open_named(data, config.phases), ranks.world_size)
     held = lock or Lock(out, on_rank0)
     attempt = Attempt(
-        planned.config, planned.data, out, ranks, options, held, began, planned.total_steps
+        planned.config,
+        planned.data,
+        planned.phases,
+        out,
+        ranks,
+        options,
+        held,
+        began,
+        planned.total_steps,
     )
     attempt = _with_sources(attempt)  # before O is made
     try:
@@ -220,7 +245,8 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     """Build the engine, resume, train, and close. Returns the exit code."""
     config, out, lock = attempt.config, attempt.out, attempt.lock
     if on_rank0(lambda: run_folder.is_done(out)) and not attempt.options.extend:
-        attempt.print(f"{out} is finished; to continue, raise train.total_steps and pass --extend")
+        longer = how_to_extend(config.phases)
+        attempt.print(f"{out} is finished; to continue, {longer} and pass --extend")
         return stop_signals.DONE
     if lock.took_over:
         attempt.print(f"{out}/lock: taken over from {lock.took_over}")
@@ -237,13 +263,13 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     if config.objective.is_frozen:
         assert isinstance(objective, ElectraObjective)
         frozen = objective.set_generator_apart()
-    engine = Engine(objective, config, engine_config, attempt.ranks, device)
+    engine = Engine(objective, attempt.phases[0].config, engine_config, attempt.ranks, device)
     if frozen is not None:
         engine.add_frozen(frozen)
     nodes = run_folder.open_folder(out, attempt.ranks.rank, engine.all_gather_object)
     rank_log.open_log(out, attempt.ranks)
     on_rank0(lambda: remove_stale(out / "ckpt"))
-    _check_same_data(attempt.data.source, engine, nodes)
+    _check_same_data(attempt, engine, nodes)
     resumed = _resume(attempt, engine)
     if attempt.generator is not None:
         generator_from.set_weights(engine, attempt.generator, out, is_new=resumed is None)
@@ -295,7 +321,11 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     science, machine = differences(old, config)
     if options.extend:
         lengths = ("train.total_steps:", "train.epochs:")
-        science = [line for line in science if not line.startswith(lengths)]
+        science = [
+            line
+            for line in science
+            if not (line.startswith(lengths) or is_extension(line, old.phases))
+        ]
     if science:
         fits = type(old) is type(config)  # the class of a config is that of its architecture
         raise UserError(
@@ -306,14 +336,9 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
                 else " or choose another --out; its weights fit its own architecture only"
             )
         )
-    consumed_rows_from_state(meta.state.data, attempt.data.reader, attempt.data.row_order)
-    consumed = meta.state.attempts * config.train.global_batch_size
-    if meta.state.consumed_rows != consumed:
-        raise UserError(
-            f"{found}/meta.json: data.position = {meta.state.consumed_rows:,}; expected "
-            f"{consumed:,}, the rows of {meta.state.attempts:,} steps; use an older checkpoint"
-        )
-    checkpoint.load(engine, found, rows)
+    check_resume(meta.state, attempt.phases, f"{found}/meta.json", extends=options.extend)
+    moment_steps = applied_since_reset(meta.state, attempt.phases)
+    checkpoint.load(engine, found, rows, moment_steps=moment_steps)
     if options.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)
     changed = f"; now {', '.join(machine)}" if machine else ""
@@ -338,9 +363,11 @@ def _count_failures(out: Path, limit: int, silent: str) -> list[str]:
     return failures.count_failures(out, step, limit, silent)
 
 
-def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:
+def _check_same_data(attempt: Attempt, engine: Engine, nodes: list[str]) -> None:
     """Raise UserError on every rank when nodes have different data. Collective."""
-    dataset_ids = engine.all_gather_object(source.manifest.dataset_id)
+    sources: dict[str, Data] = {phase.data_name: phase.data.source for phase in attempt.phases}
+    own = ", ".join(source.manifest.dataset_id for source in sources.values())
+    dataset_ids = engine.all_gather_object(own)
     node_of = dict(zip(dataset_ids, nodes, strict=True))
     if len(node_of) > 1:
         listed = ", ".join(f"{dataset_id} on {node}" for dataset_id, node in node_of.items())
@@ -362,6 +389,7 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
         nodes=nodes,
         launcher=attempt.ranks.launcher,
         world_size=attempt.ranks.world_size,
+        **facts(attempt.phases),
     )
     copy_tokenizer(source.manifest.tokenizer, source.tokenizer, out / "tokenizer")
 
@@ -371,8 +399,7 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
 
 def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> bool:
     """Train until the end of the schedule or a stop. Returns whether it is complete. Collective."""
-    loader = _loader(attempt, engine, resumed.consumed_rows if resumed else 0)
-    state = resumed or TrainingState(data=loader.state(0))
+    state = resumed or entered(TrainingState(), attempt.phases, 0)
     with _open_logger(attempt, state.step) as logger:
         for line in _start_lines(attempt, engine, state.step):
             logger.say(line)
@@ -386,21 +413,73 @@ def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> b
             flush=logger.flush,
             saved_step=resumed.step if resumed else None,
         )
-        pretrainer = _pretrainer(attempt, engine, loader, checkpointer, logger, state)
-        state = pretrainer.run(state)
+        state, pretrainer = _train_phases(attempt, engine, checkpointer, logger, state)
         is_complete = pretrainer.finish(state)
-        loader.close()
         reason = "" if is_complete else pretrainer.stop_reason(state)
-        facts = {"step": state.step, "total_steps": attempt.total_steps, "reason": reason}
-        on_rank0(lambda: run_folder.finish(attempt.out, is_complete, facts))
+        ended_at = {"step": state.step, "total_steps": attempt.total_steps, "reason": reason}
+        on_rank0(lambda: run_folder.finish(attempt.out, is_complete, ended_at))
         ended = "finished" if is_complete else "stopped and saved"
         why = f" ({reason})" if reason else ""
         logger.say(f"{ended} at step {state.step}{why}: {checkpointer.last_checkpoint()}")
     return is_complete
 
 
-def _loader(attempt: Attempt, engine: Engine, consumed_rows: int) -> Loader:
-    train, data = attempt.config.train, attempt.data
+def _train_phases(
+    attempt: Attempt,
+    engine: Engine,
+    checkpointer: Checkpointer,
+    logger: Logger,
+    state: TrainingState,
+) -> tuple[TrainingState, Pretrainer]:
+    """Train phase after phase, to the end or a stop. Collective.
+
+    Returns the last state, which is not saved, and the trainer of its phase.
+    """
+    phases, options = attempt.phases, attempt.options
+    is_rank0 = attempt.ranks.rank == 0
+    stops = StopRequests(attempt.out, is_rank0, options.asked, attempt.began, options.max_minutes)
+    verdict = _verdict(attempt, state.step)
+    index = current_index(state, phases)
+    while True:
+        if state.step >= phases[index].end_step and index + 1 < len(phases):
+            index += 1  # also of a checkpoint that was saved at the border
+            state = entered(state, phases, index)
+            if phases[index].resets_moments:
+                engine.reset_moments(0)
+        _begin_phase(attempt, engine, logger, index)
+        loader = _loader(attempt, phases[index], engine, state.consumed_rows)
+        trainer = _pretrainer(
+            attempt, phases[index], engine, loader, checkpointer, logger, stops, verdict, state
+        )
+        state = trainer.run(state)
+        loader.close()
+        is_stop = trainer.stop_voted or state.step >= trainer.schedule.last_step
+        if is_stop or index + 1 == len(phases):
+            return state, trainer
+
+
+def _begin_phase(attempt: Attempt, engine: Engine, logger: Logger, index: int) -> None:
+    """Give engine, module and log the values of a phase; nothing in a run without phases."""
+    phase = attempt.phases[index]
+    if not phase.name:
+        return
+    engine.use(phase.config)
+    objective: Any = engine.module
+    objective.apply_phase(phase.config.objective, phase.config.model)
+    logger.begin_phase(phase.name, _epochs_at_end(attempt.phases, index))
+    logger.say(begin_line(phase, len(attempt.phases), attempt.ranks.world_size))
+
+
+def _epochs_at_end(phases: list[Phase], index: int) -> float:
+    """Passes over the data of a phase at its end, without skipped steps."""
+    own = phases[index].data.state()
+    same = [part for part in phases[: index + 1] if part.data.state() == own]
+    rows = sum(part.steps * part.config.train.global_batch_size for part in same)
+    return rows / phases[index].data.reader.rows
+
+
+def _loader(attempt: Attempt, phase: Phase, engine: Engine, consumed_rows: int) -> Loader:
+    train, data = phase.config.train, phase.data
     return Loader(
         data.reader,
         data.row_order,
@@ -417,8 +496,7 @@ def _loader(attempt: Attempt, engine: Engine, consumed_rows: int) -> Loader:
 
 def _open_logger(attempt: Attempt, step: int) -> Logger:
     """Return a RunLogger on rank 0 and a Logger without output on other ranks. Collective."""
-    train = attempt.config.train
-    epochs = attempt.total_steps * train.global_batch_size / attempt.data.reader.rows
+    epochs = _epochs_at_end(attempt.phases, 0)
     opened: list[Logger] = []
 
     def open_files() -> None:
@@ -431,7 +509,8 @@ def _open_logger(attempt: Attempt, step: int) -> Logger:
 
 def _verdict(attempt: Attempt, step: int) -> VerdictTracker:
     """The verdict after the log lines up to a step. Collective."""
-    config = attempt.config
+    # The warmup of the first phase: the samples of a generator that has just begun.
+    config = attempt.phases[0].config
     tracker = VerdictTracker(config.verdict, config.optimizer.warmup_steps)
 
     def replayed() -> dict[str, Any]:
@@ -445,26 +524,36 @@ def _verdict(attempt: Attempt, step: int) -> VerdictTracker:
 
 def _pretrainer(
     attempt: Attempt,
+    phase: Phase,
     engine: Engine,
     loader: Loader,
     checkpointer: Checkpointer,
     logger: Logger,
+    stops: StopRequests,
+    verdict: VerdictTracker,
     state: TrainingState,
 ) -> Pretrainer:
-    options, total_steps = attempt.options, attempt.total_steps
-    last_step = min(total_steps, options.stop_at_step or total_steps)
-    is_rank0 = attempt.ranks.rank == 0
-    verdict = _verdict(attempt, state.step)
+    total_steps = attempt.total_steps
+    last_step = min(total_steps, attempt.options.stop_at_step or total_steps)
+    later = attempt.phases[phase.index + 1 :]
+    steps_after = sum(part.steps * part.tokens_per_step for part in later) / phase.tokens_per_step
     return Pretrainer(
-        attempt.config,
+        phase.config,
         engine,
         loader,
-        attempt.data.source.held_out(),
-        attempt.data.recipe,
-        Schedule(total_steps, last_step, attempt.data.reader.rows),
+        phase.data.source.held_out(),
+        phase.data.recipe,
+        Schedule(
+            total_steps,
+            last_step,
+            phase.data.reader.rows,
+            phase.span,
+            phase.end_step,
+            steps_after,
+        ),
         checkpointer,
         logger,
-        StopRequests(attempt.out, is_rank0, options.asked, attempt.began, options.max_minutes),
+        stops,
         attempt.lock,
         verdict,
         state,
@@ -481,12 +570,15 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     launched = (
         "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
     )
+    step_text = (
+        f"a step is {train.global_batch_size} rows of {config.data.sequence_length} tokens "
+        f"({engine.accumulation} x {train.micro_batch_size} per rank); "
+    )
+    in_phases = f" in {len(attempt.phases)} phases" if config.phases else ""
     lines = [
         f"{engine.parameter_count():,} parameters, {launched}, ZeRO {engine.stage}, {precision}; "
-        "a step is "
-        f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
-        f"({engine.accumulation} x {train.micro_batch_size} per rank); "
-        f"{attempt.total_steps} steps, from step {step}"
+        f"{'' if config.phases else step_text}{attempt.total_steps} steps{in_phases}, from step "
+        f"{step}"
     ]
     offloads = _offloads(engine.deepspeed_config)
     is_half = precision in ("bf16", "fp16")
@@ -496,17 +588,28 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
             f"ZeRO {engine.stage} has no effect on memory with one rank: "
             f"--engine {name} is faster and needs less memory"
         )
-    rows = attempt.total_steps * train.global_batch_size
-    parts = [
-        f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs"
-        for name, part in attempt.data.source.shares.items()
-    ]
-    if parts:
-        lines.append(printable(f"mixture: {'; '.join(parts)}"))
-    lines += plan_warnings(config, attempt.total_steps)
+    lines += _mixture_lines(attempt.phases)
+    lines += plan_warnings(
+        [phase.span for phase in attempt.phases], [phase.name for phase in config.phases]
+    )
     if attempt.options.init_from is not None and step:
         lines.append(
             f"WARNING: --init-from {printable(attempt.options.init_from)} has no effect, because "
             f"{printable(attempt.out)} has a checkpoint to resume from"
         )
+    return lines
+
+
+def _mixture_lines(phases: list[Phase]) -> list[str]:
+    """The shares of the sources of each mixture, and their passes in the phases that use it."""
+    lines = []
+    for name in dict.fromkeys(phase.data_name for phase in phases):
+        same = [phase for phase in phases if phase.data_name == name]
+        rows = sum(phase.steps * phase.config.train.global_batch_size for phase in same)
+        parts = [
+            f"{source} {part.share:.2%}, {part.epochs(rows):.2f} epochs"
+            for source, part in same[0].data.source.shares.items()
+        ]
+        if parts:
+            lines.append(printable(f"mixture{f' {name}' if name else ''}: {'; '.join(parts)}"))
     return lines

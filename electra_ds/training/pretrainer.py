@@ -22,8 +22,8 @@ from electra_ds.training.entropy import entropy
 from electra_ds.training.held_out import evaluate_sources
 from electra_ds.training.loss_sums import LossSums
 from electra_ds.training.metrics import metrics_of_kind, rates
+from electra_ds.training.phases import Span
 from electra_ds.training.run_logger import Logger
-from electra_ds.training.schedule import learning_rate
 from electra_ds.training.spike_guard import SpikeGuard
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
@@ -47,15 +47,21 @@ class Timing:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Number of steps of the run and of this attempt, and of rows per epoch."""
+    """Numbers of steps of the run, of this attempt and of a phase, and of rows per epoch.
+
+    In a run without phases, end_step is total_steps.
+    """
 
     total_steps: int
     last_step: int  # of this attempt: --stop-at-step, or total_steps
     epoch_rows: int
+    rates: Span  # the learning rates of the phase
+    end_step: int  # of the run, at the end of the phase
+    steps_after: float = 0.0  # of later phases, in steps of this phase by their tokens
 
 
 class Pretrainer(Trainer):
-    """One attempt at a pretraining run on this rank."""
+    """One attempt at a pretraining run, or at one phase of it, on this rank."""
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class Pretrainer(Trainer):
     ):
         """Connect the parts of an attempt.
 
+        config: of the phase; in a run without phases that of the run.
         batches: endless, from the position of `state`.
         held_out: name of a source -> its held-out rows.
         recipe: masking of the held-out rows.
@@ -111,8 +118,8 @@ class Pretrainer(Trainer):
         return Totals(batch.masked_count, batch.token_count)
 
     def is_finished(self, state: TrainingState) -> bool:
-        """Whether the last step of this attempt is applied."""
-        return state.step >= self.schedule.last_step
+        """Whether the last step of this attempt, or of the phase, is applied."""
+        return state.step >= min(self.schedule.last_step, self.schedule.end_step)
 
     def should_stop(self, state: TrainingState) -> bool:
         """Return whether this rank asks to stop. Raises LockedOut when the lock was lost."""
@@ -133,11 +140,12 @@ class Pretrainer(Trainer):
         }
 
     def _is_logged(self, step: int) -> bool:
-        return step % self.config.logging.every == 0 or step == self.schedule.total_steps
+        # The end of a phase is logged, so that an interval belongs to one phase.
+        return step % self.config.logging.every == 0 or step == self.schedule.end_step
 
     def learning_rate(self, state: TrainingState) -> float:
         """The learning rate after `state.step` applied steps."""
-        return learning_rate(self.config.optimizer, state.step, self.schedule.total_steps)
+        return self.schedule.rates.rate(state.step)
 
     def snapshot(self, state: TrainingState) -> TrainingState:
         """The state with each rank's sums of the open interval. Collective."""
@@ -208,7 +216,8 @@ class Pretrainer(Trainer):
 
     def _is_evaluated(self, step: int) -> bool:
         every = self.config.train.eval_every
-        return bool(every) and step % every == 0
+        is_border = step == self.schedule.end_step < self.schedule.total_steps
+        return is_border or (bool(every) and step % every == 0)
 
     def evaluate(self, step: int) -> None:
         """Log the metrics of the held-out rows, if there are any. Collective."""
@@ -284,7 +293,8 @@ class Pretrainer(Trainer):
         seconds = time.perf_counter() - self.timing.began
         if seconds > FIRST_LINE_SECONDS:
             every = self.config.logging.every
-            self.logger.running(state.step, seconds / self.timing.attempts, every)
+            steps_left = self.schedule.end_step - state.step + self.schedule.steps_after
+            self.logger.running(state.step, seconds / self.timing.attempts, every, steps_left)
             self._says_running = False
 
     def _record_pause(self, step: int, pause_seconds: float) -> None:
@@ -322,7 +332,7 @@ class Pretrainer(Trainer):
             "checkpoint_pause_seconds": timing.pause_seconds,
             "seconds": time.monotonic() - self.began,
         }
-        steps_left = self.schedule.total_steps - state.step
+        steps_left = self.schedule.end_step - state.step + self.schedule.steps_after
         seconds_left = seconds / timing.attempts * steps_left
         values = metrics_of_kind(values, self.config.objective)
         is_new = self.verdict.add(state.step, values)

@@ -49,8 +49,13 @@ class Logger:
     def say(self, text: str) -> None:
         """Print one line."""
 
-    def running(self, step: int, seconds_per_step: float, every: int) -> None:
+    def running(
+        self, step: int, seconds_per_step: float, every: int, steps_left: float | None = None
+    ) -> None:
         """Say that the run trains, before its first log line."""
+
+    def begin_phase(self, name: str, total_epochs: float) -> None:
+        """Name the phase of the records that follow."""
 
     def flush(self) -> None:
         """Write all records to disk and sync them. Raises OSError when this fails."""
@@ -80,6 +85,7 @@ class RunLogger(Logger):
         if note:
             self.say(note)
         self._epochs = f"/{total_epochs:.4g}" if total_epochs else ""
+        self._phase: dict[str, str] = {}
         self._bar = Progress(
             "{task.description}",
             BarColumn(bar_width=24),
@@ -134,13 +140,24 @@ class RunLogger(Logger):
         tag = "checkpoint/pause_seconds"
         self._tensorboard(lambda writer: writer.add_scalar(tag, pause_seconds, step))
 
-    def running(self, step: int, seconds_per_step: float, every: int) -> None:
-        """Say that the run trains, before its first log line. every: logging.every."""
-        seconds_left = seconds_per_step * (self._total_steps - step)
+    def running(
+        self, step: int, seconds_per_step: float, every: int, steps_left: float | None = None
+    ) -> None:
+        """Say that the run trains, before its first log line.
+
+        every: logging.every. steps_left: to the end of the run; None: all that are left.
+        """
+        left = self._total_steps - step if steps_left is None else steps_left
+        seconds_left = seconds_per_step * left
         self.say(
             f"step {step}  {seconds_per_step:.2f} s per step  ETA {_duration(seconds_left)}; "
             f"losses are logged every {every} steps (logging.every)"
         )
+
+    def begin_phase(self, name: str, total_epochs: float) -> None:
+        """Name the phase of the records that follow. total_epochs: of its data, at its end."""
+        self._phase = {"phase": name} if name else {}
+        self._epochs = f"/{total_epochs:.4g}"
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -164,7 +181,7 @@ class RunLogger(Logger):
 
     def _record(self, step: int, split: str, values: dict[str, float]) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        record = {"step": step, "split": split, **finite}
+        record = {"step": step, "split": split, **self._phase, **finite}
         self._unwritten += (json.dumps(record) + "\n").encode()
         try:
             self._write()

@@ -1,0 +1,46 @@
+"""Lines about the phases of a run for the console, and facts about them for OUT/config.json."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from electra_ds.config.phases import PhaseConfig
+from electra_ds.training.phases import Phase
+
+
+def begin_line(phase: Phase, count: int, world_size: int) -> str:
+    """The line at the begin of a phase. count: of the phases of the run."""
+    train, length = phase.config.train, phase.config.data.sequence_length
+    first, last = (phase.span.rate(step) for step in (phase.first_step, phase.end_step - 1))
+    of_data = f" of {phase.data_name}" if phase.data_name else ""
+    accumulation = phase.config.accumulation(world_size)
+    reset = "; the moments start at zero" if phase.resets_moments else ""
+    return (
+        f"phase {phase.name} ({phase.index + 1} of {count}): steps {phase.first_step + 1:,} to "
+        f"{phase.end_step:,}; a step is {train.global_batch_size:,} rows of {length:,} tokens"
+        f"{of_data} ({accumulation} x {train.micro_batch_size} per rank); learning rate "
+        f"{first:.3g} to {last:.3g}{reset}"
+    )
+
+
+def facts(phases: Sequence[Phase]) -> dict[str, Any]:
+    """The entry `phases` of the provenance in OUT/config.json; nothing without phases."""
+    if not phases[0].name:
+        return {}
+    return {
+        "phases": [
+            {
+                "name": phase.name,
+                "steps": phase.steps,
+                "tokens_per_step": phase.tokens_per_step,
+                "dataset_id": phase.data.reader.manifest.dataset_id,
+            }
+            for phase in phases
+        ]
+    }
+
+
+def how_to_extend(phases: Sequence[PhaseConfig]) -> str:
+    """How a finished run becomes longer, for messages."""
+    if phases:
+        return f"raise the length of the phase {phases[-1].name} or add phases"
+    return "raise train.total_steps"
