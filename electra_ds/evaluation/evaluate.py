@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from electra_ds.common.errors import UserError
+from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import open_data
 from electra_ds.data.masking import masking_recipe
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.interop.load_model import load_objective
 from electra_ds.interop.vocabularies import check_same_vocabulary
-from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
+from electra_ds.training.checkpoint import find_checkpoint, read_meta, tokenizer_of
 from electra_ds.training.held_out import evaluate_sources
 
 BATCH_ROWS = 64
@@ -33,7 +34,8 @@ def evaluate_checkpoint(
     the checkpoint names. progress: called with the number of rows that are done and of all.
     Returns the metrics of `held_out.evaluate_sources` by name. Raises UserError when there is no
     checkpoint or no data, when no rows are held out, for a model.factory without trust_code, and
-    when vocabulary or sequence length of data and model differ.
+    when vocabulary or sequence length of data and model differ; after phases rows may have any
+    length up to max_positions.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = find_checkpoint(Path(path))
@@ -45,6 +47,8 @@ def evaluate_checkpoint(
     if not held_out:
         raise UserError(f"{data}: no held-out rows; prepare the data with --valid-fraction above 0")
     tokenizer = manifest.tokenizer
+    if read_meta(folder).config.get("phases"):
+        config = _with_length(config, manifest.sequence_length, data)
     config.with_data(tokenizer.vocab_size, tokenizer.special_ids, manifest.sequence_length)
     recipe = masking_recipe(manifest, config.objective, config.train.seed)
     if progress is not None:
@@ -55,6 +59,18 @@ def evaluate_checkpoint(
         return evaluate_sources(
             module, held_out, recipe, device, batch_rows=BATCH_ROWS, max_rows=max_rows
         )
+
+
+def _with_length(config: RunConfig, length: int, data: str | Path) -> RunConfig:
+    """The config with rows of another length: those of any phase, and of other data."""
+    most = getattr(config.model, "max_positions", length)
+    if length > most:
+        raise UserError(
+            f"{data}: rows of {length} tokens, but model.max_positions = {most}; expected data with "
+            "shorter rows"
+        )
+    rows = config.data.model_copy(update={"sequence_length": length})
+    return config.model_copy(update={"data": rows})
 
 
 def _check_vocabulary(folder: Path, data_tokenizer: Path, data: str | Path) -> None:

@@ -23,13 +23,14 @@ from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.outputs import check_outside, new_folder
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import ModelConfig
-from electra_ds.config.loading import differences, parse_run
+from electra_ds.config.loading import differences
 from electra_ds.config.schema import MAX_STEPS, FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.checkpoints import Checkpoint, check_run_shapes
 from electra_ds.interop.vocabularies import tokenizer_of_model
 from electra_ds.model.weights import Shapes, check_values
 from electra_ds.training import checkpoint, checkpointer
+from electra_ds.training.checkpoint_config import config_of_weights
 
 NAME = "average.json"
 PART_BYTES = 1 << 27  # of the fp32 weights that are averaged at a time and written as one file
@@ -163,7 +164,7 @@ def _source(path: Path) -> Source:
             f"{printable(folder)}{found_at(folder).clause}; expected the checkpoint of a "
             "pretraining run"
         )
-    return Source(folder, meta, parse_run(meta.config, f"{folder}/meta.json"))
+    return Source(folder, meta, config_of_weights(meta, f"{folder}/meta.json"))
 
 
 def _check_all_different(sources: list[Source]) -> None:

@@ -11,7 +11,7 @@ from electra_ds.common.folder_kinds import reading
 from electra_ds.common.json_files import Record, parse_record
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import ModelConfig
-from electra_ds.config.loading import parse_config, parse_run
+from electra_ds.config.loading import parse_config
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.parts import encoder_with_task_head
@@ -27,6 +27,7 @@ from electra_ds.model.weights import (
     shapes_of,
 )
 from electra_ds.training import checkpoint
+from electra_ds.training.checkpoint_config import config_of_weights
 
 CHECKPOINTS = (
     "a run folder (OUT), OUT/ckpt, OUT/ckpt/STEP, a fine-tuned model (DIR/TASK, DIR/TASK/seed-N) "
@@ -108,7 +109,7 @@ class Checkpoint(NamedTuple):
 
     model: sizes of the main encoder. weights: canonical name -> fp32 tensor on the CPU, without
     padded rows; names and shapes agree with the config. Deltas of model.sharing = "gdes" are
-    replaced by sums (embeddings.*). run: the config of a pretraining run;
+    replaced by sums (embeddings.*). run: the config of a pretraining run, of its phase;
     fine_tuned: the config of a fine-tuned model; one of the two is None.
     """
 
@@ -168,7 +169,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     where = f"{folder}/meta.json"
     if "task" not in meta.config:
-        config = parse_run(meta.config, where)
+        config = config_of_weights(meta, where)
         check_run(config, weights, folder)
         return Checkpoint(folder, meta, config.model, with_sums(weights), config, None)
     tuned = parse_record(meta.config, f"{where}: config", FineTunedConfig)

@@ -24,7 +24,6 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import reading
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import ModelConfig
-from electra_ds.config.loading import parse_run
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.interop.average import average_of
@@ -51,6 +50,7 @@ from electra_ds.model.heads import MaskedLMHead
 from electra_ds.model.objective import ElectraObjective, Objective
 from electra_ds.model.weights import check_values, load_true_state
 from electra_ds.training import checkpoint
+from electra_ds.training.checkpoint_config import config_of_weights
 
 
 class ModelSource(NamedTuple):
@@ -83,7 +83,8 @@ def resolve_model(path: Path, expected: str = CHECKPOINTS) -> ModelSource:
 def load_objective(
     folder: Path, device: torch.device | str = "cpu", trust_code: bool = False
 ) -> tuple[Objective, RunConfig]:
-    """The objective (both encoders with their heads) of a pretraining checkpoint, and its config.
+    """The objective (both encoders with their heads) of a pretraining checkpoint, and its config:
+    that of its phase.
 
     folder: a checkpoint, as `find_checkpoint` returns it. The module is in fp32 and eval mode.
     trust_code: run the code that model.factory names; without it such a checkpoint is refused
@@ -92,7 +93,7 @@ def load_objective(
     meta = checkpoint.read_meta(folder)
     if "task" in meta.config:
         raise UserError(f"{folder}: a fine-tuned model; expected the checkpoint of a pretraining")
-    config = parse_run(meta.config, f"{folder}/meta.json")
+    config = config_of_weights(meta, f"{folder}/meta.json")
     if isinstance(config.model, FactoryConfig) and not trust_code:
         raise UserError(
             f"{folder}: model.factory = {config.model.factory!r} builds this model; its code is "

@@ -8,7 +8,7 @@ from electra_ds.config.phases import PhaseConfig
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.reporting.memory import Memory, memory
-from electra_ds.training.phases import Phase, Span
+from electra_ds.training.phases import Phase, Span, naming
 
 
 class PhaseLine(NamedTuple):
@@ -54,6 +54,8 @@ def phase_lines(
     steps = steps_of(runs, planned)
     first_step = 0
     for index, (phase, run) in enumerate(zip(phases, runs, strict=True)):
+        with naming(phase.name):
+            accumulation = run.accumulation(world_size)
         rows, length = run.train.global_batch_size, run.data.sequence_length
         own = run.train.total_steps if not steps else steps[index]
         rates = epochs = ""
@@ -68,7 +70,7 @@ def phase_lines(
         yield PhaseLine(
             phase.name,
             f"{own:,}" if own else f"{phase.epochs:g} epochs",
-            f"{rows:,} x {length:,} ({run.accumulation(world_size)} x {run.train.micro_batch_size})",
+            f"{rows:,} x {length:,} ({accumulation} x {run.train.micro_batch_size})",
             str(max_masked_positions(run.objective.mask_prob, length)),
             f"{own * rows * length:,}" if own else "",
             rates,

@@ -19,6 +19,7 @@ from electra_ds.common.json_files import AnyRecord, Record, read_record, read_sm
 from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, printable_lines
 from electra_ds.common.urls import redacted
+from electra_ds.reporting.phase_progress import PhaseFacts, Progress, progress_at
 from electra_ds.training.metrics_file import TRAIN, VALID, metric_lines, summary
 from electra_ds.training.verdict import Verdict
 
@@ -51,6 +52,7 @@ class _Provenance(_Part):
     nodes: list[str] | None = None
     launcher: str | None = None
     restarts: int | None = Field(default=None, ge=0, le=2**53)
+    phases: list[PhaseFacts] = Field(default_factory=list)
     host: str | None = None
 
 
@@ -107,6 +109,12 @@ def status(out: Path) -> dict[str, Any]:
     step = max(
         heartbeat.step if heartbeat else 0, at, *(record["step"] for record in last.values())
     )
+    phases, phase = provenance.phases, None
+    left: float | None = total_steps - step if total_steps else None
+    if phases:
+        at = progress_at(phases, step)
+        rate = _rate_in_phases(last.get("train"), phases, at)
+        phase, left = at.phase.name, at.tokens_left / at.phase.tokens_per_step
     state = _state(out, owner and not is_gone, silence, bool(failed), bool(checkpoint))
     is_refused = bool(failed) and bool(limit) and failures.in_a_row > (limit or 0)
     return {
@@ -114,8 +122,9 @@ def status(out: Path) -> dict[str, Any]:
         "state": state,
         "step": step,
         "total_steps": total_steps,
+        "phase": phase,
         "steps_per_second": rate,
-        "eta_seconds": _eta(total_steps, step, rate) if state == "training" else None,
+        "eta_seconds": _eta(left, rate) if state == "training" else None,
         "train": last.get("train", {}),
         "valid": last.get("valid", {}),
         "verdict": str(Verdict.of_record(last.get("train", {})) or ""),
@@ -172,7 +181,8 @@ def lines(facts: dict[str, Any]) -> dict[str, str]:
     texts = {
         "state": facts["state"],
         "step": f"{facts['step']:,}"
-        + (f" of {facts['total_steps']:,}" if facts["total_steps"] else ""),
+        + (f" of {facts['total_steps']:,}" if facts["total_steps"] else "")
+        + (f", phase {facts['phase']}" if facts["phase"] else ""),
         "rate": f"{rate:.2f} steps/s, {facts['train']['tokens_per_second']:,.0f} tokens/s"
         if rate
         else "",
@@ -257,9 +267,22 @@ def _rate(record: dict[str, Any] | None) -> float | None:
     return rate if math.isfinite(rate) else None
 
 
-def _eta(total_steps: int | None, step: int, rate: float | None) -> float | None:
+def _rate_in_phases(
+    record: dict[str, Any] | None, phases: list[PhaseFacts], at: Progress
+) -> float | None:
+    """Steps of the present phase per second, by the tokens/s of the last logging interval."""
+    speed, tokens = ((record or {}).get(key) for key in ("tokens_per_second", "tokens"))
+    if speed is None or not tokens:
+        return None
+    assert record is not None
+    padded = progress_at(phases, record["step"]).tokens  # `tokens` are those without padding
+    rate = float(speed) * padded / float(tokens) / at.phase.tokens_per_step
+    return rate if math.isfinite(rate) else None
+
+
+def _eta(steps_left: float | None, rate: float | None) -> float | None:
     """Seconds until the last step; None if one value is not known or the rate not positive."""
-    seconds = (total_steps - step) / rate if total_steps and rate and rate > 0 else math.inf
+    seconds = steps_left / rate if steps_left is not None and rate and rate > 0 else math.inf
     return seconds if math.isfinite(seconds) else None
 
 

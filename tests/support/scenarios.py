@@ -36,6 +36,7 @@ from loss_scenarios import (
     wrong_split,
 )
 from modern_scenarios import modern, modern_kinds, modern_on_one_rank, modern_refused
+from phase_scenarios import in_phases, in_phases_again, in_phases_on_one_rank
 from resume_scenarios import (
     evaluated,
     from_one_to_two,
@@ -87,6 +88,7 @@ PHASES = {  # ranks, scenarios
             modern,
             modern_refused,
             deberta,
+            in_phases,
         ),
     ),
     "one": (
@@ -102,9 +104,10 @@ PHASES = {  # ranks, scenarios
             streamed_on_one_rank,
             half_precision_overflow,
             verdicts,
+            in_phases_on_one_rank,
         ),
     ),
-    "two-again": (2, (from_one_to_two, resumed_after_kills)),
+    "two-again": (2, (from_one_to_two, resumed_after_kills, in_phases_again)),
     "finetune-one": (
         1,
         (fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern, fine_tuned_deberta),
@@ -122,6 +125,10 @@ PHASES = {  # ranks, scenarios
     "generators": (2, (uninterrupted, sharing, frozen)),
     "verdicts": (1, (verdicts,)),
     "never-waits": (1, (never_waits,)),
+    # Runs in phases, for work on them.
+    "phases-two": (2, (in_phases,)),
+    "phases-one": (1, (in_phases_on_one_rank,)),
+    "phases-again": (2, (in_phases_again,)),
 }
 GRACE_SECONDS = 2.0  # for the other ranks, when one has failed
 
