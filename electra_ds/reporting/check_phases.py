@@ -15,7 +15,7 @@ class PhaseLine(NamedTuple):
     """One phase as text; empty where it depends on data that was not given.
 
     step: rows x tokens of a step, and micro-batches x rows of a rank. chosen: masked positions of a
-    full row. rates: learning rate at its first and at its last step. data: the name, and passes over
+    full row. rates: learning rate at its first and last step, and the largest. data: the name, and passes over
     its rows.
     """
 
@@ -60,8 +60,7 @@ def phase_lines(
         own = run.train.total_steps if not steps else steps[index]
         rates = epochs = ""
         if steps:
-            ends = first_step, first_step + steps[index] - 1
-            rates = " to ".join(f"{of_phases[index].rate(step):.4g}" for step in ends)
+            rates = _rates(of_phases[index], first_step, first_step + steps[index] - 1)
             first_step += steps[index]
         if planned:
             passes = planned[index].steps * rows / planned[index].data.reader.rows
@@ -76,6 +75,15 @@ def phase_lines(
             rates,
             printable(f"{data_name or 'one for all'}{epochs}"),
         )
+
+
+def _rates(schedule: Span, first: int, last: int) -> str:
+    """The learning rates after `first` and `last` steps, and the largest one between them."""
+    ends = [schedule.rate(step) for step in (first, last)]
+    text = " to ".join(f"{rate:.4g}" for rate in ends)
+    warm = schedule.first_step + schedule.options.warmup_steps  # the rates fall afterwards
+    largest = schedule.rate(min(max(warm, first), last))
+    return f"{text}, at most {largest:.4g}" if largest > max(ends) else text
 
 
 def largest_memory(
