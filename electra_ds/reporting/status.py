@@ -271,11 +271,15 @@ def _rate_in_phases(
     record: dict[str, Any] | None, phases: list[PhaseFacts], at: Progress
 ) -> float | None:
     """Steps of the present phase per second, by the tokens/s of the last logging interval."""
-    speed, tokens = ((record or {}).get(key) for key in ("tokens_per_second", "tokens"))
-    if speed is None or not tokens:
+    if not record:
         return None
-    assert record is not None
-    padded = progress_at(phases, record["step"]).tokens  # `tokens` are those without padding
+    keys = ("tokens_per_second", "skipped_steps", "tokens")
+    speed, skipped, tokens = (record.get(key) for key in keys)
+    if speed is None or skipped is None or not tokens:
+        return None
+    # `tokens` are those without padding, of skipped steps as well.
+    attempts = (record["step"] + float(skipped)) / max(1, record["step"])
+    padded = progress_at(phases, record["step"]).tokens * attempts
     rate = float(speed) * padded / float(tokens) / at.phase.tokens_per_step
     return rate if math.isfinite(rate) else None
 

@@ -8,6 +8,7 @@ from logged_run import log_run, valid_values
 from electra_ds.common.errors import UserError
 from electra_ds.config.schema import OptimizerConfig
 from electra_ds.reporting.plot import PANELS, plot, plot_schedule
+from electra_ds.training.phases import Span
 from electra_ds.training.run_logger import RunLogger
 from electra_ds.training.schedule import learning_rate
 
@@ -66,10 +67,17 @@ def test_a_drawn_schedule_has_its_corners(tmp_path, monkeypatch):
     )
     wsd = {"schedule": "wsd", "decay_steps": 1234}
     options = OptimizerConfig(peak_lr=0.5, warmup_steps=777, **wsd)
-    plot_schedule(options, 100_000, tmp_path / "rate.png")
+    plot_schedule([Span(options, 0, 100_000)], tmp_path / "rate.png")
     assert (tmp_path / "rate.png").read_bytes().startswith(b"\x89PNG")
     (rates,) = drawn
     assert {0, 777, 100_000 - 1234, 99_999} <= rates.keys() and len(rates) < 1010
     assert all(rate == learning_rate(options, step, 100_000) for step, rate in rates.items())
-    plot_schedule(options, 2000, tmp_path / "short.png")
-    plot_schedule(OptimizerConfig(peak_lr=0.5, warmup_steps=9), 1, tmp_path / "one.png")
+    plot_schedule([Span(options, 0, 2000)], tmp_path / "short.png")
+    short = Span(OptimizerConfig(peak_lr=0.5, warmup_steps=9), 0, 1)
+    plot_schedule([short], tmp_path / "one.png")
+    drawn.clear()
+    later = Span(options, 2000, 3000)
+    plot_schedule([Span(options, 0, 2000), later, later], tmp_path / "phases.png")
+    (rates,) = drawn
+    assert {1999, 2000, 2777, 4999} <= rates.keys() and max(rates) == 4999
+    assert rates[2777] == 0.5
