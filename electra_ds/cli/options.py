@@ -9,7 +9,7 @@ Run = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="Preset (tiny, small, base, large, small++, modern-* or deberta-*; see "
+        help="Preset (tiny, small, base, large, small++, *-128-512, modern-* or deberta-*; see "
         "docs/models.md) or RUN.json.",
     ),
 ]

@@ -144,8 +144,9 @@ def phase_differences(
     machine_lines: list[str] = []
     common = min(len(before), len(after))
     names = [[phase.name for phase in phases] for phases in (before, after)]
-    if names[0][:common] != names[1][:common]:
-        shown = [", ".join(listed) for listed in names]
+    has_none = bool(before) != bool(after)
+    if has_none or names[0][:common] != names[1][:common]:
+        shown = [", ".join(listed) or "none" for listed in names]
         return [f"phases: {shown[0]} -> {shown[1]}"], []
     for old, new in zip(before, after, strict=False):
         prefix = f"phases.{old.name}"

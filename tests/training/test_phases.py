@@ -351,7 +351,7 @@ def test_resumes_with_other_phases_or_data_are_refused(outs: Path) -> None:
     assert "phases.long.set.objective.mask_prob: 0.3 -> 0.2" in found["set"]
     assert "phases: short, long, end -> long, short, end" in found["order"]
     assert "phases.end.steps: 3 -> 4" in found["longer"]
-    assert "phases: short, long, end -> " in found["none"]
+    assert "phases: short, long, end -> none" in found["none"]
     assert "the phase short had other data" in found["past"]
     assert "the phase long has no data: give --data long=D" in found["missing"]
     assert not found["made"]
