@@ -188,3 +188,10 @@ def _shown(phase: PhaseConfig) -> str:
     length = f"{phase.steps} steps" if phase.steps else f"{phase.epochs} epochs"
     values = ", ".join(f"{key} = {value}" for key, value in phase.set.items())
     return f"{length} ({values})" if values else length
+
+
+def how_to_extend(phases: Sequence[Any]) -> str:
+    """How a finished run becomes longer, for messages. phases: with names, may be empty."""
+    if phases:
+        return f"raise the length of the phase {phases[-1].name} or add phases"
+    return "raise train.total_steps"

@@ -19,6 +19,7 @@ from electra_ds.common.json_files import AnyRecord, Record, read_record, read_sm
 from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, printable_lines
 from electra_ds.common.urls import redacted
+from electra_ds.config.phases import how_to_extend
 from electra_ds.reporting.phase_progress import PhaseFacts, Progress, progress_at
 from electra_ds.training.metrics_file import TRAIN, VALID, metric_lines, summary
 from electra_ds.training.verdict import Verdict
@@ -30,8 +31,7 @@ NEXT = {
     "failed": "correct the cause; the same command resumes from step {at}",
     "refused": "correct the cause and remove {out}/restarts.json (train.max_restarts = {limit})",
     "stopped": "the same command resumes from step {at}",
-    "finished": "electra-ds evaluate {out} --data D; for more steps raise train.total_steps and "
-    "give --extend",
+    "finished": "electra-ds evaluate {out} --data D; for more steps {longer} and give --extend",
     "not started": "electra-ds pretrain RUN --data D --out {out}",
 }
 
@@ -139,7 +139,7 @@ def status(out: Path) -> dict[str, Any]:
         "last_error": next((e.facts() for e in [*errors, *failures.errors[::-1]]), None),
         "missing": missing,
         "next": NEXT["refused" if is_refused else state].format(
-            out=shlex.quote(str(out)), at=at, limit=limit
+            out=shlex.quote(str(out)), at=at, limit=limit, longer=how_to_extend(phases)
         ),
     }
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from electra_ds.config.phases import PhaseConfig
 from electra_ds.training.phases import Phase
 
 
@@ -37,10 +36,3 @@ def facts(phases: Sequence[Phase]) -> dict[str, Any]:
             for phase in phases
         ]
     }
-
-
-def how_to_extend(phases: Sequence[PhaseConfig]) -> str:
-    """How a finished run becomes longer, for messages."""
-    if phases:
-        return f"raise the length of the phase {phases[-1].name} or add phases"
-    return "raise train.total_steps"

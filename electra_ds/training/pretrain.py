@@ -22,7 +22,7 @@ from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
 from electra_ds.common.urls import redacted
 from electra_ds.config.loading import differences, parse_run
-from electra_ds.config.phases import is_extension
+from electra_ds.config.phases import how_to_extend, is_extension
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
 from electra_ds.data.dataset import Data
@@ -45,7 +45,7 @@ from electra_ds.training.collectives import (
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.init_from import GENERATOR_PARTS, find_source
 from electra_ds.training.metrics_file import metric_lines
-from electra_ds.training.phase_texts import begin_line, facts, how_to_extend
+from electra_ds.training.phase_texts import begin_line, facts
 from electra_ds.training.phases import (
     Phase,
     TrainingData,
