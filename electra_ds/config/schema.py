@@ -24,8 +24,10 @@ from electra_ds.config.architectures import (
     ModernBertGeneratorConfig,
     ModernBertModelConfig,
 )
+from electra_ds.config.batch_sizes import BatchSizes, accumulations, check_schedule
 
 MAX_STEPS = 10**9
+MAX_SIZES = 1000  # of the global batch
 MAX_SECONDS = 10**7  # 116 days
 
 
@@ -178,6 +180,12 @@ class TrainConfig(Section):
     global_batch_size: int = science(
         ..., "rows per optimizer step, over all ranks", ge=1, le=MAX_ROWS
     )
+    batch_schedule: list[list[int]] = science(
+        [],
+        "[[step, rows], ...]: rows of the global batch after so many steps, skipped ones included; "
+        "the first steps have global_batch_size rows",
+        max_length=MAX_SIZES,
+    )
     micro_batch_size: int = machine(
         ..., "rows per forward and backward on one rank", ge=1, le=MAX_ROWS
     )
@@ -236,6 +244,7 @@ class TrainConfig(Section):
                 f"total_steps = {self.total_steps}, epochs = {self.epochs}: give total_steps or "
                 "epochs, exactly one, and set the other to null"
             )
+        check_schedule(self.batch_schedule, MAX_STEPS, MAX_ROWS)
         if 0 < self.spike_factor <= 1:
             raise ValueError(
                 f"spike_factor = {self.spike_factor} makes average losses spikes; "
@@ -413,9 +422,17 @@ class RunConfig(Section):
                 "and objective.generator = model"
             )
 
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The rows of the global batch of each attempt."""
+        return BatchSizes(self.train.global_batch_size, self.train.batch_schedule)
+
     def accumulation(self, world_size: int) -> int:
-        """Return the micro-batches per step and rank. Raises UserError as `accumulation` does."""
-        return accumulation(self.train, world_size)
+        """Return the micro-batches per step and rank, those of the largest global batch.
+
+        Raises UserError when a global batch is not divisible by world_size * micro_batch_size.
+        """
+        return max(accumulations(self.batch_sizes, self.train.micro_batch_size, world_size))
 
     def total_steps(self, rows: int | None) -> int:
         """Return the number of optimizer steps of the schedule.
@@ -431,7 +448,7 @@ class RunConfig(Section):
                 "give --data"
             )
         assert self.train.epochs is not None  # one of both is given
-        steps = max(1, round(self.train.epochs * rows / self.train.global_batch_size))
+        steps = self.batch_sizes.nearest_attempt(self.train.epochs * rows)
         if steps > MAX_STEPS:
             raise UserError(
                 f"train.epochs = {self.train.epochs} over {rows:,} rows is {steps:,} steps; "
@@ -551,18 +568,5 @@ def accumulation(train: Any, world_size: int) -> int:
     train: a section with global_batch_size and micro_batch_size.
     Raises UserError when global_batch_size is not divisible by world_size * micro_batch_size.
     """
-    per_micro = world_size * train.micro_batch_size
-    if train.global_batch_size % per_micro == 0:
-        return train.global_batch_size // per_micro
-    if train.global_batch_size % world_size:
-        raise UserError(
-            f"train.global_batch_size = {train.global_batch_size} rows cannot be split over "
-            f"{world_size} ranks; choose a number of ranks that divides it"
-        )
-    share = train.global_batch_size // world_size
-    fits = max(m for m in range(1, min(share, train.micro_batch_size) + 1) if share % m == 0)
-    raise UserError(
-        f"train.global_batch_size = {train.global_batch_size} rows cannot be split over "
-        f"{world_size} ranks x micro_batch_size {train.micro_batch_size}; the largest "
-        f"micro_batch_size that fits is {fits} (--set train.micro_batch_size={fits})"
-    )
+    sizes = BatchSizes(train.global_batch_size)
+    return accumulations(sizes, train.micro_batch_size, world_size)[0]

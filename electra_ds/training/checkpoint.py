@@ -92,6 +92,8 @@ class MetaFile(Record):
     recent_losses: list[float] = Field(
         default=[], max_length=WINDOW
     )  # the first checkpoints have none
+    first_attempt: int = Field(default=0, ge=0, le=2 * MAX_STEPS)  # likewise
+    first_position: int = Field(default=0, ge=0, lt=2**62)
     scaler: ScalerFacts
     world_size: int = Field(ge=1, le=2**20)
     config: dict[str, Any]
