@@ -43,6 +43,7 @@ from electra_ds.training.collectives import (
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.init_from import GENERATOR_PARTS, find_source
 from electra_ds.training.metrics_file import metric_lines
+from electra_ds.training.positions import check_position, last_position
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
@@ -50,6 +51,8 @@ from electra_ds.training.run_plan import TrainingData, plan, plan_warnings
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 from electra_ds.training.verdict import VerdictTracker
+
+MOST_SHOWN = 3  # later sizes of the global batch in the first line
 
 
 @dataclass(frozen=True)
@@ -307,12 +310,7 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             )
         )
     consumed_rows_from_state(meta.state.data, attempt.data.reader, attempt.data.row_order)
-    consumed = meta.state.attempts * config.train.global_batch_size
-    if meta.state.consumed_rows != consumed:
-        raise UserError(
-            f"{found}/meta.json: data.position = {meta.state.consumed_rows:,}; expected "
-            f"{consumed:,}, the rows of {meta.state.attempts:,} steps; use an older checkpoint"
-        )
+    check_position(str(found), meta.state, config.batch_sizes)
     checkpoint.load(engine, found, rows)
     if options.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)
@@ -371,10 +369,10 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
 
 def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> bool:
     """Train until the end of the schedule or a stop. Returns whether it is complete. Collective."""
-    loader = _loader(attempt, engine, resumed.consumed_rows if resumed else 0)
+    loader = _loader(attempt, engine, resumed or TrainingState())
     state = resumed or TrainingState(data=loader.state(0))
-    with _open_logger(attempt, state.step) as logger:
-        for line in _start_lines(attempt, engine, state.step):
+    with _open_logger(attempt, state) as logger:
+        for line in _start_lines(attempt, engine, state):
             logger.say(line)
         checkpointer = Checkpointer(
             engine,
@@ -399,7 +397,7 @@ def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> b
     return is_complete
 
 
-def _loader(attempt: Attempt, engine: Engine, consumed_rows: int) -> Loader:
+def _loader(attempt: Attempt, engine: Engine, state: TrainingState) -> Loader:
     train, data = attempt.config.train, attempt.data
     return Loader(
         data.reader,
@@ -407,18 +405,20 @@ def _loader(attempt: Attempt, engine: Engine, consumed_rows: int) -> Loader:
         data.recipe,
         rank=attempt.ranks.rank,
         world_size=attempt.ranks.world_size,
-        global_batch_size=train.global_batch_size,
+        global_batch_size=attempt.config.batch_sizes,
         micro_batch_size=train.micro_batch_size,
-        consumed_rows=consumed_rows,
+        consumed_rows=state.consumed_rows,
+        attempts=state.attempts,
         pin_memory=engine.device.type == "cuda",
         transform=with_cu_seqlens,
     )
 
 
-def _open_logger(attempt: Attempt, step: int) -> Logger:
+def _open_logger(attempt: Attempt, state: TrainingState) -> Logger:
     """Return a RunLogger on rank 0 and a Logger without output on other ranks. Collective."""
-    train = attempt.config.train
-    epochs = attempt.total_steps * train.global_batch_size / attempt.data.reader.rows
+    step = state.step
+    rows = last_position(state, attempt.config.batch_sizes, attempt.total_steps)
+    epochs = rows / attempt.data.reader.rows
     opened: list[Logger] = []
 
     def open_files() -> None:
@@ -461,7 +461,7 @@ def _pretrainer(
         loader,
         attempt.data.source.held_out(),
         attempt.data.recipe,
-        Schedule(total_steps, last_step, attempt.data.reader.rows),
+        Schedule(total_steps, last_step, attempt.data.reader.rows, attempt.config.batch_sizes),
         checkpointer,
         logger,
         StopRequests(attempt.out, is_rank0, options.asked, attempt.began, options.max_minutes),
@@ -472,10 +472,9 @@ def _pretrainer(
     )
 
 
-def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
+def _start_lines(attempt: Attempt, engine: Engine, state: TrainingState) -> list[str]:
     """Return the lines that rank 0 prints before the first step."""
-    config, ranks = attempt.config, attempt.ranks
-    train = config.train
+    config, ranks, step = attempt.config, attempt.ranks, state.step
     precision = precision_name(engine.deepspeed_config)
     is_alone = ranks.launcher == NO_LAUNCHER
     launched = (
@@ -483,9 +482,7 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
     )
     lines = [
         f"{engine.parameter_count():,} parameters, {launched}, ZeRO {engine.stage}, {precision}; "
-        "a step is "
-        f"{train.global_batch_size} rows of {config.data.sequence_length} tokens "
-        f"({engine.accumulation} x {train.micro_batch_size} per rank); "
+        f"a step is {_batch_text(config, ranks.world_size, state.attempts)}; "
         f"{attempt.total_steps} steps, from step {step}"
     ]
     offloads = _offloads(engine.deepspeed_config)
@@ -496,7 +493,7 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
             f"ZeRO {engine.stage} has no effect on memory with one rank: "
             f"--engine {name} is faster and needs less memory"
         )
-    rows = attempt.total_steps * train.global_batch_size
+    rows = last_position(state, config.batch_sizes, attempt.total_steps)
     parts = [
         f"{name} {part.share:.2%}, {part.epochs(rows):.2f} epochs"
         for name, part in attempt.data.source.shares.items()
@@ -510,3 +507,20 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
             f"{printable(attempt.out)} has a checkpoint to resume from"
         )
     return lines
+
+
+def _batch_text(config: RunConfig, world_size: int, attempts: int) -> str:
+    """The rows of the next step and their split over ranks, and the next sizes of a schedule."""
+    micro_batch_size, sizes = config.train.micro_batch_size, config.batch_sizes
+    rows = sizes.rows(attempts)
+    later = [
+        f", {size} after {start:,} steps"
+        for start, size in zip(sizes.starts, sizes.sizes, strict=True)
+        if start > attempts
+    ]
+    rest = ", ..." if len(later) > MOST_SHOWN else ""
+    return (
+        f"{rows} rows of {config.data.sequence_length} tokens "
+        f"({rows // (micro_batch_size * world_size)} x {micro_batch_size} per rank)"
+        f"{''.join(later[:MOST_SHOWN])}{rest}"
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from electra_ds.common.errors import RunFailure
 from electra_ds.common.folder_lock import Lock
+from electra_ds.config.batch_sizes import BatchSizes
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import StepBatch
@@ -22,6 +23,7 @@ from electra_ds.training.entropy import entropy
 from electra_ds.training.held_out import evaluate_sources
 from electra_ds.training.loss_sums import LossSums
 from electra_ds.training.metrics import metrics_of_kind, rates
+from electra_ds.training.positions import last_position
 from electra_ds.training.run_logger import Logger
 from electra_ds.training.schedule import learning_rate
 from electra_ds.training.spike_guard import SpikeGuard
@@ -42,16 +44,18 @@ class Timing:
     wait_seconds: float = 0.0  # for data
     tokens: int = 0
     attempts: int = 0
+    rows: int = 0  # of the global batches
     pause_seconds: float = 0.0  # of checkpoints
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Number of steps of the run and of this attempt, and of rows per epoch."""
+    """Number of steps of the run and of this attempt, rows per epoch, rows per step."""
 
     total_steps: int
     last_step: int  # of this attempt: --stop-at-step, or total_steps
     epoch_rows: int
+    sizes: BatchSizes
 
 
 class Pretrainer(Trainer):
@@ -158,14 +162,16 @@ class Pretrainer(Trainer):
         self._is_first_attempt = False
         self.timing.tokens += batch.token_count
         self.timing.attempts += 1
+        self.timing.rows += batch.global_rows
         before = state
-        position = batch.first_row + self.config.train.global_batch_size
+        position = batch.first_row + batch.global_rows
         state = state.advanced(
             result.applied,
             data=state.data | {"position": position},
             tokens=state.tokens + int(totals.token_count),
             recent_losses=self.guard.recent,
         )
+        self._say_batch_size(batch, state)
         if not result.applied:
             self._report_skipped(before, state, batch, losses)
             return state
@@ -276,6 +282,15 @@ class Pretrainer(Trainer):
 
     # ------------------------------------------------------------------------------------- logging
 
+    def _say_batch_size(self, batch: StepBatch, state: TrainingState) -> None:
+        """Print the rows of the next steps when they are not those of the last one."""
+        rows = self.schedule.sizes.rows(state.attempts)
+        if rows != batch.global_rows:
+            self.logger.say(
+                f"step {state.step}  from here on a step is {rows:,} rows, before "
+                f"{batch.global_rows:,} (train.batch_schedule)"
+            )
+
     def _say_running(self, state: TrainingState) -> None:
         """Print the rate once, if the first log line takes longer than FIRST_LINE_SECONDS.
 
@@ -322,8 +337,8 @@ class Pretrainer(Trainer):
             "checkpoint_pause_seconds": timing.pause_seconds,
             "seconds": time.monotonic() - self.began,
         }
-        steps_left = self.schedule.total_steps - state.step
-        seconds_left = seconds / timing.attempts * steps_left
+        last = last_position(state, self.schedule.sizes, self.schedule.total_steps)
+        seconds_left = seconds / timing.rows * (last - state.consumed_rows)
         values = metrics_of_kind(values, self.config.objective)
         is_new = self.verdict.add(state.step, values)
         text = ""

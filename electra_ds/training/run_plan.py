@@ -89,6 +89,12 @@ def plan_warnings(config: RunConfig, total_steps: int) -> list[str]:
             f"rate does not reach optimizer.peak_lr = {config.optimizer.peak_lr:g}; lower "
             "warmup_steps or raise train.total_steps"
         )
+    unused = [entry for entry in config.train.batch_schedule if entry[0] >= total_steps]
+    if unused:
+        lines.append(
+            f"WARNING: {unused[0]} of train.batch_schedule has no effect, because the run has "
+            f"{total_steps:,} steps"
+        )
     return lines
 
 
