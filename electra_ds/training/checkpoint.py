@@ -278,14 +278,15 @@ def tensors(
                 yield key, value
 
 
-def shapes(path: Path, meta: Meta) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights by canonical name, from the headers of the files.
+def shapes(path: Path, meta: Meta, prefix: str = "model") -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of the `model` or `optim` files, from their headers.
 
+    The key is the canonical name of a weight, or kind/NAME of a moment.
     Raises UserError when a file is not a safetensors file.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name in sorted(meta.files):
-        if name.startswith("model"):
+        if name.startswith(prefix):
             with _reading_tensors(path / name) as file:
                 found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
     return found

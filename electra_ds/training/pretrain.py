@@ -32,6 +32,7 @@ from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import ElectraObjective, Objective
 from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint, generator_from
+from electra_ds.training.branch import Branch, find_branch
 from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
 from electra_ds.training.collectives import (
@@ -63,10 +64,12 @@ class AttemptOptions:
     max_minutes: save and stop after this time.
     extend: continue a finished run with a larger train.total_steps.
     init_from: a run or checkpoint; a new run starts from its weights.
+    branch_from: a run or checkpoint with moments; a new run continues it with its own config.
     read_generator: returns the weights of a frozen generator by canonical name, for the config with
         the values of the data and the tokenizer of the data.
     asked: reasons to stop at the next vote; signal handlers append to it.
-    Raises UserError when stop_at_step or max_minutes is out of range.
+    Raises UserError when stop_at_step or max_minutes is out of range, and for options that exclude
+    each other.
     """
 
     stop_at_step: int | None = None
@@ -74,6 +77,7 @@ class AttemptOptions:
     extend: bool = False
     init_from: Path | None = None
     read_generator: Callable[[RunConfig, Tokenizer], dict[str, Tensor]] | None = None
+    branch_from: Path | None = None
     asked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -85,9 +89,20 @@ class AttemptOptions:
         minutes = self.max_minutes
         if minutes is not None and not (minutes >= 0 and math.isfinite(minutes)):
             raise UserError(f"--max-minutes {minutes}: expected a number of minutes, 0 or more")
+        if self.branch_from is None:
+            return
+        for given, option in (
+            (self.init_from, "--init-from"),
+            (self.read_generator, "--generator-from"),
+        ):
+            if given is not None:
+                raise UserError(
+                    f"--branch-from and {option} exclude each other: a branch has all weights of "
+                    f"its checkpoint; leave {option} out"
+                )
 
 
-def check_out(out: Path, init_from: Path | None = None) -> None:
+def check_out(out: Path, init_from: Path | None = None, branch_from: Path | None = None) -> None:
     """Check the path of the run folder, before anything is written to it.
 
     Raises UserError when it is no folder or a folder of prepared data, for a new run in the folder
@@ -104,9 +119,14 @@ def check_out(out: Path, init_from: Path | None = None) -> None:
     if is_taken and not (out / "ckpt").exists():
         raise UserError(f"--out {printable(out)}: {found.phrase}; give the run a folder of its own")
     if not (out / "config.json").exists():
-        is_model = init_from is not None and found_at(init_from).kind in ("run", "checkpoint")
-        started_from = folder_of_model(init_from) if init_from and is_model else None
-        check_outside(out, "--out", {"--init-from": started_from})
+        sources = {"--init-from": init_from, "--branch-from": branch_from}
+        check_outside(out, "--out", {name: _run_of(path) for name, path in sources.items()})
+
+
+def _run_of(path: Path | None) -> Path | None:
+    """The run folder of a run or checkpoint; None for other paths."""
+    is_model = path is not None and found_at(path).kind in ("run", "checkpoint")
+    return folder_of_model(path) if path is not None and is_model else None
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,7 @@ class Attempt:
     began: float  # time.monotonic()
     total_steps: int
     init_from: Path | None = None  # the checkpoint that --init-from stands for, in a new run
+    branch: Branch | None = None  # what --branch-from stands for, in a new run
     generator: dict[str, Tensor] | None = None  # weights of --generator-from, emptied once set
 
     def print(self, text: str) -> None:
@@ -140,7 +161,9 @@ def pretrain(
     torchrun 0).
     Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
-    check_out(out, options.init_from)  # before an error file is written into it
+    check_out(
+        out, options.init_from, options.branch_from
+    )  # before an error file is written into it
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:
@@ -201,12 +224,17 @@ def pretrain_on_ranks(
 
 
 def _with_sources(attempt: Attempt) -> Attempt:
-    """The attempt with what --init-from and --generator-from stand for. Collective."""
-    options, source = attempt.options, attempt.init_from
-    reads = options.init_from or options.read_generator or attempt.config.objective.is_frozen
-    if not reads:
+    """The attempt with what the options with the suffix `-from` stand for. Collective."""
+    options, source, branch = attempt.options, attempt.init_from, None
+    reads = options.init_from or options.read_generator or options.branch_from
+    if not (reads or attempt.config.objective.is_frozen):
         return attempt
     is_new = checkpoint.latest_on_rank0(attempt.out / "ckpt") is None
+    if options.branch_from and is_new:
+        control = ControlGroup(attempt.ranks)
+        branch = find_branch(
+            options.branch_from, attempt.config, attempt.data, attempt.total_steps, control
+        )
     if options.init_from and is_new:
         source = _find_source(attempt)
     generator = generator_from.read_weights(
@@ -214,9 +242,9 @@ def _with_sources(attempt: Attempt) -> Attempt:
         attempt.config,
         attempt.data.source.tokenizer,
         ControlGroup(attempt.ranks).all_gather_object,
-        needs_weights=is_new and source is None,
+        needs_weights=is_new and source is None and branch is None,
     )
-    return replace(attempt, init_from=source, generator=generator)
+    return replace(attempt, init_from=source, branch=branch, generator=generator)
 
 
 def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) -> int:
@@ -250,7 +278,7 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     resumed = _resume(attempt, engine)
     if attempt.generator is not None:
         generator_from.set_weights(engine, attempt.generator, out, is_new=resumed is None)
-    on_rank0(lambda: _write_description(attempt, nodes))
+    on_rank0(lambda: _write_description(attempt, nodes, is_new=resumed is None))
     is_complete = _train(attempt, engine, resumed)
     lock.release()  # before the engine closes: rank 0 may fail when another rank ends first
     engine.close()
@@ -278,13 +306,16 @@ def _objective(config: RunConfig) -> Objective:
 def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     """Load the latest checkpoint of OUT and return its state; None for a new run. Collective.
 
-    With --init-from a new run loads the weights of another run. Raises UserError when the config or
+    With --init-from a new run loads the weights of another run, with --branch-from its state as
+    well. Raises UserError when the config or
     the data of the checkpoint differ from those of this run.
     """
     options, config = attempt.options, attempt.config
     rows = true_rows(engine.module)
     found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
+        if options.branch_from is not None:
+            return _begin_branch(attempt, engine)
         if options.init_from is not None:
             source = attempt.init_from or _find_source(attempt)
             skipped = () if attempt.generator is None else GENERATOR_PARTS
@@ -304,7 +335,8 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
         raise UserError(
             f"{found} was trained with another config: {'; '.join(science)}. Use the old values"
             + (
-                ", choose another --out, or start from its weights with --init-from"
+                ", choose another --out and continue it with --branch-from, or start from its "
+                "weights with --init-from"
                 if fits
                 else " or choose another --out; its weights fit its own architecture only"
             )
@@ -317,6 +349,20 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     changed = f"; now {', '.join(machine)}" if machine else ""
     attempt.print(f"resuming {found} at step {meta.state.step}{changed}")
     return meta.state
+
+
+def _begin_branch(attempt: Attempt, engine: Engine) -> TrainingState:
+    """Load the checkpoint of --branch-from and return the first state of the branch. Collective."""
+    branch = attempt.branch
+    if branch is None:
+        raise UserError(
+            f"{printable(attempt.out)}/ckpt: its checkpoint was removed during the start; repeat "
+            "the command"
+        )
+    checkpoint.load(engine, branch.source, true_rows(engine.module))
+    for line in branch.lines:
+        attempt.print(line)
+    return branch.state
 
 
 def _find_source(attempt: Attempt) -> Path:
@@ -348,9 +394,12 @@ def _check_same_data(source: Data, engine: Engine, nodes: list[str]) -> None:
         )
 
 
-def _write_description(attempt: Attempt, nodes: list[str]) -> None:
+def _write_description(attempt: Attempt, nodes: list[str], is_new: bool) -> None:
     """Write config.json and the tokenizer. `detect` and `export` then need only the run folder."""
     out, source = attempt.out, attempt.data.source
+    branch = attempt.branch.facts if attempt.branch else None
+    if branch is None and not is_new:
+        branch = run_folder.branch_facts(out)
     (out / "done").unlink(missing_ok=True)
     run_folder.write_config(
         out,
@@ -360,6 +409,7 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
         nodes=nodes,
         launcher=attempt.ranks.launcher,
         world_size=attempt.ranks.world_size,
+        **({} if branch is None else {"branch": branch}),
     )
     copy_tokenizer(source.manifest.tokenizer, source.tokenizer, out / "tokenizer")
 
@@ -382,7 +432,7 @@ def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> b
             true_rows(engine.module),
             before_write=attempt.lock.beat,
             flush=logger.flush,
-            saved_step=resumed.step if resumed else None,
+            saved_step=resumed.step if resumed and not attempt.branch else None,
         )
         pretrainer = _pretrainer(attempt, engine, loader, checkpointer, logger, state)
         state = pretrainer.run(state)
@@ -501,11 +551,13 @@ def _start_lines(attempt: Attempt, engine: Engine, state: TrainingState) -> list
     if parts:
         lines.append(printable(f"mixture: {'; '.join(parts)}"))
     lines += plan_warnings(config, attempt.total_steps)
-    if attempt.options.init_from is not None and step:
-        lines.append(
-            f"WARNING: --init-from {printable(attempt.options.init_from)} has no effect, because "
-            f"{printable(attempt.out)} has a checkpoint to resume from"
-        )
+    given = {"--init-from": attempt.options.init_from, "--branch-from": attempt.options.branch_from}
+    lines += [
+        f"WARNING: {name} {printable(path)} has no effect, because {printable(attempt.out)} has a "
+        "checkpoint to resume from"
+        for name, path in given.items()
+        if path is not None and step and not attempt.branch
+    ]
     return lines
 
 
