@@ -137,7 +137,7 @@ def _check_tensors(name: str, source: Path, meta: Meta, config: RunConfig) -> No
             "that import or average wrote; expected one that pretrain wrote; to start from its "
             "weights use --init-from"
         )
-    trained = found.keys()
+    trained = set(found)
     if not isinstance(config.model, FactoryConfig):  # the modules of a user are the same code
         expected = shapes_of(partial(build_objective, config), "the config of this run")
         check_shapes(name, found, expected)
