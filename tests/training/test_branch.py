@@ -24,6 +24,7 @@ from electra_ds.training import branch as branch_module
 from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.branch import Branch, find_branch
 from electra_ds.training.collectives import ControlGroup
+from electra_ds.training.init_from import GENERATOR_PARTS
 from electra_ds.training.pretrain import AttemptOptions, check_out
 from electra_ds.training.run_plan import plan
 from electra_ds.training.state import TrainingState
@@ -55,9 +56,13 @@ class Parents:
             "position": (STEP + SKIPPED) * planned.config.train.global_batch_size,
         }
         known = TrainingState(STEP, SKIPPED, 0, 5, data, [[1.0, 2.0, 3.0]], [4.0])
-        module = run_folders.objective(planned.config)
+        tensors = true_state(run_folders.objective(planned.config))
+        frozen = GENERATOR_PARTS if planned.config.objective.is_frozen else ()
+        trains = {name: value for name, value in tensors.items() if not name.startswith(frozen)}
+        weights = run_folders.SingleProcessWeights(trains)
+        weights.frozen = {name: tensors[name] for name in tensors.keys() - trains.keys()}
         checkpointer.save(
-            run_folders.SingleProcessWeights(true_state(module)),
+            weights,
             self.folder / "parent" / "ckpt",
             str(STEP),
             replace(known, **state),
@@ -134,15 +139,16 @@ def test_another_seed_orders_the_rows_from_the_start(parents: Parents) -> None:
 
 
 def test_streamed_rows_continue_with_the_same_batch_only(parents: Parents) -> None:
-    """Their order depends on the batch, also where its state is the same."""
+    """Their order depends on the batch, also where the number of lanes is the same."""
     parents.data = f"file://{parents.data}"
-    parent = parents.write()
-    longer = changed(run_folders.config(), ("train.batch_schedule", [[10, 64]]))
-    assert parents.find(parent, longer).state.consumed_rows == (STEP + SKIPPED) * ROWS
-    branch = parents.find(parent, changed(run_folders.config(), ("train.global_batch_size", 256)))
-    assert branch.state.consumed_rows == 0 and "start at position 0" in branch.lines[0]
-    doubled = changed(run_folders.config(), ("train.global_batch_size", 64))
-    assert parents.find(parent, doubled).state.consumed_rows == 0
+    config = changed(run_folders.config(), ("train.global_batch_size", 256))
+    parent = parents.write(config)
+    longer = changed(config, ("train.batch_schedule", [[10, 512]]))
+    assert parents.find(parent, longer).state.consumed_rows == (STEP + SKIPPED) * 256
+    for rows, reason in ((512, "train.global_batch_size (256 -> 512)"), (64, "lanes: checkpoint")):
+        branch = parents.find(parent, changed(config, ("train.global_batch_size", rows)))
+        assert branch.state.consumed_rows == 0
+        assert "start at position 0" in branch.lines[0] and reason in branch.lines[0]
 
 
 def test_a_decay_that_began_before_the_branch_is_said(parents: Parents) -> None:
@@ -194,6 +200,14 @@ def test_a_generator_that_trained_is_not_frozen_by_a_branch(parents: Parents) ->
     trained = changed(frozen, ("objective.generator", "model"))
     with pytest.raises(UserError, match=r"has moments of generator.* does not train it"):
         parents.find(parents.write(trained), frozen)
+
+
+def test_a_frozen_generator_is_continued_and_not_trained(parents: Parents) -> None:
+    frozen = run_folders.frozen_config(hidden_size=32, embedding_size=32)
+    parent = parents.write(frozen)
+    assert parents.find(parent, frozen).state.step == STEP
+    with pytest.raises(UserError, match=r"has no moments of generator.* trains it"):
+        parents.find(parent, changed(frozen, ("objective.generator", "model")))
 
 
 def test_a_checkpoint_without_moments_is_refused(parents: Parents) -> None:
