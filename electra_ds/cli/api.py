@@ -28,6 +28,7 @@ def pretrain(
     max_minutes: float | None = None,
     extend: bool = False,
     init_from: str | Path | None = None,
+    branch_from: str | Path | None = None,
     generator_from: str | Path | None = None,
 ) -> int:
     """Pretrain, or resume the unfinished run in `out`.
@@ -45,6 +46,7 @@ def pretrain(
     max_minutes: save and return after this time.
     extend: continue a finished run with a larger train.total_steps, or with longer or more phases.
     init_from: a run or a checkpoint; a new run starts from its weights.
+    branch_from: a run or a checkpoint with moments; a new run continues it with its own config.
     generator_from: a run, a checkpoint or a Hugging Face folder with the weights of a frozen
         generator (objective.generator = frozen).
 
@@ -72,8 +74,9 @@ def pretrain(
             "groups of the first run: start a new process (in a notebook, restart the kernel)"
         )
     weights = None if init_from is None else Path(init_from)
+    parent = None if branch_from is None else Path(branch_from)
     reader = generator_reader(generator_from)
-    options = AttemptOptions(stop_at_step, max_minutes, extend, weights, reader)
+    options = AttemptOptions(stop_at_step, max_minutes, extend, weights, reader, parent)
     with _restored_process():
         code = pretrain_ranks(config, data, Path(out), find_ranks(), options)
     _has_run = True

@@ -129,6 +129,13 @@ def pretrain(
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of a run or checkpoint.")
     ] = None,
+    branch_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Continue a run or checkpoint in the new folder --out, with another schedule, "
+            "batch, mask rate, engine or data."
+        ),
+    ] = None,
     generator_from: Annotated[
         Path | None,
         typer.Option(
@@ -152,7 +159,12 @@ def pretrain(
     from electra_ds.training.pretrain import AttemptOptions, pretrain
 
     options = AttemptOptions(
-        stop_at_step, max_minutes, extend, init_from, generator_reader(generator_from)
+        stop_at_step,
+        max_minutes,
+        extend,
+        init_from,
+        generator_reader(generator_from),
+        branch_from,
     )
     leave(pretrain(config, data, out, ranks, options))
 

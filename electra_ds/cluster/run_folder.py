@@ -99,10 +99,21 @@ def write_config(out: Path, config: RunConfig, dataset_id: str, **facts: Any) ->
     write_json(out / "config.json", config.model_dump(mode="json") | {"provenance": written_by})
 
 
+def branch_facts(out: Path) -> dict[str, Any] | None:
+    """Return the entry `branch` of the provenance in OUT/config.json; None if there is none."""
+    facts = _recorded(out / "config.json", "branch")
+    return facts if isinstance(facts, dict) else None
+
+
+def _recorded(config: Path, key: str) -> Any:
+    """An entry of the provenance; None if config.json is missing or has no such entry."""
+    try:
+        return read_json(config, "the config of a run")["provenance"][key]
+    except (UserError, LookupError, TypeError):
+        return None
+
+
 def _restarts(config: Path) -> int:
     """Return the number of earlier starts; 0 if config.json is missing or has no provenance."""
-    try:
-        restarts = read_json(config, "the config of a run")["provenance"]["restarts"]
-    except (UserError, LookupError, TypeError):
-        return 0
+    restarts = _recorded(config, "restarts")
     return restarts + 1 if type(restarts) is int and 0 <= restarts < 2**53 else 0

@@ -24,9 +24,11 @@ from electra_ds.config.architectures import (
     ModernBertGeneratorConfig,
     ModernBertModelConfig,
 )
+from electra_ds.config.batch_sizes import BatchSizes, accumulations, check_schedule
 from electra_ds.config.phases import MAX_PHASES, THETAS, PhaseConfig, check_names
 
 MAX_STEPS = 10**9
+MAX_SIZES = 1000  # of the global batch
 MAX_SECONDS = 10**7  # 116 days
 
 
@@ -182,6 +184,12 @@ class TrainConfig(Section):
     global_batch_size: int = science(
         ..., "rows per optimizer step, over all ranks", ge=1, le=MAX_ROWS
     )
+    batch_schedule: list[list[int]] = science(
+        [],
+        "[[step, rows], ...]: rows of the global batch after so many steps, skipped ones included; "
+        "the first steps have global_batch_size rows",
+        max_length=MAX_SIZES,
+    )
     micro_batch_size: int = machine(
         ..., "rows per forward and backward on one rank", ge=1, le=MAX_ROWS
     )
@@ -235,6 +243,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _is_possible(self) -> "TrainConfig":
+        check_schedule(self.batch_schedule, MAX_STEPS, MAX_ROWS)
         if 0 < self.spike_factor <= 1:
             raise ValueError(
                 f"spike_factor = {self.spike_factor} makes average losses spikes; "
@@ -399,6 +408,12 @@ class RunConfig(Section):
                 f"train.total_steps = {total_steps}, train.epochs = {epochs}, but the run has "
                 "phases, and the sum of their steps is its length: set both to null"
             )
+        if self.phases and self.train.batch_schedule:
+            raise ValueError(
+                f"train.batch_schedule = {self.train.batch_schedule}, but the run has phases, and "
+                "each phase has one batch size: leave it out, and give each size a phase that sets "
+                "train.global_batch_size"
+            )
         if not self.phases and (total_steps is None) == (epochs is None):
             raise ValueError(
                 f"train: total_steps = {total_steps}, epochs = {epochs}: give total_steps or "
@@ -449,9 +464,17 @@ class RunConfig(Section):
                 "and objective.generator = model"
             )
 
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The rows of the global batch of each attempt."""
+        return BatchSizes(self.train.global_batch_size, self.train.batch_schedule)
+
     def accumulation(self, world_size: int) -> int:
-        """Return the micro-batches per step and rank. Raises UserError as `accumulation` does."""
-        return accumulation(self.train, world_size)
+        """Return the micro-batches per step and rank, those of the largest global batch.
+
+        Raises UserError when a global batch is not divisible by world_size * micro_batch_size.
+        """
+        return max(accumulations(self.batch_sizes, self.train.micro_batch_size, world_size))
 
     def total_steps(self, rows: int | None) -> int:
         """Return the number of optimizer steps of the schedule.
@@ -476,7 +499,7 @@ class RunConfig(Section):
                 "give --data"
             )
         assert self.train.epochs is not None  # one of both is given
-        steps = max(1, round(self.train.epochs * rows / self.train.global_batch_size))
+        steps = self.batch_sizes.nearest_attempt(self.train.epochs * rows)
         if steps > MAX_STEPS:
             raise UserError(
                 f"train.epochs = {self.train.epochs} over {rows:,} rows is {steps:,} steps; "
@@ -596,18 +619,5 @@ def accumulation(train: Any, world_size: int) -> int:
     train: a section with global_batch_size and micro_batch_size.
     Raises UserError when global_batch_size is not divisible by world_size * micro_batch_size.
     """
-    per_micro = world_size * train.micro_batch_size
-    if train.global_batch_size % per_micro == 0:
-        return train.global_batch_size // per_micro
-    if train.global_batch_size % world_size:
-        raise UserError(
-            f"train.global_batch_size = {train.global_batch_size} rows cannot be split over "
-            f"{world_size} ranks; choose a number of ranks that divides it"
-        )
-    share = train.global_batch_size // world_size
-    fits = max(m for m in range(1, min(share, train.micro_batch_size) + 1) if share % m == 0)
-    raise UserError(
-        f"train.global_batch_size = {train.global_batch_size} rows cannot be split over "
-        f"{world_size} ranks x micro_batch_size {train.micro_batch_size}; the largest "
-        f"micro_batch_size that fits is {fits} (--set train.micro_batch_size={fits})"
-    )
+    sizes = BatchSizes(train.global_batch_size)
+    return accumulations(sizes, train.micro_batch_size, world_size)[0]

@@ -139,11 +139,20 @@ def _derived(key: str, value: Any, meaning: str) -> Line:
 def _step_lines(config: RunConfig, world_size: int) -> Iterator[Line]:
     train, length = config.train, config.data.sequence_length
     slots = max_masked_positions(config.objective.mask_prob, length)
+    config.accumulation(world_size)  # UserError for a batch that the ranks cannot split
+    per_micro = train.micro_batch_size * world_size
     yield _derived(
-        "accumulation", config.accumulation(world_size), "micro-batches per step and rank"
+        "accumulation", train.global_batch_size // per_micro, "micro-batches per step and rank"
     )
     yield _derived("chosen", slots, "masked positions of a full row")
     yield _derived("tokens_per_step", train.global_batch_size * length, "padding included")
+    for step, rows in train.batch_schedule:
+        yield _derived(
+            f"batch({step:,})",
+            f"{rows:,} rows",
+            f"rows per step after {step:,} steps: {config.batch_sizes.rows_before(step) * length:,} "
+            f"tokens before, {rows * length:,} tokens per step, accumulation {rows // per_micro}",
+        )
 
 
 def _length_lines(config: RunConfig, phases: list[Phase]) -> Iterator[Line]:
@@ -153,7 +162,7 @@ def _length_lines(config: RunConfig, phases: list[Phase]) -> Iterator[Line]:
     if not train.total_steps and not rows:
         return
     steps = config.total_steps(rows)
-    seen_rows = steps * train.global_batch_size
+    seen_rows = config.batch_sizes.rows_before(steps)
     warmup = f"{config.optimizer.warmup_steps / steps:.1%}"
     yield _derived("warmup", warmup, "share of the steps; from 100% on, the warmup never ends")
     yield _derived("total_steps", steps, "optimizer steps")

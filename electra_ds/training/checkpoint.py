@@ -92,6 +92,9 @@ class MetaFile(Record):
     recent_losses: list[float] = Field(
         default=[], max_length=WINDOW
     )  # the first checkpoints have none
+    first_attempt: int = Field(default=0, ge=0, le=2 * MAX_STEPS)  # likewise
+    first_position: int = Field(default=0, ge=0, lt=2**62)
+    reset_step: int = Field(default=0, ge=0, le=MAX_STEPS)
     scaler: ScalerFacts
     world_size: int = Field(ge=1, le=2**20)
     config: dict[str, Any]
@@ -104,6 +107,8 @@ class MetaFile(Record):
             raise ValueError(
                 f"data.position = {shortened(position)}; expected the number of consumed rows"
             )
+        if self.reset_step > self.step:
+            raise ValueError(f"reset_step = {self.reset_step}; expected at most step = {self.step}")
         if len({len(row) for row in self.interval}) > 1:
             raise ValueError("interval has rows of different lengths")
         return self
@@ -276,14 +281,15 @@ def tensors(
                 yield key, value
 
 
-def shapes(path: Path, meta: Meta) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights by canonical name, from the headers of the files.
+def shapes(path: Path, meta: Meta, prefix: str = "model") -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of the `model` or `optim` files, from their headers.
 
+    The key is the canonical name of a weight, or kind/NAME of a moment.
     Raises UserError when a file is not a safetensors file.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name in sorted(meta.files):
-        if name.startswith("model"):
+        if name.startswith(prefix):
             with _reading_tensors(path / name) as file:
                 found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
     return found
@@ -319,7 +325,6 @@ def load(
     *,
     weights_only: bool = False,
     skipped: tuple[str, ...] = (),
-    moment_steps: int | None = None,
 ) -> Meta:
     """Set the engine's weights, moments, step count and loss scaler from a checkpoint. Collective.
 
@@ -327,14 +332,13 @@ def load(
     weights_only: load no moments (they are set to zero), no step count and no loss scaler. The
         checkpoint may lack the frozen tensors; these keep their values.
     skipped: prefixes of tensors of the checkpoint that are not loaded, whatever their shapes.
-    moment_steps: steps since the moments were zero; None: all steps of the checkpoint.
     Raises UserError on every rank when a file is damaged or the parameters differ.
     """
     meta = read_meta(path)
     with fail_on_all_ranks(engine.all_gather_object, f"loading {path}"):
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
-    steps = meta.state.step if moment_steps is None else moment_steps
-    engine.reset_moments(0 if weights_only else steps)
+    state = meta.state
+    engine.reset_moments(0 if weights_only else state.step - state.reset_step)
     expected = {
         name: _stored_shape(engine.shape(name), true_rows.get(name)) for name in engine.parameters
     }

@@ -210,7 +210,7 @@ class Engine:
         self.ranks = ranks
         self.device = device
         self.config = config
-        self.accumulation: int = config.accumulation(ranks.world_size)
+        self.accumulation: int = config.accumulation(ranks.world_size)  # of the largest step
         self.deepspeed_config = resolve_precision(engine_config, device)
         self.stage = self.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
         half = any(self.deepspeed_config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
@@ -240,8 +240,11 @@ class Engine:
         """Return the engine config with batch sizes and clipping of the run config."""
         train = self.config.train
         clipping = self.config.optimizer.gradient_clipping
+        # DeepSpeed divides each loss by the accumulation of its config, and `forward_backward`
+        # multiplies by it, so a step may have fewer micro-batches (train.batch_schedule).
+        rows = self.ranks.world_size * train.micro_batch_size * self.accumulation
         owned = {
-            "train_batch_size": train.global_batch_size,
+            "train_batch_size": rows,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": 0.0 if self._computes_norm else clipping,

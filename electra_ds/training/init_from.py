@@ -18,7 +18,7 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.model.build import build_objective
 from electra_ds.model.weights import Shapes, shapes_of
 from electra_ds.training import checkpoint
-from electra_ds.training.checkpoint import find_checkpoint, tokenizer_of
+from electra_ds.training.checkpoint import Meta, find_checkpoint, tokenizer_of
 from electra_ds.training.collectives import fail_on_all_ranks, on_rank0
 
 # The parameters of a generator that shares nothing, which --generator-from gives.
@@ -54,19 +54,9 @@ def _checked_source(
 ) -> Path:
     """The checkpoint of `given`, after it was compared with the new run."""
     name = f"--init-from {printable(given)}"
-    try:
-        source = find_checkpoint(given)
-        meta = checkpoint.read_meta(source)
-        if "task" in meta.config:
-            raise UserError(
-                f"{printable(source)}{found_at(source).clause}; expected a pretraining run"
-            )
-        theirs = parse_run(meta.config, f"{source}/meta.json")
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    if isinstance(theirs.model, ModelConfig) and isinstance(config.model, ModelConfig):
-        _check_architecture(name, theirs.model.architecture, config.model.architecture)
-    _check_vocabulary(name, source, data_tokenizer)
+    source, meta, theirs = read_source(name, given)
+    check_architecture(name, theirs, config)
+    check_vocabulary(name, source, data_tokenizer)
     if not isinstance(config.model, FactoryConfig):
         expected = shapes_of(partial(build_objective, config), "the config of this run")
         found = checkpoint.shapes(source, meta)
@@ -74,8 +64,26 @@ def _checked_source(
             expected, found = _without_generator(expected), _without_generator(found)
         if isinstance(theirs.model, ModelConfig) and expected.keys() != found.keys():
             _check_sharing(name, given, theirs, config.model, needs_generator)
-        _check_shapes(name, found, expected)
+        check_shapes(name, found, expected)
     return source
+
+
+def read_source(name: str, given: Path) -> tuple[Path, Meta, RunConfig]:
+    """Return the checkpoint that `given` stands for, its description and its config.
+
+    name: the option with its value, for messages. given: a run or a checkpoint.
+    Raises UserError when there is no checkpoint of a pretraining run.
+    """
+    try:
+        source = find_checkpoint(given)
+        meta = checkpoint.read_meta(source)
+        if "task" in meta.config:
+            raise UserError(
+                f"{printable(source)}{found_at(source).clause}; expected a pretraining run"
+            )
+        return source, meta, parse_run(meta.config, f"{source}/meta.json")
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _without_generator(shapes: Shapes) -> Shapes:
@@ -115,15 +123,19 @@ def _sharing_of_import(
     return None if "all" in both or ("untied" in both and not is_as_wide) else sharing
 
 
-def _check_architecture(name: str, theirs: str, own: str) -> None:
-    if theirs != own:
+def check_architecture(name: str, theirs: RunConfig, config: RunConfig) -> None:
+    """Raise UserError when both models are built in and of different architectures."""
+    if not (isinstance(theirs.model, ModelConfig) and isinstance(config.model, ModelConfig)):
+        return
+    found, own = theirs.model.architecture, config.model.architecture
+    if found != own:
         raise UserError(
-            f"{name}: model.architecture = {theirs}, but {own} in this run: its weights do not "
-            f"fit; expected a run of {own}, or start from a config of {theirs}"
+            f"{name}: model.architecture = {found}, but {own} in this run: its weights do not "
+            f"fit; expected a run of {own}, or start from a config of {found}"
         )
 
 
-def _check_vocabulary(name: str, source: Path, data_tokenizer: Path) -> None:
+def check_vocabulary(name: str, source: Path, data_tokenizer: Path) -> None:
     """Raise UserError when the vocabularies of checkpoint and data differ, also at equal size."""
     tokenizer = tokenizer_of(source)
     if not tokenizer.is_dir() or not data_tokenizer.is_dir():
@@ -135,9 +147,10 @@ def _check_vocabulary(name: str, source: Path, data_tokenizer: Path) -> None:
         )
 
 
-def _check_shapes(
+def check_shapes(
     name: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
 ) -> None:
+    """Raise UserError when the tensors of a checkpoint are not those of this run's model."""
     for key, shape in expected.items():
         if key in found and found[key] != shape:
             raise UserError(

@@ -14,11 +14,12 @@ from pydantic import Field
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import Record, parse_record
 from electra_ds.config.phases import PhaseConfig
-from electra_ds.config.schema import MAX_STEPS, OptimizerConfig, RunConfig
+from electra_ds.config.schema import OptimizerConfig, RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.loader import consumed_rows_from_state, data_state
 from electra_ds.data.masking import MaskingRecipe
 from electra_ds.data.rows import RowOrder, RowReader
+from electra_ds.training.positions import check_position
 from electra_ds.training.schedule import learning_rate
 from electra_ds.training.state import TrainingState
 
@@ -33,8 +34,15 @@ class TrainingData:
     recipe: MaskingRecipe
 
     def state(self) -> dict[str, Any]:
-        """What the order of the rows depends on; equal for phases that continue each other."""
+        """What a checkpoint and a run that resumes from it must share."""
         return data_state(self.reader, self.row_order)
+
+    def order(self, config: RunConfig) -> dict[str, Any]:
+        """What the row at each position depends on; equal for phases that continue each other.
+
+        config: of the phase.
+        """
+        return order_of(self.state(), config)
 
 
 class Span(NamedTuple):
@@ -83,6 +91,23 @@ class Phase:
         return self.config.train.global_batch_size * self.config.data.sequence_length
 
 
+def order_of(state: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return what the row at each position depends on: the order of streamed rows also on the batch.
+
+    state: of the data and the order. config: of the run or phase that read the rows.
+    """
+    if not _is_streamed(state):
+        return state
+    return state | {"global_batch_size": config.train.global_batch_size}
+
+
+def _is_streamed(state: Mapping[str, Any]) -> bool:
+    """Whether the rows, or those of a source of a mixture, are streamed."""
+    return state.get("kind") == "stream" or any(
+        map(_is_streamed, state.get("sources", {}).values())
+    )
+
+
 def spans(
     runs: Sequence[RunConfig], phases: Sequence[PhaseConfig], steps: Sequence[int]
 ) -> list[Span]:
@@ -104,18 +129,18 @@ def spans(
 class _PhaseRecord(Record):
     """`phase` in the data state: the present phase.
 
-    first_position, first_attempt: position in its data, and attempts of the run, at its begin.
     steps: of each phase of the run, by name.
     """
 
     name: str
-    first_position: int = Field(ge=0, lt=2**62)
-    first_attempt: int = Field(ge=0, le=2 * MAX_STEPS)
     steps: dict[str, int]
 
 
 class _EarlierPhase(Record):
-    """One of `earlier` in the data state: a phase that has ended, its rows and their order."""
+    """One of `earlier` in the data state: a phase that has ended, its rows and their order.
+
+    name: "" for rows of the parent of a branch.
+    """
 
     name: str
     rows: int = Field(ge=0, lt=2**62)
@@ -150,18 +175,54 @@ def entered(state: TrainingState, phases: Sequence[Phase], index: int) -> Traini
         return replace(state, data=phase.data.state() | {"position": 0})
     earlier = list(state.data.get("earlier", []))
     if index:
-        before, begun = phases[index - 1], state.data["phase"]
-        rows = state.consumed_rows - begun["first_position"]
-        earlier.append({"name": before.name, "rows": rows, "data": before.data.state()})
+        before = phases[index - 1]
+        rows = state.consumed_rows - state.first_position
+        order = before.data.order(before.config)
+        earlier.append({"name": before.name, "rows": rows, "data": order})
+    state = replace(state, interval=[], recent_losses=[])
+    if phase.resets_moments:
+        state = replace(state, reset_step=state.step)
+    return _begun(state, phases, index, earlier)
+
+
+def branched(state: TrainingState, theirs: RunConfig, phases: Sequence[Phase]) -> TrainingState:
+    """The state of a branch before its first step, in the phase to which that step belongs.
+
+    state: of the checkpoint that the branch continues. theirs: the config of that checkpoint, of
+    its phase if it has phases. The rows continue where rows of the same data in the same order have
+    stopped, otherwise they start at position 0.
+    """
+    index = next(phase.index for phase in phases if state.step < phase.end_step)
+    earlier = _consumed(state, theirs)
+    for phase in phases[:index]:
+        order = phase.data.order(phase.config)
+        earlier.append({"name": phase.name, "rows": 0, "data": order})
+    state = replace(state, interval=[])  # the first log line covers steps of the branch only
+    return _begun(state, phases, index, earlier)
+
+
+def _consumed(state: TrainingState, theirs: RunConfig) -> list[dict[str, Any]]:
+    """The rows that a checkpoint has consumed, as entries of `earlier`; see `branched`."""
+    own = ("position", "phase", "earlier")
+    order = order_of({key: state.data[key] for key in state.data if key not in own}, theirs)
+    # Of a run with phases, the rows before `first_position` belong to entries of `earlier`.
+    begun = state.first_position if "phase" in state.data else 0
+    rows = state.consumed_rows - begun
+    earlier = [part for part in state.data.get("earlier", []) if part["rows"]]
+    return [part | {"name": ""} for part in [*earlier, {"rows": rows, "data": order}]]
+
+
+def _begun(
+    state: TrainingState, phases: Sequence[Phase], index: int, earlier: list[dict[str, Any]]
+) -> TrainingState:
+    """The state with the position of a phase that begins, after the rows in `earlier`."""
+    phase = phases[index]
     position = _rows_before(phase, earlier)
-    record = {
-        "name": phase.name,
-        "first_position": position,
-        "first_attempt": state.attempts,
-        "steps": {part.name: part.steps for part in phases},
-    }
-    data = phase.data.state() | {"position": position, "phase": record, "earlier": earlier}
-    return replace(state, data=data, interval=[], recent_losses=[])
+    data = phase.data.state() | {"position": position}
+    if phase.name:
+        record = {"name": phase.name, "steps": {part.name: part.steps for part in phases}}
+        data |= {"phase": record, "earlier": earlier}
+    return replace(state, data=data, first_attempt=state.attempts, first_position=position)
 
 
 def check_resume(
@@ -173,21 +234,13 @@ def check_resume(
     length, and there may be more phases.
     Raises UserError for other data, other steps of a phase, and a position that does not fit.
     """
-    begun, first_attempt, phase = 0, 0, phases[0]
+    phase = phases[0]
     if phase.name:
         found = parse_record(state.data, where, _DataState, "the data state of a run with phases")
-        phase = _checked_phase(found, phases, where, extends=extends)
-        begun, first_attempt = found.phase.first_position, found.phase.first_attempt
+        phase = _checked_phase(state, found, phases, where, extends=extends)
     with naming(phase.name):
         consumed_rows_from_state(state.data, phase.data.reader, phase.data.row_order)
-    attempts = state.attempts - first_attempt
-    consumed = begun + attempts * phase.config.train.global_batch_size
-    if state.consumed_rows != consumed or attempts < 0:
-        raise UserError(
-            f"{where}: data.position = {state.consumed_rows:,}; expected {consumed:,}, the rows of "
-            f"{attempts:,} steps{f' of the phase {phase.name}' * bool(phase.name)}; use an older "
-            "checkpoint"
-        )
+        check_position(where, state, phase.config.batch_sizes)
     if phase.name and not phase.first_step <= state.step <= phase.end_step:
         raise UserError(
             f"{where}: step {state.step:,} in the phase {phase.name}; expected one from "
@@ -196,18 +249,27 @@ def check_resume(
 
 
 def _checked_phase(
-    found: _DataState, phases: Sequence[Phase], where: str, *, extends: bool
+    state: TrainingState,
+    found: _DataState,
+    phases: Sequence[Phase],
+    where: str,
+    *,
+    extends: bool,
 ) -> Phase:
-    """The phase of a data state. UserError when the phases before it or their steps differ."""
-    names = [*(part.name for part in found.earlier), found.phase.name]
+    """The phase of a data state. UserError when the phases before it or their steps differ.
+
+    found: the data state of `state`.
+    """
+    ended = [part for part in found.earlier if part.name]
+    names = [*(part.name for part in ended), found.phase.name]
     own = [phase.name for phase in phases]
     if own[: len(names)] != names:
         raise UserError(
             f"{where}: has the phases {', '.join(names)}; expected {', '.join(own)}; use an older "
             "checkpoint"
         )
-    for part, phase in zip(found.earlier, phases, strict=False):
-        if part.data != phase.data.state():
+    for part, phase in zip(ended, phases, strict=False):
+        if part.data != phase.data.order(phase.config):
             raise UserError(
                 f"the phase {part.name} had other data (dataset_id "
                 f"{part.data.get('dataset_id')!r}, now {phase.data.state()['dataset_id']!r}): pass "
@@ -215,10 +277,10 @@ def _checked_phase(
             )
     phase = phases[len(names) - 1]
     begun = _rows_before(phase, [part.model_dump() for part in found.earlier])
-    if begun != found.phase.first_position:
+    if begun != state.first_position:
         raise UserError(
-            f"{where}: data.phase.first_position = {found.phase.first_position:,}; expected "
-            f"{begun:,}, the rows of the phases before it; use an older checkpoint"
+            f"{where}: first_position = {state.first_position:,} of the phase {phase.name}; "
+            f"expected {begun:,}, the rows before it; use an older checkpoint"
         )
     _check_steps(found.phase.steps, phases, extends=extends)
     return phase
@@ -226,7 +288,7 @@ def _checked_phase(
 
 def _rows_before(phase: Phase, earlier: list[dict[str, Any]]) -> int:
     """The rows that earlier phases had of the data of a phase, in the same order."""
-    own = phase.data.state()
+    own = phase.data.order(phase.config)
     return sum(part["rows"] for part in earlier if part["data"] == own)
 
 
@@ -239,13 +301,6 @@ def _check_steps(steps: Mapping[str, int], phases: Sequence[Phase], *, extends: 
                 f"the phase {phase.name} had {steps[phase.name]:,} steps, now {phase.steps:,}, "
                 "because its data has another number of rows: pass the data of the checkpoint"
             )
-
-
-def applied_since_reset(state: TrainingState, phases: Sequence[Phase]) -> int:
-    """Applied steps since the moments were zero, for their bias correction."""
-    index = current_index(state, phases)
-    resets = [p.first_step for p in phases[: index + 1] if p.resets_moments]
-    return state.step - max(resets, default=0)
 
 
 @contextlib.contextmanager

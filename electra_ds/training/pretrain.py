@@ -34,6 +34,7 @@ from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.objective import ElectraObjective, Objective
 from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint, generator_from
+from electra_ds.training.branch import Branch, find_branch
 from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_final
 from electra_ds.training.collectives import (
@@ -49,11 +50,11 @@ from electra_ds.training.phase_texts import begin_line, facts
 from electra_ds.training.phases import (
     Phase,
     TrainingData,
-    applied_since_reset,
     check_resume,
     current_index,
     entered,
 )
+from electra_ds.training.positions import last_position
 from electra_ds.training.precision import precision_name
 from electra_ds.training.pretrainer import Pretrainer, Schedule
 from electra_ds.training.run_logger import Logger, RunLogger
@@ -61,6 +62,8 @@ from electra_ds.training.run_plan import plan, plan_warnings
 from electra_ds.training.state import TrainingState
 from electra_ds.training.stop_requests import StopRequests
 from electra_ds.training.verdict import VerdictTracker
+
+MOST_SHOWN = 3  # later sizes of the global batch in the first line
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,12 @@ class AttemptOptions:
     max_minutes: save and stop after this time.
     extend: continue a finished run with a larger train.total_steps, or with longer or more phases.
     init_from: a run or checkpoint; a new run starts from its weights.
+    branch_from: a run or checkpoint with moments; a new run continues it with its own config.
     read_generator: returns the weights of a frozen generator by canonical name, for the config with
         the values of the data and the tokenizer of the data.
     asked: reasons to stop at the next vote; signal handlers append to it.
-    Raises UserError when stop_at_step or max_minutes is out of range.
+    Raises UserError when stop_at_step or max_minutes is out of range, and for options that exclude
+    each other.
     """
 
     stop_at_step: int | None = None
@@ -82,6 +87,7 @@ class AttemptOptions:
     extend: bool = False
     init_from: Path | None = None
     read_generator: Callable[[RunConfig, Tokenizer], dict[str, Tensor]] | None = None
+    branch_from: Path | None = None
     asked: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,9 +99,20 @@ class AttemptOptions:
         minutes = self.max_minutes
         if minutes is not None and not (minutes >= 0 and math.isfinite(minutes)):
             raise UserError(f"--max-minutes {minutes}: expected a number of minutes, 0 or more")
+        if self.branch_from is None:
+            return
+        for given, option in (
+            (self.init_from, "--init-from"),
+            (self.read_generator, "--generator-from"),
+        ):
+            if given is not None:
+                raise UserError(
+                    f"--branch-from and {option} exclude each other: a branch has all weights of "
+                    f"its checkpoint; leave {option} out"
+                )
 
 
-def check_out(out: Path, init_from: Path | None = None) -> None:
+def check_out(out: Path, init_from: Path | None = None, branch_from: Path | None = None) -> None:
     """Check the path of the run folder, before anything is written to it.
 
     Raises UserError when it is no folder or a folder of prepared data, for a new run in the folder
@@ -112,9 +129,14 @@ def check_out(out: Path, init_from: Path | None = None) -> None:
     if is_taken and not (out / "ckpt").exists():
         raise UserError(f"--out {printable(out)}: {found.phrase}; give the run a folder of its own")
     if not (out / "config.json").exists():
-        is_model = init_from is not None and found_at(init_from).kind in ("run", "checkpoint")
-        started_from = folder_of_model(init_from) if init_from and is_model else None
-        check_outside(out, "--out", {"--init-from": started_from})
+        sources = {"--init-from": init_from, "--branch-from": branch_from}
+        check_outside(out, "--out", {name: _run_of(path) for name, path in sources.items()})
+
+
+def _run_of(path: Path | None) -> Path | None:
+    """The run folder of a run or checkpoint; None for other paths."""
+    is_model = path is not None and found_at(path).kind in ("run", "checkpoint")
+    return folder_of_model(path) if path is not None and is_model else None
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,7 @@ class Attempt:
     began: float  # time.monotonic()
     total_steps: int
     init_from: Path | None = None  # the checkpoint that --init-from stands for, in a new run
+    branch: Branch | None = None  # what --branch-from stands for, in a new run
     generator: dict[str, Tensor] | None = None  # weights of --generator-from, emptied once set
 
     def print(self, text: str) -> None:
@@ -154,7 +177,9 @@ def pretrain(
     torchrun 0).
     Raises UserError or RunFailure. The first failure is written to OUT/error-rank-N.json.
     """
-    check_out(out, options.init_from)  # before an error file is written into it
+    check_out(
+        out, options.init_from, options.branch_from
+    )  # before an error file is written into it
     train = config.train
     record = functools.partial(failures.record_error, out)
     try:
@@ -223,12 +248,15 @@ def pretrain_on_ranks(
 
 
 def _with_sources(attempt: Attempt) -> Attempt:
-    """The attempt with what --init-from and --generator-from stand for. Collective."""
-    options, source = attempt.options, attempt.init_from
-    reads = options.init_from or options.read_generator or attempt.config.objective.is_frozen
-    if not reads:
+    """The attempt with what the options with the suffix `-from` stand for. Collective."""
+    options, source, branch = attempt.options, attempt.init_from, None
+    reads = options.init_from or options.read_generator or options.branch_from
+    if not (reads or attempt.config.objective.is_frozen):
         return attempt
     is_new = checkpoint.latest_on_rank0(attempt.out / "ckpt") is None
+    if options.branch_from and is_new:
+        control = ControlGroup(attempt.ranks)
+        branch = find_branch(options.branch_from, attempt.config, attempt.phases, control)
     if options.init_from and is_new:
         source = _find_source(attempt)
     generator = generator_from.read_weights(
@@ -236,9 +264,9 @@ def _with_sources(attempt: Attempt) -> Attempt:
         attempt.config,
         attempt.data.source.tokenizer,
         ControlGroup(attempt.ranks).all_gather_object,
-        needs_weights=is_new and source is None,
+        needs_weights=is_new and source is None and branch is None,
     )
-    return replace(attempt, init_from=source, generator=generator)
+    return replace(attempt, init_from=source, branch=branch, generator=generator)
 
 
 def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) -> int:
@@ -273,7 +301,7 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     resumed = _resume(attempt, engine)
     if attempt.generator is not None:
         generator_from.set_weights(engine, attempt.generator, out, is_new=resumed is None)
-    on_rank0(lambda: _write_description(attempt, nodes))
+    on_rank0(lambda: _write_description(attempt, nodes, is_new=resumed is None))
     is_complete = _train(attempt, engine, resumed)
     lock.release()  # before the engine closes: rank 0 may fail when another rank ends first
     engine.close()
@@ -301,13 +329,16 @@ def _objective(config: RunConfig) -> Objective:
 def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     """Load the latest checkpoint of OUT and return its state; None for a new run. Collective.
 
-    With --init-from a new run loads the weights of another run. Raises UserError when the config or
+    With --init-from a new run loads the weights of another run, with --branch-from its state as
+    well. Raises UserError when the config or
     the data of the checkpoint differ from those of this run.
     """
     options, config = attempt.options, attempt.config
     rows = true_rows(engine.module)
     found = checkpoint.latest_on_rank0(attempt.out / "ckpt")
     if found is None:
+        if options.branch_from is not None:
+            return _begin_branch(attempt, engine)
         if options.init_from is not None:
             source = attempt.init_from or _find_source(attempt)
             skipped = () if attempt.generator is None else GENERATOR_PARTS
@@ -331,19 +362,33 @@ def _resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
         raise UserError(
             f"{found} was trained with another config: {'; '.join(science)}. Use the old values"
             + (
-                ", choose another --out, or start from its weights with --init-from"
+                ", choose another --out and continue it with --branch-from, or start from its "
+                "weights with --init-from"
                 if fits
                 else " or choose another --out; its weights fit its own architecture only"
             )
         )
     check_resume(meta.state, attempt.phases, f"{found}/meta.json", extends=options.extend)
-    moment_steps = applied_since_reset(meta.state, attempt.phases)
-    checkpoint.load(engine, found, rows, moment_steps=moment_steps)
+    checkpoint.load(engine, found, rows)
     if options.extend and found.name == checkpoint.FINAL:
         rename_final(engine, found, meta.state.step)
     changed = f"; now {', '.join(machine)}" if machine else ""
     attempt.print(f"resuming {found} at step {meta.state.step}{changed}")
     return meta.state
+
+
+def _begin_branch(attempt: Attempt, engine: Engine) -> TrainingState:
+    """Load the checkpoint of --branch-from and return the first state of the branch. Collective."""
+    branch = attempt.branch
+    if branch is None:
+        raise UserError(
+            f"{printable(attempt.out)}/ckpt: its checkpoint was removed during the start; repeat "
+            "the command"
+        )
+    checkpoint.load(engine, branch.source, true_rows(engine.module))
+    for line in branch.lines:
+        attempt.print(line)
+    return branch.state
 
 
 def _find_source(attempt: Attempt) -> Path:
@@ -377,9 +422,12 @@ def _check_same_data(attempt: Attempt, engine: Engine, nodes: list[str]) -> None
         )
 
 
-def _write_description(attempt: Attempt, nodes: list[str]) -> None:
+def _write_description(attempt: Attempt, nodes: list[str], is_new: bool) -> None:
     """Write config.json and the tokenizer. `detect` and `export` then need only the run folder."""
     out, source = attempt.out, attempt.data.source
+    branch = attempt.branch.facts if attempt.branch else None
+    if branch is None and not is_new:
+        branch = run_folder.branch_facts(out)
     (out / "done").unlink(missing_ok=True)
     run_folder.write_config(
         out,
@@ -390,6 +438,7 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
         launcher=attempt.ranks.launcher,
         world_size=attempt.ranks.world_size,
         **facts(attempt.phases),
+        **({} if branch is None else {"branch": branch}),
     )
     copy_tokenizer(source.manifest.tokenizer, source.tokenizer, out / "tokenizer")
 
@@ -400,8 +449,8 @@ def _write_description(attempt: Attempt, nodes: list[str]) -> None:
 def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> bool:
     """Train until the end of the schedule or a stop. Returns whether it is complete. Collective."""
     state = resumed or entered(TrainingState(), attempt.phases, 0)
-    with _open_logger(attempt, state.step) as logger:
-        for line in _start_lines(attempt, engine, state.step):
+    with _open_logger(attempt, state) as logger:
+        for line in _start_lines(attempt, engine, state):
             logger.say(line)
         checkpointer = Checkpointer(
             engine,
@@ -411,7 +460,7 @@ def _train(attempt: Attempt, engine: Engine, resumed: TrainingState | None) -> b
             true_rows(engine.module),
             before_write=attempt.lock.beat,
             flush=logger.flush,
-            saved_step=resumed.step if resumed else None,
+            saved_step=resumed.step if resumed and not attempt.branch else None,
         )
         state, pretrainer = _train_phases(attempt, engine, checkpointer, logger, state)
         is_complete = pretrainer.finish(state)
@@ -446,8 +495,8 @@ def _train_phases(
             state = entered(state, phases, index)
             if phases[index].resets_moments:
                 engine.reset_moments(0)
-        _begin_phase(attempt, engine, logger, index)
-        loader = _loader(attempt, phases[index], engine, state.consumed_rows)
+        _begin_phase(attempt, engine, logger, state)
+        loader = _loader(attempt, phases[index], engine, state)
         trainer = _pretrainer(
             attempt, phases[index], engine, loader, checkpointer, logger, stops, verdict, state
         )
@@ -458,27 +507,25 @@ def _train_phases(
             return state, trainer
 
 
-def _begin_phase(attempt: Attempt, engine: Engine, logger: Logger, index: int) -> None:
+def _begin_phase(attempt: Attempt, engine: Engine, logger: Logger, state: TrainingState) -> None:
     """Give engine, module and log the values of a phase; nothing in a run without phases."""
-    phase = attempt.phases[index]
+    phase = attempt.phases[current_index(state, attempt.phases)]
     if not phase.name:
         return
     engine.use(phase.config)
     objective: Any = engine.module
     objective.apply_phase(phase.config.objective, phase.config.model)
-    logger.begin_phase(phase.name, _epochs_at_end(attempt.phases, index))
+    logger.begin_phase(phase.name, _epochs_at_end(state, phase))
     logger.say(begin_line(phase, len(attempt.phases), attempt.ranks.world_size))
 
 
-def _epochs_at_end(phases: list[Phase], index: int) -> float:
-    """Passes over the data of a phase at its end, without skipped steps."""
-    own = phases[index].data.state()
-    same = [part for part in phases[: index + 1] if part.data.state() == own]
-    rows = sum(part.steps * part.config.train.global_batch_size for part in same)
-    return rows / phases[index].data.reader.rows
+def _epochs_at_end(state: TrainingState, phase: Phase) -> float:
+    """Passes over the data of a phase at its end, if no more steps are skipped."""
+    rows = last_position(state, phase.config.batch_sizes, phase.end_step)
+    return rows / phase.data.reader.rows
 
 
-def _loader(attempt: Attempt, phase: Phase, engine: Engine, consumed_rows: int) -> Loader:
+def _loader(attempt: Attempt, phase: Phase, engine: Engine, state: TrainingState) -> Loader:
     train, data = phase.config.train, phase.data
     return Loader(
         data.reader,
@@ -486,22 +533,24 @@ def _loader(attempt: Attempt, phase: Phase, engine: Engine, consumed_rows: int) 
         data.recipe,
         rank=attempt.ranks.rank,
         world_size=attempt.ranks.world_size,
-        global_batch_size=train.global_batch_size,
+        global_batch_size=phase.config.batch_sizes,
         micro_batch_size=train.micro_batch_size,
-        consumed_rows=consumed_rows,
+        consumed_rows=state.consumed_rows,
+        attempts=state.attempts,
         pin_memory=engine.device.type == "cuda",
         transform=with_cu_seqlens,
     )
 
 
-def _open_logger(attempt: Attempt, step: int) -> Logger:
+def _open_logger(attempt: Attempt, state: TrainingState) -> Logger:
     """Return a RunLogger on rank 0 and a Logger without output on other ranks. Collective."""
-    epochs = _epochs_at_end(attempt.phases, 0)
+    phase = attempt.phases[current_index(state, attempt.phases)]
+    epochs = _epochs_at_end(state, phase)
     opened: list[Logger] = []
 
     def open_files() -> None:
         tensorboard = attempt.config.logging.tensorboard
-        opened.append(RunLogger(attempt.out, step, attempt.total_steps, epochs, tensorboard))
+        opened.append(RunLogger(attempt.out, state.step, attempt.total_steps, epochs, tensorboard))
 
     on_rank0(open_files)
     return opened[0] if opened else Logger()
@@ -536,7 +585,7 @@ def _pretrainer(
     total_steps = attempt.total_steps
     last_step = min(total_steps, attempt.options.stop_at_step or total_steps)
     later = attempt.phases[phase.index + 1 :]
-    steps_after = sum(part.steps * part.tokens_per_step for part in later) / phase.tokens_per_step
+    tokens_after = sum(part.steps * part.tokens_per_step for part in later)
     return Pretrainer(
         phase.config,
         engine,
@@ -547,9 +596,10 @@ def _pretrainer(
             total_steps,
             last_step,
             phase.data.reader.rows,
+            phase.config.batch_sizes,
             phase.span,
             phase.end_step,
-            steps_after,
+            tokens_after / phase.config.data.sequence_length,
         ),
         checkpointer,
         logger,
@@ -561,24 +611,21 @@ def _pretrainer(
     )
 
 
-def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
+def _start_lines(attempt: Attempt, engine: Engine, state: TrainingState) -> list[str]:
     """Return the lines that rank 0 prints before the first step."""
-    config, ranks = attempt.config, attempt.ranks
-    train = config.train
+    config, ranks, step = attempt.config, attempt.ranks, state.step
     precision = precision_name(engine.deepspeed_config)
     is_alone = ranks.launcher == NO_LAUNCHER
     launched = (
         "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
     )
-    step_text = (
-        f"a step is {train.global_batch_size} rows of {config.data.sequence_length} tokens "
-        f"({engine.accumulation} x {train.micro_batch_size} per rank); "
-    )
+    # Of a run with phases, the line at the begin of each phase shows its steps.
+    batch = _batch_text(config, ranks.world_size, state.attempts)
+    step_text = "" if config.phases else f"a step is {batch}; "
     in_phases = f" in {len(attempt.phases)} phases" if config.phases else ""
     lines = [
         f"{engine.parameter_count():,} parameters, {launched}, ZeRO {engine.stage}, {precision}; "
-        f"{'' if config.phases else step_text}{attempt.total_steps} steps{in_phases}, from step "
-        f"{step}"
+        f"{step_text}{attempt.total_steps} steps{in_phases}, from step {step}"
     ]
     offloads = _offloads(engine.deepspeed_config)
     is_half = precision in ("bf16", "fp16")
@@ -590,13 +637,17 @@ def _start_lines(attempt: Attempt, engine: Engine, step: int) -> list[str]:
         )
     lines += _mixture_lines(attempt.phases)
     lines += plan_warnings(
-        [phase.span for phase in attempt.phases], [phase.name for phase in config.phases]
+        [phase.span for phase in attempt.phases],
+        [phase.name for phase in config.phases],
+        config.train.batch_schedule,
     )
-    if attempt.options.init_from is not None and step:
-        lines.append(
-            f"WARNING: --init-from {printable(attempt.options.init_from)} has no effect, because "
-            f"{printable(attempt.out)} has a checkpoint to resume from"
-        )
+    given = {"--init-from": attempt.options.init_from, "--branch-from": attempt.options.branch_from}
+    lines += [
+        f"WARNING: {name} {printable(path)} has no effect, because {printable(attempt.out)} has a "
+        "checkpoint to resume from"
+        for name, path in given.items()
+        if path is not None and step and not attempt.branch
+    ]
     return lines
 
 
@@ -605,7 +656,7 @@ def _mixture_lines(phases: list[Phase]) -> list[str]:
     lines = []
     for name in dict.fromkeys(phase.data_name for phase in phases):
         same = [phase for phase in phases if phase.data_name == name]
-        rows = sum(phase.steps * phase.config.train.global_batch_size for phase in same)
+        rows = sum(phase.config.batch_sizes.rows_before(phase.steps) for phase in same)
         parts = [
             f"{source} {part.share:.2%}, {part.epochs(rows):.2f} epochs"
             for source, part in same[0].data.source.shares.items()
@@ -613,3 +664,20 @@ def _mixture_lines(phases: list[Phase]) -> list[str]:
         if parts:
             lines.append(printable(f"mixture{f' {name}' if name else ''}: {'; '.join(parts)}"))
     return lines
+
+
+def _batch_text(config: RunConfig, world_size: int, attempts: int) -> str:
+    """The rows of the next step and their split over ranks, and the next sizes of a schedule."""
+    micro_batch_size, sizes = config.train.micro_batch_size, config.batch_sizes
+    rows = sizes.rows(attempts)
+    later = [
+        f", {size} after {start:,} steps"
+        for start, size in zip(sizes.starts, sizes.sizes, strict=True)
+        if start > attempts
+    ]
+    rest = ", ..." if len(later) > MOST_SHOWN else ""
+    return (
+        f"{rows} rows of {config.data.sequence_length} tokens "
+        f"({rows // (micro_batch_size * world_size)} x {micro_batch_size} per rank)"
+        f"{''.join(later[:MOST_SHOWN])}{rest}"
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from electra_ds.common.errors import RunFailure
 from electra_ds.common.folder_lock import Lock
+from electra_ds.config.batch_sizes import BatchSizes
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import HeldOut
 from electra_ds.data.loader import StepBatch
@@ -23,6 +24,7 @@ from electra_ds.training.held_out import evaluate_sources
 from electra_ds.training.loss_sums import LossSums
 from electra_ds.training.metrics import metrics_of_kind, rates
 from electra_ds.training.phases import Span
+from electra_ds.training.positions import last_position
 from electra_ds.training.run_logger import Logger
 from electra_ds.training.spike_guard import SpikeGuard
 from electra_ds.training.state import TrainingState
@@ -42,12 +44,13 @@ class Timing:
     wait_seconds: float = 0.0  # for data
     tokens: int = 0
     attempts: int = 0
+    rows: int = 0  # of the global batches
     pause_seconds: float = 0.0  # of checkpoints
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Numbers of steps of the run, of this attempt and of a phase, and of rows per epoch.
+    """Numbers of steps of the run, of this attempt and of a phase, of rows per epoch and per step.
 
     In a run without phases, end_step is total_steps.
     """
@@ -55,9 +58,10 @@ class Schedule:
     total_steps: int
     last_step: int  # of this attempt: --stop-at-step, or total_steps
     epoch_rows: int
+    sizes: BatchSizes
     rates: Span  # the learning rates of the phase
     end_step: int  # of the run, at the end of the phase
-    steps_after: float = 0.0  # of later phases, in steps of this phase by their tokens
+    rows_after: float = 0.0  # of later phases, in rows of this phase by their tokens
 
 
 class Pretrainer(Trainer):
@@ -166,14 +170,16 @@ class Pretrainer(Trainer):
         self._is_first_attempt = False
         self.timing.tokens += batch.token_count
         self.timing.attempts += 1
+        self.timing.rows += batch.global_rows
         before = state
-        position = batch.first_row + self.config.train.global_batch_size
+        position = batch.first_row + batch.global_rows
         state = state.advanced(
             result.applied,
             data=state.data | {"position": position},
             tokens=state.tokens + int(totals.token_count),
             recent_losses=self.guard.recent,
         )
+        self._say_batch_size(batch, state)
         if not result.applied:
             self._report_skipped(before, state, batch, losses)
             return state
@@ -285,6 +291,15 @@ class Pretrainer(Trainer):
 
     # ------------------------------------------------------------------------------------- logging
 
+    def _say_batch_size(self, batch: StepBatch, state: TrainingState) -> None:
+        """Print the rows of the next steps when they are not those of the last one."""
+        rows = self.schedule.sizes.rows(state.attempts)
+        if rows != batch.global_rows:
+            self.logger.say(
+                f"step {state.step}  from here on a step is {rows:,} rows, before "
+                f"{batch.global_rows:,} (train.batch_schedule)"
+            )
+
     def _say_running(self, state: TrainingState) -> None:
         """Print the rate once, if the first log line takes longer than FIRST_LINE_SECONDS.
 
@@ -293,9 +308,14 @@ class Pretrainer(Trainer):
         seconds = time.perf_counter() - self.timing.began
         if seconds > FIRST_LINE_SECONDS:
             every = self.config.logging.every
-            steps_left = self.schedule.end_step - state.step + self.schedule.steps_after
-            self.logger.running(state.step, seconds / self.timing.attempts, every, steps_left)
+            seconds_left = seconds / self.timing.rows * self._rows_left(state)
+            self.logger.running(state.step, seconds / self.timing.attempts, every, seconds_left)
             self._says_running = False
+
+    def _rows_left(self, state: TrainingState) -> float:
+        """Rows to the end of the run, those of later phases by their tokens."""
+        last = last_position(state, self.schedule.sizes, self.schedule.end_step)
+        return last - state.consumed_rows + self.schedule.rows_after
 
     def _record_pause(self, step: int, pause_seconds: float) -> None:
         self.timing.pause_seconds += pause_seconds
@@ -332,8 +352,7 @@ class Pretrainer(Trainer):
             "checkpoint_pause_seconds": timing.pause_seconds,
             "seconds": time.monotonic() - self.began,
         }
-        steps_left = self.schedule.end_step - state.step + self.schedule.steps_after
-        seconds_left = seconds / timing.attempts * steps_left
+        seconds_left = seconds / timing.rows * self._rows_left(state)
         values = metrics_of_kind(values, self.config.objective)
         is_new = self.verdict.add(state.step, values)
         text = ""

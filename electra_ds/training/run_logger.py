@@ -49,9 +49,7 @@ class Logger:
     def say(self, text: str) -> None:
         """Print one line."""
 
-    def running(
-        self, step: int, seconds_per_step: float, every: int, steps_left: float | None = None
-    ) -> None:
+    def running(self, step: int, seconds_per_step: float, every: int, seconds_left: float) -> None:
         """Say that the run trains, before its first log line."""
 
     def begin_phase(self, name: str, total_epochs: float) -> None:
@@ -140,15 +138,11 @@ class RunLogger(Logger):
         tag = "checkpoint/pause_seconds"
         self._tensorboard(lambda writer: writer.add_scalar(tag, pause_seconds, step))
 
-    def running(
-        self, step: int, seconds_per_step: float, every: int, steps_left: float | None = None
-    ) -> None:
+    def running(self, step: int, seconds_per_step: float, every: int, seconds_left: float) -> None:
         """Say that the run trains, before its first log line.
 
-        every: logging.every. steps_left: to the end of the run; None: all that are left.
+        every: logging.every. seconds_left: to the end of the run.
         """
-        left = self._total_steps - step if steps_left is None else steps_left
-        seconds_left = seconds_per_step * left
         self.say(
             f"step {step}  {seconds_per_step:.2f} s per step  ETA {_duration(seconds_left)}; "
             f"losses are logged every {every} steps (logging.every)"

@@ -142,10 +142,15 @@ def check_schedule(options: OptimizerConfig, total_steps: int) -> None:
         )
 
 
-def plan_warnings(schedules: Sequence[Span], names: Sequence[str] = ()) -> list[str]:
+def plan_warnings(
+    schedules: Sequence[Span],
+    names: Sequence[str] = (),
+    batch_schedule: Sequence[Sequence[int]] = (),
+) -> list[str]:
     """Return one warning line for each setting that does not have the intended effect.
 
     schedules: of each phase. names: of the phases; empty for a run without phases.
+    batch_schedule: train.batch_schedule of a run without phases.
     """
     lines = []
     for index, span in enumerate(schedules):
@@ -159,6 +164,13 @@ def plan_warnings(schedules: Sequence[Span], names: Sequence[str] = ()) -> list[
                 f"learning rate does not reach optimizer.peak_lr = {span.options.peak_lr:g}; lower "
                 f"warmup_steps or raise {longer}"
             )
+    total_steps = sum(span.steps for span in {span.first_step: span for span in schedules}.values())
+    unused = [entry for entry in batch_schedule if entry[0] >= total_steps]
+    if unused:
+        lines.append(
+            f"WARNING: {unused[0]} of train.batch_schedule has no effect, because the run has "
+            f"{total_steps:,} steps"
+        )
     return lines
 
 

@@ -15,6 +15,9 @@ class TrainingState:
     data: state of the data order (kind, version, dataset_id, position = consumed rows, ...).
     interval: for each rank, the sums of losses and of steps since the last log line.
     recent_losses: the last accepted losses, for the spike test (`spike_guard`).
+    first_attempt: attempts before the present phase, or before a branch (--branch-from); else 0.
+    first_position: position in the data at which the present phase or the branch began; else 0.
+    reset_step: applied steps when the moments were last zero, for their bias correction.
     """
 
     step: int = 0
@@ -24,6 +27,9 @@ class TrainingState:
     data: dict[str, Any] = field(default_factory=dict)
     interval: list[list[float]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
+    first_attempt: int = 0
+    first_position: int = 0
+    reset_step: int = 0
 
     @property
     def attempts(self) -> int:

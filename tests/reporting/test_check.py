@@ -22,6 +22,7 @@ ENGINES = config_names("engine")
 # Fields that a preset leaves open: one of the two lengths, and values that are filled in later.
 OPEN = {
     *("train.total_steps", "train.epochs", "model.vocab_size", "data.special_ids", "provenance"),
+    "train.batch_schedule",  # []: every step has the same number of rows
     *("optimizer.decay_steps", "optimizer.decay_shape"),  # of the schedule wsd only
     "phases",  # of a run with phases only
     *("objective.temperature_decay", "generator.embedding_size"),  # null: no effect

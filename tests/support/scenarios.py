@@ -19,6 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 (the first optimizer would import it in every rank)
+from branch_scenarios import (
+    branch_from_one_to_two,
+    branches,
+    branches_on_one_rank,
+    growing_batches,
+    growing_on_one_rank,
+)
 from deberta_scenarios import deberta, deberta_kinds, deberta_on_one_rank
 from disk_scenarios import full_disk, quota_of_one_rank, read_only_disk, uninterrupted_on_disk
 from finetune_scenarios import (
@@ -89,6 +96,8 @@ PHASES = {  # ranks, scenarios
             modern_refused,
             deberta,
             in_phases,
+            branches,
+            growing_batches,
         ),
     ),
     "one": (
@@ -105,9 +114,14 @@ PHASES = {  # ranks, scenarios
             half_precision_overflow,
             verdicts,
             in_phases_on_one_rank,
+            branches_on_one_rank,
+            growing_on_one_rank,
         ),
     ),
-    "two-again": (2, (from_one_to_two, resumed_after_kills, in_phases_again)),
+    "two-again": (
+        2,
+        (from_one_to_two, resumed_after_kills, in_phases_again, branch_from_one_to_two),
+    ),
     "finetune-one": (
         1,
         (fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern, fine_tuned_deberta),
@@ -121,6 +135,9 @@ PHASES = {  # ranks, scenarios
     "modern-one": (1, (modern_on_one_rank, needed_memory)),
     "deberta": (2, (deberta, deberta_kinds)),
     "deberta-one": (1, (deberta_on_one_rank, needed_memory)),
+    "branches": (2, (branches, growing_batches)),
+    "branches-one": (1, (branches_on_one_rank, growing_on_one_rank)),
+    "branches-two": (2, (branch_from_one_to_two,)),
     # Ways in which generator and discriminator depend on each other, for work on these.
     "generators": (2, (uninterrupted, sharing, frozen)),
     "verdicts": (1, (verdicts,)),

@@ -164,7 +164,7 @@ def test_metrics_and_tensorboard_do_not_leave_the_run_folder(tmp_path):
 
 def test_a_line_says_that_a_run_trains_before_its_first_log_line(tmp_path, capsys):
     with RunLogger(tmp_path, 0, 1000, 1.0, tensorboard=False) as metrics:
-        metrics.running(10, 6.0, 500)
+        metrics.running(10, 6.0, 500, 5940.0)
     assert capsys.readouterr().out == (
         "step 10  6.00 s per step  ETA 1:39:00; losses are logged every 500 steps (logging.every)\n"
     )
