@@ -9,8 +9,8 @@ Run = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
-        help="Preset (tiny, small, base, large, small++, *-128-512, modern-* or deberta-*; see "
-        "docs/models.md) or RUN.json.",
+        help="Preset (tiny, small, base, large, small++, small-*, base-*, modern-* or deberta-*; "
+        "see docs/models.md) or RUN.json.",
     ),
 ]
 Model = Annotated[

@@ -6,7 +6,7 @@ import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import AwareDatetime, Field
 
@@ -105,16 +105,10 @@ def status(out: Path) -> dict[str, Any]:
     at, limit = checkpoint.get("step", 0), train.max_restarts
     failures = _failures(out, missing).with_attempt(at, failed)
     total_steps = provenance.total_steps or train.total_steps
-    rate = _rate(last.get("train"))
     step = max(
         heartbeat.step if heartbeat else 0, at, *(record["step"] for record in last.values())
     )
-    phases, phase = provenance.phases, None
-    left: float | None = total_steps - step if total_steps else None
-    if phases:
-        at = progress_at(phases, step)
-        rate = _rate_in_phases(last.get("train"), phases, at)
-        phase, left = at.phase.name, at.tokens_left / at.phase.tokens_per_step
+    pace = _pace(provenance.phases, last.get("train"), step, total_steps)
     state = _state(out, owner and not is_gone, silence, bool(failed), bool(checkpoint))
     is_refused = bool(failed) and bool(limit) and failures.in_a_row > (limit or 0)
     return {
@@ -122,9 +116,9 @@ def status(out: Path) -> dict[str, Any]:
         "state": state,
         "step": step,
         "total_steps": total_steps,
-        "phase": phase,
-        "steps_per_second": rate,
-        "eta_seconds": _eta(left, rate) if state == "training" else None,
+        "phase": pace.phase,
+        "steps_per_second": pace.rate,
+        "eta_seconds": _eta(pace.steps_left, pace.rate) if state == "training" else None,
         "train": last.get("train", {}),
         "valid": last.get("valid", {}),
         "verdict": str(Verdict.of_record(last.get("train", {})) or ""),
@@ -139,7 +133,7 @@ def status(out: Path) -> dict[str, Any]:
         "last_error": next((e.facts() for e in [*errors, *failures.errors[::-1]]), None),
         "missing": missing,
         "next": NEXT["refused" if is_refused else state].format(
-            out=shlex.quote(str(out)), at=at, limit=limit, longer=how_to_extend(phases)
+            out=shlex.quote(str(out)), at=at, limit=limit, longer=how_to_extend(provenance.phases)
         ),
     }
 
@@ -265,6 +259,25 @@ def _rate(record: dict[str, Any] | None) -> float | None:
     # Values of a damaged file can be up to 10^300: the product of integers may not fit a float.
     rate = float(speed) * float(record["step"] + skipped) / float(tokens)
     return rate if math.isfinite(rate) else None
+
+
+class _Pace(NamedTuple):
+    """Name of the phase, steps per second, and steps that are left; in steps of this phase."""
+
+    phase: str | None
+    rate: float | None
+    steps_left: float | None
+
+
+def _pace(
+    phases: list[PhaseFacts], record: dict[str, Any] | None, step: int, total_steps: int | None
+) -> _Pace:
+    """The pace after `step` steps. phases: empty for a run without. record: the last of training."""
+    if not phases:
+        return _Pace(None, _rate(record), total_steps - step if total_steps else None)
+    at = progress_at(phases, step)
+    left = at.tokens_left / at.phase.tokens_per_step
+    return _Pace(at.phase.name, _rate_in_phases(record, phases, at), left)
 
 
 def _rate_in_phases(

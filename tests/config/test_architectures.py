@@ -32,8 +32,9 @@ SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 
 PRESETS_OF = {
-    "electra": "electra (base, large, small, small++, tiny)",
-    "modernbert": "modernbert (modern-base, modern-large, modern-small, modern-tiny)",
+    "electra": "electra (base, base-128-512, large, small, small++, small-128-512, tiny)",
+    "modernbert": "modernbert (modern-base, modern-base-phases, modern-large, modern-small, "
+    "modern-tiny)",
     "deberta_v2": "deberta_v2 (deberta-tiny, deberta-v3-base, deberta-v3-large, deberta-v3-small, "
     "deberta-v3-xsmall)",
 }
@@ -198,7 +199,7 @@ def test_setting_the_architecture_of_a_preset_names_the_presets_of_the_other_one
     for key in ("model.embedding_size", "model.hidden_dropout", "generator.hidden_dropout"):
         assert key in line
     assert "fields of the architecture electra, but model.architecture = modernbert" in line
-    assert "modernbert (modern-base, modern-large, modern-small, modern-tiny)" in line
+    assert PRESETS_OF["modernbert"] in line
 
 
 def test_an_odd_width_of_a_head_is_refused():

@@ -8,6 +8,7 @@ import pytest
 from electra_ds.cluster import run_folder
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_lock import Lock
+from electra_ds.common.json_files import write_json
 from electra_ds.config.loading import load_run
 from electra_ds.data.dataset import open_data
 from electra_ds.reporting.check import check
@@ -129,4 +130,9 @@ def test_status_estimates_the_time_by_the_tokens_of_the_phases(
     assert (found["phase"], found["train"]["phase"]) == (phase, phase)
     assert found["steps_per_second"] == pytest.approx(rate)
     assert found["eta_seconds"] == pytest.approx(eta)
+    assert lines(status(tmp_path))["next"].startswith("electra-ds pretrain RUN")
+    (tmp_path / "ckpt" / "30").mkdir(parents=True)
+    write_json(tmp_path / "ckpt" / "30" / "meta.json", {"step": 30})
+    (tmp_path / "ckpt" / "latest").write_text("30\n")
+    assert status(tmp_path)["next"] == "the same command resumes from step 30"
     assert lines(found)["step"] == f"{step} of 150, phase {phase}"
