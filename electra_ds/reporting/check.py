@@ -16,7 +16,7 @@ from electra_ds.config.schema import OptimizerConfig, RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
-from electra_ds.training.run_plan import check_schedule, plan, plan_warnings
+from electra_ds.training.run_plan import check_optimizer, check_schedule, plan, plan_warnings
 from electra_ds.training.schedule import learning_rate
 
 
@@ -59,9 +59,10 @@ def check(
     data: for epochs, the vocabulary and the shares of a mixture.
     baseline: the preset with which values are compared; None: the defaults of the schema.
     Raises UserError for an engine that cannot be loaded, for data that does not fit the model, for
-    a global batch that cannot be split over the ranks, and for a decay that is longer than the run.
+    a global batch that cannot be split over the ranks, for a decay that is longer than the run, and
+    for an optimizer that does not work with the engine.
     """
-    load_engine(config.engine)
+    check_optimizer(config.optimizer, load_engine(config.engine))
     total_steps = config.train.total_steps
     if data is not None:
         planned = plan(config, data, world_size)

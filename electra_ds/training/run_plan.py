@@ -51,12 +51,26 @@ def plan(config: RunConfig, source: Data, world_size: int) -> Plan:
         tokenizer.vocab_size, tokenizer.special_ids, manifest.sequence_length, manifest.segments
     )
     engine = load_engine(config.engine)
+    check_optimizer(config.optimizer, engine)
     config = config.model_copy(update={"engine": engine})
     config.accumulation(world_size)
     data = _training_data(config, source)
     total_steps = config.total_steps(data.reader.rows)
     check_schedule(config.optimizer, total_steps)
     return Plan(config, engine, data, total_steps)
+
+
+def check_optimizer(options: OptimizerConfig, engine: dict[str, Any]) -> None:
+    """Raise UserError for an optimizer that does not work with the engine.
+
+    engine: the DeepSpeed config.
+    """
+    offload = engine.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if options.kind != "adam" and offload.get("device", "none") != "none":
+        raise UserError(
+            f"optimizer.kind = {options.kind}, but the engine has offload_optimizer, which works "
+            "with adam only: use an engine without offload (zero0 to zero3), or optimizer.kind = adam"
+        )
 
 
 def check_schedule(options: OptimizerConfig, total_steps: int) -> None:

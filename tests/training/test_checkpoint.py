@@ -14,7 +14,7 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.files import sha256_file
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training import checkpoint, checkpointer
-from electra_ds.training.checkpoint import MOMENTS
+from electra_ds.training.optimizer import MOMENTS
 from electra_ds.training.state import TrainingState
 
 
