@@ -36,6 +36,7 @@ from loss_scenarios import (
     wrong_split,
 )
 from modern_scenarios import modern, modern_kinds, modern_on_one_rank, modern_refused
+from optimizer_scenarios import formulas, optimizers, optimizers_on_one_rank
 from resume_scenarios import (
     evaluated,
     from_one_to_two,
@@ -87,6 +88,8 @@ PHASES = {  # ranks, scenarios
             modern,
             modern_refused,
             deberta,
+            formulas,
+            optimizers,
         ),
     ),
     "one": (
@@ -97,8 +100,10 @@ PHASES = {  # ranks, scenarios
             deberta_on_one_rank,
             spike_on_one_rank,
             lost_folder,
+            formulas,
             needed_memory,
             single_rank,
+            optimizers_on_one_rank,
             streamed_on_one_rank,
             half_precision_overflow,
             verdicts,
@@ -118,6 +123,9 @@ PHASES = {  # ranks, scenarios
     "modern-one": (1, (modern_on_one_rank, needed_memory)),
     "deberta": (2, (deberta, deberta_kinds)),
     "deberta-one": (1, (deberta_on_one_rank, needed_memory)),
+    # Runs of the optimizers, for work on them.
+    "optimizers": (2, (formulas, optimizers)),
+    "optimizers-one": (1, (formulas, optimizers_on_one_rank)),
     # Ways in which generator and discriminator depend on each other, for work on these.
     "generators": (2, (uninterrupted, sharing, frozen)),
     "verdicts": (1, (verdicts,)),

@@ -1,0 +1,146 @@
+"""A module whose gradients are given: steps of an engine against a formula written out.
+
+The gradients are small integers, so that their sums are exact in bf16 and fp16 as well.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from scenario_tools import here
+from torch import Tensor, nn
+
+from electra_ds.config.engine_files import load_engine
+from electra_ds.config.loading import load_run
+from electra_ds.model.encoder import EncoderBase
+from electra_ds.model.losses import Totals
+from electra_ds.training.engine import Engine
+
+KNOWN_STEPS = 4
+RATES = (0.02, 0.04, 0.01, 0.03)
+# The parts of the flattened groups on two ranks cut `qkv` and `word`.
+SHAPES = {
+    "word.weight": (13, 8),  # 10 rows, and 3 that pad
+    "encoder.layers.0.qkv.weight": (30, 8),
+    "encoder.layers.0.out.weight": (8, 10),
+    "head.weight": (1, 8),
+    "bias.weight": (7,),
+}
+TRUE_ROWS = 10
+LIMIT = 20.0  # of the gradient norm: some steps are clipped
+OPTIONS = {
+    "beta2": 0.98,
+    "eps": 1e-3,
+    "weight_decay": 0.1,
+    "gradient_clipping": LIMIT,
+    "peak_lr": 0.04,
+    "warmup_steps": 0,
+}
+
+
+class Gradients(NamedTuple):
+    """A micro-batch: the gradient of each parameter, in the order of SHAPES."""
+
+    word: Tensor
+    qkv: Tensor
+    out: Tensor
+    head: Tensor
+    bias: Tensor
+
+
+class Losses(NamedTuple):
+    """The output of `Known`."""
+
+    total: Tensor
+
+
+class Weight(nn.Module):
+    """The sum of weight * gradient."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        random = torch.Generator().manual_seed(len(name))
+        weight = 0.1 * torch.randn(SHAPES[name], generator=random)
+        if name == "word.weight":
+            weight[TRUE_ROWS:] = 0
+            self.true_rows = {"weight": TRUE_ROWS}
+        self.weight = nn.Parameter(weight.bfloat16().float())  # the same in every precision
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        """A scalar."""
+        return (self.weight.float() * gradient).sum()
+
+
+class Layer(nn.Module):
+    """A layer with a fused projection."""
+
+    stacked = {"qkv.weight": 3}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = Weight("encoder.layers.0.qkv.weight")
+        self.out = Weight("encoder.layers.0.out.weight")
+
+    def forward(self, batch: Gradients) -> Tensor:
+        """A scalar."""
+        return self.qkv(batch.qkv) + self.out(batch.out)
+
+
+class Encoder(EncoderBase):
+    """An encoder of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+
+    def forward(self, batch: Gradients) -> Tensor:  # type: ignore[override]
+        """A scalar."""
+        return self.layers[0](batch)
+
+
+class Known(nn.Module):
+    """A loss with given gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.encoder = Weight("word.weight"), Encoder()
+        self.head, self.bias = Weight("head.weight"), Weight("bias.weight")
+
+    def forward(self, batch: Gradients, divisors: Totals) -> Losses:
+        """The sum over all parameters of weight * gradient."""
+        total = self.word(batch.word) + self.encoder(batch)
+        return Losses(total + self.head(batch.head) + self.bias(batch.bias))
+
+
+def gradients(step: int, row: int) -> Gradients:
+    """The gradients of one row of the global batch of two rows."""
+    random = torch.Generator().manual_seed(10 * step + row)
+    most = (2, 20, 3, 100)[step]
+    found = [
+        torch.randint(-most, most + 1, shape, generator=random).float() for shape in SHAPES.values()
+    ]
+    found[0][TRUE_ROWS:] = 0
+    return Gradients(*found)
+
+
+def config_of(kind: str, *sets: str):
+    """A run of two rows per step with this optimizer."""
+    options = [f"optimizer.{key}={value}" for key, value in OPTIONS.items()]
+    batch = ["train.global_batch_size=2", "train.micro_batch_size=1"]
+    return load_run("tiny", [*options, f"optimizer.kind={kind}", *batch, *sets])
+
+
+def known_steps(engine_name: str, kind: str, *sets: str) -> Iterator[tuple[str, Tensor]]:
+    """Take all steps on the ranks of this process; (kind/name, tensor) of weights and moments."""
+    config = config_of(kind, *sets)
+    engine = Engine(Known(), config, load_engine(engine_name), here.ranks, here.device)
+    count = config.accumulation(here.world_size)
+    for step, rate in enumerate(RATES):
+        rows = [here.rank * count + index for index in range(count)]
+        batches = [gradients(step, row) for row in rows]
+        engine.forward_backward(batches, rows, Totals(1.0, 1.0))
+        assert engine.step(rate).applied
+    for name in engine.parameters:
+        for moment in ("master", *engine.moments[name]):
+            yield f"{moment}/{name}", engine.full_tensor(name, moment).clone().cpu()
+    engine.close()
