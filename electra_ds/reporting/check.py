@@ -15,7 +15,9 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.schema import OptimizerConfig, RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import max_masked_positions
-from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
+from electra_ds.model.build import VOCAB_SIZE, ParameterCount, meta_model, parameter_count
+from electra_ds.model.encoder import hidden_matrices
+from electra_ds.training.muon import newton_schulz_flops
 from electra_ds.training.run_plan import check_optimizer, check_schedule, plan, plan_warnings
 from electra_ds.training.schedule import learning_rate
 
@@ -76,6 +78,7 @@ def check(
         *_length_lines(config, data),
         *_rate_lines(config.optimizer, total_steps),
         *_parameter_lines(config, parameter_count(config)),
+        *_muon_lines(config),
     ]
     fields = list(_fields(config))
     known = {line.key: line.value for line in _fields(baseline)} if baseline else _defaults(config)
@@ -176,3 +179,24 @@ def _parameter_lines(config: RunConfig, parameters: ParameterCount) -> Iterator[
     yield _derived("trained", parameters.trained, "trained parameters in all")
     if parameters.frozen:
         yield _derived("frozen", parameters.frozen, "parameters of the generator, not trained")
+
+
+def _muon_lines(config: RunConfig) -> Iterator[Line]:
+    """The parameters that Muon updates, and the cost of its updates; none for another optimizer."""
+    if config.optimizer.kind != "muon":
+        return
+    module = meta_model(config)
+    stacked = hidden_matrices(module)
+    matrices = [
+        (count, parameter.shape[0] // count, parameter.shape[1])
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and (count := stacked.get(name, 0))
+    ]
+    elements = sum(count * rows * columns for count, rows, columns in matrices)
+    steps = config.optimizer.muon.ns_steps
+    flops = sum(
+        count * newton_schulz_flops(rows, columns, steps) for count, rows, columns in matrices
+    )
+    yield _derived("muon", elements, "parameters that Muon updates; Adam updates the others")
+    meaning = "floating-point operations of the Newton-Schulz steps of one update"
+    yield _derived("newton_schulz", f"{flops / 1e9:,.1f} GFLOP", meaning)

@@ -32,6 +32,12 @@ def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return (x.mT if is_tall else x).float()
 
 
+def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
+    """Return the floating-point operations of `newton_schulz`, of its matrix products."""
+    n, m = sorted((rows, columns))
+    return steps * (4 * n * n * m + 2 * n**3)
+
+
 def update_scale(rows: int, columns: int, adjust: str) -> float:
     """Return the factor of an orthogonalized update [rows, columns].
 

@@ -28,15 +28,13 @@ class PerTensor(torch.optim.Optimizer):
         self.bias_correction = config.bias_correction
         self.pieces: dict[int, Pieces] = {}
 
-    def _updates(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
-        """Advance the moments; yield (group, parameter, m, sqrt(v)) for each parameter.
-
-        m and sqrt(v) are bias-corrected copies, which the caller may overwrite.
-        """
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Advance the moments and yield (group, parameter) for each parameter."""
         beta1, beta2 = self.betas
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                grad = parameter.grad
+                if grad is None:
                     continue
                 if not self.state[parameter]:
                     make_state(self, parameter, 0, self.bias_correction)
@@ -44,13 +42,19 @@ class PerTensor(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 state["step"] += 1
-                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(
-                    parameter.grad, parameter.grad, value=1 - beta2
-                )
-                m = state["exp_avg"] / (1 - beta1 ** state["step"])
-                root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_()
-                yield group, parameter, m, root
+                state["exp_avg"].lerp_(grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                yield group, parameter
+
+    def _m(self, parameter: Tensor) -> Tensor:
+        """Return a copy of the first moment, bias-corrected."""
+        state = self.state[parameter]
+        return state["exp_avg"] / (1 - self.betas[0] ** state["step"])
+
+    def _root(self, parameter: Tensor) -> Tensor:
+        """Return the root of the second moment, bias-corrected; a copy."""
+        state = self.state[parameter]
+        return (state["exp_avg_sq"] / (1 - self.betas[1] ** state["step"])).sqrt_()
 
 
 class StableAdamW(PerTensor):
@@ -71,16 +75,22 @@ class StableAdamW(PerTensor):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group, parameter, m, root in self._updates():
+        for group, parameter in self._parameters():
             pieces = self.pieces[id(parameter)]
-            m.div_(root + self.eps)
-            sums = square_sums(parameter.grad / root.clamp_min_(self.eps), pieces)
-            if id(parameter) not in self._counts:  # once: a copy to a GPU
-                counts = [piece.true_numel for piece in pieces.of]
-                self._counts[id(parameter)] = sums.new_tensor(counts)
-            rms = (sums / self._counts[id(parameter)]).sqrt_()
-            multiply_pieces(m, pieces, 1 / rms.clamp_min_(1))
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(m, alpha=group["lr"])
+            factors = self._factors(parameter, pieces)
+            update = self._m(parameter).div_(self._root(parameter).add_(self.eps))
+            multiply_pieces(update, pieces, factors)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+
+    def _factors(self, parameter: Tensor, pieces: Pieces) -> Tensor:
+        """Return 1 / max(1, q) of each piece."""
+        assert parameter.grad is not None
+        quotient = self._root(parameter).clamp_min_(self.eps)
+        sums = square_sums(torch.div(parameter.grad, quotient, out=quotient), pieces)
+        key = id(parameter)
+        if key not in self._counts:  # once: a copy to a GPU
+            self._counts[key] = sums.new_tensor([piece.true_numel for piece in pieces.of])
+        return 1 / (sums / self._counts[key]).sqrt_().clamp_min_(1)
 
 
 class Lamb(PerTensor):
@@ -95,8 +105,9 @@ class Lamb(PerTensor):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group, parameter, m, root in self._updates():
-            update = m.div_(root.add_(self.eps)).add_(parameter, alpha=group["weight_decay"])
+        for group, parameter in self._parameters():
+            update = self._m(parameter).div_(self._root(parameter).add_(self.eps))
+            update.add_(parameter, alpha=group["weight_decay"])
             if not group["is_vector"]:
                 pieces = self.pieces[id(parameter)]
                 weights, updates = (square_sums(x, pieces) for x in (parameter, update))

@@ -15,6 +15,7 @@ from electra_ds.model.build import parameter_count
 from electra_ds.reporting import check as check_module
 from electra_ds.reporting.check import check
 from electra_ds.reporting.memory import PRECISIONS, memory, model_state_bytes
+from electra_ds.reporting.optimizer_memory import GroupSizes
 from electra_ds.training.engine import zero_options
 
 PRESETS = config_names("pretrain")
@@ -24,6 +25,8 @@ OPEN = {
     *("train.total_steps", "train.epochs", "model.vocab_size", "data.special_ids", "provenance"),
     *("optimizer.decay_steps", "optimizer.decay_shape"),  # of the schedule wsd only
     *("objective.temperature_decay", "generator.embedding_size"),  # null: no effect
+    # Of the optimizer muon only.
+    *(f"optimizer.muon_{name}" for name in ("momentum", "ns_steps", "adjust", "lr_scale")),
 }
 
 
@@ -229,12 +232,12 @@ def test_check_with_data_counts_epochs_and_the_vocabulary(data):
 
 
 def test_model_states_shrink_with_the_stage_and_the_ranks():
-    one = model_state_bytes([[1000]], 1)
+    one = model_state_bytes([GroupSizes([1000])], 1)
     # Weights, gradients and two moments of 4 bytes each, and a step counter.
     assert one[0, "fp32"] == (16_004, 4000)
     # Weights and gradients of 2 bytes, fp32 master weights and moments of 12 bytes.
     assert one[0, "half (bf16, fp16)"] == (16_004, 2000)
-    eight = model_state_bytes([[1000] * 8], 8)
+    eight = model_state_bytes([GroupSizes([1000] * 8)], 8)
     assert eight[3, "half (bf16, fp16)"][0] == 16_004  # everything in eight shares
     for precision in PRECISIONS:
         states = [eight[stage, precision][0] for stage in range(4)]
