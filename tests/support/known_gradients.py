@@ -3,8 +3,10 @@
 The gradients are small integers, so that their sums are exact in bf16 and fp16 as well.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from scenario_tools import here
@@ -14,6 +16,7 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import load_run
 from electra_ds.model.encoder import EncoderBase
 from electra_ds.model.losses import Totals
+from electra_ds.training import engine as engine_module
 from electra_ds.training.engine import Engine
 
 KNOWN_STEPS = 4
@@ -130,17 +133,37 @@ def config_of(kind: str, *sets: str):
     return load_run("tiny", [*options, f"optimizer.kind={kind}", *batch, *sets])
 
 
-def known_steps(engine_name: str, kind: str, *sets: str) -> Iterator[tuple[str, Tensor]]:
-    """Take all steps on the ranks of this process; (kind/name, tensor) of weights and moments."""
+@contextlib.contextmanager
+def accepting_fp16() -> Iterator[None]:
+    """Make DeepSpeed and `Engine` accept fp16 on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, accepts = type(get_accelerator()), (lambda *_: True)
+    with (
+        mock.patch.object(accelerator, "is_fp16_supported", accepts),
+        mock.patch.object(engine_module, "resolve_precision", lambda config, device: config),
+    ):
+        yield
+
+
+def known_steps(stage: str, precision: str, kind: str, *sets: str) -> dict[str, Tensor]:
+    """Take all steps on the ranks of this process; {kind/name: tensor} of weights and moments."""
     config = config_of(kind, *sets)
-    engine = Engine(Known(), config, load_engine(engine_name), here.ranks, here.device)
-    count = config.accumulation(here.world_size)
-    for step, rate in enumerate(RATES):
-        rows = [here.rank * count + index for index in range(count)]
-        batches = [gradients(step, row) for row in rows]
-        engine.forward_backward(batches, rows, Totals(1.0, 1.0))
-        assert engine.step(rate).applied
-    for name in engine.parameters:
-        for moment in ("master", *engine.moments[name]):
-            yield f"{moment}/{name}", engine.full_tensor(name, moment).clone().cpu()
-    engine.close()
+    values = load_engine(f"zero{stage}-{precision}")
+    if precision == "fp16":
+        values["fp16"] = {"enabled": True, "loss_scale": 16}
+    with accepting_fp16() if precision == "fp16" else contextlib.nullcontext():
+        engine = Engine(Known(), config, values, here.ranks, here.device)
+        count = config.accumulation(here.world_size)
+        for step, rate in enumerate(RATES):
+            rows = [here.rank * count + index for index in range(count)]
+            batches = [gradients(step, row) for row in rows]
+            engine.forward_backward(batches, rows, Totals(1.0, 1.0))
+            assert engine.step(rate).applied
+        found = {
+            f"{moment}/{name}": engine.full_tensor(name, moment).clone()
+            for name in engine.parameters
+            for moment in ("master", *engine.moments[name])
+        }
+        engine.close()
+    return found

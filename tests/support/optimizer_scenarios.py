@@ -1,6 +1,7 @@
 """Scenarios: optimizers other than Adam, against their formulas, stopped, resumed and moved."""
 
 import functools
+import re
 
 import scenario_tools
 from known_gradients import known_steps
@@ -33,21 +34,19 @@ ENGINES["muon"] = (*ENGINES["muon"], "zero2-bf16")
 # VARIANT-zSTAGE-PRECISION of the steps on two ranks; one rank takes those at stage 1 in fp32.
 CASES = [
     f"{kind}-z{stage}-{precision}"
-    for kind in ("adam", *OPTIMIZERS)
+    for kind in OPTIMIZERS
     for stage in STAGES
-    for precision in ("fp32", "bf16")
+    for precision in ("fp32", "autocast", "bf16", "fp16")
 ]
-CASES += [f"{kind}-z2-autocast" for kind in OPTIMIZERS]
-CASES += [f"{variant}-z1-fp32" for variant in VARIANTS if "-" in variant]
+CASES += [f"{variant}-z1-fp32" for variant in VARIANTS if variant not in OPTIMIZERS]
 
 
 def formulas() -> None:
     """Steps with known gradients at every stage and precision; variants at stage 1."""
     on_one = [f"{kind}-z1-fp32" for kind in OPTIMIZERS]
     for case in CASES if here.world_size > 1 else on_one:
-        variant, _, engine = case.rpartition("-z")
-        kind = variant.partition("-")[0]
-        found = dict(known_steps(f"zero{engine}", kind, *VARIANTS[variant]))
+        variant, stage, precision = re.fullmatch("(.+)-z(.)-(.+)", case).groups()
+        found = known_steps(stage, precision, variant.partition("-")[0], *VARIANTS[variant])
         if here.rank == 0:
             save_file(found, here.outs / f"formula-{case}-{here.world_size}.safetensors")
 
