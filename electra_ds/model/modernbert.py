@@ -51,7 +51,10 @@ class Layer(nn.Module):
     The first layer has no LayerNorm before its attention, because the embeddings end with one.
     """
 
-    stacked: ClassVar = {"qkv.weight": 3, "ffn_in.weight": 2}  # matrices on the first axis of a parameter
+    stacked: ClassVar = {
+        "qkv.weight": 3,
+        "ffn_in.weight": 2,
+    }  # matrices on the first axis of a parameter
 
     def __init__(self, sizes: ModernBertEncoderConfig, eps: float, is_first: bool) -> None:
         super().__init__()

@@ -70,7 +70,9 @@ def memory(
     kind = config.optimizer.kind
     groups = group_sizes(module, kind)
     copies = {
-        (stage, precision): update_copies(module, kind, stage, precision == PRECISIONS[2], world_size)
+        (stage, precision): update_copies(
+            module, kind, stage, precision == PRECISIONS[2], world_size
+        )
         for stage in stages
         for precision in precisions
     }
@@ -81,8 +83,8 @@ def memory(
         for stage in stages:
             is_own = own.get("stage", 0) == stage
             zero = own if is_own else load_engine(f"zero{stage}")["zero_optimization"]
-            need = _at_stage(stage, precision, groups, config, world_size, zero, activations)
-            need = need._replace(update=max(need.update, copies[stage, precision]))
+            held = copies[stage, precision]
+            need = _at_stage(stage, precision, groups, config, world_size, zero, activations, held)
             # Every rank holds the weights of a frozen generator whole. In half precision rank 0 has
             # their fp32 values for checkpoints as well, in the memory of the host.
             width = 4
@@ -100,8 +102,12 @@ def _at_stage(
     world_size: int,
     zero: dict[str, Any],
     activations: tuple[int, int],
+    copies: int,
 ) -> Memory:
-    """Memory at one stage. zero: DeepSpeed's zero_optimization; activations: activation_bytes."""
+    """Memory at one stage.
+
+    zero: DeepSpeed's zero_optimization. activations: activation_bytes. copies: update_copies.
+    """
     width = 2 if precision == PRECISIONS[2] else 4
     states, gradients = model_state_bytes(groups, world_size)[stage, precision]
     sizes = [group.sizes for group in groups]
@@ -116,13 +122,14 @@ def _at_stage(
     update = (4 + width % 4) * largest_group // world_size
     if stage == 0:
         buckets = 0
-        update = 4 * count if width == 2 else 0
+        update = max(4 * count if width == 2 else 0, copies)
     elif stage == 3:
         # Stage 3 gathers the weights flat, and then one by one.
         gathered = count + min(count, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
         buckets = bucket + (width * gathered if world_size > 1 else 0)
-        update += bucket
+        update = max(update, copies) + bucket
     else:
+        update = max(update, copies)
         buckets = bucket * (2 if zero.get("overlap_comm") else 1)
     # Stage 1 reduces at the last micro-batch only, so it accumulates whole gradients until then.
     accumulated = width * count if stage == 1 else gradients

@@ -35,9 +35,7 @@ def group_sizes(module: nn.Module, kind: str) -> list[GroupSizes]:
     ]
 
 
-def update_copies(
-    module: nn.Module, kind: str, stage: int, is_half: bool, world_size: int
-) -> int:
+def update_copies(module: nn.Module, kind: str, stage: int, is_half: bool, world_size: int) -> int:
     """Return the bytes that the update of a group holds beside the model states, at most; 0: Adam.
 
     StableAdamW and LAMB hold two fp32 copies of what they update at a time: a parameter at stage 0,

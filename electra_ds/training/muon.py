@@ -104,7 +104,8 @@ class Muon(AdamW):
             if full is None or not piece.length:
                 continue
             blocks = full.chunk(piece.stacked)
-            factor = update_scale(*blocks[0].shape, options.adjust)
+            rows, columns = blocks[0].shape
+            factor = update_scale(rows, columns, options.adjust)
             update = torch.cat([newton_schulz(b, options.ns_steps, self.dtype) for b in blocks])
             part = update.view(-1)[piece.offset :][: piece.length]
             flat = parameter.view(-1)[piece.start :][: piece.length]

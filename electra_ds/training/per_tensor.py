@@ -1,4 +1,4 @@
-"""Optimizers whose step is scaled for each parameter: StableAdamW and LAMB.
+"""Optimizers that scale the step of each parameter: StableAdamW and LAMB.
 
 Notation: gradient g (clipped), rate r, moments m and v as in Adam with their bias correction
 (optimizer.bias_correction), eps, decay (0 for biases and LayerNorm).
@@ -58,7 +58,7 @@ class PerTensor(torch.optim.Optimizer):
 
 
 class StableAdamW(PerTensor):
-    """AdamW with a smaller rate for parameters whose gradient is large for v (Adafactor's clipping).
+    """AdamW with a smaller step of a parameter when its gradient is large for v.
 
     Wortsman et al. 2023, "Stable and low-precision training", Algorithm 2:
 

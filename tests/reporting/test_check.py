@@ -244,6 +244,36 @@ def test_model_states_shrink_with_the_stage_and_the_ranks():
         assert states == sorted(states, reverse=True)
 
 
+def test_muon_has_one_moment_less_for_its_matrices_and_a_cost_per_update():
+    sizes = ["model.num_layers=1", "generator.num_layers=1", "model.vocab_size=100"]
+    adam, muon = (load_run("tiny", [*sizes, f"optimizer.kind={kind}"]) for kind in ("adam", "muon"))
+    derived = {line.key: line.value for line in check(muon, 1).derived}
+    # Of two layers of width 128: query, key, value, out, and two of the feed-forward layer.
+    elements = 2 * (4 * 128 * 128 + 2 * 128 * 512)
+    assert derived["muon"] == f"{elements:,}"
+    # Five steps with A = X X^T, A A and B X: 2 n^2 m, 2 n^3 and 2 n^2 m operations for [n, m].
+    square, wide = 5 * 6 * 128**3, 5 * (4 * 128**2 * 512 + 2 * 128**3)
+    assert derived["newton_schulz"] == f"{2 * (4 * square + 2 * wide) / 1e9:,.1f} GFLOP"
+    assert "muon" not in {line.key for line in check(adam, 1).derived}
+    for stage in range(4):
+        states = [memory(run, 2, [stage], ["fp32"])[stage, "fp32"].states for run in (adam, muon)]
+        shares = 1 if stage == 0 else 2
+        # Within the gradients of parameters that lie on two ranks, which are kept whole.
+        assert states[0] - states[1] == pytest.approx(4 * elements / shares, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["muon", "stable_adamw", "lamb"])
+def test_updates_of_other_optimizers_hold_more_than_those_of_adam(kind):
+    sizes = ["data.sequence_length=8", "train.micro_batch_size=1"]
+    adam, other = (
+        memory(load_run("tiny", [*sizes, f"optimizer.kind={name}"]), 1, [2], ["fp32"])[2, "fp32"]
+        for name in ("adam", kind)
+    )
+    # Muon's largest group is smaller than Adam's, so it is compared with its own copy of gradients.
+    own = 4 * 786_432 if kind == "muon" else adam.update
+    assert other.update > own
+
+
 @pytest.mark.parametrize("preset", ["tiny", "modern-tiny", "deberta-tiny"])
 def test_activations_grow_with_the_rows_and_recomputation_reduces_them(preset):
     def needs(*sets):

@@ -1,11 +1,11 @@
-"""A module whose gradients are given: steps of an engine against a formula written out.
+"""A module with given gradients: steps of an engine against a formula written out.
 
 The gradients are small integers, so that their sums are exact in bf16 and fp16 as well.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from unittest import mock
 
 import torch
@@ -77,7 +77,7 @@ class Weight(nn.Module):
 class Layer(nn.Module):
     """A layer with a fused projection."""
 
-    stacked = {"qkv.weight": 3}
+    stacked: ClassVar = {"qkv.weight": 3}
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from known_gradients import LIMIT, OPTIONS, RATES, SHAPES, TRUE_ROWS, Known, config_of, gradients
+from known_gradients import LIMIT, RATES, SHAPES, TRUE_ROWS, Known, config_of, gradients
 from optimizer_scenarios import CASES, ENGINES, OPTIMIZERS, VARIANTS
 from run_results import curve, distance, is_bit_equal, tensors
 from running import read_json
@@ -112,7 +112,11 @@ def test_two_ranks_compute_the_formula(outs, case):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name].double(), value, rtol=2e-6, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
+            found[name].double(),
+            value,
+            rtol=2e-6,
+            atol=2e-6,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 
