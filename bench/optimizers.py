@@ -5,8 +5,8 @@
         --rates muon=1e-3,2e-3,4e-3 --set section.field=value
 
 D: a data folder with rows of any length. All runs have the same model, rows, order, masked
-positions, warmup and number of steps; only optimizer.kind and optimizer.peak_lr differ. Adam keeps
-the bias in its moments as in the presets; the other kinds correct it. A repeated call resumes.
+positions, warmup and number of steps, and Adam's moments are bias-corrected; only optimizer.kind and
+optimizer.peak_lr differ. A repeated call resumes.
 O/optimizers.json and O/optimizers.md hold the results of every run: the held-out MLM loss, the
 accuracy of the MLM head, the AUC on the fixed corruption and the minutes of training.
 """
@@ -33,10 +33,9 @@ RECIPE = (
     "train.micro_batch_size=16",
     "optimizer.warmup_steps=300",
     "optimizer.beta2=0.98",
+    "optimizer.bias_correction=true",
     "objective.mask_prob=0.15",
 )
-CORRECTED = ("optimizer.bias_correction=true",)
-SETTINGS = {"adam": (), "muon": CORRECTED, "stable_adamw": CORRECTED, "lamb": CORRECTED}
 RATES = {
     "adam": (5e-4, 1e-3, 2e-3),
     "muon": (5e-4, 1e-3, 2e-3),  # its updates are as large as Adam's
@@ -54,7 +53,6 @@ def measure(kind: str, rate: float, options: argparse.Namespace) -> dict[str, An
         f"train.seed={options.seed}",
         f"optimizer.kind={kind}",
         f"optimizer.peak_lr={rate}",
-        *SETTINGS[kind],
         *options.set,
     ]
     out = options.out / f"{kind}-{rate:g}"
