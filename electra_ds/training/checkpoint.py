@@ -338,7 +338,7 @@ def load(
     """
     meta = read_meta(path)
     if not weights_only:
-        _check_optimizer(path, meta.optimizer, engine.optimizer_kind)
+        _check_optimizer(path, meta, engine.optimizer_kind)
     with fail_on_all_ranks(engine.all_gather_object, f"loading {path}"):
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
     engine.reset_moments(0 if weights_only else meta.state.step)
@@ -376,8 +376,9 @@ def load(
     return meta
 
 
-def _check_optimizer(path: Path, found: str, expected: str) -> None:
-    if found != expected:
+def _check_optimizer(path: Path, meta: Meta, expected: str) -> None:
+    found, has_moments = meta.optimizer, any(name.startswith("optim") for name in meta.files)
+    if has_moments and found != expected:
         raise UserError(
             f"{printable(path)}: has the moments of optimizer.kind = {printable(found)}, but this "
             f"run has optimizer.kind = {expected}; the moments of one kind are of no use to another: "
