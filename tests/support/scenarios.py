@@ -88,8 +88,6 @@ PHASES = {  # ranks, scenarios
             modern,
             modern_refused,
             deberta,
-            formulas,
-            optimizers,
         ),
     ),
     "one": (
@@ -100,10 +98,8 @@ PHASES = {  # ranks, scenarios
             deberta_on_one_rank,
             spike_on_one_rank,
             lost_folder,
-            formulas,
             needed_memory,
             single_rank,
-            optimizers_on_one_rank,
             streamed_on_one_rank,
             half_precision_overflow,
             verdicts,
@@ -115,6 +111,8 @@ PHASES = {  # ranks, scenarios
         (fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern, fine_tuned_deberta),
     ),
     "finetune-two": (2, (fine_tuned,)),
+    "optimizers": (2, (formulas, optimizers)),
+    "optimizers-one": (1, (formulas, optimizers_on_one_rank)),
     "kinds": (2, (kinds, own_encoders, modern_kinds, deberta_kinds)),
     "disk": (2, (uninterrupted_on_disk, full_disk, quota_of_one_rank, read_only_disk)),
     "memory": (2, (needed_memory,)),
@@ -123,9 +121,6 @@ PHASES = {  # ranks, scenarios
     "modern-one": (1, (modern_on_one_rank, needed_memory)),
     "deberta": (2, (deberta, deberta_kinds)),
     "deberta-one": (1, (deberta_on_one_rank, needed_memory)),
-    # Runs of the optimizers, for work on them.
-    "optimizers": (2, (formulas, optimizers)),
-    "optimizers-one": (1, (formulas, optimizers_on_one_rank)),
     # Ways in which generator and discriminator depend on each other, for work on these.
     "generators": (2, (uninterrupted, sharing, frozen)),
     "verdicts": (1, (verdicts,)),

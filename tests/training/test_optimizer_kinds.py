@@ -102,13 +102,13 @@ def reference(variant):
     return Reference(config.optimizer).run()
 
 
-def read(outs, case, ranks):
-    return load_file(outs / f"formula-{case}-{ranks}.safetensors")
+def read(optimizer_runs, case, ranks):
+    return load_file(optimizer_runs / f"formula-{case}-{ranks}.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_compute_the_formula(outs, case):
-    expected, found = reference(case.rpartition("-z")[0]), read(outs, case, 2)
+def test_two_ranks_compute_the_formula(optimizer_runs, case):
+    expected, found = reference(case.rpartition("-z")[0]), read(optimizer_runs, case, 2)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -121,8 +121,8 @@ def test_two_ranks_compute_the_formula(outs, case):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_one_rank_computes_what_two_compute(outs, kind):
-    one, two = (read(outs, f"{kind}-z1-fp32", ranks) for ranks in (1, 2))
+def test_one_rank_computes_what_two_compute(optimizer_runs, kind):
+    one, two = (read(optimizer_runs, f"{kind}-z1-fp32", ranks) for ranks in (1, 2))
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=1e-6, atol=1e-6)
@@ -182,28 +182,32 @@ RUNS = [(kind, engine) for kind in OPTIMIZERS for engine in ENGINES[kind]]
 
 
 @pytest.mark.parametrize(("kind", "engine"), RUNS)
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(outs, kind, engine):
-    resumed, whole = outs / f"{kind}-cut-{engine}", outs / f"{kind}-{engine}"
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(optimizer_runs, kind, engine):
+    resumed, whole = optimizer_runs / f"{kind}-cut-{engine}", optimizer_runs / f"{kind}-{engine}"
     assert is_bit_equal(resumed, whole) and curve(resumed) == curve(whole)
 
 
 @pytest.mark.parametrize("other", ["zero3-fp32", "moved", "for-one"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_another_stage_or_number_of_ranks_continues_the_run(outs, kind, other):
-    assert distance(outs / f"{kind}-{other}", outs / f"{kind}-zero1-fp32") < 1e-5
+def test_another_stage_or_number_of_ranks_continues_the_run(optimizer_runs, kind, other):
+    assert (
+        distance(optimizer_runs / f"{kind}-{other}", optimizer_runs / f"{kind}-zero1-fp32") < 1e-5
+    )
 
 
-def test_a_checkpoint_names_its_optimizer_and_has_the_moments_of_each_parameter(outs):
+def test_a_checkpoint_names_its_optimizer_and_has_the_moments_of_each_parameter(optimizer_runs):
     for kind in OPTIMIZERS:
-        folder = checkpoint.latest(outs / f"{kind}-zero1-fp32" / "ckpt")
+        folder = checkpoint.latest(optimizer_runs / f"{kind}-zero1-fp32" / "ckpt")
         assert checkpoint.read_meta(folder).optimizer == kind
-    names = tensors(outs / "muon-zero1-fp32").keys()
+    names = tensors(optimizer_runs / "muon-zero1-fp32").keys()
     layer = "discriminator.layers.1.qkv.weight"
     assert f"momentum_buffer/{layer}" in names and f"exp_avg/{layer}" not in names
     others = ("embeddings.word.weight", "discriminator_head.dense.weight", "generator_head.bias")
     assert {f"{kind}/{n}" for n in others for kind in ("exp_avg", "exp_avg_sq")} <= names
 
 
-def test_a_resume_with_another_optimizer_is_refused_and_a_start_from_its_weights_is_not(outs):
-    assert "optimizer.kind: muon -> adam" in read_json(outs / "optimizers-0.json")["kind"]
-    assert curve(outs / "adam-from-muon")[-1]["step"] == 6
+def test_a_resume_with_another_optimizer_is_refused_and_a_start_from_its_weights_is_not(
+    optimizer_runs,
+):
+    assert "optimizer.kind: muon -> adam" in read_json(optimizer_runs / "optimizers-0.json")["kind"]
+    assert curve(optimizer_runs / "adam-from-muon")[-1]["step"] == 6
