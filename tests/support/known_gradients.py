@@ -21,11 +21,11 @@ from electra_ds.training.engine import Engine
 
 KNOWN_STEPS = 4
 RATES = (0.02, 0.04, 0.01, 0.03)
-# The parts of the flattened groups on two ranks cut `qkv` and `word`.
+# Two ranks share `word` and the third matrix of `qkv` at stages 1 and 2.
 SHAPES = {
     "word.weight": (13, 8),  # 10 rows, and 3 that pad
     "encoder.layers.0.qkv.weight": (30, 8),
-    "encoder.layers.0.out.weight": (8, 10),
+    "encoder.layers.0.out.weight": (8, 12),
     "head.weight": (1, 8),
     "bias.weight": (7,),
 }
