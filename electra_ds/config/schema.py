@@ -5,7 +5,7 @@ Scope `machine`: all other fields. A resume with another value is allowed and re
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -271,9 +271,45 @@ class AdamConfig(Section):
     )
 
 
-class OptimizerConfig(AdamConfig):
-    """Adam with the schedule of pretraining (the formulas are in training/schedule.py)."""
+class MuonOptions(NamedTuple):
+    """The fields muon_* of `OptimizerConfig`."""
 
+    momentum: float
+    ns_steps: int
+    adjust: str
+    lr_scale: float
+
+
+class OptimizerConfig(AdamConfig):
+    """The optimizer of pretraining, and its schedule (the formulas are in training/schedule.py).
+
+    The formulas of the kinds are in training/optimizer.py, training/muon.py and
+    training/per_tensor.py. beta1, beta2, eps and bias_correction apply to every kind; with muon, to
+    the parameters that Adam updates.
+    """
+
+    kind: Literal["adam", "muon", "stable_adamw", "lamb"] = science(
+        "adam",
+        "optimizer; muon: orthogonalized momentum for the matrices in the encoder layers, Adam for "
+        "the rest; stable_adamw: Adam with update clipping; lamb: Adam with a trust ratio",
+    )
+    muon_momentum: float | None = science(
+        None, "momentum of muon; null: 0.95, or none for another kind", ge=0, lt=1
+    )
+    muon_ns_steps: int | None = science(
+        None, "Newton-Schulz steps of muon; null: 5, or none for another kind", ge=1, le=20
+    )
+    muon_adjust: Literal["rms", "spectral"] | None = science(
+        None,
+        "factor of an update [n, m] of muon: 0.2 sqrt(max(n, m)) (rms: as large as Adam's) or "
+        "sqrt(max(1, n / m)) (spectral); null: rms, or none for another kind",
+    )
+    muon_lr_scale: float | None = science(
+        None,
+        "rate of muon, as a multiple of that of Adam; null: 1, or none for another kind",
+        gt=0,
+        le=1e6,
+    )
     warmup_steps: int = science(..., "steps of the linear warmup", ge=0, le=MAX_STEPS)
     schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = science(
         "linear",
@@ -292,6 +328,27 @@ class OptimizerConfig(AdamConfig):
     decay_shape: Literal["linear", "cosine", "1-sqrt"] | None = science(
         None, "shape of the decay of wsd; null: linear"
     )
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_kind(self) -> "OptimizerConfig":
+        for name in ("muon_momentum", "muon_ns_steps", "muon_adjust", "muon_lr_scale"):
+            value = getattr(self, name)
+            if self.kind != "muon" and value is not None:
+                raise ValueError(
+                    f"{name} = {value}, but kind = {self.kind} has no such option: set "
+                    f"optimizer.kind = muon, or leave {name} out"
+                )
+        return self
+
+    @property
+    def muon(self) -> "MuonOptions":
+        """The options of muon, with the defaults filled in."""
+        return MuonOptions(
+            momentum=0.95 if self.muon_momentum is None else self.muon_momentum,
+            ns_steps=self.muon_ns_steps or 5,
+            adjust=self.muon_adjust or "rms",
+            lr_scale=self.muon_lr_scale or 1.0,
+        )
 
     @model_validator(mode="after")
     def _schedule_is_possible(self) -> "OptimizerConfig":
@@ -588,6 +645,11 @@ class FactoryRun(RunConfig):
             raise ValueError(
                 f"objective.kind {self.objective.kind} needs the built-in model; a factory's "
                 "discriminator detects replaced tokens: electra or electra_15"
+            )
+        if self.optimizer.kind == "muon":
+            raise ValueError(
+                "optimizer.kind = muon works with the built-in encoders only, because it needs to "
+                "know their layers: use adam, stable_adamw or lamb"
             )
         if self.objective.is_frozen:
             raise ValueError(

@@ -7,7 +7,7 @@ buckets, and without convolution, position table and token types.
 Dimensions: B rows, S sequence, H hidden, N selected positions, R rows of the relative table.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,8 @@ class QkvLinear(Linear):
 
 class Layer(nn.Module):
     """One post-LN layer: x = norm(x + attention(x)); x = norm(x + ffn(x))."""
+
+    stacked: ClassVar = {"qkv.weight": 3}  # matrices on the first axis of a parameter
 
     def __init__(self, sizes: DebertaV2EncoderConfig, eps: float) -> None:
         super().__init__()

@@ -3,6 +3,8 @@
 Dimensions: B rows, S sequence, H hidden, E embedding, N selected positions.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +50,8 @@ class Embeddings(EmbeddingsBase):
 
 class Layer(nn.Module):
     """One post-LN transformer layer: x = norm(x + attention(x)); x = norm(x + ffn(x))."""
+
+    stacked: ClassVar = {"qkv.weight": 3}  # matrices on the first axis of a parameter
 
     def __init__(self, sizes: ElectraEncoderConfig, eps: float) -> None:
         super().__init__()

@@ -181,3 +181,23 @@ def encode(
         cu_seqlens=batch.cu_seqlens,
         positions=positions,
     )
+
+
+def hidden_matrices(module: nn.Module) -> dict[str, int]:
+    """Return {parameter name: number of matrices it stacks} of the matrices in encoder layers.
+
+    These are the projections of attention and feed-forward layers. Embeddings, the projections of
+    embeddings, tables of positions and heads are not among them. A layer names parameters that
+    stack several matrices on their first axis in its attribute `stacked`.
+    """
+    found: dict[str, int] = {}
+    for prefix, encoder in module.named_modules():
+        if not isinstance(encoder, EncoderBase):
+            continue
+        path = f"{prefix}.layers" if prefix else "layers"
+        for index, layer in enumerate(encoder.layers):
+            stacked = getattr(layer, "stacked", {})
+            for name, parameter in layer.named_parameters():
+                if parameter.ndim == 2:
+                    found[f"{path}.{index}.{name}"] = stacked.get(name, 1)
+    return found

@@ -6,6 +6,8 @@ attention, and no biases in the layers. The mathematics is that of ModernBertMod
 Dimensions: B rows, S sequence, H hidden, N selected positions.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +50,11 @@ class Layer(nn.Module):
 
     The first layer has no LayerNorm before its attention, because the embeddings end with one.
     """
+
+    stacked: ClassVar = {
+        "qkv.weight": 3,
+        "ffn_in.weight": 2,
+    }  # matrices on the first axis of a parameter
 
     def __init__(self, sizes: ModernBertEncoderConfig, eps: float, is_first: bool) -> None:
         super().__init__()

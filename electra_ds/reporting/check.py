@@ -16,10 +16,12 @@ from electra_ds.config.loading import phase_runs
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.dataset import Data
 from electra_ds.data.masking import max_masked_positions
-from electra_ds.model.build import VOCAB_SIZE, ParameterCount, parameter_count
+from electra_ds.model.build import VOCAB_SIZE, ParameterCount, meta_model, parameter_count
+from electra_ds.model.encoder import hidden_matrices
 from electra_ds.reporting.check_phases import PhaseLine, phase_lines, steps_of
+from electra_ds.training.muon import newton_schulz_flops
 from electra_ds.training.phases import Phase, Span, spans
-from electra_ds.training.run_plan import check_schedules, plan, plan_warnings
+from electra_ds.training.run_plan import check_optimizer, check_schedules, plan, plan_warnings
 
 
 class Line(NamedTuple):
@@ -67,9 +69,10 @@ def check(
     data: for epochs, the vocabulary and the shares of a mixture; see `plan`.
     baseline: the preset with which values are compared; None: the defaults of the schema.
     Raises UserError for an engine that cannot be loaded, for data that does not fit the model, for
-    a global batch that cannot be split over the ranks, and for a decay that is longer than the run.
+    a global batch that cannot be split over the ranks, for a decay that is longer than the run, and
+    for an optimizer that does not work with the engine.
     """
-    load_engine(config.engine)
+    check_optimizer(config.optimizer, load_engine(config.engine))
     runs, names = phase_runs(config), [phase.name for phase in config.phases]
     planned: list[Phase] = []
     if data is not None:
@@ -90,7 +93,7 @@ def check(
             *_length_lines(config, planned),
             *(_rate_lines(schedules[0]) if schedules else ()),
         ]
-    derived += _parameter_lines(config, parameter_count(config))
+    derived += [*_parameter_lines(config, parameter_count(config)), *_muon_lines(config)]
     fields = list(_fields(config))
     known = {line.key: line.value for line in _fields(baseline)} if baseline else _defaults(config)
     changed = [line for line in fields if known.get(line.key) != line.value]
@@ -215,3 +218,24 @@ def _parameter_lines(config: RunConfig, parameters: ParameterCount) -> Iterator[
     yield _derived("trained", parameters.trained, "trained parameters in all")
     if parameters.frozen:
         yield _derived("frozen", parameters.frozen, "parameters of the generator, not trained")
+
+
+def _muon_lines(config: RunConfig) -> Iterator[Line]:
+    """The parameters that Muon updates, and the cost of its updates; none for another optimizer."""
+    if config.optimizer.kind != "muon":
+        return
+    module = meta_model(config)
+    stacked = hidden_matrices(module)
+    matrices = [
+        (count, parameter.shape[0] // count, parameter.shape[1])
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and (count := stacked.get(name, 0))
+    ]
+    elements = sum(count * rows * columns for count, rows, columns in matrices)
+    steps = config.optimizer.muon.ns_steps
+    flops = sum(
+        count * newton_schulz_flops(rows, columns, steps) for count, rows, columns in matrices
+    )
+    yield _derived("muon", elements, "parameters that Muon updates; Adam updates the others")
+    meaning = "floating-point operations of the Newton-Schulz steps of one update"
+    yield _derived("newton_schulz", f"{flops / 1e9:,.1f} GFLOP", meaning)

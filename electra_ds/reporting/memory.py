@@ -6,7 +6,7 @@ measured memory. Dimensions: B rows, S tokens of a row.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,13 @@ from electra_ds.config.schema import RunConfig
 from electra_ds.data.batch import Batch
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.model.build import meta_model
-from electra_ds.training.optimizer import parameter_groups
+from electra_ds.reporting.optimizer_memory import (
+    GroupSizes,
+    counter_bytes,
+    group_sizes,
+    moment_elements,
+    update_copies,
+)
 
 PRECISIONS = ("fp32", "bf16 autocast", "half (bf16, fp16)")
 
@@ -27,12 +33,12 @@ PRECISIONS = ("fp32", "bf16 autocast", "half (bf16, fp16)")
 class Memory(NamedTuple):
     """Largest numbers of bytes on a rank.
 
-    states: weights, gradients, fp32 master weights and two moments, padding included.
+    states: weights, gradients, fp32 master weights and moments, padding included.
     gradients: bytes of `states` that are freed between a step and the next backward (0 at stage 3).
     buckets: buffers in which gradients are reduced and (stage 3) weights are gathered.
     activations: of forward and backward of one micro-batch; at stage 0 with the gradients that
         autograd produces.
-    update: copies of gradients that the optimizer step makes.
+    update: copies that the optimizer step makes, of gradients and of updates.
     """
 
     states: int
@@ -51,8 +57,8 @@ class Memory(NamedTuple):
 def memory(
     config: RunConfig,
     world_size: int,
-    stages: Iterable[int] = range(4),
-    precisions: Iterable[str] = PRECISIONS,
+    stages: Sequence[int] = range(4),
+    precisions: Sequence[str] = PRECISIONS,
 ) -> dict[tuple[int, str], Memory]:
     """(stage, precision) -> memory of a rank, without offload and without compiled layers.
 
@@ -61,8 +67,15 @@ def memory(
     """
     module = meta_model(config)
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
-    groups = parameter_groups(module, 1.0)
-    sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
+    kind = config.optimizer.kind
+    groups = group_sizes(module, kind)
+    copies = {
+        (stage, precision): update_copies(
+            module, kind, stage, precision == PRECISIONS[2], world_size
+        )
+        for stage in stages
+        for precision in precisions
+    }
     own = load_engine(config.engine).get("zero_optimization", {})
     needs = {}
     for precision in precisions:
@@ -70,7 +83,8 @@ def memory(
         for stage in stages:
             is_own = own.get("stage", 0) == stage
             zero = own if is_own else load_engine(f"zero{stage}")["zero_optimization"]
-            need = _at_stage(stage, precision, sizes, config, world_size, zero, activations)
+            held = copies[stage, precision]
+            need = _at_stage(stage, precision, groups, config, world_size, zero, activations, held)
             # Every rank holds the weights of a frozen generator whole. In half precision rank 0 has
             # their fp32 values for checkpoints as well, in the memory of the host.
             width = 4
@@ -83,15 +97,20 @@ def memory(
 def _at_stage(
     stage: int,
     precision: str,
-    sizes: list[list[int]],
+    groups: list[GroupSizes],
     config: RunConfig,
     world_size: int,
     zero: dict[str, Any],
     activations: tuple[int, int],
+    copies: int,
 ) -> Memory:
-    """Memory at one stage. zero: DeepSpeed's zero_optimization; activations: activation_bytes."""
+    """Memory at one stage.
+
+    zero: DeepSpeed's zero_optimization. activations: activation_bytes. copies: update_copies.
+    """
     width = 2 if precision == PRECISIONS[2] else 4
-    states, gradients = model_state_bytes(sizes, world_size)[stage, precision]
+    states, gradients = model_state_bytes(groups, world_size)[stage, precision]
+    sizes = [group.sizes for group in groups]
     largest_group = max(map(sum, sizes))
     count = sum(map(sum, sizes))
     bucket = 0
@@ -103,13 +122,14 @@ def _at_stage(
     update = (4 + width % 4) * largest_group // world_size
     if stage == 0:
         buckets = 0
-        update = 4 * count if width == 2 else 0
+        update = max(4 * count if width == 2 else 0, copies)
     elif stage == 3:
         # Stage 3 gathers the weights flat, and then one by one.
         gathered = count + min(count, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
         buckets = bucket + (width * gathered if world_size > 1 else 0)
-        update += bucket
+        update = max(update, copies) + bucket
     else:
+        update = max(update, copies)
         buckets = bucket * (2 if zero.get("overlap_comm") else 1)
     # Stage 1 reduces at the last micro-batch only, so it accumulates whole gradients until then.
     accumulated = width * count if stage == 1 else gradients
@@ -119,34 +139,38 @@ def _at_stage(
 
 
 def model_state_bytes(
-    sizes: list[list[int]], world_size: int
+    groups: list[GroupSizes], world_size: int
 ) -> dict[tuple[int, str], tuple[int, int]]:
     """(stage, precision) -> (bytes of all model states, bytes of the gradients among them).
 
     The numbers are those of the rank that holds most. Model states are weights, gradients, fp32
-    master weights, two moments, and Adam's step counters (4 bytes per tensor of the optimizer).
+    master weights, moments, and Adam's step counters (4 bytes per tensor of the optimizer).
     Stages 1 and 2 split a flat group into shares, padded to 2 elements per rank. A rank keeps the
     whole gradient of a parameter that lies in its share only partly. Stage 3 splits each parameter.
     From stage 1 on, fp32 has a second copy of the weights.
-
-    sizes: elements of each parameter, in memory order, for each group of the optimizer.
     """
     needs: dict[tuple[int, str], tuple[int, int]] = {}
-    count = sum(map(sum, sizes))
+    sizes = [group.sizes for group in groups]
+    counts = [sum(group) for group in sizes]
+    count = sum(counts)
     padded = [-(-sum(group) // (2 * world_size)) * 2 * world_size for group in sizes]
-    shares = sum(-(-size // world_size) for group in sizes for size in group)
+    shares = [sum(-(-size // world_size) for size in group) for group in sizes]
     kept = max(
         sum(_gradients_kept(*pair, rank, world_size) for pair in zip(sizes, padded, strict=True))
         for rank in range(world_size)
     )
+    flat_moments = 4 * moment_elements(groups, padded) // world_size
+    flat_counters = counter_bytes(groups, [1] * len(groups))
     for precision, width in zip(PRECISIONS, (4, 4, 2), strict=True):
-        moments = 8 if width == 4 else 12  # stage 0 in fp32 updates the weights in place
-        states = (2 * width + moments) * count + 4 * sum(map(len, sizes))
+        masters = 0 if width == 4 else 4  # stage 0 in fp32 updates the weights in place
+        states = (2 * width + masters) * count + 4 * moment_elements(groups, counts)
+        states += counter_bytes(groups, list(map(len, sizes)))
         needs[0, precision] = states, width * count
         for stage in (1, 2):
-            states = width * (sum(padded) + kept) + 12 * sum(padded) // world_size + 4 * len(sizes)
-            needs[stage, precision] = states, width * kept
-        needs[3, precision] = (2 * width + 12) * shares + 4 * len(sizes), 0
+            states = width * (sum(padded) + kept) + 4 * sum(padded) // world_size
+            needs[stage, precision] = states + flat_moments + flat_counters, width * kept
+        states = (2 * width + 4) * sum(shares) + 4 * moment_elements(groups, shares)
+        needs[3, precision] = states + flat_counters, 0
     return needs
 
 

@@ -2,7 +2,8 @@
 
     OUT/ckpt/1000/meta.json                            state, config, file list with sizes and sha256
                   model-00001-of-00002.safetensors     fp32 master weights by canonical parameter name
-                  optim-00001-of-00002.safetensors     exp_avg/NAME, exp_avg_sq/NAME
+                  optim-00001-of-00002.safetensors     exp_avg/NAME, exp_avg_sq/NAME; with Muon
+                                                       momentum_buffer/NAME of its matrices
     OUT/ckpt/latest                                    the name of one checkpoint, written last
 
 A checkpoint folder is complete, because it is renamed to its name after its files are written. The
@@ -34,7 +35,6 @@ from electra_ds.training.state import TrainingState
 
 FORMAT = "electra_ds checkpoint"
 VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FINAL = "final"
 STEP = re.compile(r"[0-9]{1,15}")  # name of a checkpoint
 FILE_NAME = re.compile(r"(model|optim)-[0-9]{5}-of-[0-9]{5}\.safetensors")
@@ -46,11 +46,14 @@ class Weights(Protocol):
     """Interface of `engine.Engine` for saving and loading: full tensors, and collectives.
 
     The values in `frozen` are saved from rank 0; on other ranks only their shapes are used.
+    moments: parameter name -> names of its moments.
     """
 
     ranks: Any
     parameters: dict[str, Any]
     frozen: dict[str, Tensor]
+    optimizer_kind: str
+    moments: dict[str, tuple[str, ...]]
 
     def full_tensor(self, name: str, kind: str) -> Tensor: ...
     def set_full_tensor(self, name: str, kind: str, value: Tensor) -> None: ...
@@ -95,6 +98,7 @@ class MetaFile(Record):
     first_attempt: int = Field(default=0, ge=0, le=2 * MAX_STEPS)  # likewise
     first_position: int = Field(default=0, ge=0, lt=2**62)
     reset_step: int = Field(default=0, ge=0, le=MAX_STEPS)
+    optimizer: str = Field(default="adam", max_length=64)  # the first checkpoints have none
     scaler: ScalerFacts
     world_size: int = Field(ge=1, le=2**20)
     config: dict[str, Any]
@@ -120,6 +124,7 @@ class Meta:
 
     state: progress of the run.
     config: the resolved config as JSON values.
+    optimizer: kind of the optimizer that the moments belong to.
     scaler: state of the fp16 loss scaler; empty without one.
     world_size: number of ranks that wrote the checkpoint.
     files: file name -> {"bytes": size, "sha256": hexadecimal hash}.
@@ -130,6 +135,7 @@ class Meta:
     scaler: dict[str, float]
     world_size: int
     files: dict[str, dict[str, Any]]
+    optimizer: str = "adam"
 
 
 def latest(folder: Path) -> Path | None:
@@ -225,6 +231,7 @@ def read_meta(path: Path) -> Meta:
         record.scaler.model_dump(exclude_none=True),
         record.world_size,
         {name: facts.model_dump() for name, facts in record.files.items()},
+        record.optimizer,
     )
     for name, facts in meta.files.items():
         _check_size(path, name, facts["bytes"])
@@ -332,9 +339,12 @@ def load(
     weights_only: load no moments (they are set to zero), no step count and no loss scaler. The
         checkpoint may lack the frozen tensors; these keep their values.
     skipped: prefixes of tensors of the checkpoint that are not loaded, whatever their shapes.
-    Raises UserError on every rank when a file is damaged or the parameters differ.
+    Raises UserError on every rank when a file is damaged, the parameters differ, or the moments are
+    those of another optimizer.
     """
     meta = read_meta(path)
+    if not weights_only:
+        _check_optimizer(path, meta, engine.optimizer_kind)
     with fail_on_all_ranks(engine.all_gather_object, f"loading {path}"):
         check_content(path, meta, engine.ranks.rank, engine.ranks.world_size)
     state = meta.state
@@ -342,8 +352,10 @@ def load(
     expected = {
         name: _stored_shape(engine.shape(name), true_rows.get(name)) for name in engine.parameters
     }
-    kinds = ("master",) if weights_only else ("master", *MOMENTS)
-    missing = {(name, kind) for name in expected for kind in kinds}
+    kinds: dict[str, tuple[str, ...]] = {name: ("master",) for name in engine.frozen}
+    for name in expected:
+        kinds[name] = ("master", *(() if weights_only else engine.moments[name]))
+    missing = {(name, kind) for name in expected for kind in kinds[name]}
     expected |= {name: tuple(value.shape) for name, value in engine.frozen.items()}
     if not weights_only:
         missing |= {(name, "master") for name in engine.frozen}
@@ -352,7 +364,7 @@ def load(
             kind, _, name = ("master", "", key) if prefix == "model" else key.partition("/")
             if name.startswith(skipped):
                 continue
-            if kind not in kinds or expected.get(name) != tuple(value.shape):
+            if kind not in kinds.get(name, ()) or expected.get(name) != tuple(value.shape):
                 here = expected.get(name, "no such parameter")
                 raise UserError(
                     f"{printable(path)}: {printable(key)} has shape {tuple(value.shape)}, this "
@@ -369,6 +381,16 @@ def load(
     if not weights_only:
         engine.set_scaler_state(meta.scaler)
     return meta
+
+
+def _check_optimizer(path: Path, meta: Meta, expected: str) -> None:
+    found, has_moments = meta.optimizer, any(name.startswith("optim") for name in meta.files)
+    if has_moments and found != expected:
+        raise UserError(
+            f"{printable(path)}: has the moments of optimizer.kind = {printable(found)}, but this "
+            f"run has optimizer.kind = {expected}; the moments of one kind are of no use to another: "
+            f"set optimizer.kind = {printable(found)}, or start another run with --init-from"
+        )
 
 
 def _stored_shape(shape: torch.Size, rows: int | None) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from electra_ds.common.files import apply_umask, fsync_folder, sha256_file, writ
 from electra_ds.common.json_files import write_json
 from electra_ds.common.own_folder import remove_own
 from electra_ds.config.schema import CheckpointConfig
-from electra_ds.training.checkpoint import FINAL, FORMAT, MOMENTS, STEP, VERSION, Weights, latest
+from electra_ds.training.checkpoint import FINAL, FORMAT, STEP, VERSION, Weights, latest
 from electra_ds.training.collectives import Votes, fail_on_all_ranks
 from electra_ds.training.state import TrainingState
 
@@ -64,13 +64,13 @@ class PendingCheckpoint:
             "format": FORMAT,
             "version": VERSION,
             **asdict(state),
+            "optimizer": engine.optimizer_kind,
             "scaler": engine.scaler_state(),
             "world_size": engine.ranks.world_size,
             "config": config,
         }
-        kinds = ("master",) if weights_only else ("master", *MOMENTS)
         with fail_on_all_ranks(engine.all_gather_object, f"saving {self.target}") as report:
-            tensors = _gather(engine, true_rows, kinds)
+            tensors = _gather(engine, true_rows, weights_only)
             if engine.ranks.rank == 0:
                 # A random name: two attempts that save at once, one of them after a long sleep,
                 # do not write into one folder.
@@ -272,12 +272,12 @@ def _point_latest_at(checkpoint: Path) -> None:
 
 
 def _gather(
-    engine: Weights, true_rows: dict[str, int], kinds: tuple[str, ...]
+    engine: Weights, true_rows: dict[str, int], weights_only: bool
 ) -> dict[str, dict[str, Tensor]]:
     """Gather each tensor on all ranks and copy it on its owner. Rank 0 adds the frozen tensors.
 
-    kinds: "master" and, to resume, the moments. Returns this rank's {"model": {name: tensor},
-    "optim": {kind/name: tensor}}, fp32 on the CPU.
+    weights_only: without the moments. Returns this rank's {"model": {name: tensor}, "optim":
+    {kind/name: tensor}}, fp32 on the CPU.
     """
     sizes = {name: engine.shape(name).numel() for name in engine.parameters}
     owners = _owners(sizes, engine.ranks.world_size)
@@ -286,7 +286,7 @@ def _gather(
         weights = {name: x.to("cpu", torch.float32) for name, x in engine.frozen.items()}
     moments: dict[str, Tensor] = {}
     for name in engine.parameters:
-        for kind in kinds:
+        for kind in ("master", *(() if weights_only else engine.moments[name])):
             full = engine.full_tensor(name, kind)
             if owners[name] != engine.ranks.rank:
                 continue
@@ -296,7 +296,7 @@ def _gather(
                 weights[name] = copied
             else:
                 moments[f"{kind}/{name}"] = copied
-    return {"model": weights, "optim": moments} if len(kinds) > 1 else {"model": weights}
+    return {"model": weights} if weights_only else {"model": weights, "optim": moments}
 
 
 def _write(

@@ -6,7 +6,8 @@ ops.__compatible_ops__, parameter._hp_mapping, engine.enable_backward_allreduce,
 engine._config (batch sizes) and optimizer.gradient_accumulation_steps (another phase),
 FP16_UnfusedOptimizer.fp16_groups and fp32_groups (stage 0),
 optimizer._hp_optimizer_states_linked and _lazy_init_hp_params_optimizer_state (stages 1 and 2),
-optimizer.fp32_partitioned_groups_flat and parameter_offload.FWD_MODULE_STACK (stage 3).
+optimizer.fp32_partitioned_groups_flat, sub_group_to_group_id and
+parameter_offload.FWD_MODULE_STACK (stage 3). training/pieces.py lists more.
 """
 
 import contextlib
@@ -28,9 +29,14 @@ from torch import Tensor, nn
 
 from electra_ds.cluster.launchers import Ranks, check_address
 from electra_ds.common.errors import UserError
+from electra_ds.model.encoder import hidden_matrices
+from electra_ds.model.weights import true_rows
+from electra_ds.training import pieces
 from electra_ds.training.collectives import ControlGroup, collective, gloo_group
 from electra_ds.training.frozen_modules import FrozenModules
-from electra_ds.training.optimizer import AdamW, make_state, parameter_groups
+from electra_ds.training.muon import Muon
+from electra_ds.training.optimizer import AdamW, make_state, moments_of, parameter_groups
+from electra_ds.training.per_tensor import Lamb, StableAdamW
 from electra_ds.training.precision import EngineConfig, resolve_precision
 
 AnyBatch = TypeVar("AnyBatch", bound=NamedTuple)  # of tensors or None
@@ -187,6 +193,8 @@ class Engine:
     parameters: canonical name -> parameter of the wrapped module (an empty tensor at stage 3).
     frozen: canonical name -> tensor without padded rows, of `add_frozen`; in fp32 on rank 0, in the
         dtype of the engine on other ranks.
+    optimizer_kind: optimizer.kind of the config; "adam" for a config without it.
+    moments: canonical name -> names of the optimizer's tensors of the parameter.
     """
 
     @collective
@@ -201,7 +209,8 @@ class Engine:
     ):
         """Wrap the module. Collective.
 
-        config: a RunConfig, or another object with `train`, `optimizer` and `accumulation`.
+        config: a RunConfig, or another object with `train`, `optimizer` and `accumulation`. An
+            optimizer without `kind` is Adam.
         engine_config: as `config.engine_files.load_engine` returns it; the precision is resolved
         here. lr_scale: parameter name -> factor of its learning rate.
         """
@@ -218,7 +227,16 @@ class Engine:
         # are done here.
         self._computes_norm = self.stage == 0 and not half
         objective.to(device)
-        groups = parameter_groups(objective, config.optimizer.weight_decay, lr_scale)
+        self.optimizer_kind: str = getattr(config.optimizer, "kind", "adam")
+        stacked = hidden_matrices(objective) if self.optimizer_kind == "muon" else {}
+        groups = parameter_groups(objective, config.optimizer.weight_decay, lr_scale, stacked)
+        names = {id(parameter): name for name, parameter in objective.named_parameters()}
+        named_groups = [[names[id(parameter)] for parameter in g["params"]] for g in groups]
+        self.moments = {
+            name: moments_of(group)
+            for group, members in zip(groups, named_groups, strict=True)
+            for name in members
+        }
         self.optimizer = self._make_optimizer(groups)
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=self._merged_config()
@@ -234,6 +252,8 @@ class Engine:
         self.reset_moments(0)
         self.control = ControlGroup(ranks)
         self.all_gather_object = self.control.all_gather_object
+        if hasattr(self.optimizer, "pieces"):
+            self.optimizer.pieces = self._find_pieces(named_groups, stacked)
         _limit_waiting(config.train.timeout_minutes)
 
     def _merged_config(self) -> EngineConfig:
@@ -258,6 +278,14 @@ class Engine:
     def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         options = self.config.optimizer
         offload = self.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        if self.optimizer_kind == "muon":
+            kinds = ("bf16", "fp16", "torch_autocast")
+            is_half = any(self.deepspeed_config.get(kind, {}).get("enabled") for kind in kinds)
+            # On a CPU bf16 products are not faster.
+            in_bf16 = is_half and self.device.type == "cuda"
+            return Muon(groups, options, torch.bfloat16 if in_bf16 else torch.float32)
+        if self.optimizer_kind != "adam":
+            return {"stable_adamw": StableAdamW, "lamb": Lamb}[self.optimizer_kind](groups, options)
         if offload.get("device", "none") == "none":
             return AdamW(groups, options)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -292,8 +320,29 @@ class Engine:
         if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
             self._engine.optimizer.gradient_accumulation_steps = self.accumulation
         for group in self.optimizer.param_groups:
-            if group["decays"]:
+            if not group["is_vector"]:
                 group["weight_decay"] = config.optimizer.weight_decay
+
+    @collective
+    def _find_pieces(
+        self, groups: list[list[str]], stacked: dict[str, int]
+    ) -> dict[int, pieces.Pieces]:
+        """Return the parts of parameters in each tensor of the optimizer. Collective.
+
+        groups: names of the parameters of each group of the optimizer.
+        """
+        trained = {name: p for name, p in self.parameters.items() if name in self.moments}
+        if self.stage == 3:
+            places = pieces.places_at_stage_3(self._engine.optimizer, trained, self.ranks.rank)
+        elif self.stage == 0:
+            masters = {name: self._half_masters.get(name, p) for name, p in trained.items()}
+            places = pieces.places_of_whole(masters)
+        else:
+            flat = [group["params"][0] for group in self.optimizer.param_groups]
+            places = pieces.places_in_groups(groups, trained, flat)
+        shapes = {name: self.shape(name) for name in trained}
+        rows = true_rows(self._engine.module)
+        return pieces.find_pieces(places, shapes, rows, stacked, self.all_gather_object)
 
     def add_frozen(self, modules: nn.ModuleDict) -> None:
         """Move modules that do not train to the device, in the dtype of the trained parameters.
@@ -439,7 +488,7 @@ class Engine:
     def full_tensor(self, name: str, kind: str) -> Tensor:
         """Return the full fp32 tensor of a parameter on this device. Collective at stages 1 to 3.
 
-        kind: "master" (the weights), "exp_avg" or "exp_avg_sq" (the moments).
+        kind: "master" (the weights), or one of `moments[name]`.
         The tensor may share memory with the engine. Copy it before the next step.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -493,13 +542,22 @@ class Engine:
     def reset_moments(self, applied_steps: int) -> None:
         """Set the moments to zero, and the step counts as after `applied_steps` steps."""
         in_groups = [
-            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+            (parameter, group)
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
         ]
-        # Stage 3 puts its flat shards into the groups during a step only.
         holder = self._engine.optimizer
-        for parameter in getattr(holder, "fp32_partitioned_groups_flat", in_groups):
-            bias_correction = self.config.optimizer.bias_correction
-            make_state(self.optimizer, parameter, applied_steps, bias_correction)
+        if hasattr(holder, "fp32_partitioned_groups_flat"):
+            # Stage 3 puts its flat shards into the groups during a step only.
+            groups, of_shard = self.optimizer.param_groups, holder.sub_group_to_group_id
+            in_groups = [
+                (shard, groups[of_shard[index]])
+                for index, shard in enumerate(holder.fp32_partitioned_groups_flat)
+            ]
+        bias_correction = self.config.optimizer.bias_correction
+        for parameter, group in in_groups:
+            moments = moments_of(group)
+            make_state(self.optimizer, parameter, applied_steps, bias_correction, moments)
         link = getattr(holder, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:  # stages 1 and 2: each parameter's view into the flat moments
             holder._hp_optimizer_states_linked = False

@@ -49,6 +49,7 @@ def plan(config: RunConfig, source: Data | Mapping[str, Data], world_size: int) 
     names = data_names(named, config.phases)
     _check_tokenizers(named)
     engine = load_engine(config.engine)
+    check_optimizer(config.optimizer, engine)
     parts: list[PhaseConfig | None] = [*config.phases] or [None]
     runs, rows = [], []
     for part, run, name in zip(parts, phase_runs(config), names, strict=True):
@@ -119,6 +120,19 @@ def check_schedules(of_phases: Sequence[Span], names: Sequence[str]) -> None:
         if index == 0 or span.first_step != of_phases[index - 1].first_step:
             with naming(names[index] if names else ""):
                 check_schedule(span.options, span.steps)
+
+
+def check_optimizer(options: OptimizerConfig, engine: dict[str, Any]) -> None:
+    """Raise UserError for an optimizer that does not work with the engine.
+
+    engine: the DeepSpeed config.
+    """
+    offload = engine.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if options.kind != "adam" and offload.get("device", "none") != "none":
+        raise UserError(
+            f"optimizer.kind = {options.kind}, but the engine has offload_optimizer, which works "
+            "with adam only: use an engine without offload (zero0 to zero3), or optimizer.kind = adam"
+        )
 
 
 def check_schedule(options: OptimizerConfig, total_steps: int) -> None:

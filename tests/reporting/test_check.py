@@ -15,6 +15,7 @@ from electra_ds.model.build import parameter_count
 from electra_ds.reporting import check as check_module
 from electra_ds.reporting.check import check
 from electra_ds.reporting.memory import PRECISIONS, memory, model_state_bytes
+from electra_ds.reporting.optimizer_memory import GroupSizes
 from electra_ds.training.engine import zero_options
 
 PRESETS = config_names("pretrain")
@@ -26,6 +27,8 @@ OPEN = {
     *("optimizer.decay_steps", "optimizer.decay_shape"),  # of the schedule wsd only
     "phases",  # of a run with phases only
     *("objective.temperature_decay", "generator.embedding_size"),  # null: no effect
+    # Of the optimizer muon only.
+    *(f"optimizer.muon_{name}" for name in ("momentum", "ns_steps", "adjust", "lr_scale")),
 }
 
 
@@ -234,16 +237,46 @@ def test_check_with_data_counts_epochs_and_the_vocabulary(data):
 
 
 def test_model_states_shrink_with_the_stage_and_the_ranks():
-    one = model_state_bytes([[1000]], 1)
+    one = model_state_bytes([GroupSizes([1000])], 1)
     # Weights, gradients and two moments of 4 bytes each, and a step counter.
     assert one[0, "fp32"] == (16_004, 4000)
     # Weights and gradients of 2 bytes, fp32 master weights and moments of 12 bytes.
     assert one[0, "half (bf16, fp16)"] == (16_004, 2000)
-    eight = model_state_bytes([[1000] * 8], 8)
+    eight = model_state_bytes([GroupSizes([1000] * 8)], 8)
     assert eight[3, "half (bf16, fp16)"][0] == 16_004  # everything in eight shares
     for precision in PRECISIONS:
         states = [eight[stage, precision][0] for stage in range(4)]
         assert states == sorted(states, reverse=True)
+
+
+def test_muon_has_one_moment_less_for_its_matrices_and_a_cost_per_update():
+    sizes = ["model.num_layers=1", "generator.num_layers=1", "model.vocab_size=100"]
+    adam, muon = (load_run("tiny", [*sizes, f"optimizer.kind={kind}"]) for kind in ("adam", "muon"))
+    derived = {line.key: line.value for line in check(muon, 1).derived}
+    # Of two layers of width 128: query, key, value, out, and two of the feed-forward layer.
+    elements = 2 * (4 * 128 * 128 + 2 * 128 * 512)
+    assert derived["muon"] == f"{elements:,}"
+    # Five steps with A = X X^T, A A and B X: 2 n^2 m, 2 n^3 and 2 n^2 m operations for [n, m].
+    square, wide = 5 * 6 * 128**3, 5 * (4 * 128**2 * 512 + 2 * 128**3)
+    assert derived["newton_schulz"] == f"{2 * (4 * square + 2 * wide) / 1e9:,.1f} GFLOP"
+    assert "muon" not in {line.key for line in check(adam, 1).derived}
+    for stage in range(4):
+        states = [memory(run, 2, [stage], ["fp32"])[stage, "fp32"].states for run in (adam, muon)]
+        shares = 1 if stage == 0 else 2
+        # Within the gradients of parameters that lie on two ranks, which are kept whole.
+        assert states[0] - states[1] == pytest.approx(4 * elements / shares, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["muon", "stable_adamw", "lamb"])
+def test_updates_of_other_optimizers_hold_more_than_those_of_adam(kind):
+    sizes = ["data.sequence_length=8", "train.micro_batch_size=1"]
+    adam, other = (
+        memory(load_run("tiny", [*sizes, f"optimizer.kind={name}"]), 1, [2], ["fp32"])[2, "fp32"]
+        for name in ("adam", kind)
+    )
+    # Muon's largest group is smaller than Adam's, so it is compared with its own copy of gradients.
+    own = 4 * 786_432 if kind == "muon" else adam.update
+    assert other.update > own
 
 
 @pytest.mark.parametrize("preset", ["tiny", "modern-tiny", "deberta-tiny"])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from electra_ds.training.checkpoint import MOMENTS
+from electra_ds.training.optimizer import MOMENTS
 from electra_ds.training.state import TrainingState
 
 PADDED = {"word": 10}  # of 16 rows in memory
@@ -33,6 +33,8 @@ class FakeWeights:
         self.ranks = SimpleNamespace(rank=0, world_size=1)
         self.frozen: dict[str, torch.Tensor] = {}
         self.parameters = dict(shapes)
+        self.optimizer_kind = "adam"
+        self.moments = dict.fromkeys(shapes, MOMENTS)
         self.values = {
             (name, kind): torch.randn(shape, generator=random)
             for name, shape in shapes.items()

@@ -23,6 +23,7 @@ PHASES = {  # fixture -> phases of scenarios.py, in their order
     "suites": ("finetune-one", "finetune-two"),
     "disk": ("disk",),
     "kind_runs": ("kinds",),
+    "optimizer_runs": ("optimizers", "optimizers-one"),
     "outs": ("two", *(f"killed-{kill}" for kill in KILLS), "one", "two-again", "memory"),
 }
 
@@ -103,6 +104,12 @@ def outs(scenario_runs: ScenarioRuns) -> Path:
 def kind_runs(scenario_runs: ScenarioRuns) -> Path:
     """The folder with the runs of the other kinds of objectives and of a factory."""
     return scenario_runs.wait(PHASES["kind_runs"])
+
+
+@pytest.fixture(scope="session")
+def optimizer_runs(scenario_runs: ScenarioRuns) -> Path:
+    """The folder with the runs of optimizers other than Adam."""
+    return scenario_runs.wait(PHASES["optimizer_runs"])
 
 
 @pytest.fixture(scope="session")

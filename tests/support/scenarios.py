@@ -43,6 +43,7 @@ from loss_scenarios import (
     wrong_split,
 )
 from modern_scenarios import modern, modern_kinds, modern_on_one_rank, modern_refused
+from optimizer_scenarios import formulas, optimizers, optimizers_on_one_rank
 from phase_scenarios import in_phases, in_phases_again, in_phases_on_one_rank
 from resume_scenarios import (
     evaluated,
@@ -127,6 +128,8 @@ PHASES = {  # ranks, scenarios
         (fine_tuned, fine_tuned_in_other_ways, fine_tuned_modern, fine_tuned_deberta),
     ),
     "finetune-two": (2, (fine_tuned,)),
+    "optimizers": (2, (formulas, optimizers)),
+    "optimizers-one": (1, (formulas, optimizers_on_one_rank)),
     "kinds": (2, (kinds, own_encoders, modern_kinds, deberta_kinds)),
     "disk": (2, (uninterrupted_on_disk, full_disk, quota_of_one_rank, read_only_disk)),
     "memory": (2, (needed_memory,)),

@@ -46,6 +46,8 @@ DEBERTA_MEMORY = {  # of deberta-tiny, as MODERN_MEMORY
     "disentangled": (("model.attention_dropout=0.1",), [(0, "bf16"), (1, "fp32")]),
     "disentangled recomputed": (("train.activation_checkpointing=true",), [(2, "autocast")]),
 }
+# Optimizer -> its engine; tiny with short rows, where the update needs most.
+OPTIMIZER_MEMORY = {"muon": (1, "fp32"), "stable_adamw": (3, "fp32"), "lamb": (2, "bf16")}
 
 
 class Collectives(TorchDispatchMode):
@@ -174,6 +176,12 @@ def needed_memory() -> None:
                 engine = {"zero_optimization": zero} | precisions[kind]
                 config = known_run(preset, engine, 128, 8, *micro_batches, *sets)
                 found[f"{case} z{stage} {kind}"] = engine_memory(config, here.ranks, here.device)
+    for optimizer, (stage, kind) in OPTIMIZER_MEMORY.items():
+        zero = load_engine(f"zero{stage}-fp32")["zero_optimization"] | buckets
+        engine = {"zero_optimization": zero} | precisions[kind]
+        sets = (*micro_batches, f"optimizer.kind={optimizer}")
+        config = known_run("tiny", engine, 32, 8, *sets)
+        found[f"{optimizer} z{stage} {kind}"] = engine_memory(config, here.ranks, here.device)
     note(f"memory-of-{here.world_size}", found)
 
 

@@ -14,7 +14,7 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.files import sha256_file
 from electra_ds.config.schema import CheckpointConfig
 from electra_ds.training import checkpoint, checkpointer
-from electra_ds.training.checkpoint import MOMENTS
+from electra_ds.training.optimizer import MOMENTS
 from electra_ds.training.state import TrainingState
 
 
@@ -109,6 +109,35 @@ def test_a_checkpoint_without_recent_losses_is_read(saved):
     del values["recent_losses"]
     (saved[1] / "meta.json").write_text(json.dumps(values))
     assert checkpoint.read_meta(saved[1]).state == PROGRESS
+
+
+def test_the_moments_of_another_optimizer_are_refused_and_its_weights_are_not(tmp_path):
+    muon = FakeWeights()
+    muon.optimizer_kind = "muon"
+    muon.moments["layer.weight"] = ("momentum_buffer",)
+    muon.values["layer.weight", "momentum_buffer"] = torch.ones(3, 4)
+    path = save(tmp_path, "1000", muon)
+    assert checkpoint.read_meta(path).optimizer == "muon"
+    moments = load_file(path / "optim-00001-of-00001.safetensors").keys()
+    assert {key for key in moments if "layer.weight" in key} == {"momentum_buffer/layer.weight"}
+
+    adam = FakeWeights(seed=1)
+    with pytest.raises(UserError) as refused:
+        checkpoint.load(adam, path, PADDED)
+    expected = "has the moments of optimizer.kind = muon, but this run has optimizer.kind = adam"
+    assert expected in str(refused.value) and "--init-from" in str(refused.value)
+    checkpoint.load(adam, path, PADDED, weights_only=True)
+    assert adam.equals(muon, kinds=("master",))
+    checkpoint.load(muon, path, PADDED)
+
+
+def test_a_checkpoint_without_the_name_of_its_optimizer_has_the_moments_of_adam(saved):
+    values = json.loads((saved[1] / "meta.json").read_text())
+    assert values.pop("optimizer") == "adam"
+    (saved[1] / "meta.json").write_text(json.dumps(values))
+    other = FakeWeights(seed=1)
+    checkpoint.load(other, saved[1], PADDED)
+    assert other.equals(FakeWeights())
 
 
 def test_every_parameter_has_one_owner_and_owners_hold_equal_shares():

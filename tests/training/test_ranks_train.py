@@ -595,11 +595,12 @@ def test_check_predicts_the_model_states_and_the_peak_of_a_step(
     outs: Path, world_size: int
 ) -> None:
     ranks = [noted(outs, f"memory-of-{world_size}", rank) for rank in range(world_size)]
-    assert len(ranks[0]) == 19
+    assert len(ranks[0]) == 22
     for case, of_rank0 in ranks[0].items():
         measured = max(found[case]["states"][0] for found in ranks)
-        # A few bytes of DeepSpeed's; the rows of relative positions are cached.
-        allowed = 4096 if case.startswith("disentangled") else 16
+        # A few bytes of DeepSpeed's. The rows of relative positions are cached, and by stable_adamw
+        # the sizes of the parameters.
+        allowed = 4096 if case.startswith(("disentangled", "stable_adamw")) else 16
         assert 0 <= measured - of_rank0["states"][1] < allowed, case
         measured = max(found[case]["peak"][0] for found in ranks)
         # 0.7 to 11 % on two cores; 14 % for two ranks on one core, where gloo frees later.
