@@ -153,6 +153,21 @@ def test_layers_of_twice_the_width_compute_twice_the_result_of_their_source(arch
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_head_is_never_split(architecture, tmp_path):
+    """2 heads become 3, so that the centre of the axis is not a border of heads."""
+    sets = ["model.hidden_size=72", "model.num_heads=3"]
+    if architecture != "electra":
+        sets += ["generator.hidden_size=72", "generator.num_heads=3"]
+    before, after, _ = grown(tmp_path, sets, architecture=architecture)
+    name = "discriminator.layers.1.{}.weight"
+    qkv, out = name.format("qkv"), name.format("out")
+    old, new = before[qkv].view(3, 2, 24, 48), after[qkv].view(3, 3, 24, 72)
+    assert torch.equal(new[..., 12:60], old[:, [0, 1, 0]])
+    old, new = before[out].view(48, 2, 24), after[out].view(72, 3, 24)
+    assert torch.equal(new[12:60], old[:, [0, 1, 0]])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_result_computes_starts_a_run_and_is_exported(architecture, tmp_path, monkeypatch):
     _, _, report = grown(tmp_path, wider_sets(architecture), architecture=architecture)
     assert not report.warnings
