@@ -93,6 +93,10 @@ def _source(source: Path, tokenizer: Path | None) -> SourceRun:
     if "task" in meta.config:
         raise UserError(f"{printable(folder)}{found_at(folder).clause}; expected a pretraining run")
     config = parse_run(meta.config, f"{folder}/meta.json")
+    if isinstance(config.model, FactoryConfig):
+        raise UserError(
+            f"{printable(folder)}: has a model.factory; expected a run of the built-in encoders"
+        )
     weights = checkpoint.weights(folder)
     check_run(config, weights, folder)
     model, special_ids = config.model, config.data.special_ids
@@ -105,9 +109,9 @@ def _target(found: SourceRun, run: str | None, sets: Sequence[str]) -> RunConfig
     if run is None:
         values: dict[str, Any] = found.config.model_dump(mode="json")
         apply_settings(values, sets)
-        where = f"the config of {found.folder}"
+        where = f"the config of {printable(found.folder)}"
     else:
-        values, where = load_values(run, "pretrain", sets), f"--run {run}"
+        values, where = load_values(run, "pretrain", sets), f"--run {printable(run)}"
     config = parse_run(values, where)
     if isinstance(config.model, FactoryConfig):
         raise UserError(

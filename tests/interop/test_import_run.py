@@ -1,6 +1,7 @@
 """Import of a run into a deeper or wider config: where each tensor comes from, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import run_folders
@@ -269,6 +270,13 @@ def test_other_sources_and_options_are_refused(tmp_path):
         import_weights(tmp_path / "run", tmp_path / "i", generator=tmp_path / "run")
     with pytest.raises(UserError, match="output folder of finetune"):
         import_weights(tmp_path / "tuned" / "seed-0", tmp_path / "i")
+    shutil.copytree(tmp_path / "run" / "ckpt" / "final", tmp_path / "factory")
+    meta = json.loads((tmp_path / "factory" / "meta.json").read_text())
+    meta["config"]["model"] = {"factory": "own:build", "vocab_size": 600}
+    del meta["config"]["generator"]
+    (tmp_path / "factory" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"has a model\.factory; expected a run"):
+        import_weights(tmp_path / "factory", tmp_path / "i")
     with pytest.raises(UserError, match="lies in the folder that the command reads"):
         import_weights(tmp_path / "run" / "ckpt" / "final", tmp_path / "run" / "ckpt" / "i")
     other = run_folders.vocabulary(tmp_path / "words") / "vocab.txt"
