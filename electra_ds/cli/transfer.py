@@ -47,8 +47,8 @@ def import_(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="Hugging Face folder of ELECTRA, BERT, ModernBERT or DeBERTa-v2, or a TensorFlow "
-            "checkpoint.",
+            help="Hugging Face folder of ELECTRA, BERT, ModernBERT or DeBERTa-v2, a TensorFlow "
+            "checkpoint, or a run or checkpoint of electra-ds (for a deeper or wider model).",
         ),
     ],
     out: Annotated[
@@ -58,7 +58,8 @@ def import_(
         str | None,
         typer.Option(
             help="Preset or RUN.json with the values that the weights do not determine (default: "
-            "small, modern-small for ModernBERT, deberta-v3-small for DeBERTa-v2)."
+            "small, modern-small for ModernBERT, deberta-v3-small for DeBERTa-v2; the config of SRC "
+            "if that is a run)."
         ),
     ] = None,
     generator: Annotated[
@@ -75,7 +76,8 @@ def import_(
 ) -> None:
     """Write a run folder at step 0 from imported weights.
 
-    OUT/import.json lists every tensor: loaded, initialized, or unused with the reason.
+    OUT/import.json lists every tensor: loaded, initialized, or unused with the reason. A run of
+    electra-ds is enlarged to the sizes of --run and --set by tiling its layers and matrices.
     """
     from electra_ds.interop.import_weights import import_weights
 
@@ -86,6 +88,8 @@ def import_(
         print(printable(f"WARNING: {warning}"))
     for reason, count in Counter(report.unused.values()).items():
         print(printable(f"unused: {count} ({reason})"))
+    for part, layers in (report.layers or {}).items():
+        print(f"{part}: its {len(layers)} layers start from {', '.join(map(str, layers))}")
     print(
         f"{out}: {len(report.loaded)} loaded, {len(report.initialized)} initialized, "
         f"{len(report.unused)} unused; {out}/import.json lists them"

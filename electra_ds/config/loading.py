@@ -123,9 +123,17 @@ def load_values(
     values = read_json(find_config(name, kind), f"a {kind} config")
     for section, fields in (replaced or {}).items():
         values[section] = {**values[section], **fields}
+    apply_settings(values, sets)
+    return values
+
+
+def apply_settings(values: Values, sets: Sequence[str]) -> None:
+    """Apply settings such as "train.seed=1" in order to the values of a file, in place.
+
+    Raises UserError for a malformed setting; the values are not checked.
+    """
     for setting in sets:
         _apply(values, setting)
-    return values
 
 
 def parse_run(values: Values, where: str) -> RunConfig:

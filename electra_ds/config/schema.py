@@ -411,6 +411,11 @@ class VerdictConfig(Section):
         gt=0,
         lt=1,
     )
+    # Discriminators on the plateau reach .50 to .58 ([CLS] and [SEP] are never replaced), those that
+    # learn .65 and more: docs/results.md.
+    learning_auc: float = machine(
+        0.6, "learning, in an evaluation: fixed_auc is also at least this; 0: not used", ge=0, le=1
+    )
     collapsed_rms: float = machine(
         0.01, "collapsed: hidden_rms, the spread of the hidden states, is below this", ge=0, le=1e3
     )

@@ -8,12 +8,11 @@ applied to every token. Folders with Microsoft's names of heads can be imported.
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.json_files import Record, parse_record
+from electra_ds.common.json_files import parse_record
 from electra_ds.common.printable import shortened
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
@@ -25,13 +24,13 @@ from electra_ds.config.architectures import (
     ModelConfig,
 )
 from electra_ds.config.loading import parse_config
+from electra_ds.interop.hf_bert_names import BertNamesFormat
 from electra_ds.interop.hf_format import (
-    MAX_LAYERS,
+    ENCODER_SIZES,
     MAX_ROWS,
-    MAX_WIDTH,
     OF_GENERATOR,
+    EncoderSizes,
     Head,
-    HfFormat,
     Role,
     check_only,
     unequal,
@@ -46,7 +45,7 @@ CLASSES: dict[Role, str] = {
 DETECTION_LABEL = "replaced"  # the only label of a discriminator
 # Module names in electra_ds -> those in Hugging Face, for embeddings, encoder, one layer and heads.
 EMBEDDINGS = {"word": "word_embeddings", "norm": "LayerNorm"}
-ENCODER = {"relative": "rel_embeddings", "relative_norm": "LayerNorm"}
+ENCODER = {"relative": "encoder.rel_embeddings", "relative_norm": "encoder.LayerNorm"}
 LAYER = {
     "qkv": ("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
     "out": ("attention.output.dense",),
@@ -70,10 +69,7 @@ MICROSOFT_HEAD = {
 
 # Fields of our configs -> keys of config.json: sizes of each encoder, and what both have in common.
 SIZES = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "ffn_size": "intermediate_size",
+    **ENCODER_SIZES,
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
@@ -103,16 +99,9 @@ DEFAULTS = {
 POS_ATT_TYPE = ("p2c", "c2p")
 
 
-class HfConfig(Record):
+class HfConfig(EncoderSizes):
     """The sizes in a config.json; a missing key has the default of transformers' DebertaV2Config."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    vocab_size: int = Field(ge=1, le=MAX_ROWS)
-    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
-    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
-    num_attention_heads: int = Field(ge=1, le=MAX_WIDTH)
-    intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
     max_position_embeddings: int = Field(512, ge=1, le=MAX_ROWS)
     position_buckets: int = Field(-1, ge=-1, le=MAX_ROWS)
     layer_norm_eps: float = Field(1e-7, gt=0)
@@ -120,7 +109,7 @@ class HfConfig(Record):
     attention_probs_dropout_prob: float = Field(0.1, ge=0, le=MAX_DROPOUT)
 
 
-class DebertaV2Format(HfFormat):
+class DebertaV2Format(BertNamesFormat):
     """Folders of DebertaV2ForMaskedLM and of DeBERTa's classes for texts and tokens."""
 
     architecture = "deberta_v2"
@@ -140,6 +129,11 @@ class DebertaV2Format(HfFormat):
         "cls.predictions.bias",
         "lm_predictions.lm_head.bias",
     )
+    embeddings = EMBEDDINGS
+    encoder = ENCODER
+    layer = LAYER
+    head_names = HEADS
+    sentence_head = ("pooler.dense", "classifier")
     has_token_types = False
     predicting_folder_starts_both = True
     discriminator_alone_shares = False
@@ -160,22 +154,6 @@ class DebertaV2Format(HfFormat):
         "max_positions": "the buckets of distances change, so that the logits differ from those of "
         "the imported model until the weights have been trained further"
     }
-
-    def foreign_names(self, name: str) -> tuple[str, ...]:
-        """One name, or three for the fused qkv of a layer."""
-        name = name.replace("mlm_head.", "generator_head.")
-        if name == "generator_head.bias":
-            return (self.output_bias,)
-        module, _, kind = name.rpartition(".")  # kind: weight or bias
-        if module in HEADS:
-            return (f"{HEADS[module]}.{kind}",)
-        part, *middle, last = module.split(".")
-        if part.endswith("embeddings"):
-            return (f"deberta.embeddings.{EMBEDDINGS[last]}.{kind}",)
-        if last in ENCODER:
-            return (f"deberta.encoder.{ENCODER[last]}.{kind}",)
-        layer = middle[1]  # discriminator.layers.LAYER.qkv
-        return tuple(f"deberta.encoder.layer.{layer}.{module}.{kind}" for module in LAYER[last])
 
     def config(
         self,
@@ -245,38 +223,6 @@ class DebertaV2Format(HfFormat):
         if name.startswith(("pooler.", "classifier.")):
             return "discriminator" if "discriminator" in heads else "task"
         return None
-
-    def classifier(
-        self,
-        state: Mapping[str, Tensor],
-        kind: str,
-        label_range: tuple[float, float] | None = None,
-    ) -> tuple[Role, dict[str, Tensor]]:
-        """The stock sentence head is linear, gelu, linear; that of electra_ds is one linear layer,
-        head.weight [labels, H] and head.bias [labels].
-
-        Since gelu(z) - gelu(-z) = z, 2 x labels rows of the first stock layer reproduce it, and the
-        other rows are zero. With more than H / 2 labels the class is
-        DebertaV2ForTokenClassification, and the logits at [CLS] are those of the text.
-        """
-        tensors = self.to_hf(state, "discriminator")
-        weight, bias = state["head.weight"], state["head.bias"]
-        labels, hidden = weight.shape
-        if kind == "token_classification" or 2 * labels > hidden:
-            tensors |= {"classifier.weight": weight, "classifier.bias": bias}
-            return "token_classification", tensors
-        low, high = label_range or (0.0, 1.0)
-        weight = weight * (high - low)
-        bias = bias * (high - low) + low
-        unused = hidden - 2 * labels
-        identity = torch.eye(labels)
-        tensors |= {
-            "pooler.dense.weight": torch.cat([weight, -weight, torch.zeros(unused, hidden)]),
-            "pooler.dense.bias": torch.cat([bias, -bias, torch.zeros(unused)]),
-            "classifier.weight": torch.cat([identity, -identity, torch.zeros(labels, unused)], 1),
-            "classifier.bias": torch.zeros(labels),
-        }
-        return "sequence_classification", tensors
 
     def stock_names(self, tensors: Iterable[str]) -> dict[str, str]:
         """Microsoft has other names for the head that predicts tokens."""

@@ -7,11 +7,10 @@ be imported.
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from electra_ds.common.json_files import Record, parse_record
+from electra_ds.common.json_files import parse_record
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import (
     MAX_DROPOUT,
@@ -22,13 +21,14 @@ from electra_ds.config.architectures import (
     ModelConfig,
 )
 from electra_ds.config.loading import parse_config
+from electra_ds.interop.hf_bert_names import BertNamesFormat
 from electra_ds.interop.hf_format import (
-    MAX_LAYERS,
+    ENCODER_SIZES,
     MAX_ROWS,
     MAX_WIDTH,
     OF_GENERATOR,
+    EncoderSizes,
     Head,
-    HfFormat,
     Role,
     check_only,
     unequal,
@@ -41,13 +41,14 @@ CLASSES: dict[Role, str] = {
     "token_classification": "ElectraForTokenClassification",
 }
 COPIES = {"cls.predictions.decoder.bias": "generator_lm_head.bias"}  # in some BERT folders
-# Module names in electra_ds -> those in Hugging Face, for embeddings, one layer and the heads.
+# Module names in electra_ds -> those in Hugging Face, for embeddings, encoder, one layer and heads.
 EMBEDDINGS = {
     "word": "word_embeddings",
     "position": "position_embeddings",
     "token_type": "token_type_embeddings",
     "norm": "LayerNorm",
 }
+ENCODER = {"project": "embeddings_project"}
 LAYER = {
     "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "out": ("attention.output.dense",),
@@ -66,10 +67,7 @@ HEADS = {
 
 # Fields of our configs -> keys of config.json: sizes of each encoder, and of the shared tables.
 SIZES = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "ffn_size": "intermediate_size",
+    **ENCODER_SIZES,
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
@@ -84,25 +82,18 @@ TABLES = {
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
 
 
-class HfConfig(Record):
+class HfConfig(EncoderSizes):
     """The sizes in a config.json; a missing key has the default of transformers' ElectraConfig."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    vocab_size: int = Field(ge=1, le=MAX_ROWS)
     embedding_size: int = Field(ge=1, le=MAX_WIDTH)
     max_position_embeddings: int = Field(512, ge=1, le=MAX_ROWS)
     type_vocab_size: int = Field(2, ge=1, le=MAX_ROWS)
     layer_norm_eps: float = Field(1e-12, gt=0)
-    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
-    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
-    num_attention_heads: int = Field(ge=1, le=MAX_WIDTH)
-    intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
     hidden_dropout_prob: float = Field(0.1, ge=0, le=MAX_DROPOUT)
     attention_probs_dropout_prob: float = Field(0.1, ge=0, le=MAX_DROPOUT)
 
 
-class ElectraFormat(HfFormat):
+class ElectraFormat(BertNamesFormat):
     """Folders of ElectraForPreTraining, ElectraForMaskedLM and the classes of tasks; BERT's."""
 
     architecture = "electra"
@@ -123,6 +114,11 @@ class ElectraFormat(HfFormat):
         "predictions.decoder.bias",
         "predictions.bias",
     )
+    embeddings = EMBEDDINGS
+    encoder = ENCODER
+    layer = LAYER
+    head_names = HEADS
+    sentence_head = ("classifier.dense", "classifier.out_proj")
     has_token_types = True
     predicting_folder_starts_both = False
     discriminator_alone_shares = True
@@ -135,22 +131,6 @@ class ElectraFormat(HfFormat):
     sizes = frozenset(SIZES)
     tables = frozenset(TABLES)
     free = frozenset({"hidden_dropout", "attention_dropout"})
-
-    def foreign_names(self, name: str) -> tuple[str, ...]:
-        """One name, or three for the fused qkv of a layer."""
-        name = name.replace("mlm_head.", "generator_head.")
-        if name == "generator_head.bias":
-            return (self.output_bias,)
-        module, _, kind = name.rpartition(".")  # kind: weight or bias
-        if module in HEADS:
-            return (f"{HEADS[module]}.{kind}",)
-        part, *middle, last = module.split(".")
-        if part.endswith("embeddings"):
-            return (f"electra.embeddings.{EMBEDDINGS[last]}.{kind}",)
-        if last == "project":
-            return (f"electra.embeddings_project.{kind}",)
-        layer = middle[1]  # discriminator.layers.LAYER.qkv
-        return tuple(f"electra.encoder.layer.{layer}.{module}.{kind}" for module in LAYER[last])
 
     def config(
         self,
@@ -206,39 +186,6 @@ class ElectraFormat(HfFormat):
     def head_of(self, name: str, heads: tuple[Head, ...]) -> Head | Literal["task"] | None:
         is_predicting = name.startswith(("generator_lm_head.", "generator_predictions."))
         return "generator" if is_predicting else None
-
-    def classifier(
-        self,
-        state: Mapping[str, Tensor],
-        kind: str,
-        label_range: tuple[float, float] | None = None,
-    ) -> tuple[Role, dict[str, Tensor]]:
-        """The stock sentence head is linear, gelu, linear; that of electra_ds is one linear layer,
-        head.weight [labels, H] and head.bias [labels].
-
-        Since gelu(z) - gelu(-z) = z, 2 x labels rows of the first stock layer reproduce it, and the
-        other rows are zero. With more than H / 2 labels the class is ElectraForTokenClassification,
-        and the logits at [CLS] are those of the text.
-        """
-        tensors = self.to_hf(state, "discriminator")
-        weight, bias = state["head.weight"], state["head.bias"]
-        labels, hidden = weight.shape
-        if kind == "token_classification" or 2 * labels > hidden:
-            tensors |= {"classifier.weight": weight, "classifier.bias": bias}
-            return "token_classification", tensors
-        low, high = label_range or (0.0, 1.0)
-        weight = weight * (high - low)
-        bias = bias * (high - low) + low
-        unused = hidden - 2 * labels
-        identity = torch.eye(labels)
-        output = torch.cat([identity, -identity, torch.zeros(labels, unused)], dim=1)
-        tensors |= {
-            "classifier.dense.weight": torch.cat([weight, -weight, torch.zeros(unused, hidden)]),
-            "classifier.dense.bias": torch.cat([bias, -bias, torch.zeros(unused)]),
-            "classifier.out_proj.weight": output,
-            "classifier.out_proj.bias": torch.zeros(labels),
-        }
-        return "sequence_classification", tensors
 
     def stock_names(self, tensors: Iterable[str]) -> dict[str, str]:
         """BERT has other names for its head, an old BERT also for its LayerNorms (gamma, beta)."""

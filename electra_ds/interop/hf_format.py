@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from electra_ds.common.errors import UserError
+from electra_ds.common.json_files import Record
 from electra_ds.common.printable import shortened
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import EncoderConfig, ModelConfig
@@ -25,6 +27,25 @@ Head = Literal["discriminator", "generator"]
 # Limits of the sizes in the config.json of a foreign model.
 MAX_LAYERS, MAX_WIDTH, MAX_ROWS = 10_000, 2**24, 2**31 - 1
 OF_GENERATOR = "config.json of the generator"  # in messages
+# Fields of our configs -> keys of config.json, of every architecture.
+ENCODER_SIZES = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_size": "intermediate_size",
+}
+
+
+class EncoderSizes(Record):
+    """The sizes in the config.json of every architecture; other keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    vocab_size: int = Field(ge=1, le=MAX_ROWS)
+    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
+    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
+    num_attention_heads: int = Field(ge=1, le=MAX_WIDTH)
+    intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
 
 
 class HfFormat(ABC):

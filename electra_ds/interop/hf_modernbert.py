@@ -27,10 +27,10 @@ from electra_ds.config.architectures import (
 )
 from electra_ds.config.loading import parse_config
 from electra_ds.interop.hf_format import (
-    MAX_LAYERS,
+    ENCODER_SIZES,
     MAX_ROWS,
-    MAX_WIDTH,
     OF_GENERATOR,
+    EncoderSizes,
     Head,
     HfFormat,
     Role,
@@ -58,10 +58,7 @@ HEAD = {"dense": "head.dense", "norm": "head.norm", "classify": "classifier"}
 
 # Fields of our configs -> keys of config.json: sizes of each encoder, and what both have in common.
 SIZES = {
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "ffn_size": "intermediate_size",
+    **ENCODER_SIZES,
     "embedding_dropout": "embedding_dropout",
     "attention_dropout": "attention_dropout",
     "mlp_dropout": "mlp_dropout",
@@ -130,16 +127,9 @@ class RopeParameters(Record):
     sliding_attention: Rope = Rope(rope_theta=None)
 
 
-class HfConfig(Record):
+class HfConfig(EncoderSizes):
     """A config.json; a missing key has the default of transformers' ModernBertConfig."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    vocab_size: int = Field(ge=1, le=MAX_ROWS)
-    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
-    num_hidden_layers: int = Field(ge=1, le=MAX_LAYERS)
-    num_attention_heads: int = Field(ge=1, le=MAX_WIDTH)
-    intermediate_size: int = Field(ge=1, le=MAX_WIDTH)
     max_position_embeddings: int = Field(8192, ge=1, le=MAX_ROWS)
     norm_eps: float = Field(1e-5, gt=0)
     embedding_dropout: float = Field(0.0, ge=0, le=MAX_DROPOUT)

@@ -1,5 +1,6 @@
 """Import of Hugging Face folders and TensorFlow checkpoints as a run folder at step 0.
 
+A run of electra_ds is imported by `import_run`.
 "Foreign" means of the imported model. Every foreign tensor is either loaded, or listed as unused
 with a reason. Every parameter without a foreign tensor is initialized.
 """
@@ -13,10 +14,9 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
-from electra_ds.cluster.run_folder import write_config
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import found_at
-from electra_ds.common.json_files import Record, read_record, write_json
+from electra_ds.common.json_files import Record, read_record
 from electra_ds.common.outputs import check_outside, new_folder
 from electra_ds.common.printable import printable, shortened
 from electra_ds.config.architectures import EncoderConfig
@@ -27,6 +27,8 @@ from electra_ds.interop.hf import IMPORTED_TYPES, format_of_type
 from electra_ds.interop.hf_electra import ElectraFormat
 from electra_ds.interop.hf_folder import HfFolder, is_hf_folder, read_config, read_folder
 from electra_ds.interop.hf_format import Head, HfFormat, joined
+from electra_ds.interop.import_report import ImportReport, write_imported
+from electra_ds.interop.import_run import import_run, is_run
 from electra_ds.interop.tf import find_tf, read_tf, sizes_of, tf_names
 from electra_ds.interop.vocabularies import checked_tokenizer
 from electra_ds.model.build import build_objective
@@ -34,11 +36,9 @@ from electra_ds.model.gdes import name_of_sum, with_deltas
 from electra_ds.model.weights import (
     check_layers,
     check_state,
-    load_true_state,
     shapes_of,
-    true_state,
 )
-from electra_ds.training import checkpointer
+from electra_ds.training.checkpoint import folder_of_model
 
 REASONS = (  # pattern of foreign tensors that have no counterpart -> the reason in the report
     (r"adam_[mv]$|(^|[/.])global_step$|^Adam|(beta[12])_power$", "optimizer state"),
@@ -117,27 +117,6 @@ class Foreign(NamedTuple):
     free: frozenset[str]
 
 
-class ImportReport(NamedTuple):
-    """What an import did with every tensor.
-
-    loaded: (foreign names, our name). initialized: our names. unused: foreign name -> reason.
-    """
-
-    loaded: list[tuple[str, str]]
-    initialized: list[str]
-    unused: dict[str, str]
-    warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of import.json. Its keys read, made and left belong to the disk format."""
-        return {
-            "read": self.loaded,
-            "made": self.initialized,
-            "left": self.unused,
-            "warnings": self.warnings,
-        }
-
-
 def import_weights(
     source: Path,
     out: Path,
@@ -153,10 +132,12 @@ def import_weights(
     source: a Hugging Face folder of ELECTRA, ModernBERT or DeBERTa-v2 (discriminator or generator),
         a folder that contains `discriminator` and `generator`, a BERT folder, one of
         ModernBertForMaskedLM or a DeBERTa-v2 with a head that predicts tokens (these initialize
-        both encoders), or a TensorFlow checkpoint of the authors' code (heads = hidden / 64, or
-        from `config`, or from a config.json beside the checkpoint).
+        both encoders), a TensorFlow checkpoint of the authors' code (heads = hidden / 64, or
+        from `config`, or from a config.json beside the checkpoint), or a run or checkpoint of
+        electra_ds (see `import_run`).
     run, sets: the run config for everything that the weights do not determine, such as the sizes of
-        a part that is missing; None: the preset `default_run` of the format of `source`.
+        a part that is missing; None: the preset `default_run` of the format of `source`, or the
+        config of the run `source`.
     generator: the generator's folder, when it is not beside the discriminator.
     config: JSON file with hidden_size and num_attention_heads, for a TensorFlow checkpoint.
     tokenizer: the vocabulary, when it is not in `source`.
@@ -165,7 +146,7 @@ def import_weights(
     not fit `source`, and for a run or a tensor of an encoder that is missing or does not fit the
     source.
     """
-    inputs = {"SRC": source, "--generator": generator, "--tokenizer": tokenizer}
+    inputs = {"SRC": folder_of_model(source), "--generator": generator, "--tokenizer": tokenizer}
     check_outside(out, "--out", inputs)
     with new_folder(out, "--out") as folder:
         return _import(
@@ -190,6 +171,13 @@ def _import(
     tokenizer: Path | None,
 ) -> ImportReport:
     prefix = find_tf(source)
+    if not prefix and is_run(source):
+        if generator or config:
+            raise UserError(
+                f"{printable(source)}: is a run of electra_ds, which has all its parts and sizes: "
+                "leave --generator and --config out"
+            )
+        return import_run(source, out, run, sets, tokenizer)
     if (generator and prefix) or (config and not prefix):
         raise UserError(
             f"{source}: expected --generator with a Hugging Face folder, or "
@@ -216,12 +204,7 @@ def _import(
     report.warnings.extend(_changed_notes(form, foreign, imported))
     if tokenizer is not None:
         report.warnings.extend(_vocabulary_notes(words, tokenizer, foreign.vocabulary))
-    module = build_objective(imported, imported.train.seed)
-    load_true_state(module, state, partial=True)
-    words.save(out / "tokenizer")
-    write_config(out, imported, "")
-    checkpointer.write_initial(out / "ckpt", true_state(module), imported.model_dump(mode="json"))
-    write_json(out / "import.json", {"source": str(source), **report.to_json()})
+    write_imported(out, source, imported, state, words, report)
     return report
 
 
@@ -362,7 +345,7 @@ def _main_folder(path: Path) -> Path:
         raise UserError(
             f"{printable(path)}: no weights here{found_at(path).clause}; expected a Hugging Face "
             "folder (config.json with model.safetensors or pytorch_model.bin), discriminator/ and "
-            "generator/, or a TensorFlow checkpoint"
+            "generator/, a TensorFlow checkpoint or a run of electra_ds"
         )
     return main
 

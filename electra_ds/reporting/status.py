@@ -31,6 +31,8 @@ NEXT = {
     "failed": "correct the cause; the same command resumes from step {at}",
     "refused": "correct the cause and remove {out}/restarts.json (train.max_restarts = {limit})",
     "stopped": "the same command resumes from step {at}",
+    "weights only": "there are no moments to resume with; start a run from these weights: "
+    "electra-ds pretrain {out}/config.json --data D --out O --init-from {out}",
     "finished": "electra-ds evaluate {out} --data D; for more steps {longer} and give --extend",
     "not started": "electra-ds pretrain RUN --data D --out {out}",
 }
@@ -74,6 +76,12 @@ class _Meta(_Part):
     """meta.json of a checkpoint."""
 
     step: int = Field(ge=0, le=2**53)
+    files: dict[str, Any] | None = None
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether a run can resume from it; True if its files are not known."""
+        return self.files is None or any(name.startswith("optim") for name in self.files)
 
 
 def status(out: Path) -> dict[str, Any]:
@@ -82,7 +90,8 @@ def status(out: Path) -> dict[str, Any]:
     state: training; silent (the folder is locked, and its last heartbeat is missing or older than
         STALE_SECONDS by the clock of this machine); finished; failed (the last attempt recorded a
         failure, or the process that holds the lock has ended on this machine); stopped (there is a
-        checkpoint to resume from); not started.
+        checkpoint to resume from); weights only (its checkpoint has no moments: an import, an
+        average, or a checkpoint without them); not started.
     failures: all failures, including those that restarts.json does not count yet.
     missing: files that do not exist or cannot be read; their facts are null or empty.
     Raises UserError when `out` is no folder, or one of another kind.
@@ -109,7 +118,7 @@ def status(out: Path) -> dict[str, Any]:
         heartbeat.step if heartbeat else 0, at, *(record["step"] for record in last.values())
     )
     pace = _pace(provenance.phases, last.get("train"), step, total_steps)
-    state = _state(out, owner and not is_gone, silence, bool(failed), bool(checkpoint))
+    state = _state(out, owner and not is_gone, silence, bool(failed), checkpoint)
     is_refused = bool(failed) and bool(limit) and failures.in_a_row > (limit or 0)
     return {
         "out": str(out),
@@ -139,7 +148,7 @@ def status(out: Path) -> dict[str, Any]:
 
 
 def _state(
-    out: Path, is_owned: Any, silence: float | None, failed: bool, has_checkpoint: bool
+    out: Path, is_owned: Any, silence: float | None, failed: bool, checkpoint: dict[str, Any]
 ) -> str:
     if is_owned:
         return "silent" if silence is None or silence > STALE_SECONDS else "training"
@@ -147,7 +156,9 @@ def _state(
         return "finished"
     if failed:
         return "failed"
-    return "stopped" if has_checkpoint else "not started"
+    if not checkpoint:
+        return "not started"
+    return "stopped" if checkpoint["has_moments"] else "weights only"
 
 
 def _failures(out: Path, missing: list[str]) -> Failures:
@@ -232,7 +243,7 @@ def _last_records(path: Path, missing: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _checkpoint(folder: Path, missing: list[str]) -> dict[str, Any]:
-    """Name, step and age of the checkpoint that `latest` names."""
+    """Name, step, age and `has_moments` of the checkpoint that `latest` names."""
     pointer = folder / "latest"
     if not os.path.lexists(pointer):
         missing.append("ckpt/latest: not there")
@@ -245,7 +256,10 @@ def _checkpoint(folder: Path, missing: list[str]) -> dict[str, Any]:
         return {}
     file = folder / name / "meta.json"
     meta = _read(file, _Meta, missing)
-    return {"name": name, "step": meta.step, "age": _age(file.stat().st_mtime)} if meta else {}
+    if meta is None:
+        return {}
+    age = _age(file.stat().st_mtime)
+    return {"name": name, "step": meta.step, "age": age, "has_moments": meta.has_moments}
 
 
 def _rate(record: dict[str, Any] | None) -> float | None:

@@ -112,9 +112,18 @@ class VerdictTracker:
 
 
 def word_of_evaluation(values: Mapping[str, Any], options: VerdictConfig) -> str | None:
-    """The word for the metrics of one evaluation, without a history; None without a discriminator."""
+    """The word for the metrics of one evaluation, without a history; None without a discriminator.
+
+    The gain is that against samples of the run's own generator. They are easy to detect while the
+    generator is untrained, so the word "learning" also needs the least AUC of the fixed corruption.
+    Without that metric the gain alone decides.
+    """
     sample = _sample(values)
-    return None if sample is None else _word_of(sample, options, options.learning_gain)
+    if sample is None:
+        return None
+    fixed_auc = values.get("fixed_auc")
+    is_weak = fixed_auc is not None and fixed_auc < options.learning_auc  # NaN is not
+    return _word_of(sample, options, math.inf if is_weak else options.learning_gain)
 
 
 def _word_of(sample: Sample, options: VerdictConfig, least_gain: float) -> str:

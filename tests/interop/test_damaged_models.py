@@ -408,7 +408,7 @@ def test_a_failed_export_or_import_leaves_nothing_and_can_be_repeated(
     export(tmp_path / "run", tmp_path / "out")
     sets = ["data.sequence_length=32"]
     with monkeypatch.context() as patched:
-        patched.setattr("electra_ds.interop.import_weights.write_json", full)
+        patched.setattr("electra_ds.interop.import_report.write_json", full)
         with pytest.raises(RunFailure, match=r"--out .*No space left"):
             import_weights(foreign, tmp_path / "i", "tiny", sets)
     assert not (tmp_path / "i").exists()

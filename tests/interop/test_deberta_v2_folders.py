@@ -1,7 +1,5 @@
 """Folders of DeBERTa-v2: export, load and import of runs, fine-tuned models and stock folders."""
 
-import contextlib
-import io
 import json
 import re
 from pathlib import Path
@@ -11,6 +9,15 @@ import run_folders
 import torch
 from running import read_json
 from safetensors.torch import load_file, save_file
+from stock_folders import (
+    LIKE_STOCK,
+    SETS,
+    assert_close,
+    equal,
+    exported_run,
+    run_card,
+    stock_model,
+)
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
@@ -24,34 +31,12 @@ from electra_ds.training import checkpoint
 from electra_ds.training.checkpoint import find_checkpoint
 
 transformers = pytest.importorskip("transformers")
-BOUND = 1e-5  # relative to the largest logit, fp32
 DEBERTA = {"architecture": "deberta_v2"}
-SETS = ["data.sequence_length=32"]
-# Sizes of the generator of deberta-tiny that equal those of `masked_lm`.
-LIKE_STOCK = [
-    f"generator.{key}={value}"
-    for key, value in dict(hidden_size=64, num_layers=2, num_heads=2, ffn_size=96).items()
-]
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def exported(folder: Path, sharing: str = "shared", kind: str = "electra"):
     """(module of a run, the folder that `export` wrote)."""
-    module = run_folders.pretrained(folder / "run", sharing, kind, **DEBERTA)
-    export(folder / "run", folder / "hf")
-    return module, folder / "hf"
-
-
-def stock_model(folder: Path):
-    """The model of the class that config.json names; no key is missing or unexpected."""
-    name = read_json(folder / "config.json")["architectures"][0]
-    kind = getattr(transformers, name)
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
+    return exported_run(folder, sharing, kind, **DEBERTA)
 
 
 def accounted(report) -> int:
@@ -65,12 +50,6 @@ def token_logits(model, ids, mask):
         return model(ids, attention_mask=mask).logits
     hidden = model.deberta(ids, attention_mask=mask).last_hidden_state
     return model.classifier(model.pooler(hidden.flatten(0, 1)[:, None])).view(ids.shape)
-
-
-def assert_close(ours, theirs, mask) -> None:
-    real = mask > 0
-    largest = max(1.0, float(theirs[real].abs().max()))
-    assert float((ours[real] - theirs[real]).abs().max()) <= BOUND * largest
 
 
 # ------------------------------------------------------------------------------- export and load
@@ -153,15 +132,6 @@ def test_an_exported_fine_tuned_model_has_equal_logits(name, tmp_path):
     assert load_pretrained(tmp_path / "out").model.hidden_size == 48
     assert load(tmp_path / "out").discriminator.head is None
     assert run_card(tmp_path / "out").strip()
-
-
-def run_card(folder: Path) -> str:
-    """Run the code block of a model card in the folder that contains `folder`; what it printed."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.chdir(folder.parent), contextlib.redirect_stdout(printed):
-        exec(code, {})
-    return printed.getvalue()
 
 
 def test_the_code_of_the_cards_of_a_run_runs_as_printed(tmp_path):

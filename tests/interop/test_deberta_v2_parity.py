@@ -4,26 +4,23 @@ import pytest
 import small_objective
 import torch
 from small_objective import IDS
+from stock_parity import (
+    BOUND,
+    ROWS,
+    batch_of,
+    by_document,
+    noisy_pair,
+    our_logits,
+    relative,
+)
 
-from electra_ds.config.schema import ObjectiveConfig
-from electra_ds.data.batch import Batch
 from electra_ds.interop.hf_deberta_v2 import DebertaV2Format
 from electra_ds.model.encoder import encode
-from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 from electra_ds.model.kernels.disentangled import distance_rows
-from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import load_true_state, true_state
 
 transformers = pytest.importorskip("transformers")
 HF = DebertaV2Format()
-BOUND = 1e-5  # relative to the largest value, fp32
-LENGTH = 20
-# Lengths of the documents of each row; the rest of a row is padding.
-ROWS = {
-    "full": [[20], [20], [20]],
-    "padded": [[20], [12], [3]],
-    "packed": [[9, 11], [1, 5, 14], [7, 8]],
-}
 CASES = {
     "fewer buckets than distances": {},
     "two buckets": {"position_buckets": 2},
@@ -38,37 +35,7 @@ CASES = {
 
 def pair(sharing="shared", **changes):
     """(model, generator, objective with noise on every parameter)."""
-    model, generator = small_objective.deberta_configs(sharing=sharing)
-    model = type(model).model_validate(model.model_dump() | changes)
-    objective = ElectraObjective(model, generator, ObjectiveConfig(), IDS, seed=1)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in objective.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model, generator, objective
-
-
-def batch_of(documents, length=LENGTH):
-    """A batch of rows that hold documents of these lengths."""
-    ids = torch.randint(5, small_objective.VOCAB, (len(documents), length))
-    document_ids, position_ids = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, lengths in enumerate(documents):
-        start = 0
-        for number, size in enumerate(lengths, 1):
-            document_ids[row, start : start + size] = number
-            position_ids[row, start : start + size] = torch.arange(size)
-            start += size
-        ids[row, start:] = IDS.pad
-    none, zeros = torch.zeros(len(documents), 1), torch.zeros_like(ids)
-    batch = Batch(ids, zeros, document_ids, position_ids, none.long(), none, none > 0, none)
-    return with_cu_seqlens(batch)
-
-
-def our_logits(objective, batch, part):
-    if part == "discriminator":
-        return objective.discriminate(batch.input_ids, batch)[..., None]
-    embeddings, encoder, head = objective._generator_parts()
-    return head(encode(embeddings, encoder, batch.input_ids, batch), embeddings.word)
+    return noisy_pair(*small_objective.deberta_configs(sharing=sharing), **changes)
 
 
 def logits_of(model, ids, **inputs):
@@ -81,13 +48,7 @@ def logits_of(model, ids, **inputs):
 
 def stock_logits(model, batch):
     """The logits of each document alone, in the places of the rows; 0 at padding."""
-    rows = []
-    for ids, documents in zip(batch.input_ids, batch.document_ids, strict=True):
-        sizes = torch.bincount(documents)[1:].tolist()
-        logits = [logits_of(model, part[None])[0] for part in ids[: sum(sizes)].split(sizes)]
-        logits.append(torch.zeros(len(ids) - sum(sizes), logits[0].shape[-1]))
-        rows.append(torch.cat(logits))
-    return torch.stack(rows)
+    return by_document(batch, lambda ids: logits_of(model, ids))
 
 
 def stock(model, generator, part, **changes):
@@ -102,10 +63,6 @@ def load_ours(model, state):
     found = model.load_state_dict(state, strict=False)
     assert not found.unexpected_keys and set(found.missing_keys) <= HF.copies.keys()
     model.tie_weights()
-
-
-def relative(ours, theirs):
-    return float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max()))
 
 
 def assert_equal_gradients(objective, theirs, part):

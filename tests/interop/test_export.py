@@ -1,8 +1,6 @@
 """Export and loading: transformers gives the token ids and logits of our own modules."""
 
-import contextlib
 import copy
-import io
 import json
 import lzma
 import os
@@ -17,6 +15,7 @@ import run_folders
 import torch
 from running import CPU, run_cli
 from shard_data import with_vocabulary
+from stock_folders import run_card
 from torch import nn
 
 from data_tools.train_tokenizer import train_tokenizer
@@ -193,16 +192,6 @@ def test_an_exported_run_has_equal_logits(sharing, tmp_path):
     assert_same_logits(module, tmp_path / "out")
     with pytest.raises(UserError, match="not empty"):
         export(tmp_path / "run", tmp_path / "out")
-
-
-def run_card(folder: Path) -> str:
-    """Run the code block of a model card in the folder that contains `folder`; what it printed."""
-    card = (folder / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.chdir(folder.parent), contextlib.redirect_stdout(printed):
-        exec(code, {})
-    return printed.getvalue()
 
 
 def test_the_cards_of_a_run_with_a_frozen_generator_say_so(tmp_path):

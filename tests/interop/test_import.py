@@ -10,6 +10,7 @@ import torch
 from running import read_json, run_cli
 from safetensors.torch import load_file, save_file
 from shard_data import with_vocabulary
+from stock_folders import SETS, equal
 
 from electra_ds.common.errors import UserError
 from electra_ds.data.batch import Batch
@@ -23,11 +24,6 @@ from electra_ds.training.checkpoint import find_checkpoint
 
 transformers = pytest.importorskip("transformers")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tf_reference"
-SETS = ["data.sequence_length=32"]  # of the run config, tiny
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def imported(*arguments, **keywords):

@@ -4,26 +4,23 @@ import pytest
 import small_objective
 import torch
 from small_objective import IDS
+from stock_parity import (
+    BOUND,
+    ROWS,
+    batch_of,
+    by_document,
+    noisy_pair,
+    our_logits,
+    relative,
+)
 
-from electra_ds.config.schema import ObjectiveConfig
-from electra_ds.data.batch import Batch
 from electra_ds.interop.hf_modernbert import ModernBertFormat
 from electra_ds.model.encoder import encode
-from electra_ds.model.kernels.attention_mask import with_cu_seqlens
-from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import load_true_state, true_state
 
 transformers = pytest.importorskip("transformers")
 IS_VERSION_4 = transformers.__version__.startswith("4.")
 HF = ModernBertFormat()
-BOUND = 1e-5  # relative to the largest value, fp32
-LENGTH = 20
-# Lengths of the documents of each row; the rest of a row is padding.
-ROWS = {
-    "full": [[20], [20], [20]],
-    "padded": [[20], [12], [3]],
-    "packed": [[9, 11], [1, 5, 14], [7, 8]],
-}
 CASES = {
     "window smaller than a row": {},
     "window larger than a row": {"local_attention": 64},
@@ -39,49 +36,12 @@ CASES = {
 
 def pair(sharing="shared", **changes):
     """(model, generator, objective with noise on every parameter)."""
-    model, generator = small_objective.modernbert_configs(sharing=sharing)
-    model = type(model).model_validate(model.model_dump() | changes)
-    objective = ElectraObjective(model, generator, ObjectiveConfig(), IDS, seed=1)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in objective.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model, generator, objective
-
-
-def batch_of(documents):
-    """A batch of rows that hold documents of these lengths."""
-    ids = torch.randint(5, small_objective.VOCAB, (len(documents), LENGTH))
-    document_ids, position_ids = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, lengths in enumerate(documents):
-        start = 0
-        for number, length in enumerate(lengths, 1):
-            document_ids[row, start : start + length] = number
-            position_ids[row, start : start + length] = torch.arange(length)
-            start += length
-        ids[row, start:] = IDS.pad
-    none = torch.zeros(len(documents), 1)
-    zeros = torch.zeros_like(ids)
-    batch = Batch(ids, zeros, document_ids, position_ids, none.long(), none, none > 0, none)
-    return with_cu_seqlens(batch)
-
-
-def our_logits(objective, batch, part):
-    if part == "discriminator":
-        return objective.discriminate(batch.input_ids, batch)[..., None]
-    embeddings, encoder, head = objective._generator_parts()
-    return head(encode(embeddings, encoder, batch.input_ids, batch), embeddings.word)
+    return noisy_pair(*small_objective.modernbert_configs(sharing=sharing), **changes)
 
 
 def stock_logits(model, batch):
     """The logits of each document alone, in the places of the rows; 0 at padding."""
-    rows = []
-    for ids, documents in zip(batch.input_ids, batch.document_ids, strict=True):
-        sizes = torch.bincount(documents)[1:].tolist()
-        logits = [model(part[None]).logits[0] for part in ids[: sum(sizes)].split(sizes)]
-        logits.append(torch.zeros(LENGTH - sum(sizes), logits[0].shape[-1]))
-        rows.append(torch.cat(logits))
-    return torch.stack(rows)
+    return by_document(batch, lambda ids: model(ids).logits)
 
 
 def config_of(model, generator, part):
@@ -92,10 +52,6 @@ def config_of(model, generator, part):
 def stock(model, generator, part):
     config = transformers.ModernBertConfig(**config_of(model, generator, part))
     return getattr(transformers, config.architectures[0])(config).eval()
-
-
-def relative(ours, theirs):
-    return float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("part", ["discriminator", "generator"])

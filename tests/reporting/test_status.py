@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import run_folders
 from running import ROOT, run_cli
 
 from electra_ds.cluster import failures, run_folder
@@ -15,6 +16,8 @@ from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.folder_lock import Lock
 from electra_ds.common.json_files import write_json
 from electra_ds.config.loading import load_run
+from electra_ds.interop.average import average
+from electra_ds.interop.import_weights import import_weights
 from electra_ds.reporting.status import lines, status
 from electra_ds.training.run_logger import RunLogger
 
@@ -121,6 +124,27 @@ def test_a_mistake_of_the_user_is_shown_and_not_counted(out):
 def test_a_finished_run_is_shown_as_finished(out):
     run_folder.finish(out, True, {"step": 3000})
     assert shown(out)["state"] == "finished" and "--extend" in shown(out)["next"]
+
+
+def test_imported_and_averaged_weights_start_a_run_and_resume_none(tmp_path):
+    for name in ("a", "b"):
+        run_folders.pretrained(tmp_path / name)
+    average([tmp_path / "a", tmp_path / "b"], tmp_path / "mean")
+    import_weights(tmp_path / "a", tmp_path / "i")
+    for name in ("mean", "i"):
+        found = shown(tmp_path / name)
+        assert found["state"] == "weights only" and "resumes" not in found["next"]
+        assert found["next"].endswith(f"--init-from {tmp_path / name}")
+
+
+def test_a_run_that_was_saved_before_its_first_step_resumes(out):
+    meta = {"step": 0, "files": {"model-00001-of-00001.safetensors": {}}}
+    path = out / "ckpt" / "80" / "meta.json"
+    write_json(path, meta)
+    assert status(out)["state"] == "weights only"
+    meta["files"]["optim-00001-of-00001.safetensors"] = {}
+    write_json(path, meta)
+    assert status(out)["state"] == "stopped"
 
 
 def test_an_incomplete_folder_lists_the_missing_files(tmp_path, out):

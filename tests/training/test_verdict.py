@@ -155,11 +155,24 @@ def test_lines_without_a_metric_change_nothing(key):
         (line(0.03), PLATEAU),
         (line(0.03, logit_std=0.001), COLLAPSED),
         (line(0.0, hidden_rms=0.001), COLLAPSED),
+        (line(0.07) | {"fixed_auc": 0.52}, PLATEAU),  # easy samples of an untrained generator
+        (line(0.07) | {"fixed_auc": 0.599}, PLATEAU),
+        (line(0.07) | {"fixed_auc": 0.6}, LEARNING),
+        (line(0.07) | {"fixed_auc": math.nan}, LEARNING),  # no token was replaced
+        (line(0.03) | {"fixed_auc": 0.9}, PLATEAU),
+        (line(0.07, logit_std=0.001) | {"fixed_auc": 0.52}, COLLAPSED),
         ({"mlm_loss": 3.0}, None),
     ],
 )
 def test_one_evaluation_has_a_word_without_a_history(values, word):
     assert word_of_evaluation(values, VerdictConfig()) == word
+
+
+def test_the_least_auc_of_an_evaluation_can_be_set_and_training_lines_do_not_use_it():
+    weak = line(0.07) | {"fixed_auc": 0.52}
+    assert word_of_evaluation(weak, VerdictConfig(learning_auc=0.51)) == LEARNING
+    assert word_of_evaluation(weak, VerdictConfig(learning_auc=0)) == LEARNING
+    assert words([weak] * 3)[-1] == "learning"
 
 
 def test_the_state_is_carried_to_other_ranks():
