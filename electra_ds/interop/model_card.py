@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 from electra_ds.interop.hf_format import HfFormat, Role
 
 PIPELINE_TAGS: dict[Role, str] = {

@@ -20,7 +20,7 @@ from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.schema import MAX_STEPS, RunConfig
 from electra_ds.data.data_tokenizer import copy_tokenizer
