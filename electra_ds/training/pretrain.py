@@ -37,9 +37,11 @@ from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_
 from electra_ds.training.collectives import (
     ControlGroup,
     destroy_process_groups,
+    fail_on_all_ranks,
     is_collective,
     on_rank0,
 )
+from electra_ds.training.compile_cache import set_compile_cache
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.init_from import GENERATOR_PARTS, find_source
 from electra_ds.training.metrics_file import metric_lines
@@ -232,6 +234,11 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
             "offload_optimizer: loading DeepSpeed's CPU Adam; the first run on a machine compiles "
             "it, which takes minutes"
         )
+    if config.train.compile:
+        with fail_on_all_ranks(
+            ControlGroup(attempt.ranks).all_gather_object, "making the folder of compiled code"
+        ):
+            set_compile_cache()
     objective = _objective(config)
     frozen = None
     if config.objective.is_frozen:

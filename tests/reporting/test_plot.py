@@ -1,9 +1,12 @@
 """Plots of metrics."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from logged_run import log_run, valid_values
+from running import CPU
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.schema import OptimizerConfig
@@ -73,3 +76,26 @@ def test_a_drawn_schedule_has_its_corners(tmp_path, monkeypatch):
     assert all(rate == learning_rate(options, step, 100_000) for step, rate in rates.items())
     plot_schedule(options, 2000, tmp_path / "short.png")
     plot_schedule(OptimizerConfig(peak_lr=0.5, warmup_steps=9), 1, tmp_path / "one.png")
+
+
+def test_settings_of_the_current_folder_have_no_effect(tmp_path):
+    """matplotlib reads matplotlibrc of the current folder when it is imported."""
+    settings = "text.usetex: True\nfigure.figsize: 100000, 100000\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    command = [sys.executable, "-P", "-m", "electra_ds", "check", "tiny", "--plot", "x.png"]
+    done = subprocess.run(command, cwd=tmp_path, env=CPU, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff")
+    done = subprocess.run(command, cwd=tmp_path, env=CPU, capture_output=True, text=True)
+    assert done.returncode == 2 and "matplotlibrc" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_figures_and_settings_of_a_program_are_kept(tmp_path):
+    from matplotlib import pyplot, rcParams
+
+    figure = pyplot.figure()
+    before = dict(rcParams)
+    plot_schedule(OptimizerConfig(peak_lr=1, warmup_steps=1), 10, tmp_path / "x.png")
+    assert pyplot.get_fignums() == [figure.number] and dict(rcParams) == before
+    pyplot.close(figure)
