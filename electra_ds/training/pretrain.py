@@ -41,7 +41,7 @@ from electra_ds.training.collectives import (
     is_collective,
     on_rank0,
 )
-from electra_ds.training.compile_cache import set_compile_cache
+from electra_ds.training.compile_cache import secure_compile_cache
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.init_from import GENERATOR_PARTS, find_source
 from electra_ds.training.metrics_file import metric_lines
@@ -236,9 +236,9 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
         )
     if config.train.compile:
         with fail_on_all_ranks(
-            ControlGroup(attempt.ranks).all_gather_object, "making the folder of compiled code"
+            ControlGroup(attempt.ranks).all_gather_object, "checking the folder of compiled code"
         ):
-            set_compile_cache()
+            secure_compile_cache()
     objective = _objective(config)
     frozen = None
     if config.objective.is_frozen:
