@@ -51,7 +51,7 @@ def test_an_own_folder_is_used_and_no_longer_writable_by_the_group(folder):
 def test_a_folder_that_everyone_can_write_is_refused(folder):
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(UserError, match="can write to it.*TMPDIR"):
+    with pytest.raises(UserError, match=r"can write to it.*TMPDIR"):
         secure_compile_cache()
 
 
