@@ -50,7 +50,7 @@ from electra_ds.common.json_files import write_json
 from electra_ds.common.outputs import check_output_folder
 from electra_ds.common.own_folder import own_path, remove_temporary_files
 from electra_ds.common.printable import counted, printable
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 from electra_ds.data import shard_format
 from electra_ds.data.shard_format import (
     INDEX_DTYPE,

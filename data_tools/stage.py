@@ -29,7 +29,8 @@ from electra_ds.common.names import check_inside
 from electra_ds.common.outputs import check_output_folder
 from electra_ds.common.own_folder import remove_temporary_files
 from electra_ds.common.printable import printable, shortened
-from electra_ds.common.urls import file_system, read_bounded, redacted, what_to_check
+from electra_ds.common.redaction import redacted, without_secrets_of
+from electra_ds.common.urls import file_system, read_bounded, what_to_check
 from electra_ds.data.data_tokenizer import load_data_tokenizer
 from electra_ds.data.shard_format import (
     MANIFEST,
@@ -63,6 +64,7 @@ class Location:
     """
 
     def __init__(self, given: str) -> None:
+        self._given = given
         self.name = printable(redacted(given.rstrip("/")))
         self._system, root = file_system(given)
         self._root = root.rstrip("/")
@@ -78,8 +80,8 @@ class Location:
             raise
         except Exception as error:  # each file system raises its own types
             raise RunFailure(
-                f"{self.name}/{name}: {redacted(str(error)) or type(error).__name__}{self.advice}; "
-                "the same command resumes from what is copied"
+                f"{self.name}/{name}: {without_secrets_of(self._given, str(error)) or type(error).__name__}"
+                f"{self.advice}; the same command resumes from what is copied"
             ) from error
 
     def read(self, name: str, limit: int = MAX_BYTES) -> bytes | None:

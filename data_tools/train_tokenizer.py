@@ -35,8 +35,8 @@ from data_tools.vocabulary_folder import check_vocabulary_folder
 from data_tools.workers import Progress, ignore_progress, running_total
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.printable import printable, shortened
+from electra_ds.common.redaction import redacted
 from electra_ds.common.special_ids import UNKNOWN
-from electra_ds.common.urls import redacted
 from electra_ds.data.shard_format import MAX_VOCABULARY
 from electra_ds.data.tokenizer import SPECIAL_NAMES, ByteBpe, SentencePiece, Tokenizer, WordPiece
 from electra_ds.data.tokenizer.byte_bpe import byte_bpe_of

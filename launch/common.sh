@@ -16,7 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" | redacted >&2; }
 show() { { printf '+'; printf ' %q' "$@"; echo; } | redacted; }
 redacted() { # hide user names, passwords and secret query values of URLs
-    # At least what electra_ds.common.urls.redacted hides: a password may contain "/", "?", "#" and "@",
+    # At least what electra_ds.common.redaction.redacted hides: a password may contain "/", "?", "#" and "@",
     # so all text before the last "@" of a word is hidden. printf %q writes a blank in it as "\ ".
     sed -E -e 's#(:/+)([^[:space:]]|\\[[:space:]])*@#\1***@#g' -e \
         's/([?&;#][A-Za-z0-9_.%-]*(token|key|secret|sig|pass|pwd|credential|auth|session|jwt|code)[A-Za-z0-9_.%-]*=)[^&[:space:]\\]*/\1***/Ig'
@@ -68,6 +68,12 @@ show_errors() {
     for file in "$out"/error-rank-*.json; do
         [ ! -f "$file" ] || [ -L "$file" ] || { echo "$file:"; head -c 1000000 -- "$file"; echo; }
     done | LC_ALL=C tr -c '\11\12\40-\176' '[?*]'
+}
+
+show_text() { # FILE: print a file of UTF-8 without control characters (those of one byte and of two)
+    if [ -f "$1" ] && [ ! -L "$1" ]; then
+        head -c 1000000 -- "$1" | LC_ALL=C tr '\1-\10\13-\37\177' '[?*]' | LC_ALL=C sed 's/\xc2[\x80-\x9f]/?/g' | redacted
+    fi
 }
 
 # The exit code of a launcher is not reliable: mpirun may return 0 although a rank failed, and srun may

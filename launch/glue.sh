@@ -13,4 +13,4 @@ ranks=$(ranks_here)
 run torchrun --standalone --nproc_per_node "$ranks" -m electra_ds finetune "$model" "$config" \
     --data "$data" --out "$out" --tasks glue --seeds 5 --spread "$@"
 # There is no report if the run was stopped before the first seed ended.
-[ ! -e "$out/report.md" ] || cat "$out/report.md"
+show_text "$out/report.md"

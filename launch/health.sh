@@ -18,8 +18,11 @@ if [ -n "${STAGE:-}" ]; then
 fi
 case $data in *.json) file=$data ;; *) file=$data/manifest.json ;; esac
 case $data in
-    *://*) timeout 60 "${PYTHON:-python}" -c 'import sys; from electra_ds.common.urls import file_system
-files, path = file_system(sys.argv[1]); files.open(path).read(1)' "$file" ;;
+    *://*) timeout 60 "${PYTHON:-python}" -c 'import sys
+from electra_ds.common.redaction import without_secrets_of
+from electra_ds.common.urls import file_system
+try: files, path = file_system(sys.argv[1]); files.open(path).read(1)
+except Exception as error: sys.exit(without_secrets_of(sys.argv[1], f"{type(error).__name__}: {error}"))' "$file" ;;
     *) [ -r "$file" ] ;;
 esac || complain "cannot read $file; expected as --data a folder that prepare wrote, its URL," \
     "or a MIX.json of several folders, readable on all nodes"

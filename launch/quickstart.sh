@@ -7,6 +7,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh" # run, redacted
 
 input=builtin:docs out=runs/quickstart steps=4000
 while [ $# -gt 0 ]; do
@@ -18,13 +20,12 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ $steps =~ ^[1-9][0-9]{0,8}$ ]] || { echo "quickstart.sh: --steps '$steps' is not a positive integer" >&2; exit 2; }
-case "$input" in builtin:*|/*) ;; *) input="$PWD/$input" ;; esac
+case "$input" in builtin:*|dataset:*|*://*|/*) ;; *) input="$PWD/$input" ;; esac
 case "$out" in /*) ;; *) out="$PWD/$out" ;; esac
 make_environment ""
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
 
-say() { printf '\n== %s\n' "$*"; }
-run() { printf '+'; printf ' %q' "$@"; echo; "$@"; }
+say() { printf '\n== %s\n' "$*" | redacted; }
 train() {
     local port
     port=$(python -c 'from electra_ds.common.processes import free_port; print(free_port())')

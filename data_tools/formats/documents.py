@@ -21,7 +21,8 @@ from data_tools.inputs.streams import fingerprint, open_input
 from electra_ds.common.decompression import content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import is_url, redacted
+from electra_ds.common.redaction import without_secrets_of
+from electra_ds.common.urls import is_url
 
 PROGRESS_BYTES = 1 << 18  # least bytes between two calls of on_progress
 
@@ -57,7 +58,7 @@ def documents(
     except Exception as error:  # file systems and the library of datasets raise their own types
         if not is_url(source.path) and not source.format.startswith("dataset"):
             raise
-        reason = printable(redacted(str(error))) or type(error).__name__
+        reason = printable(without_secrets_of(source.path, str(error))) or type(error).__name__
         raise OSError(f"{source.name}: {reason}") from error
 
 

@@ -20,7 +20,7 @@ from electra_ds.common.dataset_features import check_not_decoded
 from electra_ds.common.decompression import content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 
 DATASET = "dataset:"
 COMPRESSIONS = {"gzip": ".gz", "bz2": ".bz2", "xz": ".xz", "zstd": ".zst"}  # names of fsspec

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 
 # Limits of the folders at a URL, for one input.
 MAX_REMOTE_FOLDERS = 10_000

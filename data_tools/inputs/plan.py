@@ -28,8 +28,9 @@ from electra_ds.common.decompression import COMPRESSED, content_of
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer
 from electra_ds.common.printable import printable, shortened
+from electra_ds.common.redaction import redacted
 from electra_ds.common.suggestions import other_form_of_file
-from electra_ds.common.urls import file_system, is_url, redacted
+from electra_ds.common.urls import file_system, is_url
 from electra_ds.data.tokenizer import VOCABULARY_FILES
 
 Segment = tuple[int, int, int]  # (file, start, end) in bytes

@@ -14,7 +14,7 @@ from electra_ds.cli import data, train, evaluate, finetune, transfer  # noqa: F4
 from electra_ds.cli.console import app, leave
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.printable import printable, printable_lines
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 
 # Errors of the machine without a file name; other errors without one are of the program.
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)

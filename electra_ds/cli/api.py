@@ -8,6 +8,7 @@ from pathlib import Path
 
 from electra_ds.cluster.launchers import find_ranks
 from electra_ds.common.errors import UserError
+from electra_ds.common.urls import check_local
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.interop.frozen_generator import generator_reader
@@ -60,6 +61,12 @@ def pretrain(
     which save and stop the run.
     """
     global _has_run
+    for name, path in {
+        "out": out,
+        "init_from": init_from,
+        "generator_from": generator_from,
+    }.items():
+        check_local(path or "", name)
     if isinstance(config, RunConfig):
         if engine is not None or sets:
             raise UserError(

@@ -14,7 +14,8 @@ import typer.core
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import json_text, printable, printable_lines
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
+from electra_ds.common.urls import check_local
 
 TEXTS = ("text", "original")  # parameters with texts, which may be empty
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
@@ -64,12 +65,10 @@ class Verb(typer.core.TyperCommand):
                     f"{_shown_name(parameter)} is an empty string, as an unset variable in a shell "
                     "gives; expected a value"
                 )
-            urls = [text for text in values if isinstance(text, str) and "://" in text]
-            if urls and parameter.name in paths:
-                raise UserError(
-                    f"{_shown_name(parameter)} {printable(redacted(urls[0]))}: is a URL; expected a "
-                    "local path; download it first"
-                )
+            if parameter.name in paths:
+                for text in values:
+                    if isinstance(text, str):
+                        check_local(text, _shown_name(parameter))
         with _redacted_usage():
             return super().parse_args(ctx, args)
 

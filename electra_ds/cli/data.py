@@ -23,7 +23,8 @@ from electra_ds.cli.options import (
 )
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import counted, printable, shortened
-from electra_ds.common.urls import file_system, is_url, redacted
+from electra_ds.common.redaction import redacted
+from electra_ds.common.urls import file_system, is_url
 
 MOST_DIGITS = 18  # of a row number
 

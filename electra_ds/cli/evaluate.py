@@ -14,7 +14,7 @@ from electra_ds.cli.options import Data, Model, TrustCode
 from electra_ds.common.encodings import CONVERT
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 
 MAX_TEXT_BYTES = 1 << 24  # of detect
 

@@ -10,7 +10,8 @@ import typer
 
 from electra_ds.cli.console import app, leave, progress_line
 from electra_ds.cli.options import Engine, Sets
-from electra_ds.common.printable import printable
+from electra_ds.common.printable import printable, printable_lines
+from electra_ds.common.redaction import redacted
 
 
 @app.command()
@@ -69,9 +70,8 @@ def finetune(
     # Under torchrun a stopped suite has the code 0, too; it may not have a report yet.
     report = out / "report.md"
     if ranks.rank == 0 and code == 0 and report.is_file():
-        print(
-            report if spread else report.read_text(encoding="utf-8", errors="replace"), flush=True
-        )
+        text = str(report) if spread else report.read_text(encoding="utf-8", errors="replace")
+        print(redacted(printable_lines(text)), flush=True)
     leave(code)
 
 

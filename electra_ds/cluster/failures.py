@@ -24,7 +24,7 @@ from electra_ds.common.json_files import (
     write_json,
 )
 from electra_ds.common.printable import printable, printable_lines
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 
 ERRORS_KEPT = 10  # in restarts.json
 MAX_ERROR_CHARACTERS = 100_000

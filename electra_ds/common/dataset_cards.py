@@ -14,7 +14,8 @@ from typing import Any
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import read_small
 from electra_ds.common.printable import printable, shortened
-from electra_ds.common.urls import is_url, redacted
+from electra_ds.common.redaction import redacted
+from electra_ds.common.urls import is_url
 
 CARDS = ("README.md", ".huggingface.yaml")
 MOST_BYTES = 1 << 24  # of a card

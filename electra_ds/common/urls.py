@@ -1,20 +1,19 @@
-"""URLs: allowed protocols, file systems, and removal of secrets."""
+"""URLs: allowed protocols, file systems, and what is no local path."""
 
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from electra_ds.common.bounded_http import client_options
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
+from electra_ds.common.redaction import redacted, without_secrets_of
 
 # Protocols that are opened. Some of the other protocols of fsspec execute templates, run shell
 # commands over ssh or mount archives.
 PROTOCOLS = ("file", "gs", "hf", "http", "https", "memory", "s3")
-# The place in a URL after its protocol. Path() makes one slash of two.
-START = re.compile(r":/+")
-RUN = re.compile(r"\S*")
+STARTS_AS_URL = re.compile(rf"(?i)({'|'.join(PROTOCOLS)}|ftp|ssh):/")
 # Packages that open a protocol; fsspec itself opens the other ones.
 PACKAGES = {
     "gs": "gcsfs",
@@ -33,17 +32,24 @@ FOLDER_FORMS = (
     "a folder, https://HOST/FOLDER, s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or "
     "hf://datasets/OWNER/NAME/FOLDER"
 )
-# A text in which parameters are looked for: what follows a protocol or a question mark.
-PARAMETERS = re.compile(r"(?::/|\?)\S*")
-PARAMETER = re.compile(r"([^\s?&=;#/]+)=([^&\s]+)")
-SECRET_NAME = re.compile("(?i)token|key|secret|sig|pass|pwd|credential|auth|session|jwt|code")
-MOST_CREDENTIALS = 1 << 12  # characters of a user name and a password, which bounds the search
-SPELLINGS = 3  # levels of percent-encoding of the name of a parameter
 
 
 def is_url(place: str) -> bool:
     """Return whether `place` has a protocol, or a chain of protocols, and is not a local path."""
     return "://" in place or "::" in place or place.startswith("data:")
+
+
+def check_local(place: str | Path, name: str) -> None:
+    """Raise UserError if a URL is given in the place of a local path.
+
+    place: as given. Path() makes one slash of two. name: of the option or argument, for the
+    message.
+    """
+    text = str(place)
+    if "://" in text or STARTS_AS_URL.match(text):
+        raise UserError(
+            f"{name} {printable(redacted(text))}: is a URL; expected a local path; download it first"
+        )
 
 
 def protocol_of(place: str) -> str:
@@ -96,7 +102,7 @@ def file_system(place: str) -> tuple[Any, str]:
         is_missing = isinstance(error, ImportError) and protocol in PACKAGES
         install = f"; pip install {PACKAGES[protocol]}" if is_missing else ""
         raise UserError(
-            f"{redacted(place)}: {redacted(str(error))}; expected {FOLDER_FORMS}{install}"
+            f"{redacted(place)}: {without_secrets_of(place, str(error))}; expected {FOLDER_FORMS}{install}"
         ) from None
 
 
@@ -131,48 +137,3 @@ def url_name(place: str) -> str:
     Query and fragment may contain secrets.
     """
     return Path(re.split("[?#]", place, maxsplit=1)[0] if is_url(place) else place).name
-
-
-def redacted(text: str) -> str:
-    """Return `text` with `***` for the user names, passwords and secret query values of its URLs.
-
-    text: a URL, or a message or command line that contains URLs.
-    """
-    parts = []
-    position = 0
-    while start := START.search(text, position):
-        end = _end_of_credentials(text, start.end())
-        parts += [text[position : start.end()], "***@" if end else ""]
-        position = end or start.end()
-    without = "".join(parts) + text[position:]
-    return PARAMETERS.sub(lambda found: PARAMETER.sub(_redacted_parameter, found.group()), without)
-
-
-def _end_of_credentials(text: str, begin: int) -> int:
-    """Return the position after the user name and the password of a URL, 0 without them.
-
-    begin: position after the protocol. Both may contain "@", "/" and blanks that are not escaped,
-    so they are taken to reach to the last "@" that can belong to them.
-    """
-    limit = min(len(text), begin + MOST_CREDENTIALS)
-    line_end = text.find("\n", begin, limit)
-    line_end = limit if line_end < 0 else line_end
-    run = RUN.match(text, begin, line_end)
-    assert run is not None
-    path = re.split(r"[?#]", run.group(), maxsplit=1)[0]
-    authority = path.partition("/")[0]
-    user, _, password = authority.partition(":")
-    is_port = password.strip(":,;.)'\"").isdigit() or not password
-    if not is_port and "@" not in authority and not user.startswith("["):
-        return text.rfind("@", begin, line_end) + 1
-    if "@" in path and ("@" in authority or ":" in authority):
-        return begin + path.rindex("@") + 1
-    slash = text.find("/", begin, line_end)
-    return text.rfind("@", begin, line_end if slash < 0 else slash) + 1
-
-
-def _redacted_parameter(parameter: re.Match[str]) -> str:
-    name = parameter[1]
-    for _ in range(SPELLINGS):
-        name = unquote(name)
-    return f"{parameter[1]}=***" if SECRET_NAME.search(name) else parameter.group()

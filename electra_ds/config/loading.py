@@ -14,6 +14,7 @@ from electra_ds.common.json_files import parse_strictly, read_json
 from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section
 from electra_ds.common.suggestions import nearest
+from electra_ds.common.urls import check_local
 from electra_ds.config.architectures import (
     DEFAULT_ARCHITECTURE,
     MODELS,
@@ -53,6 +54,7 @@ def find_config(name: str, kind: str) -> Path:
     names = config_names(kind)
     if name in names:
         return config_folder(kind) / f"{name}.json"
+    check_local(name, f"{kind} config")
     if os.path.isdir(name):
         hint = _config_of(Path(name)) if kind == "pretrain" else ""
         raise UserError(f"{printable(name)}: is a folder; expected a {kind} config{hint}")

@@ -22,7 +22,8 @@ from electra_ds.common.arrays import runs
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.common.json_files import MAX_BYTES
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import file_system, redacted
+from electra_ds.common.redaction import redacted, without_secrets_of
+from electra_ds.common.urls import file_system
 from electra_ds.data.rows import sort_rows
 from electra_ds.data.shard_format import NPY_HEADER, TAR_BLOCK, padded, shard_file
 from electra_ds.data.shard_reader import SplitIndex
@@ -78,7 +79,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str) -> None:
-        url = url.rstrip("/")
+        self._url = url = url.rstrip("/")
         self.name = printable(redacted(url))
         self._system, self._root = file_system(url)
 
@@ -164,7 +165,7 @@ class RemoteFolder:
         path = f"{self.name}/{part.name}"
         status = getattr(answer, "status", 0)
         received = (
-            f"{type(answer).__name__}: {redacted(str(answer))}"
+            f"{type(answer).__name__}: {without_secrets_of(self._url, str(answer))}"
             if isinstance(answer, Exception)
             else f"{len(answer):,} bytes"
         )

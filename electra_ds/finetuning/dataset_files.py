@@ -17,8 +17,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import open_regular
 from electra_ds.common.parquet_sizes import check_chunk
 from electra_ds.common.printable import printable
+from electra_ds.common.redaction import redacted
 from electra_ds.common.tar_headers import TarHeader
-from electra_ds.common.urls import redacted
 
 # Modules of `datasets` that read texts and numbers from files with a limit that is checked here.
 READERS = ("arrow", "conll", "csv", "json", "parquet", "text", "webdataset")

@@ -15,6 +15,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, write_json
+from electra_ds.common.markdown import inline
 from electra_ds.common.printable import printable
 from electra_ds.finetuning.tasks import GLUE, Task
 
@@ -281,7 +282,7 @@ def _markdown(report: dict[str, Any]) -> str:
         lines += [_row(name, *row.values()) for name, row in comparison.items()]
     origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
     notes = [*(f"weights: {origin}" for origin in origins), *report["notes"]]
-    return "\n".join([*lines, "", *(f"- {printable(note)}" for note in notes), ""])
+    return "\n".join([*lines, "", *(f"- {inline(note)}" for note in notes), ""])
 
 
 def _heading(*titles: str) -> list[str]:
@@ -295,6 +296,5 @@ def _row(*cells: str | float | None) -> str:
         if cell is None:
             texts.append("")
         else:
-            text = f"{cell:.1f}" if isinstance(cell, float) else printable(cell)
-            texts.append(text.replace("|", "\\|"))
+            texts.append(f"{cell:.1f}" if isinstance(cell, float) else inline(cell))
     return f"| {' | '.join(texts)} |"

@@ -210,10 +210,7 @@ class DebertaV2Format(BertNamesFormat):
         """The label in config.json decides between a discriminator and a regression of texts."""
         if self.output_bias in tensors or "lm_predictions.lm_head.bias" in tensors:
             return ("generator",)
-        labels = config.get("id2label")
-        is_labelled = isinstance(labels, dict) and list(labels.values()) == [DETECTION_LABEL]
-        is_task = config.get("problem_type") is not None
-        if is_labelled and not is_task and "pooler.dense.weight" in tensors:
+        if _is_labelled(config) and "pooler.dense.weight" in tensors:
             return ("discriminator",)
         return ()
 
@@ -237,11 +234,12 @@ class DebertaV2Format(BertNamesFormat):
             renamed[name] = new
         return renamed
 
-    def from_hf(
-        self, tensors: Mapping[str, Tensor], names: Iterable[str], part: str
-    ) -> dict[str, Tensor]:
-        stock = {new: tensors[name] for name, new in self.stock_names(tensors).items()}
-        return super().from_hf(stock, names, part)
+
+def _is_labelled(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has the label of a discriminator."""
+    labels = config.get("id2label")
+    is_labelled = isinstance(labels, dict) and list(labels.values()) == [DETECTION_LABEL]
+    return is_labelled and config.get("problem_type") is None
 
 
 def _checked_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -254,6 +252,8 @@ def _checked_sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             "example a DeBERTaV3"
         )
     check_only(stated, where, ONLY)
+    if _is_labelled(config):
+        check_only(stated, where, {"pooler_hidden_act": "gelu"})
     kinds = stated["pos_att_type"]
     kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
     is_known = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)

@@ -17,6 +17,7 @@ from electra_ds.common.printable import printable, shortened
 from electra_ds.interop.hf import LOADED_TYPES, format_of_type
 from electra_ds.interop.hf_format import HfFormat
 from electra_ds.interop.pickled_weights import read_pickled
+from electra_ds.model.weights import check_type
 
 FILES = (
     "model.safetensors",
@@ -104,8 +105,8 @@ def stated_length(folder: Path) -> int | None:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a folder by name, from one file or several, on the CPU.
 
-    Pickled files are loaded with weights_only=True. Raises UserError when there are no weights, or
-    when a file cannot be read.
+    Pickled files are loaded with weights_only=True. Raises UserError when there are no weights, when
+    a file cannot be read, and for floating-point tensors of less than 16 bits.
     """
     first = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if first is None:
@@ -134,9 +135,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: is a Git LFS pointer, not the weights; run: git lfs pull")
     if not start:
         raise UserError(f"{path}: cannot be read as weights (empty)")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return read_pickled(path)
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+    for name, value in tensors.items():
+        if value.is_floating_point():  # torch compares and converts no tensors of 4 bits
+            check_type(value, printable(name), str(path))
+    return tensors
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

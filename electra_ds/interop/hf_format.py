@@ -14,9 +14,10 @@ from torch import Tensor
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import Record
-from electra_ds.common.printable import shortened
+from electra_ds.common.printable import printable, shortened
 from electra_ds.common.special_ids import SpecialIds
 from electra_ds.config.architectures import EncoderConfig, ModelConfig
+from electra_ds.model.weights import WEIGHT_TYPES, check_type
 
 # What the stock class of a folder does: one logit for each token that it was replaced, one for each
 # entry of the vocabulary, one for each label of a text, one for each label of a token.
@@ -136,6 +137,28 @@ class HfFormat(ABC):
     def stock_names(self, tensors: Iterable[str]) -> dict[str, str]:
         """Tensor names of a folder that can be imported -> names in a stock class with a head."""
 
+    def renamed(
+        self, tensors: Mapping[str, Tensor], where: str
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """(tensors by their stock names, stock name -> name in the folder).
+
+        A tensor with the stock name of another one is left under its own name if both are equal.
+        Raises UserError if they differ, because it is not known which one was trained.
+        """
+        originals: dict[str, str] = {}
+        for name, new in sorted(self.stock_names(tensors).items(), key=_stock_first):
+            other = originals.get(new)
+            if other is None:
+                originals[new] = name
+            elif _are_equal(tensors[other], tensors[name]):
+                originals[name] = name
+            else:
+                raise UserError(
+                    f"{where}: {printable(other)} and {printable(name)} are the same parameter with "
+                    "different values; expected one of them: remove the other one"
+                )
+        return {new: tensors[name] for new, name in originals.items()}, originals
+
     def requirement(self, config: Mapping[str, Any]) -> str | None:
         """What a folder with this config.json needs beside transformers 4.57 or newer."""
         return None
@@ -161,11 +184,12 @@ class HfFormat(ABC):
         names: all our parameters; those of other parts are ignored. A bare model, which has no
         prefix, is accepted. Raises UserError with the name of the first missing tensor.
         """
+        stock, _ = self.renamed(tensors, f"Hugging Face {part}")
         state = {}
         for name in part_names(names, part):
             chunks = []
             for foreign in self.foreign_names(name):
-                chunk = tensors.get(foreign, tensors.get(foreign.removeprefix(self.prefix)))
+                chunk = stock.get(foreign)
                 if chunk is None:
                     raise UserError(
                         f"Hugging Face {part}: no tensor {foreign} for {name}; "
@@ -185,6 +209,9 @@ class HfFormat(ABC):
         """
         table = tensors.get(self.word_table, tensors.get(self.word_table.removeprefix(self.prefix)))
         matrix = tensors.get(self.output_matrix)
+        for name, value in ((self.word_table, table), (self.output_matrix, matrix)):
+            if value is not None:
+                check_type(value, name, where)
         if matrix is None:
             if config.get("tie_word_embeddings") is not False:
                 return
@@ -198,6 +225,15 @@ class HfFormat(ABC):
             f"{problem}; expected tied embeddings: use a model that was trained with them, or "
             "`electra-ds import`, which leaves this matrix out"
         )
+
+
+def _stock_first(names: tuple[str, str]) -> tuple[bool, str]:
+    name, stock = names
+    return name != stock, name
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype in WEIGHT_TYPES and torch.equal(one, other)
 
 
 def part_names(names: Iterable[str], part: str) -> list[str]:
@@ -223,11 +259,8 @@ def joined(chunks: list[Tensor], name: str, where: str) -> Tensor:
 
     UserError when they are no floating-point weights, or differ in shape.
     """
-    if not all(chunk.is_floating_point() for chunk in chunks):
-        raise UserError(
-            f"{where}: the tensor of {name} has the type {chunks[0].dtype}; expected "
-            "floating-point weights; quantized weights are not read"
-        )
+    for chunk in chunks:
+        check_type(chunk, f"the tensor of {name}", where)
     if len(chunks) == 1:
         return chunks[0].detach().float()
     shapes = [tuple(chunk.shape) for chunk in chunks]

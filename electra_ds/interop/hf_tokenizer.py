@@ -6,6 +6,7 @@ from typing import Any
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import write_json
+from electra_ds.common.printable import printable
 from electra_ds.data.tokenizer import ByteBpe, Tokenizer, WordPiece
 from electra_ds.data.tokenizer.hugging_face import NORMALIZATION_KEY
 from electra_ds.data.tokenizer.normalization import native_steps
@@ -98,9 +99,21 @@ def _sentencepiece(tokenizer: Tokenizer) -> Any:
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)  # type: ignore[attr-defined]
     rules = proto.normalizer_spec
-    fast: Any = FastTokenizer(_sentencepiece_model(tokenizer, proto))
-    steps: list[Any] = native_steps(tokenizer.normalization)
-    steps += _rules(rules)
+    if proto.trainer_spec.treat_whitespace_as_suffix:
+        raise UserError(
+            "found a SentencePiece model with the space after a word "
+            "(treat_whitespace_as_suffix), which tokenizer.json cannot express; expected it before"
+        )
+    try:
+        fast: Any = FastTokenizer(_sentencepiece_model(tokenizer, proto))
+        steps: list[Any] = native_steps(tokenizer.normalization) + _rules(rules)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises no other class
+        raise UserError(
+            f"the SentencePiece model of the tokenizer is damaged ({printable(str(error))}); copy "
+            "the tokenizer again"
+        ) from None
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex("^ | $"), "")]
     if rules.add_dummy_prefix:
@@ -158,7 +171,7 @@ def _sentencepiece_model(tokenizer: Tokenizer, proto: Any) -> Any:
     trainer = proto.trainer_spec
     if trainer.model_type == trainer.UNIGRAM:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
-        return models.Unigram(scores, trainer.unk_id, trainer.byte_fallback)
+        return models.Unigram(scores, tokenizer.special_ids.unk, trainer.byte_fallback)
     if trainer.model_type != trainer.BPE:
         raise UserError("found another SentencePiece model; expected unigram or bpe")
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}

@@ -481,8 +481,7 @@ def _with_tables(sources: list[Source], sharing: str) -> list[Source]:
 def _source(folder: Path, content: HfFolder, prefixes: Iterable[str], num_layers: int) -> Source:
     form, tensors = content.format, content.tensors
     check_layers(tensors, form.before_layer, num_layers, str(folder))
-    original = {new: name for name, new in form.stock_names(tensors).items()}
-    renamed = {new: tensors[name] for new, name in original.items()}
+    renamed, original = form.renamed(tensors, str(folder))
     heads = form.heads(content.config, renamed)
     return Source(folder, renamed, original, form.foreign_names, tuple(prefixes), form, heads)
 

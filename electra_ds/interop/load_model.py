@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import reading
 from electra_ds.common.special_ids import SpecialIds
+from electra_ds.common.urls import check_local
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -201,6 +202,8 @@ def load(
     Raises UserError if there is no model in `model`, if its tokenizer is missing or does not fit,
     and for a model.factory without trust_code.
     """
+    check_local(model, "model")
+    check_local(tokenizer or "", "tokenizer")
     source = resolve_model(Path(model))
     words = None if tokenizer is None else Path(tokenizer)
     if source.checkpoint is None:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from electra_ds.common.markdown import inline
 from electra_ds.common.printable import printable
-from electra_ds.common.urls import redacted
 from electra_ds.interop.hf_format import HfFormat, Role
 
 PIPELINE_TAGS: dict[Role, str] = {
@@ -70,7 +70,7 @@ def render_card(
         "",
         f"# {name}",
         "",
-        _cell(card.purpose),
+        inline(card.purpose),
         "",
         f"Load it from the folder that contains `{name}`:",
         "",
@@ -80,7 +80,7 @@ def render_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {_cell(title)} | {_cell(value)} |" for title, value in rows.items()),
+        *(f"| {inline(title)} | {inline(value)} |" for title, value in rows.items()),
         "",
     ]
     return "\n".join(lines)
@@ -116,9 +116,3 @@ def _reading_code(form: HfFormat, config: Mapping[str, Any], card: Card) -> str:
     if card.role == "token_classification":
         return READ_CLASS_AT_CLS if card.reads_cls else READ_TAGS
     return READ_VALUE if config["problem_type"] == "regression" else READ_CLASS
-
-
-def _cell(value: str) -> str:
-    """A value escaped for one cell of a Markdown table; names and labels come from files."""
-    text = printable(redacted(value))
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("`", "&#96;")

@@ -27,6 +27,7 @@ END_BYTES = 22  # of the end record
 MOST_BYTES = 1 << 24  # of a pickle; 30,000 tensors take 8 MiB
 MOST_OPCODES = 1 << 20  # of a pickle; an opcode makes a value of up to 100 bytes
 LEGACY_PICKLES = 5  # at the start of a file of torch before 1.6; the weights follow
+MOST_REPEATS = 4  # size of all tensors / size of the file; tied embeddings are two tensors
 ZIP = b"PK\x03\x04"  # the test of torch
 ORDERED_DICT = "collections OrderedDict"
 # Functions that a pickle may call, with any arguments.
@@ -73,6 +74,13 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
                 f"{path}: {printable(name)} is sparse, quantized, or larger than the file; "
                 "expected plain tensors"
             )
+    total = sum(value.numel() * value.element_size() for value in tensors.values())
+    if total > MOST_REPEATS * size:
+        raise UserError(
+            f"{path}: tensors of {total:,} bytes in a file of {size:,} bytes, so that many are the "
+            f"same data; expected at most {MOST_REPEATS} times the size of the file; if you trust "
+            "it, convert it to safetensors"
+        )
     return tensors
 
 

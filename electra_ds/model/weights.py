@@ -9,6 +9,8 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 
 Shapes = dict[str, tuple[int, ...]]
+# Types of weights. Narrower types, of 8 and 4 bits, are quantized: their scales are other tensors.
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def true_rows(module: nn.Module) -> dict[str, int]:
@@ -101,17 +103,22 @@ def check_shapes(found: Shapes, shapes: Shapes, where: str) -> None:
 def check_values(state: Mapping[str, Tensor], where: str) -> None:
     """Raise UserError for tensors that are not floating-point, or with NaN or infinite values."""
     for name, value in state.items():
-        if not value.is_floating_point():
-            raise UserError(
-                f"{where}: {printable(name)} has the type {value.dtype}; expected floating-point "
-                "weights; quantized weights are not read"
-            )
+        check_type(value, printable(name), where)
         count = int((~torch.isfinite(value.float())).sum())
         if count:
             raise UserError(
                 f"{where}: {count:,} of the {value.numel():,} values of {printable(name)} are not "
                 "finite; the model has diverged or the file is damaged; use an older checkpoint"
             )
+
+
+def check_type(value: Tensor, name: str, where: str) -> None:
+    """Raise UserError unless a tensor is of a type of WEIGHT_TYPES. name, where: for the message."""
+    if value.dtype not in WEIGHT_TYPES:
+        raise UserError(
+            f"{where}: {name} has the type {value.dtype}; expected floating-point weights of at "
+            "least 16 bits; quantized weights are not read"
+        )
 
 
 def check_layers(names: Iterable[str], part: str, count: int, where: str) -> None:

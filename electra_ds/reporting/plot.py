@@ -1,8 +1,9 @@
 """Pictures: curves of runs, drawn from metrics.jsonl only, and the learning rate of a config."""
 
+import contextlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,15 @@ def plot(runs: list[Path], out: Path) -> str:
                 f"{printable(run)}: no metrics.jsonl here{clause}; expected the folder of a run "
                 "that has logged steps"
             )
-    pyplot = _checked_pyplot(out, "--out")
+    with _drawing(out, "--out") as pyplot, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure = _curves(pyplot, runs)
+        _save(figure, out, "--out")
+    return _font_note(caught)
+
+
+def _curves(pyplot: Any, runs: list[Path]) -> Any:
+    """Return the figure of `plot`."""
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for run in runs:
         records = read_metrics(run / "metrics.jsonl")
@@ -64,13 +73,7 @@ def plot(runs: list[Path], out: Path) -> str:
     for axis in axes.flat:
         if axis.lines:
             axis.legend(fontsize=8)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            _save(figure, out, "--out")
-    finally:
-        pyplot.close(figure)
-    return _font_note(caught)
+    return figure
 
 
 def plot_schedule(schedules: Sequence[Span], out: Path) -> None:
@@ -80,11 +83,10 @@ def plot_schedule(schedules: Sequence[Span], out: Path) -> None:
     Raises UserError when `out` cannot be written, and when matplotlib (extra [plot]) is not
     installed.
     """
-    pyplot = _checked_pyplot(out, "--plot")
     different = list({span.first_step: span for span in schedules}.values())
     kinds = ", ".join(dict.fromkeys(span.options.schedule for span in different))
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    try:
+    with _drawing(out, "--plot") as pyplot:
+        figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
         drawn = [(step, span.rate(step)) for span in different for step in _drawn_steps(span)]
         axis.plot(*zip(*drawn, strict=True))
         total_steps = sum(span.steps for span in different)
@@ -92,8 +94,26 @@ def plot_schedule(schedules: Sequence[Span], out: Path) -> None:
         axis.set(title=title, xlabel="applied steps", ylabel="learning rate")
         axis.grid(alpha=0.3)
         _save(figure, out, "--plot")
-    finally:
-        pyplot.close(figure)
+
+
+@contextlib.contextmanager
+def _drawing(out: Path, option: str) -> Iterator[Any]:
+    """Yield matplotlib's pyplot, after the checks of the picture's path in `option`.
+
+    Pictures have matplotlib's built-in settings. A file `matplotlibrc`, also one in the current
+    folder, could set any size, or run LaTeX.
+    """
+    pyplot = _checked_pyplot(out, option)
+    import matplotlib
+
+    others = set(pyplot.get_fignums())
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        try:
+            yield pyplot
+        finally:
+            for number in set(pyplot.get_fignums()) - others:
+                pyplot.close(number)
 
 
 def _drawn_steps(span: Span) -> list[int]:
@@ -105,7 +125,7 @@ def _drawn_steps(span: Span) -> list[int]:
 
 
 def _checked_pyplot(out: Path, option: str) -> Any:
-    """Return matplotlib's pyplot, after the checks of the picture's path in `option`."""
+    """Return pyplot, after the checks of the picture's path."""
     if out.suffix.lower() not in FORMATS:
         raise UserError(
             f"{option} {printable(out)}: expected a file name that ends with one of "
@@ -116,6 +136,11 @@ def _checked_pyplot(out: Path, option: str) -> Any:
     except ImportError:
         what = "plot" if option == "--out" else option
         raise UserError(f"{what} needs matplotlib: pip install 'electra_ds[plot]'") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"{option} {printable(out)}: matplotlib cannot read its settings ({error}); correct or "
+            "remove the file matplotlibrc in this folder"
+        ) from None
     check_output_file(out, option)
     matplotlib.use("Agg")
     from matplotlib import pyplot

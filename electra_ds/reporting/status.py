@@ -18,7 +18,7 @@ from electra_ds.common.folder_lock import STALE_SECONDS, owner_of
 from electra_ds.common.json_files import AnyRecord, Record, read_record, read_small
 from electra_ds.common.names import check_name
 from electra_ds.common.printable import printable, printable_lines
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 from electra_ds.config.phases import how_to_extend
 from electra_ds.reporting.phase_progress import PhaseFacts, Progress, progress_at
 from electra_ds.training.metrics_file import TRAIN, VALID, metric_lines, summary

@@ -20,7 +20,7 @@ from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.folder_lock import Lock, owner_of
 from electra_ds.common.outputs import check_outside
 from electra_ds.common.printable import printable, printable_lines, shortened
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.phases import how_to_extend, is_extension
 from electra_ds.config.schema import MAX_STEPS, RunConfig
@@ -40,9 +40,11 @@ from electra_ds.training.checkpointer import Checkpointer, remove_stale, rename_
 from electra_ds.training.collectives import (
     ControlGroup,
     destroy_process_groups,
+    fail_on_all_ranks,
     is_collective,
     on_rank0,
 )
+from electra_ds.training.compile_cache import secure_compile_cache
 from electra_ds.training.engine import Engine, start
 from electra_ds.training.init_from import GENERATOR_PARTS, find_source
 from electra_ds.training.metrics_file import metric_lines
@@ -286,6 +288,11 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
             "offload_optimizer: loading DeepSpeed's CPU Adam; the first run on a machine compiles "
             "it, which takes minutes"
         )
+    if config.train.compile:
+        with fail_on_all_ranks(
+            ControlGroup(attempt.ranks).all_gather_object, "checking the folder of compiled code"
+        ):
+            secure_compile_cache()
     objective = _objective(config)
     frozen = None
     if config.objective.is_frozen:

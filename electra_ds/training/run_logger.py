@@ -17,7 +17,7 @@ from electra_ds.common.files import replacing
 from electra_ds.common.json_files import set_aside
 from electra_ds.common.own_folder import open_to_append, own_folder
 from electra_ds.common.printable import printable_lines
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 from electra_ds.training.metrics_file import SCHEMA, TRAIN, metric_lines, summary
 
 TAGS = {"data_wait_share": "data/wait_share"}  # TensorBoard tags that are not SPLIT/KEY

@@ -3,8 +3,10 @@
 import fsspec
 import pytest
 
-from electra_ds.common.errors import UserError
-from electra_ds.common.urls import PROTOCOLS, file_system, redacted
+import electra_ds
+from electra_ds.common.errors import RunFailure, UserError
+from electra_ds.common.redaction import redacted, without_secrets_of
+from electra_ds.common.urls import PROTOCOLS, file_system
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -78,3 +80,42 @@ def test_secret_parameters_are_known_by_many_names(name):
 def test_redaction_of_a_long_text_ends():
     text = ":/a:b" * 40_000 + "@h"
     assert redacted(text).endswith("***@h")
+
+
+PLACES = ["https://user:hunter2@host/x", "https:/user:hunter2@host/x", "s3://b/x?token=hunter2"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", [UserError, RunFailure])
+def test_an_error_has_no_secret_for_a_program_that_prints_it(place, kind):
+    error = kind(f"{place}: not found")
+    assert "hunter2" not in f"{error} {error!r} {error.args}" and "not found" in str(error)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_python_interface_takes_no_url_as_a_local_path(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = [
+        lambda: electra_ds.load(place),
+        lambda: electra_ds.load(tmp_path, tokenizer=place),
+        lambda: electra_ds.load_run(place),
+        lambda: electra_ds.pretrain("tiny", "data", place),
+        lambda: electra_ds.pretrain("tiny", "data", "out", init_from=place),
+        lambda: electra_ds.pretrain("tiny", "data", "out", generator_from=place),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="is a URL; expected a local path") as caught:
+            call()
+        assert "hunter2" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["no file user:hunter2@host/x", "got 'user:hunter2'", "https://user:hunter2@host/x"]
+)
+def test_a_part_of_a_url_in_the_error_of_a_library_has_no_secret(text):
+    assert "hunter2" not in without_secrets_of("hf://user:hunter2@host/x", text)
+
+
+def test_a_user_name_without_a_password_is_no_secret_elsewhere():
+    assert without_secrets_of("s3://a@b/x", "a bad answer") == "a bad answer"

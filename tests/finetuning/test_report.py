@@ -261,3 +261,16 @@ def test_a_folder_of_a_suite_that_is_a_link_out_of_it_is_refused(tmp_path, monke
         with pytest.raises(UserError, match=r"a symbolic link leads to .*other"):
             write_or_compare(SimpleNamespace(out=tmp_path / "dir"), "t/task.json", {}, list)
     assert not os.listdir(tmp_path / "other")
+
+
+def test_a_report_escapes_what_files_contain(tmp_path):
+    folder = tmp_path / "mine" / "seed-0"
+    folder.mkdir(parents=True)
+    hostile = "<img src=x> ![x](http://host/p.png) `c` a|b \x1b[2J\n# x https://me:secret@host/run"
+    result = {"status": "done", "origin": hostile, "scores": {"valid": {hostile: 0.5}}}
+    (folder / "result.json").write_text(json.dumps(result))
+    (tmp_path / "mine" / "task.json").write_text(json.dumps({"notes": [hostile]}))
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("img src=x") == 3
+    assert not any(bad in text for bad in ("<img", "](", "`", "a|b |", "\x1b", "\n# x", "secret"))

@@ -199,6 +199,12 @@ def test_a_config_may_lack_keys_with_a_default(foreign):
         load_pretrained(foreign / "discriminator")
 
 
+def four_bits(*shape: int) -> torch.Tensor:
+    """A tensor of 4-bit numbers, which torch can neither convert nor compare."""
+    kind = getattr(torch, "float4_e2m1fn_x2", torch.float8_e5m2)  # since torch 2.8
+    return torch.zeros(shape, dtype=torch.uint8).view(kind)
+
+
 def test_weights_of_other_layers_types_and_values_are_refused(foreign, tmp_path):
     file = foreign / "discriminator" / "model.safetensors"
     tensors = load_file(file)
@@ -210,6 +216,14 @@ def test_weights_of_other_layers_types_and_values_are_refused(foreign, tmp_path)
         (tensors | {name: tensors[name][:4].clone()}, "have the shapes"),
         (tensors | {name: tensors[name].to(torch.int8)}, "quantized weights are not read"),
         (tensors | {name: tensors[name] * float("nan")}, "not finite"),
+        (tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, "quantized weights are not read"),
+        (tensors | {name: four_bits(48, 24)}, "quantized weights are not read"),
+        (tensors | {"unknown": four_bits(2)}, "quantized weights are not read"),
+        (
+            tensors
+            | {"embeddings.LayerNorm.bias": tensors["electra.embeddings.LayerNorm.bias"] + 1},
+            "the same parameter with different values",
+        ),
     ):
         save_file(changed, file, metadata={"format": "pt"})
         for reader in (
@@ -224,6 +238,42 @@ def test_weights_of_other_layers_types_and_values_are_refused(foreign, tmp_path)
     half = {key: value.half() for key, value in tensors.items()}
     save_file(half, file, metadata={"format": "pt"})
     assert load_pretrained(foreign / "discriminator").state[QKV].dtype == torch.float32
+
+
+def test_a_quantized_output_matrix_is_refused(foreign):
+    file = foreign / "generator" / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors["electra.embeddings.word_embeddings.weight"]
+    for kind in (torch.int8, torch.complex64):
+        save_file(tensors | {"generator_lm_head.weight": table.to(kind)}, file)
+        with pytest.raises(UserError, match=r"generator_lm_head\.weight has the type"):
+            load(foreign / "generator")
+
+
+def test_equal_tensors_under_two_names_are_read(foreign):
+    file = foreign / "discriminator" / "model.safetensors"
+    tensors = load_file(file)
+    twice = {name.removeprefix("electra."): value.clone() for name, value in tensors.items()}
+    save_file(tensors | twice, file)
+    state = load_pretrained(foreign / "discriminator").state
+    assert torch.equal(
+        state["embeddings.word.weight"], tensors["electra.embeddings.word_embeddings.weight"]
+    )
+
+
+def test_many_tensors_with_the_same_data_are_refused(foreign):
+    """A small file would otherwise take memory without a limit."""
+    folder = foreign / "discriminator"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    table = tensors["electra.embeddings.word_embeddings.weight"]
+    torch.save(tensors | {"tied": table}, folder / "pytorch_model.bin")
+    load_pretrained(folder)
+    repeated = {f"unknown.{i}": table for i in range(40)}
+    torch.save(tensors | repeated, folder / "pytorch_model.bin")
+    for reader in (load_pretrained, load):
+        with pytest.raises(UserError, match="many are the same data"):
+            reader(folder)
 
 
 def pickled(folder: Path, content: bytes) -> Path:

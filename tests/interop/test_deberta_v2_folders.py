@@ -627,3 +627,36 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path):
         path.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=part):
             import_weights(folder, tmp_path / "i", "deberta-tiny", SETS)
+
+
+def test_a_discriminator_with_another_activation_in_its_head_is_refused(tmp_path):
+    _, folder = exported(tmp_path)
+    path = folder / "discriminator" / "config.json"
+    config = read_json(path)
+    path.write_text(json.dumps(config | {"pooler_hidden_act": "tanh"}))
+    for reader in readers(tmp_path / "i"):
+        with pytest.raises(UserError, match="pooler_hidden_act = 'tanh'; only 'gelu'"):
+            reader(folder / "discriminator")
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "pooler_hidden_act"}))
+    assert load(folder / "discriminator").discriminator is not None
+
+
+def test_two_heads_that_predict_tokens_are_refused_unless_equal(tmp_path):
+    masked_lm(tmp_path / "stock")
+    file = tmp_path / "stock" / "model.safetensors"
+    tensors = load_file(file)
+    twice = {
+        theirs + name.removeprefix(stock): tensors[name].clone()
+        for theirs, stock in MICROSOFT_HEAD.items()
+        for name in tensors
+        if name.startswith(stock)
+    }
+    save_file(tensors | twice, file, metadata={"format": "pt"})
+    importer = readers(tmp_path / "i")[-1]
+    report = importer(tmp_path / "stock")
+    assert len(twice) == sum("lm_predictions" in name for name in report.unused)
+    other = {name: value + 1 for name, value in twice.items()}
+    save_file(tensors | other, file, metadata={"format": "pt"})
+    for reader in readers(tmp_path / "j"):
+        with pytest.raises(UserError, match="the same parameter with different values"):
+            reader(tmp_path / "stock")

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from data_tools.pipeline.clean import clean_lines
 from data_tools.train_tokenizer import train_tokenizer
+from electra_ds.common.errors import UserError
 from electra_ds.data.tokenizer import SentencePiece, Tokenizer, WordPiece, load_tokenizer
 from electra_ds.data.tokenizer.normalization import FORMS as FORMS_OF_TEXT
 from electra_ds.data.tokenizer.normalization import normalize
@@ -171,6 +172,40 @@ def test_a_model_of_version_0_1_is_exported_with_its_ids(tokenizers, rules, tmp_
         ids = ours.encode_batch([text])[0]
         assert fast.encode(text, add_special_tokens=False).ids == ids
         assert auto(text, add_special_tokens=False)["input_ids"] == ids
+
+
+def edited(tokenizer: Tokenizer, edit) -> SentencePiece:
+    """A tokenizer with another SentencePiece file."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
+    edit(model)
+    return SentencePiece(model.SerializeToString(), {}, "edited")
+
+
+@pytest.mark.parametrize("number", [-1, 0, 3, 10**6])
+def test_the_unknown_token_of_an_export_is_that_of_the_pieces(tokenizers, number, tmp_path):
+    """SentencePiece itself ignores the number in the settings of the training."""
+    tokenizer = edited(
+        tokenizers["unigram"][0], lambda model: setattr(model.trainer_spec, "unk_id", number)
+    )
+    fast, _ = exported(tokenizer, tmp_path)
+    text = "a \U0001f600 b"
+    ids = tokenizer.encode_batch([text])[0]
+    assert tokenizer.special_ids.unk in ids
+    assert fast.encode(text, add_special_tokens=False).ids == ids
+
+
+def test_a_model_that_tokenizer_json_cannot_express_is_refused(tokenizers, tmp_path):
+    def damaged_rules(model) -> None:  # SentencePiece itself reads them
+        model.normalizer_spec.precompiled_charsmap += b"\xff\0"
+
+    def spaces_after_words(model) -> None:
+        model.trainer_spec.treat_whitespace_as_suffix = True
+
+    with_charsmap = with_rules(tokenizers["unigram"][0], "nmt_nfkc")
+    for edit, message in ((damaged_rules, "is damaged"), (spaces_after_words, "after a word")):
+        tokenizer = edited(with_charsmap, edit)
+        with pytest.raises(UserError, match=message):
+            exported(tokenizer, tmp_path / message)
 
 
 def test_the_tokenizer_of_a_data_folder_of_version_0_1_is_unchanged():

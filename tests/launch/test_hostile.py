@@ -18,7 +18,7 @@ import pytest
 from running import ROOT
 
 from electra_ds.common.errors import UserError
-from electra_ds.common.urls import redacted
+from electra_ds.common.redaction import redacted
 from electra_ds.config.loading import load_run
 
 COMMANDS = (
@@ -539,3 +539,38 @@ def test_no_module_is_imported_from_the_current_folder(sandbox: Sandbox) -> None
     )
     sandbox.run("local.sh", "tiny", "--data", "d", "--out", "out")
     assert f"safe path 1 {sandbox.launch.parent}" in sandbox.output
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:hunter2@127.0.0.1:9/x", "file:///user:hunter2@host/x"]
+)
+def test_the_check_of_a_node_shows_no_secret(url: str) -> None:
+    done = subprocess.run(
+        ["bash", ROOT / "launch/health.sh", url],
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "cannot read" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_quickstart_takes_a_url_and_shows_no_secret(sandbox: Sandbox) -> None:
+    venv = sandbox.folder / "checkout/.venv"
+    shutil.copytree(sandbox.bin, venv / "bin")
+    (venv / ".installed").touch()
+    url = "https://user:hunter2@host/x.txt"
+    calls = sandbox.run("quickstart.sh", "--input", url)[1]
+    assert all(contains(call, ["--input", url]) for call in calls["electra-ds"])
+    assert "hunter2" not in sandbox.output + sandbox.errors
+
+
+def test_a_text_is_printed_without_control_characters_and_links(sandbox: Sandbox) -> None:
+    (sandbox.folder / "text").write_text(
+        "| t\u00e4sk | 1.0 |\n\x1b]0;x\x07\u009b2J https://u:hunter2@h/\n"
+    )
+    (sandbox.folder / "link").symlink_to("text")
+    shown = call(sandbox, "show_text", str(sandbox.folder / "text"))
+    assert "| t\u00e4sk | 1.0 |\n" in shown and "hunter2" not in shown
+    assert not set(shown) & set("\x1b\x07\u009b")
+    assert call(sandbox, "show_text", str(sandbox.folder / "link")) == ""

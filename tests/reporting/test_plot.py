@@ -1,9 +1,12 @@
 """Plots of metrics."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from logged_run import log_run, valid_values
+from running import CPU
 
 from electra_ds.common.errors import UserError
 from electra_ds.config.schema import OptimizerConfig
@@ -81,3 +84,27 @@ def test_a_drawn_schedule_has_its_corners(tmp_path, monkeypatch):
     (rates,) = drawn
     assert {1999, 2000, 2777, 4999} <= rates.keys() and max(rates) == 4999
     assert rates[2777] == 0.5
+
+
+def test_settings_of_the_current_folder_have_no_effect(tmp_path):
+    """matplotlib reads matplotlibrc of the current folder when it is imported."""
+    settings = "text.usetex: True\nfigure.figsize: 100000, 100000\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    command = [sys.executable, "-P", "-m", "electra_ds", "check", "tiny", "--plot", "x.png"]
+    done = subprocess.run(command, cwd=tmp_path, env=CPU, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff")
+    done = subprocess.run(command, cwd=tmp_path, env=CPU, capture_output=True, text=True)
+    assert done.returncode == 2 and "matplotlibrc" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_figures_and_settings_of_a_program_are_kept(tmp_path):
+    from matplotlib import pyplot, rcParams
+
+    figure = pyplot.figure()
+    before = dict(rcParams)
+    schedule = Span(OptimizerConfig(peak_lr=1, warmup_steps=1), 0, 10)
+    plot_schedule([schedule], tmp_path / "x.png")
+    assert pyplot.get_fignums() == [figure.number] and dict(rcParams) == before
+    pyplot.close(figure)
