@@ -70,12 +70,13 @@ def _cut_note(task: Task, split: str, encoded: Sequence[Encoded], tokens: int) -
     if not cut or (share <= SHARE and not has_words):
         return []
     left_out = sum(example.left_out for example in cut)
+    length = len(cut[0].ids)
     words = ""
     if has_words:
         tag = "O" if "O" in (task.labels or []) else word_shown((task.labels or ["O"])[0])
-        words = f"; words beyond it get the tag {tag} without a prediction"
+        words = f"; words beyond {length} tokens get the tag {tag} without a prediction"
     return [
-        f"{split}: {100 * share:.1f} % of the examples have more than {len(cut[0].ids)} tokens "
+        f"{split}: {100 * share:.1f} % of the examples have more than {length} tokens "
         f"(train.max_length) and are cut; {100 * left_out / (tokens + left_out):.1f} % of all "
         f"tokens are left out{words}"
     ]

@@ -176,7 +176,10 @@ def test_offsets_include_characters_that_are_composed_and_are_no_marks(tmp_path,
     words = ["\ud55c\uad6d\uc5b4", "\ub9d0", "\u30d1\u30ac"]
     (tmp_path / "t.txt").write_text("\n".join([" ".join(words)] * 50))
     tokenizer = train_tokenizer([str(tmp_path)], tmp_path / ".v", vocab_size=280, kind=kind)
-    for text in (unicodedata.normalize("NFD", " ".join(words)), "\uff76\uff9e \uff8a\uff9f\uff76\uff9e"):
+    for text in (
+        unicodedata.normalize("NFD", " ".join(words)),
+        "\uff76\uff9e \uff8a\uff9f\uff76\uff9e",
+    ):
         ids, spans = tokenizer.encode_with_offsets(text)
         assert ids == tokenizer.encode_batch([text])[0]
         covered = sorted({i for start, end in spans for i in range(start, end)})

@@ -134,7 +134,10 @@ def test_examples_that_are_cut_are_noted_with_the_share_of_the_tokens(tmp_path, 
     tokenizer = load_tokenizer(run_folders.vocabulary(tmp_path))
     has_words = kind == "token_classification"
     task = Task(
-        name="t", kind="classification" if kind == "pairs" else kind, splits={"train": "x"}, labels=["O", "X"]
+        name="t",
+        kind="classification" if kind == "pairs" else kind,
+        splits={"train": "x"},
+        labels=["O", "X"],
     )
 
     def notes(long, short):
