@@ -27,6 +27,7 @@ from data_tools.pipeline.characters import (
     Uncovered,
     ignored_marks,
     in_order,
+    joiners_note,
     strips_safely,
     turkish_note,
 )
@@ -87,8 +88,8 @@ def train_tokenizer(
     strip_accents: None: for lower-cased text in Latin or Greek letters, if few words become equal
                    to others without accents. SentencePiece models and byte_bpe keep accents
     max_bad_fraction: share of unreadable lines above which UserError is raised
-    say:           receives lines: the accents, words that are too long for WordPiece, and the
-                   share of the text that is not covered
+    say:           receives lines: the accents, words that are too long for WordPiece, characters of
+                   the text that are deleted, and the share of the text that is not covered
     With little text the vocabulary is smaller than vocab_size; tokenizer.vocab_size is its size.
     Raises UserError for unknown settings, for inputs without text, for too many unreadable lines,
     for a folder that cannot be written, and for a size that SentencePiece cannot make; RunFailure
@@ -114,7 +115,7 @@ def train_tokenizer(
         content = _train_wordpiece(words, vocab_size, lowercase, strip_accents)
         options = {"lowercase": lowercase, "strip_accents": strip_accents}
         tokenizer = WordPiece(content, options, "the new vocabulary")
-        facts = [LongWords.of(tokenizer, words).describe()]
+        facts = [LongWords.of(tokenizer, words).describe(), joiners_note(words)]
     elif kind == "byte_bpe":
         tokenizer = _train_byte_bpe(_counted(lines, characters), vocab_size)
         facts = []

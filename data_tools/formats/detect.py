@@ -32,12 +32,6 @@ SIGNATURES = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd; add .zst to its name",
 }
 # Byte order marks of other encodings than UTF-8. That of UTF-32 begins with that of UTF-16.
-ENCODINGS = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
 
 
 def detect_format(name: str, head: bytes, wanted: str = "auto") -> str:
@@ -70,8 +64,7 @@ def detect_format(name: str, head: bytes, wanted: str = "auto") -> str:
 
 def _check_encoding(name: str, head: bytes) -> None:
     """Raise UserError when the first bytes are those of UTF-16 or UTF-32."""
-    marked = (encoding for mark, encoding in ENCODINGS.items() if head.startswith(mark))
-    if encoding := next(marked, None) or wide_encoding(head):
+    if encoding := wide_encoding(head):
         raise UserError(
             f"{name}: not text in UTF-8 but in {encoding}; convert it: iconv -f {encoding} -t UTF-8"
         )

@@ -28,9 +28,12 @@ MERGED = 0.0025
 WARN = 0.01  # share of unknown characters above which a command warns
 SHOWN = 10  # characters in a message
 TURKISH = 0.001  # share of the letters \u0131 and \u0130 above which text counts as Turkish
+JOINED = 0.001  # share of the words with a joiner above which deleting the joiners is warned of
 # Normalization makes a word at most this much longer: it divides a Hangul syllable into 3 letters.
 LONGER = 3
 
+# A zero-width non-joiner or joiner between two letters; elsewhere, as in emoji, it makes no word.
+_JOINER = re.compile("(?<=(.))[\u200c\u200d]+(?=(.))")
 _WORD = re.compile(r"(?:[^\W\d_]|[\u0300-\u036f])+")  # letters, also with combining marks
 
 
@@ -137,6 +140,31 @@ def turkish_note(counts: Counter[str]) -> str:
         "WARNING: the text has the letters \u0131 and \u0130, as Turkish and Azeri do; lower case "
         "makes I an i instead of an \u0131, so different words become equal; --no-lowercase keeps "
         "the case"
+    )
+
+
+def joiners_note(words: Counter[str]) -> str:
+    """Return a warning if WordPiece deletes joiners that distinguish words, else "".
+
+    words: strings between white space -> occurrences.
+    """
+    joined = Counter({word: count for word, count in words.items() if _has_joiner(word)})
+    share = joined.total() / max(1, words.total())
+    if share <= JOINED:
+        return ""
+    return (
+        f"WARNING: {share:.2%} of the words have a zero-width non-joiner or joiner between letters, "
+        f"such as {word_shown(in_order(joined)[0])}; WordPiece deletes it, as BERT does, so "
+        "different words of Persian, Urdu, Hindi and other languages become equal; --kind unigram, "
+        "bpe and byte_bpe keep it"
+    )
+
+
+def _has_joiner(word: str) -> bool:
+    """Return whether a word has a joiner with a letter or a mark on both sides."""
+    return any(
+        all(unicodedata.category(side)[0] in "LM" for side in found.groups())
+        for found in _JOINER.finditer(word)
     )
 
 

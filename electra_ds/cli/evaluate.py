@@ -11,7 +11,7 @@ import typer
 
 from electra_ds.cli.console import app, print_json, progress_line
 from electra_ds.cli.options import Data, Model, TrustCode
-from electra_ds.common.encodings import CONVERT
+from electra_ds.common.encodings import CONVERT, HEAD, wide_encoding
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.common.redaction import redacted
@@ -101,6 +101,11 @@ def detect(
                 raise UserError(
                     f"{file or 'standard input'}: more than {MAX_TEXT_BYTES:,} bytes; expected "
                     "a shorter text"
+                )
+            if encoding := wide_encoding(content[:HEAD]):
+                raise UserError(
+                    f"{file or 'standard input'}: not text in UTF-8 but in {encoding}; convert it: "
+                    f"iconv -f {encoding} -t UTF-8"
                 )
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -27,12 +27,13 @@ class Encoded(NamedTuple):
     ids: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] for a pair. second_start: index in ids at which
     segment 1 begins; len(ids) without a second text. label: a class number; in regression the label
     scaled so that label_range becomes [0, 1]; in token classification one class number for each
-    token (-1: not scored).
+    token (-1: not scored). left_out: tokens of the texts beyond max_length, which are not in ids.
     """
 
     ids: list[int]
     second_start: int
     label: float | list[int]
+    left_out: int = 0
 
 
 class TaskBatch(NamedTuple):
@@ -66,13 +67,14 @@ def encode(
         label = _target(example.label, task)
         if example.text_b is None:
             ids = [special.cls, *a[: max_length - 2], special.sep]
-            encoded.append(Encoded(ids, len(ids), label))
+            encoded.append(Encoded(ids, len(ids), label, len(a) + 2 - len(ids)))
             continue
         room = max_length - 3
+        total = len(a) + len(b) + 3
         b = b[: max(room - len(a), room // 2)]
         a = a[: room - len(b)]
         ids = [special.cls, *a, special.sep, *b, special.sep]
-        encoded.append(Encoded(ids, len(a) + 2, label))
+        encoded.append(Encoded(ids, len(a) + 2, label, total - len(ids)))
     return encoded
 
 
@@ -88,8 +90,9 @@ def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> En
         ids += tokens
         targets += [label] + [-1] * (len(tokens) - 1)
     room = max_length - 2
+    left_out = max(0, len(ids) - room)
     ids = [special.cls, *ids[:room], special.sep]
-    return Encoded(ids, len(ids), [-1, *targets[:room], -1])
+    return Encoded(ids, len(ids), [-1, *targets[:room], -1], left_out)
 
 
 def _target(label: int | float | list[int] | None, task: Task) -> float:

@@ -11,7 +11,7 @@ from electra_ds.finetuning.batches import Encoded
 from electra_ds.finetuning.examples import Example, outside_range
 from electra_ds.finetuning.tasks import Task
 
-SHARE = 0.01  # of unknown tokens, or of examples without tokens; above it a note is given
+SHARE = 0.01  # of unknown tokens, or of examples that are empty or cut; above it a note is given
 MAX_EXAMINED = 1000  # examples with [UNK] that are tokenized again to find the words
 SHOWN = 5  # words in a note
 FEW_LABELS = 5  # up to this number, labels that occur once are no reason for a note
@@ -24,8 +24,8 @@ def split_notes(
     encoded: Sequence[Encoded],
     tokenizer: Tokenizer,
 ) -> list[str]:
-    """Return notes on one split: unknown tokens, texts without tokens, equal labels, labels that
-    occur once (train), labels out of range.
+    """Return notes on one split: unknown tokens, texts without tokens, texts that are cut, equal
+    labels, labels that occur once (train), labels out of range.
 
     encoded: `encode` of the examples; in train, those in the other order of a pair may follow.
     tokenizer: that of `encode`.
@@ -43,6 +43,7 @@ def split_notes(
     empty = sum(len(example.ids) <= 2 for example in encoded) / max(1, len(encoded))
     if empty > SHARE:
         notes.append(f"{split}: {100 * empty:.1f} % of the examples have no token in their text")
+    notes += _cut_note(task, split, encoded, tokens)
     if is_constant(examples):
         what = "tags" if task.kind == "token_classification" else "label"
         notes.append(f"{split}: every example has the same {what}")
@@ -55,6 +56,30 @@ def split_notes(
             f"the first is {odd[0]:g}"
         )
     return notes
+
+
+def _cut_note(task: Task, split: str, encoded: Sequence[Encoded], tokens: int) -> list[str]:
+    """Return a note if many examples are longer than max_length, else [].
+
+    In token classification one is enough, because its last words get a tag without a prediction.
+    tokens: number of those that are not left out, without [CLS] and [SEP].
+    """
+    cut = [example for example in encoded if example.left_out]
+    share = len(cut) / max(1, len(encoded))
+    has_words = task.kind == "token_classification"
+    if not cut or (share <= SHARE and not has_words):
+        return []
+    left_out = sum(example.left_out for example in cut)
+    length = len(cut[0].ids)
+    words = ""
+    if has_words:
+        tag = "O" if "O" in (task.labels or []) else word_shown((task.labels or ["O"])[0])
+        words = f"; words beyond {length} tokens get the tag {tag} without a prediction"
+    return [
+        f"{split}: {100 * share:.1f} % of the examples have more than {length} tokens "
+        f"(train.max_length) and are cut; {100 * left_out / (tokens + left_out):.1f} % of all "
+        f"tokens are left out{words}"
+    ]
 
 
 def _unknown_note(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_ds.common.encodings import CONVERT, wide_encoding
+from electra_ds.common.encodings import CONVERT, HEAD, wide_encoding
 from electra_ds.common.errors import UserError
 from electra_ds.common.files import is_lfs_pointer, open_regular
 from electra_ds.common.json_files import parse_strictly
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
 
 Row = tuple[str, dict[str | int, Any]]  # (location for messages, values by column)
-HEAD = 1 << 16  # bytes that show the encoding
 Lines = Iterator[tuple[int, list[str]]]  # (line number from 1, cells)
 # First bytes of files that are not text -> what the user can do.
 BINARY = {
@@ -35,8 +34,6 @@ BINARY = {
     b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it",
     b"PK\x03\x04": "it is a zip or a spreadsheet; save it as TSV, CSV or JSONL",
     b"PAR1": "it is Parquet; give its folder as `dataset` of the task, or convert it to JSONL",
-    b"\xff\xfe": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
-    b"\xfe\xff": "it is UTF-16; try: iconv -f utf-16 -t utf-8",
 }
 
 # Separators of tables in files of another format -> what the user can do.

@@ -326,6 +326,19 @@ def test_detect_refuses_an_endless_file(electra_ds, tmp_path):
     assert code == 2 and "/dev/zero: more than 16,777,216 bytes" in error
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "text",
+    ["\u0432\u0447\u0435\u0440\u0430 \u0443\u0447\u0438\u0442\u0435\u043b\u044c", "a plain text"],
+)
+def test_detect_names_utf_16_and_utf_32(electra_ds, tmp_path, text, encoding):
+    """Without a mark, such bytes may be valid UTF-8: a text of other characters."""
+    (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+    code, _, error = electra_ds("detect", tmp_path, "--file", tmp_path / "x.txt")
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert code == 2 and f"not text in UTF-8 but in {name}; convert it: iconv -f {name}" in error
+
+
 @pytest.mark.parametrize("head", [(), ("key", "value")])
 @pytest.mark.parametrize("width", range(40, 48))
 def test_a_table_loses_no_text_of_a_long_cell(capsys, monkeypatch, head, width):

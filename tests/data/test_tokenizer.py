@@ -170,6 +170,25 @@ def test_offsets_are_whole_words_without_spaces(tmp_path, form, kind):
     assert starts.sum() >= len(words) and not any(part != part.strip() for part in parts)
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe", "byte_bpe"])
+def test_offsets_include_characters_that_are_composed_and_are_no_marks(tmp_path, kind):
+    """Vowels and final consonants of Hangul; voicing marks of half-width kana."""
+    words = ["\ud55c\uad6d\uc5b4", "\ub9d0", "\u30d1\u30ac"]
+    (tmp_path / "t.txt").write_text("\n".join([" ".join(words)] * 50))
+    tokenizer = train_tokenizer([str(tmp_path)], tmp_path / ".v", vocab_size=280, kind=kind)
+    for text in (
+        unicodedata.normalize("NFD", " ".join(words)),
+        "\uff76\uff9e \uff8a\uff9f\uff76\uff9e",
+    ):
+        ids, spans = tokenizer.encode_with_offsets(text)
+        assert ids == tokenizer.encode_batch([text])[0]
+        covered = sorted({i for start, end in spans for i in range(start, end)})
+        assert "".join(text[i] for i in covered) == text.replace(" ", "")
+    if kind != "wordpiece":  # there, the word is one [UNK]
+        _, spans = tokenizer.encode_with_offsets("\uff76\uff9e\uff76")
+        assert spans[-1] == (2, 3)  # a letter of its own
+
+
 INVISIBLE = "\xad\u061c\u200e\u200f\u202a\u202e\u2060\u2066\u2069"
 
 

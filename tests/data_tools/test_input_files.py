@@ -350,7 +350,15 @@ def test_one_json_value_over_the_lines_is_named(
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
-@pytest.mark.parametrize("text", ["za\u017c\u00f3\u0142\u0107 1\n", "\u4e0a\u6d77 \u5317\u4eac\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "za\u017c\u00f3\u0142\u0107 1\n",
+        "\u4e0a\u6d77 \u5317\u4eac\n",
+        "\u0432\u0447\u0435\u0440\u0430\n",
+        "\u0e04\u0e23\u0e39\u0e2d\u0e48\u0e32\u0e19\n",
+    ],
+)
 def test_utf16_and_utf32_without_a_mark_are_named(tmp_path: Path, encoding: str, text: str) -> None:
     (tmp_path / "a.txt").write_bytes((text * 20).encode(encoding))
     wanted = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")

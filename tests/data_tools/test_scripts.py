@@ -134,6 +134,26 @@ def test_lower_case_of_turkish_is_warned_of(tmp_path, kind, out):
     assert not any("Turkish" in line for line in said)
 
 
+@pytest.mark.parametrize("joiner", ["\u200c", "\u200d"])
+def test_joiners_that_wordpiece_deletes_are_warned_of(tmp_path, joiner):
+    joined = f"\u0645\u06cc{joiner}\u0631\u0648\u062f"
+    text = documents(f"{joined} \u0627\u0648")
+    tokenizer, said = trained(tmp_path, text, "w")
+    assert any(
+        "WARNING: 33.33% of the words" in line and "WordPiece deletes" in line for line in said
+    )
+    assert tokenizer.encode_batch([joined]) == tokenizer.encode_batch([joined.replace(joiner, "")])
+    kept, said = trained(tmp_path, text, "u", kind="unigram")
+    assert not any("joiner" in line for line in said)
+    assert kept.encode_batch([joined]) != kept.encode_batch([joined.replace(joiner, "")])
+
+
+def test_joiners_of_emoji_and_of_few_words_are_not_warned_of(tmp_path):
+    text = "\U0001f469\u200d\U0001f467 " * 20 + "words \u200c " * 2000 + "\u0645\u200c\u0645"
+    _, said = trained(tmp_path, text, "w")
+    assert not any("joiner" in line for line in said)
+
+
 # ---------------------------------------------------------------------------- encodings, blank lines
 
 

@@ -129,6 +129,37 @@ def test_notes_count_shares():
     assert "examples of train are longer" in length_note(128, {"train": 33, "valid": 9}, 32)[0]
 
 
+@pytest.mark.parametrize("kind", ["classification", "pairs", "token_classification"])
+def test_examples_that_are_cut_are_noted_with_the_share_of_the_tokens(tmp_path, kind):
+    tokenizer = load_tokenizer(run_folders.vocabulary(tmp_path))
+    has_words = kind == "token_classification"
+    task = Task(
+        name="t",
+        kind="classification" if kind == "pairs" else kind,
+        splits={"train": "x"},
+        labels=["O", "X"],
+    )
+
+    def notes(long, short):
+        texts = [["aa"] * n if has_words else "aa " * n for n in [30] * long + [10] * short]
+        second = "aa " * 5 if kind == "pairs" else None
+        examples = [
+            Example("0", text, second, [i % 2] * len(text) if has_words else i % 2)
+            for i, text in enumerate(texts)
+        ]
+        rows = encode(examples, task, tokenizer, 20)
+        return split_notes(task, "train", examples, rows, tokenizer)
+
+    (note,) = notes(1, 3)
+    assert "train: 25.0 % of the examples have more than 20 tokens" in note
+    # 30 words in 18 places; of a pair, 35 words in 17 places
+    share = 100 * 18 / (35 + 3 * 15) if kind == "pairs" else 100 * 12 / 60
+    assert f"; {share:.1f} % of all tokens are left out" in note
+    assert ("get the tag O without a prediction" in note) == has_words
+    assert notes(0, 4) == []
+    assert len(notes(1, 149)) == has_words  # a small share
+
+
 @pytest.mark.parametrize("kind", ["classification", "token_classification"])
 def test_labels_of_which_most_occur_once_are_noted(kind):
     special = SimpleNamespace(special_ids=SimpleNamespace(cls=2, sep=3, unk=1))

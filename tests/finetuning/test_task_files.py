@@ -100,6 +100,17 @@ def rows_with(*labels):
         ("O", "\u041e"),
         ("o\u2060", "\u03bf"),
         ("x", "x\ufe0f"),
+        ("\u0451", "\u00eb"),  # a letter of another script with a mark
+        ("\uff21-\uff42", "A-b"),  # full width
+        ("\uff76\uff9e", "\u30ac"),  # half width
+        ("\u3078", "\u30d8"),  # hiragana, katakana
+        ("\u0110a", "\u00d0a"),
+        ("\u062e\u06cc\u0644\u06cc", "\u062e\u064a\u0644\u064a"),  # yeh of Persian, of Arabic
+        ("\u0645\u0648\u0633\u06cc", "\u0645\u0648\u0633\u0649"),
+        ("\u06a9\u06f1", "\u0643\u0661"),  # kaf and digit of Persian, of Arabic
+        ("\u0e41\u0e22", "\u0e40\u0e40\u0e22"),  # one vowel sign or two
+        ("\u0e19\u0e49\u0e33", "\u0e19\u0e4d\u0e49\u0e32"),  # parts in another order
+        ("\u0b95\u0bcc", "\u0b95\u0bc6\u0bb3"),  # a vowel sign and a letter of the same shape
     ],
 )
 def test_labels_that_look_equal_are_refused_with_both_written_out(own_task, one, two):
@@ -110,7 +121,19 @@ def test_labels_that_look_equal_are_refused_with_both_written_out(own_task, one,
     assert task.labels == [one, two]
 
 
-@pytest.mark.parametrize(("one", "two"), [(1, 1.0), ("1", 1.0), (0, "00"), (-2, "-2.0"), (0, "-0")])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (1, 1.0),
+        ("1", 1.0),
+        (0, "00"),
+        (-2, "-2.0"),
+        (0, "-0"),
+        ("\u06f1", "\u0661"),
+        (1, "\uff11"),
+        (2.5, "\u06f2\u066b\u06f5"),
+    ],
+)
 def test_labels_that_are_one_number_in_two_spellings_are_refused(own_task, one, two):
     with pytest.raises(UserError, match="are the same number in another spelling"):
         own_task({"a.jsonl": rows_with(one, two, 7)})
@@ -133,11 +156,17 @@ def test_labels_that_differ_to_the_eye_are_accepted(own_task):
         "Ти",
         "\u0e01\u0e34",
         "\u0e01",
+        "\u0639\u0644\u0649",  # two words of Arabic
+        "\u0639\u0644\u064a",
+        "\u0e41\u0e01",
+        "\u0e40\u0e01",
+        "x2",
+        "x\u00b2",
     ]
     assert own_task({"a.jsonl": rows_with(*labels)}).labels == sorted(labels)
 
 
-@pytest.mark.parametrize("tag", ["\u0412-x", "\u041e", "\u0406-x", "\u200eB-x"])
+@pytest.mark.parametrize("tag", ["\u0412-x", "\u041e", "\u0406-x", "\u200eB-x", "\uff22\uff0dx"])
 def test_a_tag_that_only_looks_like_one_of_bio_is_refused(own_task, tag):
     rows = jsonl({"words": ["a", "b"], "tags": [tag, "E-y"]})
     with pytest.raises(UserError, match="looks like one of BIO") as caught:

@@ -45,6 +45,9 @@ CONTROL = re.compile(f"[{_CONTROL}]")
 INVISIBLE = re.compile(f"[{_INVISIBLE}]")
 # Halves of UTF-16 pairs. Python also uses them for bytes of the command line that are not UTF-8.
 SURROGATES = re.compile("[\ud800-\udfff]")
+# Characters without the category of marks that NFKC composes with the character before: vowels and
+# final consonants of Hangul, the voicing marks of half-width kana; in their canonical forms.
+_JOINED = re.compile("[\u1161-\u1175\u11a8-\u11c2\u3099\u309a]")
 # Texts with the same lower case in Python and in the library. In Python, the lower case of the
 # Greek Sigma depends on the context, and that of scripts with recently assigned capitals on the
 # version.
@@ -173,6 +176,8 @@ def whole_characters(
 ) -> list[tuple[int, int]]:
     """Return the spans of tokens without leading white space and with trailing combining marks.
 
+    Vowels and final consonants of Hangul and the voicing marks of half-width kana, which the
+    normalization composes with the character before, count as marks, too.
     text: not normalized. spans: (start, end) of each token in it, in order. A mark that belongs to
     the next token stays there. space: a character that counts as white space, or "".
     """
@@ -181,7 +186,14 @@ def whole_characters(
     for (start, end), limit in zip(spans, starts[1:], strict=True):
         while start < end and (text[start].isspace() or text[start] == space):
             start += 1
-        while start < end < limit and unicodedata.category(text[end])[0] == "M":
+        while start < end < limit and _is_joined(text[end]):
             end += 1
         result.append((start, end))
     return result
+
+
+def _is_joined(character: str) -> bool:
+    """Return whether a character may belong to the one before it."""
+    if unicodedata.category(character)[0] == "M":
+        return True
+    return _JOINED.match(unicodedata.normalize("NFKC", character)) is not None
