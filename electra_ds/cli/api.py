@@ -64,6 +64,7 @@ def pretrain(
     for name, path in {
         "out": out,
         "init_from": init_from,
+        "branch_from": branch_from,
         "generator_from": generator_from,
     }.items():
         check_local(path or "", name)

@@ -12,6 +12,7 @@ from electra_ds.interop.parts import encoder_with_task_head
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_state
 from electra_ds.training import checkpointer
+from electra_ds.training.optimizer import MOMENTS
 from electra_ds.training.state import TrainingState
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -67,6 +68,8 @@ class SingleProcessWeights:
     def __init__(self, state: dict[str, torch.Tensor]):
         self.parameters = state
         self.frozen: dict[str, torch.Tensor] = {}
+        self.optimizer_kind = "adam"
+        self.moments = dict.fromkeys(state, MOMENTS)
 
     def full_tensor(self, name: str, kind: str) -> torch.Tensor:
         return self.parameters[name]

@@ -25,6 +25,7 @@ from electra_ds.training import checkpoint, checkpointer
 from electra_ds.training.branch import Branch, find_branch
 from electra_ds.training.collectives import ControlGroup
 from electra_ds.training.init_from import GENERATOR_PARTS
+from electra_ds.training.phases import check_resume, entered
 from electra_ds.training.pretrain import AttemptOptions, check_out
 from electra_ds.training.run_plan import plan
 from electra_ds.training.state import TrainingState
@@ -149,6 +150,56 @@ def test_streamed_rows_continue_with_the_same_batch_only(parents: Parents) -> No
         branch = parents.find(parent, changed(config, ("train.global_batch_size", rows)))
         assert branch.state.consumed_rows == 0
         assert "start at position 0" in branch.lines[0] and reason in branch.lines[0]
+
+
+def in_phases(*phases: dict) -> RunConfig:
+    """The config of `run_folders` with phases."""
+    values = run_folders.config().model_dump(mode="json")
+    values["train"]["total_steps"] = None
+    return parse_run(values | {"phases": list(phases)}, "test")
+
+
+def test_a_branch_may_have_phases_and_continues_rows_and_resumes(parents: Parents) -> None:
+    """The phase is that of the step; the rows of the parent are counted for each data."""
+    parent, position = parents.write(), (STEP + SKIPPED) * ROWS
+    decay = {"name": "decay", "steps": 5, "set": {"optimizer.peak_lr": 1e-4}}
+    for steps, name in ((4, "decay"), (STEP, "decay"), (8, "stable")):
+        config = in_phases({"name": "stable", "steps": steps}, decay)
+        branch = parents.find(parent, config)
+        state = branch.state
+        assert state.data["phase"] == {"name": name, "steps": {"stable": steps, "decay": 5}}
+        assert state.consumed_rows == state.first_position == position
+        assert f"the rows of the phase {name} continue at position {position}" in branch.lines[0]
+        phases = plan(config, open_data(parents.data), 1).phases
+        check_resume(state, phases, "meta.json")
+        if name == "stable":
+            later = replace(state, step=steps, data=state.data | {"position": position + 2 * ROWS})
+            assert entered(later, phases, 1).consumed_rows == position + 2 * ROWS
+
+
+def test_a_branch_of_phases_may_have_none_or_others(parents: Parents) -> None:
+    """Both phases of the parent have the same data; the second one began at its step 4."""
+    first, second = {"name": "a", "steps": 4}, {"name": "b", "steps": 5}
+    config = in_phases(first, second)
+    order = plan(config, open_data(parents.data), 1).phases[0].data.state()
+    position = (STEP + SKIPPED) * ROWS
+    data = order | {
+        "position": position,
+        "phase": {"name": "b", "steps": {"a": 4, "b": 5}},
+        "earlier": [{"name": "a", "rows": 4 * ROWS, "data": order}],
+    }
+    begun = {"first_attempt": 4, "first_position": 4 * ROWS, "reset_step": 4}
+    parent = parents.write(config, data=data, **begun)
+    others = in_phases(first, {"name": "c", "steps": 1}, {"name": "d", "steps": 5})
+    for own in (config, run_folders.config(), others):
+        branch = parents.find(parent, own)
+        assert branch.state.consumed_rows == branch.state.first_position == position
+        assert branch.state.reset_step == 4
+        check_resume(branch.state, plan(own, open_data(parents.data), 1).phases, "meta.json")
+    assert "  phases: a, b -> a, c, d" in branch.lines
+    damaged = parents.write(config, data=data | {"position": position + 1}, **begun)
+    with pytest.raises(UserError, match=r"data\.position"):
+        parents.find(damaged, config)
 
 
 def test_a_decay_that_began_before_the_branch_is_said(parents: Parents) -> None:

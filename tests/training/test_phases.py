@@ -288,6 +288,8 @@ def test_the_config_of_weights_is_that_of_the_phase() -> None:
 
 # -------------------------------------------------------------------------------- runs on ranks
 
+BRANCHED = ("phases-branch", "phases-one")
+
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_train_like_one_in_every_phase(outs: Path, stage: int) -> None:
@@ -310,6 +312,12 @@ def test_two_ranks_resume_on_one_in_every_phase(outs: Path, at: int) -> None:
 
 def test_one_rank_resumes_on_two_at_a_border(outs: Path) -> None:
     assert distance(outs / "phases-for-two", outs / "phases-one") < 1e-5
+
+
+def test_a_branch_in_a_phase_is_bit_equal(outs: Path) -> None:
+    assert is_bit_equal(outs / "phases-branch", outs / "phases-one")
+    train = [[r for r in curve(outs / name) if r["split"] == "train"] for name in BRANCHED]
+    assert train[0] == train[1][5:]
 
 
 def test_a_failure_behind_a_border_changes_nothing(outs: Path) -> None:
