@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from electra_ds.common.errors import UserError
-from electra_ds.config.engine_files import load_engine
+from electra_ds.config.engine_files import load_engine, offloads_optimizer
 from electra_ds.config.loading import phase_runs
 from electra_ds.config.phases import PhaseConfig
 from electra_ds.config.schema import MAX_STEPS, OptimizerConfig, RunConfig
@@ -127,8 +127,7 @@ def check_optimizer(options: OptimizerConfig, engine: dict[str, Any]) -> None:
 
     engine: the DeepSpeed config.
     """
-    offload = engine.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if options.kind != "adam" and offload.get("device", "none") != "none":
+    if options.kind != "adam" and offloads_optimizer(engine):
         raise UserError(
             f"optimizer.kind = {options.kind}, but the engine has offload_optimizer, which works "
             "with adam only: use an engine without offload (zero0 to zero3), or optimizer.kind = adam"

@@ -22,11 +22,11 @@ from electra_ds.data.dataset import open_data
 from electra_ds.model.weights import true_state
 from electra_ds.training import branch as branch_module
 from electra_ds.training import checkpoint, checkpointer
+from electra_ds.training.attempt import AttemptOptions, check_out
 from electra_ds.training.branch import Branch, find_branch
 from electra_ds.training.collectives import ControlGroup
 from electra_ds.training.init_from import GENERATOR_PARTS
 from electra_ds.training.phases import check_resume, entered
-from electra_ds.training.pretrain import AttemptOptions, check_out
 from electra_ds.training.run_plan import plan
 from electra_ds.training.state import TrainingState
 
