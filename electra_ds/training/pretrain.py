@@ -122,8 +122,7 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     """Build the engine, resume, train, and close. Returns the exit code."""
     config, out, lock = attempt.config, attempt.out, attempt.lock
     if on_rank0(lambda: run_folder.is_done(out)) and not attempt.options.extend:
-        longer = how_to_extend(config.phases)
-        attempt.print(f"{out} is finished; to continue, {longer} and pass --extend")
+        attempt.print(on_rank0(lambda: finished_line(attempt)))
         return stop_signals.DONE
     if lock.took_over:
         attempt.print(f"{out}/lock: taken over from {lock.took_over}")
@@ -160,6 +159,17 @@ def _run(attempt: Attempt, engine_config: dict[str, Any], device: torch.device) 
     lock.release()  # before the engine closes: rank 0 may fail when another rank ends first
     engine.close()
     return stop_signals.DONE if is_complete else stop_signals.stop_exit_code()
+
+
+def finished_line(attempt: Attempt) -> str:
+    """Return the line that a start of a finished run prints without --extend."""
+    out, total_steps = attempt.out, attempt.total_steps
+    newest = checkpoint.latest(out / "ckpt")
+    step = checkpoint.read_meta(newest).state.step if newest else total_steps
+    if step < total_steps:
+        return f"{out} is finished at step {step:,}; to continue to step {total_steps:,}, pass --extend"
+    longer = how_to_extend(attempt.config.phases)
+    return f"{out} is finished; to continue, {longer} and pass --extend"
 
 
 def _objective(config: RunConfig) -> Objective:

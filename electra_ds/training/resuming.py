@@ -7,10 +7,11 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.printable import printable
 from electra_ds.config.loading import differences, parse_run
 from electra_ds.config.phases import is_extension
+from electra_ds.config.schema import RunConfig
 from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint, generator_from
 from electra_ds.training.attempt import Attempt
-from electra_ds.training.branch import find_branch
+from electra_ds.training.branch import find_branch, fixed_differences
 from electra_ds.training.checkpointer import rename_final
 from electra_ds.training.collectives import ControlGroup
 from electra_ds.training.engine import Engine
@@ -73,15 +74,9 @@ def resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
             if not (line.startswith(lengths) or is_extension(line, old.phases))
         ]
     if science:
-        fits = type(old) is type(config)  # the class of a config is that of its architecture
         raise UserError(
             f"{found} was trained with another config: {'; '.join(science)}. Use the old values"
-            + (
-                ", choose another --out and continue it with --branch-from, or start from its "
-                "weights with --init-from"
-                if fits
-                else " or choose another --out; its weights fit its own architecture only"
-            )
+            + other_ways(old, config, science)
         )
     check_resume(meta.state, attempt.phases, f"{found}/meta.json", extends=options.extend)
     checkpoint.load(engine, found, rows)
@@ -90,6 +85,21 @@ def resume(attempt: Attempt, engine: Engine) -> TrainingState | None:
     changed = f"; now {', '.join(machine)}" if machine else ""
     attempt.print(f"resuming {found} at step {meta.state.step}{changed}")
     return meta.state
+
+
+def other_ways(old: RunConfig, config: RunConfig, science: list[str]) -> str:
+    """Return what is possible after a change, beside the old values.
+
+    old: of the checkpoint. science: the differences of scope science.
+    """
+    if type(old) is not type(config):  # the class of a config is that of its architecture
+        return " or choose another --out; its weights fit its own architecture only"
+    if fixed_differences(science):  # a branch is refused as well
+        return ", or choose another --out and start from its weights with --init-from"
+    return (
+        ", choose another --out and continue it with --branch-from, or start from its weights "
+        "with --init-from"
+    )
 
 
 def _begin_branch(attempt: Attempt, engine: Engine) -> TrainingState:

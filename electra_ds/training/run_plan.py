@@ -149,9 +149,9 @@ def check_schedule(options: OptimizerConfig, total_steps: int) -> None:
             else "a warmup that is shorter than the run"
         )
         raise UserError(
-            f"optimizer.decay_steps = {decay:,}, but the run has {total_steps:,} steps, "
+            f"optimizer.decay_steps = {decay:,}, but the schedule has {total_steps:,} steps, "
             f"{warmup:,} of them warmup (optimizer.warmup_steps); expected {fits}: lower "
-            "decay_steps or warmup_steps, or make the run longer"
+            "decay_steps or warmup_steps, or train for more steps"
         )
 
 
@@ -162,7 +162,7 @@ def plan_warnings(
 ) -> list[str]:
     """Return one warning line for each setting that does not have the intended effect.
 
-    schedules: of each phase. names: of the phases; empty for a run without phases.
+    schedules: of each phase; empty if its steps are not known. names: of the phases; empty for a run without phases.
     batch_schedule: train.batch_schedule of a run without phases.
     """
     lines = []
@@ -178,7 +178,7 @@ def plan_warnings(
                 f"warmup_steps or raise {longer}"
             )
     total_steps = sum(span.steps for span in {span.first_step: span for span in schedules}.values())
-    unused = [entry for entry in batch_schedule if entry[0] >= total_steps]
+    unused = [entry for entry in batch_schedule if schedules and entry[0] >= total_steps]
     if unused:
         lines.append(
             f"WARNING: {unused[0]} of train.batch_schedule has no effect, because the run has "

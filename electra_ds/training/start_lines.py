@@ -22,7 +22,7 @@ def start_lines(attempt: Attempt, engine: Engine, state: TrainingState) -> list[
     launched = (
         "1 rank, no launcher" if is_alone else f"{ranks.world_size} rank(s) under {ranks.launcher}"
     )
-    # Of a run with phases, the line at the begin of each phase shows its steps.
+    # Of a run with phases, the line at the beginning of each phase shows its steps.
     batch = _batch_text(config, ranks.world_size, state.attempts)
     step_text = "" if config.phases else f"a step is {batch}; "
     in_phases = f" in {len(attempt.phases)} phases" if config.phases else ""
