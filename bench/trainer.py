@@ -57,6 +57,7 @@ from electra_ds.data.loader import Loader
 from electra_ds.data.masking import masking_recipe
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training import pretrain
+from electra_ds.training.attempt import AttemptOptions
 from electra_ds.training.collectives import ControlGroup, Votes, destroy_process_groups
 from electra_ds.training.engine import Engine, StepResult, start
 from electra_ds.training.precision import precision_name, resolve_precision
@@ -200,7 +201,7 @@ def run_loop(
 ) -> None:
     """Train so many steps with the loop of `pretrain`; its console lines go to OUT/console."""
     make_engine = functools.partial(PacedEngine, after_step)
-    options = pretrain.AttemptOptions(stop_at_step=steps)
+    options = AttemptOptions(stop_at_step=steps)
     with (
         mock.patch.object(pretrain, "Engine", make_engine),
         open(out / "console", "w") as console,

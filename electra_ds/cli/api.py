@@ -12,7 +12,7 @@ from electra_ds.common.urls import check_local
 from electra_ds.config.loading import load_run
 from electra_ds.config.schema import RunConfig
 from electra_ds.interop.frozen_generator import generator_reader
-from electra_ds.training.pretrain import AttemptOptions
+from electra_ds.training.attempt import AttemptOptions
 from electra_ds.training.pretrain import pretrain as pretrain_ranks
 
 _has_run = False

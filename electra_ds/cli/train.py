@@ -156,7 +156,8 @@ def pretrain(
     config = load_run(run, sets or [], engine)
     ranks = find_ranks(expected_size=world_size)
     from electra_ds.interop.frozen_generator import generator_reader
-    from electra_ds.training.pretrain import AttemptOptions, pretrain
+    from electra_ds.training.attempt import AttemptOptions
+    from electra_ds.training.pretrain import pretrain
 
     options = AttemptOptions(
         stop_at_step,

@@ -153,3 +153,9 @@ def _check_precision(values: dict[str, Any], where: str) -> None:
         raise UserError(
             f"{where}: {' and '.join(enabled_kinds)} are both enabled; choose one precision"
         )
+
+
+def offloads_optimizer(engine: dict[str, Any]) -> bool:
+    """Return whether the optimizer of a DeepSpeed config is on the CPU (`offload_optimizer`)."""
+    section = engine.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(section.get("device", "none") != "none")

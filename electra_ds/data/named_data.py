@@ -69,9 +69,10 @@ def _by_name(given: Given, has_phases: bool) -> dict[str, str | Path]:
     for value in listed:
         name, path = _split(value, has_phases)
         if name in named:
-            what = f"{name}=..." if name else "D"
+            if name:
+                raise UserError(f"--data {name}=... was given twice; expected each name once")
             hint = "a name for each, such as short=D" if has_phases else "one, or a MIX.json"
-            raise UserError(f"--data {what} was given twice; expected {hint}")
+            raise UserError(f"--data D was given twice; expected {hint}")
         named[name] = path
     if len(named) > 1 and "" in named:
         raise UserError(

@@ -14,7 +14,13 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import EncoderConfig, ModelConfig
-from electra_ds.config.loading import apply_settings, differences, load_values, parse_run
+from electra_ds.config.loading import (
+    apply_settings,
+    differences,
+    load_values,
+    parse_run,
+    phase_runs,
+)
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.checkpoints import check_run
@@ -30,6 +36,7 @@ from electra_ds.model.tiling import (
 )
 from electra_ds.model.weights import Shapes, check_state, shapes_of
 from electra_ds.training import checkpoint
+from electra_ds.training.checkpoint_config import config_of_weights
 
 GROWING = ("hidden_size", "num_layers", "ffn_size")  # fields that may be larger than in the source
 # Fields of `model` that are numbers of rows. A row has a meaning of its own: an entry, a position.
@@ -48,10 +55,15 @@ HEADS = ("discriminator_head.", "mlm_head.", "copy_gate.", "generator_head.")
 
 
 class SourceRun(NamedTuple):
-    """A checkpoint of a pretraining run. weights: canonical name -> fp32 tensor, with deltas."""
+    """A checkpoint of a pretraining run.
+
+    config: of the run. trained: of its weights; of a run with phases that of the last phase.
+    weights: canonical name -> fp32 tensor, with deltas.
+    """
 
     folder: Path
     config: RunConfig
+    trained: RunConfig
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
 
@@ -82,7 +94,7 @@ def import_run(
     report.layers.update({part.rstrip("."): grown.layers for part, grown in encoders.items()})
     state = _grown(found, shapes, encoders, report)
     check_state(state, {name: shapes[name] for name in state}, str(source))
-    report.warnings.extend(_notes(found.config, config, report))
+    report.warnings.extend(_notes(found.trained, phase_runs(config)[0], report))
     write_imported(out, source, config, state, found.tokenizer, report)
     return report
 
@@ -101,7 +113,7 @@ def _source(source: Path, tokenizer: Path | None) -> SourceRun:
     check_run(config, weights, folder)
     model, special_ids = config.model, config.data.special_ids
     words = tokenizer_of_model(folder, tokenizer, model.vocab_size, special_ids)
-    return SourceRun(folder, config, weights, words)
+    return SourceRun(folder, config, config_of_weights(meta, f"{folder}/meta.json"), weights, words)
 
 
 def _target(found: SourceRun, run: str | None, sets: Sequence[str]) -> RunConfig:
@@ -261,8 +273,10 @@ def _reason(name: str) -> str:
 
 
 def _notes(old: RunConfig, new: RunConfig, report: ImportReport) -> list[str]:
-    """Sentences about parts that are initialized, and fields with which the weights mean something
-    else."""
+    """Sentences about parts that are initialized, and about fields that change the weights' function.
+
+    old: the config of the weights. new: of the first phase.
+    """
     notes = []
     if report.initialized:
         parts = sorted({name.split(".")[0] for name in report.initialized})

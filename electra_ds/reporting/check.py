@@ -97,7 +97,7 @@ def check(
     fields = list(_fields(config))
     known = {line.key: line.value for line in _fields(baseline)} if baseline else _defaults(config)
     changed = [line for line in fields if known.get(line.key) != line.value]
-    notes = plan_warnings(schedules, names)
+    notes = plan_warnings(schedules, names, config.train.batch_schedule)
     total_steps = sum(steps) if steps else None
     return Report(derived, changed, fields, config, total_steps, notes, runs, schedules, table)
 

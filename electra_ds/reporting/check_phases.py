@@ -8,6 +8,7 @@ from electra_ds.config.phases import PhaseConfig
 from electra_ds.config.schema import RunConfig
 from electra_ds.data.masking import max_masked_positions
 from electra_ds.reporting.memory import Memory, memory
+from electra_ds.training.phase_texts import rates_text
 from electra_ds.training.phases import Phase, Span, naming
 
 
@@ -15,8 +16,8 @@ class PhaseLine(NamedTuple):
     """One phase as text; empty where it depends on data that was not given.
 
     step: rows x tokens of a step, and micro-batches x rows of a rank. chosen: masked positions of a
-    full row. rates: learning rate at its first and last step, and the largest. data: the name, and passes over
-    its rows.
+    full row. rates: learning rate at its first and last step, and the largest. data: the name, and
+    passes over its rows.
     """
 
     phase: str
@@ -60,7 +61,7 @@ def phase_lines(
         own = run.train.total_steps if not steps else steps[index]
         rates = epochs = ""
         if steps:
-            rates = _rates(of_phases[index], first_step, first_step + steps[index] - 1)
+            rates = rates_text(of_phases[index], first_step, first_step + steps[index] - 1)
             first_step += steps[index]
         if planned:
             passes = planned[index].steps * rows / planned[index].data.reader.rows
@@ -75,15 +76,6 @@ def phase_lines(
             rates,
             printable(f"{data_name or 'one for all'}{epochs}"),
         )
-
-
-def _rates(schedule: Span, first: int, last: int) -> str:
-    """The learning rates after `first` and `last` steps, and the largest one between them."""
-    ends = [schedule.rate(step) for step in (first, last)]
-    text = " to ".join(f"{rate:.4g}" for rate in ends)
-    warm = schedule.first_step + schedule.options.warmup_steps  # the rates fall afterwards
-    largest = schedule.rate(min(max(warm, first), last))
-    return f"{text}, at most {largest:.4g}" if largest > max(ends) else text
 
 
 def largest_memory(

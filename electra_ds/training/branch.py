@@ -16,6 +16,7 @@ from electra_ds.common.errors import UserError
 from electra_ds.common.files import sha256_file
 from electra_ds.common.printable import printable
 from electra_ds.config.loading import differences
+from electra_ds.config.phases import how_to_extend
 from electra_ds.config.schema import FactoryConfig, RunConfig
 from electra_ds.data.loader import data_differences
 from electra_ds.model.build import build_objective
@@ -92,10 +93,13 @@ def _found(given: Path, config: RunConfig, phases: Sequence[Phase]) -> dict[str,
     _check_length(name, meta.state.step, config, phases[-1].end_step)
     state = _first_state(meta.state, last, phases, science)
     phase = phases[current_index(state, phases)]
+    listed = [*science, *machine]
+    if theirs.phases or config.phases:
+        listed += _phase_lines(meta.state, last, phase, listed)
     lines = [
         f"branch of {source} at step {state.step:,} with its weights and moments; "
         + _rows_text(meta.state, state, phase, last),
-        *(f"  {line}" for line in science + machine),
+        *(f"  {line}" for line in listed),
         *_decay_warning(state.step, phase.span),
     ]
     facts = {
@@ -104,21 +108,28 @@ def _found(given: Path, config: RunConfig, phases: Sequence[Phase]) -> dict[str,
         "step": state.step,
         "dataset_id": meta.state.data.get("dataset_id"),
         "position": state.first_position,
-        "differences": science + machine,
+        "differences": listed,
     }
     return {"source": str(source), "state": asdict(state), "lines": lines, "facts": facts}
 
 
-def _check_fields(name: str, science: list[str]) -> None:
-    """Raise UserError when a field differs that decides what the weights and moments mean."""
+def fixed_differences(science: Sequence[str]) -> list[str]:
+    """Return the differences of fields that decide what the weights and moments mean.
+
+    science: of scope science, as `differences` returns them. A branch may have all others.
+    """
     keys = {line: line.partition(":")[0] for line in science}
-    fixed = [
+    return [
         line
         for line, key in keys.items()
         if FIXED.fullmatch(key)
         or (key.split(".")[0] in ("model", "generator") and not FREE.fullmatch(key))
     ]
-    if fixed:
+
+
+def _check_fields(name: str, science: list[str]) -> None:
+    """Raise UserError when a field of `fixed_differences` differs."""
+    if fixed := fixed_differences(science):
         raise UserError(
             f"{name}: a branch continues the same model with the same kind of optimizer, but "
             f"{'; '.join(fixed)}: use the values of the checkpoint"
@@ -150,14 +161,33 @@ def _check_tensors(name: str, source: Path, meta: Meta, config: RunConfig) -> No
             )
 
 
+def _phase_lines(
+    state: TrainingState, last: RunConfig, phase: Phase, listed: list[str]
+) -> list[str]:
+    """The differences between the last phase of a checkpoint and the first one of the branch.
+
+    Those in `listed`, of the whole configs, do not show a value that only a phase has.
+    last: the config of the checkpoint's phase.
+    """
+    before = state.data.get("phase", {}).get("name", "none")
+    lengths = ("train.total_steps:", "train.epochs:")
+    return [
+        f"{line} (phase {printable(before)} -> {phase.name or 'none'})"
+        for part in differences(last, phase.config)
+        for line in part
+        if line not in listed and not line.startswith(lengths)
+    ]
+
+
 def _check_length(name: str, step: int, config: RunConfig, total_steps: int) -> None:
     if total_steps > step:
         return
     epochs = config.train.epochs
     given = "" if epochs is None else f" (train.epochs = {epochs}, from step 0 on)"
+    longer = how_to_extend(config.phases) if epochs is None else "raise train.epochs"
     raise UserError(
         f"{name}: is at step {step:,}, and the step counts on in a branch, but this run has "
-        f"{total_steps:,} steps{given}; expected train.total_steps above {step:,}"
+        f"{total_steps:,} steps{given}; expected more than {step:,}: {longer}"
     )
 
 

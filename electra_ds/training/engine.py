@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from electra_ds.cluster.launchers import Ranks, check_address
 from electra_ds.common.errors import UserError
+from electra_ds.config.engine_files import offloads_optimizer
 from electra_ds.model.encoder import hidden_matrices
 from electra_ds.model.weights import true_rows
 from electra_ds.training import pieces
@@ -277,7 +278,6 @@ class Engine:
 
     def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         options = self.config.optimizer
-        offload = self.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
         if self.optimizer_kind == "muon":
             kinds = ("bf16", "fp16", "torch_autocast")
             is_half = any(self.deepspeed_config.get(kind, {}).get("enabled") for kind in kinds)
@@ -286,7 +286,7 @@ class Engine:
             return Muon(groups, options, torch.bfloat16 if in_bf16 else torch.float32)
         if self.optimizer_kind != "adam":
             return {"stable_adamw": StableAdamW, "lamb": Lamb}[self.optimizer_kind](groups, options)
-        if offload.get("device", "none") == "none":
+        if not offloads_optimizer(self.deepspeed_config):
             return AdamW(groups, options)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from electra_ds.training.phases import Phase
+from electra_ds.training.phases import Phase, Span
 
 
 def begin_line(phase: Phase, count: int, world_size: int) -> str:
-    """The line at the begin of a phase. count: of the phases of the run."""
+    """The line at the beginning of a phase. count: of the phases of the run."""
     train, length = phase.config.train, phase.config.data.sequence_length
-    first, last = (phase.span.rate(step) for step in (phase.first_step, phase.end_step - 1))
     of_data = f" of {phase.data_name}" if phase.data_name else ""
     accumulation = phase.config.accumulation(world_size)
     reset = "; the moments start at zero" if phase.resets_moments else ""
@@ -17,8 +16,17 @@ def begin_line(phase: Phase, count: int, world_size: int) -> str:
         f"phase {phase.name} ({phase.index + 1} of {count}): steps {phase.first_step + 1:,} to "
         f"{phase.end_step:,}; a step is {train.global_batch_size:,} rows of {length:,} tokens"
         f"{of_data} ({accumulation} x {train.micro_batch_size} per rank); learning rate "
-        f"{first:.3g} to {last:.3g}{reset}"
+        f"{rates_text(phase.span, phase.first_step, phase.end_step - 1)}{reset}"
     )
+
+
+def rates_text(schedule: Span, first: int, last: int) -> str:
+    """The learning rates after `first` and `last` steps, and the largest one between them."""
+    ends = [schedule.rate(step) for step in (first, last)]
+    text = " to ".join(f"{rate:.4g}" for rate in ends)
+    warm = schedule.first_step + schedule.options.warmup_steps  # the rates fall afterwards
+    largest = schedule.rate(min(max(warm, first), last))
+    return f"{text}, at most {largest:.4g}" if largest > max(ends) else text
 
 
 def facts(phases: Sequence[Phase]) -> dict[str, Any]:

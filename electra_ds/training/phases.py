@@ -5,6 +5,7 @@ rows of the earlier phases with the same data in the same order, so it follows f
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ from electra_ds.data.rows import RowOrder, RowReader
 from electra_ds.training.positions import check_position
 from electra_ds.training.schedule import learning_rate
 from electra_ds.training.state import TrainingState
+
+# Advice of a message that is about the config of a phase: --set changes the run, not its phases.
+SETTING = re.compile(r"--set ([\w.]+)=(\w+)")
+IN_PHASE = r'"\1": \2 in the `set` of the phase'
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def current_index(state: TrainingState, phases: Sequence[Phase]) -> int:
 
 
 def entered(state: TrainingState, phases: Sequence[Phase], index: int) -> TrainingState:
-    """The state at the begin of a phase: at the start of a run, or at the end of the phase before.
+    """The state at the beginning of a phase: at the start of a run, or at the end of the phase before.
 
     The spike test starts anew, because another phase has another loss.
     """
@@ -305,10 +310,10 @@ def _check_steps(steps: Mapping[str, int], phases: Sequence[Phase], *, extends: 
 
 @contextlib.contextmanager
 def naming(phase: str) -> Iterator[None]:
-    """Begin the message of a UserError with the phase; "" changes nothing."""
+    """Begin the message of a UserError with the phase, which it advises on; "" changes nothing."""
     try:
         yield
     except UserError as error:
         if not phase:
             raise
-        raise UserError(f"phase {phase}: {error}") from None
+        raise UserError(f"phase {phase}: {SETTING.sub(IN_PHASE, str(error))}") from None

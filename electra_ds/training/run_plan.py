@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from electra_ds.common.errors import UserError
-from electra_ds.config.engine_files import load_engine
+from electra_ds.config.engine_files import load_engine, offloads_optimizer
 from electra_ds.config.loading import phase_runs
 from electra_ds.config.phases import PhaseConfig
 from electra_ds.config.schema import MAX_STEPS, OptimizerConfig, RunConfig
@@ -127,8 +127,7 @@ def check_optimizer(options: OptimizerConfig, engine: dict[str, Any]) -> None:
 
     engine: the DeepSpeed config.
     """
-    offload = engine.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if options.kind != "adam" and offload.get("device", "none") != "none":
+    if options.kind != "adam" and offloads_optimizer(engine):
         raise UserError(
             f"optimizer.kind = {options.kind}, but the engine has offload_optimizer, which works "
             "with adam only: use an engine without offload (zero0 to zero3), or optimizer.kind = adam"
@@ -150,9 +149,9 @@ def check_schedule(options: OptimizerConfig, total_steps: int) -> None:
             else "a warmup that is shorter than the run"
         )
         raise UserError(
-            f"optimizer.decay_steps = {decay:,}, but the run has {total_steps:,} steps, "
+            f"optimizer.decay_steps = {decay:,}, but the schedule has {total_steps:,} steps, "
             f"{warmup:,} of them warmup (optimizer.warmup_steps); expected {fits}: lower "
-            "decay_steps or warmup_steps, or make the run longer"
+            "decay_steps or warmup_steps, or train for more steps"
         )
 
 
@@ -163,7 +162,7 @@ def plan_warnings(
 ) -> list[str]:
     """Return one warning line for each setting that does not have the intended effect.
 
-    schedules: of each phase. names: of the phases; empty for a run without phases.
+    schedules: of each phase; empty if its steps are not known. names: of the phases; empty for a run without phases.
     batch_schedule: train.batch_schedule of a run without phases.
     """
     lines = []
@@ -179,7 +178,7 @@ def plan_warnings(
                 f"warmup_steps or raise {longer}"
             )
     total_steps = sum(span.steps for span in {span.first_step: span for span in schedules}.values())
-    unused = [entry for entry in batch_schedule if entry[0] >= total_steps]
+    unused = [entry for entry in batch_schedule if schedules and entry[0] >= total_steps]
     if unused:
         lines.append(
             f"WARNING: {unused[0]} of train.batch_schedule has no effect, because the run has "

@@ -200,6 +200,23 @@ def test_a_kind_of_attention_that_the_source_lacks_is_no_obstacle(tmp_path):
     assert any("attention_pattern" in line for line in report.warnings)
 
 
+def test_a_base_that_only_a_phase_had_is_named(tmp_path):
+    run_folders.pretrained(tmp_path / "run", architecture="modernbert")
+    meta = checkpoint.find_checkpoint(tmp_path / "run") / "meta.json"
+    values = json.loads(meta.read_text())
+    values["config"]["train"]["total_steps"] = None
+    phase = {"name": "long", "steps": 9, "set": {"model.global_theta": 900.0}}
+    values["config"]["phases"] = [{"name": "short", "steps": 1}, phase]
+    values["data"]["phase"] = {"name": "long"}
+    meta.write_text(json.dumps(values))
+    sets = ["model.num_layers=6"]
+    report = import_weights(tmp_path / "run", tmp_path / "i", sets=sets)
+    assert any("model.global_theta: 900.0 -> 500.0" in line for line in report.warnings)
+    sets += ["phases=[]", "train.total_steps=9", "model.global_theta=900"]
+    report = import_weights(tmp_path / "run", tmp_path / "j", sets=sets)
+    assert not any("global_theta" in line for line in report.warnings)
+
+
 def test_a_missing_part_is_initialized_and_another_is_unused(tmp_path):
     run_folders.pretrained(tmp_path / "run", kind="mlm")
     report = import_weights(tmp_path / "run", tmp_path / "i", sets=["objective.kind=electra"])

@@ -14,8 +14,9 @@ from electra_ds.common.errors import UserError
 from electra_ds.config.loading import load_run
 from electra_ds.data.dataset import open_data
 from electra_ds.reporting.check import check
+from electra_ds.training.attempt import AttemptOptions
 from electra_ds.training.engine import start
-from electra_ds.training.pretrain import AttemptOptions, pretrain_on_ranks
+from electra_ds.training.pretrain import pretrain_on_ranks
 
 SETS = [
     *SMALL_MODEL,

@@ -6,7 +6,8 @@ from scenario_tools import SMALL, finish, here, stop
 from small_run import CUT
 
 from electra_ds.config.loading import find_config, load_run
-from electra_ds.training.pretrain import AttemptOptions, pretrain_on_ranks
+from electra_ds.training.attempt import AttemptOptions
+from electra_ds.training.pretrain import pretrain_on_ranks
 
 
 def kinds() -> None:

@@ -136,7 +136,7 @@ def in_phases_on_one_rank() -> None:
     stop("phases-modern-cut", "zero1-fp32", 2, **modern)
     finish("phases-modern-cut", "zero1-fp32", **modern)
     in_an_engine_of_the_second_phase("phases-second-engine")
-    # A branch that begins in the second phase, and goes on with the rows of the first one.
+    # A branch that begins in the second phase, at the next row of the data of the first one.
     stop("phases-parent", "zero0-fp32", 5)
     stop("phases-branch", "zero0-fp32", 8, branch_from=here.outs / "phases-parent")
     finish("phases-branch", "zero0-fp32")

@@ -19,8 +19,9 @@ from electra_ds.cluster.launchers import Ranks, find_ranks
 from electra_ds.common.errors import RunFailure, UserError
 from electra_ds.config.loading import load_run
 from electra_ds.training import spike_guard
+from electra_ds.training.attempt import AttemptOptions
 from electra_ds.training.engine import Engine, start
-from electra_ds.training.pretrain import AttemptOptions, pretrain_on_ranks
+from electra_ds.training.pretrain import pretrain_on_ranks
 
 SHORT = [
     "train.global_batch_size=16",

@@ -22,11 +22,11 @@ from electra_ds.data.dataset import open_data
 from electra_ds.model.weights import true_state
 from electra_ds.training import branch as branch_module
 from electra_ds.training import checkpoint, checkpointer
+from electra_ds.training.attempt import AttemptOptions, check_out
 from electra_ds.training.branch import Branch, find_branch
 from electra_ds.training.collectives import ControlGroup
 from electra_ds.training.init_from import GENERATOR_PARTS
 from electra_ds.training.phases import check_resume, entered
-from electra_ds.training.pretrain import AttemptOptions, check_out
 from electra_ds.training.run_plan import plan
 from electra_ds.training.state import TrainingState
 
@@ -197,9 +197,32 @@ def test_a_branch_of_phases_may_have_none_or_others(parents: Parents) -> None:
         assert branch.state.reset_step == 4
         check_resume(branch.state, plan(own, open_data(parents.data), 1).phases, "meta.json")
     assert "  phases: a, b -> a, c, d" in branch.lines
+    short = in_phases(first, {"name": "b", "steps": 1})
+    with pytest.raises(UserError, match="raise the length of the phase b or add phases"):
+        parents.find(parent, short)
     damaged = parents.write(config, data=data | {"position": position + 1}, **begun)
     with pytest.raises(UserError, match=r"data\.position"):
         parents.find(damaged, config)
+
+
+def test_values_of_the_phases_are_listed_as_well(parents: Parents) -> None:
+    """The configs of both runs have the same mask rate; that of the phase is another."""
+    parent, own = parents.write(), "objective.mask_prob"
+    decay = {"name": "decay", "steps": 9, "set": {own: 0.05}}
+    line = f"  {own}: 0.16 -> 0.05 (phase none -> decay)"
+    assert parents.find(parent, in_phases(decay)).lines.count(line) == 1
+    order = plan(run_folders.config(), open_data(parents.data), 1).data.state()
+    data = order | {
+        "position": (STEP + SKIPPED) * ROWS,
+        "phase": {"name": "decay", "steps": {"decay": 9}},
+        "earlier": [],
+    }
+    branch = parents.find(parents.write(in_phases(decay), data=data), run_folders.config())
+    line = f"{own}: 0.05 -> 0.16 (phase decay -> none)"
+    assert f"  {line}" in branch.lines and line in branch.facts["differences"]
+    assert not any(
+        line.startswith(("  train.total_steps: 9", "  phases.")) for line in branch.lines
+    )
 
 
 def test_a_decay_that_began_before_the_branch_is_said(parents: Parents) -> None:
@@ -225,10 +248,10 @@ def test_a_decay_that_began_before_the_branch_is_said(parents: Parents) -> None:
         ([("generator.num_layers", 1)], "generator.num_layers: 2 -> 1"),
         ([("model.max_positions", 48)], r"has shape \(40.*\), this run's model has \(48"),
         ([("objective.kind", "mlm")], "has no mlm_head"),
-        ([("train.total_steps", STEP)], f"is at step {STEP}, .* but this run has {STEP} steps"),
+        ([("train.total_steps", STEP)], f"this run has {STEP} steps; .*: raise train.total_steps"),
         (
             [("train.total_steps", None), ("train.epochs", 0.1)],
-            r"this run has 1 steps \(train.epochs = 0.1, from step 0 on\)",
+            r"this run has 1 steps \(train.epochs = 0.1, from step 0 on\); .* raise train.epochs",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from electra_ds.config.loading import load_run
 from electra_ds.data.dataset import open_data
 from electra_ds.data.shard_format import read_manifest, write_manifest
 from electra_ds.reporting.check import check
-from electra_ds.training.pretrain import AttemptOptions, check_out
+from electra_ds.training.attempt import AttemptOptions, check_out
 from electra_ds.training.run_plan import plan
 
 NUMBERS = st.sampled_from(

@@ -216,11 +216,15 @@ def test_what_does_not_fit_a_phase_is_refused_with_its_name(
     one = open_data(data)
     message = refusal(run(second(train__global_batch_size=30)), one, 4)
     assert message.startswith("phase b: train.global_batch_size = 30 rows cannot be split")
+    message = refusal(run(second(train__global_batch_size=14)), one)
+    # --set changes the run, and not the value that a phase sets.
+    assert '("train.micro_batch_size": 2 in the `set` of the phase)' in message
     message = refusal(run(second(data__sequence_length=64)), one)
     assert message.startswith("phase b: data.sequence_length = 64, but the data has rows of 32")
+    assert message.endswith('or "data.sequence_length": 32 in the `set` of the phase')
     wsd = {"optimizer__schedule": "wsd", "optimizer__decay_steps": 5, "optimizer__warmup_steps": 0}
     message = refusal(run(second(**wsd)), one)
-    assert message.startswith("phase b: optimizer.decay_steps = 5, but the run has 4 steps")
+    assert message.startswith("phase b: optimizer.decay_steps = 5, but the schedule has 4 steps")
     assert "the phase b has no data" in refusal(run(second()), {"a": one})
     assert "no phase uses it" in refusal(run(second()), {"a": one, "b": one, "c": one})
     other = tmp_path / "other"

@@ -201,7 +201,7 @@ def test_a_decay_longer_than_the_run_is_the_same_error_in_check_and_pretrain(len
     messages = set()
     for act in (lambda: plan(run(31), source, 1), lambda: check(run(31), 1, source)):
         with pytest.raises(
-            UserError, match=r"optimizer\.decay_steps = 31, but the run has 40"
+            UserError, match=r"optimizer\.decay_steps = 31, but the schedule has 40"
         ) as e:
             act()
         messages.add(str(e.value))
