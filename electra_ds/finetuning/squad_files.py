@@ -158,8 +158,8 @@ def _answers(
     given = record.answers or []
     if record.is_impossible and not no_answer:
         raise UserError(
-            f"{where}: is_impossible = true, but every question of this task has an answer; use the "
-            'task squad2, or give the task "questions": {"no_answer": true}'
+            f"{where}: is_impossible = true; expected an answer to every question of this task; use "
+            'the task squad2, or give the task "questions": {"no_answer": true}'
         )
     if record.is_impossible and given:
         raise UserError(
