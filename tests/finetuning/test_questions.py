@@ -84,7 +84,7 @@ def test_learned_tokens_give_the_answer_as_it_is_in_the_context(tmp_path, kind, 
     for answer, predicted in zip(answers, found, strict=True):
         assert predicted.text == context[predicted.start : predicted.end]
         # The tokens of a vocabulary may be longer than the answer: the least that covers it.
-        ids, spans = tokenizer.encode_with_offsets(context)
+        _, spans = tokenizer.encode_with_offsets(context)
         start = context.index(answer)
         first, last = answer_tokens(spans, start, start + len(answer))
         assert predicted.text == context[spans[first][0] : spans[last][1]], answer
