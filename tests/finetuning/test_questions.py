@@ -116,6 +116,51 @@ def test_rows_are_question_and_slice_and_cover_the_context(tmp_path):
     assert firsts == list(range(0, firsts[-1] + 1, 8))
 
 
+def test_an_answer_over_the_border_of_a_window_is_labelled_where_it_is_complete(tmp_path):
+    tokenizer = load_tokenizer(run_folders.vocabulary(tmp_path))
+    words = run_folders.VOCABULARY[5:105]
+    context = " ".join(words)
+    places = [*((first, 3) for first in range(98)), (0, 9), (91, 9)]
+    asked = [
+        question(str(number), "aa ab", context, " ".join(words[first : first + size]))
+        for number, (first, size) in enumerate(places)
+    ]
+    task = own(tmp_path, paragraph(context, *asked), stride=8)
+    examples = read_examples(task, "train")
+    encoded = encode(examples, task, tokenizer, 24)
+    complete = set()
+    for row in encoded:
+        answer = examples[row.window.example].label.texts[0].split()
+        part = words[row.window.first : row.window.first + row.window.size]
+        if set(answer) <= set(part):
+            first, last = row.label
+            assert tokenizer.tokens(row.ids[first : last + 1]) == answer
+            complete.add(row.window.example)
+        else:
+            assert row.label == [0, 0]
+    assert complete == set(range(100))
+
+
+def test_an_answer_has_the_tokens_that_share_a_character_with_it():
+    spans = [(0, 2), (2, 2), (2, 5), (5, 6), (7, 7), (7, 9), (9, 9)]  # (n, n): white space
+    found = {
+        (0, 2): (0, 0),
+        (2, 5): (2, 2),
+        (2, 6): (2, 3),
+        (1, 3): (0, 2),
+        (5, 6): (3, 3),
+        (6, 8): (5, 5),
+        (6, 7): None,
+        (9, 12): None,
+        (4, 20): (2, 5),
+    }
+    for (start, end), tokens in found.items():
+        assert answer_tokens(spans, start, end) == tokens, (start, end)
+    assert answer_tokens([], 0, 1) is None
+    parts = [(0, 1), (0, 1), (0, 1), (1, 2)]  # three tokens are parts of one character
+    assert answer_tokens(parts, 0, 1) == (0, 2) and answer_tokens(parts, 1, 2) == (3, 3)
+
+
 @pytest.mark.parametrize(("length", "room", "stride"), [(500, 100, 128), (7, 100, 128), (1, 5, 1)])
 def test_an_answer_of_half_a_window_is_complete_in_a_window(length, room, stride):
     windows = slices(length, room, stride)
