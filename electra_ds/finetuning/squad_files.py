@@ -97,7 +97,8 @@ class Question(NamedTuple):
 def read_questions(path: Path, split: str, no_answer: bool) -> list[Question]:
     """Return the questions of a file, in its order.
 
-    split: train and valid need answers. no_answer: whether questions may have no answer.
+    split: train and valid need answers; in test splits answers = [] without is_impossible = true
+    are hidden. no_answer: whether questions may have no answer.
     Raises UserError for a file that cannot be read or has another shape, for a repeated id, for
     answers that are missing, blank or not expected, and for a training file in which the texts of
     more than half of the questions are not at answer_start.
@@ -166,9 +167,10 @@ def _answers(
             f"{where}: is_impossible = true with {len(given)} answers; expected answers = []; "
             "correct one of them"
         )
-    is_without = record.is_impossible or (no_answer and record.answers is not None)
+    is_hidden = not split.startswith(("train", "valid"))
+    is_without = record.is_impossible or (no_answer and record.answers == [] and not is_hidden)
     if not given and not is_without:
-        if not split.startswith(("train", "valid")):
+        if is_hidden:
             return None
         found = "no key answers" if record.answers is None else "answers = []"
         raise UserError(

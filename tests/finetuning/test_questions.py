@@ -386,12 +386,15 @@ def test_a_file_of_another_shape_is_refused(tmp_path):
 
 
 def test_hidden_answers_are_no_label_and_the_second_answer_may_be_at_its_place(tmp_path):
-    hidden = {"id": "h", "question": "who"}
+    hidden = {"id": "h", "question": "who"}, {"id": "i", "question": "who", "answers": []}
     second = changed(answers=[{"text": "cat", "answer_start": 0}, *GOOD["answers"]], id="q2")
     task = own(tmp_path, paragraph(CONTEXT, GOOD, second))
-    write_file(tmp_path / "test.json", paragraph(CONTEXT, hidden))
-    given = task.model_copy(update={"splits": task.splits | {"test": "test.json"}})
-    assert read_examples(given, "test")[0].label is None
+    write_file(tmp_path / "test.json", paragraph(CONTEXT, *hidden))
+    for no_answer in (False, True):
+        settings = task.questions.model_copy(update={"no_answer": no_answer})
+        files = {"splits": task.splits | {"test": "test.json"}, "questions": settings}
+        given = read_examples(task.model_copy(update=files), "test")
+        assert [example.label for example in given] == [None, None]
     examples = read_examples(task, "train")
     tokenizer = load_tokenizer(run_folders.vocabulary(tmp_path))
     first, other = encode(examples, task, tokenizer, 24)
