@@ -28,7 +28,7 @@ def finetune(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated GLUE tasks (rte,cola; glue for all nine) and TASK.json files."
+            help="Comma-separated GLUE tasks (rte,cola; glue for all nine), squad, squad2 and TASK.json files."
         ),
     ],
     config: Annotated[
@@ -36,7 +36,8 @@ def finetune(
         typer.Argument(metavar="CONFIG", help="Recipe (tiny, small, base, large) or a JSON file."),
     ] = "small",
     data: Annotated[
-        Path | None, typer.Option(help="Folder with CoLA, RTE, ..., or the folder of one task.")
+        Path | None,
+        typer.Option(help="Folder with CoLA, RTE, SQuAD, ..., or the folder of one task."),
     ] = None,
     seeds: Annotated[
         int,
@@ -51,7 +52,7 @@ def finetune(
         bool, typer.Option("--random-init", help="Start from random weights, for comparison.")
     ] = False,
 ) -> None:
-    """Fine-tune on GLUE or other tasks, with several seeds.
+    """Fine-tune on GLUE, SQuAD or other tasks, with several seeds.
 
     Runs in one process or under any launcher. A call with the same --out resumes.
     """
@@ -81,7 +82,12 @@ def predict(
         Path,
         typer.Argument(metavar="FINETUNED", help="Fine-tuned model: DIR/TASK, or DIR/TASK/seed-N."),
     ],
-    out: Annotated[Path, typer.Option(help="Output TSV: index, prediction, probabilities.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Output TSV: index, prediction, probabilities. Answers to questions: also JSON."
+        ),
+    ],
     file: Annotated[
         Path | None, typer.Option("--input", help="File with the columns of the task.")
     ] = None,

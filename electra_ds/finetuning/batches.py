@@ -13,7 +13,9 @@ from torch import Tensor
 from electra_ds.data import philox
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.examples import Example
+from electra_ds.finetuning.squad_files import Answers
 from electra_ds.finetuning.tasks import Task, TaskKind
+from electra_ds.finetuning.windows import Window, encode_questions
 from electra_ds.model.kernels.attention_mask import with_cu_seqlens
 
 # Number of batches with examples that are sorted by length together. 32 gives 1 to 3 % padding on
@@ -27,13 +29,16 @@ class Encoded(NamedTuple):
     ids: [CLS] a [SEP], or [CLS] a [SEP] b [SEP] for a pair. second_start: index in ids at which
     segment 1 begins; len(ids) without a second text. label: a class number; in regression the label
     scaled so that label_range becomes [0, 1]; in token classification one class number for each
-    token (-1: not scored). left_out: tokens of the texts beyond max_length, which are not in ids.
+    token (-1: not scored); in question_answering the first and the last token of the answer in ids.
+    left_out: tokens of the texts beyond max_length, which are not in ids. window: the part of the
+    context in question_answering, where an example has several rows.
     """
 
     ids: list[int]
     second_start: int
     label: float | list[int]
     left_out: int = 0
+    window: Window | None = None
 
 
 class TaskBatch(NamedTuple):
@@ -44,7 +49,9 @@ class TaskBatch(NamedTuple):
     document_ids: Tensor  # [B, S] int64, 0 for padding; each example is a document
     position_ids: Tensor  # [B, S] int64, restart at each example
     cls_positions: Tensor  # [N] int64, index of each [CLS] in the flattened rows
-    labels: Tensor  # [N], or [B * S] in token classification; float32 in regression, else int64
+    # [N], [B * S] in token classification, [N, 2] in question_answering; float32 in regression, else
+    # int64
+    labels: Tensor
     weights: Tensor  # float32, shaped as labels: 1 where a label counts, else 0
     cu_seqlens: Tensor | None = None  # int32, set by `with_cu_seqlens`
 
@@ -54,11 +61,14 @@ def encode(
 ) -> list[Encoded]:
     """Return examples as token ids, each cut to max_length tokens, [CLS] and [SEP] included.
 
-    In a pair, the longer text is cut first, as in the authors' code. A missing label becomes class
-    0, in regression the value 0.
+    In a pair, the longer text is cut first, as in the authors' code. In question_answering, an
+    example has one row for each window. A missing label becomes class 0, in regression the value 0.
     """
     if task.kind == "token_classification":
         return [_encode_words(example, tokenizer, max_length) for example in examples]
+    if task.kind == "question_answering":
+        rows = encode_questions(examples, task.questions, tokenizer, max_length)
+        return [Encoded(*row) for row in rows]
     special = tokenizer.special_ids
     firsts = tokenizer.encode_batch([str(example.text_a) for example in examples])
     seconds = tokenizer.encode_batch([example.text_b or "" for example in examples])
@@ -95,11 +105,11 @@ def _encode_words(example: Example, tokenizer: Tokenizer, max_length: int) -> En
     return Encoded(ids, len(ids), [-1, *targets[:room], -1], left_out)
 
 
-def _target(label: int | float | list[int] | None, task: Task) -> float:
+def _target(label: int | float | list[int] | Answers | None, task: Task) -> float:
     """Return a label as the loss uses it: a class number, or a value scaled by label_range."""
     if label is None:
         return 0
-    assert not isinstance(label, list)
+    assert not isinstance(label, (list, Answers))
     if task.label_range is None:
         return label
     low, high = task.label_range
@@ -175,7 +185,8 @@ def collate(
     positions = np.zeros(total, np.int64)
     per_token = kind == "token_classification"
     label_dtype = np.float32 if kind == "regression" else np.int64
-    labels = np.zeros(total if per_token else len(sizes), label_dtype)
+    of_examples = (len(sizes), 2) if kind == "question_answering" else (len(sizes),)
+    labels = np.zeros(total if per_token else of_examples, label_dtype)
     weights = np.zeros(labels.shape, np.float32)
     for i, (example, start, size) in enumerate(zip(examples, starts, sizes, strict=False)):
         tokens = slice(start, start + size)
@@ -183,10 +194,11 @@ def collate(
         segments[start + example.second_start : start + size] = 1
         documents[tokens] = i + 1 if packed else 1
         positions[tokens] = np.arange(size)
-        if per_token:
-            token_labels = np.array(example.label)
-            labels[tokens] = np.maximum(token_labels, 0)
-            weights[tokens] = token_labels >= 0
+        if isinstance(example.label, list):
+            place = tokens if per_token else i
+            several = np.array(example.label)
+            labels[place] = np.maximum(several, 0)
+            weights[place] = several >= 0
         else:
             labels[i] = example.label
             weights[i] = 1

@@ -17,6 +17,7 @@ from electra_ds.common.printable import printable, shortened
 from electra_ds.common.suggestions import nearest
 from electra_ds.finetuning.hub_rows import dataset_rows
 from electra_ds.finetuning.rows import Row, file_rows
+from electra_ds.finetuning.squad_files import Answers, read_questions
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
@@ -31,13 +32,14 @@ class Example(NamedTuple):
 
     key: name of the example in predictions. text_a: a text, or in token classification its words.
     text_b: the second text of a pair, or None. label: a class number; in regression a number; in
-    token classification one class number for each word; None if the file has no label.
+    token classification one class number for each word; in question_answering the answers; None if
+    the file has no label.
     """
 
     key: str
     text_a: str | list[str]
     text_b: str | None
-    label: int | float | list[int] | None
+    label: int | float | list[int] | Answers | None
 
 
 def read_examples(task: Task, split: str) -> list[Example]:
@@ -50,6 +52,9 @@ def read_examples(task: Task, split: str) -> list[Example]:
     """
     if split not in task.splits:
         raise UserError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
+    if task.kind == "question_answering":
+        found = read_questions(task.path(split), split, task.questions.no_answer)
+        return [Example(*question) for question in found]
     examples = []
     for number, (where, row) in enumerate(_rows(task, split)):
         key = str(number) if task.index is None else _text(_value(task.index, row, where), where)

@@ -38,6 +38,7 @@ from electra_ds.finetuning.seed import (
     check_seed_folder,
     seed_folder,
 )
+from electra_ds.finetuning.squad import SQUAD
 from electra_ds.finetuning.suite_files import TaskFile, check_out, open_suite, write_or_compare
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
@@ -161,7 +162,7 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
             f"--tasks: two tasks are named {repeated[0]!r}; give one of them another name in its "
             "description"
         )
-    known = [*GLUE, *names]
+    known = [*GLUE, *SQUAD, *names]
     unknown = [name for name in config.tasks if name not in known]
     if unknown:
         suggestion = nearest(glue_name(unknown[0]), known)

@@ -17,6 +17,7 @@ METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "matthews"),
     "regression": ("pearson", "spearman"),
     "token_classification": ("entity_f1", "token_accuracy"),
+    "question_answering": ("f1", "exact", "best_f1", "best_exact"),  # see answer_metrics.py
 }
 
 

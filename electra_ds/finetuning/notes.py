@@ -9,6 +9,7 @@ from electra_ds.data.tokenizer import Tokenizer, WordPiece
 from electra_ds.data.tokenizer.wordpiece import LONG_WORDS, MAX_WORD_CHARACTERS
 from electra_ds.finetuning.batches import Encoded
 from electra_ds.finetuning.examples import Example, outside_range
+from electra_ds.finetuning.question_notes import question_notes
 from electra_ds.finetuning.tasks import Task
 
 SHARE = 0.01  # of unknown tokens, or of examples that are empty or cut; above it a note is given
@@ -25,7 +26,7 @@ def split_notes(
     tokenizer: Tokenizer,
 ) -> list[str]:
     """Return notes on one split: unknown tokens, texts without tokens, texts that are cut, equal
-    labels, labels that occur once (train), labels out of range.
+    labels, labels that occur once (train), labels out of range; of questions see `question_notes`.
 
     encoded: `encode` of the examples; in train, those in the other order of a pair may follow.
     tokenizer: that of `encode`.
@@ -36,10 +37,13 @@ def split_notes(
     unknown = counts[special_ids.unk] / max(1, tokens)
     notes = []
     if unknown:
-        words = _unknown_words(examples, encoded, tokenizer)
+        of_rows = [examples[row.window.example] for row in encoded if row.window] or examples
+        words = _unknown_words(of_rows, encoded, tokenizer)
         notes += _unknown_note(
             f"{split}: {100 * unknown:.1f} %", unknown, words, examples, tokenizer
         )
+    if task.kind == "question_answering":
+        return [*notes, *question_notes(task, split, examples, encoded)]
     empty = sum(len(example.ids) <= 2 for example in encoded) / max(1, len(encoded))
     if empty > SHARE:
         notes.append(f"{split}: {100 * empty:.1f} % of the examples have no token in their text")

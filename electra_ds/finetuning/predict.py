@@ -20,11 +20,16 @@ from electra_ds.common.outputs import check_output_file, check_outside
 from electra_ds.common.printable import printable
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_config
+from electra_ds.finetuning.answer_metrics import BEST_F1_THRESHOLD, score_answers
+from electra_ds.finetuning.answers import answers_table, decode_answers, predictions_json
 from electra_ds.finetuning.batches import Encoded, TaskBatch, collate, encode, prediction_batches
 from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
 from electra_ds.finetuning.notes import split_notes
+from electra_ds.finetuning.span_classifier import SpanClassifier
+from electra_ds.finetuning.squad import SQUAD
+from electra_ds.finetuning.squad_files import Answers
 from electra_ds.finetuning.tasks import Task, TaskKind, load_task
 from electra_ds.interop.checkpoints import read_checkpoint, resolve_checkpoint
 from electra_ds.model.weights import load_true_state
@@ -41,8 +46,9 @@ def no_progress(done: int, total: int) -> None:
 class Predictions(NamedTuple):
     """The predictions of a model for the examples of a split, in the order of the examples.
 
-    values: see `decode`. logits: for each example fp32 [C], or [S, C] in token classification.
-    scores: metric -> value; empty when an example has no label.
+    values: see `decode`; in question_answering an Answer for each example. logits: for each row
+    fp32 [C], or [S, C] if they are computed for each token. scores: metric -> value; empty when an
+    example has no label.
     """
 
     values: list[Any]
@@ -57,6 +63,8 @@ class Predictions(NamedTuple):
 
 def classifier(model: ModelConfig, task: Task) -> Classifier:
     """Return the module of a task without loaded weights. model: sizes of the encoder."""
+    if task.kind == "question_answering":
+        return SpanClassifier(model)
     outputs = len(task.labels or [0])
     is_per_token = task.kind == "token_classification"
     return Classifier(model, outputs, is_per_token, task.kind == "regression")
@@ -71,20 +79,46 @@ def predict_split(
     ranks: Ranks = SINGLE_RANK,
     all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
     progress: Progress = no_progress,
+    threshold: float | None = None,
 ) -> Predictions:
     """Return the predictions and scores of a Classifier on one split, on every rank. Collective.
 
     module: in eval mode. encoded: the result of `encode` for the examples. all_gather_object:
     returns the JSON values of all ranks, in rank order. progress: called with the number of
-    finished examples (on several ranks an estimate) and of all examples. Fine-tuning and the verb
-    `predict` both use this function.
+    finished examples (on several ranks an estimate) and of all examples. threshold: the null
+    threshold of questions without an answer; None: the one that is best for these examples, 0 if
+    they have no labels. Fine-tuning and the verb `predict` both use this function.
     """
     with torch.no_grad():
         logits = logits_of(module, task.kind, encoded, pad_id, ranks, all_gather_object, progress)
-    values = decode(task, examples, encoded, logits)
     has_labels = bool(examples) and all(example.label is not None for example in examples)
+    if task.kind == "question_answering":
+        return _answers(task, examples, encoded, logits, has_labels, threshold)
+    values = decode(task, examples, encoded, logits)
     scores = score(task, values, examples) if has_labels else {}
     return Predictions(values, logits, scores)
+
+
+def _answers(
+    task: Task,
+    examples: list[Example],
+    encoded: list[Encoded],
+    logits: list[np.ndarray],
+    has_labels: bool,
+    threshold: float | None,
+) -> Predictions:
+    """Return answers and scores. Arguments as in `predict_split`."""
+    answers = decode_answers(task, examples, encoded, logits)
+    no_answer = task.questions.no_answer
+    scores: dict[str, float] = {}
+    if has_labels:
+        golds = [example.label for example in examples if isinstance(example.label, Answers)]
+        scores = score_answers(task.metrics, no_answer, answers, golds, threshold)
+    if no_answer:
+        if threshold is None:
+            threshold = scores.get(BEST_F1_THRESHOLD, 0.0)
+        answers = [answer.at(threshold) for answer in answers]
+    return Predictions(answers, logits, scores)
 
 
 def logits_of(
@@ -96,7 +130,7 @@ def logits_of(
     all_gather_object: Callable[[Any], list[Any]] = lambda value: [value],
     progress: Progress = no_progress,
 ) -> list[np.ndarray]:
-    """Return the logits of each example, fp32 [C], or [S, C] in token classification. Collective.
+    """Return the logits of each row, fp32 [C], or [S, C] if they are of tokens. Collective.
 
     Each rank computes its share and receives all logits. module: a Classifier in eval mode. kind:
     that of the task. Other arguments as in `predict_split`.
@@ -107,7 +141,7 @@ def logits_of(
         batch = collate([examples[i] for i in numbers], pad_id, kind)
         batch = TaskBatch._make(x if x is None else x.to(device) for x in batch)
         logits = module(batch, predict=True).cpu().numpy()
-        if kind == "token_classification":
+        if kind in ("token_classification", "question_answering"):
             logits = logits.reshape(*batch.document_ids.shape, -1)
         for i, row in zip(numbers, logits, strict=False):  # a batch without examples has one row
             own[int(i)] = row[: len(examples[i].ids)] if row.ndim == 2 else row
@@ -165,6 +199,8 @@ def predictions_table(
     each label contains its probability. Control characters in labels and keys are escaped, so that
     each example is one line.
     """
+    if task.kind == "question_answering":
+        return answers_table(task, examples, predictions)
     labels = [printable(label) for label in task.labels or []]
     columns = [f"p({label})" for label in labels] if task.kind == "classification" else []
     lines = ["\t".join(["index", "prediction", *columns])]
@@ -197,7 +233,7 @@ def predict(
     """Write the predictions of a fine-tuned model to a TSV file; return scores and notes.
 
     model: DIR/TASK (if it contains one model), DIR/TASK/seed-N, or DIR/TASK/seed-N/model.
-    out: the TSV file.
+    out: the TSV file. Answers are written in the official shape of SQuAD if its suffix is .json.
     file: a file with the columns of the task. split: a split of the task's own data, instead of
     file. data: with split, the GLUE root or the folder of the task.
     progress: called with the number of finished examples and of all examples.
@@ -218,7 +254,8 @@ def predict(
         )
     task = parse_config(source.meta.config["task"], f"{source.folder}/meta.json: task", Task)
     if data is not None:
-        folder = load_task(task.name, data).folder if task.is_glue else str(data)
+        is_published = task.is_glue or task.name in SQUAD
+        folder = load_task(task.name, data).folder if is_published else str(data)
         task = task.model_copy(update={"folder": folder})
     if file is not None:
         examples = read_file(task, file)
@@ -232,6 +269,19 @@ def predict(
     load_true_state(module, source.weights)
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     pad_id = tokenizer.special_ids.pad
-    predictions = predict_split(module, task, examples, encoded, pad_id, progress=progress)
-    write_output(out, predictions_table(task, examples, predictions.values, predictions.logits))
+    scores = source.fine_tuned.scores.get(next(iter(task.valid_splits), ""), {})
+    predictions = predict_split(
+        module,
+        task,
+        examples,
+        encoded,
+        pad_id,
+        progress=progress,
+        threshold=scores.get(BEST_F1_THRESHOLD),
+    )
+    if task.kind == "question_answering" and out.suffix == ".json":
+        content = predictions_json(examples, predictions.values)
+    else:
+        content = predictions_table(task, examples, predictions.values, predictions.logits)
+    write_output(out, content)
     return Written(predictions.scores, notes)

@@ -41,6 +41,8 @@ PUBLISHED = {
 }
 
 
+UNSCALED = "_threshold"  # end of the names of values that are not multiplied by 100
+
 # Limited, so that sums of scores are finite.
 Score = Annotated[float, Field(ge=-1e100, le=1e100)]
 
@@ -146,7 +148,7 @@ def _status(result: Result | None) -> str:
 def write_report(folder: Path) -> dict[str, Any]:
     """Write report.json and report.md to `folder`, and return the content of report.json.
 
-    folder: contains TASK/seed-N/result.json. Scores are multiplied by 100; `best` is the score of
+    folder: contains TASK/seed-N/result.json. Scores are multiplied by 100, thresholds are not; `best` is the score of
     the best seed on dev. Median, mean and standard deviation (n - 1) are over the finished seeds;
     diverged seeds are listed but not counted. Raises UserError as `read_results`.
     """
@@ -195,8 +197,9 @@ def _summarize(seeds: Seeds) -> dict[str, Any]:
     first = next(iter(done.values()), None)
     for split, metrics in first.scores.items() if first else ():
         for metric in metrics:
+            factor = 1 if metric.endswith(UNSCALED) else 100
             values = {
-                seed: 100 * result.scores[split][metric]
+                seed: factor * result.scores[split][metric]
                 for seed, result in done.items()
                 if metric in result.scores.get(split, {})
             }
@@ -264,7 +267,10 @@ def _notes(tasks: dict[str, Any], glue: set[str]) -> list[str]:
 
 def _markdown(report: dict[str, Any]) -> str:
     """Return the content of report.md. report: the content of report.json."""
-    lines = ["# Fine-tuning", "", "Scores x 100. std: standard deviation over seeds (n - 1).", ""]
+    splits = (split for task in report["tasks"].values() for split in task["scores"].values())
+    has_threshold = any(metric.endswith(UNSCALED) for split in splits for metric in split)
+    scaled = "Scores x 100; thresholds as they are." if has_threshold else "Scores x 100."
+    lines = ["# Fine-tuning", "", f"{scaled} std: standard deviation over seeds (n - 1).", ""]
     lines += _heading(
         "task", "split", "metric", "median", "mean", "std", "best on dev", "every seed"
     )

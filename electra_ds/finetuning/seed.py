@@ -2,6 +2,7 @@
 
 DIR/TASK/seed-N/result.json             written last; marks a finished seed
 DIR/TASK/seed-N/predictions-SPLIT.tsv   predictions of each split except train
+DIR/TASK/seed-N/predictions-SPLIT.json  the same in the official shape, for questions; null_odds-*.json
 DIR/TASK/seed-N/model, tokenizer        the fine-tuned model, if train.keep keeps it
 DIR/TASK/seed-N/ckpt                    checkpoints of an unfinished seed, every SAVE_SECONDS
 """
@@ -22,6 +23,8 @@ from electra_ds.common.files import write_bytes
 from electra_ds.common.json_files import write_json
 from electra_ds.common.own_folder import own_path, remove_own
 from electra_ds.config.schema import CheckpointConfig
+from electra_ds.finetuning.answer_metrics import BEST_F1_THRESHOLD
+from electra_ds.finetuning.answers import answer_files
 from electra_ds.finetuning.batches import Encoded, TaskBatch, epoch_batches, micro_batches
 from electra_ds.finetuning.config import FinetuneConfig
 from electra_ds.finetuning.examples import Example
@@ -100,7 +103,12 @@ def check_seed_folder(out: Path, task: Task, seed: int) -> None:
 
 
 class SeedRun(Trainer):
-    """Training of one task with one seed on this rank. splits: the examples of the task."""
+    """Training of one task with one seed on this rank. splits: the examples of the task.
+
+    null_threshold: that of questions without an answer, once a dev split has tuned it.
+    """
+
+    null_threshold: float | None = None
 
     def __init__(self, suite: Suite, task: Task, splits: Splits, seed: int):
         self.suite = suite
@@ -305,7 +313,8 @@ class SeedRun(Trainer):
                 return {}
             checkpoint.load(self.engine, self.folder / "model", self.true_rows, weights_only=True)
         scores = {}
-        for split in self.task.splits:
+        # The first dev split tunes the null threshold of the others.
+        for split in sorted(self.task.splits, key=lambda split: not split.startswith("valid")):
             if split == "train":
                 continue
             predictions = self._predict(split)
@@ -313,15 +322,22 @@ class SeedRun(Trainer):
                 return {}
             if predictions.scores:
                 scores[split] = predictions.scores
+            if self.null_threshold is None:
+                self.null_threshold = predictions.scores.get(BEST_F1_THRESHOLD)
             if self.is_rank0:
-                examples = self.splits.examples[split]
-                table = predictions_table(
-                    self.task, examples, predictions.values, predictions.logits
-                )
-                write_bytes(self.folder / f"predictions-{split}.tsv", table)
+                self._write_predictions(split, predictions)
         if self.config.train.keep != "none" and self.config.train.select == "last":
             self._save_model(state, scores)
         return scores
+
+    def _write_predictions(self, split: str, predictions: Predictions) -> None:
+        examples, values = self.splits.examples[split], predictions.values
+        table = predictions_table(self.task, examples, values, predictions.logits)
+        files = {f"predictions-{split}.tsv": table}
+        if self.task.kind == "question_answering":
+            files |= answer_files(self.task, split, examples, values)
+        for name, content in files.items():
+            write_bytes(self.folder / name, content)
 
     def _predict(self, split: str) -> Predictions:
         """Return the predictions and scores of a split. Collective.
@@ -345,6 +361,7 @@ class SeedRun(Trainer):
             self.pad_id,
             self.suite.ranks,
             engine.control.all_gather_object,
+            threshold=self.null_threshold,
         )
 
     def _save_model(self, state: TrainingState, scores: Any) -> None:

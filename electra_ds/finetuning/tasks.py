@@ -8,7 +8,7 @@ from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.json_files import parse_json, read_small
@@ -20,13 +20,19 @@ from electra_ds.config.loading import parse_config
 from electra_ds.finetuning.examples import seen_labels
 from electra_ds.finetuning.lookalikes import check_labels
 from electra_ds.finetuning.metrics import METRICS, not_entity_tags
+from electra_ds.finetuning.question_settings import (
+    QuestionSettings,
+    check_questions,
+    question_values,
+)
+from electra_ds.finetuning.squad import ALIASES, SQUAD, squad_folder
 
 Column = str | int
 # Files of finetune in DIR. No task may have one of these names.
 OWN_FILES = ("config.json", "report.json", "report.md", "submission.zip", "lock")
 # classification: one class for a text or a pair. regression: one number. token_classification: one
-# class for each word.
-TaskKind = Literal["classification", "regression", "token_classification"]
+# class for each word. question_answering: a part of a context.
+TaskKind = Literal["classification", "regression", "token_classification", "question_answering"]
 DIAGNOSTIC = "../diagnostic/diagnostic.tsv"  # beside the folder of MNLI
 
 
@@ -87,8 +93,13 @@ class Task(Section):
         [], "splits in which rows with too few columns are skipped, with a warning"
     )
 
+    questions: QuestionSettings = Field(
+        QuestionSettings(), description="windows and null answers of question_answering"
+    )
+
     @model_validator(mode="after")
     def _agrees(self) -> Task:
+        check_questions(self)
         if self.name.startswith(".") or self.name.lower() in OWN_FILES:
             raise ValueError(
                 f"name: {shortened(self.name)} cannot name a result folder; expected a name that "
@@ -199,11 +210,11 @@ GLUE: dict[str, dict[str, Any]] = {
     "wnli": _PAIR,
     "ax": {**_MNLI, "splits": {"test": "diagnostic.tsv"}},  # predicted with a model of MNLI
 }
-_ALIASES = {"sst": "sst2", "sts": "stsb", "diagnostic": "ax"}
+_ALIASES = {"sst": "sst2", "sts": "stsb", "diagnostic": "ax"} | ALIASES
 
 
 def glue_name(name: str) -> str:
-    """Return the short name of a GLUE task in any usual spelling (STS-B, sst_2, CoLA).
+    """Return the short name of a GLUE task or SQuAD in any usual spelling (STS-B, sst_2, CoLA).
 
     Other names are returned with only their letters a to z, in lower case, and digits.
     """
@@ -212,9 +223,9 @@ def glue_name(name: str) -> str:
 
 
 def load_task(name: str, data: Path | None) -> Task:
-    """Return a GLUE task, or a user's task.
+    """Return a GLUE task, SQuAD 1.1 (squad) or 2.0 (squad2), or a user's task.
 
-    name: name of a GLUE task, or path of the description of a user's task (x.json).
+    name: name of a GLUE task or of SQuAD, or path of the description of a user's task (x.json).
     data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...), or the folder
     of the task.
     labels and label_range that are null are read from the training split. Empty metrics become the
@@ -225,9 +236,12 @@ def load_task(name: str, data: Path | None) -> Task:
     if name.endswith(".json"):
         return _filled(_user_task(Path(name), data))
     short = glue_name(name)
+    if short in SQUAD:
+        return _filled(Task(**SQUAD[short], folder=str(squad_folder(short, data).resolve())))
     if short not in GLUE:
+        known = [*GLUE, *SQUAD]
         raise UserError(
-            f"no task named {name!r}{nearest(short, list(GLUE))}; there are {', '.join(GLUE)}; "
+            f"no task named {name!r}{nearest(short, known)}; there are {', '.join(known)}; "
             "for a task of your own give the path of its description (task.json)"
         )
     values = _glue_values(short)
@@ -276,10 +290,11 @@ def _user_task(path: Path, data: Path | None) -> Task:
             f'"name": "{"-".join(name.split())}" to the description'
         )
     task = parse_config({"name": path.stem} | values, str(path), Task)
-    if task.name in GLUE:
-        # Config, report and predict would treat a task of this name as the GLUE task.
+    if task.name in GLUE or task.name in SQUAD:
+        # Config, report and predict would treat a task of this name as the published task.
+        published = "a GLUE task" if task.name in GLUE else "a published task"
         raise UserError(
-            f"{path}: name: {task.name!r} is the name of a GLUE task; give this task another one "
+            f"{path}: name: {task.name!r} is the name of {published}; give this task another one "
             f'("name": "{task.name}-own") in its description'
         )
     if "train" not in task.splits or not task.valid_splits:
@@ -311,6 +326,8 @@ def _filled(task: Task) -> Task:
         if task.dataset or not split.startswith("test") or task.path(split).exists()
     }
     values = task.model_dump() | {"splits": splits}
+    if task.kind == "question_answering":
+        return parse_config(values | question_values(task), f"task {task.name}", Task)
     if task.kind == "regression" and task.label_range is None:
         labels = seen_labels(task)
         if labels[0] == labels[-1]:
@@ -357,7 +374,7 @@ def _default_metrics(kind: TaskKind, labels: list[str]) -> list[str]:
 def task_names(text: str) -> list[str]:
     """Return the tasks of --tasks, a list separated by commas, each once.
 
-    GLUE names in any spelling become short names. `glue` becomes the nine GLUE tasks (without ax).
+    Names of GLUE and SQuAD in any spelling become short names. `glue` becomes the nine GLUE tasks (without ax).
     Paths of descriptions are not changed; the path of an existing file may contain commas. Raises
     UserError for a list without names.
     """
@@ -367,7 +384,7 @@ def task_names(text: str) -> list[str]:
         if name.lower() == "glue":
             names += [task for task in GLUE if task != "ax"]
         elif name:
-            names.append(short if short in GLUE else name)
+            names.append(short if short in GLUE or short in SQUAD else name)
     if not names:
         raise UserError(
             f"--tasks {shortened(text)}: names no task; expected GLUE tasks or descriptions "

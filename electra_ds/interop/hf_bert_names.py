@@ -51,6 +51,9 @@ class BertNamesFormat(HfFormat):
         tensors = self.to_hf(state, "discriminator")
         weight, bias = state["head.weight"], state["head.bias"]
         labels, hidden = weight.shape
+        if kind == "question_answering":
+            tensors |= {"qa_outputs.weight": weight, "qa_outputs.bias": bias}
+            return "question_answering", tensors
         if kind == "token_classification" or 2 * labels > hidden:
             tensors |= {"classifier.weight": weight, "classifier.bias": bias}
             return "token_classification", tensors

@@ -41,6 +41,7 @@ CLASSES: dict[Role, str] = {
     "prediction": "DebertaV2ForMaskedLM",
     "sequence_classification": "DebertaV2ForSequenceClassification",
     "token_classification": "DebertaV2ForTokenClassification",
+    "question_answering": "DebertaV2ForQuestionAnswering",
 }
 DETECTION_LABEL = "replaced"  # the only label of a discriminator
 # Module names in electra_ds -> those in Hugging Face, for embeddings, encoder, one layer and heads.

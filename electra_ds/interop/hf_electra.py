@@ -39,6 +39,7 @@ CLASSES: dict[Role, str] = {
     "prediction": "ElectraForMaskedLM",
     "sequence_classification": "ElectraForSequenceClassification",
     "token_classification": "ElectraForTokenClassification",
+    "question_answering": "ElectraForQuestionAnswering",
 }
 COPIES = {"cls.predictions.decoder.bias": "generator_lm_head.bias"}  # in some BERT folders
 # Module names in electra_ds -> those in Hugging Face, for embeddings, encoder, one layer and heads.

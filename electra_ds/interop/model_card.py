@@ -13,6 +13,7 @@ PIPELINE_TAGS: dict[Role, str] = {
     "prediction": "fill-mask",
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
+    "question_answering": "question-answering",
 }
 # Last lines of the loading code: what a user does with `logits` of each role.
 READ_DETECTION = """\
@@ -24,6 +25,12 @@ print(tokenizer.decode(logits[0][is_mask].argmax(-1)))"""
 READ_CLASS = "print(model.config.id2label[logits[0].argmax().item()])"
 READ_CLASS_AT_CLS = "print(model.config.id2label[logits[0, 0].argmax().item()])  # at [CLS]"
 READ_VALUE = "print(logits[0, 0].item())  # in the unit of the labels"
+READ_ANSWER = """\
+context = [n for n, text in enumerate(inputs.sequence_ids(0)) if text == 1]
+first = max(context, key=lambda n: start[0, n])
+last = max(context[context.index(first) :], key=lambda n: end[0, n])
+characters = inputs.token_to_chars(first).start, inputs.token_to_chars(last).end
+print("The second text."[slice(*characters)])"""
 READ_TAGS = """\
 tags = [model.config.id2label[i] for i in logits[0].argmax(-1).tolist()]
 print(list(zip(tokenizer.convert_ids_to_tokens(inputs.input_ids[0]), tags)))"""
@@ -95,6 +102,11 @@ def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Ca
         texts = words if card.has_spaces else f"{words}.split(), is_split_into_words=True"
     if card.role == "prediction":
         texts = 'f"A short {tokenizer.mask_token}."'
+    call = "logits = model(**inputs).logits"
+    if card.role == "detection":
+        call = f"logits = {form.detection_call}"
+    elif card.role == "question_answering":
+        call = "start, end = model(**inputs).to_tuple()"
     return [
         "import torch",
         f"from transformers import AutoTokenizer, {architecture}",
@@ -103,7 +115,7 @@ def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Ca
         f"model = {architecture}.from_pretrained({json.dumps(name, ensure_ascii=False)}).eval()",
         f'inputs = tokenizer({texts}, return_tensors="pt")',
         "with torch.no_grad():",
-        f"    logits = {form.detection_call if card.role == 'detection' else 'model(**inputs).logits'}",
+        f"    {call}",
         _reading_code(form, config, card),
     ]
 
@@ -113,6 +125,8 @@ def _reading_code(form: HfFormat, config: Mapping[str, Any], card: Card) -> str:
         return READ_DETECTION.format(logits=form.detection_logits)
     if card.role == "prediction":
         return READ_MASKED
+    if card.role == "question_answering":
+        return READ_ANSWER
     if card.role == "token_classification":
         return READ_CLASS_AT_CLS if card.reads_cls else READ_TAGS
     return READ_VALUE if config["problem_type"] == "regression" else READ_CLASS

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import run_folders
 from scenario_tools import here, wait_for_ranks
+from small_questions import write_spans
 from small_tasks import write_tasks
 
 from electra_ds.config.loading import parse_config
@@ -145,12 +146,14 @@ def fine_tuned() -> None:
         run_folders.pretrained(base() / "modern", architecture="modernbert")
         run_folders.pretrained(base() / "deberta", architecture="deberta_v2")
         write_tasks(base() / "tasks")
+        write_spans(base() / "tasks")
     wait_for_ranks()
     engines = {1: ("zero0-fp32", "zero1-fp32"), 2: ("zero2-fp32", "zero3-fp32")}
     pairs_engine, words_engine = engines[here.world_size]
     run("classes", "classes", seeds=2)
     run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
     run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
+    run("spans", "spans", pairs_engine, epochs=2.0, dropout=0.0)
     for name, epochs in (("modern", 1.0), ("deberta", 2.0)):
         run(name, "pairs", words_engine, model=name, peak_lr=1e-3, epochs=epochs, dropout=0.0)
 
@@ -158,6 +161,9 @@ def fine_tuned() -> None:
 def fine_tuned_in_other_ways() -> None:
     """Stopped and resumed, the best epoch kept, bf16, batches of both kinds, random, diverging."""
     interrupted("cut", "classes")
+    interrupted("spans-cut", "spans", epochs=2.0, dropout=0.0)
+    for name in ("modern", "deberta"):
+        run(f"spans-{name}", "spans", model=name, epochs=1.0, batching="packed")
     check_best()
     check_schedule()
     run("half", "classes", "zero0-bf16", keep="all", epochs=1.0)
