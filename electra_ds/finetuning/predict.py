@@ -25,6 +25,8 @@ from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
 from electra_ds.finetuning.notes import split_notes
+from electra_ds.finetuning.superglue_answers import PICKS_ONE, best_candidates, candidates_table
+from electra_ds.finetuning.superglue_tasks import is_superglue
 from electra_ds.finetuning.tasks import Task, TaskKind, load_task
 from electra_ds.interop.checkpoints import read_checkpoint, resolve_checkpoint
 from electra_ds.model.weights import load_true_state
@@ -57,7 +59,7 @@ class Predictions(NamedTuple):
 
 def classifier(model: ModelConfig, task: Task) -> Classifier:
     """Return the module of a task without loaded weights. model: sizes of the encoder."""
-    outputs = len(task.labels or [0])
+    outputs = 1 if task.kind == "multiple_choice" else len(task.labels or [0])
     is_per_token = task.kind == "token_classification"
     return Classifier(model, outputs, is_per_token, task.kind == "regression")
 
@@ -110,7 +112,8 @@ def logits_of(
         if kind == "token_classification":
             logits = logits.reshape(*batch.document_ids.shape, -1)
         for i, row in zip(numbers, logits, strict=False):  # a batch without examples has one row
-            own[int(i)] = row[: len(examples[i].ids)] if row.ndim == 2 else row
+            count = len(examples[i].choices) if kind == "multiple_choice" else None
+            own[int(i)] = row[: len(examples[i].ids)] if row.ndim == 2 else row[:count]
         progress(len(own) * ranks.world_size, len(examples))
     gathered: dict[int, np.ndarray] = {}
     for share in all_gather_object([_to_text(i, row) for i, row in own.items()]):
@@ -142,7 +145,9 @@ def decode(
     if task.kind == "regression":
         low, high = task.label_range or (0.0, 1.0)
         return [low + float(row[0]) * (high - low) for row in logits]
-    if task.kind == "classification":
+    if task.format in PICKS_ONE:
+        return best_candidates(examples, logits)
+    if task.kind in ("classification", "multiple_choice"):
         return [int(row.argmax()) for row in logits]
     labels = task.labels or []
     cut_off = labels.index("O") if "O" in labels else 0
@@ -161,18 +166,26 @@ def predictions_table(
 ) -> bytes:
     """Return a TSV with one line for each example: index, prediction, probabilities.
 
-    The prediction is a label, a value, or one label for each word. In classification, a column for
-    each label contains its probability. Control characters in labels and keys are escaped, so that
-    each example is one line.
+    The prediction is a label, a value, one label for each word, or the number of a choice (its
+    label, if the choices have labels). In classification, a column for each label contains its
+    probability; in multiple choice, one column contains the probabilities of all choices. A format
+    of candidates has one line for each question instead, with the text of the best one. Control
+    characters in labels and keys are escaped, so that each example is one line.
     """
+    if task.format in PICKS_ONE:
+        return candidates_table(examples, predictions)
     labels = [printable(label) for label in task.labels or []]
     columns = [f"p({label})" for label in labels] if task.kind == "classification" else []
+    columns += ["probabilities"] if task.kind == "multiple_choice" else []
     lines = ["\t".join(["index", "prediction", *columns])]
     for example, prediction, row in zip(examples, predictions, logits, strict=True):
         if task.kind == "regression":
             cells = [f"{prediction:.6g}"]
         elif task.kind == "classification":
             cells = [labels[prediction], *(f"{p:.5f}" for p in softmax(row))]
+        elif task.kind == "multiple_choice":
+            choice = labels[prediction] if labels else str(prediction)
+            cells = [choice, " ".join(f"{p:.5f}" for p in softmax(row))]
         else:
             cells = [" ".join(labels[label] for label in prediction)]
         lines.append("\t".join([printable(example.key), *cells]))
@@ -218,7 +231,8 @@ def predict(
         )
     task = parse_config(source.meta.config["task"], f"{source.folder}/meta.json: task", Task)
     if data is not None:
-        folder = load_task(task.name, data).folder if task.is_glue else str(data)
+        is_known = task.is_glue or is_superglue(task.name)
+        folder = load_task(task.name, data).folder if is_known else str(data)
         task = task.model_copy(update={"folder": folder})
     if file is not None:
         examples = read_file(task, file)

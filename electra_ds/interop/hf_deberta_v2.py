@@ -41,6 +41,7 @@ CLASSES: dict[Role, str] = {
     "prediction": "DebertaV2ForMaskedLM",
     "sequence_classification": "DebertaV2ForSequenceClassification",
     "token_classification": "DebertaV2ForTokenClassification",
+    "multiple_choice": "DebertaV2ForMultipleChoice",
 }
 DETECTION_LABEL = "replaced"  # the only label of a discriminator
 # Module names in electra_ds -> those in Hugging Face, for embeddings, encoder, one layer and heads.
@@ -134,6 +135,7 @@ class DebertaV2Format(BertNamesFormat):
     layer = LAYER
     head_names = HEADS
     sentence_head = ("pooler.dense", "classifier")
+    choice_head = sentence_head
     has_token_types = False
     predicting_folder_starts_both = True
     discriminator_alone_shares = False

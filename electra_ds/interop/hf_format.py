@@ -20,8 +20,15 @@ from electra_ds.config.architectures import EncoderConfig, ModelConfig
 from electra_ds.model.weights import WEIGHT_TYPES, check_type
 
 # What the stock class of a folder does: one logit for each token that it was replaced, one for each
-# entry of the vocabulary, one for each label of a text, one for each label of a token.
-Role = Literal["detection", "prediction", "sequence_classification", "token_classification"]
+# entry of the vocabulary, one for each label of a text, one for each label of a token, one for each
+# choice.
+Role = Literal[
+    "detection",
+    "prediction",
+    "sequence_classification",
+    "token_classification",
+    "multiple_choice",
+]
 # A head of pretraining in a folder: that of the discriminator, or one that predicts tokens.
 Head = Literal["discriminator", "generator"]
 

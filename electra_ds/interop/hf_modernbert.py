@@ -43,6 +43,7 @@ CLASSES: dict[Role, str] = {
     "prediction": "ModernBertForMaskedLM",
     "sequence_classification": "ModernBertForSequenceClassification",
     "token_classification": "ModernBertForTokenClassification",
+    "multiple_choice": "ModernBertForMultipleChoice",
 }
 # Module names in electra_ds -> those in Hugging Face, for embeddings, one layer and the heads.
 EMBEDDINGS = {"word": "tok_embeddings", "norm": "norm"}
@@ -354,6 +355,8 @@ class ModernBertFormat(HfFormat):
                 tensors[self.foreign_names(name)[0]] = value
         if kind == "token_classification":
             return "token_classification", tensors
+        if kind == "multiple_choice":
+            return "multiple_choice", tensors
         low, high = label_range or (0.0, 1.0)
         tensors["classifier.weight"] = tensors["classifier.weight"] * (high - low)
         tensors["classifier.bias"] = tensors["classifier.bias"] * (high - low) + low

@@ -13,6 +13,7 @@ PIPELINE_TAGS: dict[Role, str] = {
     "prediction": "fill-mask",
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
+    "multiple_choice": "multiple-choice",
 }
 # Last lines of the loading code: what a user does with `logits` of each role.
 READ_DETECTION = """\
@@ -24,6 +25,11 @@ print(tokenizer.decode(logits[0][is_mask].argmax(-1)))"""
 READ_CLASS = "print(model.config.id2label[logits[0].argmax().item()])"
 READ_CLASS_AT_CLS = "print(model.config.id2label[logits[0, 0].argmax().item()])  # at [CLS]"
 READ_VALUE = "print(logits[0, 0].item())  # in the unit of the labels"
+READ_CHOICE = "print(logits[0].argmax().item())  # number of the best choice, from 0"
+CHOICE_INPUTS = """\
+choices = ["The first choice.", "The second choice."]
+inputs = tokenizer(["A text."] * len(choices), choices, padding=True, return_tensors="pt")
+inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}  # [1, choices, tokens]"""
 READ_TAGS = """\
 tags = [model.config.id2label[i] for i in logits[0].argmax(-1).tolist()]
 print(list(zip(tokenizer.convert_ids_to_tokens(inputs.input_ids[0]), tags)))"""
@@ -95,13 +101,14 @@ def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Ca
         texts = words if card.has_spaces else f"{words}.split(), is_split_into_words=True"
     if card.role == "prediction":
         texts = 'f"A short {tokenizer.mask_token}."'
+    inputs = f'inputs = tokenizer({texts}, return_tensors="pt")'
     return [
         "import torch",
         f"from transformers import AutoTokenizer, {architecture}",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
         f"model = {architecture}.from_pretrained({json.dumps(name, ensure_ascii=False)}).eval()",
-        f'inputs = tokenizer({texts}, return_tensors="pt")',
+        CHOICE_INPUTS if card.role == "multiple_choice" else inputs,
         "with torch.no_grad():",
         f"    logits = {form.detection_call if card.role == 'detection' else 'model(**inputs).logits'}",
         _reading_code(form, config, card),
@@ -115,4 +122,6 @@ def _reading_code(form: HfFormat, config: Mapping[str, Any], card: Card) -> str:
         return READ_MASKED
     if card.role == "token_classification":
         return READ_CLASS_AT_CLS if card.reads_cls else READ_TAGS
+    if card.role == "multiple_choice":
+        return READ_CHOICE
     return READ_VALUE if config["problem_type"] == "regression" else READ_CLASS
