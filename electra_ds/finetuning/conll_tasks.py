@@ -46,6 +46,11 @@ def conll_name(name: str) -> str | None:
     return plain if plain in CONLL else None
 
 
+def is_preset(name: str, tag_scheme: str) -> bool:
+    """Return whether a task is a preset, and not a user's task of the same name."""
+    return name in CONLL and tag_scheme == "bioes"
+
+
 def conll_values(name: str, data: Path | None) -> dict[str, Any]:
     """Return the description of a preset. data: the folder with conll2000/, or that of the task.
 

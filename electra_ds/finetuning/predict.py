@@ -21,6 +21,7 @@ from electra_ds.common.printable import printable
 from electra_ds.config.architectures import ModelConfig
 from electra_ds.config.loading import parse_config
 from electra_ds.finetuning.batches import Encoded, TaskBatch, collate, encode, prediction_batches
+from electra_ds.finetuning.conll_tasks import is_preset
 from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
@@ -231,7 +232,7 @@ def predict(
         )
     task = parse_config(source.meta.config["task"], f"{source.folder}/meta.json: task", Task)
     if data is not None:
-        is_known = task.is_glue or is_superglue(task.name)
+        is_known = task.is_glue or is_superglue(task.name) or is_preset(task.name, task.tag_scheme)
         folder = load_task(task.name, data).folder if is_known else str(data)
         task = task.model_copy(update={"folder": folder})
     if file is not None:

@@ -20,7 +20,7 @@ from electra_ds.finetuning.predict import decode, predict, predictions_table
 from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.superglue_report import TITLES
 from electra_ds.finetuning.superglue_rows import Candidate
-from electra_ds.finetuning.superglue_submit import Official, write_superglue
+from electra_ds.finetuning.superglue_submit import Official, has_superglue_alone, write_superglue
 from electra_ds.finetuning.superglue_tasks import SUPERGLUE
 from electra_ds.finetuning.tasks import Task, load_task, task_names
 
@@ -111,6 +111,7 @@ def test_wsc_marks_the_nearest_words_of_a_span(data):
     )
     # The index of the file is one too low; the other "He" is farther away.
     assert "but # he # ran" in marked(text, ("owner", 2), ("he", 5))
+    assert "ran. # He # hid" in marked(text, ("owner", 2), ("he", 8))
     with pytest.raises(UserError, match=r"val\.jsonl:1: target\.span1_text: found 'a cat' at word"):
         marked(text, ("a cat", 0), ("he", 6))
 
@@ -222,6 +223,8 @@ ANSWERED = [  # the best candidate, a worse one, right answers
     ("U.S.", "x", ["US"]),
     ("a Oslo Oslo", "x", ["Oslo"]),
     ("x", "The Bank", ["The Bank"]),
+    ("an Oslo", "x", ["Oslo's", "oslo"]),
+    ("Theodora", "x", ["odora", "The odora"]),
 ]
 
 
@@ -315,6 +318,7 @@ def test_the_zip_is_without_missing_tasks_and_other_test_sets_are_refused(tmp_pa
     files = {"CB": Official("cb", "test", 2), "WSC": Official("wsc", "test", 1)}
     monkeypatch.setattr(superglue_submit, "FILES", files)
     seed = write_seed(tmp_path, "cb", 0.5)
+    assert has_superglue_alone(tmp_path)  # `submit` then writes this zip
     out = tmp_path / "s.zip"
     with pytest.raises(UserError, match="no SuperGLUE task has a finished seed with predictions"):
         write_superglue(tmp_path, out)
@@ -332,6 +336,8 @@ def test_the_zip_is_without_missing_tasks_and_other_test_sets_are_refused(tmp_pa
     assert "WARNING: no test predictions of WSC" in write_superglue(tmp_path, out)[-1]
     with zipfile.ZipFile(out) as archive:
         text = archive.read("CB.jsonl").decode()
+    (tmp_path / "rte" / "seed-0").mkdir(parents=True)
+    assert not has_superglue_alone(tmp_path)
     assert text == '{"idx": 1, "label": "neutral"}\n{"idx": 0, "label": "entailment"}\n'
 
 
