@@ -53,7 +53,7 @@ def finetune(
         bool, typer.Option("--random-init", help="Start from random weights, for comparison.")
     ] = False,
 ) -> None:
-    """Fine-tune on GLUE, SuperGLUE or other tasks, with several seeds.
+    """Fine-tune on GLUE, SuperGLUE or other tasks.
 
     Runs in one process or under any launcher. A call with the same --out resumes.
     """
@@ -120,7 +120,7 @@ def submit(
         typer.Option("--superglue", help="The zip of SuperGLUE, in a suite that has GLUE, too."),
     ] = False,
 ) -> None:
-    """Write the zip that the GLUE or the SuperGLUE site accepts.
+    """Write the zip for the GLUE or SuperGLUE site.
 
     A suite without tasks of GLUE gives the zip of SuperGLUE.
     """
