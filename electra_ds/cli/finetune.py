@@ -28,7 +28,9 @@ def finetune(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated GLUE tasks (rte,cola; glue for all nine), squad, squad2 and TASK.json files."
+            help="Comma-separated tasks: of GLUE (rte,cola; glue for all nine), of SuperGLUE "
+            "(boolq,superglue-rte; superglue for all eight), squad, squad2, conll2000, conll2003, "
+            "TASK.json files."
         ),
     ],
     config: Annotated[
@@ -52,7 +54,7 @@ def finetune(
         bool, typer.Option("--random-init", help="Start from random weights, for comparison.")
     ] = False,
 ) -> None:
-    """Fine-tune on GLUE, SQuAD or other tasks, with several seeds.
+    """Fine-tune on GLUE, SuperGLUE, SQuAD or other tasks.
 
     Runs in one process or under any launcher. A call with the same --out resumes.
     """
@@ -116,13 +118,23 @@ def predict(
 def submit(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of finetune.")],
     out: Annotated[
-        Path | None, typer.Option(help="Output zip (default: DIR/submission.zip).")
+        Path | None,
+        typer.Option(help="Output zip (default: DIR/submission.zip, or DIR/superglue.zip)."),
     ] = None,
+    superglue: Annotated[
+        bool,
+        typer.Option("--superglue", help="The zip of SuperGLUE, in a suite that has GLUE, too."),
+    ] = False,
 ) -> None:
-    """Write the zip that the GLUE site accepts."""
-    from electra_ds.finetuning.submit import write_submission
+    """Write the zip for the GLUE or SuperGLUE site.
 
-    out = out or folder / "submission.zip"
-    for note in write_submission(folder, out):
+    A suite without tasks of GLUE gives the zip of SuperGLUE.
+    """
+    from electra_ds.finetuning.submit import write_submission
+    from electra_ds.finetuning.superglue_submit import has_superglue_alone, write_superglue
+
+    superglue = superglue or has_superglue_alone(folder)
+    out = out or folder / ("superglue.zip" if superglue else "submission.zip")
+    for note in write_superglue(folder, out) if superglue else write_submission(folder, out):
         print(printable(note))
     print(printable(f"{out}: written"))

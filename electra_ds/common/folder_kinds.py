@@ -30,7 +30,12 @@ VOCABULARIES = {"vocab.txt", "spm.model", "tokenizer.json", "spiece.model", "tok
 OF_A_RUN = {"ckpt", "metrics.jsonl", "heartbeat.json", "restarts.json"}
 CHECKPOINT = re.compile(r"[0-9]{1,15}|final")
 SEED = re.compile(r"seed-[0-9]+")
-HEADS_OF_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+HEADS_OF_TASKS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
 
 
 class Found(NamedTuple):

@@ -47,7 +47,7 @@ def decode_answers(
             if score > best:
                 best, span = score, (spans[first][0], spans[last][1])
         null = min(float(values[0].astype(np.float64).sum()) for _, values in own)
-        text = (examples[number].text_b or "")[slice(*span)]
+        text = str(examples[number].text_b or "")[slice(*span)]
         answers.append(Answer(text, *span, null - best))
     return answers
 

@@ -3,6 +3,7 @@
 Dimensions: N examples of a micro-batch in B rows of S tokens.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ class Encoded(NamedTuple):
     token (-1: not scored); in question_answering the first and the last token of the answer in ids.
     left_out: tokens of the texts beyond max_length, which are not in ids. window: the part of the
     context in question_answering, where an example has several rows.
+    choices: in multiple choice each choice as a pair; ids are theirs one after the other, and
+    second_start is len(ids).
     """
 
     ids: list[int]
@@ -39,21 +42,32 @@ class Encoded(NamedTuple):
     label: float | list[int]
     left_out: int = 0
     window: Window | None = None
+    choices: "tuple[Encoded, ...]" = ()
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest sequence."""
+        return max((len(choice.ids) for choice in self.choices), default=len(self.ids))
 
 
 class TaskBatch(NamedTuple):
-    """One micro-batch of N examples: padded to B = N rows, or packed into B = 1 row."""
+    """One micro-batch of N examples: padded to B = N rows, or packed into B = 1 row.
+
+    In multiple choice, every choice is a sequence of its own: M sequences in B = M rows or B = 1.
+    """
 
     input_ids: Tensor  # [B, S] int64
     segment_ids: Tensor  # [B, S] int64, 1 in the second text of a pair
     document_ids: Tensor  # [B, S] int64, 0 for padding; each example is a document
     position_ids: Tensor  # [B, S] int64, restart at each example
-    cls_positions: Tensor  # [N] int64, index of each [CLS] in the flattened rows
+    cls_positions: Tensor  # [N or M] int64, index of each [CLS] in the flattened rows
     # [N], [B * S] in token classification, [N, 2] in question_answering; float32 in regression, else
     # int64
     labels: Tensor
     weights: Tensor  # float32, shaped as labels: 1 where a label counts, else 0
     cu_seqlens: Tensor | None = None  # int32, set by `with_cu_seqlens`
+    # Multiple choice: [N, most choices] int64, number from 0 to M - 1 of each choice; -1: none.
+    choice_rows: Tensor | None = None
 
 
 def encode(
@@ -69,9 +83,11 @@ def encode(
     if task.kind == "question_answering":
         rows = encode_questions(examples, task.questions, tokenizer, max_length)
         return [Encoded(*row) for row in rows]
+    if task.kind == "multiple_choice":
+        return _encode_choices(examples, task, tokenizer, max_length)
     special = tokenizer.special_ids
-    firsts = tokenizer.encode_batch([str(example.text_a) for example in examples])
-    seconds = tokenizer.encode_batch([example.text_b or "" for example in examples])
+    firsts = _token_ids([str(example.text_a) for example in examples], tokenizer)
+    seconds = _token_ids([str(example.text_b or "") for example in examples], tokenizer)
     encoded = []
     for example, a, b in zip(examples, firsts, seconds, strict=True):
         label = _target(example.label, task)
@@ -85,6 +101,34 @@ def encode(
         a = a[: room - len(b)]
         ids = [special.cls, *a, special.sep, *b, special.sep]
         encoded.append(Encoded(ids, len(a) + 2, label, total - len(ids)))
+    return encoded
+
+
+def _token_ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of texts; equal texts are encoded once, as many passages repeat."""
+    distinct = list(dict.fromkeys(texts))
+    ids = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
+    return [ids[text] for text in texts]
+
+
+def _encode_choices(
+    examples: list[Example], task: Task, tokenizer: Tokenizer, max_length: int
+) -> list[Encoded]:
+    """Encode examples of several choices. Each choice is a pair of at most max_length tokens."""
+    pairs = [
+        example._replace(text_b=choice, label=None)
+        for example in examples
+        for choice in example.text_b or ()
+    ]
+    as_pairs = task.model_copy(update={"kind": "classification", "choices": None})
+    rows = iter(encode(pairs, as_pairs, tokenizer, max_length))
+    encoded = []
+    for example in examples:
+        choices = tuple(itertools.islice(rows, len(example.text_b or ())))
+        ids = [token for choice in choices for token in choice.ids]
+        left_out = sum(choice.left_out for choice in choices)
+        label = _target(example.label, task)
+        encoded.append(Encoded(ids, len(ids), label, left_out, choices=choices))
     return encoded
 
 
@@ -120,7 +164,7 @@ def swapped(examples: list[Example]) -> list[Example]:
     """Return the pairs with text_a and text_b exchanged (MRPC and STS-B train on both orders)."""
     swaps = []
     for example in examples:
-        assert isinstance(example.text_a, str) and example.text_b is not None
+        assert isinstance(example.text_a, str) and isinstance(example.text_b, str)
         swaps.append(example._replace(text_a=example.text_b, text_b=example.text_a))
     return swaps
 
@@ -174,6 +218,8 @@ def collate(
     packed: concatenate the examples into B = 1 row, instead of padding B = N rows to the longest
     example. Without examples, the micro-batch is one row of two padding tokens with weight 0.
     """
+    if kind == "multiple_choice":
+        return _collate_choices(examples, pad_id, packed)
     sizes = np.array([len(example.ids) for example in examples] or [2])
     rows, length = (1, sizes.sum()) if packed else (len(sizes), sizes.max())
     # Index of each example's first token in the flattened rows.
@@ -213,6 +259,22 @@ def collate(
         weights=torch.from_numpy(weights),
     )
     return with_cu_seqlens(batch)
+
+
+def _collate_choices(examples: list[Encoded], pad_id: int, packed: bool) -> TaskBatch:
+    """Return one micro-batch of N examples of several choices. Arguments as in `collate`."""
+    sequences = [choice for example in examples for choice in example.choices]
+    batch = collate(sequences, pad_id, "classification", packed)
+    counts = np.array([len(example.choices) for example in examples] or [1])
+    places = np.arange(counts.max())
+    rows = np.where(places < counts[:, None], (np.cumsum(counts) - counts)[:, None] + places, -1)
+    labels = np.array([example.label for example in examples] or [0], np.int64)
+    weights = np.full(len(counts), float(bool(examples)), np.float32)
+    return batch._replace(
+        labels=torch.from_numpy(labels),
+        weights=torch.from_numpy(weights),
+        choice_rows=torch.from_numpy(rows),
+    )
 
 
 def prediction_batches(

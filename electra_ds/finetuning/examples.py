@@ -18,11 +18,14 @@ from electra_ds.common.suggestions import nearest
 from electra_ds.finetuning.hub_rows import dataset_rows
 from electra_ds.finetuning.rows import Row, file_rows
 from electra_ds.finetuning.squad_files import Answers, read_questions
+from electra_ds.finetuning.superglue_rows import CANDIDATE, GROUPED, Candidate
+from electra_ds.finetuning.tag_schemes import in_scheme
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
 
 RawLabel = str | float | list[str] | None  # as stored in a file: text, number or tags
+MAX_CHOICES = 1000  # of an example
 # Values that test splits contain in place of labels that are not published.
 HIDDEN = ("", "-1", "-100")
 
@@ -31,15 +34,18 @@ class Example(NamedTuple):
     """One example of a task.
 
     key: name of the example in predictions. text_a: a text, or in token classification its words.
-    text_b: the second text of a pair, or None. label: a class number; in regression a number; in
-    token classification one class number for each word; in question_answering the answers; None if
-    the file has no label.
+    text_b: the second text of a pair, or None; in multiple choice the second text of each choice.
+    label: a class number; in regression a number; in token classification one class number for each
+    word; in multiple choice the number of the right choice; in question_answering the answers; None
+    if the file has no label.
+    candidate: the question of which this example is one answer, in formats that have such groups.
     """
 
     key: str
     text_a: str | list[str]
-    text_b: str | None
+    text_b: str | list[str] | None
     label: int | float | list[int] | Answers | None
+    candidate: Candidate | None = None
 
 
 def read_examples(task: Task, split: str) -> list[Example]:
@@ -61,13 +67,16 @@ def read_examples(task: Task, split: str) -> list[Example]:
         first = _value(task.text_a, row, where)
         has_words = task.kind == "token_classification"
         text_a = _list(first, where) if has_words else _text(first, where)
-        text_b = None if task.text_b is None else _text(_value(task.text_b, row, where), where)
-        label = _class_numbers(task, _label(task, split, row, where), where)
+        second = None if task.text_b is None else _text(_value(task.text_b, row, where), where)
+        text_b = second if task.choices is None else _choices(task, row, where, second)
+        choices = len(text_b) if isinstance(text_b, list) else 0
+        label = _class_numbers(task, _label(task, split, row, where), where, choices)
         if isinstance(label, list) and len(label) != len(text_a):
             raise UserError(
                 f"{where}: {len(text_a)} words and {len(label)} tags; expected one tag per word"
             )
-        examples.append(Example(key, text_a, text_b, label))
+        candidate = row.get(CANDIDATE) if task.format in GROUPED else None
+        examples.append(Example(key, text_a, text_b, label, candidate))
     _check_range(task, split, examples)
     return examples
 
@@ -100,11 +109,34 @@ def _check_range(task: Task, split: str, examples: list[Example]) -> None:
         )
 
 
-def _class_numbers(task: Task, label: RawLabel, where: str) -> int | float | list[int] | None:
-    """Return a label with class names replaced by their indices in task.labels."""
+def _choices(task: Task, row: dict[str | int, Any], where: str, second: str | None) -> list[str]:
+    """Return the second text of each choice of a row: `second`, if there is one, and the choice."""
+    columns = task.choices
+    if isinstance(columns, list):
+        texts = [_text(_value(column, row, where), where) for column in columns]
+    else:
+        assert columns is not None
+        texts = _list(_value(columns, row, where), f"{where}: {columns}", "choices, at least two")
+    if not 2 <= len(texts) <= MAX_CHOICES:
+        raise UserError(
+            f"{where}: {columns}: found {len(texts)} choices; expected 2 to {MAX_CHOICES}; correct "
+            "or remove the row"
+        )
+    return [text if second is None else f"{second} {text}".strip() for text in texts]
+
+
+def _class_numbers(
+    task: Task, label: RawLabel, where: str, choices: int
+) -> int | float | list[int] | None:
+    """Return a label with class names replaced by their indices in task.labels.
+
+    choices: number of choices of the row, in multiple choice.
+    """
     if label is None or isinstance(label, float):
         return label
     labels = task.labels or []
+    if task.kind == "multiple_choice":
+        labels = (task.labels or [str(number) for number in range(choices)])[:choices]
     numbers = {name: number for number, name in enumerate(labels)}
     names = label if isinstance(label, list) else [label]
     if unknown := [name for name in names if name not in numbers]:
@@ -144,8 +176,8 @@ def _label(task: Task, split: str, row: dict[str | int, Any], where: str) -> Raw
     if not is_required and _is_hidden(task, value):
         return None
     if task.kind == "token_classification":
-        return _list(value, where)
-    if task.kind == "classification":
+        return in_scheme(task.tag_scheme, _list(value, where), where)
+    if task.kind in ("classification", "multiple_choice"):
         return _text(value, where)
     return _number(value, f"{where}: {task.label}")
 
@@ -216,9 +248,7 @@ def _text(value: Any, where: str) -> str:
     return json.dumps(value)
 
 
-def _list(value: Any, where: str) -> list[str]:
+def _list(value: Any, where: str, wanted: str = "words or tags, at least one") -> list[str]:
     if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{where}: found {shortened(value, 60)}; expected a list of words or tags, at least one"
-        )
+        raise UserError(f"{where}: found {shortened(value, 60)}; expected a list of {wanted}")
     return [_text(word, where) for word in value]

@@ -27,7 +27,8 @@ from electra_ds.config.engine_files import load_engine
 from electra_ds.config.loading import differences, parse_config
 from electra_ds.finetuning.batches import encode, swapped
 from electra_ds.finetuning.config import FinetuneConfig
-from electra_ds.finetuning.examples import read_examples
+from electra_ds.finetuning.conll_tasks import CONLL
+from electra_ds.finetuning.examples import Example, read_examples
 from electra_ds.finetuning.notes import length_note, segments_note, split_notes
 from electra_ds.finetuning.report import write_report
 from electra_ds.finetuning.seed import (
@@ -40,6 +41,7 @@ from electra_ds.finetuning.seed import (
 )
 from electra_ds.finetuning.squad import SQUAD
 from electra_ds.finetuning.suite_files import TaskFile, check_out, open_suite, write_or_compare
+from electra_ds.finetuning.superglue_tasks import SUPERGLUE
 from electra_ds.finetuning.tasks import GLUE, Task, glue_name, load_task
 from electra_ds.interop.load_model import load_pretrained
 from electra_ds.training.checkpoint import folder_of_model
@@ -162,7 +164,7 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
             f"--tasks: two tasks are named {repeated[0]!r}; give one of them another name in its "
             "description"
         )
-    known = [*GLUE, *SQUAD, *names]
+    known = [*GLUE, *SUPERGLUE, *SQUAD, *CONLL, *names]
     unknown = [name for name in config.tasks if name not in known]
     if unknown:
         suggestion = nearest(glue_name(unknown[0]), known)
@@ -175,7 +177,7 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
                 f"train.max_length = {own.train.max_length}, but the model has "
                 f"{model.max_positions} positions: --set train.max_length={model.max_positions}"
             )
-        if task.text_b is not None and model.segments == 1:
+        if task.has_pairs and model.segments == 1:
             raise UserError(
                 f"{task.name}: the task has pairs of texts, but the model has one segment "
                 "(type_vocab_size = 1); use a model with at least 2"
@@ -185,6 +187,12 @@ def _check(suite: Suite, tasks: list[Task]) -> None:
                 f"{task.name}: no split train; use this task only with predict (ax: with a model "
                 "of mnli)"
             )
+
+
+def _digest(splits: list[list[Example]]) -> str:
+    """Return a fingerprint of examples. Earlier versions had no candidates: None does not count."""
+    rows = [[x[:4] if x.candidate is None else x for x in split] for split in splits]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _read(suite: Suite, task: Task) -> Splits:
@@ -201,13 +209,13 @@ def _read(suite: Suite, task: Task) -> Splits:
         both = read + swapped(read) if split == "train" and task.both_orders else read
         encoded[split] = encode(both, task, suite.pretrained.tokenizer, max_length)
         notes += split_notes(task, split, read, encoded[split], suite.pretrained.tokenizer)
-    longest = {split: max(len(x.ids) for x in rows) for split, rows in encoded.items()}
+    longest = {split: max(x.longest for x in rows) for split, rows in encoded.items()}
     trained = None if suite.random_init else suite.pretrained.trained_length
     notes += length_note(max_length, longest, trained)
     segments = None if suite.random_init else suite.pretrained.trained_segments
     notes += segments_note(task, segments)
     compared = [examples["train"], examples[task.valid_splits[0]]]
-    digest = hashlib.sha256(json.dumps(compared).encode()).hexdigest()
+    digest = _digest(compared)
 
     def differs(found: dict[str, Any]) -> list[str]:
         where = f"{task.name}/task.json"

@@ -78,10 +78,8 @@ def _needed_columns(task: Task, table: Any, source: str) -> Any:
     Raises UserError if it has none of them, before a row is read, and for a needed column of images
     or files, because `datasets` opens their URLs.
     """
-    by_number = any(
-        isinstance(name, int) for name in (task.text_a, task.text_b, task.label, task.index)
-    )
-    read = {task.text_a, task.text_b, task.label, task.index}
+    read = {task.text_a, task.text_b, task.label, task.index, *task.choice_columns}
+    by_number = any(isinstance(name, int) for name in read)
     names = [name for name in table.column_names if by_number or name in read]
     check_not_decoded(table.features, names, source)
     if not names:

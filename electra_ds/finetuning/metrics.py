@@ -1,12 +1,14 @@
 """Metrics of predictions. The best value is 1; values are not multiplied by 100."""
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from electra_ds.common.errors import UserError
 from electra_ds.common.printable import shortened
+from electra_ds.finetuning.superglue_answers import GROUP_METRICS, group_functions
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.examples import Example
@@ -14,10 +16,11 @@ if TYPE_CHECKING:
 
 # Kind of task -> names of its metrics.
 METRICS = {
-    "classification": ("accuracy", "f1", "macro_f1", "matthews"),
-    "regression": ("pearson", "spearman"),
+    "classification": ("accuracy", "f1", "macro_f1", "matthews", "average"),
+    "regression": ("pearson", "spearman", "average"),
     "token_classification": ("entity_f1", "token_accuracy"),
     "question_answering": ("f1", "exact", "best_f1", "best_exact"),  # see answer_metrics.py
+    "multiple_choice": ("accuracy",),
 }
 
 
@@ -71,7 +74,8 @@ def score(task: "Task", predictions: Any, examples: "list[Example]") -> dict[str
     """Return {name: value} of the metrics of the task over labelled examples.
 
     predictions: class numbers [N]; in regression floats [N] in the unit of the labels; in token
-    classification one list of class numbers for each example, one for each word.
+    classification one list of class numbers for each example, one for each word; in multiple
+    choice numbers of choices. average is the mean of the other metrics of the task.
     f1 is that of the second label. Undefined metrics are 0.0: matthews, pearson and spearman of
     constant labels or predictions, and f1 without positives. In regression, predictions that are
     not finite give nan. Raises UserError for entity_f1 with labels that are not BIO tags.
@@ -82,7 +86,10 @@ def score(task: "Task", predictions: Any, examples: "list[Example]") -> dict[str
     truth: list[Any] = [example.label for example in examples]
     assert len(truth) == len(predictions) and None not in truth
     labels = task.labels or []
-    if task.kind == "token_classification":
+    functions: dict[str, Callable[[], Any]]
+    if task.format in GROUP_METRICS:
+        functions = group_functions(str(task.format), examples, predictions)
+    elif task.kind == "token_classification":
         flat = [[tag for tags in side for tag in tags] for side in (truth, predictions)]
         functions = {
             "token_accuracy": lambda: metrics.accuracy_score(*flat),
@@ -101,4 +108,6 @@ def score(task: "Task", predictions: Any, examples: "list[Example]") -> dict[str
             "pearson": lambda: 0.0 if is_constant else stats.pearsonr(*sides).statistic,
             "spearman": lambda: 0.0 if is_constant else stats.spearmanr(*sides).statistic,
         }
-    return {name: float(functions[name]()) for name in task.metrics}
+    scores = {name: float(functions[name]()) for name in task.metrics if name != "average"}
+    mean = sum(scores.values()) / max(1, len(scores))
+    return {name: scores.get(name, mean) for name in task.metrics}

@@ -1,12 +1,14 @@
 """Fine-tuned model: encoder, head (ELECTRA, appendix B) and loss.
 
-Dimensions: N examples in B rows of S tokens, H hidden size, C outputs (classes; 1 in regression).
+Dimensions: N examples in B rows of S tokens, H hidden size, C outputs (classes; 1 in regression and
+for each choice in multiple choice).
 """
 
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,14 +73,18 @@ class Classifier(nn.Module):
     ) -> TaskLoss | Tensor:
         """Return the loss, summed over the labels and divided by totals.label_count, or logits.
 
-        predict: return logits, fp32: [N, C], or [B * S, C] if they are computed for each token.
+        predict: return logits, fp32: [N, C], or [B * S, C] if they are computed for each token, or in
+        multiple choice [N, most choices] with -inf for choices that an example does not have.
         """
         # After attention, the last layer computes only the [CLS] positions. On a CPU, this saves
         # 1 % (CoLA) to 7 % (RTE) of the time of Small.
         positions = None if self.per_token else batch.cls_positions
         hidden = encode(self.embeddings, self.discriminator, batch.input_ids, batch, positions)
         logits = self.head(hidden).float()
-        logits = logits.view(-1, logits.shape[-1])
+        if batch.choice_rows is None:
+            logits = logits.view(-1, logits.shape[-1])
+        else:
+            logits = by_choice(logits.view(-1), batch.choice_rows)
         if predict:
             return logits
         losses = self.losses(logits, batch)
@@ -92,6 +98,14 @@ class Classifier(nn.Module):
         if self.regression:
             return (logits.squeeze(-1) - batch.labels) ** 2
         return F.cross_entropy(logits, batch.labels, reduction="none")
+
+
+def by_choice(scores: Tensor, choice_rows: Tensor) -> Tensor:
+    """Return the scores of each example's choices, [N, most choices]; -inf for a missing choice.
+
+    scores: [M], of all choices. choice_rows: [N, most choices] as in TaskBatch.
+    """
+    return scores[choice_rows.clamp(min=0)].masked_fill(choice_rows < 0, -torch.inf)
 
 
 def layerwise(num_layers: int, decay: float) -> Callable[[str], float]:

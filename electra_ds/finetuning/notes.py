@@ -74,7 +74,7 @@ def _cut_note(task: Task, split: str, encoded: Sequence[Encoded], tokens: int) -
     if not cut or (share <= SHARE and not has_words):
         return []
     left_out = sum(example.left_out for example in cut)
-    length = len(cut[0].ids)
+    length = cut[0].longest
     words = ""
     if has_words:
         tag = "O" if "O" in (task.labels or []) else word_shown((task.labels or ["O"])[0])
@@ -131,7 +131,8 @@ def _unknown_words(
 def _texts(example: Example) -> list[str]:
     """The texts of an example, or its words."""
     texts = [example.text_a] if isinstance(example.text_a, str) else example.text_a
-    return [*texts, example.text_b or ""]
+    seconds = example.text_b if isinstance(example.text_b, list) else [example.text_b or ""]
+    return [*texts, *seconds]
 
 
 def is_constant(examples: Sequence[Example]) -> bool:
@@ -142,7 +143,7 @@ def is_constant(examples: Sequence[Example]) -> bool:
 
 def _labels_note(task: Task, split: str, examples: Sequence[Example]) -> list[str]:
     """Return a note if most labels of the training split occur once, as texts do, else []."""
-    if split != "train" or task.kind == "regression":
+    if split != "train" or task.kind in ("regression", "multiple_choice"):
         return []
     found = [
         number
@@ -166,7 +167,7 @@ def segments_note(task: Task, trained: int | None) -> list[str]:
 
     trained: token types that the pretraining run trained, or None if it is not known.
     """
-    if task.text_b is None or trained != 1:
+    if not task.has_pairs or trained != 1:
         return []
     return [
         "the task has pairs of texts, but the rows of the pretraining run had one segment: the "

@@ -23,6 +23,7 @@ from electra_ds.config.loading import parse_config
 from electra_ds.finetuning.answer_metrics import BEST_F1_THRESHOLD, score_answers
 from electra_ds.finetuning.answers import answers_table, decode_answers, predictions_json
 from electra_ds.finetuning.batches import Encoded, TaskBatch, collate, encode, prediction_batches
+from electra_ds.finetuning.conll_tasks import is_preset
 from electra_ds.finetuning.examples import Example, read_examples, read_file
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.model import Classifier
@@ -30,6 +31,8 @@ from electra_ds.finetuning.notes import split_notes
 from electra_ds.finetuning.span_classifier import SpanClassifier
 from electra_ds.finetuning.squad import SQUAD
 from electra_ds.finetuning.squad_files import Answers
+from electra_ds.finetuning.superglue_answers import PICKS_ONE, best_candidates, candidates_table
+from electra_ds.finetuning.superglue_tasks import is_superglue
 from electra_ds.finetuning.tasks import Task, TaskKind, load_task
 from electra_ds.interop.checkpoints import read_checkpoint, resolve_checkpoint
 from electra_ds.model.weights import load_true_state
@@ -65,7 +68,7 @@ def classifier(model: ModelConfig, task: Task) -> Classifier:
     """Return the module of a task without loaded weights. model: sizes of the encoder."""
     if task.kind == "question_answering":
         return SpanClassifier(model)
-    outputs = len(task.labels or [0])
+    outputs = 1 if task.kind == "multiple_choice" else len(task.labels or [0])
     is_per_token = task.kind == "token_classification"
     return Classifier(model, outputs, is_per_token, task.kind == "regression")
 
@@ -144,7 +147,8 @@ def logits_of(
         if kind in ("token_classification", "question_answering"):
             logits = logits.reshape(*batch.document_ids.shape, -1)
         for i, row in zip(numbers, logits, strict=False):  # a batch without examples has one row
-            own[int(i)] = row[: len(examples[i].ids)] if row.ndim == 2 else row
+            count = len(examples[i].choices) if kind == "multiple_choice" else None
+            own[int(i)] = row[: len(examples[i].ids)] if row.ndim == 2 else row[:count]
         progress(len(own) * ranks.world_size, len(examples))
     gathered: dict[int, np.ndarray] = {}
     for share in all_gather_object([_to_text(i, row) for i, row in own.items()]):
@@ -176,7 +180,9 @@ def decode(
     if task.kind == "regression":
         low, high = task.label_range or (0.0, 1.0)
         return [low + float(row[0]) * (high - low) for row in logits]
-    if task.kind == "classification":
+    if task.format in PICKS_ONE:
+        return best_candidates(examples, logits)
+    if task.kind in ("classification", "multiple_choice"):
         return [int(row.argmax()) for row in logits]
     labels = task.labels or []
     cut_off = labels.index("O") if "O" in labels else 0
@@ -195,20 +201,28 @@ def predictions_table(
 ) -> bytes:
     """Return a TSV with one line for each example: index, prediction, probabilities.
 
-    The prediction is a label, a value, or one label for each word. In classification, a column for
-    each label contains its probability. Control characters in labels and keys are escaped, so that
-    each example is one line.
+    The prediction is a label, a value, one label for each word, or the number of a choice (its
+    label, if the choices have labels). In classification, a column for each label contains its
+    probability; in multiple choice, one column contains the probabilities of all choices. A format
+    of candidates has one line for each question instead, with the text of the best one. Control
+    characters in labels and keys are escaped, so that each example is one line.
     """
     if task.kind == "question_answering":
         return answers_table(task, examples, predictions)
+    if task.format in PICKS_ONE:
+        return candidates_table(examples, predictions)
     labels = [printable(label) for label in task.labels or []]
     columns = [f"p({label})" for label in labels] if task.kind == "classification" else []
+    columns += ["probabilities"] if task.kind == "multiple_choice" else []
     lines = ["\t".join(["index", "prediction", *columns])]
     for example, prediction, row in zip(examples, predictions, logits, strict=True):
         if task.kind == "regression":
             cells = [f"{prediction:.6g}"]
         elif task.kind == "classification":
             cells = [labels[prediction], *(f"{p:.5f}" for p in softmax(row))]
+        elif task.kind == "multiple_choice":
+            choice = labels[prediction] if labels else str(prediction)
+            cells = [choice, " ".join(f"{p:.5f}" for p in softmax(row))]
         else:
             cells = [" ".join(labels[label] for label in prediction)]
         lines.append("\t".join([printable(example.key), *cells]))
@@ -254,8 +268,13 @@ def predict(
         )
     task = parse_config(source.meta.config["task"], f"{source.folder}/meta.json: task", Task)
     if data is not None:
-        is_published = task.is_glue or task.name in SQUAD
-        folder = load_task(task.name, data).folder if is_published else str(data)
+        is_known = (
+            task.is_glue
+            or is_superglue(task.name)
+            or task.name in SQUAD
+            or is_preset(task.name, task.tag_scheme)
+        )
+        folder = load_task(task.name, data).folder if is_known else str(data)
         task = task.model_copy(update={"folder": folder})
     if file is not None:
         examples = read_file(task, file)

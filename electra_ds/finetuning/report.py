@@ -17,6 +17,8 @@ from electra_ds.common.folder_kinds import found_at
 from electra_ds.common.json_files import Record, read_record, write_json
 from electra_ds.common.markdown import inline
 from electra_ds.common.printable import printable
+from electra_ds.finetuning.superglue_report import superglue_average
+from electra_ds.finetuning.superglue_tasks import SUPERGLUE
 from electra_ds.finetuning.tasks import GLUE, Task
 
 # Columns of the comparison: title -> (task, metric). As in the paper, the average is over all
@@ -91,7 +93,9 @@ class BestSeed(NamedTuple):
 
 
 def read_results(folder: Path) -> Results:
-    """Return {task: {seed: content of result.json, or None}}; GLUE tasks first, in fixed order.
+    """Return {task: {seed: content of result.json, or None}}.
+
+    The tasks of GLUE are first and those of SuperGLUE second, in fixed order.
 
     Raises UserError when `folder` contains no TASK/seed-N, and for a damaged result.json.
     """
@@ -106,7 +110,7 @@ def read_results(folder: Path) -> Results:
             f"{printable(folder)}: no TASK/seed-N inside{found_at(folder).clause}; expected a folder "
             "that finetune wrote (its --out)"
         )
-    rank = {name: number for number, name in enumerate(GLUE)}
+    rank = {name: number for number, name in enumerate([*GLUE, *SUPERGLUE])}
     names = sorted(results, key=lambda name: (rank.get(name, len(rank)), name))
     return {name: dict(sorted(results[name].items())) for name in names}
 
@@ -161,6 +165,8 @@ def write_report(folder: Path) -> dict[str, Any]:
         "comparison": _comparison(glue) if glue else {},
         "notes": [*notes, *_notes(tasks, set(glue))],
     }
+    if average := superglue_average(tasks):
+        report["superglue"] = average
     write_json(folder / "report.json", report)
     write_bytes(folder / "report.md", _markdown(report).encode())
     return report
@@ -286,6 +292,9 @@ def _markdown(report: dict[str, Any]) -> str:
         lines += ["", "Comparison with published results on the dev sets:", ""]
         lines += _heading("model", *titles)
         lines += [_row(name, *row.values()) for name, row in comparison.items()]
+    if average := report.get("superglue"):
+        lines += ["", "SuperGLUE, medians on the dev sets:", ""]
+        lines += [*_heading(*average), _row(*average.values())]
     origins = sorted({origin for task in report["tasks"].values() for origin in task["origin"]})
     notes = [*(f"weights: {origin}" for origin in origins), *report["notes"]]
     return "\n".join([*lines, "", *(f"- {inline(note)}" for note in notes), ""])

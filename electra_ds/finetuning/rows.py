@@ -20,6 +20,7 @@ from electra_ds.common.files import is_lfs_pointer, open_regular
 from electra_ds.common.json_files import parse_strictly
 from electra_ds.common.printable import shortened
 from electra_ds.common.suggestions import other_form_of_file
+from electra_ds.finetuning.superglue_rows import SHAPES, superglue_rows
 
 if TYPE_CHECKING:
     from electra_ds.finetuning.tasks import Task
@@ -74,6 +75,8 @@ def _rows_of_text(path: Path, text: str, task: Task, split: str) -> Iterator[Row
         return _jsonl(path, text)
     if file_format == "conll":
         return _conll(path, text)
+    if file_format in SHAPES:
+        return superglue_rows(_jsonl(path, text), file_format, split)
     raise UserError(
         f"{path}: unknown suffix {path.suffix!r}; expected .tsv, .csv, .jsonl, .json (one object per line) "
         "or .conll; or give the task a format: tsv, csv, jsonl, conll"
@@ -154,7 +157,7 @@ def _distinct(path: Path, cells: list[str], task: Task) -> list[str]:
     if not task.header:
         return [str(number) for number in range(len(cells))]
     repeated = {name for name, count in Counter(cells).items() if count > 1}
-    read = {task.text_a, task.text_b, task.label, task.index}
+    read = {task.text_a, task.text_b, task.label, task.index, *task.choice_columns}
     if both := sorted(repeated & {name for name in read if isinstance(name, str)}):
         raise UserError(
             f"{path}:1: several columns are named {both[0]!r}; expected one; rename the others, or "

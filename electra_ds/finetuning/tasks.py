@@ -17,6 +17,7 @@ from electra_ds.common.printable import printable, shortened
 from electra_ds.common.section import Section, machine, science
 from electra_ds.common.suggestions import nearest
 from electra_ds.config.loading import parse_config
+from electra_ds.finetuning.conll_tasks import CONLL, conll_name, conll_values
 from electra_ds.finetuning.examples import seen_labels
 from electra_ds.finetuning.lookalikes import check_labels
 from electra_ds.finetuning.metrics import METRICS, not_entity_tags
@@ -26,14 +27,40 @@ from electra_ds.finetuning.question_settings import (
     question_values,
 )
 from electra_ds.finetuning.squad import ALIASES, SQUAD, squad_folder
+from electra_ds.finetuning.superglue_answers import GROUP_METRICS
+from electra_ds.finetuning.superglue_rows import SHAPES, Shape
+from electra_ds.finetuning.superglue_tasks import (
+    OUTSIDE,
+    SUPERGLUE,
+    is_superglue,
+    superglue_name,
+    superglue_values,
+)
+from electra_ds.finetuning.tag_schemes import TagScheme
 
 Column = str | int
 # Files of finetune in DIR. No task may have one of these names.
-OWN_FILES = ("config.json", "report.json", "report.md", "submission.zip", "lock")
+OWN_FILES = (
+    "config.json",
+    "report.json",
+    "report.md",
+    "submission.zip",
+    "superglue.zip",
+    "lock",
+)
 # classification: one class for a text or a pair. regression: one number. token_classification: one
-# class for each word. question_answering: a part of a context.
-TaskKind = Literal["classification", "regression", "token_classification", "question_answering"]
+# class for each word. multiple_choice: the right one of several second texts. question_answering: a
+# part of a context.
+TaskKind = Literal[
+    "classification",
+    "regression",
+    "token_classification",
+    "multiple_choice",
+    "question_answering",
+]
 DIAGNOSTIC = "../diagnostic/diagnostic.tsv"  # beside the folder of MNLI
+# (task, file) of the files that are not in the folder of their task.
+BESIDE = {("mnli", DIAGNOSTIC), *OUTSIDE}
 
 
 class Task(Section):
@@ -58,7 +85,7 @@ class Task(Section):
         "files",
     )
     dataset_config: str | None = science(None, "name of the dataset's configuration")
-    format: Literal["tsv", "csv", "jsonl", "conll"] | None = science(
+    format: Literal["tsv", "csv", "jsonl", "conll"] | Shape | None = science(
         None, "format of the files; null: derived from their suffixes"
     )
     header: bool = science(True, "TSV and CSV: the first line has the names of the columns")
@@ -69,6 +96,9 @@ class Task(Section):
         "sentence", "column of the text or the words, by name or by number from 0"
     )
     text_b: Column | None = science(None, "column of the second text of a pair")
+    choices: list[Column] | Column | None = science(
+        None, "multiple choice: columns of the choices, or one column with a list of them"
+    )
     label: Column | None = science("label", "column of the label")
     index: Column | None = science(
         None,
@@ -81,6 +111,9 @@ class Task(Section):
         None,
         "regression: lowest and highest label; null: those of the training split",
         strict=False,
+    )
+    tag_scheme: TagScheme = science(
+        "file", "tags that are learned: those of the file, or the same spans in bioes"
     )
     metrics: list[str] = science(
         [], "the first is the main metric; empty: the default metrics of the kind"
@@ -114,13 +147,16 @@ class Task(Section):
             check_relative(self.dataset, "dataset", "a name on the hub or a folder of the task")
         if self.dataset is None:
             for split, file in self.splits.items():
-                if (self.name, file) != ("mnli", DIAGNOSTIC):
+                if (self.name, file) not in BESIDE:
                     check_relative(file, f"splits.{split}", "a file in the folder of the task")
-        if odd := [name for name in self.metrics if name not in METRICS[self.kind]]:
+        known = GROUP_METRICS.get(str(self.format), METRICS[self.kind])
+        if odd := [name for name in self.metrics if name not in known]:
             raise ValueError(
-                f"metrics: {odd[0]!r} is not a metric of {self.kind}; there are "
-                f"{', '.join(METRICS[self.kind])}"
+                f"metrics: {odd[0]!r} is not a metric of {self.kind}; there are {', '.join(known)}"
             )
+        if self.metrics == ["average"]:
+            raise ValueError("metrics: average is the mean of the other metrics; name them as well")
+        self._check_choices()
         if self.labels is not None and (
             len(set(self.labels)) != len(self.labels) or len(self.labels) < 2
         ):
@@ -140,6 +176,37 @@ class Task(Section):
                 f"label_range: {list(self.label_range)}; expected the lowest label and a higher one"
             )
         return self
+
+    def _check_choices(self) -> None:
+        is_choice = self.kind == "multiple_choice"
+        if is_choice != (self.choices is not None):
+            raise ValueError(
+                "choices and kind multiple_choice belong together; give the columns of the choices, "
+                "or one column with a list of them, as choices"
+            )
+        if isinstance(self.choices, list) and len(self.choices) < 2:
+            raise ValueError(f"choices: {self.choices}; expected at least two columns")
+        if is_choice and self.both_orders:
+            raise ValueError("both_orders is for pairs; multiple_choice has none")
+        if self.tag_scheme != "file" and self.kind != "token_classification":
+            raise ValueError("tag_scheme is for token_classification")
+        if self.format in SHAPES and not is_superglue(self.name):
+            raise ValueError(
+                f"format: {self.format} is that of a task of SuperGLUE; expected tsv, csv, jsonl or "
+                "conll; convert the file to jsonl"
+            )
+
+    @property
+    def choice_columns(self) -> list[Column]:
+        """The columns of the choices; [] for tasks other than multiple choice."""
+        if self.choices is None:
+            return []
+        return self.choices if isinstance(self.choices, list) else [self.choices]
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether inputs have two segments."""
+        return self.text_b is not None or self.choices is not None
 
     @property
     def main_metric(self) -> str:
@@ -223,9 +290,10 @@ def glue_name(name: str) -> str:
 
 
 def load_task(name: str, data: Path | None) -> Task:
-    """Return a GLUE task, SQuAD 1.1 (squad) or 2.0 (squad2), or a user's task.
+    """Return a GLUE or SuperGLUE task, SQuAD 1.1 (squad) or 2.0 (squad2), a preset of CoNLL, or a
+    user's task.
 
-    name: name of a GLUE task or of SQuAD, or path of the description of a user's task (x.json).
+    name: name of one of these tasks, or path of the description of a user's task (x.json).
     data: the folder with the folders of the tasks (GLUE_DIR with CoLA/, RTE/, ...), or the folder
     of the task.
     labels and label_range that are null are read from the training split. Empty metrics become the
@@ -235,13 +303,17 @@ def load_task(name: str, data: Path | None) -> Task:
     """
     if name.endswith(".json"):
         return _filled(_user_task(Path(name), data))
+    if known := superglue_name(name):
+        return _filled(Task.model_validate(superglue_values(known, data)))
+    if known := conll_name(name):
+        return _filled(Task.model_validate(conll_values(known, data)))
     short = glue_name(name)
     if short in SQUAD:
         return _filled(Task(**SQUAD[short], folder=str(squad_folder(short, data).resolve())))
     if short not in GLUE:
-        known = [*GLUE, *SQUAD]
+        there_are = [*GLUE, *SUPERGLUE, *SQUAD, *CONLL]
         raise UserError(
-            f"no task named {name!r}{nearest(short, known)}; there are {', '.join(known)}; "
+            f"no task named {name!r}{nearest(short, there_are)}; there are {', '.join(there_are)}; "
             "for a task of your own give the path of its description (task.json)"
         )
     values = _glue_values(short)
@@ -290,11 +362,13 @@ def _user_task(path: Path, data: Path | None) -> Task:
             f'"name": "{"-".join(name.split())}" to the description'
         )
     task = parse_config({"name": path.stem} | values, str(path), Task)
-    if task.name in GLUE or task.name in SQUAD:
+    published = {"a GLUE task": task.name in GLUE, "a SuperGLUE task": is_superglue(task.name)}
+    published["a published task"] = task.name in SQUAD
+    found = next((what for what, is_name in published.items() if is_name), None)
+    if found:
         # Config, report and predict would treat a task of this name as the published task.
-        published = "a GLUE task" if task.name in GLUE else "a published task"
         raise UserError(
-            f"{path}: name: {task.name!r} is the name of {published}; give this task another one "
+            f"{path}: name: {task.name!r} is the name of {found}; give this task another one "
             f'("name": "{task.name}-own") in its description'
         )
     if "train" not in task.splits or not task.valid_splits:
@@ -336,7 +410,7 @@ def _filled(task: Task) -> Task:
                 "expected at least two different labels"
             )
         values["label_range"] = (labels[0], labels[-1])
-    if task.kind != "regression" and task.labels is None:
+    if task.kind in ("classification", "token_classification") and task.labels is None:
         values["labels"] = seen_labels(task)
         check_labels(values["labels"], task.name)
         if len(values["labels"]) < 2:
@@ -362,7 +436,7 @@ def _filled(task: Task) -> Task:
 
 
 def _default_metrics(kind: TaskKind, labels: list[str]) -> list[str]:
-    if kind == "classification":
+    if kind in ("classification", "multiple_choice"):
         return ["accuracy"]
     if kind == "regression":
         return ["pearson", "spearman"]
@@ -374,7 +448,8 @@ def _default_metrics(kind: TaskKind, labels: list[str]) -> list[str]:
 def task_names(text: str) -> list[str]:
     """Return the tasks of --tasks, a list separated by commas, each once.
 
-    Names of GLUE and SQuAD in any spelling become short names. `glue` becomes the nine GLUE tasks (without ax).
+    Names of GLUE and SQuAD in any spelling become short names, SuperGLUE names superglue-NAME.
+    `glue` becomes the nine GLUE tasks (without ax), `superglue` its eight.
     Paths of descriptions are not changed; the path of an existing file may contain commas. Raises
     UserError for a list without names.
     """
@@ -383,11 +458,15 @@ def task_names(text: str) -> list[str]:
         short = glue_name(name)
         if name.lower() == "glue":
             names += [task for task in GLUE if task != "ax"]
+        elif name.lower() == "superglue":
+            names += SUPERGLUE
+        elif known := superglue_name(name) or conll_name(name):
+            names.append(known)
         elif name:
             names.append(short if short in GLUE or short in SQUAD else name)
     if not names:
         raise UserError(
-            f"--tasks {shortened(text)}: names no task; expected GLUE tasks or descriptions "
+            f"--tasks {shortened(text)}: names no task; expected tasks such as rte or descriptions "
             "(task.json), separated by commas"
         )
     return list(dict.fromkeys(names))

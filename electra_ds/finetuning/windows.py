@@ -60,7 +60,7 @@ def encode_questions(
     asked = tokenizer.encode_batch([str(example.text_a) for example in examples])
     rows = []
     for number, (example, tokens) in enumerate(zip(examples, asked, strict=True)):
-        context = example.text_b or ""
+        context = str(example.text_b or "")
         if context not in contexts:
             contexts[context] = tokenizer.encode_with_offsets(context)
         ids, spans = contexts[context]

@@ -70,10 +70,17 @@ class FineTunedTask(Record):
     model_config = ConfigDict(extra="ignore")
 
     name: str = Field("task", min_length=1, max_length=255)
-    kind: Literal["classification", "regression", "token_classification", "question_answering"]
+    kind: Literal[
+        "classification",
+        "regression",
+        "token_classification",
+        "multiple_choice",
+        "question_answering",
+    ]
     labels: list[str] | None = Field(None, min_length=1)
     label_range: tuple[float, float] | None = None
     text_b: str | int | None = None
+    choices: list[str | int] | str | int | None = None
     dataset: str | None = None
     splits: dict[str, str] = Field(default_factory=dict)
 

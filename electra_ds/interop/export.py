@@ -22,6 +22,7 @@ from electra_ds.interop.checkpoints import (
 from electra_ds.interop.hf import format_of
 from electra_ds.interop.hf_format import HfFormat, Role, part_names
 from electra_ds.interop.hf_tokenizer import write_tokenizer
+from electra_ds.interop.installed import check_class
 from electra_ds.interop.model_card import Card, render_card
 from electra_ds.training.checkpoint import folder_of_model
 from electra_ds.training.metrics_file import metric_lines
@@ -148,6 +149,8 @@ def _export_fine_tuned(
     kind, labels = task.kind, task.labels or [task.name]
     form = format_of(source.model)
     role, tensors = form.classifier(source.weights, kind, task.label_range)
+    if role == "multiple_choice":
+        check_class(form.classes[role])
     values = form.config(source.model, None, words.special_ids, role)
     values |= {
         "id2label": {str(i): label for i, label in enumerate(labels)},
@@ -168,7 +171,8 @@ def _export_fine_tuned(
             for metric, value in scores.items()
             if value is not None
         }
-    card = Card(TUNED.format(name=task.name), facts, role, task.text_b is not None, reads_cls)
+    takes_pairs = task.text_b is not None or task.choices is not None
+    card = Card(TUNED.format(name=task.name), facts, role, takes_pairs, reads_cls)
     written = Written(name, form, values, tensors, card)
     return _write_folder(out, written, words, source.max_length)
 

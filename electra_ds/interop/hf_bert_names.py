@@ -18,6 +18,7 @@ class BertNamesFormat(HfFormat):
     layer: ClassVar[Mapping[str, tuple[str, ...]]]  # of one layer
     head_names: ClassVar[Mapping[str, str]]  # of the heads of pretraining
     sentence_head: ClassVar[tuple[str, str]]  # both linear layers of the stock head of texts
+    choice_head: ClassVar[tuple[str, str]]  # those of the stock head of multiple choice
 
     def foreign_names(self, name: str) -> tuple[str, ...]:
         """One name, or three for the fused qkv of a layer."""
@@ -62,11 +63,12 @@ class BertNamesFormat(HfFormat):
         bias = bias * (high - low) + low
         unused = hidden - 2 * labels
         identity = torch.eye(labels)
-        dense, output = self.sentence_head
+        is_choice = kind == "multiple_choice"
+        dense, output = self.choice_head if is_choice else self.sentence_head
         tensors |= {
             f"{dense}.weight": torch.cat([weight, -weight, torch.zeros(unused, hidden)]),
             f"{dense}.bias": torch.cat([bias, -bias, torch.zeros(unused)]),
             f"{output}.weight": torch.cat([identity, -identity, torch.zeros(labels, unused)], 1),
             f"{output}.bias": torch.zeros(labels),
         }
-        return "sequence_classification", tensors
+        return "multiple_choice" if is_choice else "sequence_classification", tensors

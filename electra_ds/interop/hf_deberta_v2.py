@@ -42,6 +42,7 @@ CLASSES: dict[Role, str] = {
     "sequence_classification": "DebertaV2ForSequenceClassification",
     "token_classification": "DebertaV2ForTokenClassification",
     "question_answering": "DebertaV2ForQuestionAnswering",
+    "multiple_choice": "DebertaV2ForMultipleChoice",
 }
 DETECTION_LABEL = "replaced"  # the only label of a discriminator
 # Module names in electra_ds -> those in Hugging Face, for embeddings, encoder, one layer and heads.
@@ -135,6 +136,7 @@ class DebertaV2Format(BertNamesFormat):
     layer = LAYER
     head_names = HEADS
     sentence_head = ("pooler.dense", "classifier")
+    choice_head = sentence_head
     has_token_types = False
     predicting_folder_starts_both = True
     discriminator_alone_shares = False

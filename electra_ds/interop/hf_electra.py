@@ -40,6 +40,7 @@ CLASSES: dict[Role, str] = {
     "sequence_classification": "ElectraForSequenceClassification",
     "token_classification": "ElectraForTokenClassification",
     "question_answering": "ElectraForQuestionAnswering",
+    "multiple_choice": "ElectraForMultipleChoice",
 }
 COPIES = {"cls.predictions.decoder.bias": "generator_lm_head.bias"}  # in some BERT folders
 # Module names in electra_ds -> those in Hugging Face, for embeddings, encoder, one layer and heads.
@@ -78,6 +79,12 @@ TABLES = {
     "max_positions": "max_position_embeddings",
     "type_vocab_size": "type_vocab_size",
     "layer_norm_eps": "layer_norm_eps",
+}
+# Keys of a folder for multiple choice: the first token, a linear layer and gelu before the last one.
+CHOICE_HEAD = {
+    "summary_type": "first",
+    "summary_use_proj": True,
+    "summary_activation": "gelu",
 }
 # Keys with one supported value, which is also the library's default.
 ONLY = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
@@ -120,6 +127,7 @@ class ElectraFormat(BertNamesFormat):
     layer = LAYER
     head_names = HEADS
     sentence_head = ("classifier.dense", "classifier.out_proj")
+    choice_head = ("sequence_summary.summary", "classifier")
     has_token_types = True
     predicting_folder_starts_both = False
     discriminator_alone_shares = True
@@ -155,6 +163,7 @@ class ElectraFormat(BertNamesFormat):
             **ONLY,
             "pad_token_id": special_ids.pad,
             "tie_word_embeddings": True,
+            **(CHOICE_HEAD if role == "multiple_choice" else {}),
         }
 
     def parse(

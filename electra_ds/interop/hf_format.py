@@ -20,14 +20,15 @@ from electra_ds.config.architectures import EncoderConfig, ModelConfig
 from electra_ds.model.weights import WEIGHT_TYPES, check_type
 
 # What the stock class of a folder does: one logit for each token that it was replaced, one for each
-# entry of the vocabulary, one for each label of a text, one for each label of a token, start and end
-# logits of each token.
+# entry of the vocabulary, one for each label of a text, one for each label of a token, one for each
+# choice, start and end logits of each token.
 Role = Literal[
     "detection",
     "prediction",
     "sequence_classification",
     "token_classification",
     "question_answering",
+    "multiple_choice",
 ]
 # A head of pretraining in a folder: that of the discriminator, or one that predicts tokens.
 Head = Literal["discriminator", "generator"]

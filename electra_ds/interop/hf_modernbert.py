@@ -44,6 +44,7 @@ CLASSES: dict[Role, str] = {
     "sequence_classification": "ModernBertForSequenceClassification",
     "token_classification": "ModernBertForTokenClassification",
     "question_answering": "ModernBertForQuestionAnswering",
+    "multiple_choice": "ModernBertForMultipleChoice",
 }
 # Module names in electra_ds -> those in Hugging Face, for embeddings, one layer and the heads.
 EMBEDDINGS = {"word": "tok_embeddings", "norm": "norm"}
@@ -355,6 +356,8 @@ class ModernBertFormat(HfFormat):
                 tensors[self.foreign_names(name)[0]] = value
         if kind == "token_classification":
             return "token_classification", tensors
+        if kind == "multiple_choice":
+            return "multiple_choice", tensors
         if kind == "question_answering":
             return "question_answering", tensors
         low, high = label_range or (0.0, 1.0)

@@ -14,6 +14,7 @@ PIPELINE_TAGS: dict[Role, str] = {
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
     "question_answering": "question-answering",
+    "multiple_choice": "multiple-choice",
 }
 # Last lines of the loading code: what a user does with `logits` of each role.
 READ_DETECTION = """\
@@ -31,6 +32,11 @@ first = max(context, key=lambda n: start[0, n])
 last = max(context[context.index(first) :], key=lambda n: end[0, n])
 characters = inputs.token_to_chars(first).start, inputs.token_to_chars(last).end
 print("The second text."[slice(*characters)])"""
+READ_CHOICE = "print(logits[0].argmax().item())  # number of the best choice, from 0"
+CHOICE_INPUTS = """\
+choices = ["The first choice.", "The second choice."]
+inputs = tokenizer(["A text."] * len(choices), choices, padding=True, return_tensors="pt")
+inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}  # [1, choices, tokens]"""
 READ_TAGS = """\
 tags = [model.config.id2label[i] for i in logits[0].argmax(-1).tolist()]
 print(list(zip(tokenizer.convert_ids_to_tokens(inputs.input_ids[0]), tags)))"""
@@ -107,13 +113,14 @@ def _loading_code(name: str, form: HfFormat, config: Mapping[str, Any], card: Ca
         call = f"logits = {form.detection_call}"
     elif card.role == "question_answering":
         call = "start, end = model(**inputs).to_tuple()"
+    inputs = f'inputs = tokenizer({texts}, return_tensors="pt")'
     return [
         "import torch",
         f"from transformers import AutoTokenizer, {architecture}",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name, ensure_ascii=False)})",
         f"model = {architecture}.from_pretrained({json.dumps(name, ensure_ascii=False)}).eval()",
-        f'inputs = tokenizer({texts}, return_tensors="pt")',
+        CHOICE_INPUTS if card.role == "multiple_choice" else inputs,
         "with torch.no_grad():",
         f"    {call}",
         _reading_code(form, config, card),
@@ -129,4 +136,6 @@ def _reading_code(form: HfFormat, config: Mapping[str, Any], card: Card) -> str:
         return READ_ANSWER
     if card.role == "token_classification":
         return READ_CLASS_AT_CLS if card.reads_cls else READ_TAGS
+    if card.role == "multiple_choice":
+        return READ_CHOICE
     return READ_VALUE if config["problem_type"] == "regression" else READ_CLASS

@@ -1,5 +1,6 @@
 """The files of a suite: growth, comparison, notes, damaged files; seeds that trained nothing."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -16,12 +17,13 @@ from electra_ds.finetuning import suite_files
 from electra_ds.finetuning.batches import Encoded, encode
 from electra_ds.finetuning.config import TaskOverrides, load_finetune
 from electra_ds.finetuning.examples import Example
-from electra_ds.finetuning.finetune import _read
+from electra_ds.finetuning.finetune import _digest, _read
 from electra_ds.finetuning.notes import length_note, split_notes
 from electra_ds.finetuning.predict import Predictions, predict
 from electra_ds.finetuning.report import read_results, write_report
 from electra_ds.finetuning.seed import SeedRun, Suite
 from electra_ds.finetuning.submit import write_submission
+from electra_ds.finetuning.superglue_rows import Candidate
 from electra_ds.finetuning.tasks import Task, load_task
 from electra_ds.interop.load_model import load_pretrained
 from electra_ds.model.weights import true_state
@@ -113,6 +115,15 @@ def test_unknown_tokens_and_untrained_positions_are_noted_once(suite, tmp_path, 
     report = write_report(opened.out)
     assert sum("[UNK]" in note for note in report["notes"]) == 2  # of train and valid
     assert "rows of 32" in (opened.out / "report.md").read_text()
+
+
+def test_the_fingerprint_of_examples_is_that_of_earlier_versions():
+    rows = [["0", "aa", None, 1], ["1", "ab", "ac", None]]
+    earlier = hashlib.sha256(json.dumps([rows, rows[:1]]).encode()).hexdigest()
+    examples = [Example(*row) for row in rows]
+    assert _digest([examples, examples[:1]]) == earlier
+    found = [example._replace(candidate=Candidate("0", "x")) for example in examples]
+    assert _digest([found, examples[:1]]) != earlier
 
 
 def test_notes_count_shares():

@@ -7,11 +7,13 @@ from pathlib import Path
 import run_folders
 from scenario_tools import here, wait_for_ranks
 from small_questions import write_spans
+from small_superglue import write_superglue_files
 from small_tasks import write_tasks
 
 from electra_ds.config.loading import parse_config
 from electra_ds.finetuning import finetune, seed
 from electra_ds.finetuning.config import FinetuneConfig
+from electra_ds.finetuning.superglue_tasks import SUPERGLUE
 from electra_ds.training.engine import Engine
 
 
@@ -53,6 +55,27 @@ def run(
         here.ranks,
         here.device,
         random_init=random_init,
+    )
+
+
+def run_superglue() -> None:
+    """One epoch of each task of SuperGLUE in the suite `superglue`."""
+    values = {
+        "train": {"epochs": 1.0, "max_length": 24, "micro_batch_size": 4, "global_batch_size": 8},
+        "optimizer": {"peak_lr": 3e-3},
+        "engine": "zero0-fp32",
+    }
+    config = parse_config(values, "superglue", FinetuneConfig)
+    data = write_superglue_files(base() / "superglue")
+    finetune.finetune_on_ranks(
+        config,
+        base() / "model",
+        list(SUPERGLUE),
+        1,
+        data,
+        suite_folder("superglue"),
+        here.ranks,
+        here.device,
     )
 
 
@@ -140,7 +163,7 @@ def check_best() -> None:
 
 
 def fine_tuned() -> None:
-    """Three tasks; on two ranks at ZeRO 2 and 3."""
+    """Four tasks; on two ranks at ZeRO 2 and 3."""
     if here.rank == 0 and not base().exists():
         run_folders.pretrained(base() / "model")
         run_folders.pretrained(base() / "modern", architecture="modernbert")
@@ -154,6 +177,7 @@ def fine_tuned() -> None:
     run("pairs", "pairs", pairs_engine, epochs=2.0, dropout=0.0)
     run("words", "words", words_engine, epochs=3.5, peak_lr=1e-3)
     run("spans", "spans", pairs_engine, epochs=2.0, dropout=0.0)
+    run("choices", "choices", pairs_engine)
     for name, epochs in (("modern", 1.0), ("deberta", 2.0)):
         run(name, "pairs", words_engine, model=name, peak_lr=1e-3, epochs=epochs, dropout=0.0)
 
@@ -164,6 +188,10 @@ def fine_tuned_in_other_ways() -> None:
     interrupted("spans-cut", "spans", epochs=2.0, dropout=0.0)
     for name in ("modern", "deberta"):
         run(f"spans-{name}", "spans", model=name, epochs=1.0, batching="packed")
+    interrupted("choices-cut", "choices")
+    for batching in ("padded", "packed"):
+        run(f"choices-{batching}", "choices", epochs=1.0, dropout=0.0, batching=batching)
+    run_superglue()
     check_best()
     check_schedule()
     run("half", "classes", "zero0-bf16", keep="all", epochs=1.0)

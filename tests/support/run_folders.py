@@ -179,9 +179,14 @@ TASKS = {
 }
 
 
+CHOICES = dict(labels=None, label_range=None, outputs=1, choices="options")
+
+
 def fine_tuned(folder: Path, name: str, architecture: str = "electra") -> torch.nn.ModuleDict:
-    """Write a fine-tuned model of a task in TASKS as folder/model; its encoder and head."""
-    model, task = config(architecture=architecture).model, TASKS[name]
+    """Write a fine-tuned model of a task in TASKS, or of multiple choice, as folder/model; its
+    encoder and head."""
+    model = config(architecture=architecture).model
+    task = CHOICES if name == "multiple_choice" else TASKS[name]
     parts = drawn(encoder_with_task_head(model, task["outputs"]))
     kind = "classification" if name == "many classes" else name
     described = {
@@ -189,6 +194,7 @@ def fine_tuned(folder: Path, name: str, architecture: str = "electra") -> torch.
         "kind": kind,
         "labels": task["labels"],
         "label_range": task["label_range"],
+        "choices": task.get("choices"),
     }
     values = {
         "model": model.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""Three small fine-tuning tasks with labels that depend on single words."""
+"""Four small fine-tuning tasks with labels that depend on single words."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ WORDS = VOCABULARY[5:305]
 
 
 def write_tasks(folder: Path) -> Path:
-    """Write three tasks with labels that depend on single words: classes, pairs, words."""
+    """Write tasks with labels that depend on single words: classes, pairs, words, choices."""
     random = np.random.default_rng(0)
 
     def text(size: int) -> list[str]:
@@ -33,10 +33,17 @@ def write_tasks(folder: Path) -> Path:
         found = [WORDS[i] for i in random.integers(0, 10, random.integers(3, 9))]
         return {"words": found, "tags": ["B-early" if word < "af" else "O" for word in found]}
 
+    def choices() -> dict:
+        right, found = int(random.integers(2)), [text(int(random.integers(1, 5))) for _ in range(2)]
+        found[right] = ["ab", *found[right]]
+        found[1 - right] = ["cd", *found[1 - right]]
+        return {"text": " ".join(text(3)), "options": [*map(" ".join, found)], "label": right}
+
     tasks = {
         "classes": (classes, {}),
         "pairs": (pairs, {"kind": "regression", "text_a": "a", "text_b": "b", "both_orders": True}),
         "words": (words, {"kind": "token_classification", "text_a": "words", "label": "tags"}),
+        "choices": (choices, {"kind": "multiple_choice", "text_a": "text", "choices": "options"}),
     }
     folder.mkdir()
     for name, (make, description) in tasks.items():
