@@ -1,7 +1,7 @@
 """metrics.jsonl: schema, reader, one-line summaries.
 
 The first line names the schema; every other line is {"step", "split": "train" | "valid",
-metrics}. In a run with phases it also has {"phase": name}.
+metrics}. In a run with phases each of these also has {"phase": name}.
 """
 
 import re

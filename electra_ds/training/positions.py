@@ -27,7 +27,8 @@ def check_position(where: str, state: TrainingState, sizes: BatchSizes) -> None:
     begins = 0 <= state.first_attempt <= state.attempts
     expected = position_after(state, sizes, state.attempts) if begins else 0
     if not begins or state.consumed_rows != expected:
+        first = f" after position {state.first_position:,}" if state.first_position else ""
         raise UserError(
             f"{where}: data.position = {state.consumed_rows:,}; expected {expected:,}, the rows of "
-            f"{state.attempts - state.first_attempt:,} steps; use an older checkpoint"
+            f"{state.attempts - state.first_attempt:,} steps{first}; use an older checkpoint"
         )

@@ -62,7 +62,8 @@ def test_the_position_counts_attempts_and_a_branch_its_own():
     check_position("ckpt", branch, sizes)
     assert position_after(branch, sizes, 8) == 1064
     for wrong in ({"position": 1033}, {"position": 5 * 16 + 2 * 32}):
-        with pytest.raises(UserError, match=r"data\.position = .*; expected 1,032, the rows of 7"):
+        expected = r"data\.position = .*; expected 1,032, the rows of 1 steps after position 1,000"
+        with pytest.raises(UserError, match=expected):
             check_position(
                 "ckpt",
                 TrainingState(6, 1, data=wrong, first_attempt=6, first_position=1000),
