@@ -12,7 +12,7 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.finetuning.answers import decode_answers
 from electra_ds.finetuning.batches import collate, encode
 from electra_ds.finetuning.examples import read_examples
-from electra_ds.finetuning.predict import classifier
+from electra_ds.finetuning.predict import classifier, predict
 from electra_ds.finetuning.tasks import load_task
 from electra_ds.interop.checkpoints import read_checkpoint
 from electra_ds.interop.export import export
@@ -63,12 +63,12 @@ def test_an_interrupted_seed_of_questions_resumes_bit_for_bit(suites):
 
 def test_predict_writes_the_answers_of_finetune_as_tsv_and_in_the_official_shape(suites, tmp_path):
     seed = seed_of(suites, "spans")
-    done = run_cli("predict", seed, "--split", "valid", "--out", tmp_path / "p.tsv")
+    written = predict(seed, tmp_path / "p.tsv", split="valid")
     assert (tmp_path / "p.tsv").read_text() == (seed / "predictions-valid.tsv").read_text()
-    assert "best_f1 " in done.stdout and ", f1 " in done.stdout
+    assert written.scores == read_json(seed / "result.json")["scores"]["valid"]
     # The threshold is that of dev; the file has no answers.
     file = suites / "tasks" / "spans-test.json"
-    run_cli("predict", seed.parent, "--input", file, "--out", tmp_path / "p.json")
+    predict(seed.parent, tmp_path / "p.json", file)
     assert (tmp_path / "p.json").read_text() == (seed / "predictions-test.json").read_text()
 
 
