@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Functions of the scripts that launch ranks. This file is sourced, not run.
 #   environment                     put the interpreter first on PATH; export variables for all ranks
-#   begin "$@"                      call environment; read --out and --data from the options of the verb
+#   begin "$@"                      call environment; set from the options of the verb: out, given (an array with the
+#                                   values of --data), options (all of them, with --data below STAGE)
 #   show COMMAND ..., run COMMAND   print a command with quotes; print and run it
 #   judge CODE                      exit with 0 (finished), 85 (saved and stopped) or a failure
 # Variables:
@@ -9,7 +10,7 @@
 #           prepare.sh: number of cores here, plus 1
 #   PYTHON  interpreter (default: that of .venv, else the first on PATH)
 #   STAGE   folder on the local disk of each node (/local/D): --data, also a URL, is copied there, and
-#           the ranks read the copy
+#           the ranks read the copy; --data NAME=D is copied to STAGE/NAME
 
 finish="done" # last file written to --out. prepare.sh, which has no --data, sets it to manifest.json
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -36,13 +37,19 @@ environment() {
 
 begin() {
     local previous="" word
-    out="" data=""
+    out="" given=() options=()
     for word in "$@"; do
-        case $previous in --out) out=$word ;; --data) data=$word ;; esac
-        case $word in --out=*) out=${word#*=} ;; --data=*) data=${word#*=} ;; esac
-        previous=$word
+        case $previous in
+            --out) out=$word ;;
+            --data) given+=("$word") && word=$(staged "$word") ;;
+        esac
+        case $word in
+            --out=*) out=${word#*=} ;;
+            --data=*) given+=("${word#*=}") && word=--data=$(staged "${word#*=}") ;;
+        esac
+        previous=$word options+=("$word")
     done
-    if [ -z "$out" ] || { [ $finish = "done" ] && [ -z "$data" ]; }; then sed -n '2,3s/^# //p' "$0" >&2; exit 2; fi
+    if [ -z "$out" ] || { [ $finish = "done" ] && [ ${#given[@]} -eq 0 ]; }; then sed -n '2,3s/^# //p' "$0" >&2; exit 2; fi
     environment
     # For judge: files of an earlier attempt must not count as results of this one.
     was_done=$([ ! -e "$out/$finish" ] || echo yes)
@@ -50,6 +57,14 @@ begin() {
     rm -f -- "$stopped"
 }
 
+name_of() { # VALUE of --data: print the NAME of NAME=D, nothing for another value
+    ! [[ $1 =~ ^([a-z0-9-]+)= ]] || [ -e "$1" ] || echo "${BASH_REMATCH[1]}"
+}
+staged() { # VALUE of --data: print the value for the ranks
+    local name
+    name=$(name_of "$1")
+    if [ -z "${STAGE:-}" ]; then echo "$1"; elif [ -z "$name" ]; then echo "$STAGE"; else echo "$name=$STAGE/$name"; fi
+}
 ranks_here() { count RANKS "${RANKS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
 count() { # NAME VALUE [LEAST]: print VALUE if it is an integer of at least LEAST (default 1), else exit.
     # Unchecked values are not used in arithmetic, because bash would execute the command in PATH[$(...)].

@@ -39,9 +39,9 @@ done < <(env -0 | grep -zE '^(PYTHON|MLFLOW|MV2|UCX|NCCL)'; cat -- "${HOME:-.}/$
 # ssh ends if a node does not answer for 3 x 10 s; otherwise pdsh waits without limit.
 export PDSH_RCMD_TYPE=ssh
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} STAGE=${STAGE:-} bash $here/health.sh $data"
+run pdsh -S -w "$hosts" "cd $PWD; PYTHON=$PYTHON PYTHONPATH=${PYTHONPATH:-} STAGE=${STAGE:-} bash $here/health.sh ${given[*]}"
 code=0
 run deepspeed --hostfile "$hostfile" --force_multi --no_ssh_check --master_addr="${MASTER_ADDR:-${hosts%%,*}}" \
-    --master_port "$(free_port)" --no_local_rank --module electra_ds pretrain "$@" \
-    ${STAGE:+--data "$STAGE"} --world-size "$ranks" || code=$?
+    --master_port "$(free_port)" --no_local_rank --module electra_ds pretrain "${options[@]}" \
+    --world-size "$ranks" || code=$?
 judge "$code"

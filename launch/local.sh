@@ -5,8 +5,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "$@"
-[ -z "${STAGE:-}" ] || run bash "$here/health.sh" "$data"
+[ -z "${STAGE:-}" ] || run bash "$here/health.sh" "${given[@]}"
 ranks=$(ranks_here) code=0
 run deepspeed --num_gpus "$ranks" --master_port "$(free_port)" --no_local_rank --module electra_ds \
-    pretrain "$@" ${STAGE:+--data "$STAGE"} --world-size "$ranks" || code=$?
+    pretrain "${options[@]}" --world-size "$ranks" || code=$?
 judge "$code"

@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 begin "$@"
 read -ra words <<< "${MPIRUN:-}"
 ranks=$(ranks_here) code=0
-run mpirun ${words[@]+"${words[@]}"} -n "$ranks" bash "$here/health.sh" "$data"
+run mpirun ${words[@]+"${words[@]}"} -n "$ranks" bash "$here/health.sh" "${given[@]}"
 run mpirun ${words[@]+"${words[@]}"} -n "$ranks" "$PYTHON" -m electra_ds \
-    pretrain "$@" ${STAGE:+--data "$STAGE"} --world-size "$ranks" || code=$?
+    pretrain "${options[@]}" --world-size "$ranks" || code=$?
 judge "$code"

@@ -174,7 +174,7 @@ def _import(
     if not prefix and is_run(source):
         if generator or config:
             raise UserError(
-                f"{printable(source)}: is a run of electra_ds, which has all its parts and sizes: "
+                f"{printable(source)}: it is a run of electra_ds, which has all its parts and sizes: "
                 "leave --generator and --config out"
             )
         return import_run(source, out, run, sets, tokenizer)

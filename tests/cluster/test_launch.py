@@ -42,7 +42,7 @@ def test_the_nodes_of_a_hostfile_train_one_world_from_their_own_disks(
             f"{node}: {own}: " in output and "unigrams.npy" in machines.run(node, "ls", own).split()
         )
         machines.run(node, "rm", "-r", own)
-    assert f"--data {own} --world-size 2" in output
+    assert f"electra_ds pretrain tiny --data {own} " in output
 
 
 def test_torchrun_on_each_node_trains_one_world(

@@ -32,6 +32,7 @@ from electra_ds.interop import load_model
 from electra_ds.model.objective import ElectraObjective
 from electra_ds.model.weights import true_rows
 from electra_ds.training import checkpoint, checkpointer, held_out
+from electra_ds.training.optimizer import MOMENTS
 from electra_ds.training.state import TrainingState
 
 SETTINGS = [
@@ -60,6 +61,8 @@ def save(module, config, folder, name="10"):
         ranks=SimpleNamespace(rank=0, world_size=1),
         parameters=parameters,
         frozen={},
+        optimizer_kind="adam",
+        moments=dict.fromkeys(parameters, MOMENTS),
         all_gather_object=lambda value: [value],
         full_tensor=lambda name, kind: (
             parameters[name].detach() if kind == "master" else torch.zeros_like(parameters[name])

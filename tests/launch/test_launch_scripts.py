@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import CPU, needs_mpi, run_cli
+from running import CPU, ROOT, needs_mpi, run_cli
 
 from electra_ds.common.processes import free_port
 from electra_ds.training import checkpoint
@@ -141,3 +142,33 @@ def test_the_main_job_runs_from_text_to_detection(tmp_path: Path) -> None:
     for given in (("--file", tmp_path / "sentence.txt"), ()):
         again = run_cli("detect", tmp_path / "run", *given, "--json", input=sentence)
         assert json.loads(again.stdout) == scores
+
+
+def test_the_data_of_each_phase_is_staged_below_the_folder_of_the_node(
+    data: Path, tmp_path: Path
+) -> None:
+    """`begin` replaces the values of --data for the ranks; health.sh copies each of them."""
+    stage = tmp_path / "stage"
+    own = ["--data", f"short={data}", f"--data=long={data}", "--out", tmp_path / "out"]
+    script = f'source {ROOT}/launch/common.sh; begin "$@"; printf "%s\\n" "${{options[@]}}"'
+    environment = os.environ | CPU | {"STAGE": str(stage), "PYTHON": sys.executable}
+    shown = subprocess.run(
+        ["bash", "-euc", script, "bash", *own], env=environment, capture_output=True, text=True
+    )
+    expected = ["--data", f"short={stage}/short", f"--data=long={stage}/long"]
+    assert shown.stdout.splitlines() == [*expected, "--out", str(tmp_path / "out")], shown.stderr
+    for given, copies in ([f"short={data}", f"long={data}"], ["short", "long"]), ([data], [""]):
+        done = subprocess.run(
+            ["bash", ROOT / "launch/health.sh", *given],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        for name in copies:
+            assert (stage / name / "manifest.json").exists()
+        shutil.rmtree(stage)
+    missing = [ROOT / "launch/health.sh", f"short={data}", f"long={tmp_path}/none"]
+    environment.pop("STAGE")
+    done = subprocess.run(["bash", *missing], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "none/manifest.json" in done.stderr
