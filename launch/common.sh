@@ -41,11 +41,11 @@ begin() {
     for word in "$@"; do
         case $previous in
             --out) out=$word ;;
-            --data) given+=("$word") && word=$(staged "$word") ;;
+            --data) given+=("$word") && stage_value "$word" && word=$staged ;;
         esac
         case $word in
             --out=*) out=${word#*=} ;;
-            --data=*) given+=("${word#*=}") && word=--data=$(staged "${word#*=}") ;;
+            --data=*) given+=("${word#*=}") && stage_value "${word#*=}" && word=--data=$staged ;;
         esac
         previous=$word options+=("$word")
     done
@@ -60,10 +60,11 @@ begin() {
 name_of() { # VALUE of --data: print the NAME of NAME=D, nothing for another value
     ! [[ $1 =~ ^([a-z0-9-]+)= ]] || [ -e "$1" ] || echo "${BASH_REMATCH[1]}"
 }
-staged() { # VALUE of --data: print the value for the ranks
+stage_value() { # VALUE of --data: set `staged` to the value for the ranks, with final newlines
     local name
     name=$(name_of "$1")
-    if [ -z "${STAGE:-}" ]; then echo "$1"; elif [ -z "$name" ]; then echo "$STAGE"; else echo "$name=$STAGE/$name"; fi
+    staged=$1
+    [ -z "${STAGE:-}" ] || staged=${name:+$name=}$STAGE${name:+/$name}
 }
 ranks_here() { count RANKS "${RANKS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"; }
 count() { # NAME VALUE [LEAST]: print VALUE if it is an integer of at least LEAST (default 1), else exit.
