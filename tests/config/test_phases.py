@@ -180,3 +180,10 @@ def test_an_extension_is_a_longer_last_phase_or_phases_after_it():
     assert extends(("b", 4), ("a", 3)) == [False]
     other = run([{"name": "a", "steps": 3}, {"name": "b", "steps": 4, "moments": "reset"}])
     assert [is_extension(line, old.phases) for line in differences(old, other)[0]] == [False]
+
+
+def test_a_run_with_phases_has_no_schedule_of_batches():
+    values = run([{"name": "a", "steps": 3}]).model_dump(mode="json")
+    values["train"]["batch_schedule"] = [[1, 64]]
+    with pytest.raises(UserError, match=r"batch_schedule = \[\[1, 64\]\].*train.global_batch_size"):
+        parse_run(values, "test")
